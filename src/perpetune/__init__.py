@@ -1,0 +1,73 @@
+"""perpetune keeps tuning a pretrained model as new data arrive: without forgetting, without keeping old
+data, training only a few parameters.
+
+    import perpetune
+    learner = perpetune.Learner("demo")
+    learner.run()
+    learner.predict(["photo.jpg"])
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from perpetune._version import __version__
+
+if TYPE_CHECKING:
+    from perpetune.errors import PerpetuneError
+    from perpetune.fit import FitConfig, fit
+    from perpetune.heads.base import Head
+    from perpetune.learner import Learner, Prediction
+    from perpetune.methods.base import Method
+    from perpetune.models.backbone import Backbone
+    from perpetune.models.backbones import load_backbone
+    from perpetune.pets.base import PET, Place
+    from perpetune.recipe import Recipe, load_recipe
+    from perpetune.runtime import Runtime
+    from perpetune.tasks import Batch, Task
+
+_HOME = {
+    "Backbone": "perpetune.models.backbone",
+    "Batch": "perpetune.tasks",
+    "FitConfig": "perpetune.fit",
+    "Head": "perpetune.heads.base",
+    "Learner": "perpetune.learner",
+    "Method": "perpetune.methods.base",
+    "PET": "perpetune.pets.base",
+    "PerpetuneError": "perpetune.errors",
+    "Place": "perpetune.pets.base",
+    "Prediction": "perpetune.learner",
+    "Recipe": "perpetune.recipe",
+    "Runtime": "perpetune.runtime",
+    "Task": "perpetune.tasks",
+    "fit": "perpetune.fit",
+    "load_backbone": "perpetune.models.backbones",
+    "load_recipe": "perpetune.recipe",
+}
+
+__all__ = [
+    "PET",
+    "Backbone",
+    "Batch",
+    "FitConfig",
+    "Head",
+    "Learner",
+    "Method",
+    "PerpetuneError",
+    "Place",
+    "Prediction",
+    "Recipe",
+    "Runtime",
+    "Task",
+    "__version__",
+    "fit",
+    "load_backbone",
+    "load_recipe",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'perpetune' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -1,0 +1,75 @@
+"""From a recipe to the things it names."""
+
+from __future__ import annotations
+
+import torch
+
+from perpetune import registry
+from perpetune.data.sources import Source
+from perpetune.data.stream import Stream, build_stream
+from perpetune.errors import UsageError
+from perpetune.heads.base import Head
+from perpetune.methods.base import Method
+from perpetune.models.backbone import Backbone
+from perpetune.models.backbones import load_backbone
+from perpetune.models.classifier import ImageClassifier
+from perpetune.models.families import places
+from perpetune.pets import inject
+from perpetune.recipe import Recipe
+from perpetune.runtime import Runtime, pick_device
+from perpetune.seeding import generator, own_global_state
+
+
+def build_backbone(recipe: Recipe) -> Backbone:
+    """The frozen pretrained model, on the CPU."""
+    section = recipe.backbone
+    return load_backbone(
+        section.name,
+        pretrained=section.pretrained,
+        image_size=section.image_size,
+        architecture=section.architecture,
+        load_in_4bit=section.load_in_4bit,
+        seed=recipe.seed,
+    )
+
+
+def build_method(recipe: Recipe, backbone: Backbone) -> Method:
+    """A method that has learned nothing yet, on the backbone's device."""
+    if recipe.pet is not None:
+        kind, rng = registry.find("pets", recipe.pet.name), generator(recipe.seed, "pet")
+        options = registry.options("pets", recipe.pet.name, recipe.pet.options)
+        at = recipe.pet.at or kind.default_at
+        inject(backbone.net, places(backbone.net, at, recipe.pet.blocks), lambda place: kind(place, rng, **options))
+    head: Head = registry.find("heads", recipe.head.name)(
+        backbone.dim, **registry.options("heads", recipe.head.name, recipe.head.options)
+    )
+    with own_global_state(recipe.seed, "method"):
+        method: Method = registry.find("methods", recipe.method.name)(
+            ImageClassifier(backbone, head), **recipe.method_options()
+        )
+    return method.requires_grad_(False).eval()
+
+
+def build_data(recipe: Recipe, backbone: Backbone) -> Stream:
+    """The stream of tasks, images not yet read."""
+    if recipe.data is None:
+        raise UsageError(f"recipe {recipe.name} names no data: add a `data:` section, or feed it with `perpetune update`")
+    options = registry.options("data", recipe.data.name, recipe.data.options)
+    source: Source = registry.find("data", recipe.data.name)(**options)
+    return build_stream(source, recipe.stream, backbone.preprocess, seed=recipe.seed)
+
+
+def build_runtime(recipe: Recipe) -> Runtime:
+    """Device, precision, processes and threads, with nothing stored and nobody watching yet."""
+    section = recipe.run
+    if section.threads:
+        torch.set_num_threads(section.threads)
+    try:
+        device = pick_device(section.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"run.device {section.device!r} cannot be used here: {reason}; `auto` picks one") from None
+    runtime = Runtime(recipe.seed, device, section.precision, section.workers)
+    runtime.device = runtime.accelerator.device
+    return runtime

@@ -1,0 +1,81 @@
+"""What a person sees while it learns: a line per task, a moving bar, and the accuracy row with what changed."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from perpetune.report.terminal import compare_table, figures_line, matrix_table, row_line
+from perpetune.runtime import Silent
+
+
+@contextlib.contextmanager
+def watch(quiet: bool) -> Iterator[Any]:
+    """A `perpetune.runtime.Progress` that draws on the terminal; one process of several draws."""
+    import os
+
+    if quiet or os.environ.get("RANK", "0") != "0":
+        yield Silent()
+        return
+    console = Console(highlight=False)
+    columns = (
+        TextColumn("  {task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[facts]}"),
+        TimeRemainingColumn(compact=True),
+    )
+    with Progress(*columns, console=console, transient=True) as bars:
+        yield Live(console, bars)
+
+
+class Live:
+    """The live view; see `perpetune.runtime.Progress` for its calls."""
+
+    def __init__(self, console: Console, bars: Progress):
+        self.console, self.bars = console, bars
+        self.bar = bars.add_task("", total=None, facts="", visible=False)
+        self.epochs, self.started, self.images, self.loss = 1, time.perf_counter(), 0, ""
+
+    def note(self, message: str) -> None:
+        self.console.print(Text(f"note: {message}", style="yellow"))
+
+    def task(self, index: int, name: str, classes: int, examples: int) -> None:
+        self.console.print(
+            Text.assemble((f"task {index + 1} {name}", "bold"), f"  {classes} classes, {examples} training images")
+        )
+
+    def phase(self, phase: str, steps: int, epochs: int, done: int) -> None:
+        self.epochs, self.started, self.images, self.loss = epochs, time.perf_counter(), 0, ""
+        self.bars.reset(self.bar, description=phase, total=steps, completed=done, facts="", visible=True)
+
+    def step(self, done: int, epoch: int, loss: float | None, images: int) -> None:
+        self.images += images
+        if loss is not None:
+            self.loss = f"loss {loss:.3f}  "
+        speed = self.images / max(1e-9, time.perf_counter() - self.started)
+        facts = f"epoch {epoch + 1}/{self.epochs}  {self.loss}{speed:.0f} images/s"
+        self.bars.update(self.bar, completed=done, facts=facts)
+
+    def results(self, results: dict[str, Any]) -> None:
+        self.bars.update(self.bar, visible=False)
+        self.console.print(row_line(results))
+
+
+def show_results(results: dict[str, Any]) -> None:
+    """The accuracy matrix and the figures under it."""
+    console = Console(highlight=False)
+    console.print()
+    console.print(matrix_table(results))
+    console.print(figures_line(results))
+
+
+def show_comparison(comparison: dict[str, Any]) -> None:
+    """Several runs in one table."""
+    Console(highlight=False).print(compare_table(comparison))

@@ -1,0 +1,1 @@
+"""Data: from folders, manifests, parquet files and data sets to a stream of tasks."""

@@ -1,0 +1,191 @@
+"""Pictures in arrow tables, and the parquet files they come from."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from perpetune.data.columns import class_names, group_column, named
+from perpetune.data.sources import Source, Table, existing
+from perpetune.data.text import natural, printable, several
+from perpetune.errors import DataError, MissingExtra
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What the columns are called; without a `group`, one called `task` or `domain` is taken."""
+
+    image: str = "image"
+    label: str = "label"
+    group: str | None = None
+
+
+class ArrowTable(Table):
+    """Pictures in an arrow column, as bytes or as `{bytes, path}`; a row may hold a path alone.
+
+    Args:
+        images: a `pyarrow.ChunkedArray`; stays where it is, memory-mapped if it was.
+        origins: name of each file or data set that rows came from, and its number of rows.
+    """
+
+    def __init__(
+        self,
+        images: Any,
+        labels: Sequence[str],
+        groups: Sequence[str] | None,
+        origins: Sequence[tuple[str, int]],
+    ):
+        super().__init__(labels, groups)
+        self.images = images
+        self.origins = origins
+
+    def encoded(self, i: int) -> str | bytes:
+        cell = self.images[i].as_py()
+        if isinstance(cell, dict):
+            cell = cell.get("bytes") or cell.get("path")
+        return cell or b""
+
+    def name(self, i: int) -> str:
+        cell = self.images[i].as_py()
+        path = cell.get("path") if isinstance(cell, dict) else None
+        starts = [0, *itertools.accumulate(rows for _, rows in self.origins)]
+        part = bisect.bisect_right(starts, i) - 1
+        return f"{self.origins[part][0]} row {i - starts[part]}" + (f" ({printable(path)})" if path else "")
+
+    def key(self, i: int) -> str:
+        return str(i)
+
+
+def arrow_table(parts: Sequence[tuple[str, Any]], columns: Columns, names: Sequence[str] | None = None) -> ArrowTable:
+    """One table out of arrow tables, each with the name it goes by.
+
+    Args:
+        names: class names for whole-number labels of parts that bring none.
+
+    Raises:
+        DataError: a column is missing or of a type that cannot be used; or there is no row.
+    """
+    import pyarrow as pa
+
+    images, origins = [], []
+    labels: list[str] = []
+    groups: list[str] = []
+    for where, table in parts:
+        found = table.column_names
+        for column in (columns.image, columns.label):
+            if column not in found:
+                raise DataError(f"{where}: no column '{column}'; found: {several(found, 20)}")
+        group = group_column(found, columns.group, where)
+        image = table.column(columns.image)
+        if not (_holds_pictures(image.type) or len(image) == 0):
+            raise DataError(
+                f"{where}: column '{columns.image}' is {image.type}; expected encoded pictures, "
+                "binary or {bytes, path}"
+            )
+        images += image.chunks
+        known = class_names(table.schema, columns.label) or names
+        labels += named(table.column(columns.label).to_pylist(), known, columns.label, where)
+        if group is None:
+            groups += [""] * len(image)
+        else:
+            groups += named(table.column(group).to_pylist(), class_names(table.schema, group), group, where)
+        origins.append((where, len(image)))
+    if not labels:
+        raise DataError(f"{several([where for where, _ in parts])}: no rows")
+    return ArrowTable(pa.chunked_array(images), labels, groups if any(groups) else None, origins)
+
+
+def _holds_pictures(kind: Any) -> bool:
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
+        return "bytes" in [kind.field(i).name for i in range(kind.num_fields)]
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+class ParquetSource(Source):
+    """Parquet files with a column of encoded pictures (`{bytes, path}` or bytes) and one of labels.
+
+    Args:
+        path: a file, a list of files, or a folder with `train*.parquet` and `test*.parquet` (or `val*`).
+        test: file or files of the test pictures.
+        image_column, label_column: what the columns are called. Whole-number labels take their names from
+            the Hugging Face metadata of the file, else of the first training file, where there are any.
+        group_column: the column with the task or domain; default: `task` or `domain`, whichever is there.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str | list[str],
+        test: str | list[str] | None = None,
+        image_column: str = "image",
+        label_column: str = "label",
+        group_column: str | None = None,
+    ):
+        self.path = path
+        self.test_path = test
+        self.columns = Columns(image_column, label_column, group_column)
+
+    def train(self) -> ArrowTable:
+        train, _ = self._files()
+        return self._table(train, train)
+
+    def test(self) -> ArrowTable | None:
+        train, test = self._files()
+        both = [f for f in test if any(os.path.samefile(f, g) for g in train)]
+        if both:
+            raise DataError(f"the same file in train and in test: {several([printable(f) for f in both])}")
+        return self._table(test, train) if test else None
+
+    def _table(self, files: Sequence[str], train: Sequence[str]) -> ArrowTable:
+        parts = [(printable(file), _read(file, self.columns)) for file in files]
+        return arrow_table(parts, self.columns, class_names(_schema(train[0]), self.columns.label))
+
+    def _files(self) -> tuple[list[str], list[str]]:
+        """Files of the training and of the test pictures."""
+        asked = _listed(self.test_path) if self.test_path is not None else []
+        if not isinstance(self.path, str) or not os.path.isdir(self.path):
+            return _listed(self.path), asked
+        found = natural(f for f in os.listdir(self.path) if f.endswith(".parquet") and not f.startswith("."))
+        split = {s: [os.path.join(self.path, f) for f in found if f.startswith(s)] for s in ("train", "test", "val")}
+        if not split["train"]:
+            raise DataError(f"{printable(self.path)}: no train*.parquet; found: {several(found) or 'no parquet file'}")
+        return split["train"], asked or split["test"] or split["val"]
+
+
+def _listed(paths: str | list[str]) -> list[str]:
+    files = [existing(path, "parquet file") for path in ([paths] if isinstance(paths, str) else paths)]
+    if not files:
+        raise DataError("data: parquet: the list of files is empty")
+    return files
+
+
+def _schema(file: str) -> Any:
+    """The arrow schema of a parquet file."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise MissingExtra("data: parquet", "data") from None
+    try:
+        return pq.read_schema(file)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{printable(file)}: not a readable parquet file: {str(error).splitlines()[0]}") from error
+
+
+def _read(file: str, columns: Columns) -> Any:
+    """The columns of a file that are of use, as far as they are there; the rest may be large."""
+    wanted = {columns.image, columns.label, columns.group, "task", "domain"}
+    names = [name for name in _schema(file).names if name in wanted]
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_table(file, columns=names, partitioning=None)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{printable(file)}: not a readable parquet file: {str(error).splitlines()[0]}") from error

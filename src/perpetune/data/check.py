@@ -1,0 +1,119 @@
+"""Looking at every picture before a task trains on it: which cannot be read, and which are in two splits."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Literal, TypeVar
+
+from perpetune.data.sources import Table
+from perpetune.data.text import several
+from perpetune.errors import DataError
+
+Depth = Literal["decode", "header", "none"]
+Report = Callable[[int, int], None]  # pictures looked at, and of how many
+
+_THREADS = min(8, os.cpu_count() or 1)
+_CHUNK = 32  # pictures that a thread takes at a time
+
+T = TypeVar("T")
+
+
+def find_bad(
+    parts: Sequence[tuple[Table, Sequence[int]]], depth: Depth, max_bad: int, where: str, report: Report | None = None
+) -> list[dict[int, str]]:
+    """The rows of each part whose picture cannot be read, with the reason, which names it.
+
+    Raises:
+        DataError: there are more than `max_bad`.
+    """
+    bad: list[dict[int, str]] = [{} for _ in parts]
+    if depth == "none":
+        return bad
+    total, done = sum(len(rows) for _, rows in parts), 0
+    reasons: list[str] = []
+    for found, (table, rows) in zip(bad, parts, strict=True):
+        look = table.open if depth == "decode" else table.probe
+        for row, reason in zip(rows, in_threads(partial(_fault, look), rows), strict=True):
+            done += 1
+            if reason is not None:
+                found[row] = reason
+                reasons.append(reason)
+            if len(reasons) > max_bad:
+                raise DataError(f"{where}: more than {max_bad} pictures are bad (stream.max_bad): {several(reasons)}")
+            if report is not None and (done % _CHUNK == 0 or done == total):
+                report(done, total)
+    return bad
+
+
+def _fault(look: Callable[[int], object], i: int) -> str | None:
+    try:
+        look(i)
+    except DataError as error:
+        return str(error)
+    return None
+
+
+def in_threads(work: Callable[[int], T], rows: Sequence[int]) -> Iterator[T]:
+    """`work` of each row, in order. Chunks are handed out as results are taken, so a caller may stop early."""
+    chunks = [rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK)]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for start in range(0, len(chunks), 4 * _THREADS):
+            for results in pool.map(lambda chunk: [work(i) for i in chunk], chunks[start : start + 4 * _THREADS]):
+                yield from results
+
+
+def find_overlap(train: Table, test: Table, contents: bool) -> list[tuple[int, int]]:
+    """Training and test rows that are one file, or with `contents` have the same bytes; each test row once.
+
+    Bytes are compared by a hash, and only where size and then the first 4 KiB are the same.
+    """
+    found = _matches(train, test, [_identity])
+    if contents:
+        found |= _matches(train, test, [_size, _start, _whole])
+    return sorted((a, b) for b, a in found.items())
+
+
+def _matches(train: Table, test: Table, steps: Sequence[Callable[[Table, int], object]]) -> dict[int, int]:
+    """For each test row that agrees with a training row in every step: the first such row."""
+    left: dict[int, object] = dict.fromkeys(range(len(train)))
+    right: dict[int, object] = dict.fromkeys(range(len(test)))
+    for step in steps:
+        left, right = _values(train, left, step), _values(test, right, step)
+        common = set(left.values()) & set(right.values())
+        left = {row: value for row, value in left.items() if value in common}
+        right = {row: value for row, value in right.items() if value in common}
+    first = {value: row for row, value in reversed(left.items())}
+    return {row: first[value] for row, value in right.items()}
+
+
+def _values(table: Table, rows: Iterable[int], step: Callable[[Table, int], object]) -> dict[int, object]:
+    chosen = list(rows)
+    values = zip(chosen, in_threads(partial(step, table), chosen), strict=True)
+    return {row: value for row, value in values if value is not None}
+
+
+def _identity(table: Table, i: int) -> tuple[int, int] | None:
+    path = table.encoded(i) if table.files else b""
+    if isinstance(path, bytes):
+        return None
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # reported by find_bad
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _size(table: Table, i: int) -> int | None:
+    return table.size(i) or None
+
+
+def _start(table: Table, i: int) -> bytes:
+    return hashlib.sha256(table.content(i, 4096)).digest()
+
+
+def _whole(table: Table, i: int) -> bytes:
+    return hashlib.sha256(table.content(i)).digest()

@@ -1,0 +1,52 @@
+"""Labels and groups out of named columns, as manifests and arrow tables have them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from perpetune.data.text import label_of, several
+from perpetune.errors import DataError, UsageError
+
+
+def group_column(columns: Collection[str], asked: str | None, where: str) -> str | None:
+    """The column with the task or domain: the one asked for, else `task` or `domain`, whichever is there."""
+    if asked is not None:
+        if asked not in columns:
+            raise DataError(f"{where}: no column '{asked}'; found: {several(columns, 20)}")
+        return asked
+    there = [name for name in ("task", "domain") if name in columns]
+    if len(there) > 1:
+        raise UsageError(f"{where}: has a column task and a column domain; set group_column to one of them")
+    return there[0] if there else None
+
+
+def class_names(schema: Any, column: str) -> list[str] | None:
+    """Names of a `ClassLabel` column from the Hugging Face metadata of an arrow schema; None without."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return [str(name) for name in features[column]["names"]]
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def named(values: Sequence[Any], names: Sequence[str] | None, column: str, where: str) -> list[str]:
+    """A label or group column as text: positions in `names` by name, other whole numbers as they are.
+
+    A missing cell is `""`.
+
+    Raises:
+        DataError: a cell of another type, or a position outside `names`.
+    """
+    known: dict[Any, str] = {None: ""}
+    for row, value in enumerate(values):
+        if value in known:
+            continue
+        at = f"{where} row {row}: column '{column}'"
+        if isinstance(value, bool) or not isinstance(value, int | str):
+            raise DataError(f"{at} holds {type(value).__name__}; expected text or a whole number")
+        if isinstance(value, int) and names is not None and not 0 <= value < len(names):
+            raise DataError(f"{at} is {value}; there are {len(names)} class names")
+        known[value] = label_of(names[value] if isinstance(value, int) and names is not None else str(value))
+    return [known[value] for value in values]

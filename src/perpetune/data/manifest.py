@@ -1,0 +1,165 @@
+"""A list of pictures in a CSV or JSONL file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from perpetune.data.columns import group_column
+from perpetune.data.rows import cell_text, read_rows
+from perpetune.data.sources import FileTable, Source, existing
+from perpetune.data.text import label_of, natural, printable, several
+from perpetune.errors import DataError, closest
+
+Split = Literal["train", "test", "validation"]
+
+_SPLITS: dict[str, Split] = {
+    "train": "train",
+    "training": "train",
+    "test": "test",
+    "testing": "test",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "dev": "validation",
+}
+
+
+@dataclass(frozen=True)
+class _Record:
+    at: str  # file and line
+    split: Split
+    path: str
+    label: str
+    group: str
+
+
+class ManifestSource(Source):
+    """A CSV file (comma, semicolon or tab, with a header) or a JSONL file (one object a line).
+
+    A picture's path is relative to the manifest. Rows that repeat an earlier one are left out with a warning.
+
+    Args:
+        path: the manifest.
+        test: manifest of the test pictures; default: the rows whose split is `test` (or `val` where none is).
+        path_column, label_column: what the columns are called.
+        group_column: the column with the task or domain; default: `task` or `domain`, whichever is there.
+        split_column: the column that says train, test or val; default: `split`, if it is there.
+        labels: the labels that may occur; any other is an error. Default: no restriction.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        test: str | None = None,
+        path_column: str = "path",
+        label_column: str = "label",
+        group_column: str | None = None,
+        split_column: str | None = None,
+        labels: list[str] | None = None,
+    ):
+        self.path = path
+        self.test_path = test
+        self.path_column = path_column
+        self.label_column = label_column
+        self.group_column = group_column
+        self.split_column = split_column
+        self.labels = None if labels is None else [label_of(label) for label in labels]
+
+    def train(self) -> FileTable:
+        table = self._table(self.path, [r for r in self._records if r.split == "train"])
+        if not len(table):
+            raise DataError(f"{printable(self.path)}: no row belongs to the train split")
+        if self.labels is not None:
+            unused = natural(set(self.labels) - set(table.labels))
+            if unused:
+                table.warnings.append(f"{printable(self.path)}: no picture of declared label {several(unused)}")
+        return table
+
+    def test(self) -> FileTable | None:
+        if self.test_path is not None:
+            return self._table(self.test_path, self._read(self.test_path, split="test"))
+        tests = [r for r in self._records if r.split == "test"]
+        held = [r for r in self._records if r.split == "validation"]
+        if not tests and not held:
+            return None
+        table = self._table(self.path, tests or held)
+        if tests and held:
+            table.warnings.append(f"{printable(self.path)}: {len(held)} validation rows are not used beside test")
+        return table
+
+    @cached_property
+    def _records(self) -> list[_Record]:
+        return self._read(self.path, split="train" if self.test_path is not None else None)
+
+    def _read(self, path: str, split: Split | None) -> list[_Record]:
+        """All rows; they belong to `split`, or to what the split column says, or to train."""
+        rows = read_rows(existing(path, "manifest"))
+        here = printable(path)
+        columns = list(dict.fromkeys(c for _, row in rows for c in row))
+        for wanted in (self.path_column, self.label_column, self.split_column):
+            if wanted is not None and wanted not in columns:
+                raise DataError(f"{here}: no column '{wanted}'; found: {several(columns, 20)}")
+        group = group_column(columns, self.group_column, here)
+        choice = self.split_column or ("split" if "split" in columns else None)
+        if split is not None or choice is None:
+            splits: list[Split] = [split or "train"] * len(rows)
+        else:
+            splits = [_split(row.get(choice), at) for at, row in rows]
+        records = [
+            _Record(
+                at,
+                part,
+                cell_text(row.get(self.path_column), self.path_column, at).strip(),
+                label_of(cell_text(row.get(self.label_column), self.label_column, at)),
+                label_of(cell_text(row.get(group), group, at)) if group is not None else "",
+            )
+            for (at, row), part in zip(rows, splits, strict=True)
+        ]
+        self._check(records, here)
+        return records
+
+    def _check(self, records: Sequence[_Record], here: str) -> None:
+        for what, column, lines in (
+            ("path", self.path_column, [r.at for r in records if not r.path]),
+            ("label", self.label_column, [r.at for r in records if not r.label]),
+        ):
+            if lines:
+                raise DataError(f"no {what} (column '{column}') in {several(lines)}")
+        if self.labels is not None:
+            declared = set(self.labels)
+            foreign = {r.label: r.at for r in reversed(records) if r.label not in declared}
+            if foreign:
+                names = several([f"'{label}' ({at})" for label, at in reversed(foreign.items())])
+                near = closest(next(reversed(foreign)), declared)
+                raise DataError(f"label not declared under data.labels: {names}; {near}")
+
+    def _table(self, path: str, records: Sequence[_Record]) -> FileTable:
+        first: dict[tuple[str, str], _Record] = {}
+        for record in records:
+            before = first.setdefault((record.path, record.group), record)
+            if before.label != record.label:
+                raise DataError(
+                    f"{record.at}: {printable(record.path)} has label '{record.label}', but '{before.label}' before"
+                )
+        kept = list(first.values())
+        grouped = any(r.group for r in kept)
+        repeated = len(records) - len(kept)
+        return FileTable(
+            os.path.dirname(path),
+            [r.path for r in kept],
+            [r.label for r in kept],
+            [r.group for r in kept] if grouped else None,
+            [f"{printable(path)}: {repeated} rows repeat an earlier one and are left out"] if repeated else [],
+        )
+
+
+def _split(value: Any, at: str) -> Split:
+    name = str(value or "").strip().lower()
+    if name not in _SPLITS:
+        raise DataError(f"{at}: split '{printable(name)}' is not one of train, test, val")
+    return _SPLITS[name]

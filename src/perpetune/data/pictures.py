@@ -1,0 +1,225 @@
+"""Picture files: finding them, and reading them as a person sees them."""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from perpetune.data.text import natural_key, printable
+from perpetune.errors import DataError, UsageError
+from perpetune.models.preprocess import Preprocess
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
+    ".pnm", ".avif", ".jp2",
+)  # fmt: skip
+
+# What Pillow's readers raise on bytes that are torn or made up; they have no common class of their own.
+_BROKEN = (
+    OSError,
+    EOFError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    LookupError,
+    ArithmeticError,
+    MemoryError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+)
+
+
+def is_picture(name: str) -> bool:
+    """By its suffix alone."""
+    return name.lower().endswith(SUFFIXES)
+
+
+def read_picture(source: str | bytes, name: str) -> Image:
+    """The picture in a file (a path) or in its bytes, in RGB, upright, transparency on white.
+
+    Of an animation it is the first frame. Pixels of more than 8 bits are scaled, not clipped: 16 bit by
+    1/257; 32 bit integers and floats by 255 where all are in 0..1 (floats), unchanged in 0..255, by
+    1/257 in 0..65535, else their range is stretched.
+
+    Raises:
+        DataError: `name` and what is wrong with it.
+    """
+    return _read(source, name, pixels=True)
+
+
+def read_header(source: str | bytes, name: str) -> None:
+    """Raises DataError if the file is not there, not a picture or too large; does not look at the pixels."""
+    _read(source, name, pixels=False)
+
+
+def load_picture(path: str | os.PathLike[str], view: Preprocess) -> Tensor:
+    """The picture at `path` as uint8 `(3, S, S)`, as for evaluation."""
+    return view(read_picture(os.fspath(path), printable(os.fspath(path))))
+
+
+def picture_files(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """The files among `paths`, and the pictures in the folders among them at any depth, in natural order.
+
+    Raises:
+        UsageError: a path does not exist.
+        DataError: there is no picture.
+    """
+    files: list[Path] = []
+    for path in [os.fspath(path) for path in paths]:
+        if os.path.isdir(path):
+            files += [Path(path, name) for name in walk(path)[0]]
+        elif os.path.exists(path):
+            files.append(Path(path))
+        else:
+            raise UsageError(f"{printable(path)}: no such file or folder")
+    if not files:
+        where = ", ".join(printable(os.fspath(p)) for p in paths) or "no path was given"
+        raise DataError(f"no picture found: {where}; known suffixes: {' '.join(SUFFIXES)}")
+    return list(dict.fromkeys(files))
+
+
+def list_folder(path: str) -> tuple[list[str], list[str], int]:
+    """Names of folders and of pictures in one folder, in natural order, and how many other files it has.
+
+    Hidden names are left out. A dangling link with a picture's name counts as a picture, so that it is
+    reported and not overlooked.
+    """
+    folders, pictures, others = [], [], 0
+    try:
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if _is_folder(entry):
+                    folders.append(entry.name)
+                elif is_picture(entry.name) and (entry.is_symlink() or entry.is_file()):
+                    pictures.append(entry.name)
+                else:
+                    others += 1
+    except OSError as error:
+        raise DataError(f"{printable(path)}: {_reason(error)}") from error
+    return sorted(folders, key=natural_key), sorted(pictures, key=natural_key), others
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def walk(path: str) -> tuple[list[str], int]:
+    """All pictures under a folder, as names relative to it with `/`, and how many other files there are.
+
+    Links are followed, except into a folder that the walk is inside of.
+    """
+    return _walk(path, "", frozenset())
+
+
+def _walk(path: str, prefix: str, inside: frozenset[tuple[int, int]]) -> tuple[list[str], int]:
+    folders, names, others = list_folder(path)
+    status = os.stat(path)
+    here = (status.st_dev, status.st_ino)
+    if here in inside:
+        return [], 0
+    pictures = [prefix + name for name in names]
+    for folder in folders:
+        more, other = _walk(os.path.join(path, folder), f"{prefix}{folder}/", inside | {here})
+        pictures += more
+        others += other
+    return pictures, others
+
+
+def _read(source: str | bytes, name: str, pixels: bool) -> Image:
+    from PIL import Image
+
+    if not source:
+        raise DataError(f"{name}: the picture is empty")
+    try:
+        with Image.open(source if isinstance(source, str) else BytesIO(source)) as image:
+            limit = Image.MAX_IMAGE_PIXELS  # Pillow itself refuses only twice as many
+            if limit is not None and image.width * image.height > limit:
+                raise Image.DecompressionBombError
+            if not pixels:
+                return image
+            image.load()
+            return as_rgb(image)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DataError(f"{name}: larger than Pillow's limit of {Image.MAX_IMAGE_PIXELS} pixels") from error
+    except _BROKEN as error:
+        raise DataError(f"{name}: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    from PIL import UnidentifiedImageError
+
+    if isinstance(error, UnidentifiedImageError):
+        return "not a picture that Pillow can read"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    lines = str(error).splitlines() or [type(error).__name__]
+    return printable(lines[0])
+
+
+def as_rgb(image: Image) -> Image:
+    """`image` in RGB as a person sees it; see `read_picture`."""
+    from PIL import Image as Images
+
+    image = _upright(image)
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        image = Images.fromarray(_to_bytes(np.asarray(image)))
+    if image.has_transparency_data:
+        if image.mode == "La":  # premultiplied; Pillow has no direct way to RGBA
+            image = image.convert("LA")
+        image = image.convert("RGBA")
+        return Images.alpha_composite(Images.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _upright(image: Image) -> Image:
+    from PIL.Image import Transpose
+
+    try:
+        orientation = image.getexif().get(0x0112, 1)
+    except _BROKEN:  # the pixels are fine, and viewers show them as they are
+        return image
+    turn = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }.get(orientation)
+    return image if turn is None else image.transpose(turn)
+
+
+def _to_bytes(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Grey values `(H, W)` of more than 8 bits as uint8."""
+    values = np.nan_to_num(pixels.astype(np.float64), posinf=0, neginf=0)
+    low, high = values.min(), values.max()
+    if pixels.dtype.str[1:] == "u2" or (low >= 0 and 255 < high <= 65535):
+        values = values / 257
+    elif pixels.dtype.kind == "f" and low >= 0 and high <= 1:
+        values = values * 255
+    elif low < 0 or high > 65535:
+        values = (values - low) * (255 / (high - low)) if high > low else values * 0
+    rounded: np.ndarray[Any, Any] = np.round(values).astype(np.uint8)
+    return rounded

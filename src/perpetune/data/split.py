@@ -1,0 +1,105 @@
+"""How examples and classes are divided: by a hash of what each one is called.
+
+So a choice does not depend on the order of a file listing, nor on what else is there: when a class
+or some pictures are added later, what was chosen among the others stays as it was, nearly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+from perpetune.data.text import natural, several
+from perpetune.errors import UsageError, closest
+from perpetune.seeding import seed_of
+
+Key = Callable[[int], str]
+
+
+def by_label(rows: Iterable[int], labels: Sequence[str]) -> dict[str, list[int]]:
+    """The rows of each label, in the order they come."""
+    groups: dict[str, list[int]] = {}
+    for row in rows:
+        groups.setdefault(labels[row], []).append(row)
+    return groups
+
+
+def hold_out(
+    rows: Iterable[int], labels: Sequence[str], key: Key, *, share: float, seed: int, purpose: str
+) -> tuple[list[int], list[int]]:
+    """`rows` in two parts, kept and held out, each in the order given.
+
+    Of the n rows of a label, `share * n` are held out, rounded, but at least one and at most n - 1
+    (so none of a single one).
+    """
+    rows = list(rows)
+    out: set[int] = set()
+    for members in by_label(rows, labels).values():
+        n = len(members)
+        count = min(max(math.floor(share * n + 0.5), 1), n - 1) if share > 0 else 0
+        out.update(_ranked(members, key, seed, purpose)[:count])
+    return [r for r in rows if r not in out], [r for r in rows if r in out]
+
+
+def limit(
+    rows: Iterable[int], labels: Sequence[str], key: Key, *, per_class: int | None, seed: int, purpose: str
+) -> list[int]:
+    """At most `per_class` rows of each label, drawn by the seed, in the order given."""
+    rows = list(rows)
+    if per_class is None:
+        return rows
+    chosen: set[int] = set()
+    for members in by_label(rows, labels).values():
+        chosen.update(_ranked(members, key, seed, purpose)[:per_class])
+    return [r for r in rows if r in chosen]
+
+
+def _ranked(rows: Iterable[int], key: Key, seed: int, purpose: str) -> list[int]:
+    return sorted(rows, key=lambda row: (seed_of(seed, purpose, key(row)), row))
+
+
+def seeded_order(names: Iterable[str], seed: int) -> list[str]:
+    """A permutation of `names` that depends on the seed, not on the order they come in."""
+    return sorted(names, key=lambda name: (seed_of(seed, "class order", name), name))
+
+
+def given_order(order: Sequence[str], names: Iterable[str], where: str, what: str) -> tuple[list[str], list[str]]:
+    """`order` after a check against the `names` there are, and a warning about those it leaves out.
+
+    Raises:
+        UsageError: an unknown name, or one that occurs twice. `where` is the recipe's key, `what` a plural.
+    """
+    known = set(names)
+    for name in order:
+        if name not in known:
+            raise UsageError(f"{where}: '{name}' is not among the {what} of the training data; {closest(name, known)}")
+    twice = natural({name for name in order if order.count(name) > 1})
+    if twice:
+        raise UsageError(f"{where}: named twice: {several(twice)}")
+    left = natural(known - set(order))
+    return list(order), [f"{where}: {what} left out: {several(left)}"] if left else []
+
+
+def in_tasks(classes: Sequence[str], per_task: int | Sequence[int] | None) -> tuple[list[list[str]], list[str]]:
+    """`classes` cut into tasks in their order, and warnings.
+
+    Raises:
+        UsageError: `per_task` is missing, or does not fit the number of classes.
+    """
+    n = len(classes)
+    where = "stream.classes_per_task"
+    if per_task is None:
+        raise UsageError(f"{where} is missing: by: class needs it; there are {n} classes")
+    if isinstance(per_task, int):
+        if per_task > n:
+            raise UsageError(f"{where}: {per_task} is more than the {n} classes there are")
+        sizes = [min(per_task, n - start) for start in range(0, n, per_task)]
+    else:
+        sizes = list(per_task)
+        if sum(sizes) != n:
+            raise UsageError(f"{where}: {list(per_task)} adds up to {sum(sizes)}, but there are {n} classes")
+    starts = [sum(sizes[:t]) for t in range(len(sizes))]
+    tasks = [list(classes[start : start + size]) for start, size in zip(starts, sizes, strict=True)]
+    if isinstance(per_task, int) and sizes[-1] < per_task:
+        return tasks, [f"{where}: {n} classes in tasks of {per_task} leave {sizes[-1]} for the last task"]
+    return tasks, []

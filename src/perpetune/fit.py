@@ -1,0 +1,205 @@
+"""The one gradient-descent loop of the library. Methods call it; it knows nothing of them.
+
+A step is counted over all processes and micro-batches: `batch_size` examples, whatever the number of
+processes or `accumulate`. Where it stands is one number, the steps done; order, augmentation and
+dropout are functions of (seed, task, phase, epoch or step), so nothing random is ever stored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from perpetune.errors import Interrupted, PerpetuneError
+from perpetune.runtime import Runtime
+from perpetune.seeding import own_global_state, seed_of
+from perpetune.tasks import Batch, Task, load_batches
+
+Loss = Callable[[Task, Batch], Tensor]
+LOG_EVERY = 10  # steps between two looks at the loss; each look waits for the device
+
+
+class FitConfig(BaseModel):
+    """How one phase of gradient training goes; the `train:` section of a recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    epochs: Annotated[int, Field(ge=0)] = 5
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    """Examples per optimizer step, over all processes."""
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    """Micro-batches that a step's examples are cut into, to save memory; the result is the same."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    head_lr: Annotated[float, Field(gt=0)] | None = None
+    """Learning rate of the head, when it differs from the PET's."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Of SGD."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of AdamW."""
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the steps over which the learning rate rises linearly from zero."""
+    clip: Annotated[float, Field(gt=0)] | None = None
+    """Largest norm of the gradient over all trained parameters."""
+
+
+def fit(
+    loss: Loss,
+    parameters: Sequence[nn.Parameter] | Sequence[tuple[Sequence[nn.Parameter], float]],
+    task: Task,
+    config: FitConfig,
+    *,
+    phase: str = "train",
+) -> None:
+    """Minimise the mean of `loss(task, batch)` over the task's training data, in place.
+
+    Args:
+        loss: the mean loss of a batch, a scalar.
+        parameters: what is trained, or groups of (parameters, learning rate); `requires_grad` is set
+            for the time of the call and all else keeps it off.
+        task: the data, and through `task.runtime` the device, processes, checkpoints and progress.
+        config: epochs, batch size, optimizer, schedule.
+        phase: a name unique among the calls that one `learn` makes. A resumed run loads a finished
+            phase instead of repeating it, and goes on in the open one.
+
+    Raises:
+        PerpetuneError: the loss is not finite; says where.
+        Interrupted: a signal asked for a stop; a checkpoint is written.
+    """
+    run = task.runtime
+    groups = [
+        {"params": list(p), "lr": lr, "peak": lr} for p, lr in _grouped(parameters, config.lr) if len(p) > 0
+    ]
+    trained: list[nn.Parameter] = [p for g in groups for p in g["params"]]  # type: ignore[attr-defined]
+    per_epoch = math.ceil(len(task.train) / config.batch_size)
+    total = per_epoch * config.epochs
+    if not trained or total == 0:
+        return
+    with _trainable(trained):
+        optimizer = run.accelerator.prepare(make_optimizer(groups, config))
+        done = run.checkpoints.begin(phase, optimizer, run.accelerator) if run.checkpoints else 0
+        if done is None:
+            return
+        run.progress.phase(phase, total, config.epochs, done)
+        for step, shares in _steps(task, config, phase, done):
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * schedule(config, step, total)
+            with own_global_state(run.seed, "task", task.index, phase, "step", step, run.rank):
+                value = _backward(loss, task, shares, run)
+            if run.world > 1:
+                _sum_gradients(trained, run)
+                value = run.sum(value)
+            if config.clip is not None:
+                run.accelerator.clip_grad_norm_(trained, config.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            done = step + 1
+            due = done % LOG_EVERY == 0 or done == total
+            stop = run.stop_requested(due=due)
+            if due or stop is not None:
+                _check_finite(value, task, phase, step, per_epoch)
+            images = min(config.batch_size, len(task.train) - (step % per_epoch) * config.batch_size)
+            run.progress.step(done, step // per_epoch, float(value) if due else None, images)
+            if run.checkpoints:
+                run.checkpoints.step(done, total, images, force=stop is not None)
+            if stop is not None:
+                raise Interrupted(f"stopped in task {task.name}, phase {phase}, after step {done} of {total}", stop)
+    if run.checkpoints:
+        run.checkpoints.finish()
+
+
+def make_optimizer(groups: Iterable[dict[str, Any]], config: FitConfig) -> torch.optim.Optimizer:
+    """The optimizer that `config` names, over `groups` of parameters."""
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(groups, config.lr, betas=config.betas, weight_decay=config.weight_decay)
+
+
+def schedule(config: FitConfig, step: int, total: int) -> float:
+    """Factor on the learning rate at `step` of `total`: warm-up, then constant, linear or cosine to zero."""
+    warm = config.warmup * total
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    share = (step - warm) / max(1.0, total - warm)
+    return {"constant": 1.0, "linear": 1 - share, "cosine": 0.5 * (1 + math.cos(math.pi * share))}[config.schedule]
+
+
+def _grouped(parameters: Sequence[Any], lr: float) -> list[tuple[Sequence[nn.Parameter], float]]:
+    if all(isinstance(p, nn.Parameter) for p in parameters):
+        return [(parameters, lr)]
+    return list(parameters)
+
+
+@contextlib.contextmanager
+def _trainable(parameters: list[nn.Parameter]) -> Iterator[None]:
+    for p in parameters:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(False)
+            p.grad = None
+
+
+def _steps(task: Task, config: FitConfig, phase: str, done: int) -> Iterator[tuple[int, list[tuple[Batch, float]]]]:
+    """(step, this process's micro-batches with their weights in the step's mean), from step `done` on."""
+    run, n = task.runtime, len(task.train)
+    per_epoch = math.ceil(n / config.batch_size)
+    for epoch in range(done // per_epoch, config.epochs):
+        order = torch.randperm(n, generator=task.generator(phase, "order", epoch)).tolist()
+        first = done % per_epoch if epoch == done // per_epoch else 0
+        requests: list[list[tuple[int, int | None]]] = []
+        weights: list[list[float]] = []
+        for step in range(first, per_epoch):
+            rows = order[step * config.batch_size : (step + 1) * config.batch_size]
+            mine = rows[run.rank :: run.world]
+            # A process without a share still takes part, with weight 0: the same parameters get a gradient.
+            shares = [(part, len(part) / len(rows)) for part in _cut(mine, config.accumulate)] or [(rows[:1], 0.0)]
+            requests += [[(i, seed_of(run.seed, task.index, phase, epoch, i)) for i in part] for part, _ in shares]
+            weights.append([weight for _, weight in shares])
+        batches = load_batches(task.train, requests, run)
+        for step, share in enumerate(weights, epoch * per_epoch + first):
+            yield step, [(next(batches), weight) for weight in share]
+
+
+def _cut(rows: list[int], parts: int) -> list[list[int]]:
+    size = max(1, math.ceil(len(rows) / parts))
+    return [rows[s : s + size] for s in range(0, len(rows), size)]
+
+
+def _backward(loss: Loss, task: Task, shares: list[tuple[Batch, float]], run: Runtime) -> Tensor:
+    """Add the gradient of this process's part of the step; returns that part of the loss."""
+    total: Tensor | None = None
+    for batch, weight in shares:
+        with run.autocast():
+            value = loss(task, batch)
+        value = value if weight == 1.0 else value * weight
+        run.accelerator.backward(value)
+        total = value.detach() if total is None else total + value.detach()
+    assert total is not None
+    return total
+
+
+def _sum_gradients(parameters: list[nn.Parameter], run: Runtime) -> None:
+    """Sum the gradients over the processes in one message; PETs are small enough for that."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    flat = run.sum(torch.cat([g.flatten() for g in grads]))
+    for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+        grad.copy_(part.view_as(grad))
+
+
+def _check_finite(loss: Tensor, task: Task, phase: str, step: int, per_epoch: int) -> None:
+    if not torch.isfinite(loss):
+        raise PerpetuneError(
+            f"the loss became {float(loss)} in task {task.name}, phase {phase}, epoch {step // per_epoch + 1}, by step "
+            f"{step + 1}: lower train.lr, set train.clip, or use precision: no; the state is that of the last commit"
+        )

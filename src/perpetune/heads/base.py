@@ -1,0 +1,78 @@
+"""From features to scores of classes known by name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+class Head(nn.Module, ABC):
+    """A classifier that grows by class name; rows follow the order in which classes came.
+
+    A head with `statistics = True` is not (only) trained by gradient: after the features have been
+    trained, the method shows it the training data once, through `observe`, then calls `settle`.
+
+    Options in the recipe are the keyword-only arguments of `__init__`; `dim` comes from the backbone.
+    """
+
+    statistics: ClassVar[bool] = False
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dim = dim
+        self.classes: list[str] = []
+
+    @abstractmethod
+    def forward(self, features: Tensor) -> Tensor:
+        """Scores `(B, C)` of all classes known so far for features `(B, D)`; their softmax is shown
+        to users as probabilities."""
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Scores `(B, C)` that gradient training works on; the prediction's own unless said otherwise."""
+        return self(features)
+
+    @abstractmethod
+    def resize(self, rows: int, generator: torch.Generator) -> None:
+        """Make it `rows` classes: the rows there already keep their values, or the last are dropped."""
+
+    def reset(self) -> None:
+        """Forget everything: as if newly made."""
+        self.classes = []
+        self.resize(0, torch.Generator())
+
+    def observe(self, features: Tensor, rows: Tensor) -> None:
+        """Take in features `(B, D)` of training examples and their class rows `(B,)`; statistics heads only."""
+
+    def additive(self) -> list[Tensor]:
+        """The buffers that are sums over examples: what several processes observed is added up there."""
+        return []
+
+    def settle(self) -> None:
+        """All training data of a task have been observed."""
+
+    def grow(self, classes: Sequence[str], generator: torch.Generator) -> None:
+        """Add the names among `classes` that are new."""
+        self.classes += [c for c in dict.fromkeys(classes) if c not in self.classes]
+        self.resize(len(self.classes), generator)
+
+    def rows(self, classes: Sequence[str], device: torch.device | None = None) -> Tensor:
+        """Row of each of `classes`, int64 `(len(classes),)`; KeyError for an unknown name."""
+        row = {name: i for i, name in enumerate(self.classes)}
+        return torch.tensor([row[c] for c in classes], dtype=torch.int64, device=device)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"classes": self.classes}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.classes = list(state["classes"])
+        self.resize(len(self.classes), torch.Generator())
+
+
+def grow_rows(old: Tensor, rows: int, generator: torch.Generator, std: float) -> Tensor:
+    """`old (R, D)` cut to `rows`, or with normally distributed rows added; the result is detached."""
+    new = torch.randn(max(0, rows - len(old)), old.shape[1], generator=generator) * std
+    return torch.cat([old.detach()[:rows], new.to(old)])

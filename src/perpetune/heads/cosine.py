@@ -1,0 +1,35 @@
+"""A cosine classifier."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from perpetune.heads.base import Head, grow_rows
+
+
+class Cosine(Head):
+    """Scores `σ · cos(f, w_c)` with learned directions `w_c`, so no class wins by the length of its row.
+
+    Gidaris & Komodakis 2018, arXiv:1804.09458.
+
+    Args:
+        scale: σ at the start.
+        learn_scale: train σ too. It is shared by all classes, so a later task moves the scores of
+            earlier ones, though not their order.
+    """
+
+    def __init__(self, dim: int, *, scale: float = 16.0, learn_scale: bool = False):
+        super().__init__(dim)
+        self.weight = nn.Parameter(torch.empty(0, dim), requires_grad=False)
+        if learn_scale:
+            self.scale = nn.Parameter(torch.tensor(float(scale)), requires_grad=False)
+        else:
+            self.register_buffer("scale", torch.tensor(float(scale)))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.scale * F.normalize(features, dim=-1) @ F.normalize(self.weight, dim=-1).T
+
+    def resize(self, rows: int, generator: torch.Generator) -> None:
+        self.weight = nn.Parameter(grow_rows(self.weight, rows, generator, 1.0), requires_grad=False)

@@ -1,0 +1,30 @@
+"""A linear classifier."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from perpetune.heads.base import Head, grow_rows
+
+
+class Linear(Head):
+    """Scores `f Wᵀ + b`; new rows start small and random, old rows as they were.
+
+    Args:
+        std: standard deviation of a new class's weights.
+    """
+
+    def __init__(self, dim: int, *, std: float = 0.02):
+        super().__init__(dim)
+        self.std = std
+        self.weight = nn.Parameter(torch.empty(0, dim), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(0), requires_grad=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return F.linear(features, self.weight, self.bias)
+
+    def resize(self, rows: int, generator: torch.Generator) -> None:
+        self.weight = nn.Parameter(grow_rows(self.weight, rows, generator, self.std), requires_grad=False)
+        self.bias = nn.Parameter(F.pad(self.bias.detach(), (0, rows - len(self.bias))), requires_grad=False)

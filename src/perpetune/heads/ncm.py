@@ -1,0 +1,71 @@
+"""The nearest class mean."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from perpetune.heads.base import Head
+from perpetune.heads.cosine import Cosine
+
+
+class NCM(Head):
+    """The class whose mean training feature is nearest; exact under any order of batches and tasks.
+
+    Kept are the sum of features and the count of each class, in float64, so a class that comes back
+    (domain-incremental) goes on from where it stood. While features are trained, a cosine probe
+    gives the logits; it takes no part in the prediction. Mensink et al. 2013; SimpleCIL,
+    arXiv:2303.07338, is this head on frozen features with `metric: cosine`.
+
+    Args:
+        metric: `cosine` (scores are `σ cos(f, μ_c)`) or `euclidean` (scores are `−σ ‖f − μ_c‖² / D`).
+        scale: σ; it changes the probabilities shown, never which class wins.
+    """
+
+    statistics: ClassVar[bool] = True
+    sums: Tensor
+    counts: Tensor
+    means: Tensor
+
+    def __init__(self, dim: int, *, metric: Literal["cosine", "euclidean"] = "cosine", scale: float = 16.0):
+        super().__init__(dim)
+        self.metric, self.scale = metric, scale
+        self.probe = Cosine(dim, scale=scale)
+        self.register_buffer("sums", torch.zeros(0, dim, dtype=torch.float64))
+        self.register_buffer("counts", torch.zeros(0, dtype=torch.int64))
+        self.register_buffer("means", torch.zeros(0, dim))
+
+    def forward(self, features: Tensor) -> Tensor:
+        if self.metric == "cosine":
+            scores = F.normalize(features, dim=-1) @ F.normalize(self.means, dim=-1).T
+        else:
+            # ‖f − μ‖² = ‖f‖² − 2 f·μ + ‖μ‖²; each row alone, so batch companions cannot matter.
+            square = features.pow(2).sum(-1, keepdim=True) + self.means.pow(2).sum(-1)
+            scores = (2 * features @ self.means.T - square) / self.dim
+        return (self.scale * scores).masked_fill(self.counts == 0, -torch.inf)
+
+    def logits(self, features: Tensor) -> Tensor:
+        logits: Tensor = self.probe(features)
+        return logits
+
+    def resize(self, rows: int, generator: torch.Generator) -> None:
+        more = rows - len(self.counts)
+        self.sums = F.pad(self.sums, (0, 0, 0, more))
+        self.counts = F.pad(self.counts, (0, more))
+        self.means = F.pad(self.means, (0, 0, 0, more))
+        self.probe.resize(rows, generator)
+
+    @torch.no_grad()
+    def observe(self, features: Tensor, rows: Tensor) -> None:
+        self.sums.index_add_(0, rows, features.to(self.sums))
+        self.counts += torch.bincount(rows, minlength=len(self.counts))
+
+    def additive(self) -> list[Tensor]:
+        return [self.sums, self.counts]
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        self.means = (self.sums / self.counts.clamp(min=1).unsqueeze(1)).to(self.means)

@@ -1,0 +1,380 @@
+"""The library's front door: a recipe's model over its state folder."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from perpetune import registry
+from perpetune.build import build_backbone, build_data, build_method, build_runtime
+from perpetune.data.pictures import as_rgb, load_picture
+from perpetune.data.sources import Source, guess_source
+from perpetune.data.stream import Stream, single_task
+from perpetune.data.tasks import TaskData
+from perpetune.data.text import task_names
+from perpetune.errors import DataError, StateError, UsageError
+from perpetune.evaluate import evaluate
+from perpetune.pets import PET, frozen
+from perpetune.recipe import Recipe, load_recipe, make_recipe
+from perpetune.results import read_results, versions
+from perpetune.run import Step, run
+from perpetune.runtime import Progress, Runtime, Silent
+from perpetune.state import Committed, State
+from perpetune.tasks import Task
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Origin = dict[str, Any]  # where the data of an update came from: a data section and its holdout
+STREAM = "stream"  # and of a run: the recipe's stream
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a learner says of one image: names with probabilities, the likeliest first."""
+
+    image: str
+    classes: list[tuple[str, float]]
+
+    @property
+    def name(self) -> str:
+        return self.classes[0][0]
+
+
+class Learner:
+    """Keeps tuning one pretrained model as data arrive.
+
+    Args:
+        recipe: a `Recipe`, a mapping of its keys, the name of a packaged recipe, or a YAML file.
+        folder: the state folder, which must not exist yet; None keeps it in a temporary one until `save`.
+        progress: whoever watches; nobody by default.
+
+    Raises:
+        UsageError: the recipe or the folder cannot be used.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe | dict[str, Any] | str | Path,
+        folder: str | Path | None = None,
+        *,
+        progress: Progress | None = None,
+    ):
+        if isinstance(recipe, dict):
+            recipe = make_recipe(recipe)
+        elif not isinstance(recipe, Recipe):
+            recipe = load_recipe(recipe)
+        self._temporary = None if folder else tempfile.TemporaryDirectory(prefix="perpetune-")
+        path = Path(folder) if folder else Path(str(self._temporary and self._temporary.name)) / recipe.name
+        self._build(recipe, progress)
+        if self.runtime.rank == 0:
+            State.create(path, recipe, self._model_document())
+        self.runtime.accelerator.wait_for_everyone()
+        self.state = State(path)
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, *, device: str | None = None, progress: Progress | None = None
+    ) -> Learner:
+        """The learner that a state folder holds.
+
+        Args:
+            folder: the state folder.
+            device: where to run, when it differs from the recipe's.
+
+        Raises:
+            StateError: the folder is torn, or its weights are not those of the recipe's backbone.
+        """
+        learner = cls.__new__(cls)
+        learner._temporary = None
+        learner.state = State(Path(folder))
+        learner._build(learner.state.recipe, progress, device)
+        known, found = learner.state.backbone["fingerprint"], learner._fingerprint
+        if known != found:
+            raise StateError(
+                f"{folder} was made with other weights of {learner.recipe.backbone.name} (fingerprint {known[:12]}, "
+                f"here {found[:12]}): bring back the checkpoint it was made with"
+            )
+        learner.state.load(learner.method)
+        return learner
+
+    def _build(self, recipe: Recipe, progress: Progress | None, device: str | None = None) -> None:
+        self.recipe = recipe
+        where = recipe if device is None else recipe.model_copy(
+            update={"run": recipe.run.model_copy(update={"device": device})}
+        )
+        self.runtime = build_runtime(where)
+        self.runtime.progress = progress or Silent()
+        self.backbone = build_backbone(recipe)
+        self._fingerprint = self.backbone.fingerprint()
+        self.method = build_method(recipe, self.backbone).to(self.runtime.device)
+        self._stream: Stream | None = None
+        self._tasks: dict[int, Task] = {}
+
+    def _model_document(self) -> dict[str, Any]:
+        pets = [m for m in self.method.modules() if isinstance(m, PET)]
+        return {
+            "spec": self.backbone.spec,
+            "fingerprint": self._fingerprint,
+            "parameters": sum(t.numel() for t in frozen(self.backbone.net).values()),
+            "trainable_parameters": sum(p.numel() for pet in pets for p in pet.parameters()),
+        }
+
+    # -- learning -------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Learn every task of the recipe's stream that is not learned yet; returns the results document.
+
+        Raises:
+            UsageError: the recipe names no data.
+            Interrupted: a signal asked for a stop; `resume` goes on.
+        """
+        tasks = self.stream.tasks
+        done = len(self.state.committed)
+        with self._writing(tasks=len(tasks)):
+            for warning in self.stream.warnings:
+                self.runtime.progress.note(warning)
+            run(self.method, (self._stream_step(i) for i in range(done, len(tasks))), self.state)
+        return read_results(self.state)
+
+    def learn(
+        self, data: str | Path | dict[str, Any] | Source | Task, *, name: str | None = None, holdout: float = 0.2
+    ) -> dict[str, Any]:
+        """Learn one more batch of data as one task; returns the results document.
+
+        Args:
+            data: a folder, manifest, parquet file or dataset id; a `data:` section; a source; or a
+                ready-made task. Earlier data are not read again, but for the held-out images of
+                earlier tasks that are still where they were, which are evaluated.
+            name: of the task; `task-N` by default.
+            holdout: share kept for testing where the data bring no test split.
+        """
+        if self.method.needs_earlier_data:
+            raise UsageError(
+                f"method: {self.recipe.method.name} needs the data of all tasks, and an update has only its own: use "
+                "`perpetune run`, or another method"
+            )
+        index = len(self.state.committed)
+        name = task_names([name or f"task-{index + 1}"])[0]
+        if any(t.name == name for t in self.state.committed):
+            raise UsageError(f"{self.state.folder} has a task {name!r} already: choose another --name")
+        if isinstance(data, Task):
+            task = dataclasses.replace(data, index=index, name=name, earlier=None, runtime=self.runtime)
+            print_ = hashlib.sha256(repr(list(task.train.targets)).encode()).hexdigest()
+            document = _document(task, {"name": None}, print_, [], [])
+        else:
+            origin = data if isinstance(data, dict) else {} if isinstance(data, Source) else _origin(data)
+            origin = {**origin, "holdout": holdout}
+            source = data if isinstance(data, Source) else _source(origin)
+            found = self._checked(self._single(source, index, name, holdout))
+            task = self._as_task(found)
+            document = _document(task, origin, found.fingerprint, found.bad, found.warnings)
+        self._tasks[index] = task
+        with self._writing():
+            others = [t for t in (self._past(c) for c in self.state.committed) if t is not None]
+            run(self.method, [Step(task, others, document)], self.state)
+        return read_results(self.state)
+
+    def resume(self) -> dict[str, Any]:
+        """Go on where an interrupted `run` or `learn` stopped; returns the results document."""
+        opened = self.state.open_task()
+        if opened is not None and opened["from"] != STREAM:
+            if not opened["from"].get("name"):
+                raise UsageError(
+                    f"task {opened['name']} was given as a Python object: call `Learner.load(...).learn` with it again"
+                )
+            return self.learn(opened["from"], name=opened["name"], holdout=opened["from"]["holdout"])
+        if self.recipe.data is None:
+            return read_results(self.state)
+        return self.run()
+
+    @property
+    def stream(self) -> Stream:
+        """The recipe's stream of tasks."""
+        if self._stream is None:
+            self._stream = build_data(self.recipe, self.backbone)
+        return self._stream
+
+    def _stream_step(self, index: int) -> Step:
+        task, data = self._stream_task(index), self._checked(self.stream.tasks[index])
+        others = [t for t in (self._past(c) for c in self.state.committed) if t is not None]
+        if self.recipe.setting == "domain" and index + 1 < len(self.stream.tasks):
+            others.append(self._stream_task(index + 1))  # its accuracy before it is learned: forward transfer
+        warnings = self.stream.warnings if index == 0 else []
+        return Step(task, others, _document(task, STREAM, data.fingerprint, data.bad, warnings))
+
+    def _stream_task(self, index: int) -> Task:
+        if index not in self._tasks:
+            self._tasks[index] = self._as_task(self._checked(self.stream.tasks[index]))
+        task = self._tasks[index]
+        if self.method.needs_earlier_data:
+            task = dataclasses.replace(task, earlier=tuple(self._stream_task(i) for i in range(index)))
+        return task
+
+    def _past(self, committed: Committed) -> Task | None:
+        """An earlier task as far as its test data are still there."""
+        if committed.index not in self._tasks:
+            origin = committed.json("task.json")["from"]
+            if origin == STREAM:
+                return self._stream_task(committed.index)
+            if not origin.get("name"):
+                return None
+            try:
+                found = self._checked(
+                    self._single(_source(origin), committed.index, committed.name, origin["holdout"])
+                )
+            except (DataError, UsageError) as error:
+                self.runtime.progress.note(f"task {committed.name} is not evaluated, its data are gone: {error}")
+                return None
+            self._tasks[committed.index] = self._as_task(found)
+        return self._tasks[committed.index]
+
+    def _single(self, source: Source, index: int, name: str, holdout: float) -> TaskData:
+        seed, view = self.recipe.seed, self.backbone.preprocess
+        return single_task(source, self.recipe.stream, view, index=index, name=name, seed=seed, holdout=holdout)
+
+    def _checked(self, data: TaskData) -> TaskData:
+        """`data` without the images that cannot be read; each is looked at once."""
+        if not data.checked:
+            before = len(data.warnings)
+            data.check()
+            for warning in data.warnings[before:]:
+                self.runtime.progress.note(warning)
+        return data
+
+    def _as_task(self, data: TaskData) -> Task:
+        return Task(data.index, data.name, data.classes, data.train, data.validation, data.test, runtime=self.runtime)
+
+    @contextlib.contextmanager
+    def _writing(self, **facts: Any) -> Iterator[None]:
+        """Hold the state folder, with signals turned into a checkpoint and an orderly stop."""
+        with contextlib.ExitStack() as stack:
+            if self.runtime.rank == 0:
+                stack.enter_context(self.state.writing())
+                device = str(self.runtime.device)
+                self.state.log("run begun", versions=versions(), device=device, seed=self.recipe.seed, **facts)
+            stack.enter_context(stop_signals(self.runtime))
+            yield
+
+    # -- using what was learned -----------------------------------------------------------------------
+
+    @torch.no_grad()
+    def predict(self, images: Sequence[str | Path | Image] | Tensor, *, top: int = 5) -> list[Prediction]:
+        """Names and probabilities for pictures: paths, PIL images, or a uint8 tensor `(N, 3, S, S)` of the
+        backbone's size.
+
+        Raises:
+            StateError: nothing is learned yet.
+            DataError: a picture cannot be read; names it.
+        """
+        if not self.method.classes:
+            raise StateError(f"{self.state.folder} has learned nothing yet: `perpetune update` or `run` it first")
+        size, found = self.recipe.evaluate.batch_size, []
+        for start in range(0, len(images), size):
+            names, pixels = self._pixels(images[start : start + size], start)
+            with self.runtime.autocast():
+                scores = self.method.predict(pixels.to(self.runtime.device))
+            best = scores.float().softmax(1).topk(min(top, scores.shape[1]), dim=1)
+            for name, values, rows in zip(names, best.values.tolist(), best.indices.tolist(), strict=True):
+                pairs = [(self.method.classes[row], value) for row, value in zip(rows, values, strict=True)]
+                found.append(Prediction(name, pairs))
+        return found
+
+    def _pixels(self, images: Sequence[str | Path | Image] | Tensor, start: int) -> tuple[list[str], Tensor]:
+        if isinstance(images, Tensor):
+            return [f"image {start + i}" for i in range(len(images))], images
+        view = self.backbone.preprocess
+        pixels = [load_picture(i, view) if isinstance(i, (str, Path)) else view(as_rgb(i)) for i in images]
+        names = [str(i) if isinstance(i, (str, Path)) else f"image {start + k}" for k, i in enumerate(images)]
+        return names, torch.stack(pixels)
+
+    def evaluate(self, data: str | Path | Source | None = None) -> dict[str, dict[str, Any] | None]:
+        """Counts of right predictions by task: on the test data of every learned task, or on `data`
+        (its test split, or all of it where there is none)."""
+        setting, size = self.recipe.setting, self.recipe.evaluate.batch_size
+        if data is None:
+            tasks = {c.name: self._past(c) for c in self.state.committed}
+        else:
+            source = data if isinstance(data, Source) else _source(_origin(data))
+            task = self._as_task(self._checked(self._single(source, len(self.state.committed), "given", 0.0)))
+            tasks = {str(data): dataclasses.replace(task, test=task.test or task.train)}
+        return {
+            name: evaluate(self.method, task, setting=setting, batch_size=size) if task else None
+            for name, task in tasks.items()
+        }
+
+    def save(self, folder: str | Path) -> Path:
+        """Copy the state folder to `folder`, which must not exist."""
+        folder = Path(folder)
+        if folder.exists():
+            raise UsageError(f"{folder} is there already: choose another folder")
+        aside = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.copytree(self.state.folder, aside)
+        aside.rename(folder)
+        return folder
+
+
+@contextlib.contextmanager
+def stop_signals(runtime: Runtime) -> Iterator[None]:
+    """SIGTERM and SIGINT ask the run to stop at the next step; a second one acts at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def ask(number: int, frame: Any) -> None:
+        asked.append(number)
+        signal.signal(number, before[number] or signal.SIG_DFL)
+
+    for number in before:
+        signal.signal(number, ask)
+    runtime.stopping = lambda: asked[0] if asked else None
+    try:
+        yield
+    finally:
+        runtime.stopping = lambda: None
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _document(
+    task: Task, origin: Origin | str, fingerprint: str, bad: Sequence[str], warnings: Sequence[str]
+) -> dict[str, Any]:
+    """What is stored of a task beside what was learned."""
+    return {
+        "train": len(task.train),
+        "validation": len(task.validation) if task.validation else 0,
+        "test": len(task.test) if task.test else 0,
+        "from": origin,
+        "fingerprint": fingerprint,
+        "bad": list(bad),
+        "warnings": list(warnings),
+    }
+
+
+def _origin(data: str | Path) -> Origin:
+    """The data section for a path or id; a path is made absolute, so that a later call finds it."""
+    path = Path(data).expanduser()
+    place = str(path.resolve() if path.exists() else data)
+    name, options = guess_source(place)
+    return {"name": name, **options}
+
+
+def _source(origin: Origin) -> Source:
+    given = {k: v for k, v in origin.items() if k not in ("name", "holdout")}
+    source: Source = registry.find("data", origin["name"])(**registry.options("data", origin["name"], given))
+    return source

@@ -1,0 +1,42 @@
+"""What a continual-learning method is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+from perpetune.models.base import Model
+from perpetune.tasks import Task
+
+
+class Method(nn.Module, ABC):
+    """Learns tasks one after another and predicts over every class seen so far.
+
+    A method is a module: what it knows is its parameters, its buffers and the JSON-able value of
+    `get_extra_state`, and nothing else is kept between tasks. In a module whose tensors change
+    size, `set_extra_state` makes them the size that is about to be loaded.
+
+    Options in the recipe are the keyword-only arguments of `__init__`; one of type `FitConfig` starts
+    from the recipe's `train:` section. `needs_earlier_data` is for upper bounds only: such a method
+    cannot take part in `update`, where earlier data are gone.
+    """
+
+    needs_earlier_data: bool = False
+
+    def __init__(self, model: Model):
+        super().__init__()
+        self.model = model
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the columns of `predict`, in order."""
+        return self.model.classes
+
+    @abstractmethod
+    def learn(self, task: Task) -> None:
+        """Learn from `task`; called once per task, in order. Usually calls `perpetune.fit.fit`."""
+
+    @abstractmethod
+    def predict(self, inputs: Tensor) -> Tensor:
+        """Scores `(B, C)` over `classes` for images, uint8 `(B, 3, H, W)`."""

@@ -1,0 +1,40 @@
+"""No training: features of the pretrained model as they are, a head learned from statistics."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from perpetune.errors import UsageError
+from perpetune.methods.base import Method
+from perpetune.models.classifier import ImageClassifier
+from perpetune.pets import using
+from perpetune.tasks import Task
+
+
+class Frozen(Method):
+    """With the `ncm` head this is SimpleCIL, arXiv:2303.07338.
+
+    Args:
+        batch_size: images per forward pass.
+
+    Raises:
+        UsageError: the head can only be trained by gradient.
+    """
+
+    def __init__(self, model: ImageClassifier, *, batch_size: int = 64):
+        super().__init__(model)
+        if not model.head.statistics:
+            raise UsageError(
+                f"method: frozen trains nothing, so head {type(model.head).__name__.lower()} would stay random: use "
+                "head: ncm, or method: finetune with pet: none to train the head alone"
+            )
+        self.batch_size = batch_size
+
+    def learn(self, task: Task) -> None:
+        self.model.grow(task)
+        with using(self.model, None):
+            self.model.summarise(task, self.batch_size)
+
+    def predict(self, inputs: Tensor) -> Tensor:
+        with using(self.model, None):
+            return self.model.predict(inputs)

@@ -1,0 +1,1 @@
+"""Pretrained models, and what is added to them to answer."""

@@ -1,0 +1,91 @@
+"""An image classifier: a frozen backbone and a head that grows by class name."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from perpetune.heads.base import Head
+from perpetune.models.backbone import Backbone
+from perpetune.models.base import Model
+from perpetune.tasks import Batch, Task
+
+Mask = Literal["task", "seen", "none"]
+
+
+class ImageClassifier(Model):
+    """Pixels to class scores.
+
+    Args:
+        mask: the classes among which the training loss compares. `task`: those of the task at hand,
+            so rows of earlier classes rest; `seen`: those of all tasks so far; `none`: every row of
+            the head, the same as `seen` unless the head was given rows ahead of its tasks.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, backbone: Backbone, head: Head, *, mask: Mask = "task"):
+        super().__init__()
+        self.backbone, self.head, self.mask = backbone, head, mask
+        self.seen: list[str] = []
+        for name in ("mean", "std"):
+            values = torch.tensor(getattr(backbone.preprocess, name)).view(1, 3, 1, 1)
+            self.register_buffer(name, values, persistent=False)
+
+    @property
+    def classes(self) -> list[str]:
+        return self.head.classes
+
+    def grow(self, task: Task) -> None:
+        self.seen += [c for c in task.classes if c not in self.seen]
+        self.head.grow(task.classes, task.generator("head"))
+
+    def features(self, inputs: Tensor) -> Tensor:
+        """Features `(B, D)` of uint8 pixels `(B, 3, H, W)`, by the pet that is active."""
+        pixels = (inputs.to(self.mean.dtype) / 255 - self.mean) / self.std
+        features: Tensor = self.backbone(pixels)
+        return features
+
+    def loss(self, task: Task, batch: Batch) -> Tensor:
+        return self.head_loss(task, self.features(batch.inputs), batch.targets)
+
+    def head_loss(self, task: Task, features: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy of features `(B, D)` among the classes that `mask` leaves."""
+        logits = self.head.logits(features).float()
+        rows = self.head.rows(task.classes, logits.device)
+        if self.mask == "none":
+            return F.cross_entropy(logits, rows[targets])
+        if self.mask == "task":
+            return F.cross_entropy(logits[:, rows], targets)
+        columns = self.head.rows(self.seen, logits.device)
+        return F.cross_entropy(logits[:, columns], torch.searchsorted(columns, rows[targets]))
+
+    def predict(self, inputs: Tensor) -> Tensor:
+        scores: Tensor = self.head(self.features(inputs))
+        return scores.float()
+
+    @torch.no_grad()
+    def summarise(self, task: Task, batch_size: int) -> None:
+        if not self.head.statistics:
+            return
+        run = task.runtime
+        before = [t.clone() for t in self.head.additive()]
+        rows = self.head.rows(task.classes, run.device)
+        for batch in task.batches(batch_size):
+            with run.autocast():
+                features = self.features(batch.inputs)
+            self.head.observe(features.float(), rows[batch.targets])
+        if run.world > 1:
+            for total, old in zip(self.head.additive(), before, strict=True):
+                total.copy_(old + run.sum(total - old))
+        self.head.settle()
+
+    def get_extra_state(self) -> dict[str, list[str]]:
+        return {"seen": self.seen}
+
+    def set_extra_state(self, state: dict[str, list[str]]) -> None:
+        self.seen = list(state["seen"])

@@ -1,0 +1,126 @@
+"""Backbones that timm builds: by name, with weights from the hub, or from a folder in timm's layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any, get_args
+
+from safetensors import SafetensorError, safe_open
+
+from perpetune.errors import MissingExtra, PerpetuneError, UsageError, closest
+from perpetune.models.backbone import Backbone, triple
+from perpetune.models.hub import hub_file, one_line
+from perpetune.models.preprocess import Interpolation, Preprocess
+
+WEIGHTS = "model.safetensors"
+FILTERS: dict[str, Interpolation] = {f: f for f in get_args(Interpolation)}
+
+
+def load_by_name(spec: str, name: str, *, pretrained: bool, image_size: int | None) -> Backbone:
+    """The model timm knows as `NAME[.TAG]`, with the weights of that tag.
+
+    Raises:
+        UsageError: unknown name or tag; names the closest three.
+        PerpetuneError: timm has no weights for it, none without pickle, or they cannot be fetched.
+    """
+    timm = _timm(spec)
+    _check_name(timm, spec, name)
+    if not pretrained:
+        return _wrap(timm, spec, _create(timm, spec, name, image_size, num_classes=0), image_size)
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not config.has_weights:
+        raise PerpetuneError(f"{spec}: timm has no weights for this model; add a tag, or say pretrained: false")
+    if not config.hf_hub_id:
+        raise PerpetuneError(f"{spec}: its weights come only as a pickle file, which is not loaded; choose another tag")
+    file = hub_file(spec, config.hf_hub_id, WEIGHTS)
+    if file is None:
+        raise PerpetuneError(f"{spec}: {config.hf_hub_id} has no {WEIGHTS}; weights as pickle are not loaded")
+    overlay = {"file": str(file), "custom_load": False}
+    net = _create(timm, spec, name, image_size, pretrained=True, pretrained_cfg_overlay=overlay)
+    return _wrap(timm, spec, net, image_size)
+
+
+def load_local(
+    spec: str, folder: Path, *, architecture: str | None, pretrained: bool, image_size: int | None
+) -> Backbone:
+    """A folder with `model.safetensors` and either timm's `config.json` or a named `architecture`.
+
+    Raises:
+        UsageError: no weights file, or an unknown architecture.
+        PerpetuneError: the tensors in the file are not those of the architecture; names them.
+    """
+    timm = _timm(spec)
+    file = folder / WEIGHTS
+    if pretrained and not file.is_file():
+        raise UsageError(f"{spec}: there is no {WEIGHTS} in the folder")
+    if architecture is None:
+        given: dict[str, Any] = {"num_classes": 0} if not pretrained else {}
+        net = _create(timm, spec, f"local-dir:{folder}", image_size, pretrained=pretrained, **given)
+        return _wrap(timm, spec, net, image_size)
+    _check_name(timm, spec, architecture)
+    if not pretrained:
+        return _wrap(timm, spec, _create(timm, spec, architecture, image_size, num_classes=0), image_size)
+    classes = _classes_in(file, timm.get_pretrained_cfg(architecture).classifier)
+    overlay = {"file": str(file), "custom_load": False, "num_classes": classes}
+    net = _create(timm, spec, architecture, image_size, pretrained=True, pretrained_cfg_overlay=overlay)
+    return _wrap(timm, spec, net, image_size)
+
+
+def _timm(spec: str) -> ModuleType:
+    try:
+        import timm
+        import timm.data
+    except ModuleNotFoundError as error:
+        raise MissingExtra(spec, "timm") from error
+    except RuntimeError as error:  # `operator torchvision::nms does not exist`
+        reason = str(error).splitlines()[0]
+        raise PerpetuneError(
+            f"{spec}: timm cannot be imported ({reason}): torchvision was built for another torch; "
+            "pip install --force-reinstall torch torchvision from one index"
+        ) from error
+    module: ModuleType = timm
+    return module
+
+
+def _check_name(timm: ModuleType, spec: str, name: str) -> None:
+    base, _, tag = name.partition(".")
+    if not timm.is_model(base):
+        raise UsageError(f"{spec}: timm has no model {base!r}; {closest(base, timm.list_models())}")
+    tags = [known for known in timm.list_pretrained(f"{base}.*") if known.partition(".")[0] == base]
+    if tag and name not in tags:
+        raise UsageError(f"{spec}: timm's {base} has no weights tagged {tag!r}; {closest(name, tags)}")
+
+
+def _create(timm: ModuleType, spec: str, name: str, image_size: int | None, **kwargs: Any) -> Any:
+    """The net; its weights, if asked for, are loaded strictly, with the classifier they come with."""
+    if image_size is not None:
+        kwargs["img_size"] = image_size
+    try:
+        return timm.create_model(name, **kwargs)
+    except TypeError as error:
+        if image_size is None:
+            raise
+        raise UsageError(f"{spec}: this model cannot be built for an image size ({one_line(error)})") from error
+    except (RuntimeError, ValueError, KeyError, AssertionError, OSError, SafetensorError) as error:
+        raise PerpetuneError(f"{spec}: {one_line(error)}") from error
+
+
+def _wrap(timm: ModuleType, spec: str, net: Any, image_size: int | None) -> Backbone:
+    net.reset_classifier(0)
+    config = timm.data.resolve_model_data_config(net)
+    preprocess = Preprocess(
+        size=image_size or config["input_size"][-1],
+        mean=triple(spec, config["mean"]),
+        std=triple(spec, config["std"]),
+        interpolation=FILTERS.get(config["interpolation"], "bilinear"),  # timm's `random` has no fixed filter
+        crop=None if config["crop_mode"] == "squash" else config["crop_pct"],
+    )
+    return Backbone(net.float(), spec=spec, dim=net.head_hidden_size, preprocess=preprocess)
+
+
+def _classes_in(file: Path, classifier: str | tuple[str, ...] | None) -> int:
+    """How many classes the classifier in a weights file has; 0 when there is none in it."""
+    name = f"{classifier if isinstance(classifier, str) else (classifier or ('head',))[0]}.weight"
+    with safe_open(file, framework="pt") as tensors:
+        return int(tensors.get_slice(name).get_shape()[0]) if name in tensors.keys() else 0  # noqa: SIM118

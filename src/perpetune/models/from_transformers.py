@@ -1,0 +1,188 @@
+"""Backbones that transformers builds: an id on the hub or a local folder in its layout."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perpetune.errors import PerpetuneError, UsageError, closest
+from perpetune.models.backbone import Backbone, triple
+from perpetune.models.hub import hub_file, one_line
+from perpetune.models.preprocess import Interpolation, Preprocess
+
+# `model_type` of the families whose feature is the class token after the final norm, and whether they
+# interpolate their position embeddings only when they are told to.
+FAMILIES = {
+    "vit": True,
+    "deit": True,
+    "vit_msn": True,
+    "dinov2": False,
+    "dinov2_with_registers": False,
+    "dinov3_vit": False,
+}
+
+# Shown as examples when an id is not found: one line of ids that exist, not a limit.
+KNOWN = (
+    "google/vit-base-patch16-224",
+    "google/vit-base-patch16-224-in21k",
+    "google/vit-large-patch16-224-in21k",
+    "facebook/deit-tiny-patch16-224",
+    "facebook/deit-small-patch16-224",
+    "facebook/deit-base-patch16-224",
+    "facebook/dino-vits16",
+    "facebook/dino-vitb16",
+    "facebook/dinov2-small",
+    "facebook/dinov2-base",
+    "facebook/dinov2-large",
+    "facebook/dinov2-with-registers-small",
+    "facebook/dinov2-with-registers-base",
+    "facebook/vit-msn-small",
+    "facebook/vit-msn-base",
+    "facebook/dinov3-vits16-pretrain-lvd1689m",
+    "facebook/dinov3-vitb16-pretrain-lvd1689m",
+)
+
+# Tensors of heads that a checkpoint may hold and a feature extractor has no use for.
+HEADS = ("pooler.", "classifier.", "cls_classifier.", "distillation_classifier.", "decoder.")
+
+PREPROCESSOR = "preprocessor_config.json"
+FILTERS: dict[int, Interpolation] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+
+
+def load(spec: str, source: str, *, pretrained: bool, image_size: int | None) -> Backbone:
+    """The model at `source`, a folder or an id on the hub; safetensors only.
+
+    Raises:
+        UsageError: there is no such model, or it is of a family whose features are not defined here.
+        PerpetuneError: the tensors in the checkpoint are not those of the model; names them.
+    """
+    config = _config(spec, source)
+    if config.model_type not in FAMILIES:
+        raise UsageError(f"{spec}: a {config.model_type!r} model cannot be used; one of {', '.join(FAMILIES)} can")
+    preprocess = _preprocess(spec, source, config, image_size)
+    net = _pretrained(spec, source, config) if pretrained else _random(config)
+    told = FAMILIES[config.model_type] and preprocess.size != _side(spec, config.image_size)
+    forward = partial(class_token, interpolate_pos_encoding=True) if told else class_token
+    return Backbone(net, spec=spec, dim=config.hidden_size, preprocess=preprocess, forward=forward)
+
+
+def class_token(net: nn.Module, pixels: Tensor, **options: Any) -> Tensor:
+    """Class token after the final norm, `(B, D)`."""
+    tokens: Tensor = net(pixel_values=pixels, **options).last_hidden_state  # (B, N, D)
+    return tokens[:, 0]
+
+
+def _config(spec: str, source: str) -> Any:
+    from transformers import AutoConfig
+
+    if not Path(source).is_dir() and source.count("/") != 1:
+        raise UsageError(f"{spec}: no such folder, and an id on the hub is OWNER/NAME; {closest(source, KNOWN)}")
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        if Path(source).is_dir():
+            raise UsageError(f"{spec}: {one_line(error)}") from error
+        raise UsageError(
+            f"{spec}: no such folder, and not to be had from the hub or its cache ({one_line(error)[:160]}); "
+            f"{closest(source, KNOWN)}"
+        ) from error
+
+
+def _extra(config: Any) -> dict[str, Any]:
+    return {"add_pooling_layer": False} if config.model_type in ("vit", "deit") else {}
+
+
+def _random(config: Any) -> nn.Module:
+    from transformers import AutoModel
+
+    net: nn.Module = AutoModel.from_config(config, dtype=torch.float32, **_extra(config))
+    return net
+
+
+def _pretrained(spec: str, source: str, config: Any) -> nn.Module:
+    from safetensors import SafetensorError
+    from transformers import AutoModel
+
+    try:
+        with _quiet():
+            net, report = AutoModel.from_pretrained(
+                source,
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # so that the report names them
+                output_loading_info=True,
+                **_extra(config),
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise PerpetuneError(f"{spec}: {one_line(error)}") from error
+    faults = {
+        "missing": sorted(report["missing_keys"]),
+        "unexpected": sorted(name for name in report["unexpected_keys"] if not name.startswith(HEADS)),
+        "of another shape": sorted(str(entry[0]) for entry in report["mismatched_keys"]),
+    }
+    if any(faults.values()):
+        said = "; ".join(f"{what}: {', '.join(names[:8])}" for what, names in faults.items() if names)
+        raise PerpetuneError(f"{spec}: the checkpoint does not hold this model's tensors; {said}")
+    loaded: nn.Module = net
+    return loaded
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar and no loading report from transformers: what is wrong is raised instead."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def _preprocess(spec: str, source: str, config: Any, image_size: int | None) -> Preprocess:
+    """From `preprocessor_config.json`; with a warning, ImageNet's mean and std where there is none."""
+    file = Path(source) / PREPROCESSOR
+    path = (file if file.is_file() else None) if Path(source).is_dir() else hub_file(spec, source, PREPROCESSOR)
+    if path is None:
+        warnings.warn(f"{spec} has no {PREPROCESSOR}: ImageNet's mean and std are assumed", stacklevel=2)
+        return Preprocess(size=image_size or _side(spec, config.image_size))
+    try:
+        given = json.loads(path.read_text())
+    except ValueError as error:
+        raise UsageError(f"{spec}: {PREPROCESSOR} is no JSON: {error}") from error
+    side, crop = _side(spec, given.get("size", config.image_size)), None
+    if given.get("do_center_crop"):
+        side, whole = _side(spec, given.get("crop_size", side)), side
+        crop = min(1.0, side / whole)
+    resample = given.get("resample", 2)
+    if resample not in FILTERS:
+        raise UsageError(f"{spec}: resample {resample!r} in {PREPROCESSOR}; one of {FILTERS} is expected")
+    normalise = given.get("do_normalize", True)
+    return Preprocess(
+        size=image_size or side,
+        mean=triple(spec, given.get("image_mean", (0.5, 0.5, 0.5)) if normalise else (0.0, 0.0, 0.0)),
+        std=triple(spec, given.get("image_std", (0.5, 0.5, 0.5)) if normalise else (1.0, 1.0, 1.0)),
+        interpolation=FILTERS[resample],
+        crop=crop,
+    )
+
+
+def _side(spec: str, size: Any) -> int:
+    """The side in pixels that transformers writes as a number, as height and width, or as the shortest edge."""
+    values = list(size.values()) if isinstance(size, dict) else size if isinstance(size, list | tuple) else [size]
+    if len(set(values)) == 1 and isinstance(values[0], int):
+        return values[0]
+    raise UsageError(f"{spec}: image size {size!r} in its config; one side in pixels is expected")

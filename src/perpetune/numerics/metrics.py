@@ -1,0 +1,189 @@
+"""What was learned, kept and lost over a stream of tasks: the figures of continual learning.
+
+Legend: `A[i][j]` is the accuracy in [0, 1] on the test data of task j, measured after task i was
+learned; `T` is the last row (0-based, as every index here). The matrix may have fewer rows than
+columns (a run under way), rows may end early, and a cell that is None was not measured.
+
+Cells above the diagonal (`j > i`) are accuracies on tasks not yet learned; only `forward_transfer`
+reads them. A cell that is not measured is left out of the mean it belongs to, never counted as zero;
+a mean over nothing is None.
+
+Sources: Lopez-Paz & Ranzato 2017 (arXiv 1706.08840) for the matrix and both transfers; Chaudhry et
+al. 2018 (arXiv 1801.10112) for forgetting; Rebuffi et al. 2017 (arXiv 1611.07725) for the average of
+the accuracies after each task, called average incremental accuracy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from typing_extensions import TypedDict  # pydantic reads no other before Python 3.12
+
+Matrix = Sequence[Sequence["float | None"]]
+
+
+class Cell(TypedDict):
+    """The answers on one task's test data after one task: what an accuracy is made of.
+
+    Attributes:
+        correct, total: number of right answers and of test examples.
+        per_class: the same two numbers, `[correct, total]`, for each class name.
+    """
+
+    correct: int
+    total: int
+    per_class: Mapping[str, Sequence[int]]
+
+
+Cells = Sequence[Sequence["Cell | None"]]
+
+
+class Metrics(TypedDict):
+    """The headline figures of a run; each is None where it is not defined."""
+
+    final_accuracy: float | None
+    average_accuracy: float | None
+    forgetting: float | None
+    backward_transfer: float | None
+    forward_transfer: float | None
+    pooled_accuracy: float | None
+
+
+def accuracies(cells: Cells) -> list[list[float | None]]:
+    """The accuracy matrix of counted answers: `correct / total`; None where nothing was counted."""
+    return [[_ratio(cell["correct"], cell["total"]) if cell else None for cell in row] for row in cells]
+
+
+def final_accuracy(A: Matrix) -> float | None:
+    """Mean accuracy over the tasks learned, after the last one: `mean_{j <= T} A[T][j]`."""
+    return _row_mean(A, len(A) - 1)
+
+
+def average_accuracy(A: Matrix) -> float | None:
+    """Average incremental accuracy: `mean_{i <= T} mean_{j <= i} A[i][j]`.
+
+    A row without a measured cell is left out of the outer mean.
+    """
+    return _mean(_row_mean(A, i) for i in range(len(A)))
+
+
+def forgetting(A: Matrix) -> float | None:
+    """Mean loss since each task was best: `mean_{j < T} (max_{j <= i < T} A[i][j] - A[T][j])`.
+
+    Negative when the last task improved the earlier ones. None with fewer than two tasks. A task
+    counts when its last cell and at least one cell before that are measured.
+    """
+    return _mean(task_forgetting(A, j) for j in range(len(A) - 1))
+
+
+def task_forgetting(A: Matrix, j: int) -> float | None:
+    """The term of task `j` in `forgetting`; None where it is not defined."""
+    last = len(A) - 1
+    now = _at(A, last, j)
+    before = [a for i in range(j, last) if (a := _at(A, i, j)) is not None]
+    return max(before) - now if before and now is not None else None
+
+
+def backward_transfer(A: Matrix) -> float | None:
+    """What later tasks did to earlier ones: `mean_{j < T} (A[T][j] - A[j][j])`, not clipped at zero.
+
+    None with fewer than two tasks. A task counts when both of its cells are measured.
+    """
+    last = len(A) - 1
+    return _mean(_difference(_at(A, last, j), _at(A, j, j)) for j in range(last))
+
+
+def forward_transfer(A: Matrix, classes: Sequence[int]) -> float | None:
+    """What earlier tasks gave to a task before it was learned: `mean_{j >= 1} (A[j-1][j] - 1 / classes[j])`.
+
+    The baseline is chance among the task's own classes, where the source measures a random
+    initialisation. A task counts when the cell above the diagonal is measured, so the figure is
+    None where tasks are never tried before they are learned (class-incremental runs).
+
+    Args:
+        A: the accuracy matrix.
+        classes: number of classes of each task, one for each column.
+    """
+    terms = []
+    for j in range(1, len(classes)):
+        before = _at(A, j - 1, j)
+        if before is not None and classes[j] > 0:
+            terms.append(before - 1 / classes[j])
+    return _mean(terms)
+
+
+def over_time(metric: Callable[[Matrix], float | None], A: Matrix) -> list[float | None]:
+    """`metric` of the run as it stood after each task: of the first 1, 2, … rows."""
+    return [metric(A[: i + 1]) for i in range(len(A))]
+
+
+def pooled_accuracy(cells: Cells) -> float | None:
+    """Share of right answers over the test examples of all tasks learned, after the last one:
+    `sum_{j <= T} correct[T][j] / sum_{j <= T} total[T][j]`, over measured cells."""
+    row = seen_cells(cells)
+    return _ratio(sum(c["correct"] for c in row), sum(c["total"] for c in row))
+
+
+def per_class_counts(cells: Iterable[Cell]) -> dict[str, tuple[int, int]]:
+    """(correct, total) of each class over the cells given; a class met in several tasks is summed."""
+    counts: dict[str, tuple[int, int]] = {}
+    for cell in cells:
+        for name, (correct, total) in cell["per_class"].items():
+            so_far = counts.get(name, (0, 0))
+            counts[name] = (so_far[0] + correct, so_far[1] + total)
+    return counts
+
+
+def per_class_accuracy(cells: Cells) -> dict[str, float | None]:
+    """Accuracy of each class after the last task, over the tasks learned; None without an example."""
+    return {name: _ratio(*counts) for name, counts in per_class_counts(seen_cells(cells)).items()}
+
+
+def seen_cells(cells: Cells) -> list[Cell]:
+    """The measured cells of the last row that belong to tasks learned."""
+    return [cell for cell in cells[-1][: len(cells)] if cell is not None] if cells else []
+
+
+def summarise(cells: Cells, tasks: Sequence[Mapping[str, object]]) -> Metrics:
+    """All headline figures of a run.
+
+    Args:
+        cells: the rows so far, each with up to one cell per task.
+        tasks: the tasks in order, each with its list of `classes`.
+    """
+    A = accuracies(cells)
+    return {
+        "final_accuracy": final_accuracy(A),
+        "average_accuracy": average_accuracy(A),
+        "forgetting": forgetting(A),
+        "backward_transfer": backward_transfer(A),
+        "forward_transfer": forward_transfer(A, [_count(task["classes"]) for task in tasks]),
+        "pooled_accuracy": pooled_accuracy(cells),
+    }
+
+
+def _count(classes: object) -> int:
+    if not isinstance(classes, Sequence):
+        raise TypeError(f"a task's classes must be a list of names, not {type(classes).__name__}")
+    return len(classes)
+
+
+def _at(A: Matrix, i: int, j: int) -> float | None:
+    return A[i][j] if 0 <= i < len(A) and j < len(A[i]) else None
+
+
+def _row_mean(A: Matrix, i: int) -> float | None:
+    return _mean(_at(A, i, j) for j in range(i + 1))
+
+
+def _difference(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b
+
+
+def _ratio(correct: int, total: int) -> float | None:
+    return correct / total if total else None
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    measured = [v for v in values if v is not None]
+    return sum(measured) / len(measured) if measured else None

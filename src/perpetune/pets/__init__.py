@@ -1,0 +1,33 @@
+"""Parameter-efficient tuning: small trained modules around frozen ones."""
+
+from __future__ import annotations
+
+from perpetune.pets.base import (
+    PET,
+    Place,
+    Slot,
+    frozen,
+    inject,
+    parameters,
+    pets,
+    remove,
+    slots,
+    submodule,
+    using,
+    walk,
+)
+
+__all__ = [
+    "PET",
+    "Place",
+    "Slot",
+    "frozen",
+    "inject",
+    "parameters",
+    "pets",
+    "remove",
+    "slots",
+    "submodule",
+    "using",
+    "walk",
+]

@@ -1,0 +1,231 @@
+"""Parameter-efficient modules (PETs) and the slots of a frozen net they act in.
+
+A `Slot` stands where a frozen submodule stood. The active PET decides how that submodule is called,
+so a PET is a few lines and knows nothing of the net. A net can carry several named sets of PETs;
+`using` says which one is in force, and none is unless it says so.
+
+Paths in this module name a submodule as if no slot were there: `blocks.0.attn.qkv`, wrapped or not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from perpetune.errors import UsageError, closest
+
+
+@dataclass(frozen=True)
+class Place:
+    """A frozen submodule that a PET can stand around.
+
+    Attributes:
+        path: where it is in the net.
+        module: the frozen submodule itself, never the slot around it.
+        roles: what it does there, such as `("q", "v")`.
+        parts: the slices of output rows that the roles stand for, ascending: two of a fused qkv for
+            q and v, all rows of a linear of its own; empty for what is no linear (a whole block).
+        block: which transformer block it is in, from 0; -1 where that is not known.
+        d_in, d_out: widths of input and output.
+    """
+
+    path: str
+    module: nn.Module
+    roles: tuple[str, ...]
+    parts: tuple[tuple[int, int], ...]
+    block: int
+    d_in: int
+    d_out: int
+
+
+class PET(nn.Module, ABC):
+    """A small trainable module that decides how a frozen one is called.
+
+    A concrete class is made as `cls(place, generator, **options)`: it takes shapes from the place,
+    draws its initial values from the generator alone, and its keyword-only arguments are its options
+    in a recipe. As made, it leaves the output of `base` bit for bit as it is.
+    """
+
+    default_at: ClassVar[tuple[str, ...]] = ()  # the roles it goes to unless told otherwise
+
+    @abstractmethod
+    def forward(self, base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What stands for `base(x, *args, **kwargs)`, of the same type and shape."""
+
+
+class Slot(nn.Module):
+    """Stands where `base` stood; calls it through the active PET, or plainly when there is none.
+
+    It does not pass on attributes such as `weight`: code that reads them instead of calling the
+    module would silently leave the PET out, and fails loudly this way.
+    """
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.base = base
+        self.pets = nn.ModuleDict()
+        self.active: str | None = None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.active is None:
+            return self.base(x, *args, **kwargs)
+        return self.pets[self.active](self.base, x, *args, **kwargs)
+
+    def pet(self, name: str) -> PET:
+        """The PET of that set.
+
+        Raises:
+            KeyError: the set has none here.
+        """
+        pet = self.pets[name]
+        assert isinstance(pet, PET)
+        return pet
+
+
+def inject(root: nn.Module, places: Sequence[Place], make: Callable[[Place], PET], name: str = "default") -> list[PET]:
+    """Put a set of PETs around the submodules of `root` at `places`; a place may carry several sets.
+
+    Returns:
+        The new PETs, in the order of `places`, on the device and in the mode of what they wrap.
+
+    Raises:
+        UsageError: a name that cannot be used or is taken, no place, or a place that is not in `root`.
+    """
+    if not re.fullmatch(r"[\w-]+", name) or name in dir(nn.ModuleDict()):
+        raise UsageError(f"{name!r} cannot name a set of pets: letters, digits, '_' and '-', but no word of torch's")
+    if not places:
+        raise UsageError("no place to put a pet: name at least one role and one block")
+    taken = {path for path, slot in slots(root) if name in slot.pets}
+    for place in places:
+        if not place.path or submodule(root, place.path) is not place.module:
+            raise UsageError(f"{place.path!r} is not the place of {type(root).__name__} it was found at")
+        if place.path in taken:
+            raise UsageError(f"{place.path} has a pet called {name!r} already; remove it or choose another name")
+    made = [make(place) for place in places]
+    for place, pet in zip(places, made, strict=True):
+        slot, parameter = _slot_at(root, place.path), next(place.module.parameters(), None)
+        slot.pets[name] = pet.train(slot.pets.training).to(None if parameter is None else parameter.device)
+    return made
+
+
+def slots(root: nn.Module) -> Iterator[tuple[str, Slot]]:
+    """Every slot in `root` with its path, outer ones first."""
+    return ((path, module) for path, module in walk(root) if isinstance(module, Slot))
+
+
+def pets(root: nn.Module, name: str) -> list[PET]:
+    """The PETs of one set, in the order of their paths in the net.
+
+    Raises:
+        UsageError: there is no such set; names those there are.
+    """
+    _known(root, name)
+    return [slot.pet(name) for _, slot in slots(root) if name in slot.pets]
+
+
+def parameters(root: nn.Module, name: str) -> list[nn.Parameter]:
+    """The parameters of one set of PETs; UsageError when there is no such set."""
+    return [p for pet in pets(root, name) for p in pet.parameters()]
+
+
+def remove(root: nn.Module, name: str) -> None:
+    """Take one set of PETs out; a slot left without any gives its place back to the frozen submodule.
+
+    Raises:
+        UsageError: there is no such set; names those there are.
+    """
+    _known(root, name)
+    for path, slot in [found for found in slots(root) if name in found[1].pets]:
+        del slot.pets[name]
+        slot.active = None if slot.active == name else slot.active
+        if not slot.pets:
+            parent, _, leaf = path.rpartition(".")
+            around = submodule(root, parent)
+            assert around is not None
+            setattr(around, leaf, slot.base)
+
+
+@contextlib.contextmanager
+def using(root: nn.Module, name: str | None) -> Iterator[None]:
+    """Inside, the PETs of the set `name` are in force and no others; None: the bare frozen net.
+
+    Raises:
+        UsageError: there is no such set; names those there are.
+    """
+    if name is not None:
+        _known(root, name)
+    before = [(slot, slot.active) for _, slot in slots(root)]
+    try:
+        for slot, _ in before:
+            slot.active = name if name is not None and name in slot.pets else None
+        yield
+    finally:
+        for slot, active in before:
+            slot.active = active if active is not None and active in slot.pets else None
+
+
+def submodule(root: nn.Module, path: str) -> nn.Module | None:
+    """The frozen submodule at `path`, seen through slots; None where there is none."""
+    module = _bare(root)
+    for part in path.split(".") if path else ():
+        try:
+            module = _bare(module.get_submodule(part))
+        except AttributeError:
+            return None
+    return module
+
+
+def frozen(root: nn.Module) -> dict[str, Tensor]:
+    """The persistent tensors of `root` without its PETs, by the names they have when there is no slot."""
+    tensors = {name: value for name, value in root.state_dict().items() if isinstance(value, Tensor)}
+    found = [path for path, module in root.named_modules() if isinstance(module, Slot)]
+    for path in sorted(found, key=len, reverse=True):  # inner ones first: their names hold the outer ones'
+        start = f"{path}." if path else ""
+        tensors = {
+            start + name.removeprefix(f"{start}base.") if name.startswith(f"{start}base.") else name: value
+            for name, value in tensors.items()
+            if not name.startswith(f"{start}pets.")
+        }
+    return tensors
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    return module.base if isinstance(module, Slot) else module
+
+
+def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every module with its path; what a slot holds comes after the slot, under the same path."""
+    yield path, module
+    if isinstance(module, Slot):
+        yield from walk(module.base, path)
+        return
+    for name, child in module.named_children():
+        yield from walk(child, f"{path}.{name}" if path else name)
+
+
+def _slot_at(root: nn.Module, path: str) -> Slot:
+    """The slot at `path`, made when there is none yet."""
+    parent, _, leaf = path.rpartition(".")
+    around = submodule(root, parent)
+    assert around is not None
+    module = around.get_submodule(leaf)
+    if isinstance(module, Slot):
+        return module
+    slot = Slot(module).train(module.training)
+    setattr(around, leaf, slot)
+    return slot
+
+
+def _names(root: nn.Module) -> list[str]:
+    return sorted({name for _, slot in slots(root) for name in slot.pets})
+
+
+def _known(root: nn.Module, name: str) -> None:
+    if name not in (names := _names(root)):
+        raise UsageError(f"there is no set of pets called {name!r}; {closest(name, names)}")

@@ -1,0 +1,239 @@
+"""The typed recipe: what is tuned, how, on what data. Unknown keys are errors; every default is written out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from perpetune import registry
+from perpetune.data.stream import StreamOptions
+from perpetune.errors import UsageError, closest
+from perpetune.fit import FitConfig
+from perpetune.runtime import Precision
+
+Setting = Literal["class", "domain", "task"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Choice(BaseModel):
+    """A name and the options of what it names; `lora` is short for `{name: lora}`."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class BackboneSection(Section):
+    """The frozen pretrained model."""
+
+    name: str
+    """`timm:NAME[.TAG]`, `hf:ID_OR_FOLDER`, `folder:PATH`, or `perpetune:micro`."""
+    pretrained: bool = True
+    image_size: Annotated[int, Field(ge=1)] | None = None
+    """Side of the input in pixels, when it differs from the model's own."""
+    architecture: str | None = None
+    """The timm name of a `folder:` that has no config."""
+    load_in_4bit: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
+class PetSection(Choice):
+    """The small parameters that are added, and where. Further keys are options of the pet."""
+
+    at: list[str] | None = None
+    """Roles: q, k, v, proj, fc1, fc2; None is the pet's own default."""
+    blocks: list[int] | None = None
+    """Numbers of the transformer blocks, negative ones from the end; None is all."""
+
+    @field_validator("at", mode="before")
+    @classmethod
+    def _one_role(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+class EvaluateSection(Section):
+    batch_size: Annotated[int, Field(ge=1)] = 64
+
+
+class RunSection(Section):
+    """Where it runs. Nothing here changes what is learned, but for `precision`."""
+
+    device: str = "auto"
+    precision: Precision = "no"
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Processes that load images."""
+    threads: Annotated[int, Field(ge=1)] | None = None
+    """CPU threads of torch; None leaves torch's own choice."""
+    checkpoint_every: Annotated[int, Field(ge=1)] = 200
+    """Optimizer steps between two checkpoints inside a task."""
+
+
+class Recipe(Section):
+    """Everything that decides a run."""
+
+    name: str = "run"
+    description: str = ""
+    seed: Annotated[int, Field(ge=0)] = 0
+    setting: Setting = "class"
+    backbone: BackboneSection = BackboneSection(name="perpetune:micro")
+    pet: PetSection | None = PetSection(name="lora")
+    method: Choice = Choice(name="finetune")
+    head: Choice = Choice(name="linear")
+    train: FitConfig = FitConfig()
+    data: Choice | None = None
+    """None for a state that only `update` feeds."""
+    stream: StreamOptions = StreamOptions()
+    evaluate: EvaluateSection = EvaluateSection()
+    run: RunSection = RunSection()
+
+    @field_validator("name")
+    @classmethod
+    def _folder_name(cls, value: str) -> str:
+        if not value or not all(c.isalnum() or c in "._-" for c in value) or value.startswith("."):
+            raise ValueError("letters, digits, '.', '_' and '-' only, as it names a folder")
+        return value
+
+    @field_validator("pet", mode="before")
+    @classmethod
+    def _no_pet(cls, value: Any) -> Any:
+        return None if value == "none" else value
+
+    def resolved(self) -> Recipe:
+        """The same recipe with every option of every choice written out.
+
+        Raises:
+            UsageError: a choice does not exist or does not take an option.
+        """
+        changes: dict[str, Any] = {
+            "method": _complete("methods", self.method, skip=self._configs(self.method)),
+            "head": _complete("heads", self.head),
+        }
+        if self.pet is not None:
+            pet = registry.find("pets", self.pet.name)
+            completed = _complete("pets", self.pet).model_dump()
+            changes["pet"] = PetSection.model_validate({**completed, "at": self.pet.at or list(pet.default_at)})
+        if self.data is not None:
+            changes["data"] = _complete("data", self.data)
+        return self.model_copy(update=changes)
+
+    def method_options(self) -> dict[str, Any]:
+        """Arguments for the method's class; its `FitConfig`s start from `train:`."""
+        given = self.method.options
+        for name in self._configs(self.method):
+            given[name] = {**self.train.model_dump(), **given.get(name, {})}
+        return registry.options("methods", self.method.name, given)
+
+    def _configs(self, method: Choice) -> list[str]:
+        fields = registry.schema(registry.find("methods", method.name)).model_fields
+        return [name for name, field in fields.items() if field.annotation is FitConfig]
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _complete(kind: registry.Kind, choice: Choice, skip: Sequence[str] = ()) -> Choice:
+    """`choice` with the defaults of its options; those in `skip` stay as they are given."""
+    own = {k: v for k, v in choice.options.items() if k not in PetSection.model_fields and k not in skip}
+    if skip:
+        registry_schema = registry.schema(registry.find(kind, choice.name))
+        required = {name: FitConfig() for name in skip if registry_schema.model_fields[name].is_required()}
+        own |= required
+    options = registry.options(kind, choice.name, own)
+    kept = {k: v for k, v in choice.options.items() if k in skip}
+    return Choice.model_validate({"name": choice.name, **{k: v for k, v in options.items() if k not in skip}, **kept})
+
+
+def packaged() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    folder = Path(str(resources.files("perpetune") / "recipes"))
+    return {p.stem: p for p in sorted(folder.glob("*.yaml"))}
+
+
+def load_recipe(name: str | Path, changes: Sequence[str] = ()) -> Recipe:
+    """A recipe from a file or, by name, from the package, with `key.key=value` changes applied.
+
+    Relative paths in it are meant from the folder where the command runs.
+
+    Raises:
+        UsageError: no such recipe, not YAML, or a key or value that is not a recipe's.
+    """
+    path = packaged().get(str(name), Path(name))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        if isinstance(error, FileNotFoundError) and "/" not in str(name) and not str(name).endswith((".yaml", ".yml")):
+            raise UsageError(f"there is no recipe {str(name)!r}; {closest(str(name), packaged())}") from None
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UsageError(f"cannot read the recipe {str(path)!r}: {reason}") from None
+    return parse_recipe(text, str(name), changes)
+
+
+def parse_recipe(text: str, where: str, changes: Sequence[str] = ()) -> Recipe:
+    """A recipe from YAML text; `where` names it in errors."""
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UsageError(f"recipe {where}{line}: not YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"recipe {where}: a mapping of keys is expected, got {type(content).__name__}")
+    for change in changes:
+        _apply(content, change)
+    return make_recipe(content, where)
+
+
+def make_recipe(content: dict[str, Any], where: str = "given") -> Recipe:
+    """A recipe from plain values, checked down to the options of every choice."""
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        raise UsageError(f"recipe {where}: {registry.explain(error, Recipe)}") from None
+    try:
+        recipe.method_options()
+        return recipe.resolved()
+    except UsageError as error:
+        raise UsageError(f"recipe {where}: {error}") from None
+
+
+def _apply(content: dict[str, Any], change: str) -> None:
+    key, equals, value = change.partition("=")
+    if not equals or not key:
+        raise UsageError(f"--set {change!r}: KEY.KEY=VALUE is expected, for example train.epochs=3")
+    *parents, last = key.split(".")
+    place = content
+    for parent in parents:
+        below = place.get(parent)
+        if isinstance(below, str):
+            below = {"name": below}
+        elif below is None:
+            below = {}
+        elif not isinstance(below, dict):
+            raise UsageError(f"--set {change!r}: {parent} is {below!r}, which has no keys")
+        place[parent] = below
+        place = below
+    try:
+        place[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UsageError(f"--set {change!r}: the value is not YAML") from None

@@ -1,0 +1,60 @@
+"""Figures as text: one way to write each kind of number, in every report."""
+
+from __future__ import annotations
+
+MINUS = "\N{MINUS SIGN}"
+ABSENT = "\N{EN DASH}"
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A share in [0, 1] as `87.3`, without the sign, which the heading carries."""
+    return ABSENT if value is None else _minus(f"{100 * value:.{digits}f}")
+
+
+def points(value: float | None, digits: int = 1) -> str:
+    """A difference of two shares in percentage points, always with its sign: `+1.5`, `−11.2`, `0.0`."""
+    if value is None:
+        return ABSENT
+    text = f"{100 * value:+.{digits}f}"
+    return text[1:] if float(text) == 0 else _minus(text)
+
+
+def size(n_bytes: float | None) -> str:
+    """Bytes in decimal units: `512 B`, `81.6 kB`, `10.8 MB`."""
+    if n_bytes is None:
+        return ABSENT
+    value = float(n_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 999.5:
+            return f"{value:.0f} {unit}" if unit == "B" or value >= 99.95 else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def duration(seconds: float | None) -> str:
+    """`0.4 s`, `12.1 s`, `3 min 20 s`, `1 h 02 min`."""
+    if seconds is None:
+        return ABSENT
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def count(value: float | None) -> str:
+    """A whole number with thin groups: `36,864`."""
+    return ABSENT if value is None else f"{value:,.0f}"
+
+
+def mean_std(mean: str, std: str | None) -> str:
+    """`87.3 ± 0.4`; the mean alone where there is no spread (one run)."""
+    return mean if std is None else f"{mean} ± {std}"
+
+
+def _minus(text: str) -> str:
+    """The typographic minus sign, and no sign on a figure that rounds to zero."""
+    if text.startswith("-"):
+        return text[1:] if float(text) == 0 else MINUS + text[1:]
+    return text

@@ -1,0 +1,197 @@
+"""The reports as Markdown: the same tables as the pages, for a pull request or a lab book."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from perpetune.report import form, tables, view
+from perpetune.report.compare import Comparison
+from perpetune.report.matrix import matrix_table
+from perpetune.report.results_schema import Results
+
+
+def report(results: Results) -> str:
+    """`report.md` of one run."""
+    chosen = tables.choices(results["recipe"])
+    parts = [
+        f"# {plain(results['name'])}",
+        _intro(results, chosen),
+        _figures(results),
+        "## Accuracy matrix",
+        "Accuracy in % on each task's test data (columns) after each task was learned (rows).",
+        _matrix(results),
+        "## Tasks",
+        _tasks(results),
+        "## Classes",
+        _classes(results),
+        "## Storage",
+        _storage(results),
+        "## Time and memory",
+        _timings(results),
+        *_problems(results),
+        "## How to reproduce",
+        _fenced(tables.recipe_yaml(results["recipe"]), "yaml"),
+        "Save the recipe above as `recipe.yaml`, then:",
+        _fenced(f"pip install {view.requirements(results['versions'])}\nperpetune run recipe.yaml", "sh"),
+        table(["package", "version"], results["versions"].items()),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def comparison(compared: Comparison) -> str:
+    """`compare.md` of several runs."""
+    figures = [(key, label) for key, label, _, _ in view.FIGURES]
+    heads = ["run", "n", *(f"{label} %" for _, label in figures), "trained parameters", "stored", "learning time"]
+    rows = []
+    for i, row in enumerate(compared["rows"]):
+        texts = view.comparison_cells(row)
+        marked = [f"**{texts[key]}**" if i in compared["best"][key] else texts[key] for key, _ in figures]
+        cost = [form.count(row["trainable_parameters"]["mean"]), form.size(row["stored_bytes"]["mean"])]
+        rows.append(
+            [plain(row["label"]), len(row["runs"]), *marked, *cost, form.duration(row["learn_seconds"]["mean"])]
+        )
+    parts = [
+        "# Comparison",
+        "Mean ± sample standard deviation over n runs that differ only in the seed.",
+        table(heads, rows),
+    ]
+    if compared["notes"]:
+        parts += ["## Read with care", bullets(compared["notes"])]
+    parts += ["## Runs", table(["row", "runs", "seeds", *map(plain, compared["settings"])], _members(compared))]
+    return "\n\n".join(parts) + "\n"
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A pipe table; cells that come from users have been through `plain`."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def bullets(items: Iterable[str]) -> str:
+    return "\n".join(f"- {plain(item)}" for item in items)
+
+
+def plain(text: object) -> str:
+    """`text` so that Markdown and the HTML in it show it as it is, on one line."""
+    return re.sub(r"([\\`*_{}\[\]<>|#~&])", r"\\\1", " ".join(str(text).split()))
+
+
+def _fenced(text: str, language: str) -> str:
+    ticks = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, ticks + 1)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+def _intro(results: Results, chosen: dict[str, str]) -> str:
+    setting = view.SETTINGS.get(results["setting"], results["setting"])
+    learned, total = len(results["cells"]), len(results["tasks"])
+    progress = f"{total} tasks" if results["complete"] else f"**not complete: {learned} of {total} tasks**"
+    what = " × ".join(plain(name) for name in chosen.values())
+    return f"{setting}, {progress}, seed {results['seed']}, on {plain(results['device'])}. {what}".strip()
+
+
+def _figures(results: Results) -> str:
+    rows: list[list[str]] = []
+    for key, label, note, signed in view.FIGURES:
+        value = results["metrics"][key]  # type: ignore[literal-required]
+        rows.append([label, form.points(value) + " points" if signed else form.percent(value) + " %", note])
+        if value is None:
+            rows[-1][1] = form.ABSENT
+    rows += [list(fact) for fact in view.facts(results)]
+    return table(["figure", "value", ""], rows)
+
+
+def _matrix(results: Results) -> str:
+    matrix = matrix_table(results)
+    rows = [
+        [f"{row.number} {plain(row.name)}", row.mean, *(cell.text if cell else "" for cell in row.cells)]
+        for row in matrix.rows
+    ]
+    return table(["after", "mean", *map(plain, matrix.names)], rows)
+
+
+def _tasks(results: Results) -> str:
+    heads = ["task", "classes", "train", "test", "when learned %", "now %", "forgotten"]
+    return table(
+        heads,
+        (
+            [
+                f"{row.number} {plain(row.name)}",
+                ", ".join(map(plain, row.classes)),
+                form.count(row.train),
+                form.count(row.test),
+                form.percent(row.learned),
+                form.percent(row.now),
+                form.points(row.forgotten),
+            ]
+            for row in tables.task_rows(results)
+        ),
+    )
+
+
+def _classes(results: Results) -> str:
+    heads = ["class", "task", "right", "of", "when learned %", "now %", "change"]
+    return table(
+        heads,
+        (
+            [
+                plain(row.name),
+                ", ".join(map(str, row.tasks)),
+                row.correct,
+                row.total,
+                form.percent(row.learned),
+                form.percent(row.now),
+                form.points(row.change),
+            ]
+            for row in tables.class_rows(results)
+        ),
+    )
+
+
+def _storage(results: Results) -> str:
+    rows = [[plain(r.kind), form.size(r.last), form.size(r.total)] for r in tables.storage_rows(results)]
+    rows.append(["**all**", "", f"**{form.size(tables.stored_bytes(results))}**"])
+    rows.append(["backbone, as float32", "", form.size(tables.backbone_bytes(results))])
+    return table(["kind", "last task", "all tasks"], rows)
+
+
+def _timings(results: Results) -> str:
+    return table(
+        ["task", "learning", "evaluation", "images", "images/s", "peak memory"],
+        (
+            [
+                plain(results["tasks"][t["task"]]["name"]),
+                form.duration(t["learn_s"]),
+                form.duration(t["evaluate_s"]),
+                form.count(t["images"]),
+                form.count(t["images_per_s"]),
+                form.size(t["peak_memory_bytes"]),
+            ]
+            for t in results["timings"]
+        ),
+    )
+
+
+def _problems(results: Results) -> list[str]:
+    parts = []
+    if results["warnings"]:
+        parts += ["## Warnings", bullets(results["warnings"])]
+    if results["bad_files"]:
+        rows = (
+            [_task_name(results, bad["task"]), plain(bad["file"]), plain(bad["reason"])] for bad in results["bad_files"]
+        )
+        parts += ["## Files that could not be read", table(["task", "file", "reason"], rows)]
+    return parts
+
+
+def _task_name(results: Results, index: int | None) -> str:
+    known = index is not None and 0 <= index < len(results["tasks"])
+    return plain(results["tasks"][index]["name"]) if known and index is not None else ""
+
+
+def _members(compared: Comparison) -> Iterable[list[object]]:
+    for row in compared["rows"]:
+        seeds = ", ".join(map(str, row["seeds"]))
+        settings = [plain(row["differs"][key]) for key in compared["settings"]]
+        yield [plain(row["label"]), ", ".join(map(plain, row["runs"])), seeds, *settings]

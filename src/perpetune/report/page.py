@@ -1,0 +1,87 @@
+"""Reports as files: one self-contained page, the same in Markdown, and the figures as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from perpetune.files import write_file
+from perpetune.report import form, markdown, palette, tables, view
+from perpetune.report.compare import compare
+from perpetune.report.results_schema import checked
+
+if TYPE_CHECKING:
+    import jinja2
+
+
+def write_report(results: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write `report.html`, `report.json` and `report.md` into `folder`; the paths in that order.
+
+    The page opens offline: styles, drawings and the few lines of script are inside it. Each file is
+    written aside and renamed, so a report is never half there.
+
+    Args:
+        results: a results document, see `results_schema.Results`.
+        folder: made when it is not there.
+
+    Raises:
+        StateError: `results` is not a results document.
+    """
+    run = checked(results)
+    derived = {"curves": asdict(tables.curves(run)), "classes": [asdict(row) for row in tables.class_rows(run)]}
+    files = {
+        "report.html": _environment().get_template("report.html").render(view.report(run)),
+        "report.json": _json({**run, **derived}),
+        "report.md": markdown.report(run),
+    }
+    return _write(files, folder)
+
+
+def write_comparison(runs: Sequence[tuple[str, Mapping[str, Any]]], folder: Path) -> list[Path]:
+    """Write `compare.html`, `compare.json` and `compare.md` into `folder`; the paths in that order.
+
+    Args:
+        runs: for each run what the user calls it (its folder, say) and its results document.
+        folder: made when it is not there.
+
+    Raises:
+        StateError: one of them is not a results document.
+    """
+    comparison = compare([run for _, run in runs], [name for name, _ in runs])
+    files = {
+        "compare.html": _environment().get_template("compare.html").render(view.comparison(comparison)),
+        "compare.json": _json(comparison),
+        "compare.md": markdown.comparison(comparison),
+    }
+    return _write(files, folder)
+
+
+def _environment() -> jinja2.Environment:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("perpetune.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    for write in (form.percent, form.points, form.size, form.duration, form.count):
+        environment.filters[write.__name__] = write
+    environment.globals["colours_css"] = palette.colours_css
+    return environment
+
+
+def _json(document: Mapping[str, Any]) -> str:
+    return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _write(files: Mapping[str, str], folder: Path) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        # A file name that is not UTF-8 reaches us as lone surrogates, which no encoder takes.
+        write_file(folder / name, text.encode("utf-8", "backslashreplace"))
+    return [folder / name for name in files]

@@ -1,0 +1,69 @@
+"""Colours of the pages, for light and dark screens, as CSS; text on a heat colour is always readable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+STEPS = 21  # heat levels: one for every 5 points of accuracy
+INK, PAPER = "#0b0f17", "#ffffff"
+
+# From nothing right to everything right. Dark screens run from dark to light, so "more" is always
+# further from the background.
+LIGHT_RAMP = ("#f3f6fb", "#cfe0f3", "#93bfe3", "#4f93cb", "#2466a5", "#113a6f")
+DARK_RAMP = ("#1a2230", "#1c3854", "#1f5a8a", "#3a87c2", "#7db9ea", "#d6eaff")
+
+# Lines that must be told apart: at most eight, then a ramp by age.
+LIGHT_LINES = ("#2563b8", "#c2560c", "#1b8a5a", "#a5329b", "#8a6d00", "#c02942", "#0b7f93", "#5b5f6b")
+DARK_LINES = ("#7db2ff", "#ff9d57", "#5fd39c", "#ee8be5", "#e2c044", "#ff8093", "#53cfe3", "#b4bac6")
+LIGHT_AGES = ("#1d3f8f", "#1f6fb0", "#1c9099", "#3d9f5c", "#a8a021", "#d9822b", "#cc4125")
+DARK_AGES = ("#6d8fe8", "#5fb0ec", "#4fd0d3", "#7bdb8f", "#dede63", "#f7b267", "#f47c5d")
+AGES = 24
+
+
+def mix(stops: Sequence[str], t: float) -> str:
+    """The colour at `t` in [0, 1] along evenly spaced hexadecimal `stops`."""
+    at = t * (len(stops) - 1)
+    i = min(int(at), len(stops) - 2)
+    parts = (
+        round(int(stops[i][k : k + 2], 16) * (1 - (at - i)) + int(stops[i + 1][k : k + 2], 16) * (at - i))
+        for k in (1, 3, 5)
+    )
+    return "#" + "".join(f"{part:02x}" for part in parts)
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance in [0, 1] (WCAG 2.2)."""
+    channels = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(a: str, b: str) -> float:
+    """Contrast ratio of two colours, 1 to 21 (WCAG 2.2); readable text has 4.5 or more."""
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def text_on(background: str) -> str:
+    """The more readable of ink and paper."""
+    return max(INK, PAPER, key=lambda ink: contrast(ink, background))
+
+
+def heat_level(accuracy: float) -> int:
+    """The heat colour of an accuracy in [0, 1], 0 to STEPS - 1."""
+    return min(STEPS - 1, max(0, round(accuracy * (STEPS - 1))))
+
+
+def colours_css() -> str:
+    """Classes `h0`… (heat), `l0`… (lines told apart) and `a0`… (lines by age), light and dark."""
+    light = _rules(LIGHT_RAMP, LIGHT_LINES, LIGHT_AGES)
+    dark = _rules(DARK_RAMP, DARK_LINES, DARK_AGES)
+    return f"{light}\n@media screen and (prefers-color-scheme: dark) {{\n{dark}\n}}"
+
+
+def _rules(ramp: Sequence[str], lines: Sequence[str], ages: Sequence[str]) -> str:
+    heat = [mix(ramp, level / (STEPS - 1)) for level in range(STEPS)]
+    rules = [f".h{i} {{ --heat: {colour}; --on-heat: {text_on(colour)} }}" for i, colour in enumerate(heat)]
+    rules += [f".l{i} {{ --line: {colour} }}" for i, colour in enumerate(lines)]
+    rules += [f".a{i} {{ --line: {mix(ages, i / (AGES - 1))} }}" for i in range(AGES)]
+    return "\n".join(rules)

@@ -1,0 +1,116 @@
+"""The results document: all figures of one run, as plain data. `report.json` begins with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, cast
+
+from typing_extensions import NotRequired, TypedDict  # pydantic reads no other TypedDict before Python 3.12
+
+from perpetune.errors import StateError
+from perpetune.numerics.metrics import Cell, Metrics
+
+FORMAT = 1
+
+
+class TaskInfo(TypedDict):
+    """One task: `train` and `test` are numbers of examples."""
+
+    index: int
+    name: str
+    classes: list[str]
+    train: int
+    test: int
+
+
+class Timing(TypedDict):
+    """Time and memory of one task: seconds, images trained on (all epochs), bytes."""
+
+    task: int
+    learn_s: float
+    evaluate_s: float
+    images: int
+    images_per_s: float | None
+    peak_memory_bytes: int | None
+
+
+class BadFile(TypedDict):
+    """A file of the user's that could not be read; `task` is its index, None when not known."""
+
+    task: int | None
+    file: str
+    reason: str
+
+
+class Results(TypedDict):
+    """One run.
+
+    Attributes:
+        cells: a row for each task learned so far, a column for each task; None is not measured.
+        storage: for each task `{"task": index, file kind: bytes, …}`.
+        recipe: the resolved recipe, every default written out.
+        complete: all tasks of the stream were learned.
+        extra: whatever else a caller keeps here; not shown.
+    """
+
+    format: int
+    name: str
+    setting: str
+    seed: int
+    tasks: list[TaskInfo]
+    cells: list[list[Cell | None]]
+    metrics: Metrics
+    timings: list[Timing]
+    storage: list[dict[str, int]]
+    trainable_parameters: int
+    backbone_parameters: int
+    bad_files: list[BadFile]
+    warnings: list[str]
+    recipe: dict[str, Any]
+    versions: dict[str, str]
+    device: str
+    complete: bool
+    extra: NotRequired[dict[str, Any]]
+
+
+def checked(document: Mapping[str, Any], where: str = "results") -> Results:
+    """`document` as plain JSON data, once its shape is known to be right.
+
+    Raises:
+        StateError: it is not a results document, or one of a format this version does not know.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    found = document.get("format")
+    if found != FORMAT:
+        raise StateError(f"{where}: results of format {found!r}; this perpetune reads format {FORMAT}")
+    plain = json.loads(json.dumps(document, allow_nan=False))
+    try:
+        TypeAdapter(Results).validate_python(plain, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise StateError(f"{where}: not a results document: {place}: {first['msg']}") from error
+    results = cast(Results, plain)
+    _check_sizes(results, where)
+    return results
+
+
+def _check_sizes(results: Results, where: str) -> None:
+    columns = len(results["tasks"])
+    if len(results["cells"]) > columns:
+        raise StateError(f"{where}: {len(results['cells'])} rows of cells for {columns} tasks")
+    for i, row in enumerate(results["cells"]):
+        if len(row) > columns:
+            raise StateError(f"{where}: cells.{i} has {len(row)} columns for {columns} tasks")
+        for j, cell in enumerate(row):
+            if cell and any(len(counts) != 2 for counts in cell["per_class"].values()):
+                raise StateError(f"{where}: cells.{i}.{j}.per_class must hold [correct, total] for each class")
+    indices = [task["index"] for task in results["tasks"]]
+    if indices != list(range(columns)):
+        raise StateError(f"{where}: tasks must be numbered 0 to {columns - 1} in order, not {indices}")
+    for key, entries in (("timings", results["timings"]), ("storage", results["storage"])):
+        for entry in entries:
+            if not 0 <= entry.get("task", -1) < columns:
+                raise StateError(f"{where}: an entry of {key} names no task: {entry}")

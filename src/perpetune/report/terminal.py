@@ -1,0 +1,122 @@
+"""The figures in a terminal, with rich: the accuracy matrix with what changed, and comparisons."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from perpetune.numerics.metrics import accuracies, final_accuracy
+from perpetune.report import form, view
+from perpetune.report.compare import Comparison
+from perpetune.report.results_schema import Results
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
+VISIBLE_CHANGE = 0.005  # smaller ones do not show at two digits
+GAP = "…"
+ROWS = 24
+
+
+def matrix_table(results: Results, width: int = 100) -> Table:
+    """The accuracy matrix, each cell with its change since the row before: `.87 ▼.11`.
+
+    Where the columns do not fit into `width` characters the changes go first, then columns in the
+    middle; rows in the middle go where there are more than a screen holds. What is left out shows as `…`.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    A, names = accuracies(results["cells"]), [task["name"] for task in results["tasks"]]
+    room = width - max(map(len, names), default=0) - 14  # the row's number and name, and the mean
+    changes = 11 * len(names) <= room
+    columns = _elided(len(names), max(2, room // (11 if changes else 6)))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), header_style="dim")
+    table.add_column(Text("after"), no_wrap=True, overflow="ellipsis")
+    table.add_column("mean", justify="right", no_wrap=True)
+    for j in columns:
+        heading = GAP if j is None else names[j] if changes else str(j + 1)
+        table.add_column(Text(heading), justify="left", no_wrap=True, overflow="ellipsis")
+    for i in _elided(len(A), ROWS):
+        if i is None:
+            table.add_row(*([GAP] * (len(columns) + 2)))
+            continue
+        cells = [Text(GAP, "dim") if j is None else cell_text(A, i, j, changes) for j in columns]
+        table.add_row(Text(f"{i + 1} {names[i]}"), Text(share(final_accuracy(A[: i + 1])), "bold"), *cells)
+    return table
+
+
+def row_line(results: Results) -> Text:
+    """The last row alone, for the live view: `after 3 task-3: mean .81 | task-1 .87 ▼.11 | …`."""
+    from rich.text import Text
+
+    A, names = accuracies(results["cells"]), [task["name"] for task in results["tasks"]]
+    last = len(A) - 1
+    if last < 0:
+        return Text("no task is learned yet", "dim")
+    line = Text.assemble(f"after {last + 1} {names[last]}: mean ", (share(final_accuracy(A)), "bold"))
+    for j in range(last + 1):
+        line.append(f"  {names[j]} ", "dim").append_text(cell_text(A, last, j, changes=True))
+    return line
+
+
+def figures_line(results: Results) -> Text:
+    """The headline figures on one line; those that are not defined are left out."""
+    from rich.text import Text
+
+    line = Text()
+    for key, label, _, signed in view.FIGURES:
+        value = results["metrics"][key]  # type: ignore[literal-required]
+        if value is not None:
+            text = form.points(value) + " points" if signed else form.percent(value) + " %"
+            line.append("   " if line else "").append(label.lower() + " ", "dim").append(text, "bold")
+    return line
+
+
+def compare_table(comparison: Comparison) -> Table:
+    """One line for each recipe, mean ± standard deviation; the best of each column is bold."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
+    for heading in ("run", "n", *(label.lower() for _, label, _, _ in view.FIGURES), "stored", "learning"):
+        table.add_column(heading, justify="left" if heading == "run" else "right")
+    for i, row in enumerate(comparison["rows"]):
+        texts = view.comparison_cells(row)
+        cells = [Text(texts[key], "bold" if i in comparison["best"][key] else "") for key, _, _, _ in view.FIGURES]
+        cost = [form.size(row["stored_bytes"]["mean"]), form.duration(row["learn_seconds"]["mean"])]
+        table.add_row(Text(row["label"]), str(len(row["runs"])), *cells, *cost)
+    return table
+
+
+def share(value: float | None) -> str:
+    """A share in two digits without the zero: `.87`, `1.0`."""
+    if value is None:
+        return form.ABSENT
+    return "1.0" if value >= 0.995 else f"{value:.2f}"[1:]
+
+
+def cell_text(A: Sequence[Sequence[float | None]], i: int, j: int, changes: bool) -> Text:
+    """Cell (i, j) of the matrix and, with `changes`, what changed since the row before."""
+    from rich.text import Text
+
+    value = A[i][j] if j < len(A[i]) else None
+    if value is None:
+        return Text("")
+    text = Text(share(value), "bold" if i == j else "dim italic" if j > i else "")
+    before = A[i - 1][j] if i > j and j < len(A[i - 1]) else None
+    if changes and before is not None and abs(value - before) >= VISIBLE_CHANGE:
+        up = value > before
+        text.append(f" {'▲' if up else '▼'}{share(abs(value - before))}", "green" if up else "red")
+    return text
+
+
+def _elided(n: int, limit: int) -> list[int | None]:
+    """Positions 0 to n - 1, with None for the middle ones where there are more than `limit`."""
+    if n <= limit:
+        return list(range(n))
+    head = (limit - 1) // 2
+    return [*range(head), None, *range(n - (limit - 1 - head), n)]

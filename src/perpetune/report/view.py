@@ -1,0 +1,141 @@
+"""What the page templates show, as plain values and finished drawings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from perpetune.numerics.metrics import accuracies
+from perpetune.report import form, svg, tables
+from perpetune.report.compare import Comparison, ComparisonRow
+from perpetune.report.matrix import matrix_table
+from perpetune.report.palette import AGES, LIGHT_LINES
+from perpetune.report.results_schema import Results
+
+SETTINGS = {"class": "class-incremental", "domain": "domain-incremental", "task": "task-incremental"}
+
+FIGURES = (  # key, label, what it says, whether it is a difference
+    ("final_accuracy", "Final accuracy", "mean over tasks, after the last one", False),
+    ("average_accuracy", "Average accuracy", "mean over the whole run of the accuracy on tasks seen", False),
+    ("forgetting", "Forgetting", "lost per task since it was best", True),
+    ("backward_transfer", "Backward transfer", "change per task since it was learned", True),
+    ("forward_transfer", "Forward transfer", "above chance before a task is learned", True),
+    ("pooled_accuracy", "Pooled accuracy", "over all test examples, after the last task", False),
+)
+
+
+def report(results: Results) -> dict[str, Any]:
+    """Values for `report.html`."""
+    return {
+        "run": results,
+        "setting": SETTINGS.get(results["setting"], results["setting"]),
+        "choices": tables.choices(results["recipe"]),
+        "figures": [
+            (label, form.points(value) if signed else form.percent(value), note, value is None)
+            for key, label, note, signed in FIGURES
+            for value in (results["metrics"][key],)  # type: ignore[literal-required]
+        ],
+        "facts": facts(results),
+        "matrix": matrix_table(results),
+        "overview": _overview(results),
+        "charts": _charts(results),
+        "legend": _legend(results),
+        "tasks": tables.task_rows(results),
+        "classes": tables.class_rows(results),
+        "storage": tables.storage_rows(results),
+        "stored": tables.stored_bytes(results),
+        "backbone": tables.backbone_bytes(results),
+        "slowest": max((t["learn_s"] for t in results["timings"]), default=0.0),
+        "recipe": tables.recipe_yaml(results["recipe"]),
+        "requirements": requirements(results["versions"]),
+    }
+
+
+def facts(results: Results) -> list[tuple[str, str, str]]:
+    """The small figures below the headline: label, value, what it is relative to."""
+    trained, backbone = results["trainable_parameters"], results["backbone_parameters"]
+    stored, speed = tables.stored_bytes(results), tables.images_per_second(results)
+    share = f"{100 * trained / backbone:.2g} % of the backbone's {form.count(backbone)}" if backbone else ""
+    return [
+        ("Trained parameters", form.count(trained), share),
+        ("Stored", form.size(stored), f"backbone as float32: {form.size(tables.backbone_bytes(results))}"),
+        ("Learning time", form.duration(tables.learn_seconds(results)), f"{speed:.0f} images/s" if speed else ""),
+        ("Peak memory", form.size(tables.peak_memory(results)), f"on {results['device']}"),
+    ]
+
+
+def requirements(versions: dict[str, str]) -> str:
+    """pip requirements of the versions that ran; `python` and local suffixes such as `+cpu` are not pip's."""
+    return " ".join(f"{name}=={v.partition('+')[0]}" for name, v in versions.items() if name != "python")
+
+
+def _overview(results: Results) -> str:
+    return svg.heat_overview(
+        accuracies(results["cells"]), len(results["tasks"]), "Accuracy matrix: a row after each task, a column per task"
+    )
+
+
+def _charts(results: Results) -> dict[str, str]:
+    shown, names = tables.curves(results), [task["name"] for task in results["tasks"]]
+    lines = [svg.Line(names[j], v, _line_style(j, len(names)) + " thin") for j, v in enumerate(shown.tasks)]
+    mean = svg.Line("mean over tasks seen", shown.accuracy, "strong")
+    lost = svg.Line("forgetting", shown.forgetting, "strong")
+    half, full = {"width": 540, "height": 300}, {"width": 1104, "height": 380}
+    return {
+        "accuracy": svg.line_chart([mean], "Mean accuracy on the tasks seen, after each task", floor=0, top=1, **half),
+        "forgetting": svg.line_chart([lost], "Mean forgetting after each task", floor=0, top=0.1, **half),
+        "tasks": svg.line_chart(lines, "Accuracy of each task over the run", floor=0, top=1, **full),
+    }
+
+
+def _line_style(j: int, n: int) -> str:
+    """Few lines are told apart by hue; many are coloured by age."""
+    return f"l{j}" if n <= len(LIGHT_LINES) else f"a{round(j * (AGES - 1) / (n - 1))}"
+
+
+def _legend(results: Results) -> list[tuple[str, str]]:
+    """(style, name) of each line; for many lines the ages' colours without names."""
+    names = [task["name"] for task in results["tasks"]]
+    if len(names) <= len(LIGHT_LINES):
+        return [(_line_style(j, len(names)), name) for j, name in enumerate(names)]
+    return [(f"a{i}", "") for i in range(AGES)]
+
+
+def comparison(compared: Comparison) -> dict[str, Any]:
+    """Values for `compare.html`."""
+    rows = compared["rows"]
+    return {
+        "rows": rows,
+        "notes": compared["notes"],
+        "settings": compared["settings"],
+        "figures": [(key, label, note) for key, label, note, _ in FIGURES],
+        "cells": [comparison_cells(row) for row in rows],
+        "best": compared["best"],
+        "charts": {
+            "accuracy": _overlay(rows, "average_accuracy_curve", "Mean accuracy on the tasks seen", 1.0),
+            "forgetting": _overlay(rows, "forgetting_curve", "Mean forgetting", 0.1),
+        },
+        "legend": [(_line_style(i, max(len(rows), 2)), row["label"]) for i, row in enumerate(rows)],
+    }
+
+
+def comparison_cells(row: ComparisonRow) -> dict[str, str]:
+    """The text of each figure of a row of the comparison, `mean ± std`."""
+    texts = {}
+    for key, _, _, signed in FIGURES:
+        mean, std = row["metrics"][key]["mean"], row["metrics"][key]["std"]
+        text = form.points(mean) if signed else form.percent(mean)
+        texts[key] = form.mean_std(text, None if std is None else form.percent(std))
+    return texts
+
+
+def _overlay(rows: list[ComparisonRow], curve: str, label: str, top: float) -> str:
+    lines = [
+        svg.Line(
+            row["label"],
+            [point["mean"] for point in row[curve]],  # type: ignore[literal-required]
+            _line_style(i, max(len(rows), 2)),
+            [point["std"] for point in row[curve]],  # type: ignore[literal-required]
+        )
+        for i, row in enumerate(rows)
+    ]
+    return svg.line_chart(lines, label, width=540, height=320, floor=0, top=top)

@@ -1,0 +1,69 @@
+"""What a state folder says of its run, as one plain document: for reports, comparisons and the live view."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from perpetune.files import read_folder
+from perpetune.numerics.metrics import summarise
+from perpetune.snapshot import FILES
+from perpetune.state import State
+
+PACKAGES = ("perpetune", "torch", "transformers", "timm", "accelerate", "numpy", "safetensors")
+
+
+def versions() -> dict[str, str]:
+    """Versions of the interpreter and of the installed packages that decide numbers."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def read_results(state: State) -> dict[str, Any]:
+    """The results document; `perpetune.report` renders it and names its fields."""
+    tasks, rows, timings, storage, bad, warnings = [], [], [], [], [], []
+    for committed in state.committed:
+        files = read_folder(committed.folder)
+        task = json.loads(files["task.json"])
+        tasks.append({k: task[k] for k in ("index", "name", "classes", "train", "test")})
+        rows.append(json.loads(files["metrics.json"])["cells"])
+        timings.append({"task": committed.index, **json.loads(files["timings.json"])})
+        storage.append({"task": committed.index, **{name: len(files[name]) for name in FILES}})
+        bad += [dict(zip(("task", "file", "reason"), (committed.index, *_split(entry)), strict=True)) for entry in task["bad"]]
+        warnings += task["warnings"]
+    cells = [[row.get(t["name"]) for t in tasks] for row in rows]
+    begun = next((e for e in reversed(state.journal()) if e["event"] == "run begun"), {})
+    backbone = state.backbone
+    return {
+        "format": 1,
+        "name": state.recipe.name,
+        "setting": state.recipe.setting,
+        "seed": state.recipe.seed,
+        "tasks": tasks,
+        "cells": cells,
+        "metrics": summarise(cells, tasks),
+        "timings": timings,
+        "storage": storage,
+        "trainable_parameters": backbone.get("trainable_parameters"),
+        "backbone_parameters": backbone.get("parameters"),
+        "bad_files": bad,
+        "warnings": list(dict.fromkeys(warnings)),
+        "recipe": state.recipe.model_dump(mode="json"),
+        "versions": begun.get("versions", {}),
+        "device": begun.get("device", ""),
+        "complete": begun.get("tasks") is None or len(tasks) >= begun["tasks"],
+        "extra": {},
+    }
+
+
+def _split(entry: str) -> tuple[str, str]:
+    """File and reason of `file: reason`."""
+    file, _, reason = entry.partition(": ")
+    return file, reason

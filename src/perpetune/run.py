@@ -1,0 +1,98 @@
+"""The loop over tasks: learn, evaluate, commit. The one path that `run`, `update`, `resume` and Python share."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from perpetune.evaluate import Setting, evaluate
+from perpetune.methods.base import Method
+from perpetune.results import read_results
+from perpetune.runtime import Runtime
+from perpetune.state import MidTask, State
+from perpetune.tasks import Task
+
+
+@dataclass(frozen=True)
+class Step:
+    """One task to learn and what is measured after it.
+
+    Attributes:
+        task: what is learned.
+        others: other tasks to evaluate on afterwards: all earlier ones, and the next one where its
+            accuracy before learning means something (forward transfer).
+        document: what is stored of the task beside its name: sizes, data, fingerprint, bad files.
+    """
+
+    task: Task
+    others: Sequence[Task]
+    document: Mapping[str, Any]
+
+
+def run(method: Method, steps: Iterable[Step], state: State) -> None:
+    """Learn the tasks one after the other, each committed before the next begins."""
+    for step in steps:
+        learn_task(method, step, state)
+
+
+def learn_task(method: Method, step: Step, state: State) -> None:
+    """Learn one task, evaluate, and store what was learned.
+
+    A crash at any moment leaves the state with this task committed or not begun; checkpoints of
+    the open task are in STATE/resume, and entering here again goes on from them.
+    """
+    task, recipe, run = step.task, state.recipe, step.task.runtime
+    main = run.rank == 0
+    fingerprint = f"{step.document['fingerprint']}/{run.world}"
+    if main:
+        state.log("task begun", task=task.index, name=task.name, **{k: step.document[k] for k in ("fingerprint", "from")})
+    run.checkpoints = MidTask(
+        state.folder / "resume", method, (task.index, task.name, fingerprint), recipe.run.checkpoint_every, writes=main
+    )
+    run.progress.task(task.index, task.name, len(task.classes), len(task.train))
+    _reset_peak(run)
+    began = time.perf_counter()
+    method.learn(task)
+    learned = time.perf_counter()
+    cells = measure(method, [*step.others, task], recipe.setting, recipe.evaluate.batch_size)
+    evaluated = time.perf_counter()
+    seconds = run.checkpoints.seconds + learned - began
+    timings = {
+        "learn_s": round(seconds, 3),
+        "evaluate_s": round(evaluated - learned, 3),
+        "images": len(task.train),
+        "images_per_s": round(run.checkpoints.images / seconds, 2) if run.checkpoints.images else None,
+        "peak_memory_bytes": _peak(run),
+        "device": str(run.device),
+    }
+    document = {"index": task.index, "name": task.name, "classes": list(task.classes), **step.document}
+    if main:
+        documents = {"task.json": document, "metrics.json": {"cells": cells}, "timings.json": timings}
+        state.commit(task.index, task.name, method, documents)
+    run.accelerator.wait_for_everyone()
+    run.checkpoints = None
+    run.progress.results(read_results(state))
+
+
+def measure(method: Method, tasks: Iterable[Task], setting: Setting, batch_size: int) -> dict[str, Any]:
+    """Counts on the test data of each task, by its name; None where it has none."""
+    return {t.name: evaluate(method, t, setting=setting, batch_size=batch_size) for t in tasks}
+
+
+def _reset_peak(run: Runtime) -> None:
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(run.device)
+
+
+def _peak(run: Runtime) -> int:
+    """Largest memory so far, in bytes: of the device, or of the process on the CPU."""
+    if run.device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(run.device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,128 @@
+"""Where and how a run happens: device, precision, processes, seed, checkpoints, progress."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Precision = Literal["no", "bf16", "fp16"]
+
+
+class Checkpoints(Protocol):
+    """What `fit` asks of the state folder; see `perpetune.state.MidTask`."""
+
+    seconds: float
+    images: int
+
+    def begin(self, phase: str, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> int | None:
+        """Restore what is known of `phase`: the number of steps done, or None when it is finished."""
+
+    def step(self, done: int, total: int, images: int, *, force: bool) -> None:
+        """`done` steps of the open phase are complete, the last on `images` examples; writes a checkpoint
+        when one is due or forced."""
+
+    def finish(self) -> None:
+        """The open phase is complete."""
+
+
+class Progress(Protocol):
+    """What `fit` and `run` tell whoever watches. Every call is cheap and may be ignored."""
+
+    def note(self, message: str) -> None:
+        """A warning about the data, in one line."""
+
+    def task(self, index: int, name: str, classes: int, examples: int) -> None: ...
+
+    def results(self, results: dict[str, Any]) -> None:
+        """A task is committed; the results document so far."""
+
+    def phase(self, phase: str, steps: int, epochs: int, done: int) -> None: ...
+
+    def step(self, done: int, epoch: int, loss: float | None, images: int) -> None: ...
+
+
+class Silent:
+    """A `Progress` that shows nothing."""
+
+    def note(self, message: str) -> None:
+        pass
+
+    def task(self, index: int, name: str, classes: int, examples: int) -> None:
+        pass
+
+    def results(self, results: dict[str, Any]) -> None:
+        pass
+
+    def phase(self, phase: str, steps: int, epochs: int, done: int) -> None:
+        pass
+
+    def step(self, done: int, epoch: int, loss: float | None, images: int) -> None:
+        pass
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the first accelerator there is, else the CPU."""
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+@dataclass
+class Runtime:
+    """Handed to methods with every task; a default one runs on the CPU and stores nothing."""
+
+    seed: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    precision: Precision = "no"
+    workers: int = 0
+    checkpoints: Checkpoints | None = None
+    progress: Progress = field(default_factory=Silent)
+    stopping: Callable[[], int | None] = lambda: None  # the signal that asks for a stop, if one came
+
+    @cached_property
+    def accelerator(self) -> Accelerator:
+        from accelerate import Accelerator
+
+        return Accelerator(cpu=self.device.type == "cpu", mixed_precision=self.precision)
+
+    @property
+    def rank(self) -> int:
+        return torch.distributed.get_rank() if _distributed() else 0
+
+    @property
+    def world(self) -> int:
+        return torch.distributed.get_world_size() if _distributed() else 1
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of `value` over all processes."""
+        return self.accelerator.reduce(value, "sum") if self.world > 1 else value
+
+    def stop_requested(self, *, due: bool) -> int | None:
+        """The signal that asks for a stop. Several processes agree on it, and look only when `due`."""
+        if self.world == 1:
+            return self.stopping()
+        if not due:
+            return None
+        asked = torch.tensor([self.stopping() or 0], device=self.device)
+        torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+        return int(asked) or None
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.precision == "no":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16 if self.precision == "bf16" else torch.float16)
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

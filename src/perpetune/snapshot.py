@@ -1,0 +1,162 @@
+"""A method's and an optimizer's state as plain files: tensors in safetensors, the rest in JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from perpetune.errors import StateError
+from perpetune.files import to_json
+from perpetune.heads.base import Head
+from perpetune.methods.base import Method
+from perpetune.models.backbone import Backbone
+from perpetune.pets.base import PET
+
+EXTRA = "extra.json"
+FILES = ("pet.safetensors", "head.safetensors", "method.safetensors")
+
+
+def tensors(method: Method) -> dict[str, dict[str, Tensor]]:
+    """Everything a method has learned, by file and by name: all but the frozen backbone."""
+    pets = _owned(method, PET)
+    frozen = _owned(method, Backbone) - pets
+    heads = _owned(method, Head)
+    found: dict[str, dict[str, Tensor]] = {name: {} for name in FILES}
+    for name, tensor in _persistent(method).items():
+        if id(tensor) in frozen:
+            continue
+        file = FILES[0] if id(tensor) in pets else FILES[1] if id(tensor) in heads else FILES[2]
+        found[file][name] = tensor
+    return found
+
+
+def snapshot(method: Method) -> dict[str, bytes]:
+    """The files that `restore` reads."""
+    files = {
+        file: save({name: t.detach().cpu().contiguous() for name, t in group.items()})
+        for file, group in tensors(method).items()
+    }
+    files[EXTRA] = to_json({name: module.get_extra_state() for name, module in _with_extra(method).items()})
+    return files
+
+
+@torch.no_grad()
+def restore(method: Method, files: Mapping[str, bytes], where: str) -> None:
+    """Put a snapshot back into a method of the same make.
+
+    Parameters stay the objects they are wherever their shape allows, so an optimizer that holds them
+    goes on with them.
+
+    Raises:
+        StateError: tensors are missing, unexpected or of another shape or type; says which. The
+            method is untouched then, but for room made for classes.
+    """
+    extra = _json(files, EXTRA, where)
+    modules = _with_extra(method)
+    _same_names(modules, extra, f"{where}/{EXTRA}", "entries")
+    for name, module in modules.items():
+        if module.get_extra_state() != extra[name]:
+            module.set_extra_state(extra[name])
+    pairs = []
+    for file, group in tensors(method).items():
+        stored = read_tensors(files, file, where)
+        _same_names(group, stored, f"{where}/{file}", "tensors")
+        for name, tensor in group.items():
+            value = stored[name]
+            if value.shape != tensor.shape or value.dtype != tensor.dtype:
+                raise StateError(
+                    f"{where}/{file}: {name} is {value.dtype} {tuple(value.shape)} where the recipe's model has "
+                    f"{tensor.dtype} {tuple(tensor.shape)}: the state and its recipe do not belong together"
+                )
+            pairs.append((tensor, value))
+    for tensor, value in pairs:
+        tensor.copy_(value)
+
+
+def snapshot_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, bytes]:
+    """The optimizer's state, for `restore_optimizer`."""
+    state = optimizer.state_dict()
+    found: dict[str, Tensor] = {}
+    plain: dict[str, dict[str, Any]] = {}
+    for index, entries in state["state"].items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor):
+                found[f"{index}.{name}"] = value.detach().cpu().contiguous()
+            else:
+                plain.setdefault(str(index), {})[name] = value
+    return {
+        "optimizer.safetensors": save(found),
+        "optimizer.json": to_json({"groups": state["param_groups"], "plain": plain}),
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, files: Mapping[str, bytes], where: str) -> None:
+    """Put back what `snapshot_optimizer` wrote."""
+    settings = _json(files, "optimizer.json", where)
+    state: dict[int, dict[str, Any]] = {int(i): dict(entries) for i, entries in settings["plain"].items()}
+    for key, value in read_tensors(files, "optimizer.safetensors", where).items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    groups = [{k: tuple(v) if k == "betas" else v for k, v in group.items()} for group in settings["groups"]]
+    try:
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise StateError(f"{where}: the optimizer's state does not fit the recipe: {error}") from None
+
+
+def read_tensors(files: Mapping[str, bytes], name: str, where: str) -> dict[str, Tensor]:
+    """The tensors of one safetensors file."""
+    try:
+        return load(files[name])
+    except KeyError:
+        raise StateError(f"{where}: {name} is missing") from None
+    except SafetensorError as error:
+        raise StateError(f"{where}/{name} is not a whole safetensors file: {error}") from None
+
+
+def _json(files: Mapping[str, bytes], name: str, where: str) -> dict[str, Any]:
+    try:
+        content = json.loads(files[name])
+    except KeyError:
+        raise StateError(f"{where}: {name} is missing") from None
+    except ValueError:
+        raise StateError(f"{where}/{name} is not JSON") from None
+    if not isinstance(content, dict):
+        raise StateError(f"{where}/{name}: a JSON object is expected, got {type(content).__name__}")
+    return content
+
+
+def _persistent(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and stored buffers, each once however many modules share it."""
+    kept = module.state_dict(keep_vars=True)
+    named = [*module.named_parameters(), *module.named_buffers()]
+    return {name: tensor for name, tensor in named if name in kept}
+
+
+def _owned(method: Method, kind: type[nn.Module]) -> set[int]:
+    """Identity of every tensor that sits in a module of `kind`."""
+    found = [m for m in method.modules() if isinstance(m, kind)]
+    return {id(t) for m in found for t in [*m.parameters(), *m.buffers()]}
+
+
+def _with_extra(method: Method) -> dict[str, nn.Module]:
+    return {n: m for n, m in method.named_modules() if type(m).get_extra_state is not nn.Module.get_extra_state}
+
+
+def _same_names(expected: Mapping[str, Any], stored: Mapping[str, Any], where: str, what: str) -> None:
+    missing, unexpected = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
+    if missing or unexpected:
+        raise StateError(
+            f"{where}: {what} do not fit the recipe: missing {_few(missing)}; unexpected {_few(unexpected)}"
+        )
+
+
+def _few(names: list[str], n: int = 3) -> str:
+    more = f" and {len(names) - n} more" if len(names) > n else ""
+    return ", ".join(names[:n]) + more if names else "none"

@@ -1,0 +1,148 @@
+"""The contract holds for every method, and each rule catches a method that breaks it."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from perpetune.check import check_method
+from perpetune.fit import FitConfig
+from perpetune.methods.finetune import FineTune
+from perpetune.models.classifier import ImageClassifier
+from perpetune.tasks import Task
+
+METHODS = [
+    ("finetune", ()),
+    ("finetune", ("mask=seen",)),
+    ("finetune", ("mask=none", "head=cosine")),
+    ("finetune", ("head=ncm",)),
+    ("finetune", ("pet=none",)),
+    ("frozen", ("head=ncm",)),
+    ("joint", ()),
+    ("joint", ("head=ncm", "restart=false")),
+]
+
+
+@pytest.mark.parametrize(("method", "changes"), METHODS)
+def test_every_method_keeps_the_contract(method: str, changes: tuple[str, ...]) -> None:
+    faults = [f"{o.rule}: {o.fault}" for o in check_method(method, changes) if o.fault is not None]
+    assert faults == []
+
+
+class Breaker(FineTune):
+    """Plain fine-tuning whose subclasses each break one rule."""
+
+    def __init__(self, model: ImageClassifier, *, train: FitConfig):
+        super().__init__(model, train=train)
+
+
+class MovesTheBackbone(Breaker):
+    def learn(self, task: Task) -> None:
+        super().learn(task)
+        with torch.no_grad():
+            next(p for n, p in self.model.backbone.net.named_parameters() if "pets" not in n).add_(1e-6)
+
+
+class LeavesGradientsOn(Breaker):
+    def learn(self, task: Task) -> None:
+        super().learn(task)
+        self.model.head.weight.requires_grad_(True)
+
+
+class DrawsFromTheGlobalGenerator(Breaker):
+    def learn(self, task: Task) -> None:
+        super().learn(task)
+        random.random()
+
+
+class IsNotRepeatable(Breaker):
+    count = 0
+
+    def learn(self, task: Task) -> None:
+        super().learn(task)
+        type(self).count += 1
+        with torch.no_grad():
+            self.model.head.weight.mul_(1 + self.count / 100)
+
+
+class HidesMemory(Breaker):
+    def __init__(self, model: ImageClassifier, *, train: FitConfig):
+        super().__init__(model, train=train)
+        self.factor = 1.0  # not a buffer, so no checkpoint has it
+
+    def learn(self, task: Task) -> None:
+        super().learn(task)
+        self.factor += 1
+
+    def predict(self, inputs: Tensor) -> Tensor:
+        return super().predict(inputs) * self.factor
+
+
+class LooksAtItsCompanions(Breaker):
+    def predict(self, inputs: Tensor) -> Tensor:
+        scores = super().predict(inputs)
+        return scores - scores.mean(0)
+
+
+class ScoresUnseenClasses(Breaker):
+    def predict(self, inputs: Tensor) -> Tensor:
+        return nn.functional.pad(super().predict(inputs), (0, 1))
+
+
+class WantsTheTask(Breaker):
+    def predict(self, inputs: Tensor, task: Any = None) -> Tensor:
+        return super().predict(inputs)
+
+
+class LooksAtTheTest(Breaker):
+    def learn(self, task: Task) -> None:
+        super().learn(task)
+        assert len(task.test) >= 0
+
+
+class NeedsTwoClasses(Breaker):
+    def learn(self, task: Task) -> None:
+        assert len(task.classes) > 1, "needs two classes"
+        super().learn(task)
+
+
+class ForgetsItsPhase(Breaker):
+    """Learns from how often `loss` was called, which a resumed phase does not repeat."""
+
+    def __init__(self, model: ImageClassifier, *, train: FitConfig):
+        super().__init__(model, train=train)
+        self.calls = 0
+
+    def loss(self, task: Task, batch: Any) -> Tensor:
+        self.calls += 1
+        return super().loss(task, batch) * (1 + self.calls)
+
+    def learn(self, task: Task) -> None:
+        self.calls = 0
+        super().learn(task)
+
+
+BROKEN = {
+    MovesTheBackbone: "bit-identical",
+    LeavesGradientsOn: "requires_grad",
+    DrawsFromTheGlobalGenerator: "global generator",
+    IsNotRepeatable: "same seed",
+    HidesMemory: "brings everything back",
+    LooksAtItsCompanions: "batch companions",
+    ScoresUnseenClasses: "one score for each class",
+    WantsTheTask: "takes images alone",
+    LooksAtTheTest: "takes images alone",
+    NeedsTwoClasses: "a task of one class",
+    ForgetsItsPhase: "entered again",
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=lambda kind: kind.__name__)
+def test_each_rule_catches_a_method_that_breaks_it(broken: type) -> None:
+    outcomes = check_method(f"{__name__}:{broken.__name__}")
+    faults = " ".join(f"{o.rule}: {o.fault}" for o in outcomes if o.fault is not None)
+    assert BROKEN[broken] in faults

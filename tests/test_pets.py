@@ -1,0 +1,353 @@
+"""PETs, slots and LoRA on every layout of linear layers there is: fused, separate, 4-bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from perpetune.errors import UsageError
+from perpetune.models.backbone import Backbone
+from perpetune.models.families import places, roles
+from perpetune.models.preprocess import Preprocess
+from perpetune.pets import PET, Place, Slot, frozen, inject, parameters, pets, remove, slots, submodule, using
+from perpetune.pets.lora import LoRA
+from perpetune.seeding import generator, own_global_state
+
+PIXELS = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+SMALL = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 0}
+HF = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "image_size": 16}
+
+
+def timm_net(kind: str, **options: Any) -> nn.Module:
+    from timm.models import beit, eva, vision_transformer
+
+    made = {
+        "vit": vision_transformer.VisionTransformer,
+        "eva": eva.Eva,
+        "beit": beit.Beit,
+    }[kind](**{**SMALL, **options})
+    for module in made.modules():  # BEiT and EVA begin with biases of zero, which would hide a lost one
+        for name in ("q_bias", "v_bias"):
+            if isinstance(bias := getattr(module, name, None), nn.Parameter):
+                nn.init.normal_(bias)
+    return made
+
+
+def hf_net(kind: str, **options: Any) -> nn.Module:
+    import transformers as t
+
+    config, model, extra = {
+        "vit": (t.ViTConfig, t.ViTModel, {"add_pooling_layer": False}),
+        "deit": (t.DeiTConfig, t.DeiTModel, {"add_pooling_layer": False}),
+        "dinov2": (t.Dinov2Config, t.Dinov2Model, {}),
+        "registers": (t.Dinov2WithRegistersConfig, t.Dinov2WithRegistersModel, {}),
+    }[kind]
+    net: nn.Module = model(config(**{**HF, "patch_size": 8, **options}), **extra)
+    return net
+
+
+NETS = {
+    "timm vit": lambda: timm_net("vit"),
+    "timm vit swiglu": lambda: timm_net("vit", mlp_layer=__import__("timm.layers", fromlist=["SwiGLU"]).SwiGLU),
+    "timm eva fused": lambda: timm_net("eva"),
+    "timm eva separate": lambda: timm_net("eva", qkv_fused=False),
+    "timm beit": lambda: timm_net("beit"),
+    "hf vit": lambda: hf_net("vit"),
+    "hf deit": lambda: hf_net("deit"),
+    "hf dinov2": lambda: hf_net("dinov2"),
+    "hf dinov2 swiglu": lambda: hf_net("dinov2", use_swiglu_ffn=True),
+    "hf registers": lambda: hf_net("registers"),
+}
+
+
+def backbone_of(name: str) -> Backbone:
+    with own_global_state("test", name):
+        net = NETS[name]()
+    forward = (lambda n, x: n(pixel_values=x).last_hidden_state[:, 0]) if name.startswith("hf") else None
+    return Backbone(net, spec=name, dim=24, preprocess=Preprocess(16), forward=forward)
+
+
+def lora(place: Place, **options: Any) -> LoRA:
+    return LoRA(place, generator("test", place.path), **{"rank": 3, **options})
+
+
+def shake(root: nn.Module, name: str = "default", seed: int = 1) -> None:
+    """Give a set of PETs values with which it does something."""
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in parameters(root, name):
+            parameter.copy_(torch.randn(parameter.shape, generator=rng) * 0.3)
+
+
+@pytest.mark.parametrize("name", NETS)
+@torch.no_grad()
+def test_on_every_family_lora_starts_as_nothing_and_then_acts_at_every_role(name: str) -> None:
+    backbone = backbone_of(name)
+    before, print_before = backbone(PIXELS), backbone.fingerprint()
+    linear = [role for role in backbone.roles() if role not in ("attn", "mlp", "block")]
+    assert {"q", "k", "v", "proj", "fc1", "fc2"} <= set(linear)
+    for role in linear:
+        inject(backbone.net, places(backbone.net, [role], [-1]), lora, role)
+        with using(backbone, role):
+            assert torch.equal(backbone(PIXELS), before), role
+        shake(backbone, role)
+        with using(backbone, role):
+            assert not torch.equal(backbone(PIXELS), before), role
+        assert torch.equal(backbone(PIXELS), before), role
+    assert backbone.fingerprint() == print_before
+
+
+@pytest.mark.parametrize("name", ["timm vit", "timm eva fused", "timm beit"])
+@torch.no_grad()
+def test_parts_of_a_fused_linear_get_exactly_their_own_rows(name: str) -> None:
+    backbone = backbone_of(name)
+    (place,) = places(backbone.net, ["v", "q"], [0])
+    assert place.path == "blocks.0.attn.qkv"
+    assert (place.roles, place.parts, place.d_in, place.d_out) == (("q", "v"), ((0, 24), (48, 72)), 24, 72)
+    (pet,) = inject(backbone.net, [place], lora)
+    assert isinstance(pet, LoRA)
+    assert [tuple(p.shape) for p in pet.parameters()] == [(6, 24), (24, 3), (24, 3)]
+    shake(backbone)
+    x = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(3))
+    expected = place.module(x)
+    expected[..., :24] += pet.scale * x @ pet.down[:3].T @ pet.up[0].T
+    expected[..., 48:] += pet.scale * x @ pet.down[3:].T @ pet.up[1].T
+    torch.testing.assert_close(pet(place.module, x), expected)
+    assert torch.equal(pet(place.module, x)[..., 24:48], place.module(x)[..., 24:48])
+
+
+@torch.no_grad()
+def test_separate_linears_get_a_place_each() -> None:
+    net = hf_net("vit")
+    found = places(net, ["fc2", "v", "q"])
+    assert [p.path for p in found] == [
+        f"layers.{i}.{leaf}" for i in (0, 1) for leaf in ("attention.q_proj", "attention.v_proj", "mlp.fc2")
+    ]
+    assert [(p.block, p.roles, p.parts) for p in found[:3]] == [
+        (0, ("q",), ((0, 24),)),
+        (0, ("v",), ((0, 24),)),
+        (0, ("fc2",), ((0, 24),)),
+    ]
+    assert (found[2].d_in, found[2].d_out) == (48, 24)
+
+
+def test_places_of_whole_modules_and_blocks() -> None:
+    net = timm_net("vit")
+    block, attn, mlp = (places(net, [role], [-1])[0] for role in ("block", "attn", "mlp"))
+    assert (block.path, attn.path, mlp.path) == ("blocks.1", "blocks.1.attn", "blocks.1.mlp")
+    assert {(p.block, p.parts, p.d_in, p.d_out) for p in (block, attn, mlp)} == {(1, (), 24, 24)}
+    assert [p.block for p in places(net, ["q"], [1, -1, 0])] == [0, 1]
+
+
+def test_places_say_what_is_wrong() -> None:
+    net = timm_net("vit")
+    with pytest.raises(UsageError, match="no role 'query'; it has q, k, v, proj, fc1, fc2, attn, mlp, block"):
+        places(net, ["q", "query"])
+    with pytest.raises(UsageError, match="no role 'gate'"):
+        places(net, ["gate"])
+    for block in (2, -3):
+        with pytest.raises(UsageError, match=f"block {block} is out of range: the net has 2 blocks, 0 to 1"):
+            places(net, ["q"], [block])
+    with pytest.raises(UsageError, match=r"Linear is of no family.*timm VisionTransformer.*transformers DINOv2"):
+        places(nn.Linear(2, 2), ["q"])
+    with pytest.raises(UsageError, match="no place"):
+        inject(net, [], lora)
+    (elsewhere,) = places(timm_net("vit"), ["q"], [0])
+    with pytest.raises(UsageError, match="not the place"):
+        inject(net, [elsewhere], lora)
+
+
+def test_a_family_is_found_inside_a_wrapper() -> None:
+    wrapper = nn.Sequential(nn.Identity(), timm_net("vit"))
+    assert [p.path for p in places(wrapper, ["proj"])] == ["1.blocks.0.attn.proj", "1.blocks.1.attn.proj"]
+    inject(wrapper, places(wrapper, ["proj"]), lora)
+    assert [p.path for p in places(wrapper, ["proj"])] == ["1.blocks.0.attn.proj", "1.blocks.1.attn.proj"]
+
+
+@pytest.mark.parametrize("name", ["timm vit", "hf vit"])
+def test_paths_do_not_change_by_what_is_injected(name: str) -> None:
+    backbone = backbone_of(name)
+    asked = backbone.roles()
+    before = places(backbone.net, asked)
+    inject(backbone.net, places(backbone.net, ["q", "fc1"]), lora, "inner")
+
+    class Twice(PET):
+        def __init__(self, place: Place):
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(()))
+
+        def forward(self, base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            y: Tensor = base(x, *args, **kwargs)
+            return y * self.gain
+
+    print_before, tensors = backbone.fingerprint(), frozen(backbone.net)
+    inject(backbone.net, places(backbone.net, ["mlp", "block"]), Twice, "outer")  # slots around slots
+    assert places(backbone.net, asked) == before
+    assert roles(backbone.net) == asked
+    assert frozen(backbone.net).keys() == tensors.keys()
+    assert not any("pets" in key or ".base" in key for key in tensors)
+    assert backbone.fingerprint() == print_before
+    assert {path for path, _ in slots(backbone.net)} >= {before[0].path, "blocks.0" if "timm" in name else "layers.0"}
+    inject(backbone.net, places(backbone.net, ["q", "fc1"]), lora, "again")
+    for s in ("inner", "again", "outer"):
+        remove(backbone.net, s)
+    assert not list(slots(backbone.net))
+    assert places(backbone.net, asked) == before
+
+
+@torch.no_grad()
+def test_several_sets_are_independent_and_using_restores() -> None:
+    backbone = backbone_of("timm vit")
+    bare = backbone(PIXELS)
+    inject(backbone.net, places(backbone.net, ["q", "v"]), lora, "a")
+    inject(backbone.net, places(backbone.net, ["q", "v", "fc1"]), lora, "b")
+    shake(backbone, "a", 1)
+    with using(backbone, "a"):
+        a = backbone(PIXELS)
+    shake(backbone, "b", 2)
+    with using(backbone, "b"):
+        b = backbone(PIXELS)
+        with using(backbone, "a"):
+            assert torch.equal(backbone(PIXELS), a)
+            with using(backbone, None):
+                assert torch.equal(backbone(PIXELS), bare)
+            assert torch.equal(backbone(PIXELS), a)
+        assert torch.equal(backbone(PIXELS), b)
+    assert torch.equal(backbone(PIXELS), bare)
+    assert not torch.equal(a, b)
+
+    def fail() -> None:
+        with using(backbone, "a"):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert torch.equal(backbone(PIXELS), bare)
+
+    with using(backbone, "b"):
+        remove(backbone, "b")
+    with using(backbone, "a"):
+        assert torch.equal(backbone(PIXELS), a)
+    assert torch.equal(backbone(PIXELS), bare)
+
+
+def test_names_of_sets_are_checked() -> None:
+    net = timm_net("vit")
+    at = places(net, ["q"])
+    inject(net, at, lora, "first")
+    with pytest.raises(UsageError, match=r"blocks.0.attn.qkv has a pet called 'first' already"):
+        inject(net, at, lora, "first")
+    for bad in ("", "a.b", "a b", "keys"):
+        with pytest.raises(UsageError, match="cannot name a set"):
+            inject(net, at, lora, bad)
+    for use in (lambda: pets(net, "x"), lambda: parameters(net, "x"), lambda: remove(net, "x")):
+        with pytest.raises(UsageError, match="no set of pets called 'x'; one of first"):
+            use()
+    with pytest.raises(UsageError, match="no set of pets called 'x'"), using(net, "x"):
+        pass
+
+
+def test_a_failing_constructor_leaves_the_net_as_it_was() -> None:
+    net = timm_net("vit")
+    with pytest.raises(UsageError, match="rank is 0"):
+        inject(net, places(net, ["q"]), lambda p: lora(p, rank=0 if p.block else 2))
+    assert not list(slots(net))
+
+
+def test_the_gradient_reaches_the_active_pets_and_nothing_else() -> None:
+    backbone = backbone_of("timm vit").train()
+    inject(backbone.net, places(backbone.net, ["q", "v"]), lora, "a")
+    inject(backbone.net, places(backbone.net, ["q", "v"]), lora, "b")
+    shake(backbone, "a")
+    shake(backbone, "b")
+    with using(backbone, "a"):
+        backbone(PIXELS).square().sum().backward()
+    trained = parameters(backbone, "a")
+    assert len(trained) == 2 * 3
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
+    mine = {id(p) for p in trained}
+    assert all(p.grad is None for p in backbone.parameters() if id(p) not in mine)
+    assert {id(p) for p in backbone.parameters() if p.requires_grad} == mine | {
+        id(p) for p in parameters(backbone, "b")
+    }
+
+
+def test_the_frozen_net_stays_in_evaluation_mode_and_pets_follow() -> None:
+    net = timm_net("vit", proj_drop_rate=0.5, drop_path_rate=0.5)
+    backbone = Backbone(net, spec="x", dim=24, preprocess=Preprocess(16))
+    inject(backbone.net, places(backbone.net, ["fc1"]), lambda p: lora(p, dropout=0.5))
+    shake(backbone)
+    backbone.train()
+    with torch.no_grad():
+        assert torch.equal(backbone(PIXELS), backbone(PIXELS))
+        with using(backbone, "default"), own_global_state("dropout"):
+            assert not torch.equal(backbone(PIXELS), backbone(PIXELS))
+        backbone.eval()
+        with using(backbone, "default"):
+            assert torch.equal(backbone(PIXELS), backbone(PIXELS))
+
+
+def test_a_pet_on_any_module_that_is_like_a_linear() -> None:
+    class Linear4bit(nn.Module):
+        """As bitsandbytes' one seems from outside: no float weight, its own forward."""
+
+        def __init__(self, linear: nn.Linear):
+            super().__init__()
+            self.in_features, self.out_features = linear.in_features, linear.out_features
+            self.packed = nn.Parameter(linear.weight.detach().mul(50).round().to(torch.int8), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ (self.packed.to(x.dtype) / 50).T
+
+    backbone = backbone_of("hf vit")
+    for place in places(backbone.net, ["q", "k", "v", "proj", "fc1", "fc2"]):
+        assert isinstance(place.module, nn.Linear)
+        backbone.net.set_submodule(place.path, Linear4bit(place.module))
+    with torch.no_grad():
+        before, fingerprint = backbone(PIXELS), backbone.fingerprint()
+    inject(backbone.net, places(backbone.net, ["q", "v", "fc2"]), lora)
+    with using(backbone, "default"):
+        after = backbone(PIXELS)
+        assert torch.equal(after, before)
+        after.sum().backward()
+    assert all(p.grad is not None for p in parameters(backbone, "default"))
+    assert backbone.fingerprint() == fingerprint
+    assert isinstance(submodule(backbone.net, "layers.0.attention.q_proj"), Linear4bit)
+
+
+def test_a_slot_hides_the_weight_that_code_might_use_without_calling_it() -> None:
+    with pytest.raises(AttributeError):
+        _ = Slot(nn.Linear(2, 2)).weight
+
+
+def test_lora_options() -> None:
+    (place,) = places(timm_net("vit"), ["fc1"], [0])
+    assert lora(place, rank=4, alpha=8).scale == 2
+    assert lora(place, rank=4, alpha=8, rslora=True).scale == 4
+    assert torch.equal(lora(place).down, lora(place).down)
+    state = torch.random.get_rng_state()
+    lora(place)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    for wrong in ({"rank": 0}, {"alpha": 0.0}, {"alpha": float("nan")}, {"dropout": 1.0}, {"dropout": -0.1}):
+        with pytest.raises(UsageError, match=f"lora: {next(iter(wrong))} is"):
+            lora(place, **wrong)
+    (block,) = places(timm_net("vit"), ["block"], [0])
+    with pytest.raises(UsageError, match=r"blocks.0 \(block\) is no linear layer"):
+        lora(block)
+
+
+@torch.no_grad()
+def test_lora_at_rows_in_the_middle_and_under_autocast() -> None:
+    linear = nn.Linear(6, 10)
+    pet = LoRA(Place("x", linear, ("k",), ((2, 5),), 0, 6, 10), torch.Generator().manual_seed(0), rank=2)
+    pet.up[0].normal_(generator=torch.Generator().manual_seed(1))
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(2))
+    expected = linear(x)
+    expected[:, 2:5] += pet.scale * x @ pet.down.T @ pet.up[0].T
+    torch.testing.assert_close(pet(linear, x), expected)
+    torch.testing.assert_close(pet(linear, x[0]), expected[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert pet(linear, x).dtype == torch.bfloat16
