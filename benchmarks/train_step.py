@@ -68,7 +68,9 @@ class Pairs(torch.utils.data.Dataset):  # type: ignore[type-arg]
         return self.examples.load(index, None), self.examples.targets[index]
 
 
-def bare(backbone: Any, peft_net: nn.Module, classes: int, data: Any, batch: int, lr: float, device: Any) -> tuple[Callable[[], None], Callable[[], None]]:
+def bare(
+    backbone: Any, peft_net: nn.Module, classes: int, data: Any, batch: int, lr: float, device: Any
+) -> tuple[Callable[[], None], Callable[[], None]]:
     """A training epoch and an evaluation pass, written by hand."""
     head = nn.Linear(backbone.dim, classes).to(device)
     trained = [p for p in peft_net.parameters() if p.requires_grad] + list(head.parameters())

@@ -66,6 +66,7 @@ def test_exif_orientation_is_applied(orientation):
         assert np.array_equal(np.asarray(seen), np.asarray(corner()))
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_broken_exif_does_not_hide_a_good_picture():
     data = encoded(corner(), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff junk", quality=95)
     assert read_picture(data, "x").size == (8, 6)
@@ -121,6 +122,7 @@ def test_one_pixel_and_extreme_shapes_reach_the_model(tmp_path):
             assert pixels[:, 3, 5].tolist() == [10, 20, 30]
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
     good = encoded(Image.effect_noise((64, 64), 50))
     with pytest.raises(DataError, match=r"^x: .*truncated"):
@@ -152,10 +154,10 @@ def test_torn_bytes_never_crash(fmt, data):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     content = content[: data.draw(st.integers(0, len(content)))]
     try:
-        assert read_picture(bytes(content), "x").mode == "RGB"
+        told = read_picture(bytes(content), "x").mode
     except DataError as error:
-        assert str(error).startswith("x: ")
-        assert "\n" not in str(error)
+        told = str(error)
+    assert told == "RGB" or (told.startswith("x: ") and "\n" not in told)
 
 
 def touch(path: Path) -> Path:
@@ -197,6 +199,7 @@ def test_link_loops_and_odd_entries(tmp_path):
 def test_names():
     assert natural(["b10", "a", "B2", "b2", "A"]) == ["A", "a", "B2", "b2", "b10"]
     assert printable("a\nb") == "a\\nb"
+    assert printable("猫\u3000犬") == "猫\u3000犬"
     assert printable(os.fsdecode(b"caf\xe9")) == "caf\\udce9"
     assert label_of("cafe\u0301 ") == "café"
     assert several(list("abcdefg")) == "a, b, c, d, e and 2 more"

@@ -76,7 +76,7 @@ def shake(root: nn.Module, name: str = "default") -> None:
     rng = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in parameters(root, name):
-            parameter.copy_(torch.randn(parameter.shape, generator=rng) * 0.2)
+            parameter.copy_(torch.randn(parameter.shape, generator=rng) * 0.05)
 
 
 def tuned(make: Callable[[], Backbone], roles: list[str], **options: Any) -> Backbone:

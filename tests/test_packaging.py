@@ -57,7 +57,7 @@ except SystemExit as stop:
     assert not stop.code, stop.code
 """
     heavy = [name for name in HEAVY if name not in ("rich", "typer")]
-    assert loaded(code, ["torch", "numpy", "pydantic", *heavy]) == set()
+    assert loaded(code, ["torch", "numpy", *heavy]) == set()
 
 
 def test_import_draws_no_random_number_and_warns_of_nothing() -> None:

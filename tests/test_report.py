@@ -151,3 +151,396 @@ def fake_runs() -> list[tuple[str, dict[str, Any]]]:
         for seed in range(3 if method != "frozen" else 1):
             runs.append((f"runs/{method}-{seed}", fake_results(8, 4, seed=seed, method=method, keep=keep)))
     return runs
+
+
+class Page(HTMLParser):
+    """What a browser would load, run and show."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.handlers: list[str] = []
+        self.open: list[str] = []
+        self.shown = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in ("meta", "link"):
+            self.open.append(tag)
+        for key, value in attrs:
+            if key == "id":
+                self.ids.append(value or "")
+            if key in ("src", "href", "srcset", "data", "action"):
+                self.links.append(value or "")
+            if key.startswith("on"):
+                self.handlers.append(key)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not {"style", "script"} & set(self.open):
+            self.shown += data
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_page_is_self_contained_and_well_formed(size: str, tmp_path: Path) -> None:
+    html, data, md = write_report(SIZES[size](), tmp_path / "deep" / "er")
+    assert [p.name for p in (html, data, md)] == ["report.html", "report.json", "report.md"]
+    assert sorted(p.name for p in html.parent.iterdir()) == sorted(p.name for p in (html, data, md))
+    text = html.read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.open == []  # every element is closed, in order
+    assert all(link.startswith("#") or link == "data:," for link in page.links)
+    assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
+    assert len(set(page.ids)) == len(page.ids)
+    assert page.tags.count("script") == 1
+    assert page.handlers == []
+    assert not re.search(r"https?:|@import|url\(", text)
+    assert "nan" not in page.shown.lower().split()
+    assert "None" not in page.shown
+    json.loads(data.read_text(encoding="utf-8"))
+
+
+def test_page_shows_the_figures(tmp_path: Path) -> None:
+    results = fake_results(5, 2)
+    shown = Page(write_report(results, tmp_path)[0].read_text(encoding="utf-8")).shown
+    assert form.percent(results["metrics"]["final_accuracy"]) + "%" in shown
+    assert form.percent(results["metrics"]["forgetting"]) + "points" in shown
+    for text in (
+        "Class-incremental",
+        "lora",
+        "36,864",
+        "10.8 MB",
+        "batch_size: 32",
+        "2.15.0+cpu",
+        "task-5",
+        "class-009",
+    ):
+        assert text in shown
+    assert "pip install perpetune==0.1.0 torch==2.15.0 transformers==5.23.0\nperpetune run recipe.yaml" in shown
+    assert "not complete" not in shown
+    assert "Warnings" not in shown
+    assert "figures are of the 3 tasks learned so far" in Page(write_report(troubled(), tmp_path)[0].read_text()).shown
+
+
+def test_names_from_users_stay_text(tmp_path: Path) -> None:
+    html, data, md = write_report(troubled(), tmp_path)
+    text = html.read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.tags.count("script") == page.tags.count("style") == 1
+    assert not {"img", "u", "s"} & set(page.tags)
+    for name in (
+        "<script>alert(1)</script>",
+        "<img src=x onerror=alert(2)>",
+        "猫 | pipe",
+        "photos/<b>.png",
+        "{{ 7 * 7 }}",
+    ):
+        assert name in page.shown
+    assert json.loads(data.read_bytes())["bad_files"][1]["file"] == "photos/\udcff.jpg"
+    markdown = md.read_text(encoding="utf-8")
+    recipe = markdown[markdown.index("````yaml") : markdown.rindex("````")]
+    assert "alert(4)" in recipe
+    assert not re.search(r"(?<!\\)<(script|img|b|i|s)", markdown.replace(recipe, ""))
+    widths = [
+        len(re.findall(r"(?<!\\)\|", line)) for line in markdown.splitlines() if "pipe" in line and line[0] == "|"
+    ]
+    assert set(widths) == {8}  # a pipe in a name opens no column
+
+
+def test_json_holds_the_document_and_what_follows_from_it(tmp_path: Path) -> None:
+    results = fake_results(4, 3)
+    document = json.loads(write_report(results, tmp_path)[1].read_text(encoding="utf-8"))
+    assert {key: document[key] for key in results} == results
+    assert document["curves"]["accuracy"][-1] == results["metrics"]["final_accuracy"]
+    assert document["curves"]["forgetting"] == [None, *document["curves"]["forgetting"][1:]]
+    assert document["curves"]["tasks"][2][:2] == [None, None]
+    assert [row["name"] for row in document["classes"]] == [f"class-{k:03d}" for k in range(12)]
+    assert checked(document)  # a report can be read back
+
+
+def test_a_report_replaces_the_one_before(tmp_path: Path) -> None:
+    write_report(fake_results(2), tmp_path)
+    before = (tmp_path / "report.html").read_text()
+    write_report(fake_results(3), tmp_path)
+    assert (tmp_path / "report.html").read_text() != before
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_tables() -> None:
+    results = checked(fake_results(3, 2))
+    rows = tables.task_rows(results)
+    assert rows[2].forgotten is None
+    assert rows[2].learned == rows[2].now
+    lost = [row.forgotten for row in rows if row.forgotten is not None]
+    assert results["metrics"]["forgetting"] == pytest.approx(sum(lost) / 2)
+    first = tables.class_rows(results)[0]
+    assert first.tasks == [1]
+    assert first.total == 45
+    assert first.change == pytest.approx((first.now or 0) - (first.learned or 0))
+    storage = {row.kind: row for row in tables.storage_rows(results)}
+    assert (storage["head.safetensors"].last, storage["head.safetensors"].total) == (4_800, 9_600)
+    assert tables.choices(results["recipe"]) == {
+        "backbone": "perpetune:micro", "method": "finetune", "pet": "lora", "head": "linear",
+    }  # fmt: skip
+    assert tables.choices({"pet": None, "head": "ncm"}) == {"head": "ncm"}
+
+
+def test_a_class_met_in_several_tasks_is_one_row() -> None:
+    document = fake_results(3, 2, names=["cat", "dog"] * 3)
+    rows = tables.class_rows(checked(document))
+    assert [(row.name, row.tasks, row.total) for row in rows] == [("cat", [1, 2, 3], 135), ("dog", [1, 2, 3], 135)]
+
+
+def test_matrix_marks_tasks_not_yet_learned() -> None:
+    table = matrix_table(checked(fake_results(3, 2, ahead=True)))
+    kinds = [[cell.kind if cell else None for cell in row.cells] for row in table.rows]
+    assert kinds == [["learned", "ahead", "ahead"], ["kept", "learned", "ahead"], ["kept", "kept", "learned"]]
+    assert len(table.change) == 2
+    assert table.style == "large"
+    first = table.rows[1].cells[0]
+    assert first is not None
+    assert "points since task-1" in first.title
+
+
+def wrong(change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+    results = fake_results(3, 2)
+    change(results)
+    return results
+
+
+@pytest.mark.parametrize(
+    ("results", "message"),
+    [
+        ({}, "format None"),
+        (wrong(lambda r: r.update(format=2)), "results of format 2; this perpetune reads format 1"),
+        (wrong(lambda r: r.pop("tasks")), "tasks: Field required"),
+        (
+            wrong(lambda r: r["cells"][1][0].update(correct="many")),
+            "cells.1.0.correct: Input should be a valid integer",
+        ),
+        (wrong(lambda r: r["cells"].append([None])), "4 rows of cells for 3 tasks"),
+        (wrong(lambda r: r["cells"][0].append(None)), "cells.0 has 4 columns for 3 tasks"),
+        (wrong(lambda r: r["cells"][0][0]["per_class"].update(x=[1])), "cells.0.0.per_class"),
+        (wrong(lambda r: r["tasks"][1].update(index=7)), r"numbered 0 to 2 in order, not \[0, 7, 2\]"),
+        (wrong(lambda r: r["storage"][0].update(task=9)), "an entry of storage names no task"),
+        (wrong(lambda r: r["timings"][0].update(task=-1)), "an entry of timings names no task"),
+    ],
+)
+def test_a_wrong_document_is_refused_in_one_line(results: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(StateError, match=message) as caught:
+        checked(results, "runs/a/report.json")
+    assert str(caught.value).startswith("runs/a/report.json: ")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(StateError):
+        write_report(results, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_compare_gathers_seeds_into_one_row() -> None:
+    named = fake_runs()
+    comparison = compare([run for _, run in named], [name for name, _ in named])
+    assert [(row["label"], len(row["runs"])) for row in comparison["rows"]] == [
+        ("demo-finetune", 3), ("demo-joint", 3), ("demo-frozen", 1),
+    ]  # fmt: skip
+    row = comparison["rows"][0]
+    finals = [run["metrics"]["final_accuracy"] for _, run in named[:3]]
+    assert row["seeds"] == [0, 1, 2]
+    assert row["runs"] == ["runs/finetune-0", "runs/finetune-1", "runs/finetune-2"]
+    assert row["metrics"]["final_accuracy"]["mean"] == pytest.approx(np.mean(finals))
+    assert row["metrics"]["final_accuracy"]["std"] == pytest.approx(np.std(finals, ddof=1))
+    assert row["average_accuracy_curve"][-1]["mean"] == pytest.approx(np.mean(finals))
+    assert row["average_accuracy_curve"][0]["n"] == 3
+    assert comparison["rows"][2]["metrics"]["final_accuracy"]["std"] is None
+    assert comparison["settings"] == ["method.name"]
+    assert comparison["notes"] == []
+    assert comparison["best"]["forgetting"] == comparison["best"]["final_accuracy"] == [1]
+    assert comparison["best"]["forward_transfer"] == []
+
+
+def test_compare_looks_past_where_a_run_happened_but_not_past_precision() -> None:
+    base = fake_results(3)
+    elsewhere, coarser = copy.deepcopy(base), copy.deepcopy(base)
+    elsewhere["recipe"]["run"].update(device="cuda", workers=4)
+    elsewhere["recipe"].update(name="other", seed=5, evaluate={"batch_size": 7})
+    coarser["recipe"]["run"]["precision"] = "bf16"
+    assert len(compare([base, elsewhere])["rows"]) == 1
+    rows = compare([base, coarser])["rows"]
+    assert [row["label"] for row in rows] == ["demo-finetune · precision no", "demo-finetune · precision bf16"]
+
+
+def test_compare_says_what_cannot_be_compared() -> None:
+    base = fake_results(4, 2)
+    order = [f"class-{k:03d}" for k in (7, 6, 5, 4, 3, 2, 1, 0)]
+    shuffled = fake_results(4, 2, seed=1, names=order)
+    assert compare([base, shuffled])["notes"] == ["demo-finetune has the classes of demo-finetune in another order"]
+    other_cut = fake_results(2, 4, method="joint")
+    comparison = compare([base, other_cut], ["a", "b"])
+    assert comparison["notes"] == ["b cuts the classes into 2 tasks, a into 4"]
+    assert comparison["best"]["final_accuracy"] == []
+    assert (
+        "b has other classes than a: 10 classes in 5 tasks against 8 classes in 4 tasks"
+        in compare([base, fake_results(5, 2)], ["a", "b"])["notes"]
+    )
+    assert compare([base, fake_results(4, 2, rows=2)], ["a", "b"])["notes"] == [
+        "b is not complete: 2 tasks learned so far"
+    ]
+    fewer = wrong(lambda r: None)
+    fewer["tasks"][0]["test"] = 10
+    assert compare([fake_results(3, 2), fewer], ["a", "b"])["notes"] == ["b is tested on 190 examples, a on 270"]
+    domain = wrong(lambda r: r.update(setting="domain"))
+    assert "b is domain-incremental" in compare([fake_results(3, 2), domain], ["a", "b"])["notes"][0]
+
+
+def test_compare_refuses_nothing_and_names_a_bad_run() -> None:
+    with pytest.raises(UsageError, match="name one run or more"):
+        compare([])
+    with pytest.raises(StateError, match=r"^runs/bad: "):
+        compare([fake_results(2), {}], ["runs/good", "runs/bad"])
+
+
+def test_spread() -> None:
+    assert spread([1.0, None, 3.0]) == {"mean": 2.0, "std": pytest.approx(2**0.5), "n": 2, "values": [1.0, None, 3.0]}
+    assert spread([0.5])["std"] is None
+    assert spread([None]) == {"mean": None, "std": None, "n": 0, "values": [None]}
+
+
+def test_comparison_files(tmp_path: Path) -> None:
+    runs = fake_runs()
+    runs.append(("runs/<b>&", troubled()))
+    html, data, md = write_comparison(runs, tmp_path)
+    page = Page(html.read_text(encoding="utf-8"))
+    assert page.open == []
+    assert page.tags.count("script") == 1
+    assert "b" not in page.tags
+    assert "4 recipes, 8 runs" in page.shown
+    assert "Read with care" in page.shown
+    assert re.search(r"\d ± \d", page.shown)
+    assert json.loads(data.read_text(encoding="utf-8"))["format"] == 1
+    assert "| demo-joint | 3 |" in md.read_text(encoding="utf-8")
+
+
+def rendered(what: object, width: int) -> str:
+    from rich.console import Console
+
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(what)
+    return console.export_text()
+
+
+def test_terminal_matrix_shows_changes() -> None:
+    results = checked(fake_results(5, 2))
+    text = rendered(terminal.matrix_table(results, 100), 100)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert lines[1].split() == ["after", "mean", *(f"task-{t}" for t in range(1, 6))]
+    assert "▼" in text
+    assert "1 task-1" in text
+    figures = terminal.figures_line(results).plain
+    assert figures.startswith("final accuracy ")
+    assert "forward transfer" not in figures
+    assert "▼" in terminal.row_line(results).plain
+    assert terminal.row_line(results).plain.startswith("after 5 task-5: mean .")
+
+
+@pytest.mark.parametrize(("n_tasks", "width"), [(1, 40), (12, 80), (20, 100), (100, 80), (100, 200)])
+def test_terminal_matrix_fits(n_tasks: int, width: int) -> None:
+    text = rendered(terminal.matrix_table(checked(fake_results(n_tasks, 1)), width), width)
+    assert max(map(len, text.splitlines())) <= width
+    assert len(text.splitlines()) <= 30
+    assert ("…" in text) == (n_tasks > 20 or (n_tasks, width) == (20, 100))
+    assert f"{n_tasks} task-{n_tasks}" in text
+
+
+def test_terminal_before_the_first_task() -> None:
+    results = checked(fake_results(3, 2, rows=0))
+    assert terminal.row_line(results).plain == "no task is learned yet"
+    assert terminal.figures_line(results).plain == ""
+    assert "task-3" in rendered(terminal.matrix_table(results, 80), 80)
+
+
+def test_terminal_comparison() -> None:
+    text = rendered(terminal.compare_table(compare([run for _, run in fake_runs()])), 180)
+    assert "demo-finetune" in text
+    assert "±" in text
+
+
+def test_numbers_as_text() -> None:
+    assert [form.percent(x) for x in (None, 0.8734, 1.0, -0.112, -0.0001)] == ["–", "87.3", "100.0", "−11.2", "0.0"]
+    assert [form.points(x) for x in (None, 0.015, -0.112, 0.0, -0.0001)] == ["–", "+1.5", "−11.2", "0.0", "0.0"]
+    assert [form.size(x) for x in (None, 512, 81_600, 999_600, 10_800_000, 2e15)] == [
+        "–", "512 B", "81.6 kB", "1.0 MB", "10.8 MB", "2000.0 TB",
+    ]  # fmt: skip
+    assert [form.duration(x) for x in (None, 0.44, 59.97, 200, 3725)] == [
+        "–", "0.4 s", "1 min 00 s", "3 min 20 s", "1 h 02 min",
+    ]  # fmt: skip
+    assert [form.relative(*x) for x in ((1, 0), (7.22, 100), (0.0374, 100), (137, 100))] == [
+        "–",
+        "7.2 %",
+        "0.037 %",
+        "137 %",
+    ]
+    assert [terminal.share(x) for x in (None, 0.0, 0.874, 0.999, 1.0)] == ["–", ".00", ".87", "1.0", "1.0"]
+
+
+@pytest.mark.parametrize("ramp", [palette.LIGHT_RAMP, palette.DARK_RAMP])
+def test_every_heat_colour_can_be_read(ramp: tuple[str, ...]) -> None:
+    for level in range(palette.STEPS):
+        colour = palette.mix(ramp, level / (palette.STEPS - 1))
+        assert palette.contrast(colour, palette.text_on(colour)) >= 4.5
+    lightness = [palette.luminance(palette.mix(ramp, level / 20)) for level in range(21)]
+    assert lightness in (sorted(lightness), sorted(lightness, reverse=True))  # more is always lighter, or darker
+    assert [palette.heat_level(a) for a in (-0.1, 0, 0.5, 1, 1.2)] == [0, 0, 10, 20, 20]
+
+
+def test_chart_breaks_at_gaps_and_grows_to_its_values() -> None:
+    line = svg.Line("a & b", [0.5, None, 0.6, 0.7, -0.3], "l0", [0.1, None, 0.0, 0.1, 0.1])
+    chart = svg.line_chart([line], "label", width=400, height=200, floor=0, top=0.1)
+    assert chart.count("<polyline") == 1
+    assert chart.count("<circle") == 4
+    assert chart.count("<polygon") == 2
+    assert "a &amp; b, after task 1: 50.0 %" in chart
+    assert "−40" in chart
+    heights = [float(y) for y in re.findall(r'cy="([\d.]+)"', chart)]
+    assert all(0 < y < 200 for y in heights)
+    assert "<circle" not in svg.line_chart([], "nothing", width=400, height=200, floor=0, top=1)
+
+
+def browse(page: Path, profile: Path) -> tuple[str, list[str]]:
+    """The page's document after its script ran, and what the browser's console says."""
+    options = [
+        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr",
+    ]  # fmt: skip
+    command = [CHROMIUM, *options, "--v=0", f"--user-data-dir={profile}", "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    shutil.rmtree(profile, ignore_errors=True)
+    return done.stdout, [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
+
+
+@pytest.mark.skipif(not CHROMIUM.exists(), reason="needs Debian's chromium")
+def test_a_browser_shows_the_pages_without_a_console_message(tmp_path: Path) -> None:
+    report = write_report(troubled(), tmp_path)[0]
+    # Sort by "now" (the first click is ascending) after the page's own script has set the table up.
+    click = "<script>document.querySelectorAll('#classes th')[5].querySelector('button').click()</script>"
+    report.write_text(report.read_text(encoding="utf-8").replace("</body>", click + "</body>"), encoding="utf-8")
+    document, console = browse(report, tmp_path / "profile")
+    assert console == []
+    classes = document[document.index('id="classes"') : document.index('id="storage"')]
+    now = [float(v) for v in re.findall(r'data-v="([\d.]+)"[^>]*>[\d.]+<span class="bar"', classes)]
+    assert len(now) == 6
+    assert now == sorted(now)
+    assert "aria-sort" in classes
+    _, console = browse(write_comparison(fake_runs(), tmp_path)[0], tmp_path / "profile")
+    assert console == []
+    broken = tmp_path / "broken.html"
+    broken.write_text("<script>throw new Error('seen')</script>", encoding="utf-8")
+    assert "seen" in "".join(browse(broken, tmp_path / "profile")[1])  # so the silence above means something

@@ -147,7 +147,8 @@ class Checkpoint:
 
     def __init__(self, path: Path, modules: nn.Module, every: int):
         self.path, self.modules, self.every = path, modules, every
-        self.seconds, self.images = 0.0, 0
+        self.seconds, self.images = 0.0, 0  # of the time before this process
+        self.start = time.perf_counter()
 
     def begin(self, phase: str, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> int | None:
         self.optimizer = optimizer
@@ -156,12 +157,14 @@ class Checkpoint:
         files = read_folder(self.path)
         self.modules.load_state_dict(read_tensors(files, "modules.safetensors", str(self.path)))
         restore_optimizer(optimizer, files, str(self.path))
-        return int(json.loads(files["position.json"])["done"])
+        position = json.loads(files["position.json"])
+        self.seconds = float(position["seconds"])
+        return int(position["done"])
 
     def step(self, done: int, total: int, images: int, *, force: bool) -> None:
         if force or done % self.every == 0:
             modules = to_safetensors({name: t.cpu().contiguous() for name, t in self.modules.state_dict().items()})
-            position = to_json({"done": done})
+            position = to_json({"done": done, "seconds": self.seconds + time.perf_counter() - self.start})
             files = {"modules.safetensors": modules, "position.json": position, **snapshot_optimizer(self.optimizer)}
             remove_folder(self.path)
             write_folder(self.path, files)
@@ -188,11 +191,15 @@ def train(
     config: FitConfig,
     runtime: Runtime,
     checkpoint: tuple[Path, int] | None = None,
-) -> None:
+) -> float:
     """Train `student` and `classify` in place, towards the labels and the teacher's z `(N, E)`.
 
     With a `checkpoint` (folder, steps between two) it goes on from there if something is there.
+
+    Returns:
+        The seconds it took, those before the checkpoint included.
     """
+    start = time.perf_counter()
     labels = pictures.labels.to(runtime.device)
     heads = nn.ModuleList([classify])
     if teacher is not None:
@@ -215,6 +222,8 @@ def train(
         runtime.checkpoints = Checkpoint(checkpoint[0], nn.ModuleList([student, heads]), checkpoint[1])
     task = Task(0, "pretrain", tuple(pictures.classes), pictures, runtime=runtime)
     fit(loss, [*student.parameters(), *heads.parameters()], task, config)
+    before = runtime.checkpoints.seconds if runtime.checkpoints else 0.0
+    return before + time.perf_counter() - start
 
 
 def save(network: ViTModel, preprocess: Preprocess, out: Path) -> None:
@@ -323,21 +332,19 @@ def pretrain(
         goal = teacher_features(expert, known, runtime)
         loss += (
             f" + {teacher_weight:g} × (1 − cosine to the {goal.shape[1]} standardised features of timm's {teacher}"
-            f" at {expert.preprocess.size} px)"
+            f" at {expert.preprocess.size} px{'' if teacher_pretrained else ', its weights random'})"
         )
     with own_global_state(seed, "pretrain", "classify"):
         classify = nn.Linear(width, len(known.classes))
-    start = time.perf_counter()
     saved = None if checkpoint is None else (checkpoint, checkpoint_every)
-    train(student, classify, known, goal, weights, config, runtime, saved)
-    minutes = (time.perf_counter() - start) / 60
+    seconds = train(student, classify, known, goal, weights, config, runtime, saved)
 
     out.mkdir(parents=True, exist_ok=True)
     save(network, preprocess, out)
     # What is measured is what is shipped, the float16 weights, without autocast.
     figures = measure(student.to(place, torch.float32), classify, known, rest, Runtime(seed, place, workers=workers))
     training = (
-        f"{epochs} epochs of batches of {batch_size} in {minutes:.1f} minutes, AdamW {lr:g}, weight decay "
+        f"{epochs} epochs of batches of {batch_size} in {seconds / 60:.1f} minutes, AdamW {lr:g}, weight decay "
         f"{weight_decay:g}, cosine, warm-up {warmup:g} of the steps, random crop and flip"
     )
     pictures = f"{len(known)} of {len(known.classes)} classes from {data.name}; {len(rest)} more are held out"

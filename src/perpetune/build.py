@@ -53,7 +53,9 @@ def build_method(recipe: Recipe, backbone: Backbone) -> Method:
 def build_data(recipe: Recipe, backbone: Backbone) -> Stream:
     """The stream of tasks, images not yet read."""
     if recipe.data is None:
-        raise UsageError(f"recipe {recipe.name} names no data: add a `data:` section, or feed it with `perpetune update`")
+        raise UsageError(
+            f"recipe {recipe.name} names no data: add a `data:` section, or feed it with `perpetune update`"
+        )
     options = registry.options("data", recipe.data.name, recipe.data.options)
     source: Source = registry.find("data", recipe.data.name)(**options)
     return build_stream(source, recipe.stream, backbone.preprocess, seed=recipe.seed)

@@ -23,6 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from perpetune.errors import StateError, UsageError
+from perpetune.heads.base import Head
+from perpetune.methods.base import Method
 from perpetune.models.backbone import Backbone
 from perpetune.models.families import LinearLike
 from perpetune.pets.base import PET, Place, inject, pets, slots, walk
@@ -245,3 +247,25 @@ def _exceptions(config: Mapping[str, Any], pattern: str, default: str) -> Callab
         return float(config[default])
 
     return of
+
+
+def export_learned(method: Method, backbone: Backbone, folder: Path) -> list[Path]:
+    """Write what a method has learned for use elsewhere: the set `default` as PEFT's LoRA, and the head.
+
+    Beside PEFT's two files stand `head.safetensors` and `head.json` with the head's kind and the class names in
+    the order of its rows.
+
+    Returns:
+        The files written.
+
+    Raises:
+        UsageError: the pets are not LoRA, or there is something at `folder`.
+    """
+    write_peft(backbone, "default", folder)
+    head = next(m for m in method.modules() if isinstance(m, Head))
+    state = head.state_dict()
+    tensors = {name: t.detach().cpu().contiguous() for name, t in state.items() if isinstance(t, Tensor)}
+    save_file(tensors, folder / "head.safetensors", metadata={"format": "pt"})
+    about = {"head": type(head).__name__, "classes": head.classes}
+    (folder / "head.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return sorted(folder.iterdir())

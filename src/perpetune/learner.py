@@ -85,9 +85,7 @@ class Learner:
         self.state = State(path)
 
     @classmethod
-    def load(
-        cls, folder: str | Path, *, device: str | None = None, progress: Progress | None = None
-    ) -> Learner:
+    def load(cls, folder: str | Path, *, device: str | None = None, progress: Progress | None = None) -> Learner:
         """The learner that a state folder holds.
 
         Args:
@@ -112,8 +110,10 @@ class Learner:
 
     def _build(self, recipe: Recipe, progress: Progress | None, device: str | None = None) -> None:
         self.recipe = recipe
-        where = recipe if device is None else recipe.model_copy(
-            update={"run": recipe.run.model_copy(update={"device": device})}
+        where = (
+            recipe
+            if device is None
+            else recipe.model_copy(update={"run": recipe.run.model_copy(update={"device": device})})
         )
         self.runtime = build_runtime(where)
         self.runtime.progress = progress or Silent()
@@ -232,9 +232,7 @@ class Learner:
             if not origin.get("name"):
                 return None
             try:
-                found = self._checked(
-                    self._single(_source(origin), committed.index, committed.name, origin["holdout"])
-                )
+                found = self._checked(self._single(_source(origin), committed.index, committed.name, origin["holdout"]))
             except (DataError, UsageError) as error:
                 self.runtime.progress.note(f"task {committed.name} is not evaluated, its data are gone: {error}")
                 return None
@@ -334,7 +332,7 @@ def stop_signals(runtime: Runtime) -> Iterator[None]:
         yield
         return
     asked: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def ask(number: int, frame: Any) -> None:
         asked.append(number)

@@ -40,7 +40,7 @@ BUILTIN: dict[Kind, dict[str, str]] = {
     "data": {
         "folder": "perpetune.data.folder:FolderSource",
         "manifest": "perpetune.data.manifest:ManifestSource",
-        "parquet": "perpetune.data.parquet:ParquetSource",
+        "parquet": "perpetune.data.arrow:ParquetSource",
         "hf": "perpetune.data.hub:HubSource",
         "digits": "perpetune.data.digits:DigitsSource",
     },

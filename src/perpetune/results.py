@@ -28,7 +28,9 @@ def versions() -> dict[str, str]:
 
 def read_results(state: State) -> dict[str, Any]:
     """The results document; `perpetune.report` renders it and names its fields."""
-    tasks, rows, timings, storage, bad, warnings = [], [], [], [], [], []
+    tasks, rows, timings, storage = [], [], [], []
+    bad: list[dict[str, Any]] = []
+    warnings: list[str] = []
     for committed in state.committed:
         files = read_folder(committed.folder)
         task = json.loads(files["task.json"])
@@ -36,10 +38,10 @@ def read_results(state: State) -> dict[str, Any]:
         rows.append(json.loads(files["metrics.json"])["cells"])
         timings.append({"task": committed.index, **json.loads(files["timings.json"])})
         storage.append({"task": committed.index, **{name: len(files[name]) for name in FILES}})
-        bad += [dict(zip(("task", "file", "reason"), (committed.index, *_split(entry)), strict=True)) for entry in task["bad"]]
+        bad += [{"task": committed.index, **_file_and_reason(entry)} for entry in task["bad"]]
         warnings += task["warnings"]
     cells = [[row.get(t["name"]) for t in tasks] for row in rows]
-    begun = next((e for e in reversed(state.journal()) if e["event"] == "run begun"), {})
+    begun: dict[str, Any] = next((e for e in reversed(state.journal()) if e["event"] == "run begun"), {})
     backbone = state.backbone
     return {
         "format": 1,
@@ -63,7 +65,7 @@ def read_results(state: State) -> dict[str, Any]:
     }
 
 
-def _split(entry: str) -> tuple[str, str]:
-    """File and reason of `file: reason`."""
+def _file_and_reason(entry: str) -> dict[str, str]:
+    """The parts of `file: reason`."""
     file, _, reason = entry.partition(": ")
-    return file, reason
+    return {"file": file, "reason": reason}

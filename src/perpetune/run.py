@@ -51,7 +51,8 @@ def learn_task(method: Method, step: Step, state: State) -> None:
     main = run.rank == 0
     fingerprint = f"{step.document['fingerprint']}/{run.world}"
     if main:
-        state.log("task begun", task=task.index, name=task.name, **{k: step.document[k] for k in ("fingerprint", "from")})
+        about = {key: step.document[key] for key in ("fingerprint", "from")}
+        state.log("task begun", task=task.index, name=task.name, **about)
     run.checkpoints = MidTask(
         state.folder / "resume", method, (task.index, task.name, fingerprint), recipe.run.checkpoint_every, writes=main
     )
@@ -66,7 +67,7 @@ def learn_task(method: Method, step: Step, state: State) -> None:
     timings = {
         "learn_s": round(seconds, 3),
         "evaluate_s": round(evaluated - learned, 3),
-        "images": len(task.train),
+        "images": run.checkpoints.images,
         "images_per_s": round(run.checkpoints.images / seconds, 2) if run.checkpoints.images else None,
         "peak_memory_bytes": _peak(run),
         "device": str(run.device),

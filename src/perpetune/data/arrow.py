@@ -28,33 +28,32 @@ class ArrowTable(Table):
     """Pictures in an arrow column, as bytes or as `{bytes, path}`; a row may hold a path alone.
 
     Args:
-        images: a `pyarrow.ChunkedArray`; stays where it is, memory-mapped if it was.
-        origins: name of each file or data set that rows came from, and its number of rows.
+        parts: name of each file or data set that rows come from, and its pictures, a `pyarrow.ChunkedArray`;
+            they stay where they are, memory-mapped if they were.
     """
 
-    def __init__(
-        self,
-        images: Any,
-        labels: Sequence[str],
-        groups: Sequence[str] | None,
-        origins: Sequence[tuple[str, int]],
-    ):
+    def __init__(self, parts: Sequence[tuple[str, Any]], labels: Sequence[str], groups: Sequence[str] | None):
         super().__init__(labels, groups)
-        self.images = images
-        self.origins = origins
+        self.parts = parts
+        self._starts = [0, *itertools.accumulate(len(images) for _, images in parts)]
+
+    def _cell(self, i: int) -> tuple[str, int, Any]:
+        """Name of the part that row `i` is in, its number there, and what the column holds."""
+        part = bisect.bisect_right(self._starts, i) - 1
+        name, images = self.parts[part]
+        row = i - self._starts[part]
+        return name, row, images[row].as_py()
 
     def encoded(self, i: int) -> str | bytes:
-        cell = self.images[i].as_py()
+        cell = self._cell(i)[2]
         if isinstance(cell, dict):
             cell = cell.get("bytes") or cell.get("path")
         return cell or b""
 
     def name(self, i: int) -> str:
-        cell = self.images[i].as_py()
+        name, row, cell = self._cell(i)
         path = cell.get("path") if isinstance(cell, dict) else None
-        starts = [0, *itertools.accumulate(rows for _, rows in self.origins)]
-        part = bisect.bisect_right(starts, i) - 1
-        return f"{self.origins[part][0]} row {i - starts[part]}" + (f" ({printable(path)})" if path else "")
+        return f"{name} row {row}" + (f" ({printable(path)})" if path else "")
 
     def key(self, i: int) -> str:
         return str(i)
@@ -69,34 +68,36 @@ def arrow_table(parts: Sequence[tuple[str, Any]], columns: Columns, names: Seque
     Raises:
         DataError: a column is missing or of a type that cannot be used; or there is no row.
     """
-    import pyarrow as pa
-
-    images, origins = [], []
+    images = []
     labels: list[str] = []
     groups: list[str] = []
     for where, table in parts:
-        found = table.column_names
-        for column in (columns.image, columns.label):
-            if column not in found:
-                raise DataError(f"{where}: no column '{column}'; found: {several(found, 20)}")
-        group = group_column(found, columns.group, where)
+        group = _present(table.column_names, columns, where)[1]
         image = table.column(columns.image)
         if not (_holds_pictures(image.type) or len(image) == 0):
             raise DataError(
                 f"{where}: column '{columns.image}' is {image.type}; expected encoded pictures, "
                 "binary or {bytes, path}"
             )
-        images += image.chunks
+        images.append((where, image))
         known = class_names(table.schema, columns.label) or names
         labels += named(table.column(columns.label).to_pylist(), known, columns.label, where)
         if group is None:
             groups += [""] * len(image)
         else:
             groups += named(table.column(group).to_pylist(), class_names(table.schema, group), group, where)
-        origins.append((where, len(image)))
     if not labels:
         raise DataError(f"{several([where for where, _ in parts])}: no rows")
-    return ArrowTable(pa.chunked_array(images), labels, groups if any(groups) else None, origins)
+    return ArrowTable(images, labels, groups if any(groups) else None)
+
+
+def _present(found: Sequence[str], columns: Columns, where: str) -> tuple[list[str], str | None]:
+    """The columns that are of use, and which of them is the group; DataError when one is missing."""
+    for column in (columns.image, columns.label):
+        if column not in found:
+            raise DataError(f"{where}: no column '{column}'; found: {several(found, 20)}")
+    group = group_column(found, columns.group, where)
+    return [name for name in (columns.image, columns.label, group) if name is not None], group
 
 
 def _holds_pictures(kind: Any) -> bool:
@@ -179,9 +180,8 @@ def _schema(file: str) -> Any:
 
 
 def _read(file: str, columns: Columns) -> Any:
-    """The columns of a file that are of use, as far as they are there; the rest may be large."""
-    wanted = {columns.image, columns.label, columns.group, "task", "domain"}
-    names = [name for name in _schema(file).names if name in wanted]
+    """The columns of a file that are of use; others may be large."""
+    names, _ = _present(_schema(file).names, columns, printable(file))
     import pyarrow as pa
     import pyarrow.parquet as pq
 

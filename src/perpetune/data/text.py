@@ -22,7 +22,8 @@ def printable(name: str) -> str:
     """`name` on one line and encodable: line breaks and the undecodable bytes of file names are escaped."""
     if name.isprintable():
         return name
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+    breaks = ("Cc", "Cs", "Zl", "Zp")  # controls, undecodable bytes, line and paragraph separators
+    return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in breaks else c for c in name)
 
 
 def label_of(name: str) -> str:

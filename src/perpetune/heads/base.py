@@ -33,7 +33,8 @@ class Head(nn.Module, ABC):
 
     def logits(self, features: Tensor) -> Tensor:
         """Scores `(B, C)` that gradient training works on; the prediction's own unless said otherwise."""
-        return self(features)
+        scores: Tensor = self(features)
+        return scores
 
     @abstractmethod
     def resize(self, rows: int, generator: torch.Generator) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from perpetune.errors import UsageError
-from perpetune.fit import FitConfig, fit
+from perpetune.fit import FitConfig
 from perpetune.methods.base import Method
 from perpetune.methods.finetune import FineTune
 from perpetune.models.classifier import ImageClassifier

@@ -102,7 +102,7 @@ def load_folder(
         backbone = from_transformers.load(spec, str(folder), pretrained=pretrained, image_size=image_size)
     elif architecture is not None or "architecture" in config:
         backbone = from_timm.load_local(
-            spec, folder, architecture=architecture, pretrained=pretrained, image_size=image_size
+            spec, folder, config, architecture=architecture, pretrained=pretrained, image_size=image_size
         )
     else:
         raise UsageError(

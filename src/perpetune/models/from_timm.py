@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args
@@ -42,9 +43,15 @@ def load_by_name(spec: str, name: str, *, pretrained: bool, image_size: int | No
 
 
 def load_local(
-    spec: str, folder: Path, *, architecture: str | None, pretrained: bool, image_size: int | None
+    spec: str,
+    folder: Path,
+    config: Mapping[str, Any],
+    *,
+    architecture: str | None,
+    pretrained: bool,
+    image_size: int | None,
 ) -> Backbone:
-    """A folder with `model.safetensors` and either timm's `config.json` or a named `architecture`.
+    """A folder with `model.safetensors` and either a `config.json` that holds `config` or a named `architecture`.
 
     Raises:
         UsageError: no weights file, or an unknown architecture.
@@ -55,13 +62,15 @@ def load_local(
     if pretrained and not file.is_file():
         raise UsageError(f"{spec}: there is no {WEIGHTS} in the folder")
     if architecture is None:
+        _check_name(timm, spec, str(config["architecture"]).partition(".")[0])
         given: dict[str, Any] = {"num_classes": 0} if not pretrained else {}
         net = _create(timm, spec, f"local-dir:{folder}", image_size, pretrained=pretrained, **given)
         return _wrap(timm, spec, net, image_size)
     _check_name(timm, spec, architecture)
     if not pretrained:
         return _wrap(timm, spec, _create(timm, spec, architecture, image_size, num_classes=0), image_size)
-    classes = _classes_in(file, timm.get_pretrained_cfg(architecture).classifier)
+    known = timm.get_pretrained_cfg(architecture)
+    classes = _classes_in(spec, file, known.classifier if known else None)
     overlay = {"file": str(file), "custom_load": False, "num_classes": classes}
     net = _create(timm, spec, architecture, image_size, pretrained=True, pretrained_cfg_overlay=overlay)
     return _wrap(timm, spec, net, image_size)
@@ -98,11 +107,12 @@ def _create(timm: ModuleType, spec: str, name: str, image_size: int | None, **kw
         kwargs["img_size"] = image_size
     try:
         return timm.create_model(name, **kwargs)
+    except SafetensorError as error:
+        raise PerpetuneError(f"{spec}: its safetensors file cannot be read: {one_line(error)}") from error
     except TypeError as error:
-        if image_size is None:
-            raise
-        raise UsageError(f"{spec}: this model cannot be built for an image size ({one_line(error)})") from error
-    except (RuntimeError, ValueError, KeyError, AssertionError, OSError, SafetensorError) as error:
+        what = "with this config" if image_size is None else "for another image size"
+        raise UsageError(f"{spec}: the model cannot be built {what} ({one_line(error)})") from error
+    except (RuntimeError, ValueError, KeyError, AssertionError, OSError) as error:
         raise PerpetuneError(f"{spec}: {one_line(error)}") from error
 
 
@@ -119,8 +129,11 @@ def _wrap(timm: ModuleType, spec: str, net: Any, image_size: int | None) -> Back
     return Backbone(net.float(), spec=spec, dim=net.head_hidden_size, preprocess=preprocess)
 
 
-def _classes_in(file: Path, classifier: str | tuple[str, ...] | None) -> int:
+def _classes_in(spec: str, file: Path, classifier: str | tuple[str, ...] | None) -> int:
     """How many classes the classifier in a weights file has; 0 when there is none in it."""
     name = f"{classifier if isinstance(classifier, str) else (classifier or ('head',))[0]}.weight"
-    with safe_open(file, framework="pt") as tensors:
-        return int(tensors.get_slice(name).get_shape()[0]) if name in tensors.keys() else 0  # noqa: SIM118
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return int(tensors.get_slice(name).get_shape()[0]) if name in tensors.keys() else 0  # noqa: SIM118
+    except SafetensorError as error:
+        raise PerpetuneError(f"{spec}: its safetensors file cannot be read: {one_line(error)}") from error

@@ -90,9 +90,9 @@ def _config(spec: str, source: str) -> Any:
     except (OSError, ValueError, KeyError) as error:
         if Path(source).is_dir():
             raise UsageError(f"{spec}: {one_line(error)}") from error
+        reason = one_line(error).partition(". ")[0]
         raise UsageError(
-            f"{spec}: no such folder, and not to be had from the hub or its cache ({one_line(error)[:160]}); "
-            f"{closest(source, KNOWN)}"
+            f"{spec}: no such folder, and not to be had from the hub or its cache ({reason}); {closest(source, KNOWN)}"
         ) from error
 
 
@@ -122,7 +122,9 @@ def _pretrained(spec: str, source: str, config: Any) -> nn.Module:
                 output_loading_info=True,
                 **_extra(config),
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except SafetensorError as error:
+        raise PerpetuneError(f"{spec}: its safetensors file cannot be read: {one_line(error)}") from error
+    except (OSError, ValueError, RuntimeError) as error:
         raise PerpetuneError(f"{spec}: {one_line(error)}") from error
     faults = {
         "missing": sorted(report["missing_keys"]),

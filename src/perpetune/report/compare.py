@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 from perpetune.errors import UsageError
-from perpetune.report import tables
+from perpetune.report import form, tables
 from perpetune.report.results_schema import Results, checked
 
 # Settings that name a run or say where it happens; they change no figure that is compared here.
@@ -142,7 +142,7 @@ def _labels(groups: Sequence[Sequence[Results]], settings: Sequence[str]) -> lis
     if len(set(labels)) < len(labels):
         for i, group in enumerate(groups):
             flat = _flat(group[0]["recipe"])
-            labels[i] += "".join(f" · {_short(key)} {_plain(flat.get(key))}" for key in settings[:3])
+            labels[i] += "".join(f" · {_short(key)} {form.setting(flat.get(key))}" for key in settings[:3])
     repeated = {label for label in labels if labels.count(label) > 1}
     return [f"{label} #{i + 1}" if label in repeated else label for i, label in enumerate(labels)]
 
@@ -151,12 +151,6 @@ def _short(key: str) -> str:
     """`method` for `method.name`, else the last word of the key."""
     *parents, last = key.split(".")
     return parents[-1] if parents and last == "name" else last
-
-
-def _plain(value: Any) -> str:
-    if value is None:
-        return "none"
-    return str(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _row(label: str, names: list[str], runs: Sequence[Results], settings: Sequence[str]) -> ComparisonRow:
@@ -202,7 +196,7 @@ def _classes(run: Results) -> set[str]:
 def _notes(results: Sequence[Results], names: Sequence[str]) -> tuple[list[str], bool]:
     """What to know before reading rows against each other, and whether ranking them makes sense."""
     apart = [
-        f"{name} is not complete: {len(run['cells'])} of {len(run['tasks'])} tasks learned"
+        f"{name} is not complete: {form.plural(len(run['cells']), 'task')} learned so far"
         for run, name in zip(results, names, strict=True)
         if not run["complete"]
     ]

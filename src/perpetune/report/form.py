@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 MINUS = "\N{MINUS SIGN}"
 ABSENT = "\N{EN DASH}"
 
@@ -46,6 +48,23 @@ def duration(seconds: float | None) -> str:
 def count(value: float | None) -> str:
     """A whole number with thin groups: `36,864`."""
     return ABSENT if value is None else f"{value:,.0f}"
+
+
+def relative(part: float | None, whole: float | None) -> str:
+    """What `part` is of `whole`, to two digits: `7.2 %`, `0.037 %`, `140 %`."""
+    if part is None or not whole:
+        return ABSENT
+    value = 100 * part / whole
+    return f"{value:.0f} %" if value >= 99.5 else f"{value:.2g} %"
+
+
+def setting(value: object) -> str:
+    """The value of a recipe's key, as a recipe writes it."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def plural(n: int, noun: str) -> str:
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
 def mean_std(mean: str, std: str | None) -> str:

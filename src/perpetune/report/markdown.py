@@ -34,7 +34,7 @@ def report(results: Results) -> str:
         _fenced(tables.recipe_yaml(results["recipe"]), "yaml"),
         "Save the recipe above as `recipe.yaml`, then:",
         _fenced(f"pip install {view.requirements(results['versions'])}\nperpetune run recipe.yaml", "sh"),
-        table(["package", "version"], results["versions"].items()),
+        table(["package", "version"], ([plain(p), plain(v)] for p, v in results["versions"].items())),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -42,7 +42,14 @@ def report(results: Results) -> str:
 def comparison(compared: Comparison) -> str:
     """`compare.md` of several runs."""
     figures = [(key, label) for key, label, _, _ in view.FIGURES]
-    heads = ["run", "n", *(f"{label} %" for _, label in figures), "trained parameters", "stored", "learning time"]
+    heads = [
+        "run",
+        "n",
+        *(f"{label}, {view.unit(key)}" for key, label in figures),
+        "trained parameters",
+        "stored",
+        "learning time",
+    ]
     rows = []
     for i, row in enumerate(compared["rows"]):
         texts = view.comparison_cells(row)
@@ -85,8 +92,8 @@ def _fenced(text: str, language: str) -> str:
 
 def _intro(results: Results, chosen: dict[str, str]) -> str:
     setting = view.SETTINGS.get(results["setting"], results["setting"])
-    learned, total = len(results["cells"]), len(results["tasks"])
-    progress = f"{total} tasks" if results["complete"] else f"**not complete: {learned} of {total} tasks**"
+    learned = form.plural(len(results["cells"]), "task")
+    progress = learned if results["complete"] else f"**not complete: {learned} learned so far**"
     what = " × ".join(plain(name) for name in chosen.values())
     return f"{setting}, {progress}, seed {results['seed']}, on {plain(results['device'])}. {what}".strip()
 
@@ -95,10 +102,10 @@ def _figures(results: Results) -> str:
     rows: list[list[str]] = []
     for key, label, note, signed in view.FIGURES:
         value = results["metrics"][key]  # type: ignore[literal-required]
-        rows.append([label, form.points(value) + " points" if signed else form.percent(value) + " %", note])
+        rows.append([label, f"{view.figure(value, signed)} {view.unit(key)}", note])
         if value is None:
             rows[-1][1] = form.ABSENT
-    rows += [list(fact) for fact in view.facts(results)]
+    rows += [[plain(text) for text in fact] for fact in view.facts(results)]
     return table(["figure", "value", ""], rows)
 
 
@@ -112,7 +119,7 @@ def _matrix(results: Results) -> str:
 
 
 def _tasks(results: Results) -> str:
-    heads = ["task", "classes", "train", "test", "when learned %", "now %", "forgotten"]
+    heads = ["task", "classes", "train", "test", "when learned, %", "now, %", "forgotten, points"]
     return table(
         heads,
         (
@@ -123,7 +130,7 @@ def _tasks(results: Results) -> str:
                 form.count(row.test),
                 form.percent(row.learned),
                 form.percent(row.now),
-                form.points(row.forgotten),
+                form.percent(row.forgotten),
             ]
             for row in tables.task_rows(results)
         ),
@@ -131,7 +138,7 @@ def _tasks(results: Results) -> str:
 
 
 def _classes(results: Results) -> str:
-    heads = ["class", "task", "right", "of", "when learned %", "now %", "change"]
+    heads = ["class", "task", "right", "of", "when learned, %", "now, %", "change, points"]
     return table(
         heads,
         (
@@ -193,5 +200,5 @@ def _task_name(results: Results, index: int | None) -> str:
 def _members(compared: Comparison) -> Iterable[list[object]]:
     for row in compared["rows"]:
         seeds = ", ".join(map(str, row["seeds"]))
-        settings = [plain(row["differs"][key]) for key in compared["settings"]]
+        settings = [plain(form.setting(row["differs"][key])) for key in compared["settings"]]
         yield [plain(row["label"]), ", ".join(map(plain, row["runs"])), seeds, *settings]

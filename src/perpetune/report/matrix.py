@@ -9,7 +9,8 @@ from perpetune.report import form
 from perpetune.report.palette import heat_level
 from perpetune.report.results_schema import Results
 
-ROOMY = 12  # more tasks than this: whole per cents and small cells
+LARGE = 8  # up to this many tasks: large cells
+ROOMY = 12  # more than this: whole per cents and small cells
 READABLE = 30  # more than this: a picture of the whole first, the numbers on demand
 
 
@@ -39,7 +40,8 @@ class MatrixTable:
     rows: list[MatrixRow]
     names: list[str]
     change: list[str]  # of each task learned, from right after learning to now, in points
-    dense: bool
+    style: str  # of the table: large, dense or neither
+    numbered: bool  # columns are headed by numbers, for want of room
     folded: bool
 
 
@@ -52,7 +54,8 @@ def matrix_table(results: Results) -> MatrixTable:
         cells = [_cell(results, A, i, j, digits) if j < len(row) else None for j in range(len(names))]
         rows.append(MatrixRow(i + 1, names[i], form.percent(final_accuracy(A[: i + 1]), digits), cells))
     change = [form.points(_since_learned(A, j), digits) for j in range(len(A) - 1)]
-    return MatrixTable(rows, names, change, len(names) > ROOMY, len(names) > READABLE)
+    style = "large" if len(names) <= LARGE else "dense" if len(names) > ROOMY else ""
+    return MatrixTable(rows, names, change, style, style == "dense", len(names) > READABLE)
 
 
 def _cell(results: Results, A: list[list[float | None]], i: int, j: int, digits: int) -> MatrixCell | None:

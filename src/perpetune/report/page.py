@@ -69,7 +69,16 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for write in (form.percent, form.points, form.size, form.duration, form.count):
+    for write in (
+        form.percent,
+        form.points,
+        form.size,
+        form.duration,
+        form.count,
+        form.relative,
+        form.setting,
+        form.plural,
+    ):
         environment.filters[write.__name__] = write
     environment.globals["colours_css"] = palette.colours_css
     return environment

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 STEPS = 21  # heat levels: one for every 5 points of accuracy
-INK, PAPER = "#0b0f17", "#ffffff"
+INK, PAPER = "#000000", "#ffffff"  # one of the two has a contrast of 4.58 or more on any colour
 
 # From nothing right to everything right. Dark screens run from dark to light, so "more" is always
 # further from the background.

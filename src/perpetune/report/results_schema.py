@@ -50,7 +50,8 @@ class Results(TypedDict):
         cells: a row for each task learned so far, a column for each task; None is not measured.
         storage: for each task `{"task": index, file kind: bytes, …}`.
         recipe: the resolved recipe, every default written out.
-        complete: all tasks of the stream were learned.
+        trainable_parameters, backbone_parameters: None where no model has been built yet.
+        complete: all tasks of the stream were learned; otherwise `tasks` may hold the learned ones alone.
         extra: whatever else a caller keeps here; not shown.
     """
 
@@ -63,8 +64,8 @@ class Results(TypedDict):
     metrics: Metrics
     timings: list[Timing]
     storage: list[dict[str, int]]
-    trainable_parameters: int
-    backbone_parameters: int
+    trainable_parameters: int | None
+    backbone_parameters: int | None
     bad_files: list[BadFile]
     warnings: list[str]
     recipe: dict[str, Any]

@@ -48,8 +48,9 @@ def line_chart(lines: Sequence[Line], label: str, *, width: int, height: int, fl
     ticks = _ticks(*_extent(lines, floor, top))
     frame = _Frame(steps, ticks[0], ticks[-1], width, height)
     parts = [_axes(frame, ticks), *(_band(line, frame) for line in lines), *(_curve(line, frame) for line in lines)]
-    return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
-        width, height, label, Markup("").join(parts)
+    style = "chart full" if width > 800 else "chart"  # a wide one scrolls on small screens
+    return Markup('<svg class="{}" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
+        style, width, height, label, Markup("").join(parts)
     )
 
 
@@ -127,6 +128,8 @@ def _axes(frame: _Frame, ticks: Sequence[float]) -> Markup:
 def _labelled(steps: int) -> list[int]:
     """Steps that get a number below: the first, and round ones, at most about ten."""
     every = next(n for n in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, steps) if steps / n <= 11)
+    if every == 2:
+        return list(range(0, steps, 2))
     return [0, *(s for s in range(1, steps) if (s + 1) % every == 0)] if steps else []
 
 

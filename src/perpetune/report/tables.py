@@ -117,8 +117,9 @@ def stored_bytes(results: Results) -> int:
     return sum(row.total for row in storage_rows(results))
 
 
-def backbone_bytes(results: Results) -> int:
-    return results["backbone_parameters"] * BYTES_PER_PARAMETER
+def backbone_bytes(results: Results) -> int | None:
+    parameters = results["backbone_parameters"]
+    return None if parameters is None else parameters * BYTES_PER_PARAMETER
 
 
 def learn_seconds(results: Results) -> float | None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from perpetune.numerics.metrics import accuracies, final_accuracy
 from perpetune.report import form, view
-from perpetune.report.compare import Comparison
-from perpetune.report.results_schema import Results
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -17,9 +15,10 @@ if TYPE_CHECKING:
 VISIBLE_CHANGE = 0.005  # smaller ones do not show at two digits
 GAP = "…"
 ROWS = 24
+NAME = 16  # longer names of tasks are cut
 
 
-def matrix_table(results: Results, width: int = 100) -> Table:
+def matrix_table(results: Mapping[str, Any], width: int = 100) -> Table:
     """The accuracy matrix, each cell with its change since the row before: `.87 ▼.11`.
 
     Where the columns do not fit into `width` characters the changes go first, then columns in the
@@ -30,15 +29,17 @@ def matrix_table(results: Results, width: int = 100) -> Table:
     from rich.text import Text
 
     A, names = accuracies(results["cells"]), [task["name"] for task in results["tasks"]]
-    room = width - max(map(len, names), default=0) - 14  # the row's number and name, and the mean
-    changes = 11 * len(names) <= room
-    columns = _elided(len(names), max(2, room // (11 if changes else 6)))
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), header_style="dim")
-    table.add_column(Text("after"), no_wrap=True, overflow="ellipsis")
+    longest = min(max(map(len, names), default=0), NAME)
+    room = width - longest - len(str(len(names))) - 12  # beside the row's number and name, the mean and the edges
+    wide, narrow = max(len(".87 ▼.11"), longest) + 2, max(len(".87"), len(str(len(names)))) + 2
+    changes = wide * len(names) <= room
+    columns = _elided(len(names), max(3, room // narrow)) if not changes else list(range(len(names)))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, header_style="dim")
+    table.add_column(Text("after"), no_wrap=True, overflow="ellipsis", max_width=NAME + 5)
     table.add_column("mean", justify="right", no_wrap=True)
     for j in columns:
         heading = GAP if j is None else names[j] if changes else str(j + 1)
-        table.add_column(Text(heading), justify="left", no_wrap=True, overflow="ellipsis")
+        table.add_column(Text(heading), no_wrap=True, overflow="ellipsis", max_width=NAME)
     for i in _elided(len(A), ROWS):
         if i is None:
             table.add_row(*([GAP] * (len(columns) + 2)))
@@ -48,7 +49,7 @@ def matrix_table(results: Results, width: int = 100) -> Table:
     return table
 
 
-def row_line(results: Results) -> Text:
+def row_line(results: Mapping[str, Any]) -> Text:
     """The last row alone, for the live view: `after 3 task-3: mean .81 | task-1 .87 ▼.11 | …`."""
     from rich.text import Text
 
@@ -62,20 +63,20 @@ def row_line(results: Results) -> Text:
     return line
 
 
-def figures_line(results: Results) -> Text:
+def figures_line(results: Mapping[str, Any]) -> Text:
     """The headline figures on one line; those that are not defined are left out."""
     from rich.text import Text
 
     line = Text()
     for key, label, _, signed in view.FIGURES:
-        value = results["metrics"][key]  # type: ignore[literal-required]
+        value = results["metrics"][key]
         if value is not None:
-            text = form.points(value) + " points" if signed else form.percent(value) + " %"
+            text = f"{view.figure(value, signed)} {view.unit(key)}"
             line.append("   " if line else "").append(label.lower() + " ", "dim").append(text, "bold")
     return line
 
 
-def compare_table(comparison: Comparison) -> Table:
+def compare_table(comparison: Mapping[str, Any]) -> Table:
     """One line for each recipe, mean ± standard deviation; the best of each column is bold."""
     from rich import box
     from rich.table import Table

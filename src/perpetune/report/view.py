@@ -7,20 +7,26 @@ from typing import Any
 from perpetune.numerics.metrics import accuracies
 from perpetune.report import form, svg, tables
 from perpetune.report.compare import Comparison, ComparisonRow
-from perpetune.report.matrix import matrix_table
+from perpetune.report.matrix import READABLE, matrix_table
 from perpetune.report.palette import AGES, LIGHT_LINES
 from perpetune.report.results_schema import Results
 
 SETTINGS = {"class": "class-incremental", "domain": "domain-incremental", "task": "task-incremental"}
 
-FIGURES = (  # key, label, what it says, whether it is a difference
+FIGURES = (  # key, label, what it says, whether its sign is always shown
     ("final_accuracy", "Final accuracy", "mean over tasks, after the last one", False),
-    ("average_accuracy", "Average accuracy", "mean over the whole run of the accuracy on tasks seen", False),
-    ("forgetting", "Forgetting", "lost per task since it was best", True),
+    ("average_accuracy", "Average accuracy", "on the tasks seen, mean over the run", False),
+    ("forgetting", "Forgetting", "lost per task since it was best", False),
     ("backward_transfer", "Backward transfer", "change per task since it was learned", True),
     ("forward_transfer", "Forward transfer", "above chance before a task is learned", True),
     ("pooled_accuracy", "Pooled accuracy", "over all test examples, after the last task", False),
 )
+
+ABSENT = {  # why a figure may be missing
+    "forgetting": "needs two tasks or more",
+    "backward_transfer": "needs two tasks or more",
+    "forward_transfer": "needs tasks that are tried before they are learned",
+}
 
 
 def report(results: Results) -> dict[str, Any]:
@@ -30,7 +36,13 @@ def report(results: Results) -> dict[str, Any]:
         "setting": SETTINGS.get(results["setting"], results["setting"]),
         "choices": tables.choices(results["recipe"]),
         "figures": [
-            (label, form.points(value) if signed else form.percent(value), note, value is None)
+            (
+                label,
+                figure(value, signed),
+                unit(key),
+                ABSENT.get(key, "no task is measured yet") if value is None else note,
+                value is None,
+            )
             for key, label, note, signed in FIGURES
             for value in (results["metrics"][key],)  # type: ignore[literal-required]
         ],
@@ -50,11 +62,22 @@ def report(results: Results) -> dict[str, Any]:
     }
 
 
+def figure(value: float | None, signed: bool) -> str:
+    return form.points(value) if signed else form.percent(value)
+
+
+def unit(key: str) -> str:
+    """Accuracies are in per cent, their differences in percentage points."""
+    return "%" if key.endswith("accuracy") else "points"
+
+
 def facts(results: Results) -> list[tuple[str, str, str]]:
     """The small figures below the headline: label, value, what it is relative to."""
     trained, backbone = results["trainable_parameters"], results["backbone_parameters"]
     stored, speed = tables.stored_bytes(results), tables.images_per_second(results)
-    share = f"{100 * trained / backbone:.2g} % of the backbone's {form.count(backbone)}" if backbone else ""
+    share = (
+        f"{form.relative(trained, backbone)} of the backbone’s {form.count(backbone)}" if trained is not None else ""
+    )
     return [
         ("Trained parameters", form.count(trained), share),
         ("Stored", form.size(stored), f"backbone as float32: {form.size(tables.backbone_bytes(results))}"),
@@ -76,7 +99,8 @@ def _overview(results: Results) -> str:
 
 def _charts(results: Results) -> dict[str, str]:
     shown, names = tables.curves(results), [task["name"] for task in results["tasks"]]
-    lines = [svg.Line(names[j], v, _line_style(j, len(names)) + " thin") for j, v in enumerate(shown.tasks)]
+    weight = "thin" if len(names) <= READABLE else "many"
+    lines = [svg.Line(names[j], v, f"{_line_style(j, len(names))} {weight}") for j, v in enumerate(shown.tasks)]
     mean = svg.Line("mean over tasks seen", shown.accuracy, "strong")
     lost = svg.Line("forgetting", shown.forgetting, "strong")
     half, full = {"width": 540, "height": 300}, {"width": 1104, "height": 380}
@@ -96,7 +120,7 @@ def _legend(results: Results) -> list[tuple[str, str]]:
     """(style, name) of each line; for many lines the ages' colours without names."""
     names = [task["name"] for task in results["tasks"]]
     if len(names) <= len(LIGHT_LINES):
-        return [(_line_style(j, len(names)), name) for j, name in enumerate(names)]
+        return [(_line_style(j, len(names)), name) for j, name in enumerate(names[: len(results["cells"])])]
     return [(f"a{i}", "") for i in range(AGES)]
 
 
@@ -108,6 +132,7 @@ def comparison(compared: Comparison) -> dict[str, Any]:
         "notes": compared["notes"],
         "settings": compared["settings"],
         "figures": [(key, label, note) for key, label, note, _ in FIGURES],
+        "units": {key: unit(key) for key, _, _, _ in FIGURES},
         "cells": [comparison_cells(row) for row in rows],
         "best": compared["best"],
         "charts": {
@@ -123,8 +148,7 @@ def comparison_cells(row: ComparisonRow) -> dict[str, str]:
     texts = {}
     for key, _, _, signed in FIGURES:
         mean, std = row["metrics"][key]["mean"], row["metrics"][key]["std"]
-        text = form.points(mean) if signed else form.percent(mean)
-        texts[key] = form.mean_std(text, None if std is None else form.percent(std))
+        texts[key] = form.mean_std(figure(mean, signed), None if std is None else form.percent(std))
     return texts
 
 
