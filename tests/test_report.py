@@ -482,7 +482,8 @@ def test_numbers_as_text() -> None:
     assert [form.duration(x) for x in (None, 0.44, 59.97, 200, 3725)] == [
         "–", "0.4 s", "1 min 00 s", "3 min 20 s", "1 h 02 min",
     ]  # fmt: skip
-    assert [form.relative(*x) for x in ((1, 0), (7.22, 100), (0.0374, 100), (137, 100))] == [
+    assert [form.relative(*x) for x in ((1e-6, 1), (1, 0), (7.22, 100), (0.0374, 100), (137, 100))] == [
+        "< 0.001 %",
         "–",
         "7.2 %",
         "0.037 %",
@@ -526,6 +527,7 @@ def browse(page: Path, profile: Path) -> tuple[str, list[str]]:
     return done.stdout, [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
 
 
+@pytest.mark.browser
 @pytest.mark.skipif(not CHROMIUM.exists(), reason="needs Debian's chromium")
 def test_a_browser_shows_the_pages_without_a_console_message(tmp_path: Path) -> None:
     report = write_report(troubled(), tmp_path)[0]

@@ -76,6 +76,7 @@ class Learner:
             recipe = make_recipe(recipe)
         elif not isinstance(recipe, Recipe):
             recipe = load_recipe(recipe)
+        recipe = recipe.anchored()
         self._temporary = None if folder else tempfile.TemporaryDirectory(prefix="perpetune-")
         path = Path(folder) if folder else Path(str(self._temporary and self._temporary.name)) / recipe.name
         self._build(recipe, progress)

@@ -17,6 +17,7 @@ from perpetune.fit import FitConfig
 from perpetune.runtime import Precision
 
 Setting = Literal["class", "domain", "task"]
+PATH_KEYS = {"path", "train", "test"}  # options of a data source that may be paths
 
 
 class Section(BaseModel):
@@ -137,6 +138,20 @@ class Recipe(Section):
             changes["data"] = _complete("data", self.data)
         return self.model_copy(update=changes)
 
+    def anchored(self) -> Recipe:
+        """The same recipe with paths that exist here made absolute, so that its state works from any folder."""
+        prefix, colon, rest = self.backbone.name.partition(":")
+        changes: dict[str, Any] = {}
+        if prefix in ("folder", "hf"):
+            changes["backbone"] = self.backbone.model_copy(update={"name": f"{prefix}{colon}{_absolute(rest)}"})
+        if self.data is not None:
+            given = self.data.model_dump()
+            for key in PATH_KEYS & given.keys():
+                value = given[key]
+                given[key] = [_absolute(v) for v in value] if isinstance(value, list) else _absolute(value)
+            changes["data"] = Choice.model_validate(given)
+        return self.model_copy(update=changes)
+
     def method_options(self) -> dict[str, Any]:
         """Arguments for the method's class; its `FitConfig`s start from `train:`."""
         given = self.method.options
@@ -162,6 +177,17 @@ def _complete(kind: registry.Kind, choice: Choice, skip: Sequence[str] = ()) -> 
     options = registry.options(kind, choice.name, own)
     kept = {k: v for k, v in choice.options.items() if k in skip}
     return Choice.model_validate({"name": choice.name, **{k: v for k, v in options.items() if k not in skip}, **kept})
+
+
+def _absolute(value: Any) -> Any:
+    """`value`, made absolute if it is the path of something that is there."""
+    if not isinstance(value, str) or not value:
+        return value
+    try:
+        path = Path(value).expanduser()
+        return str(path.resolve()) if path.exists() else value
+    except (OSError, RuntimeError):  # too long for a path, or no such home
+        return value
 
 
 def packaged() -> dict[str, Path]:

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from perpetune.errors import DataError
 from perpetune.runtime import Runtime
 from perpetune.seeding import generator, seed_of
 
@@ -27,6 +28,10 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    def pin_memory(self) -> Batch:
+        """Called by torch's loader, so that the copy to a GPU need not wait."""
+        return Batch(self.inputs.pin_memory(), self.targets.pin_memory())
 
     def to(self, device: torch.device) -> Batch:
         return Batch(self.inputs.to(device, non_blocking=True), self.targets.to(device, non_blocking=True))
@@ -91,20 +96,30 @@ class _Requests(torch.utils.data.Dataset):  # type: ignore[type-arg]
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, request: tuple[int, int | None]) -> tuple[Tensor, int]:
+    def __getitem__(self, request: tuple[int, int | None]) -> tuple[Tensor, int] | str:
         index, seed = request
-        return self.examples.load(index, seed), self.examples.targets[index]
+        try:
+            return self.examples.load(index, seed), self.examples.targets[index]
+        except DataError as error:
+            return str(error)  # torch would wrap an exception of a loader process in a page of traceback
 
 
-def _collate(items: list[tuple[Tensor, int]]) -> Batch:
-    return Batch(torch.stack([x for x, _ in items]), torch.tensor([y for _, y in items], dtype=torch.int64))
+def _collate(items: list[tuple[Tensor, int] | str]) -> Batch | str:
+    loaded = [item for item in items if not isinstance(item, str)]
+    if len(loaded) < len(items):
+        return next(item for item in items if isinstance(item, str))
+    return Batch(torch.stack([x for x, _ in loaded]), torch.tensor([y for _, y in loaded], dtype=torch.int64))
 
 
 def load_batches(
     examples: Examples, requests: Sequence[Sequence[tuple[int, int | None]]], runtime: Runtime
 ) -> Iterator[Batch]:
-    """The batches named by `requests`, each a list of (index, seed), on the run's device."""
-    loader: torch.utils.data.DataLoader[Batch] = torch.utils.data.DataLoader(
+    """The batches named by `requests`, each a list of (index, seed), on the run's device.
+
+    Raises:
+        DataError: an example cannot be loaded; names it.
+    """
+    loader: torch.utils.data.DataLoader[Batch | str] = torch.utils.data.DataLoader(
         _Requests(examples),
         batch_sampler=requests,  # type: ignore[arg-type]
         num_workers=runtime.workers,
@@ -114,6 +129,8 @@ def load_batches(
         multiprocessing_context="fork" if runtime.workers else None,
     )
     for batch in loader:
+        if isinstance(batch, str):
+            raise DataError(batch)
         yield batch.to(runtime.device)
 
 

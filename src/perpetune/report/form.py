@@ -55,6 +55,8 @@ def relative(part: float | None, whole: float | None) -> str:
     if part is None or not whole:
         return ABSENT
     value = 100 * part / whole
+    if 0 < value < 0.001:
+        return "< 0.001 %"
     return f"{value:.0f} %" if value >= 99.5 else f"{value:.2g} %"
 
 

@@ -131,10 +131,10 @@ def peak_memory(results: Results) -> int | None:
 
 
 def images_per_second(results: Results) -> float | None:
-    """Training throughput over the whole run."""
-    seconds = learn_seconds(results)
-    images = sum(t["images"] for t in results["timings"])
-    return images / seconds if seconds and images else None
+    """Training throughput over the whole run, of the tasks that trained on images."""
+    timed = [(t["learn_s"], speed) for t in results["timings"] if (speed := t["images_per_s"]) is not None]
+    seconds = sum(s for s, _ in timed)
+    return sum(s * speed for s, speed in timed) / seconds if seconds else None
 
 
 def choices(recipe: Mapping[str, Any]) -> dict[str, str]:

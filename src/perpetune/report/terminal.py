@@ -30,7 +30,7 @@ def matrix_table(results: Mapping[str, Any], width: int = 100) -> Table:
 
     A, names = accuracies(results["cells"]), [task["name"] for task in results["tasks"]]
     longest = min(max(map(len, names), default=0), NAME)
-    room = width - longest - len(str(len(names))) - 12  # beside the row's number and name, the mean and the edges
+    room = width - longest - len(str(len(names))) - 9  # beside the row's number and name, the mean and the edges
     wide, narrow = max(len(".87 ▼.11"), longest) + 2, max(len(".87"), len(str(len(names)))) + 2
     changes = wide * len(names) <= room
     columns = _elided(len(names), max(3, room // narrow)) if not changes else list(range(len(names)))

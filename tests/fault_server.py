@@ -1,0 +1,208 @@
+"""The real command line in forked children that are killed at exact moments; `test_faults.py` talks to it.
+
+One warm parent imports everything once, then forks a child for each line of JSON on its standard input. In
+the child every durable step is announced as one line, such as
+
+    write half /…/STATE/resume/.00-train-step-000000004.tmp/pet.safetensors
+
+and the child dies (or gets a signal) at the n-th line that matches a pattern. `half` means that only the
+first half of the bytes were written. The lines are also the record of what a child did.
+"""
+
+from __future__ import annotations
+
+import builtins
+import fnmatch
+import json
+import os
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import perpetune.files
+import perpetune.report.page
+import perpetune.run
+import perpetune.state
+from perpetune.cli import main
+from perpetune.fit import FitConfig, fit
+from perpetune.methods.finetune import FineTune
+from perpetune.models.classifier import ImageClassifier
+from perpetune.pets import parameters, using
+from perpetune.tasks import Task
+
+
+class TwoPhases(FineTune):
+    """Trains the head, then pet and head together, then shows a statistics head the data: two calls of `fit`."""
+
+    def __init__(self, model: ImageClassifier, *, train: FitConfig, first: FitConfig):
+        super().__init__(model, train=train)
+        self.first = first
+
+    def learn(self, task: Task) -> None:
+        self.model.grow(task)
+        head = list(self.model.head.parameters())
+        fit(self.loss, head, task, self.first, phase="head")
+        fit(self.loss, [*parameters(self.model, "default"), *head], task, self.train_config, phase="both")
+        with using(self.model, self.pet):
+            self.model.summarise(task, 8)
+
+
+class Moments:
+    """Writes down every moment it is told of, and kills this process at one of them.
+
+    Args:
+        record: descriptor of the file for the lines.
+        pattern, nth: the moment; no pattern, no death.
+        signum: SIGKILL, or another signal that is sent, after which life goes on.
+    """
+
+    def __init__(self, record: int, pattern: str | None = None, nth: int = 1, signum: int = signal.SIGKILL):
+        self.record, self.pattern, self.left, self.signum = record, pattern, nth, signum
+
+    def now(self, line: str, instead: Callable[[], object] | None = None) -> None:
+        """`instead` is what is still done before dying here, and is not done otherwise."""
+        os.write(self.record, f"{line}\n".encode())
+        if self.pattern is None or not fnmatch.fnmatchcase(line, self.pattern):
+            return
+        self.left -= 1
+        if self.left == 0:
+            if instead is not None:
+                instead()
+            os.kill(os.getpid(), self.signum)
+
+
+class JournalFile:
+    """A file whose `write` is two moments and can be torn."""
+
+    def __init__(self, file: Any, moments: Moments):
+        self.file, self.moments = file, moments
+
+    def __enter__(self) -> JournalFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.file.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def write(self, content: bytes) -> int:
+        event = json.loads(content)
+        what = f"{event['event']} {event.get('name', '')}".rstrip()
+        self.moments.now(f"log half {what}", lambda: (self.file.write(content[: len(content) // 2]), self.file.flush()))
+        self.file.write(content)
+        self.file.flush()
+        self.moments.now(f"log after {what}")
+        return len(content)
+
+
+def announce(moments: Moments) -> None:
+    """Make every durable step, every optimizer step and every evaluation of this process a moment."""
+
+    def write(path: Path, content: bytes, *, real: Any = perpetune.files._write_synced) -> None:
+        moments.now(f"write before {path}")
+        moments.now(f"write half {path}", lambda: path.write_bytes(content[: len(content) // 2]))
+        real(path, content)
+        moments.now(f"write after {path}")
+
+    def moved(name: str, real: Any) -> Any:
+        def move(source: Any, target: Any, **options: Any) -> None:
+            moments.now(f"{name} before {target}")
+            real(source, target, **options)
+            moments.now(f"{name} after {target}")
+
+        return move
+
+    def unlink(path: Any, *, real: Any = os.unlink, **options: Any) -> None:
+        real(path, **options)
+        moments.now(f"unlink after {path}")
+
+    def rmtree(path: Any, *args: Any, real: Any = shutil.rmtree, **options: Any) -> None:
+        if Path(path).exists():
+            moments.now(f"rmtree before {path}")
+        real(path, *args, **options)
+
+    def opened(path: Any, mode: str = "r", **options: Any) -> Any:
+        file = builtins.open(path, mode, **options)
+        return JournalFile(file, moments) if mode == "ab" else file
+
+    perpetune.files._write_synced = write
+    os.rename, os.replace = moved("rename", os.rename), moved("replace", os.replace)
+    os.unlink = unlink  # type: ignore[assignment]
+    shutil.rmtree = rmtree  # type: ignore[assignment]
+    perpetune.state.open = opened  # type: ignore[attr-defined]
+
+    middle = perpetune.state.MidTask
+    begin, step = middle.begin, middle.step
+
+    def told_begin(self: Any, phase: str, *args: Any) -> int | None:
+        done = begin(self, phase, *args)
+        moments.now(f"begin after {phase} at {'the end' if done is None else done}")
+        return done
+
+    def told_step(self: Any, done: int, *args: Any, **options: Any) -> None:
+        moments.now(f"step before {self.phase} {done}")
+        step(self, done, *args, **options)
+        moments.now(f"step after {self.phase} {done}")
+
+    middle.begin, middle.step = told_begin, told_step  # type: ignore[method-assign]
+
+    def evaluate(method: Any, task: Task, *, real: Any = perpetune.run.evaluate, **options: Any) -> Any:
+        moments.now(f"evaluate before {task.name}")
+        return real(method, task, **options)
+
+    perpetune.run.evaluate = evaluate
+
+
+def act(request: dict[str, Any]) -> None:
+    """Be the command line, with its output in files beside `request["log"]`; does not return."""
+    log = request["log"]
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    os.dup2(os.open(f"{log}.out", flags), 1)
+    os.dup2(os.open(f"{log}.err", flags), 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may have been started without
+    announce(Moments(os.open(f"{log}.moments", flags), **request["moment"]))
+    code = 70
+    try:
+        main(request["arguments"])
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def warm(recipe: str, folder: str) -> None:
+    """Load what a run loads, without computing anything, so that no thread is there when children are forked."""
+    from perpetune.cli import live
+    from perpetune.learner import Learner
+    from perpetune.report.page import _environment
+
+    learner = Learner(recipe, folder)
+    assert learner.stream.tasks and learner.runtime.accelerator and live
+    for name in ("report.html", "compare.html"):
+        _environment().get_template(name)
+
+
+def serve() -> None:
+    """Answer each request by the child's exit status: a code, or a signal's number below zero."""
+    print("ready", flush=True)
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            act(json.loads(line))
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "serve":
+        warm(*sys.argv[2:])
+        serve()
+    else:
+        act(json.loads(sys.argv[2]))
