@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import builtins
 import fnmatch
+import functools
+import gc
 import json
 import os
 import shutil
@@ -32,7 +34,25 @@ from perpetune.fit import FitConfig, fit
 from perpetune.methods.finetune import FineTune
 from perpetune.models.classifier import ImageClassifier
 from perpetune.pets import parameters, using
+from perpetune.seeding import own_global_state
 from perpetune.tasks import Task
+
+# Three tasks of two digits: 12 pictures in 3 steps an epoch, 9 steps a task, checkpoints after 2, 4, 6 and 8.
+RECIPE: dict[str, Any] = {
+    "name": "faults",
+    "pet": {"name": "lora", "at": ["q", "v"], "rank": 2, "alpha": 4, "dropout": 0.2},
+    "head": "linear",
+    "train": {"epochs": 3, "batch_size": 4, "lr": 0.01, "warmup": 0.1},
+    "data": "digits",
+    "stream": {
+        "class_order": ["0", "1", "2", "3", "4", "5"],
+        "classes_per_task": 2,
+        "train_per_class": 6,
+        "test_per_class": 5,
+        "augment": "flip",
+    },
+    "run": {"device": "cpu", "threads": 1, "checkpoint_every": 2},
+}
 
 
 class TwoPhases(FineTune):
@@ -126,12 +146,16 @@ def announce(moments: Moments) -> None:
             moments.now(f"rmtree before {path}")
         real(path, *args, **options)
 
+    def sync(descriptor: int) -> None:
+        """Nothing: what a killed process has written stays written, and disks are slow."""
+
     def opened(path: Any, mode: str = "r", **options: Any) -> Any:
-        file = builtins.open(path, mode, **options)
+        file = builtins.open(path, mode, **options)  # noqa: SIM115  whoever asked for it closes it
         return JournalFile(file, moments) if mode == "ab" else file
 
     perpetune.files._write_synced = write
     os.rename, os.replace = moved("rename", os.rename), moved("replace", os.replace)
+    os.fsync = sync  # type: ignore[assignment]
     os.unlink = unlink  # type: ignore[assignment]
     shutil.rmtree = rmtree  # type: ignore[assignment]
     perpetune.state.open = opened  # type: ignore[attr-defined]
@@ -171,23 +195,44 @@ def act(request: dict[str, Any]) -> None:
         main(request["arguments"])
     except SystemExit as stop:
         code = int(stop.code or 0)
-    except BaseException:
+    except BaseException:  # noqa: BLE001  whatever it is, the test shows it, and the server must not see it
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
+def tiny_vit(folder: str | Path) -> None:
+    """A folder of a transformer of one block, its weights random but always the same."""
+    from transformers import ViTConfig, ViTImageProcessor, ViTModel
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=8
+    )
+    with own_global_state("faults"):
+        ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+
+
 def warm(recipe: str, folder: str) -> None:
-    """Load what a run loads, without computing anything, so that no thread is there when children are forked."""
+    """Load what a run loads and keep what is the same for all, without computing anything, so that no thread
+    is there when children are forked."""
+    import sklearn.datasets
+
     from perpetune.cli import live
     from perpetune.learner import Learner
-    from perpetune.report.page import _environment
 
+    sklearn.datasets.load_digits = functools.cache(sklearn.datasets.load_digits)
+    perpetune.report.page._environment = functools.cache(perpetune.report.page._environment)
+    perpetune.report.page._environment().get_template("report.html")
     learner = Learner(recipe, folder)
-    assert learner.stream.tasks and learner.runtime.accelerator and live
-    for name in ("report.html", "compare.html"):
-        _environment().get_template(name)
+    assert learner.stream.tasks
+    assert learner.runtime.accelerator
+    assert live
+    gc.collect()
+    gc.freeze()  # else every child's first collection copies all pages
 
 
 def serve() -> None:
@@ -202,7 +247,8 @@ def serve() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "serve":
-        warm(*sys.argv[2:])
+        tiny_vit(sys.argv[2])
+        warm(*sys.argv[3:])
         serve()
     else:
         act(json.loads(sys.argv[2]))

@@ -23,29 +23,15 @@ import torch
 import yaml
 from PIL import Image
 
+from fault_server import RECIPE
 from perpetune.files import read_folder
-from perpetune.seeding import generator, own_global_state
+from perpetune.seeding import generator
 from perpetune.state import State
 
 HERE = Path(__file__).resolve().parent
+SERVER = str(HERE / "fault_server.py")
 KILLED = -signal.SIGKILL
 
-# Three tasks of two digits: 12 pictures in 3 steps an epoch, 9 steps a task, checkpoints after 2, 4, 6 and 8.
-RECIPE: dict[str, Any] = {
-    "name": "faults",
-    "pet": {"name": "lora", "at": ["q", "v"], "rank": 2, "alpha": 4, "dropout": 0.2},
-    "head": "linear",
-    "train": {"epochs": 3, "batch_size": 4, "lr": 0.01, "warmup": 0.1},
-    "data": "digits",
-    "stream": {
-        "class_order": ["0", "1", "2", "3", "4", "5"],
-        "classes_per_task": 2,
-        "train_per_class": 6,
-        "test_per_class": 5,
-        "augment": "flip",
-    },
-    "run": {"device": "cpu", "threads": 1, "checkpoint_every": 2},
-}
 CHANGES: dict[str, dict[str, Any]] = {
     "adamw": {},
     "sgd": {"train": {**RECIPE["train"], "optimizer": "sgd", "momentum": 0.9, "accumulate": 2, "clip": 1.0}},
@@ -77,13 +63,12 @@ class Lab:
     def __init__(self, folder: Path):
         self.folder, self.number = folder, itertools.count()
         self.whole: dict[str, Path] = {}
-        _tiny_vit(folder / "vit")
         for name, change in CHANGES.items():
             recipe = {**RECIPE, "backbone": f"folder:{folder / 'vit'}", **change}
             self.recipe(name).write_text(yaml.safe_dump(recipe, sort_keys=False))
         self.environment = {**os.environ, "PYTHONPATH": str(HERE)}
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "fault_server.py"), "serve", str(self.recipe("adamw")), str(folder / "warm")],
+            [sys.executable, SERVER, "serve", str(folder / "vit"), str(self.recipe("adamw")), str(folder / "warm")],
             env=self.environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -132,21 +117,8 @@ class Lab:
         return line
 
     def close(self) -> None:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
-
-
-def _tiny_vit(folder: Path) -> None:
-    from transformers import ViTConfig, ViTImageProcessor, ViTModel
-
-    config = ViTConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=8
-    )
-    with own_global_state("faults"):
-        ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
-    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+        with self.process:  # closes its input, which ends it, and waits
+            pass
 
 
 @pytest.fixture(scope="module")
@@ -243,11 +215,23 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(lab: Lab, tmp_path: Path, at
 
 
 TWICE: list[tuple[str, tuple[str, int], tuple[str, int]]] = [
-    ("at the same checkpoint", (f"write half {STEP_4}/pet.safetensors", 1), (f"write half {STEP_4}/pet.safetensors", 1)),
+    (
+        "at the same checkpoint",
+        (f"write half {STEP_4}/pet.safetensors", 1),
+        (f"write half {STEP_4}/pet.safetensors", 1),
+    ),
     ("in a step, then while cleaning up", ("write half */.report.md.tmp", 1), ("unlink after *.report.md.tmp", 1)),
     ("in a checkpoint, then a later one", ("step before train 4", 1), ("rename after */00-train-step-000000008", 1)),
-    ("in a commit, then before its line", (f"write half {COMMIT}/pet.safetensors", 1), ("log half task committed 2-3", 1)),
-    ("in a commit, then while the journal is mended", ("log half task committed 0-1", 1), ("replace before */journal.jsonl", 1)),
+    (
+        "in a commit, then before its line",
+        (f"write half {COMMIT}/pet.safetensors", 1),
+        ("log half task committed 2-3", 1),
+    ),
+    (
+        "in a commit, then while the journal is mended",
+        ("log half task committed 0-1", 1),
+        ("replace before */journal.jsonl", 1),
+    ),
     ("after a commit, then before it is told", ("rename after */tasks/0001-2-3", 1), ("log half *", 1)),
 ]
 
@@ -285,9 +269,8 @@ def test_killed_while_the_state_is_made(lab: Lab, tmp_path: Path, at: str) -> No
     assert not (state / "recipe.yaml").exists()
     refused = lab.resume(state)
     assert refused.status == 1
-    assert one_line(refused.err) == (
-        f"perpetune: {state} is not a state folder (it has no recipe.yaml): `perpetune init` or `perpetune run` makes one"
-    )
+    says = "is not a state folder (it has no recipe.yaml): `perpetune init` or `perpetune run` makes one"
+    assert one_line(refused.err) == f"perpetune: {state} {says}"
     fine(lab.run("adamw", state))
     assert_same(state, whole)
 
@@ -307,9 +290,9 @@ def one_line(text: str) -> str:
 @pytest.mark.parametrize(
     ("signum", "code", "at", "nth", "says"),
     [
-        (signal.SIGTERM, 143, "step before train 5", 2, "stopped in task 2-3, phase train, after step 5 of 9"),
-        (signal.SIGINT, 130, "step before train 3", 1, "stopped in task 0-1, phase train, after step 3 of 9"),
-        (signal.SIGTERM, 143, "step before train 9", 1, "stopped in task 0-1, phase train, after step 9 of 9"),
+        (signal.SIGTERM, 143, "step after train 4", 2, "stopped in task 2-3, phase train, after step 5 of 9"),
+        (signal.SIGINT, 130, "step after train 2", 1, "stopped in task 0-1, phase train, after step 3 of 9"),
+        (signal.SIGTERM, 143, "step after train 8", 1, "stopped in task 0-1, phase train, after step 9 of 9"),
         (signal.SIGTERM, 143, "evaluate before 0-1", 2, "stopped while task 0-1 was evaluated"),
         (signal.SIGINT, 130, "write half */resume/.00-train-finished.tmp/pet.safetensors", 1, "stopped while task 0-1"),
     ],
@@ -466,7 +449,7 @@ def test_a_process_of_its_own_is_killed_and_resumed(lab: Lab, tmp_path: Path) ->
     at = f"write half {STEP_4}/pet.safetensors"
     arguments = ("run", lab.recipe("adamw"), "--out", state, "-q")
     request = lab.request(*arguments, at=at, nth=2, signum=signal.SIGKILL)
-    command = [sys.executable, str(HERE / "fault_server.py"), "once", json.dumps(request)]
+    command = [sys.executable, SERVER, "once", json.dumps(request)]
     assert subprocess.run(command, env=lab.environment, timeout=150).returncode == KILLED
     assert lab.outcome(request, KILLED).moments[-1].startswith("write half")
     command = [sys.executable, "-m", "perpetune", "resume", str(state), "-q"]

@@ -68,10 +68,18 @@ def build_runtime(recipe: Recipe) -> Runtime:
         torch.set_num_threads(section.threads)
     try:
         device = pick_device(section.device)
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).cpu()  # `meta` can be made, and holds nothing
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"run.device {section.device!r} cannot be used here: {reason}; `auto` picks one") from None
     runtime = Runtime(recipe.seed, device, section.precision, section.workers)
-    runtime.device = runtime.accelerator.device
+    try:
+        given = runtime.accelerator.device
+    except ValueError as error:  # accelerate knows no such precision there
+        why = str(error).splitlines()[0]
+        raise UsageError(f"run.precision {section.precision!r} cannot be used on {device}: {why}; `no` can") from None
+    if runtime.world > 1 or given.type != device.type:  # a launcher decides; else `cuda:1` means just that
+        runtime.device = torch.device("cpu") if given.type == "cpu" else given
+    if runtime.device.type == "cuda":
+        torch.cuda.set_device(runtime.device)  # seeds and memory figures are those of the current device
     return runtime

@@ -26,7 +26,7 @@ from perpetune.methods.base import Method
 from perpetune.models.backbone import Backbone
 from perpetune.models.preprocess import Preprocess
 from perpetune.pets import PET, frozen
-from perpetune.recipe import Recipe, make_recipe
+from perpetune.recipe import Recipe, apply_change, make_recipe
 from perpetune.runtime import Runtime
 from perpetune.seeding import generator, own_global_state
 from perpetune.snapshot import restore, snapshot, tensors
@@ -293,20 +293,13 @@ def check_method(method: str, changes: Sequence[str] = ()) -> list[Outcome]:
         UsageError: there is no such method, or it cannot be built with these options.
     """
     content: dict[str, Any] = {"method": {"name": method}, "train": {"epochs": 2, "batch_size": 8, "lr": 0.01}}
-    for key, _, value in (change.partition("=") for change in changes):
-        place = content if key in ("head", "pet") else content["method"]
-        place[key] = _value(value)
+    for change in changes:
+        top = change.partition("=")[0].partition(".")[0]
+        apply_change(content if top in ("head", "pet") else content["method"], change)
     registry.find("methods", method)
     checker = Checker(make_recipe(content))
     checker.make()
     return [Outcome((rule.__doc__ or rule.__name__).strip(), _fault(rule, checker)) for rule in RULES]
-
-
-def _value(text: str) -> Any:
-    import yaml
-
-    value: Any = yaml.safe_load(text)
-    return value
 
 
 def _fault(rule: Callable[[Checker], None], checker: Checker) -> str | None:

@@ -43,6 +43,7 @@ class Interrupted(PerpetuneError):
 
     def __init__(self, message: str, signum: int):
         super().__init__(message)
+        self.signum = signum
         self.exit_code = 128 + signum
 
 

@@ -261,6 +261,8 @@ def export_learned(method: Method, backbone: Backbone, folder: Path) -> list[Pat
     Raises:
         UsageError: the pets are not LoRA, or there is something at `folder`.
     """
+    if not any("default" in slot.pets for _, slot in slots(backbone.net)):
+        raise UsageError("there is no LoRA to export: the recipe has `pet: none`, so the head alone was trained")
     write_peft(backbone, "default", folder)
     head = next(m for m in method.modules() if isinstance(m, Head))
     state = head.state_dict()

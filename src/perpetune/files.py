@@ -41,27 +41,30 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
     _sync_folder(path.parent)
 
 
-def read_folder(path: Path) -> dict[str, bytes]:
+def read_folder(path: Path, cure: str = "restore it from a backup") -> dict[str, bytes]:
     """The files of a folder that `write_folder` made.
+
+    Args:
+        cure: what to do when it is torn, for the error.
 
     Raises:
         StateError: a file is missing, torn or changed; says which.
     """
     try:
         hashes = json.loads((path / MANIFEST).read_bytes())
-        listed = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in hashes.items()}
+        listed = {_plain(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in hashes.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise StateError(f"{path / MANIFEST} cannot be read ({_reason(error)}): the folder is torn or not a state's") from None
+        raise StateError(f"{path / MANIFEST} is missing or torn ({_reason(error)}): {cure}") from None
     files = {}
     for name, (size, digest) in listed.items():
         try:
             content = (path / name).read_bytes()
         except OSError as error:
-            raise StateError(f"{path / name} cannot be read: {_reason(error)}") from None
+            raise StateError(f"{path / name} cannot be read ({_reason(error)}): {cure}") from None
         if len(content) != size or hashlib.sha256(content).hexdigest() != digest:
             raise StateError(
-                f"{path / name} is torn or was changed: {len(content)} bytes that do not match the manifest's {size} "
-                "bytes and hash; restore it from a backup, or roll back to an earlier task"
+                f"{path / name} is torn or was changed ({len(content)} bytes that do not match the manifest's {size} "
+                f"bytes and hash): {cure}"
             )
         files[name] = content
     return files
@@ -99,6 +102,13 @@ def _sync_folder(path: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _plain(name: str) -> str:
+    """`name`, which must be a file's and lead nowhere else."""
+    if "\0" in name or Path(name).name != name:
+        raise ValueError(name)
+    return name
 
 
 def _reason(error: Exception) -> str:

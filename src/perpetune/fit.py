@@ -84,7 +84,9 @@ def fit(
     if not trained or total == 0:
         return
     with _trainable(trained):
-        optimizer = run.accelerator.prepare(make_optimizer(groups, config))
+        optimizer, scaler = make_optimizer(groups, config), run.accelerator.scaler
+        if scaler is not None:  # each phase starts from the same scale, whatever the phases before it found
+            scaler.load_state_dict(torch.amp.GradScaler(run.device.type).state_dict())
         done = run.checkpoints.begin(phase, optimizer, run.accelerator) if run.checkpoints else 0
         if done is None:
             return
@@ -97,10 +99,7 @@ def fit(
             if run.world > 1:
                 _sum_gradients(trained, run)
                 value = run.sum(value)
-            if config.clip is not None:
-                run.accelerator.clip_grad_norm_(trained, config.clip)
-            optimizer.step()
-            optimizer.zero_grad()
+            _update(optimizer, trained, config.clip, scaler)
             done = step + 1
             due = done % LOG_EVERY == 0 or done == total
             stop = run.stop_requested(due=due)
@@ -195,6 +194,25 @@ def _sum_gradients(parameters: list[nn.Parameter], run: Runtime) -> None:
     flat = run.sum(torch.cat([g.flatten() for g in grads]))
     for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
         grad.copy_(part.view_as(grad))
+
+
+def _update(
+    optimizer: torch.optim.Optimizer,
+    parameters: list[nn.Parameter],
+    clip: float | None,
+    scaler: torch.amp.GradScaler | None,
+) -> None:
+    """One step of the optimizer, on clipped gradients; `scaler` is there for fp16 and skips a step that overflowed."""
+    if clip is not None:
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(parameters, clip)
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+    optimizer.zero_grad()
 
 
 def _check_finite(loss: Tensor, task: Task, phase: str, step: int, per_epoch: int) -> None:

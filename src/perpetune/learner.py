@@ -24,13 +24,14 @@ from perpetune.data.sources import Source, guess_source
 from perpetune.data.stream import Stream, single_task
 from perpetune.data.tasks import TaskData
 from perpetune.data.text import task_names
-from perpetune.errors import DataError, StateError, UsageError
+from perpetune.errors import DataError, Interrupted, StateError, UsageError
 from perpetune.evaluate import evaluate
 from perpetune.pets import PET, frozen
 from perpetune.recipe import Recipe, load_recipe, make_recipe
 from perpetune.results import read_results, versions
 from perpetune.run import Step, run
 from perpetune.runtime import Progress, Runtime, Silent
+from perpetune.snapshot import restore, snapshot
 from perpetune.state import Committed, State
 from perpetune.tasks import Task
 
@@ -63,7 +64,10 @@ class Learner:
 
     Raises:
         UsageError: the recipe or the folder cannot be used.
+        DataError: the recipe's data cannot be used.
     """
+
+    _stream: Stream | None
 
     def __init__(
         self,
@@ -80,6 +84,10 @@ class Learner:
         self._temporary = None if folder else tempfile.TemporaryDirectory(prefix="perpetune-")
         path = Path(folder) if folder else Path(str(self._temporary and self._temporary.name)) / recipe.name
         self._build(recipe, progress)
+        if self._temporary and self.runtime.world > 1:
+            raise UsageError("several processes share one state folder: give `folder` a path that all of them see")
+        if recipe.data is not None:  # before the folder is made, so that data that cannot be used leave none
+            self._stream = build_data(recipe, self.backbone)
         if self.runtime.rank == 0:
             State.create(path, recipe, self._model_document())
         self.runtime.accelerator.wait_for_everyone()
@@ -106,7 +114,7 @@ class Learner:
                 f"{folder} was made with other weights of {learner.recipe.backbone.name} (fingerprint {known[:12]}, "
                 f"here {found[:12]}): bring back the checkpoint it was made with"
             )
-        learner.state.load(learner.method)
+        learner._reload()
         return learner
 
     def _build(self, recipe: Recipe, progress: Progress | None, device: str | None = None) -> None:
@@ -117,11 +125,14 @@ class Learner:
             else recipe.model_copy(update={"run": recipe.run.model_copy(update={"device": device})})
         )
         self.runtime = build_runtime(where)
-        self.runtime.progress = progress or Silent()
+        self.runtime.progress = progress if progress and self.runtime.rank == 0 else Silent()
         self.backbone = build_backbone(recipe)
         self._fingerprint = self.backbone.fingerprint()
         self.method = build_method(recipe, self.backbone).to(self.runtime.device)
-        self._stream: Stream | None = None
+        self._new = snapshot(self.method)
+        self._learned = ""  # the last task folder that is part of `method`
+        self._halfway = False  # whether `method` was left inside a task
+        self._stream = None
         self._tasks: dict[int, Task] = {}
 
     def _model_document(self) -> dict[str, Any]:
@@ -143,10 +154,10 @@ class Learner:
             Interrupted: a signal asked for a stop; `resume` goes on.
         """
         tasks = self.stream.tasks
-        done = len(self.state.committed)
         with self._writing(tasks=len(tasks)):
             for warning in self.stream.warnings:
                 self.runtime.progress.note(warning)
+            done = len(self.state.committed)
             run(self.method, (self._stream_step(i) for i in range(done, len(tasks))), self.state)
         return read_results(self.state)
 
@@ -168,6 +179,11 @@ class Learner:
                 "`perpetune run`, or another method"
             )
         index = len(self.state.committed)
+        if self.recipe.data is not None and index < (planned := self._planned()):
+            raise UsageError(
+                f"{self.state.folder} has learned {index} of the {planned} tasks of its own stream: "
+                f"finish them first with `perpetune resume {self.state.folder}`"
+            )
         name = task_names([name or f"task-{index + 1}"])[0]
         if any(t.name == name for t in self.state.committed):
             raise UsageError(f"{self.state.folder} has a task {name!r} already: choose another --name")
@@ -198,8 +214,16 @@ class Learner:
                 )
             return self.learn(opened["from"], name=opened["name"], holdout=opened["from"]["holdout"])
         if self.recipe.data is None:
+            if self.runtime.rank == 0:
+                with self.state.writing():  # finishes what a crash left undone
+                    pass
             return read_results(self.state)
         return self.run()
+
+    def _planned(self) -> int:
+        """How many tasks the recipe's stream has; once it was begun the journal knows, and the data may be gone."""
+        begun = [e["tasks"] for e in self.state.journal() if e["event"] == "run begun" and "tasks" in e]
+        return int(begun[-1]) if begun else len(self.stream.tasks)
 
     @property
     def stream(self) -> Stream:
@@ -228,11 +252,12 @@ class Learner:
         """An earlier task as far as its test data are still there."""
         if committed.index not in self._tasks:
             origin = committed.json("task.json")["from"]
-            if origin == STREAM:
-                return self._stream_task(committed.index)
-            if not origin.get("name"):
+            if origin != STREAM and not origin.get("name"):
+                self.runtime.progress.note(f"task {committed.name} is not evaluated, it was given as a Python object")
                 return None
             try:
+                if origin == STREAM:
+                    return self._stream_task(committed.index)
                 found = self._checked(self._single(_source(origin), committed.index, committed.name, origin["holdout"]))
             except (DataError, UsageError) as error:
                 self.runtime.progress.note(f"task {committed.name} is not evaluated, its data are gone: {error}")
@@ -262,10 +287,40 @@ class Learner:
         with contextlib.ExitStack() as stack:
             if self.runtime.rank == 0:
                 stack.enter_context(self.state.writing())
+                if self._learned != self._last():
+                    raise StateError(f"{self.state.folder} was changed after it was loaded here: load it again")
                 device = str(self.runtime.device)
                 self.state.log("run begun", versions=versions(), device=device, seed=self.recipe.seed, **facts)
             stack.enter_context(stop_signals(self.runtime))
-            yield
+            self._leave_halfway()
+            self._halfway = True
+            try:
+                yield
+                self._halfway = False
+            except Interrupted as stop:
+                told = f"{stop}; go on with `perpetune resume {self.state.folder}`"
+                raise Interrupted(told, stop.signum) from stop
+            finally:
+                self._learned = self._last()
+
+    def _last(self) -> str:
+        tasks = self.state.committed
+        return tasks[-1].folder.name if tasks else ""
+
+    def _leave_halfway(self) -> None:
+        """After a task that failed or was stopped, go back to the last commit."""
+        if self._halfway:
+            self._reload()
+            self._halfway = False
+
+    def _reload(self) -> None:
+        """Make `method` what the last commit left, or what it was before the first."""
+        tasks = self.state.committed
+        if tasks:
+            self.state.load(self.method, tasks[-1])
+        else:
+            restore(self.method, self._new, "a new model")
+        self._learned = tasks[-1].folder.name if tasks else ""
 
     # -- using what was learned -----------------------------------------------------------------------
 
@@ -276,10 +331,10 @@ class Learner:
 
         Raises:
             StateError: nothing is learned yet.
+            UsageError: a tensor is not what the backbone takes.
             DataError: a picture cannot be read; names it.
         """
-        if not self.method.classes:
-            raise StateError(f"{self.state.folder} has learned nothing yet: `perpetune update` or `run` it first")
+        self._need_classes()
         size, found = self.recipe.evaluate.batch_size, []
         for start in range(0, len(images), size):
             names, pixels = self._pixels(images[start : start + size], start)
@@ -292,16 +347,26 @@ class Learner:
         return found
 
     def _pixels(self, images: Sequence[str | Path | Image] | Tensor, start: int) -> tuple[list[str], Tensor]:
-        if isinstance(images, Tensor):
-            return [f"image {start + i}" for i in range(len(images))], images
         view = self.backbone.preprocess
+        if isinstance(images, Tensor):
+            if images.dtype != torch.uint8 or images.shape[1:] != (3, view.size, view.size):
+                raise UsageError(
+                    f"predict: a uint8 tensor (N, 3, {view.size}, {view.size}) is expected, "
+                    f"got {images.dtype} {tuple(images.shape)}"
+                )
+            return [f"image {start + i}" for i in range(len(images))], images
         pixels = [load_picture(i, view) if isinstance(i, (str, Path)) else view(as_rgb(i)) for i in images]
         names = [str(i) if isinstance(i, (str, Path)) else f"image {start + k}" for k, i in enumerate(images)]
         return names, torch.stack(pixels)
 
     def evaluate(self, data: str | Path | Source | None = None) -> dict[str, dict[str, Any] | None]:
         """Counts of right predictions by task: on the test data of every learned task, or on `data`
-        (its test split, or all of it where there is none)."""
+        (its test split, or all of it where there is none).
+
+        Raises:
+            StateError: nothing is learned yet.
+        """
+        self._need_classes()
         setting, size = self.recipe.setting, self.recipe.evaluate.batch_size
         if data is None:
             tasks = {c.name: self._past(c) for c in self.state.committed}
@@ -313,6 +378,11 @@ class Learner:
             name: evaluate(self.method, task, setting=setting, batch_size=size) if task else None
             for name, task in tasks.items()
         }
+
+    def _need_classes(self) -> None:
+        self._leave_halfway()
+        if not self.method.classes:
+            raise StateError(f"{self.state.folder} has learned nothing yet: `perpetune update` or `run` it first")
 
     def save(self, folder: str | Path) -> Path:
         """Copy the state folder to `folder`, which must not exist."""

@@ -132,8 +132,8 @@ class Recipe(Section):
         }
         if self.pet is not None:
             pet = registry.find("pets", self.pet.name)
-            completed = _complete("pets", self.pet).model_dump()
-            changes["pet"] = PetSection.model_validate({**completed, "at": self.pet.at or list(pet.default_at)})
+            where = {"at": self.pet.at or list(pet.default_at), "blocks": self.pet.blocks}
+            changes["pet"] = PetSection.model_validate({**_complete("pets", self.pet).model_dump(), **where})
         if self.data is not None:
             changes["data"] = _complete("data", self.data)
         return self.model_copy(update=changes)
@@ -223,10 +223,12 @@ def parse_recipe(text: str, where: str, changes: Sequence[str] = ()) -> Recipe:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise UsageError(f"recipe {where}{line}: not YAML: {getattr(error, 'problem', None) or error}") from None
+    if content is None:
+        raise UsageError(f"recipe {where} is empty: a mapping of keys is expected")
     if not isinstance(content, dict):
         raise UsageError(f"recipe {where}: a mapping of keys is expected, got {type(content).__name__}")
     for change in changes:
-        _apply(content, change)
+        apply_change(content, change)
     return make_recipe(content, where)
 
 
@@ -243,7 +245,12 @@ def make_recipe(content: dict[str, Any], where: str = "given") -> Recipe:
         raise UsageError(f"recipe {where}: {error}") from None
 
 
-def _apply(content: dict[str, Any], change: str) -> None:
+def apply_change(content: dict[str, Any], change: str) -> None:
+    """Set one `KEY.KEY=VALUE` in plain recipe values, in place.
+
+    Raises:
+        UsageError: it is not of that form, or there are no keys below one of its keys.
+    """
     key, equals, value = change.partition("=")
     if not equals or not key:
         raise UsageError(f"--set {change!r}: KEY.KEY=VALUE is expected, for example train.epochs=3")

@@ -13,6 +13,7 @@ import typing
 from importlib.metadata import entry_points
 from typing import Any, Literal
 
+import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from perpetune.errors import UsageError, closest
@@ -46,6 +47,14 @@ BUILTIN: dict[Kind, dict[str, str]] = {
     },
 }
 
+# What everybody's choice of a kind derives from.
+BASES: dict[Kind, str] = {
+    "methods": "perpetune.methods.base:Method",
+    "pets": "perpetune.pets.base:PET",
+    "heads": "perpetune.heads.base:Head",
+    "data": "perpetune.data.sources:Source",
+}
+
 
 def names(kind: Kind) -> list[str]:
     """All names of a kind, the built-in ones first."""
@@ -56,16 +65,33 @@ def find(kind: Kind, name: str) -> Any:
     """The class or function of that name; `PACKAGE.MODULE:NAME` is taken for what it says.
 
     Raises:
-        UsageError: there is none; names the closest three.
+        UsageError: there is none, with the closest three; or it cannot be what a choice of this kind is.
     """
     if name in BUILTIN[kind]:
         return load_dotted(BUILTIN[kind][name])
     for entry in entry_points(group=f"perpetune.{kind}"):
         if entry.name == name:
-            return entry.load()
+            try:
+                return _fitting(kind, name, entry.load())
+            except (ImportError, AttributeError) as error:
+                raise UsageError(f"{kind}: {name!r} of an installed package cannot be loaded: {error}") from error
     if ":" in name:
-        return load_dotted(name)
+        return _fitting(kind, name, load_dotted(name))
     raise UsageError(f"{kind}: there is no {name!r}; {closest(name, names(kind))}")
+
+
+def _fitting(kind: Kind, name: str, found: Any) -> Any:
+    """`found`, once it is known to be a whole class of the kind; a backbone's loader may be any function."""
+    if kind not in BASES:
+        if callable(found):
+            return found
+        raise UsageError(f"{kind}: {name!r} is {type(found).__name__}, and a function is expected")
+    base = load_dotted(BASES[kind])
+    if not (inspect.isclass(found) and issubclass(found, base)):
+        raise UsageError(f"{kind}: {name!r} is not a class derived from {BASES[kind].replace(':', '.')}")
+    if lacking := sorted(getattr(found, "__abstractmethods__", ())):
+        raise UsageError(f"{kind}: {name!r} does not define {', '.join(lacking)}")
+    return found
 
 
 def load_dotted(path: str) -> Any:
@@ -109,15 +135,45 @@ def options(kind: Kind, name: str, given: dict[str, Any]) -> dict[str, Any]:
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """The first fault pydantic found, in one line, with what would be right."""
-    first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    places: dict[str, list[Any]] = {}  # the alternatives of a union are one fault each, at the same place
+    for fault in error.errors(include_url=False):
+        places.setdefault(_place(fault), []).append(fault)
+    where, faults = next(iter(places.items()))
+    first = faults[0]
+    more = f" (and {len(places) - 1} more)" if len(places) > 1 else ""
     if first["type"] == "extra_forbidden":
         known = fields_at(model, first["loc"][:-1])
         return f"{where} is not an option; {closest(str(first['loc'][-1]), known)}{more}"
     if first["type"] == "missing":
         return f"{where} is missing{more}"
-    return f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}; got {first['input']!r}{more}"
+    said = ", or ".join(dict.fromkeys(_message(fault) for fault in faults)).replace(f", or {_SHOULD}", ", or ")
+    return f"{where}: {said}; got {_short(first['input'])}{more}"
+
+
+_SHOULD = "input should be "
+
+
+def _place(fault: Any) -> str:
+    """The dotted key that a fault is about, without pydantic's names for the alternatives of a union."""
+    *parents, last = fault["loc"]
+    if fault["type"] != "extra_forbidden":  # there the last part is what the user wrote
+        parents.append(last)
+        last = ""
+    kept = [str(p) for p in parents if isinstance(p, int) or (p.isidentifier() and p not in ("str", "int", "float"))]
+    return ".".join([*kept, str(last)] if last != "" else kept)
+
+
+def _message(fault: Any) -> str:
+    """What pydantic says of a fault, in terms of YAML."""
+    if fault["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{_SHOULD}a mapping of keys"
+    text: str = fault["msg"].removeprefix("Value error, ")
+    return text[0].lower() + text[1:]
+
+
+def _short(value: Any, length: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= length else f"{text[:length]}…"
 
 
 def fields_at(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
@@ -131,10 +187,30 @@ def fields_at(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
 
 
 def summary(kind: Kind, name: str) -> dict[str, Any]:
-    """What a choice is, in its docstring's first line, and its options with their defaults."""
+    """What a choice is, in its docstring's first line; what it does not fit; its options with their defaults."""
     target = find(kind, name)
-    fields = schema(target).model_fields
+    fits = ""
+    if kind == "methods" and target.needs_earlier_data:
+        fits = "Needs the data of all tasks: for `perpetune run`, not for `perpetune update`."
+    if kind == "heads":
+        statistics = "Learned from statistics of the features: for any method."
+        fits = statistics if target.statistics else "Trained by gradient: for methods that train."
     return {
         "is": (inspect.getdoc(target) or "").partition("\n")[0],
-        "options": {n: "required" if f.is_required() else repr(f.default) for n, f in fields.items()},
+        "fits": fits,
+        "options": {} if kind == "backbones" else described(schema(target)),
     }
+
+
+def described(model: type[BaseModel], *without: str) -> dict[str, str]:
+    """The options of a model, each with its default, and the words it can be where it is one of a few."""
+    told = {}
+    for name, field in model.model_fields.items():
+        if name in without:
+            continue
+        words = typing.get_args(field.annotation) if typing.get_origin(field.annotation) is Literal else ()
+        default = "required" if field.is_required() else yaml.safe_dump(field.default).splitlines()[0]
+        if inspect.isclass(field.annotation) and issubclass(field.annotation, BaseModel):
+            default = f"the recipe's `{name}:` section"
+        told[name] = default + (f"   ({', '.join(words)})" if words else "")
+    return told

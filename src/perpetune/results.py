@@ -7,7 +7,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from perpetune.files import read_folder
+from perpetune.errors import StateError
 from perpetune.numerics.metrics import summarise
 from perpetune.snapshot import FILES
 from perpetune.state import State
@@ -32,14 +32,17 @@ def read_results(state: State) -> dict[str, Any]:
     bad: list[dict[str, Any]] = []
     warnings: list[str] = []
     for committed in state.committed:
-        files = read_folder(committed.folder)
-        task = json.loads(files["task.json"])
-        tasks.append({k: task[k] for k in ("index", "name", "classes", "train", "test")})
-        rows.append(json.loads(files["metrics.json"])["cells"])
-        timings.append({"task": committed.index, **json.loads(files["timings.json"])})
-        storage.append({"task": committed.index, **{name: len(files[name]) for name in FILES}})
-        bad += [{"task": committed.index, **_file_and_reason(entry)} for entry in task["bad"]]
-        warnings += task["warnings"]
+        files = committed.read()
+        try:
+            task = json.loads(files["task.json"])
+            tasks.append({k: task[k] for k in ("index", "name", "classes", "train", "test")})
+            rows.append(dict(json.loads(files["metrics.json"])["cells"]))
+            timings.append({"task": committed.index, **json.loads(files["timings.json"])})
+            storage.append({"task": committed.index, **{name: len(files[name]) for name in FILES}})
+            bad += [{"task": committed.index, **_file_and_reason(entry)} for entry in task["bad"]]
+            warnings += task["warnings"]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise StateError(f"{committed.folder} does not hold what a task leaves there: {error!r}") from None
     cells = [[row.get(t["name"]) for t in tasks] for row in rows]
     begun: dict[str, Any] = next((e for e in reversed(state.journal()) if e["event"] == "run begun"), {})
     backbone = state.backbone

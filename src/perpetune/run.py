@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -53,9 +52,9 @@ def learn_task(method: Method, step: Step, state: State) -> None:
     if main:
         about = {key: step.document[key] for key in ("fingerprint", "from")}
         state.log("task begun", task=task.index, name=task.name, **about)
-    run.checkpoints = MidTask(
-        state.folder / "resume", method, (task.index, task.name, fingerprint), recipe.run.checkpoint_every, writes=main
-    )
+    about_task, every = (task.index, task.name, fingerprint), recipe.run.checkpoint_every
+    with run.accelerator.main_process_first():  # it removes what belongs to another task, before the others look
+        run.checkpoints = MidTask(state.folder / "resume", method, about_task, every, writes=main)
     run.progress.task(task.index, task.name, len(task.classes), len(task.train))
     _reset_peak(run)
     began = time.perf_counter()
@@ -91,9 +90,13 @@ def _reset_peak(run: Runtime) -> None:
         torch.cuda.reset_peak_memory_stats(run.device)
 
 
-def _peak(run: Runtime) -> int:
-    """Largest memory so far, in bytes: of the device, or of the process on the CPU."""
+def _peak(run: Runtime) -> int | None:
+    """Largest memory so far, in bytes: of the device, or of the process on the CPU; None where it is not told."""
     if run.device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(run.device))
+    if sys.platform == "win32":
+        return None
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

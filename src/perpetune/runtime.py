@@ -93,16 +93,20 @@ class Runtime:
     @cached_property
     def accelerator(self) -> Accelerator:
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
 
+        # accelerate keeps device and precision once per process and refuses a second choice; here each run has its own.
+        joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+        AcceleratorState._reset_state(reset_partial_state=not joined)
         return Accelerator(cpu=self.device.type == "cpu", mixed_precision=self.precision)
 
     @property
     def rank(self) -> int:
-        return torch.distributed.get_rank() if _distributed() else 0
+        return int(self.accelerator.process_index)  # asking joins the processes, if that was not done yet
 
     @property
     def world(self) -> int:
-        return torch.distributed.get_world_size() if _distributed() else 1
+        return int(self.accelerator.num_processes)
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum of `value` over all processes."""
@@ -122,7 +126,3 @@ class Runtime:
         if self.precision == "no":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16 if self.precision == "bf16" else torch.float16)
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -62,7 +62,13 @@ def restore(method: Method, files: Mapping[str, bytes], where: str) -> None:
     _same_names(modules, extra, f"{where}/{EXTRA}", "entries")
     for name, module in modules.items():
         if module.get_extra_state() != extra[name]:
-            module.set_extra_state(extra[name])
+            try:
+                module.set_extra_state(extra[name])
+            except (LookupError, TypeError, ValueError, AttributeError) as error:
+                kind = type(module).__name__
+                raise StateError(
+                    f"{where}/{EXTRA}: the entry {name!r} is not what a {kind} stores: {error!r}"
+                ) from None
     pairs = []
     for file, group in tensors(method).items():
         stored = read_tensors(files, file, where)

@@ -1,11 +1,11 @@
 """The state folder: everything a tuned model is, and everything needed to go on with it.
 
-    STATE/
-      recipe.yaml         the resolved recipe
-      backbone.json       which frozen weights it belongs to
-      journal.jsonl       one line per event
-      tasks/0003-NAME/    one folder per committed task, whole or not there
-      resume/             checkpoints inside the task at hand; gone after its commit
+STATE/
+  recipe.yaml         the resolved recipe
+  backbone.json       which frozen weights it belongs to
+  journal.jsonl       one line per event
+  tasks/0003-NAME/    one folder per committed task, whole or not there
+  resume/             checkpoints inside the task at hand; gone after its commit
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from perpetune.snapshot import restore, restore_optimizer, snapshot, snapshot_op
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+START = "start"  # the name of the state before the first task
+
 
 @dataclass(frozen=True)
 class Committed:
@@ -39,10 +41,21 @@ class Committed:
     index: int
     name: str
     folder: Path
+    before: str
+    """The task before it, or `start`: where a rollback leads that drops it."""
+
+    def read(self) -> dict[str, bytes]:
+        """Its files.
+
+        Raises:
+            StateError: one is missing, torn or changed; says which, and what can be done.
+        """
+        drop = f"perpetune rollback {self.folder.parent.parent} --to {self.before}"
+        return read_folder(self.folder, f"restore it from a backup, or roll back with `{drop}`")
 
     def json(self, name: str) -> dict[str, Any]:
         """One of its JSON files, checked against the manifest."""
-        content: dict[str, Any] = json.loads(read_folder(self.folder)[name])
+        content: dict[str, Any] = json.loads(self.read()[name])
         return content
 
 
@@ -62,7 +75,12 @@ class State:
             text = (folder / "recipe.yaml").read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
             raise StateError(f"{folder / 'recipe.yaml'} cannot be read as text") from None
-        self.recipe: Recipe = parse_recipe(text, str(folder / "recipe.yaml"))
+        try:
+            self.recipe: Recipe = parse_recipe(text, str(folder / "recipe.yaml"))
+        except UsageError as error:
+            raise StateError(str(error)) from None
+        if "checkpoint_every" not in self.recipe.run.model_fields_set:  # a part of it would be filled up by defaults
+            raise StateError(f"{folder / 'recipe.yaml'} is torn, its last key is missing: restore it from a backup")
 
     @classmethod
     def create(cls, folder: Path, recipe: Recipe, backbone: Mapping[str, Any]) -> State:
@@ -71,7 +89,7 @@ class State:
         Raises:
             UsageError: there is something at `folder` already.
         """
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and not (folder.is_dir() and _unused(folder)):
             raise UsageError(
                 f"{folder} is there already: go on with `perpetune resume {folder}` or `perpetune update {folder}`, or "
                 "choose another folder"
@@ -100,55 +118,59 @@ class State:
         """The tasks learned so far, in order.
 
         Raises:
-            StateError: one is missing in between, or a folder has no task's name.
+            StateError: one is missing in between or there twice, or a folder has no task's name.
         """
-        found = []
+        found: dict[int, Path] = {}
         for path in sorted((self.folder / "tasks").glob("[!.]*")):
             number, dash, name = path.name.partition("-")
-            if not (number.isdigit() and dash and name):
+            if not (number.isdecimal() and dash and name):
                 raise StateError(f"{path} is not a task's folder (0003-NAME is expected): move it away")
-            found.append(Committed(int(number), name, path))
-        found.sort(key=lambda c: c.index)
-        for expected, task in enumerate(found):
-            if task.index != expected:
-                raise StateError(f"{self.folder / 'tasks'}: task {expected} is missing before {task.folder.name}")
-        return found
+            other = found.setdefault(int(number), path)
+            if other != path:
+                raise StateError(f"{path} and {other.name} are both task {int(number)}: move one of them away")
+        tasks: list[Committed] = []
+        for expected, (index, path) in enumerate(sorted(found.items())):
+            if index != expected:
+                raise StateError(f"{self.folder / 'tasks'}: task {expected} is missing before {path.name}")
+            name, before = path.name.partition("-")[2], tasks[-1].name if tasks else START
+            tasks.append(Committed(index, name, path, before))
+        return tasks
 
     def load(self, method: Method, task: Committed | None = None) -> None:
         """Put what the last committed task (or `task`) left into `method`."""
         task = task or (self.committed[-1] if self.committed else None)
         if task is not None:
-            restore(method, read_folder(task.folder), str(task.folder))
+            restore(method, task.read(), str(task.folder))
 
-    def commit(self, index: int, name: str, method: Method, documents: Mapping[str, Any]) -> Committed:
+    def commit(self, index: int, name: str, method: Method, documents: Mapping[str, Any]) -> None:
         """Store a learned task, in one step; its mid-task checkpoints go."""
         folder = self.folder / "tasks" / f"{index:04d}-{name}"
         files = {**snapshot(method), **{file: to_json(content) for file, content in documents.items()}}
         write_folder(folder, files)
         self.log("task committed", task=index, name=name)
         remove_folder(self.folder / "resume")
-        return Committed(index, name, folder)
 
     def rollback(self, to: str) -> list[str]:
-        """Drop every task after `to`, a task's name or number; returns the names dropped.
+        """Drop every task after `to`, and one that was begun; returns the names dropped.
 
-        `to` may be `start`, which drops all.
+        Args:
+            to: a task's name, its number or its folder's name; or `start`, which drops all.
         """
         tasks = self.committed
-        if to == "start":
+        if to == START:
             keep = 0
         else:
-            found = [t for t in tasks if t.name == to or str(t.index) == to]
+            # A name comes first: tasks of digits have numbers for names.
+            found = [t for t in tasks if t.name == to] or [t for t in tasks if to in (str(t.index), t.folder.name)]
             if not found:
-                raise UsageError(
-                    f"{self.folder} has no task {to!r}; {closest(to, ['start', *(t.name for t in tasks)])}"
-                )
+                raise UsageError(f"{self.folder} has no task {to!r}; {closest(to, [START, *(t.name for t in tasks)])}")
             keep = found[0].index + 1
+        opened = self.open_task()
         remove_folder(self.folder / "resume")
         for task in reversed(tasks[keep:]):  # from the end, so a crash leaves a shorter state, never one with a gap
             remove_folder(task.folder)
         dropped = [t.name for t in tasks[keep:]]
-        if dropped:
+        if dropped or opened:
             self.log("rolled back", to=to, dropped=dropped)
         return dropped
 
@@ -171,33 +193,49 @@ class State:
             if not line.strip():
                 continue
             try:
-                events.append(json.loads(line))
+                event = json.loads(line)
             except ValueError:
                 if number == len(lines):
                     break
-                raise StateError(f"{path}, line {number}: not JSON; restore the file or delete that line") from None
+                event = None
+            if not (isinstance(event, dict) and isinstance(event.get("event"), str)):
+                raise StateError(f"{path}, line {number}: not JSON of an event; restore the file or delete that line")
+            events.append(event)
         return events
 
     def open_task(self) -> dict[str, Any] | None:
         """The journal's line of the task that was begun and neither committed nor dropped, if there is one."""
-        begun = next((e for e in reversed(self.journal()) if e["event"] in ("task begun", "rolled back")), None)
-        return begun if begun and begun["event"] == "task begun" and begun["task"] == len(self.committed) else None
+        begun = self._last_begun()
+        return begun if begun and begun["task"] == len(self.committed) else None
+
+    def _last_begun(self) -> dict[str, Any] | None:
+        """The journal's line of the last task that was begun, unless a commit or a rollback came after it."""
+        turns = ("task begun", "task committed", "rolled back")
+        last = next((e for e in reversed(self.journal()) if e["event"] in turns), None)
+        return last if last and last["event"] == "task begun" else None
 
     # -- one writer at a time -------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Hold the folder for writing, with the leftovers of a crash cleaned up first.
+        """Hold the folder for writing, with what a crash left undone finished first.
 
         Raises:
             StateError: another process writes to it.
         """
-        with open(self.folder / ".lock", "wb") as lock:
-            _lock(lock.fileno(), self.folder)
+        lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        _held.add(lock)
+        try:
+            _lock(lock, self.folder)
             remove_leftovers(self.folder)
             remove_leftovers(self.folder / "tasks")
             self._mend_journal()
+            self._finish_commit()
             yield
+        finally:
+            if lock in _held:  # a forked child has let go of it
+                _held.remove(lock)
+                os.close(lock)
 
     def _mend_journal(self) -> None:
         path = self.folder / "journal.jsonl"
@@ -205,6 +243,34 @@ class State:
             content = path.read_bytes()
             if content and not content.endswith(b"\n"):
                 write_file(path, content[: content.rfind(b"\n") + 1])
+
+    def _finish_commit(self) -> None:
+        """A crash after the rename of a task's folder leaves its line out, or checkpoints of no use."""
+        begun, tasks = self._last_begun(), self.committed
+        if begun and tasks and (begun["task"], begun["name"]) == (tasks[-1].index, tasks[-1].name):
+            self.log("task committed", task=begun["task"], name=begun["name"])
+        if self.open_task() is None:
+            remove_folder(self.folder / "resume")
+
+
+def _unused(folder: Path) -> bool:
+    """Whether a folder holds nothing but what a `State.create` left that a crash ended."""
+    made = {"tasks", "backbone.json", ".backbone.json.tmp", ".recipe.yaml.tmp"}
+    return all(path.name in made for path in folder.iterdir()) and not any((folder / "tasks").glob("*"))
+
+
+_held: set[int] = set()  # descriptors of the locks that this process holds
+
+
+def _let_go() -> None:
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    # Else a process that loads images would keep the lock for seconds after its parent was killed.
+    os.register_at_fork(after_in_child=_let_go)
 
 
 def _lock(descriptor: int, folder: Path) -> None:
@@ -243,9 +309,10 @@ class MidTask:
         self.images = 0
         """Examples trained on so far, earlier attempts included."""
         self._began = time.perf_counter()
+        self._cure = f"delete {folder}, and the task begins again"
         header = {"task": task[0], "name": task[1], "data": task[2]}
         path = folder / "task.json"
-        if not path.is_file() or json.loads(path.read_bytes()) != header:
+        if not path.is_file() or self._header(path) != header:
             if writes:
                 remove_folder(folder)
                 folder.mkdir(parents=True)
@@ -254,7 +321,7 @@ class MidTask:
             remove_leftovers(folder)
         newest = max(self._saved(), key=lambda p: p.stat().st_mtime_ns, default=None)
         if newest is not None:
-            position = json.loads(read_folder(newest)["position.json"])
+            position = json.loads(self._read(newest)["position.json"])
             self.seconds, self.images = float(position["seconds"]), int(position["images"])
 
     def begin(self, phase: str, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> int | None:
@@ -262,12 +329,12 @@ class MidTask:
         number, self.position = self.position, self.position + 1
         finished = self.folder / f"{number:02d}-{phase}-finished"
         if finished.is_dir():
-            restore(self.method, read_folder(finished), str(finished))
+            restore(self.method, self._read(finished), str(finished))
             return None
         open_ = self._newest_open()
         if open_ is None:
             return 0
-        files, where = read_folder(open_), str(open_)
+        files, where = self._read(open_), str(open_)
         restore(self.method, files, where)
         restore_optimizer(optimizer, files, where)
         place = json.loads(files["position.json"])
@@ -302,6 +369,15 @@ class MidTask:
         write_folder(path, files)
         for old in older:
             remove_folder(old)
+
+    def _header(self, path: Path) -> Any:
+        try:
+            return json.loads(path.read_bytes())
+        except ValueError:
+            raise StateError(f"{path} is torn: {self._cure}") from None
+
+    def _read(self, path: Path) -> dict[str, bytes]:
+        return read_folder(path, self._cure)
 
     def _saved(self) -> list[Path]:
         return [p for p in self.folder.glob("[!.]*") if p.is_dir()]

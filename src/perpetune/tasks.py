@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -126,7 +127,7 @@ def load_batches(
         collate_fn=_collate,
         pin_memory=runtime.device.type == "cuda",
         generator=torch.Generator().manual_seed(0),  # else the loader draws from the global generator
-        multiprocessing_context="fork" if runtime.workers else None,
+        multiprocessing_context="fork" if runtime.workers and sys.platform == "linux" else None,  # starts at once
     )
     for batch in loader:
         if isinstance(batch, str):

@@ -4,24 +4,29 @@ export) and `look` (report, log, compare, and what there is to choose from)."""
 from __future__ import annotations
 
 import os
+import re
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import typer
 
 from perpetune.cli import learn, look, use
-from perpetune.errors import PerpetuneError
+from perpetune.errors import PerpetuneError, closest
 
 app = typer.Typer(
     name="perpetune",
     help="Keep tuning a pretrained model as new data arrive: without forgetting, without keeping old data.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 for module in (learn, use, look):
     for verb in module.VERBS:
         app.command()(verb)
+
+# What is wrong with an argument: click's class, or that of the copy of click that newer typers carry.
+ArgumentError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
 def _version(asked: bool) -> None:
@@ -43,21 +48,23 @@ def _options(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and leave with its exit code: 0 fine, 1 the work failed, 2 bad usage."""
+    sys.path.append(os.getcwd())  # so that PACKAGE.MODULE:CLASS finds what lies where the command runs
+    warnings.showwarning = _show_warning
     sys.exit(call(list(sys.argv[1:] if arguments is None else arguments)))
 
 
 def call(arguments: list[str]) -> int:
     """Run one command; returns its exit code. A failure is one line on standard error."""
     try:
-        return int(app(args=arguments, prog_name="perpetune", standalone_mode=False) or 0)
+        return int(app(args=arguments or ["--help"], prog_name="perpetune", standalone_mode=False) or 0)
     except PerpetuneError as error:
         if os.environ.get("PERPETUNE_DEBUG"):
             raise
-        print(f"perpetune: {_one_line(str(error))}", file=sys.stderr)
+        _say(str(error))
         return error.exit_code
-    except typer.TyperException as error:
-        print(f"perpetune: {_one_line(error.format_message())} (see `perpetune --help`)", file=sys.stderr)
-        return error.exit_code
+    except ArgumentError as error:
+        _say(_usage(error))
+        return int(error.exit_code)
     except typer.Abort:
         return 130
     except BrokenPipeError:  # whoever read our output has gone
@@ -66,9 +73,23 @@ def call(arguments: list[str]) -> int:
     except OSError as error:
         if os.environ.get("PERPETUNE_DEBUG"):
             raise
-        print(f"perpetune: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)
+        _say(f"{error.filename or 'the system'}: {error.strerror or error}")
         return 1
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+def _usage(error: Any) -> str:
+    """What is wrong with the arguments, and the help that tells what would be right."""
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "perpetune"
+    text = str(error.format_message())
+    if context is not None and (unknown := re.match(r"No such command '(.*?)'", text)):
+        text = f"there is no verb {unknown[1]!r}; {closest(unknown[1], context.command.commands)}"
+    return f"{text.rstrip('.')} (see `{path} --help`)"
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+    _say(f"warning: {message}")
+
+
+def _say(text: str) -> None:
+    print(f"perpetune: {' '.join(text.split())}", file=sys.stderr)

@@ -7,7 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe key, such as train.epochs=3.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe key, such as train.epochs=3.")
+]
 Device = Annotated[str | None, typer.Option(help="Where to run: auto, cpu, cuda, cuda:1, mps.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show nothing while it runs.")]
 Json = Annotated[bool, typer.Option("--json", help="Print figures as JSON.")]
@@ -15,7 +17,7 @@ StateFolder = Annotated[Path, typer.Argument(metavar="STATE", help="A state fold
 
 
 def run(
-    recipe: Annotated[str, typer.Argument(help="A packaged recipe's name, or a YAML file.")] = "demo",
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A packaged recipe's name, or a YAML file.")] = "demo",
     out: Annotated[Path | None, typer.Option(help="The state folder to make; runs/NAME by default.")] = None,
     seed: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None,
     device: Device = None,
@@ -40,8 +42,12 @@ def run(
 
 def init(
     state: StateFolder,
-    model: Annotated[str | None, typer.Option(help="timm:NAME, hf:ID_OR_FOLDER, folder:PATH or perpetune:micro.")] = None,
-    data: Annotated[str | None, typer.Option(help="First batch of data: a folder, manifest, parquet file or id.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="timm:NAME, hf:ID_OR_FOLDER, folder:PATH or perpetune:micro.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="First batch of data: a folder, manifest, parquet file or id.")
+    ] = None,
     recipe: Annotated[str, typer.Option(help="Recipe to start from; its data are not used.")] = "update",
     name: Annotated[str | None, typer.Option(help="Name of the first task.")] = None,
     device: Device = None,
@@ -69,7 +75,9 @@ def update(
     state: StateFolder,
     data: Annotated[str, typer.Option(help="A folder, manifest, parquet file or dataset id.")],
     name: Annotated[str | None, typer.Option(help="Name of the task; task-N by default.")] = None,
-    holdout: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share kept for testing if there is no test split.")] = 0.2,
+    holdout: Annotated[
+        float, typer.Option(min=0.0, max=0.9, help="Share kept for testing if there is no test split.")
+    ] = 0.2,
     device: Device = None,
     quiet: Quiet = False,
     json: Json = False,
@@ -89,13 +97,22 @@ def resume(state: StateFolder, device: Device = None, quiet: Quiet = False, json
 
     with _watch(quiet or json) as view:
         learner = Learner.load(state, device=device, progress=view)
+        before = len(learner.state.committed)
         results = learner.resume()
-    _finish(learner, results, json)
+    if learner.runtime.rank == 0 and len(results["tasks"]) == before and not json:
+        print(f"nothing to resume: {before or 'no'} task{'s' if before != 1 else ''} learned, and none is open")
+    if before or results["tasks"] or json:
+        _finish(learner, results, json)
 
 
 def rollback(
     state: StateFolder,
-    to: Annotated[str, typer.Option(help="Last task to keep, by name or number; `start` drops all.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="TASK", help="Last task to keep: its name, or 0003 of tasks/0003-NAME; `start` drops all."
+        ),
+    ],
     json: Json = False,
 ) -> None:
     """Drop the tasks after one, as if they had never been learned."""
@@ -105,10 +122,12 @@ def rollback(
     opened = State(state)
     with opened.writing():
         dropped = opened.rollback(to)
+    kept = [t.name for t in opened.committed]
     if json:
-        print_json({"dropped": dropped, "kept": [t.name for t in opened.committed]})
+        print_json({"dropped": dropped, "kept": kept})
     else:
-        print(f"dropped {', '.join(dropped)}" if dropped else "nothing to drop")
+        told = f"dropped {', '.join(dropped)}" if dropped else "nothing to drop"
+        print(f"{told}; {state} has {', '.join(kept) or 'nothing learned'}")
 
 
 def _free(folder: Path) -> Path:

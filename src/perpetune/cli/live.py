@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from perpetune.report.compare import Comparison
 from perpetune.report.terminal import compare_table, figures_line, matrix_table, row_line
 from perpetune.runtime import Silent
 
@@ -31,7 +32,7 @@ def watch(quiet: bool) -> Iterator[Any]:
         TextColumn("{task.fields[facts]}"),
         TimeRemainingColumn(compact=True),
     )
-    with Progress(*columns, console=console, transient=True) as bars:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         yield Live(console, bars)
 
 
@@ -47,9 +48,8 @@ class Live:
         self.console.print(Text(f"note: {message}", style="yellow"))
 
     def task(self, index: int, name: str, classes: int, examples: int) -> None:
-        self.console.print(
-            Text.assemble((f"task {index + 1} {name}", "bold"), f"  {classes} classes, {examples} training images")
-        )
+        facts = f"  {classes} class{'es' if classes != 1 else ''}, {examples} training images"
+        self.console.print(Text.assemble((f"task {index + 1} {name}", "bold"), facts))
 
     def phase(self, phase: str, steps: int, epochs: int, done: int) -> None:
         self.epochs, self.started, self.images, self.loss = epochs, time.perf_counter(), 0, ""
@@ -76,6 +76,6 @@ def show_results(results: dict[str, Any]) -> None:
     console.print(figures_line(results))
 
 
-def show_comparison(comparison: dict[str, Any]) -> None:
+def show_comparison(comparison: Comparison) -> None:
     """Several runs in one table."""
     Console(highlight=False).print(compare_table(comparison))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json as json_text
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -38,9 +39,10 @@ def log(state: StateFolder, json: Json = False) -> None:
     if json:
         print_json(events)
         return
+    if not events:
+        print("nothing has happened yet")
     for event in events:
-        facts = ", ".join(f"{k} {v}" for k, v in event.items() if k not in ("time", "event", "versions", "fingerprint"))
-        print(f"{event['time']}  {event['event']}: {facts}")
+        print(f"{event['time']}  {event['event']:<14}  {_facts(event)}")
 
 
 def compare(
@@ -53,10 +55,8 @@ def compare(
     from perpetune.cli.live import show_comparison
     from perpetune.report import compare as compare_runs
     from perpetune.report import write_comparison
-    from perpetune.results import read_results
-    from perpetune.state import State
 
-    named = [(str(path), read_results(State(path))) for path in runs]
+    named = [(str(path), _results(path)) for path in runs]
     table = compare_runs([results for _, results in named])
     written = write_comparison(named, out) if out else []
     if json:
@@ -68,20 +68,56 @@ def compare(
 
 
 def methods(json: Json = False) -> None:
-    """List what a recipe can name: methods, pets, heads, backbones, data, with their options."""
+    """List what a recipe can name and what fits together: methods, pets, heads, backbones, data; with options."""
     from perpetune import registry
     from perpetune.cli.common import print_json
+    from perpetune.recipe import BackboneSection, PetSection
 
     found = {kind: {name: registry.summary(kind, name) for name in registry.names(kind)} for kind in registry.BUILTIN}
+    places, backbone = registry.described(PetSection, "name"), registry.described(BackboneSection, "name")
+    for name, about in found["pets"].items():
+        at = ", ".join(registry.find("pets", name).default_at)
+        about["options"] = {**places, "at": f"[{at}]", **about["options"]}
+    for about in found["backbones"].values():
+        about["options"] = backbone
     if json:
         print_json(found)
         return
     for kind, choices in found.items():
-        print(f"{kind}:")
+        key, what = HEADINGS[kind]
+        print(f"{key}:  {what}")
         for name, about in choices.items():
             print(f"  {name:<10} {about['is']}")
-            for option, default in about["options"].items():
-                print(f"  {'':<10}   {option}: {default}")
+            if about["fits"]:
+                print(f"  {'':<10} {about['fits']}")
+            if kind != "backbones":  # these have the same options
+                _print_options(about["options"])
+        if kind == "backbones":
+            _print_options(backbone)
+        print()
+    print(FITS)
+
+
+HEADINGS = {
+    "methods": ("method", "how the tasks are learned, one after the other"),
+    "pets": ("pet", "the small parameters that are added to the frozen model; `pet: none` adds none"),
+    "heads": ("head", "from features to classes known by name"),
+    "backbones": ("backbone", "the frozen pretrained model, named PREFIX:NAME, with these options"),
+    "data": ("data", "where the images come from; `stream:` cuts them into tasks"),
+}
+FITS = """\
+Under each choice stand its options and their defaults. Whatever the lines above do not rule out fits together:
+any pet with any method, head and backbone; with `pet: none` the head alone is trained.
+
+Change one choice with --set:   perpetune run demo --set head=ncm --set pet.rank=4
+See a whole recipe:             perpetune show demo
+Your own class goes in as PACKAGE.MODULE:NAME, or as an entry point such as `perpetune.methods`."""
+
+
+def _print_options(options: dict[str, str]) -> None:
+    width = max((len(option) for option in options), default=0)
+    for option, value in options.items():
+        print(f"  {'':<10}   {option:<{width}}  {value}")
 
 
 def recipes(json: Json = False) -> None:
@@ -116,7 +152,8 @@ def show(
 def check(
     method: Annotated[str, typer.Argument(metavar="PKG.MOD:CLASS", help="A method's class, or a built-in's name.")],
     change: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the method, or head=NAME, pet=NAME.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="An option of the method, or head=NAME, pet=NAME."),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -132,6 +169,34 @@ def check(
             print(f"{'ok  ' if o.fault is None else 'FAIL'}  {o.rule}" + (f": {o.fault}" if o.fault else ""))
     if any(o.fault is not None for o in outcomes):
         raise typer.Exit(1)
+
+
+def _facts(event: dict[str, Any]) -> str:
+    """The rest of a journal's line, for people: a task by its folder's name, data by their kind and place."""
+    facts = {k: v for k, v in event.items() if k not in ("time", "event", "versions", "fingerprint", "task", "name")}
+    told = [f"{event['task']:04d}-{event['name']}"] if "task" in event else []
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            value = " ".join(str(v) for v in value.values() if v is not None)
+        told.append(f"{key} {', '.join(value) if isinstance(value, list) else value}")
+    return ", ".join(told)
+
+
+def _results(path: Path) -> dict[str, Any]:
+    """The results document of a state folder, or that in a report.json."""
+    from perpetune.errors import StateError
+    from perpetune.results import read_results
+    from perpetune.state import State
+
+    if not path.is_file():
+        return read_results(State(path))
+    try:
+        document: Any = json_text.loads(path.read_bytes())
+    except ValueError:
+        document = None
+    if not isinstance(document, dict):
+        raise StateError(f"{path} holds no results: a state folder, or the report.json of one, is expected")
+    return document
 
 
 VERBS = (report, log, compare, methods, recipes, show, check)

@@ -24,12 +24,17 @@ def predict(
 
     from perpetune.cli.common import print_json
     from perpetune.data.pictures import picture_files
+    from perpetune.errors import UsageError
     from perpetune.learner import Learner
 
+    if json and csv:
+        raise UsageError("--json and --csv: choose one of them")
     files = picture_files(inputs)
     found = Learner.load(state, device=device).predict(files, top=top)
     if json:
-        print_json([{"image": p.image, "classes": [{"name": n, "probability": v} for n, v in p.classes]} for p in found])
+        print_json(
+            [{"image": p.image, "classes": [{"name": n, "probability": v} for n, v in p.classes]} for p in found]
+        )
     elif csv:
         writer = csv_writer.writer(sys.stdout)
         ranks = range(1, len(found[0].classes) + 1)
@@ -54,13 +59,19 @@ def evaluate(
     if json:
         print_json(cells)
         return
-    for name, cell in cells.items():
-        told = "no test data" if cell is None else f"{cell['correct'] / cell['total']:.4f} of {cell['total']} images"
-        print(f"{name}: {told}")
+    if not cells:
+        print("nothing is learned yet, so there is no task to evaluate; --data FOLDER names labelled images")
     known = [c for c in cells.values() if c is not None]
     if len(known) > 1:
-        total = sum(c["total"] for c in known)
-        print(f"all: {sum(c['correct'] for c in known) / total:.4f} of {total} images")
+        cells["all"] = {key: sum(c[key] for c in known) for key in ("correct", "total")}
+    width = max((len(name) for name in cells), default=0)
+    for name, cell in cells.items():
+        right = (
+            "no test data"
+            if cell is None
+            else f"{cell['correct'] / cell['total']:.4f}  {cell['correct']}/{cell['total']}"
+        )
+        print(f"{name:<{width}}  {right}")
 
 
 def export(

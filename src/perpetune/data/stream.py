@@ -99,6 +99,11 @@ def build_stream(source: Source, options: StreamOptions, view: Preprocess, *, se
     names = task_names(part.name for part in parts)
     cut = _Cut(train, test, options, view, seed)
     tasks = [cut.task(i, name, part) for i, (name, part) in enumerate(zip(names, parts, strict=True))]
+    if test is not None and len(test) and not any(task.test for task in tasks):
+        raise DataError(
+            f"no test picture has a place in a task: train has {several(natural(set(train.labels)))}, "
+            f"test has {several(natural(set(test.labels)))}"
+        )
     if test is not None or options.holdout:
         warnings += _untested(tasks)
     classes = tuple(dict.fromkeys(c for task in tasks for c in task.classes))

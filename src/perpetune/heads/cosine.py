@@ -22,14 +22,20 @@ class Cosine(Head):
 
     def __init__(self, dim: int, *, scale: float = 16.0, learn_scale: bool = False):
         super().__init__(dim)
+        self.start = float(scale)
         self.weight = nn.Parameter(torch.empty(0, dim), requires_grad=False)
         if learn_scale:
-            self.scale = nn.Parameter(torch.tensor(float(scale)), requires_grad=False)
+            self.scale = nn.Parameter(torch.tensor(self.start), requires_grad=False)
         else:
-            self.register_buffer("scale", torch.tensor(float(scale)))
+            self.register_buffer("scale", torch.tensor(self.start))
 
     def forward(self, features: Tensor) -> Tensor:
         return self.scale * F.normalize(features, dim=-1) @ F.normalize(self.weight, dim=-1).T
+
+    def reset(self) -> None:
+        super().reset()
+        with torch.no_grad():
+            self.scale.fill_(self.start)
 
     def resize(self, rows: int, generator: torch.Generator) -> None:
         self.weight = nn.Parameter(grow_rows(self.weight, rows, generator, 1.0), requires_grad=False)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 from torch import Tensor, nn
 
@@ -40,3 +42,13 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def predict(self, inputs: Tensor) -> Tensor:
         """Scores `(B, C)` over `classes` for images, uint8 `(B, 3, H, W)`."""
+
+
+@contextlib.contextmanager
+def training(module: nn.Module) -> Iterator[None]:
+    """Inside, the dropout of pets and heads acts; outside, `module` is in evaluation mode. Goes around `fit`."""
+    module.train()
+    try:
+        yield
+    finally:
+        module.eval()

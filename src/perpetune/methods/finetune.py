@@ -5,14 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from perpetune.fit import FitConfig, fit
-from perpetune.methods.base import Method
+from perpetune.methods.base import Method, training
 from perpetune.models.classifier import ImageClassifier, Mask
 from perpetune.pets import parameters, slots, using
 from perpetune.tasks import Batch, Task
 
 
 class FineTune(Method):
-    """Sequential fine-tuning.
+    """Trains the pet and the head on each task in turn, with nothing against forgetting.
 
     Args:
         model: with a pet injected under the name `default`, or with none (then only the head learns).
@@ -31,7 +31,8 @@ class FineTune(Method):
         config = self.train_config
         pet = parameters(self.model, self.pet) if self.pet else []
         head = list(self.model.head.parameters())
-        fit(self.loss, [(pet, config.lr), (head, config.head_lr or config.lr)], task, config)
+        with training(self.model):
+            fit(self.loss, [(pet, config.lr), (head, config.head_lr or config.lr)], task, config)
         with using(self.model, self.pet):
             self.model.summarise(task, config.batch_size)
 

@@ -12,7 +12,7 @@ from perpetune.tasks import Task
 
 
 class Frozen(Method):
-    """With the `ncm` head this is SimpleCIL, arXiv:2303.07338.
+    """Trains nothing, so its head is one of statistics: with `ncm` this is SimpleCIL, arXiv:2303.07338.
 
     Args:
         batch_size: images per forward pass.

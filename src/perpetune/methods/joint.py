@@ -20,7 +20,7 @@ from perpetune.tasks import Examples, Task
 
 
 class Joint(Method):
-    """Train on the union of this task and all earlier ones, from fresh parameters each time.
+    """Trains on this task and all earlier ones together, from fresh parameters each time: the upper bound.
 
     What it reaches after task t is what plain training reaches when nothing has to be remembered.
 

@@ -14,11 +14,11 @@ from perpetune.pets.base import PET, Place
 
 
 class LoRA(PET):
-    """`y = base(x) + s B A x` with `A (P r, d_in)` and `B (d_out, P r)`; Hu et al. 2021, arXiv:2106.09685.
+    """A low-rank update beside a frozen linear layer, `y = base(x) + s B A x`; Hu et al. 2021, arXiv:2106.09685.
 
-    `P` is the number of parts of the layer that are tuned: 1 for a linear of its own, 2 for q and v in
-    a fused qkv. Each part has its own `r` rows of `A` and its own block of `B`; rows of the output that
-    belong to no part stay as they are. `B` starts at zero.
+    `A` is `(P r, d_in)` and `B` `(d_out, P r)`. `P` is the number of parts of the layer that are tuned: 1
+    for a linear of its own, 2 for q and v in a fused qkv. Each part has its own `r` rows of `A` and its
+    own block of `B`; rows of the output that belong to no part stay as they are. `B` starts at zero.
 
     Args:
         rank: `r`, of each part.
