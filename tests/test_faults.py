@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -21,9 +20,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from fault_server import RECIPE
 from PIL import Image
 
-from fault_server import RECIPE
 from perpetune.files import read_folder
 from perpetune.seeding import generator
 from perpetune.state import State
@@ -66,10 +65,8 @@ class Lab:
         for name, change in CHANGES.items():
             recipe = {**RECIPE, "backbone": f"folder:{folder / 'vit'}", **change}
             self.recipe(name).write_text(yaml.safe_dump(recipe, sort_keys=False))
-        self.environment = {**os.environ, "PYTHONPATH": str(HERE)}
         self.process = subprocess.Popen(
             [sys.executable, SERVER, "serve", str(folder / "vit"), str(self.recipe("adamw")), str(folder / "warm")],
-            env=self.environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -450,9 +447,9 @@ def test_a_process_of_its_own_is_killed_and_resumed(lab: Lab, tmp_path: Path) ->
     arguments = ("run", lab.recipe("adamw"), "--out", state, "-q")
     request = lab.request(*arguments, at=at, nth=2, signum=signal.SIGKILL)
     command = [sys.executable, SERVER, "once", json.dumps(request)]
-    assert subprocess.run(command, env=lab.environment, timeout=150).returncode == KILLED
+    assert subprocess.run(command, timeout=150).returncode == KILLED
     assert lab.outcome(request, KILLED).moments[-1].startswith("write half")
     command = [sys.executable, "-m", "perpetune", "resume", str(state), "-q"]
-    done = subprocess.run(command, env=lab.environment, capture_output=True, text=True, timeout=150)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150)
     assert (done.returncode, done.stderr) == (0, "")
     assert_same(state, whole)

@@ -224,14 +224,14 @@ def test_growth_keeps_rows_and_adds_each_name_once(
     f = features(4)
     for i, group in enumerate(groups):
         old_scores, old_logits, old = head(f), head.logits(f), list(known)
-        old_rows = {name: t.clone() for name, t in head.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+        old_rows = {name: t.clone() for name, t in tensors_of(head).items()}
         head.grow(group, generator("grow", i))
         known += [c for c in dict.fromkeys(group) if c not in known]
         assert head.classes == known
         assert head.rows(list(reversed(known))).tolist() == list(reversed(range(len(known))))
         assert head(f).shape == head.logits(f).shape == (4, len(known))
-        for name, t in old_rows.items():
-            assert torch.equal(dict(head.state_dict())[name][: len(old)] if t.ndim else head.state_dict()[name], t), name
+        for name, t in tensors_of(head).items():
+            assert torch.equal(t[: len(old)] if t.ndim else t, old_rows[name]), name
         torch.testing.assert_close(head(f)[:, : len(old)], old_scores, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(head.logits(f)[:, : len(old)], old_logits, rtol=1e-6, atol=1e-6)
         new = [c for c in known if c not in old]
@@ -295,11 +295,12 @@ def test_reset_forgets_everything(kind: type[Head], options: dict[str, Any]) -> 
     assert torch.equal(head(features(3)), new(features(3)))
 
 
+def tensors_of(head: nn.Module) -> dict[str, Tensor]:
+    return {**dict(head.named_parameters()), **dict(head.named_buffers())}
+
+
 def assert_equal(a: nn.Module, b: nn.Module) -> None:
-    mine, theirs = (
-        dict(a.named_parameters()) | dict(a.named_buffers()),
-        dict(b.named_parameters()) | dict(b.named_buffers()),
-    )
+    mine, theirs = tensors_of(a), tensors_of(b)
     assert mine.keys() == theirs.keys()
     for name, tensor in mine.items():
         assert torch.equal(tensor, theirs[name]), name

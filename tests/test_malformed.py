@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,44 +15,13 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load, save
+from tiny import picture_folder, recipe, vit_folder
 
 from perpetune.cli import call
 from perpetune.files import MANIFEST, read_folder, write_folder
 from perpetune.learner import Learner
-from perpetune.seeding import own_global_state
 
 CLASSES = ("cat", "dog", "fox", "owl")
-PICTURES = 4  # of each class
-
-
-def picture(path: Path, seed: int) -> None:
-    """A noisy picture of one colour, different for each seed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(seed)
-    pixels = rng.integers(0, 200, 3) + rng.integers(0, 50, (16, 16, 3))
-    Image.fromarray(pixels.astype(np.uint8)).save(path)
-
-
-def class_folders(root: Path, classes: Sequence[str] = CLASSES, each: int = PICTURES, seed: int = 0) -> Path:
-    """`root/CLASS/N.png`."""
-    for c, name in enumerate(classes):
-        for i in range(each):
-            picture(root / name / f"{i}.png", 1000 * seed + 100 * c + i)
-    return root
-
-
-def tiny_model(path: Path, seed: int = 0) -> Path:
-    """A vision transformer of one block in transformers' layout."""
-    from transformers import ViTConfig, ViTModel
-
-    config = ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=8
-    )
-    with own_global_state("test", seed):
-        ViTModel(config, add_pooling_layer=False).save_pretrained(path)
-    size = {"size": {"height": 16, "width": 16}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    (path / "preprocessor_config.json").write_text(json.dumps(size))
-    return path
 
 
 @dataclass
@@ -80,8 +49,8 @@ class Place:
     def run(self, *options: str, **changes: Any) -> list[str]:
         """`run` of a good recipe in which whole sections are replaced, and those that are `...` left out."""
         content = {k: v for k, v in {**self.base(), **changes}.items() if v is not ...}
-        recipe = self.text(yaml.safe_dump(content, sort_keys=False))
-        return ["run", recipe, "--out", str(self.tmp / "out"), "--quiet", *options]
+        path = self.text(yaml.safe_dump(content, sort_keys=False))
+        return ["run", path, "--out", str(self.tmp / "out"), "--quiet", *options]
 
     def data(self, **data: Any) -> list[str]:
         """`run` on other data."""
@@ -99,24 +68,15 @@ class Place:
 
 
 def base_recipe(world: Path) -> dict[str, Any]:
-    return {
-        "name": "mine",
-        "backbone": f"folder:{world / 'model'}",
-        "pet": {"name": "lora", "rank": 2},
-        "method": "finetune",
-        "head": "ncm",
-        "train": {"epochs": 1, "batch_size": 8},
-        "data": {"name": "folder", "path": str(world / "images")},
-        "stream": {"classes_per_task": 2, "class_order": "sorted", "holdout": 0.25},
-        "run": {"device": "cpu"},
-    }
+    stream = {"classes_per_task": 2, "class_order": "sorted", "holdout": 0.25}
+    return recipe(world / "model", world / "images", head="ncm", stream=stream)
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("world")
-    tiny_model(root / "model")
-    class_folders(root / "images")
+    vit_folder(root / "model")
+    picture_folder(root / "images", CLASSES, 4)
     Learner(base_recipe(root), root / "learned").run()
     Learner({**base_recipe(root), "data": None}, root / "fresh")
     return root
@@ -153,6 +113,16 @@ def recipe_is_a_list(p: Place) -> list[str]:
 @case(2, "my.yaml", "empty")
 def recipe_is_empty(p: Place) -> list[str]:
     return ["run", p.text("# nothing yet\n")]
+
+
+@case(2, "my.yaml", "line 1", "'seed' stands twice")
+def recipe_with_a_key_twice(p: Place) -> list[str]:
+    return ["run", p.text("seed: 1\nname: a\nseed: 2\n")]
+
+
+@case(2, "my.yaml", "not YAML", "recursion")
+def recipe_is_endless(p: Place) -> list[str]:
+    return ["run", p.text("[" * 5000)]
 
 
 @case(2, "my.yaml", "not YAML")
@@ -233,6 +203,21 @@ def learning_rate_zero(p: Place) -> list[str]:
 @case(2, "train.lr", "greater than 0", "got nan")
 def learning_rate_not_a_number(p: Place) -> list[str]:
     return p.run(train={"lr": float("nan")})
+
+
+@case(2, "train.betas.0", "less than 1", "got 2")
+def betas_out_of_range(p: Place) -> list[str]:
+    return p.run(train={"betas": [2, 3]})
+
+
+@case(2, "methods: finetune: train", "a mapping of keys", "got 3")
+def section_of_a_method_is_a_number(p: Place) -> list[str]:
+    return p.run(method={"name": "finetune", "train": 3})
+
+
+@case(2, "no place to put a pet", "role")
+def no_role(p: Place) -> list[str]:
+    return p.run(pet={"name": "lora", "at": []})
 
 
 @case(2, "seed", "greater than or equal to 0", "-1")
@@ -481,7 +466,7 @@ def all_pictures_corrupt(p: Place) -> list[str]:
 
 @case(1, "more than 1 pictures are bad", "stream.max_bad", "bad0.png", "bad1.png")
 def more_pictures_corrupt_than_allowed(p: Place) -> list[str]:
-    class_folders(p.tmp / "some")
+    picture_folder(p.tmp / "some", CLASSES, 4)
     for i in range(8):
         p.text("not a picture", f"some/cat/bad{i}.png")
     stream = {"classes_per_task": 2, "class_order": "sorted", "max_bad": 1}
@@ -490,7 +475,7 @@ def more_pictures_corrupt_than_allowed(p: Place) -> list[str]:
 
 @case(1, "cat/0.png", "a.png", "test pictures are training pictures", "stream.overlap")
 def train_and_test_overlap(p: Place) -> list[str]:
-    class_folders(p.tmp / "split" / "train")
+    picture_folder(p.tmp / "split" / "train", CLASSES, 4)
     (p.tmp / "split" / "test" / "cat").mkdir(parents=True)
     shutil.copy(p.tmp / "split" / "train" / "cat" / "0.png", p.tmp / "split" / "test" / "cat" / "a.png")
     return p.data(name="folder", path=str(p.tmp / "split"))
@@ -554,9 +539,14 @@ def parquet_without_the_column(p: Place) -> list[str]:
 
 @case(1, "no test picture", "wolf", "cat, dog, fox, owl")
 def no_test_class_is_in_train(p: Place) -> list[str]:
-    class_folders(p.tmp / "split" / "train")
-    class_folders(p.tmp / "split" / "test", ["wolf"], seed=1)
+    picture_folder(p.tmp / "split" / "train", CLASSES, 4)
+    picture_folder(p.tmp / "split" / "test", ["wolf"], 4)
     return p.data(name="folder", path=str(p.tmp / "split"))
+
+
+@case(2, "data: the path is empty", "a folder")
+def update_with_an_empty_path(p: Place) -> list[str]:
+    return ["update", str(p.world / "fresh"), "--data", ""]
 
 
 @case(2, "list.txt", ".csv or .jsonl", "folder")
@@ -637,6 +627,14 @@ def state_with_a_torn_recipe(p: Place) -> list[str]:
     whole = (state / "recipe.yaml").read_text()
     (state / "recipe.yaml").write_text(whole[: whole.index("rank") + 2])
     return ["log", str(state)]
+
+
+@case(1, "state/recipe.yaml", "torn", "restore")
+def state_with_a_recipe_that_ends_early(p: Place) -> list[str]:
+    state = p.state()
+    whole = (state / "recipe.yaml").read_text()
+    (state / "recipe.yaml").write_text(whole[: whole.index("stream:")])
+    return p.predict(state)
 
 
 @case(1, "backbone.json", "torn")
@@ -742,8 +740,8 @@ def state_with_metrics_of_another_form(p: Place) -> list[str]:
 @case(1, "other weights", "fingerprint", "checkpoint")
 def state_of_another_backbone(p: Place) -> list[str]:
     state = p.state()
-    recipe, other = state / "recipe.yaml", tiny_model(p.tmp / "other", seed=1)
-    recipe.write_text(recipe.read_text().replace(str(p.world / "model"), str(other)))
+    path, other = state / "recipe.yaml", vit_folder(p.tmp / "other", seed=1)
+    path.write_text(path.read_text().replace(str(p.world / "model"), str(other)))
     return p.predict(state)
 
 

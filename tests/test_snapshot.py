@@ -179,7 +179,9 @@ def test_a_torn_safetensors_file_is_named(files: Files, name: str) -> None:
             restore(make(head="ncm"), {**files, name: whole[:length]}, "there")
 
 
-@pytest.mark.parametrize(("content", "says"), [(b"{", "is not JSON"), (b"\xff\xfe", "is not JSON"), (b"[]", "got list")])
+@pytest.mark.parametrize(
+    ("content", "says"), [(b"{", "is not JSON"), (b"\xff\xfe", "is not JSON"), (b"[]", "got list")]
+)
 def test_torn_extra_state_is_named(files: Files, content: bytes, says: str) -> None:
     with pytest.raises(StateError, match=f"there/{EXTRA}.*{says}"):
         restore(make(head="ncm"), {**files, EXTRA: content}, "there")
@@ -237,7 +239,10 @@ def problem(make_optimizer: Make) -> tuple[list[nn.Parameter], torch.optim.Optim
     rng = torch.Generator().manual_seed(0)
     weights = [nn.Parameter(torch.randn(4, 3, generator=rng)), nn.Parameter(torch.randn(4, generator=rng))]
     unused = nn.Parameter(torch.randn(2, generator=rng))  # never gets a gradient
-    groups: list[dict[str, Any]] = [{"params": [weights[0], unused], "peak": 0.01}, {"params": [weights[1]], "lr": 0.02}]
+    groups: list[dict[str, Any]] = [
+        {"params": [weights[0], unused], "peak": 0.01},
+        {"params": [weights[1]], "lr": 0.02},
+    ]
     return weights, make_optimizer(groups)
 
 
@@ -278,7 +283,7 @@ def test_a_torn_optimizer_is_named() -> None:
     weights, optimizer = problem(OPTIMIZERS["adamw"])
     step(weights, optimizer, 0)
     files = snapshot_optimizer(optimizer)
-    with pytest.raises(StateError, match="there/optimizer.safetensors is not a whole safetensors file"):
+    with pytest.raises(StateError, match=r"there/optimizer\.safetensors is not a whole safetensors file"):
         restore_optimizer(optimizer, {**files, "optimizer.safetensors": files["optimizer.safetensors"][:-1]}, "there")
-    with pytest.raises(StateError, match="there: optimizer.json is missing"):
+    with pytest.raises(StateError, match=r"there: optimizer\.json is missing"):
         restore_optimizer(optimizer, {"optimizer.safetensors": files["optimizer.safetensors"]}, "there")

@@ -16,7 +16,7 @@ from perpetune._version import __version__
 
 if TYPE_CHECKING:
     from perpetune.errors import PerpetuneError
-    from perpetune.fit import FitConfig, fit
+    from perpetune.fit import FitConfig
     from perpetune.heads.base import Head
     from perpetune.learner import Learner, Prediction
     from perpetune.methods.base import Method
@@ -41,7 +41,6 @@ _HOME = {
     "Recipe": "perpetune.recipe",
     "Runtime": "perpetune.runtime",
     "Task": "perpetune.tasks",
-    "fit": "perpetune.fit",
     "load_backbone": "perpetune.models.backbones",
     "load_recipe": "perpetune.recipe",
 }
@@ -61,7 +60,6 @@ __all__ = [
     "Runtime",
     "Task",
     "__version__",
-    "fit",
     "load_backbone",
     "load_recipe",
 ]

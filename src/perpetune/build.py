@@ -38,7 +38,7 @@ def build_method(recipe: Recipe, backbone: Backbone) -> Method:
     if recipe.pet is not None:
         kind, rng = registry.find("pets", recipe.pet.name), generator(recipe.seed, "pet")
         options = registry.options("pets", recipe.pet.name, recipe.pet.options)
-        at = recipe.pet.at or kind.default_at
+        at = kind.default_at if recipe.pet.at is None else recipe.pet.at
         inject(backbone.net, places(backbone.net, at, recipe.pet.blocks), lambda place: kind(place, rng, **options))
     head: Head = registry.find("heads", recipe.head.name)(
         backbone.dim, **registry.options("heads", recipe.head.name, recipe.head.options)

@@ -292,7 +292,11 @@ def check_method(method: str, changes: Sequence[str] = ()) -> list[Outcome]:
     Raises:
         UsageError: there is no such method, or it cannot be built with these options.
     """
-    content: dict[str, Any] = {"method": {"name": method}, "train": {"epochs": 2, "batch_size": 8, "lr": 0.01}}
+    content: dict[str, Any] = {
+        "method": {"name": method},
+        "pet": "lora",
+        "train": {"epochs": 2, "batch_size": 8, "lr": 0.01},
+    }
     for change in changes:
         top = change.partition("=")[0].partition(".")[0]
         apply_change(content if top in ("head", "pet") else content["method"], change)

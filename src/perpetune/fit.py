@@ -42,7 +42,7 @@ class FitConfig(BaseModel):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Of SGD."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """Of AdamW."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -110,6 +110,7 @@ def fit(
             if run.checkpoints:
                 run.checkpoints.step(done, total, images, force=stop is not None)
             if stop is not None:
+                run.accelerator.wait_for_everyone()  # a launcher ends them all as soon as one has left
                 raise Interrupted(f"stopped in task {task.name}, phase {phase}, after step {done} of {total}", stop)
     if run.checkpoints:
         run.checkpoints.finish()

@@ -437,6 +437,8 @@ def _document(
 
 def _origin(data: str | Path) -> Origin:
     """The data section for a path or id; a path is made absolute, so that a later call finds it."""
+    if not str(data):
+        raise UsageError("data: the path is empty; a folder, manifest, parquet file or data set id is expected")
     path = Path(data).expanduser()
     place = str(path.resolve() if path.exists() else data)
     name, options = guess_source(place)

@@ -132,7 +132,8 @@ class Recipe(Section):
         }
         if self.pet is not None:
             pet = registry.find("pets", self.pet.name)
-            where = {"at": self.pet.at or list(pet.default_at), "blocks": self.pet.blocks}
+            at = list(pet.default_at) if self.pet.at is None else self.pet.at
+            where = {"at": at, "blocks": self.pet.blocks}
             changes["pet"] = PetSection.model_validate({**_complete("pets", self.pet).model_dump(), **where})
         if self.data is not None:
             changes["data"] = _complete("data", self.data)
@@ -156,7 +157,8 @@ class Recipe(Section):
         """Arguments for the method's class; its `FitConfig`s start from `train:`."""
         given = self.method.options
         for name in self._configs(self.method):
-            given[name] = {**self.train.model_dump(), **given.get(name, {})}
+            own = given.get(name, {})
+            given[name] = {**self.train.model_dump(), **own} if isinstance(own, dict) else own
         return registry.options("methods", self.method.name, given)
 
     def _configs(self, method: Choice) -> list[str]:
@@ -215,11 +217,22 @@ def load_recipe(name: str | Path, changes: Sequence[str] = ()) -> Recipe:
     return parse_recipe(text, str(name), changes)
 
 
+class _Loader(yaml.SafeLoader):
+    """Plain YAML in which no key stands twice: the second would silently replace the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(problem=f"key {twice!r} stands twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def parse_recipe(text: str, where: str, changes: Sequence[str] = ()) -> Recipe:
     """A recipe from YAML text; `where` names it in errors."""
     try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        content = yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise UsageError(f"recipe {where}{line}: not YAML: {getattr(error, 'problem', None) or error}") from None

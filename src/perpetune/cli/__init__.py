@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and leave with its exit code: 0 fine, 1 the work failed, 2 bad usage."""
     sys.path.append(os.getcwd())  # so that PACKAGE.MODULE:CLASS finds what lies where the command runs
     warnings.showwarning = _show_warning
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # without a network it tells of every attempt
     sys.exit(call(list(sys.argv[1:] if arguments is None else arguments)))
 
 

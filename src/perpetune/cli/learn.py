@@ -109,19 +109,21 @@ def rollback(
     state: StateFolder,
     to: Annotated[
         str,
-        typer.Option(
-            metavar="TASK", help="Last task to keep: its name, or 0003 of tasks/0003-NAME; `start` drops all."
-        ),
+        typer.Option(metavar="TASK", help="Last task to keep: its name or folder (0003-NAME), or `start` to drop all."),
     ],
     json: Json = False,
 ) -> None:
     """Drop the tasks after one, as if they had never been learned."""
     from perpetune.cli.common import print_json
+    from perpetune.report import write_report
+    from perpetune.results import read_results
     from perpetune.state import State
 
     opened = State(state)
     with opened.writing():
         dropped = opened.rollback(to)
+        if dropped and (state / "report.html").is_file():  # it tells of tasks that are gone
+            write_report(read_results(opened), state)
     kept = [t.name for t in opened.committed]
     if json:
         print_json({"dropped": dropped, "kept": kept})

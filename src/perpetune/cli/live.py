@@ -64,7 +64,7 @@ class Live:
         self.bars.update(self.bar, completed=done, facts=facts)
 
     def results(self, results: dict[str, Any]) -> None:
-        self.bars.update(self.bar, visible=False)
+        self.bars.update(self.bar, visible=False, refresh=True)
         self.console.print(row_line(results))
 
 

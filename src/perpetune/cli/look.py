@@ -57,7 +57,7 @@ def compare(
     from perpetune.report import write_comparison
 
     named = [(str(path), _results(path)) for path in runs]
-    table = compare_runs([results for _, results in named])
+    table = compare_runs([results for _, results in named], [name for name, _ in named])
     written = write_comparison(named, out) if out else []
     if json:
         print_json(table)
@@ -176,8 +176,8 @@ def _facts(event: dict[str, Any]) -> str:
     facts = {k: v for k, v in event.items() if k not in ("time", "event", "versions", "fingerprint", "task", "name")}
     told = [f"{event['task']:04d}-{event['name']}"] if "task" in event else []
     for key, value in facts.items():
-        if isinstance(value, dict):
-            value = " ".join(str(v) for v in value.values() if v is not None)
+        if isinstance(value, dict):  # where data came from
+            value = " ".join(str(value[k]) for k in ("name", "path") if value.get(k)) or "Python"
         told.append(f"{key} {', '.join(value) if isinstance(value, list) else value}")
     return ", ".join(told)
 

@@ -59,18 +59,15 @@ def evaluate(
     if json:
         print_json(cells)
         return
-    if not cells:
-        print("nothing is learned yet, so there is no task to evaluate; --data FOLDER names labelled images")
+    rows = list(cells.items())
     known = [c for c in cells.values() if c is not None]
     if len(known) > 1:
-        cells["all"] = {key: sum(c[key] for c in known) for key in ("correct", "total")}
-    width = max((len(name) for name in cells), default=0)
-    for name, cell in cells.items():
-        right = (
-            "no test data"
-            if cell is None
-            else f"{cell['correct'] / cell['total']:.4f}  {cell['correct']}/{cell['total']}"
-        )
+        rows.append(("all", {key: sum(c[key] for c in known) for key in ("correct", "total")}))
+    width = max(len(name) for name, _ in rows)
+    for name, cell in rows:
+        right = "no test data"
+        if cell is not None:
+            right = f"{cell['correct'] / cell['total']:.4f}  {cell['correct']}/{cell['total']}"
         print(f"{name:<{width}}  {right}")
 
 

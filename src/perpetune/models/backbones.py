@@ -139,7 +139,10 @@ def _loader(spec: str, prefix: str) -> Callable[..., Backbone]:
     brought = {entry.name: entry for entry in entry_points(group="perpetune.backbones")}
     if prefix not in brought:
         raise UsageError(f"backbone {spec!r}: there is no prefix {prefix!r}; {closest(prefix, [*LOADERS, *brought])}")
-    loader: Callable[..., Backbone] = brought[prefix].load()
+    try:
+        loader: Callable[..., Backbone] = brought[prefix].load()
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"backbones: {prefix!r} of an installed package cannot be loaded: {error}") from error
     return loader
 
 

@@ -1,0 +1,373 @@
+"""Every verb does what its help says, prints it for people, and as JSON on standard output alone."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny import picture_folder, recipe, split_folder, vit_folder
+
+from perpetune._version import __version__
+from perpetune.cli import app, call, learn, look, use
+from perpetune.errors import Interrupted
+from perpetune.learner import Learner
+from perpetune.recipe import load_recipe, packaged
+from perpetune.runtime import Silent
+
+VERBS = [verb.__name__ for module in (learn, use, look) for verb in module.VERBS]
+RECIPES = sorted(packaged()) + sorted(
+    str(p) for p in (Path(__file__).resolve().parents[1] / "benchmarks" / "recipes").glob("*.yaml")
+)
+
+
+@dataclass
+class Said:
+    """What a command left on its two streams."""
+
+    out: str
+    err: str
+
+    @property
+    def lines(self) -> list[str]:
+        return [line.rstrip() for line in self.out.splitlines() if line.strip()]
+
+
+class Shell:
+    """Runs commands in this process."""
+
+    def __init__(self, capfd: pytest.CaptureFixture[str]):
+        self.capfd = capfd
+
+    def __call__(self, *arguments: str | Path, code: int = 0) -> Said:
+        self.capfd.readouterr()
+        found = call([str(a) for a in arguments])
+        out, err = self.capfd.readouterr()
+        assert found == code, err
+        if code == 0:
+            assert err == ""
+        return Said(out, err)
+
+    def json(self, *arguments: str | Path) -> Any:
+        """The one JSON document that is all of the output."""
+        return json.loads(self(*arguments, "--json").out)
+
+
+@pytest.fixture
+def shell(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shell:
+    monkeypatch.chdir(tmp_path)
+    return Shell(capfd)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, `my.yaml` over two tasks of two classes, and the state `done` that it gives; only read."""
+    root = tmp_path_factory.mktemp("cli")
+    vit_folder(root / "model")
+    split_folder(root / "images", ("cat", "dog", "fox", "owl"), 6, 3)
+    picture_folder(root / "more", ("cat", "hen"), 5, first=50)
+    content = recipe(root / "model", root / "images")
+    (root / "my.yaml").write_text(yaml.safe_dump(content))
+    Learner(content, root / "done").run()
+    return root
+
+
+@pytest.fixture
+def state(world: Path, tmp_path: Path) -> Path:
+    """A copy of `done` to write to."""
+    return Path(shutil.copytree(world / "done", tmp_path / "state"))
+
+
+def reports(folder: Path) -> set[str]:
+    return {p.name for p in folder.glob("report.*")}
+
+
+# -- learning -----------------------------------------------------------------------------------------------
+
+
+def test_run(shell: Shell, world: Path, tmp_path: Path) -> None:
+    said = shell("run", world / "my.yaml")
+    folder = Path("runs/tiny")  # the recipe's name
+    assert said.lines[0] == "task 1 cat-dog  2 classes, 12 training images"
+    assert any(line.startswith("after 2 fox-owl: mean ") for line in said.lines)
+    matrix = [line.split() for line in said.lines if line.strip().startswith(("after ", "1 ", "2 "))][-3:]
+    assert matrix[0] == ["after", "mean", "cat-dog", "fox-owl"]
+    assert [row[:2] for row in matrix[1:]] == [["1", "cat-dog"], ["2", "fox-owl"]]
+    assert "final accuracy" in said.out
+    assert "forgetting" in said.out
+    assert said.lines[-1] == f"report: {folder / 'report.html'}"
+    assert reports(folder) == {"report.html", "report.md", "report.json"}
+    assert [p.name for p in sorted((folder / "tasks").iterdir())] == ["0000-cat-dog", "0001-fox-owl"]
+
+    again = shell("run", world / "my.yaml", "--quiet", "--seed", "3", "--set", "train.epochs=1", "--set", "pet.rank=1")
+    assert "task 1" not in again.out
+    assert again.lines[-1] == "report: runs/tiny-2/report.html"  # never over another run
+    assert load_recipe("runs/tiny-2/recipe.yaml").seed == 3
+
+    results = shell.json("run", world / "my.yaml", "--out", tmp_path / "out")
+    assert results.items() <= json.loads((tmp_path / "out" / "report.json").read_text()).items()
+    assert len(results["tasks"]) == 2
+
+
+def test_init_and_update(shell: Shell, world: Path, tmp_path: Path) -> None:
+    change = ["--model", f"folder:{world / 'model'}", "--device", "cpu", "--set", "train.epochs=1"]
+    said = shell("init", "mine", *change)
+    assert said.lines == ["mine is ready: feed it with `perpetune update mine --data FOLDER`"]
+    assert shell("log", "mine").lines == ["nothing has happened yet"]
+    assert shell("resume", "mine").lines == ["nothing to resume: no tasks learned, and none is open"]
+
+    said = shell("update", "mine", "--data", world / "images")
+    assert said.lines[0] == "task 1 task-1  4 classes, 24 training images"
+    assert reports(Path("mine")) == {"report.html", "report.md", "report.json"}
+    results = shell.json("update", "mine", "--data", world / "more", "--name", "birds", "--holdout", "0.4")
+    assert [(t["name"], t["classes"], t["train"], t["test"]) for t in results["tasks"]] == [
+        ("task-1", ["cat", "dog", "fox", "owl"], 24, 12),
+        ("birds", ["cat", "hen"], 6, 4),
+    ]
+    assert Learner.load("mine").method.classes == ["cat", "dog", "fox", "owl", "hen"]
+
+    results = shell.json("init", "other", *change, "--data", world / "more", "--name", "first")
+    assert [t["name"] for t in results["tasks"]] == ["first"]
+
+
+def test_resume(shell: Shell, world: Path, state: Path) -> None:
+    assert shell("resume", state).lines[0] == "nothing to resume: 2 tasks learned, and none is open"
+    assert len(shell.json("resume", state)["tasks"]) == 2
+
+    class Stopping(Silent):
+        """Raises what a signal leads to, once the second task is being learned."""
+
+        def task(self, index: int, name: str, classes: int, examples: int) -> None:
+            if index == 1:
+                raise Interrupted("stopped", 15)
+
+    learner = Learner(load_recipe(world / "my.yaml"), "half", progress=Stopping())
+    with pytest.raises(Interrupted):
+        learner.run()
+    said = shell("resume", "half")
+    assert "nothing to resume" not in said.out
+    assert said.lines[0] == "task 2 fox-owl  2 classes, 12 training images"
+    assert shell.json("evaluate", "half") == shell.json("evaluate", state)
+
+
+def test_rollback(shell: Shell, state: Path) -> None:
+    shell("report", state)
+    said = shell("rollback", state, "--to", "cat-dog")
+    assert said.lines == [f"dropped fox-owl; {state} has cat-dog"]
+    assert "fox-owl" not in json.loads((state / "report.json").read_text())["tasks"][-1]["name"]
+    assert shell("rollback", state, "--to", "0000-cat-dog").lines == [f"nothing to drop; {state} has cat-dog"]
+    assert shell.json("rollback", state, "--to", "start") == {"dropped": ["cat-dog"], "kept": []}
+    said = shell("resume", state)
+    assert said.lines[0] == "task 1 cat-dog  2 classes, 12 training images"
+
+
+# -- using --------------------------------------------------------------------------------------------------
+
+
+def test_predict(shell: Shell, world: Path) -> None:
+    done, folder = world / "done", world / "images" / "test"
+    one = folder / "cat" / "1000.png"
+    said = shell("predict", done, one, folder / "dog")
+    assert [line.partition(": ")[0] for line in said.lines] == [
+        str(one),
+        *(str(folder / "dog" / f"{i}.png") for i in (1000, 1001, 1002)),
+    ]
+    pairs = [pair.split() for pair in said.lines[0].partition(": ")[2].split(", ")]
+    assert len(pairs) == 3
+    assert [float(p) for _, p in pairs] == sorted((float(p) for _, p in pairs), reverse=True)
+
+    found = shell.json("predict", done, one, "--top", "9")
+    assert [entry["image"] for entry in found] == [str(one)]
+    classes = found[0]["classes"]
+    assert {c["name"] for c in classes} == {"cat", "dog", "fox", "owl"}
+    assert sum(c["probability"] for c in classes) == pytest.approx(1, abs=1e-5)
+    assert [f"{c['probability']:.3f}" for c in classes[:3]] == [p for _, p in pairs]
+
+    rows = list(csv.DictReader(io.StringIO(shell("predict", done, folder, "--csv", "--top", "2").out)))
+    assert len(rows) == 12
+    assert list(rows[0]) == ["image", "name_1", "probability_1", "name_2", "probability_2"]
+    assert all(float(row["probability_1"]) >= float(row["probability_2"]) for row in rows)
+
+
+def test_evaluate(shell: Shell, world: Path) -> None:
+    cells = shell.json("evaluate", world / "done")
+    assert list(cells) == ["cat-dog", "fox-owl"]
+    assert all(cell["total"] == 6 for cell in cells.values())
+    right = {name: cell["correct"] for name, cell in cells.items()} | {"all": sum(c["correct"] for c in cells.values())}
+    said = shell("evaluate", world / "done")
+    assert [line.split() for line in said.lines] == [
+        [name, f"{correct / total:.4f}", f"{correct}/{total}"]
+        for (name, correct), total in zip(right.items(), (6, 6, 12), strict=True)
+    ]
+    given = shell.json("evaluate", world / "done", "--data", world / "more")
+    assert [cell["total"] for cell in given.values()] == [10]
+    assert given[str(world / "more")]["per_class"]["hen"] == [0, 5]  # never learned
+
+
+def test_export(shell: Shell, world: Path, tmp_path: Path) -> None:
+    said = shell("export", world / "done", "peft")
+    names = ["adapter_config.json", "adapter_model.safetensors", "head.json", "head.safetensors"]
+    assert said.lines == [f"peft: {', '.join(names)}"]
+    assert sorted(p.name for p in (tmp_path / "peft").iterdir()) == names
+    assert json.loads(Path("peft/head.json").read_text())["classes"] == ["cat", "dog", "fox", "owl"]
+    assert shell.json("export", world / "done", "again") == {"files": [f"again/{name}" for name in names]}
+
+
+# -- looking ------------------------------------------------------------------------------------------------
+
+
+def test_report(shell: Shell, state: Path, tmp_path: Path) -> None:
+    said = shell("report", state)
+    assert {Path(line) for line in said.lines} == {state / name for name in ("report.html", "report.md", "report.json")}
+    assert (state / "report.html").read_text().count("fox-owl") > 0
+    results = shell.json("report", state, "--out", tmp_path / "pages")
+    assert results.items() <= json.loads((tmp_path / "pages" / "report.json").read_text()).items()
+
+
+def test_log(shell: Shell, world: Path) -> None:
+    said = shell("log", world / "done")
+    told = [line.split(maxsplit=1)[1] for line in said.lines]
+    assert told == [
+        "run begun       device cpu, seed 0, tasks 2",
+        "task begun      0000-cat-dog, from stream",
+        "task committed  0000-cat-dog",
+        "task begun      0001-fox-owl, from stream",
+        "task committed  0001-fox-owl",
+    ]
+    assert [e["event"] for e in shell.json("log", world / "done")] == [line[:14].rstrip() for line in told]
+
+
+def test_log_says_where_data_came_from(shell: Shell, world: Path, state: Path) -> None:
+    shell("update", state, "--data", world / "more", "-q")
+    shell("rollback", state, "--to", "fox-owl")
+    said = shell("log", state)
+    assert said.lines[-3].endswith(f"task begun      0002-task-3, from folder {world / 'more'}")
+    assert said.lines[-1].endswith("rolled back     to fox-owl, dropped task-3")
+
+
+def test_compare(shell: Shell, world: Path, tmp_path: Path) -> None:
+    for seed in ("1", "2"):
+        shell("run", world / "my.yaml", "-q", "--out", seed, "--seed", seed)
+    shell("run", world / "my.yaml", "-q", "--out", "short", "--set", "train.epochs=1")
+    said = shell("compare", "1", "2/report.json", "short", "--out", "page")
+    assert "±" in said.out
+    assert {Path(line) for line in said.lines[-3:]} == {Path("page", f"compare.{x}") for x in ("html", "md", "json")}
+    table = shell.json("compare", "1", "2/report.json", "short")
+    assert [row["runs"] for row in table["rows"]] == [["1", "2/report.json"], ["short"]]
+    assert table["settings"] == ["train.epochs"]
+    assert table == json.loads((tmp_path / "page" / "compare.json").read_text())
+
+
+def test_methods(shell: Shell) -> None:
+    said = shell("methods")
+    assert [line.partition(":")[0] for line in said.lines if line[0] != " " and ":  " in line][:5] == [
+        "method", "pet", "head", "backbone", "data",
+    ]  # fmt: skip
+    found = shell.json("methods")
+    assert list(found) == ["methods", "pets", "heads", "backbones", "data"]
+    for kind, choices in found.items():
+        for name, about in choices.items():
+            assert about["is"], (kind, name)
+            assert f"  {name:<10} {about['is']}" in said.out
+    # what fits together, and what can be said of each option
+    assert "not for `perpetune update`" in found["methods"]["joint"]["fits"]
+    assert "for any method" in found["heads"]["ncm"]["fits"]
+    assert "for methods that train" in found["heads"]["linear"]["fits"]
+    assert found["methods"]["finetune"]["options"]["mask"] == "task   (task, seen, none)"
+    assert found["pets"]["lora"]["options"]["at"] == "[q, v]"
+    assert found["backbones"]["timm"]["options"]["pretrained"] == "true"
+    assert found["data"]["folder"]["options"]["path"] == "required"
+    assert max(map(len, said.lines)) <= 120
+
+
+def test_recipes(shell: Shell) -> None:
+    found = shell.json("recipes")
+    assert list(found) == list(packaged())
+    assert [line.split(maxsplit=1) for line in shell("recipes").lines] == [[k, v] for k, v in found.items()]
+
+
+@pytest.mark.parametrize("name", RECIPES, ids=lambda name: Path(name).stem)
+def test_show_prints_a_recipe_that_reads_back_the_same(name: str, shell: Shell) -> None:
+    loaded = load_recipe(name)
+    assert loaded.description
+    shown = shell("show", name)
+    Path("shown.yaml").write_text(shown.out)
+    assert load_recipe("shown.yaml") == loaded
+    assert shell("show", "shown.yaml").out == shown.out  # nothing is left to be filled in
+    assert shell.json("show", name) == yaml.safe_load(shown.out)
+
+
+def test_show_keeps_what_is_set(shell: Shell) -> None:
+    shown = yaml.safe_load(
+        shell("show", "demo", "--set", "pet={name: lora, blocks: [0, -1], at: v}", "--set", "method.mask=seen").out
+    )
+    assert shown["pet"] == {
+        "name": "lora", "at": ["v"], "blocks": [0, -1], "rank": 8, "alpha": 16.0, "dropout": 0.0, "rslora": False,
+    }  # fmt: skip
+    assert shown["method"] == {"name": "finetune", "mask": "seen"}
+
+
+def test_check(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = shell("check", "finetune", "--set", "head=ncm", "--set", "pet.rank=2", "--set", "mask=seen")
+    assert len(said.lines) >= 10
+    assert all(line.startswith("ok    ") for line in said.lines)
+    (tmp_path / "greedy.py").write_text(
+        "from perpetune.methods.frozen import Frozen\n\n\nclass Greedy(Frozen):\n"
+        "    def predict(self, inputs, task=None):\n        return super().predict(inputs)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    outcomes = json.loads(shell("check", "greedy:Greedy", "--set", "head=ncm", "--json", code=1).out)
+    broken = [o for o in outcomes if not o["holds"]]
+    assert [o["fault"] for o in broken] == ["predict takes ['inputs', 'task']"]
+
+
+# -- the program itself -------------------------------------------------------------------------------------
+
+
+def test_version_and_help(shell: Shell) -> None:
+    assert shell("--version").lines == [f"perpetune {__version__}"]
+    said = shell("--help")
+    assert shell().out == said.out  # no argument: the help
+    assert all(f" {verb} " in said.out for verb in VERBS)
+    assert sorted(VERBS) == sorted(command.callback.__name__ for command in app.registered_commands if command.callback)
+
+
+def test_help_of_every_verb_loads_nothing_heavy() -> None:
+    code = f"""
+import sys
+from perpetune.cli import call
+for verb in {VERBS!r}:
+    assert call([verb, "--help"]) == 0, verb
+    heavy = {{"torch", "transformers", "numpy", "yaml", "accelerate"}} & sys.modules.keys()
+    assert not heavy, (verb, heavy)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert done.stdout.count("Usage: perpetune ") == len(VERBS)
+
+
+def test_the_program_finds_what_lies_beside_it_and_warns_in_one_line(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from perpetune.methods.finetune import FineTune\n\n\nclass Mine(FineTune): pass\n"
+    )
+    model = Path(shutil.copytree(world / "model", tmp_path / "model"))
+    (model / "preprocessor_config.json").unlink()
+    command = ["init", "state", "--model", "folder:model", "--set", "method=mine:Mine", "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.path.remove(''); from perpetune.cli import main; main()", *command],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("perpetune: warning: folder:")
+    assert line.endswith("model has no preprocessor_config.json: ImageNet's mean and std are assumed")
+    assert (tmp_path / "state" / "recipe.yaml").is_file()

@@ -1,0 +1,172 @@
+"""Two processes on the CPU, started by accelerate, learn what one process learns.
+
+`accelerate launch --cpu` starts one process unless MPI is there; with `--multi_gpu` it starts as many as it is
+told and joins them with gloo where there is no GPU, or where the recipe says `device: cpu`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tiny import recipe, split_folder, vit_folder
+
+from perpetune.learner import Learner
+from perpetune.state import State
+
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nine training pictures in the first task and eight in the second: the last batch of the first has one."""
+    return split_folder(tmp_path_factory.mktemp("data"), "abcd", [5, 4, 5, 3], 3)
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return vit_folder(tmp_path_factory.mktemp("vit"))
+
+
+def start(what: Sequence[str], *arguments: str | Path) -> subprocess.Popen[str]:
+    """`accelerate launch` of two processes of `what`: a script, a module or a command."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
+    command = [BIN / "accelerate", "launch", *options, "--main_process_port", port, *what, *arguments]
+    return subprocess.Popen(
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
+    out, err = process.communicate(timeout=150)
+    assert process.returncode == 0, err
+    return out, err
+
+
+def tensors(state: Path) -> dict[str, torch.Tensor]:
+    files = sorted((state / "tasks").glob("*/*.safetensors"))
+    return {f"{p.parent.name}/{p.name}/{k}": t for p in files for k, t in load_file(p).items()}
+
+
+def metrics(state: Path) -> list[Any]:
+    return [json.loads(p.read_bytes()) for p in sorted((state / "tasks").glob("*/metrics.json"))]
+
+
+def assert_same(found: Path, expected: Path) -> None:
+    ours, theirs = tensors(found), tensors(expected)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-5, msg=name)
+    assert metrics(found) == metrics(expected)
+
+
+def assert_written_by_one(state: Path, tasks: int) -> None:
+    """One line for each event, nothing left over."""
+    events = [e["event"] for e in State(state).journal()]
+    assert events == ["run begun", *["task begun", "task committed"] * tasks]
+    assert not list(state.rglob("*.tmp"))
+    assert not (state / "resume").exists()
+
+
+SGD = {"epochs": 1, "batch_size": 5, "accumulate": 2, "clip": 0.5, "optimizer": "sgd", "warmup": 0.3}
+LONG = {"epochs": 9, "batch_size": 4, "lr": 0.003}
+CASES: dict[str, dict[str, Any]] = {
+    # 9 examples in batches of 4: the processes have 2 + 2, 2 + 2 and 1 + 0 of them.
+    "finetune-linear": {"train": {"epochs": 2, "batch_size": 4, "lr": 0.01}},
+    "finetune-ncm": {"head": "ncm", "train": SGD},
+    "frozen-ncm": {"method": "frozen", "pet": "none", "head": {"name": "ncm", "metric": "euclidean"}},
+    "joint-cosine": {"method": "joint", "head": "cosine", "setting": "task", "train": {"epochs": 1, "lr": 0.01}},
+    "whole": {"train": LONG},
+    "stopped": {"train": LONG},
+}
+
+
+COMMANDS = {"module": ("-m", "perpetune"), "script": ("--no_python", str(BIN / "perpetune"))}
+COMMAND_CASE = "finetune-linear"
+
+
+@pytest.fixture(scope="module")
+def launched(vit: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """A folder, and what was started to fill it: all at once, for most of their time goes into imports."""
+    folder = tmp_path_factory.mktemp("launched")
+    (folder / "recipes.json").write_text(json.dumps({name: recipe(vit, data, **c) for name, c in CASES.items()}))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe(vit, data, **CASES[COMMAND_CASE])))
+    started = {"pair": start([str(Path(__file__).with_name("pair.py"))], folder)}
+    for name, what in COMMANDS.items():
+        started[name] = start(what, "run", folder / "recipe.yaml", "--out", folder / name, "--json")
+    yield folder, started
+    for process in started.values():
+        if process.poll() is None:
+            process.terminate()
+
+
+@pytest.fixture(scope="module")
+def pair(launched: tuple[Path, dict[str, Any]]) -> Path:
+    """What two processes left of all the cases."""
+    folder, started = launched
+    finish(started["pair"])
+    return folder
+
+
+def seen(pair: Path) -> list[dict[str, Any]]:
+    return [json.loads((pair / f"seen-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_learn_what_one_learns(case: str, pair: Path, vit: Path, data: Path, tmp_path: Path) -> None:
+    learner = Learner(recipe(vit, data, **CASES[case]), tmp_path / "one")
+    learner.run()
+    assert_same(pair / case, tmp_path / "one")
+    if case != "stopped":
+        assert_written_by_one(pair / case, tasks=2)
+        assert [s["evaluated"][case] for s in seen(pair)] == [learner.evaluate()] * 2
+
+
+def test_one_process_tells_and_both_know_of_each_other(pair: Path) -> None:
+    assert [s["world"] for s in seen(pair)] == [2, 2]
+    assert [s["device"] for s in seen(pair)] == ["cpu", "cpu"]
+    assert [set(s["told"].values()) for s in seen(pair)] == [{2}, {0}]
+
+
+def test_a_signal_to_one_process_stops_both_and_both_go_on(pair: Path) -> None:
+    kept = ["00-train-step-000000010", "task.json"]  # they ask each other every tenth step
+    assert [s["stopped"] for s in seen(pair)] == [{"code": 128 + signal.SIGTERM, "kept": kept, "tasks": 2}] * 2
+    same = tensors(pair / "whole")
+    assert all(torch.equal(t, same[name]) for name, t in tensors(pair / "stopped").items())
+    assert metrics(pair / "stopped") == metrics(pair / "whole")
+
+
+def test_several_processes_need_a_folder_that_all_can_see(pair: Path) -> None:
+    told = "several processes share one state folder: give `folder` a path that all of them see"
+    assert [s["without a folder"] for s in seen(pair)] == [told] * 2
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_command_line_runs_in_two_processes(
+    command: str, launched: tuple[Path, dict[str, Any]], vit: Path, data: Path, tmp_path: Path
+) -> None:
+    folder, started = launched
+    out, _ = finish(started[command])
+    assert len(json.loads(out)["tasks"]) == 2, "one process of the two prints"
+    Learner(recipe(vit, data, **CASES[COMMAND_CASE]), tmp_path / "one").run()
+    assert_same(folder / command, tmp_path / "one")
+    assert_written_by_one(folder / command, tasks=2)
+    assert (folder / command / "report.html").is_file()
