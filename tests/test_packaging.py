@@ -133,6 +133,7 @@ def test_core_dependencies(metadata: Message) -> None:
     assert {re.split(r"[<>=!~ ;\[]", line)[0].lower() for line in required} == {
         "accelerate",
         "matplotlib",
+        "jinja2",
         "numpy",
         "pillow",
         "pydantic",

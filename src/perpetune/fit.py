@@ -75,9 +75,7 @@ def fit(
         Interrupted: a signal asked for a stop; a checkpoint is written.
     """
     run = task.runtime
-    groups = [
-        {"params": list(p), "lr": lr, "peak": lr} for p, lr in _grouped(parameters, config.lr) if len(p) > 0
-    ]
+    groups = [{"params": list(p), "lr": lr, "peak": lr} for p, lr in _grouped(parameters, config.lr) if len(p) > 0]
     trained: list[nn.Parameter] = [p for g in groups for p in g["params"]]  # type: ignore[attr-defined]
     per_epoch = math.ceil(len(task.train) / config.batch_size)
     total = per_epoch * config.epochs

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from perpetune.errors import UsageError
 
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe key, such as train.epochs=3.")
@@ -133,6 +136,9 @@ def rollback(
 
 
 def _free(folder: Path) -> Path:
+    """`folder`, or the first of `folder-2`, `folder-3`, … that is not there."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("several processes need one state folder: name it with --out")
     number, path = 1, folder
     while path.exists():
         number += 1

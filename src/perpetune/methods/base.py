@@ -37,7 +37,7 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def learn(self, task: Task) -> None:
-        """Learn from `task`; called once per task, in order. Usually calls `perpetune.fit.fit`."""
+        """Learn from `task`; called once per task, in order. Usually calls `perpetune.fit.fit`, inside `training`."""
 
     @abstractmethod
     def predict(self, inputs: Tensor) -> Tensor:
