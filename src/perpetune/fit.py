@@ -22,6 +22,7 @@ from perpetune.seeding import own_global_state, seed_of
 from perpetune.tasks import Batch, Task, load_batches
 
 Loss = Callable[[Task, Batch], Tensor]
+CURE = "lower train.lr, set train.clip, or use run.precision: no; the state is that of the last commit"
 LOG_EVERY = 10  # steps between two looks at the loss; each look waits for the device
 
 
@@ -110,6 +111,8 @@ def fit(
             if stop is not None:
                 run.accelerator.wait_for_everyone()  # a launcher ends them all as soon as one has left
                 raise Interrupted(f"stopped in task {task.name}, phase {phase}, after step {done} of {total}", stop)
+        if not all(bool(torch.isfinite(p).all()) for p in trained):  # the last step may have spoiled what the loss saw
+            raise PerpetuneError(f"task {task.name}, phase {phase} ended with values that are not finite: {CURE}")
     if run.checkpoints:
         run.checkpoints.finish()
 
@@ -218,5 +221,5 @@ def _check_finite(loss: Tensor, task: Task, phase: str, step: int, per_epoch: in
     if not torch.isfinite(loss):
         raise PerpetuneError(
             f"the loss became {float(loss)} in task {task.name}, phase {phase}, epoch {step // per_epoch + 1}, by step "
-            f"{step + 1}: lower train.lr, set train.clip, or use precision: no; the state is that of the last commit"
+            f"{step + 1}: {CURE}"
         )
