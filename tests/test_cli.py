@@ -125,11 +125,11 @@ def test_init_and_update(shell: Shell, world: Path, tmp_path: Path) -> None:
     assert shell("resume", "mine").lines == ["nothing to resume: no tasks learned, and none is open"]
 
     said = shell("update", "mine", "--data", world / "images")
-    assert said.lines[0] == "task 1 task-1  4 classes, 24 training images"
+    assert said.lines[0] == "task 1 images  4 classes, 24 training images"
     assert reports(Path("mine")) == {"report.html", "report.md", "report.json"}
     results = shell.json("update", "mine", "--data", world / "more", "--name", "birds", "--holdout", "0.4")
     assert [(t["name"], t["classes"], t["train"], t["test"]) for t in results["tasks"]] == [
-        ("task-1", ["cat", "dog", "fox", "owl"], 24, 12),
+        ("images", ["cat", "dog", "fox", "owl"], 24, 12),
         ("birds", ["cat", "hen"], 6, 4),
     ]
     assert Learner.load("mine").method.classes == ["cat", "dog", "fox", "owl", "hen"]
@@ -197,6 +197,17 @@ def test_predict(shell: Shell, world: Path) -> None:
     assert all(float(row["probability_1"]) >= float(row["probability_2"]) for row in rows)
 
 
+def test_predict_names_what_cannot_be_read_after_the_rest(shell: Shell, world: Path, tmp_path: Path) -> None:
+    whole = (world / "images" / "test" / "cat" / "1000.png").read_bytes()
+    for name, content in (("a.png", whole), ("b.png", whole[: len(whole) // 2]), ("c.png", whole)):
+        (tmp_path / name).write_bytes(content)
+    a, b, c = (tmp_path / f"{name}.png" for name in "abc")
+    said = shell("predict", world / "done", a, b, c, code=1)
+    assert [line.partition(": ")[0] for line in said.lines] == [str(a), str(c)]
+    assert said.err.startswith(f"perpetune: 1 of 3 pictures cannot be read: {b}")
+    assert len(said.err.splitlines()) == 1
+
+
 def test_evaluate(shell: Shell, world: Path) -> None:
     cells = shell.json("evaluate", world / "done")
     assert list(cells) == ["cat-dog", "fox-owl"]
@@ -249,8 +260,8 @@ def test_log_says_where_data_came_from(shell: Shell, world: Path, state: Path) -
     shell("update", state, "--data", world / "more", "-q")
     shell("rollback", state, "--to", "fox-owl")
     said = shell("log", state)
-    assert said.lines[-3].endswith(f"task begun      0002-task-3, from folder {world / 'more'}")
-    assert said.lines[-1].endswith("rolled back     to fox-owl, dropped task-3")
+    assert said.lines[-3].endswith(f"task begun      0002-more, from folder {world / 'more'}")
+    assert said.lines[-1].endswith("rolled back     to fox-owl, dropped more")
 
 
 def test_compare(shell: Shell, world: Path, tmp_path: Path) -> None:

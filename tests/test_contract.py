@@ -23,7 +23,7 @@ METHODS = [
     ("finetune", ("pet=none",)),
     ("frozen", ("head=ncm",)),
     ("joint", ()),
-    ("joint", ("head=ncm", "restart=false")),
+    ("joint", ("head=ncm",)),
 ]
 
 

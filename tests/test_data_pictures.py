@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,10 @@ from perpetune.data.pictures import (
     read_picture,
     walk,
 )
-from perpetune.data.text import label_of, natural, printable, safe_name, several, task_names
+from perpetune.data.text import RESERVED, label_of, natural, printable, safe_name, several, task_names
 from perpetune.errors import DataError, UsageError
 from perpetune.models.preprocess import Preprocess
+from perpetune.state import START
 
 
 def encoded(image: Image.Image, fmt: str = "PNG", **options) -> bytes:
@@ -191,7 +193,7 @@ def test_link_loops_and_odd_entries(tmp_path):
     os.mkfifo(tmp_path / "b" / "pipe.png")
     pictures, others = walk(str(tmp_path))
     assert sorted(pictures) == ["a/x.png", "b/gone.png", "b/y.png"]  # neither ends nor comes twice
-    assert others == 2
+    assert sorted(others) == ["pipe.png", "self"]
     with pytest.raises(DataError, match="no such file"):
         list_folder(str(tmp_path / "none"))
 
@@ -203,9 +205,13 @@ def test_names():
     assert printable(os.fsdecode(b"caf\xe9")) == "caf\\udce9"
     assert label_of("cafe\u0301 ") == "café"
     assert several(list("abcdefg")) == "a, b, c, d, e and 2 more"
-    assert safe_name("über cat/dog") == "uber_cat_dog"
-    assert safe_name("..") == safe_name("猫") == ""
-    assert task_names(["Cat", "cat", "猫", "a b", "a_b"]) == ["Cat", "cat-2", "task-3", "a_b", "a_b-2"]
+    assert safe_name("u\u0308ber cat/dog") == "über_cat_dog"
+    assert safe_name("..") == safe_name("_ ?") == ""
+    assert (safe_name("十月"), safe_name(".हिन्दी"), safe_name("2026-10")) == ("十月", "हिन्दी", "2026-10")
+    assert safe_name("月" * 99) == "月" * 33
+    assert task_names(["Cat", "cat", "?", "a b", "a_b"]) == ["Cat", "cat-2", "task-3", "a_b", "a_b-2"]
+    assert task_names(["start", "?", "a"], first=7, taken=["A", "task-8"]) == ["start-1", "task-8-2", "a-2"]
+    assert START == RESERVED
 
 
 @given(st.lists(st.text(), max_size=8))
@@ -213,6 +219,8 @@ def test_task_names_are_safe_and_unique(names):
     made = task_names(names)
     assert len({m.casefold() for m in made}) == len(names)
     for name in made:
-        assert name.isascii()
-        assert all(c.isalnum() or c in "._-" for c in name)
+        assert all(c.isalnum() or c in "._-" or unicodedata.category(c).startswith("M") for c in name)
         assert name[0].isalnum()
+        assert len(name.encode()) <= 100
+        assert name != "start"
+        assert safe_name(name) == name  # a task that is gone on with keeps its name

@@ -58,11 +58,19 @@ def test_class_folders(tmp_path):
     assert table.groups is None
     assert table.warnings == [
         f"{tmp_path}: no picture in fish",
-        f"{tmp_path}: ignored 1 files that are not pictures in a class folder",
+        f"{tmp_path}: ignored 1 files that are not pictures in a class folder: 1 .txt",
     ]
     assert table.name(1) == str(tmp_path / "cat/2.png")
     assert table.open(1).getpixel((0, 0)) == (1, 1, 1)
     assert source.test() is None
+
+
+def test_files_that_are_no_pictures_are_told_by_suffix(tmp_path):
+    tree(tmp_path, "cat/1.png")
+    for name in ("a.txt", "b.TXT", "c.txt", "d.HEIC", "README"):
+        (tmp_path / "cat" / name).write_text("x")
+    (warning,) = FolderSource(path=str(tmp_path)).train().warnings
+    assert warning.endswith("in a class folder: 1 .heic, 3 .txt, 1 without a suffix")
 
 
 def test_domain_folders(tmp_path):
@@ -75,7 +83,7 @@ def test_domain_folders(tmp_path):
         ("photo/dog/1.png", "dog", "photo"),
         ("sketch/cat/1.png", "cat", "sketch"),
     ]
-    assert table.warnings == [f"{tmp_path}: ignored 1 files that are not pictures in a class folder"]
+    assert table.warnings == [f"{tmp_path}: ignored 1 files that are not pictures in a class folder: 1 .png"]
     (tmp_path / "sketch/loose.png").unlink()
     assert records(FolderSource(path=str(tmp_path)).train()) == records(table)
     classes = FolderSource(path=str(tmp_path), layout="classes").train()

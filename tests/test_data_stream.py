@@ -348,6 +348,51 @@ def test_missing_files_do_not_overlap(tmp_path):
     assert check.find_overlap(table, table, contents=True) == []
 
 
+def test_twins_in_one_source_are_on_one_side():
+    train = rows("a" * 12 + "b" * 12)
+    for first in range(0, 12, 2):
+        train.contents[first + 1] = train.contents[first]
+    train.contents[12] = train.contents[13] = train.contents[11]  # a picture of two classes
+    sides = Counter()
+    for seed in range(8):
+        task = single_task(Made(train), StreamOptions(validation=0.3), VIEW, index=0, name="t", seed=seed, holdout=0.3)
+        parts = [{train.contents[int(k)] for k in keys(part)} for part in (task.train, task.validation, task.test)]
+        assert sum(map(len, parts)) == len(set.union(*parts))
+        assert {"10", "11", "12", "13"} <= set(keys(task.train))
+        assert len(keys(task.train) + keys(task.validation) + keys(task.test)) == 24
+        sides.update(labels_of(task, task.test))
+    assert sides["a"] > 8
+    assert sides["b"] > 8
+    unchecked = [keys(single(train, holdout=0.3, check=how).test) for how in ("none", "header")]
+    assert unchecked[0] != unchecked[1]
+
+
+def test_a_class_of_one_picture_many_times_is_not_held_out():
+    train = rows("aaaab")
+    train.contents[:4] = train.contents[:1] * 4
+    task = single(train, holdout=0.5)
+    assert task.test is None
+    assert keys(task.train) == list("01234")
+
+
+def test_a_task_to_be_tested_only(tmp_path):
+    pictures(tmp_path, *(f"{s}/{c}/{s}{c}{i}.png" for s in ("train", "test") for c in "ab" for i in range(3)))
+    for path in [*tmp_path.glob("train/*/*"), tmp_path / "test/b/testb1.png"]:
+        path.write_text(path.name)
+    options = StreamOptions(classes_per_task=2, class_order="sorted", max_bad=1)
+    task = build_stream(FolderSource(path=str(tmp_path)), options, VIEW, seed=0).tasks[0]
+    tested = task.for_testing(["b"])
+    assert (tested.classes, len(tested.test), len(tested.bad)) == (("b",), 2, 1)
+    assert tested.test.targets == [0, 0]
+    assert not task.checked
+    with pytest.raises(DataError, match="more than 1 pictures are bad"):
+        task.check()
+    (tmp_path / "test/b/testb2.png").write_text("x")
+    with pytest.raises(DataError, match="more than 1 pictures are bad"):
+        task.for_testing(["b"])
+    assert single(rows("ab"), holdout=0.0).for_testing(["a"]).test is None
+
+
 # -- one more batch -----------------------------------------------------------------------------------
 
 
@@ -367,6 +412,16 @@ def test_single_task():
     again = single(rows("b" * 8 + "a" * 8 + "c"), validation=0.25)
     assert again.fingerprint == task.fingerprint
     assert single(rows("ab"), holdout=0.0).test is None
+
+
+def test_single_task_is_not_cut_as_the_stream_is():
+    task = single(rows("ab"), by="domain", class_order=["x", "y"], classes_per_task=[5], order=["p"])
+    assert task.classes == ("a", "b")
+
+
+def test_a_stream_task_is_not_called_start():
+    train = rows("abab", ["start"] * 2 + ["十月"] * 2)
+    assert [t.name for t in stream_of(train, by="domain").tasks] == ["start-1", "十月"]
 
 
 def test_single_task_with_its_own_test():

@@ -189,7 +189,7 @@ def test_each_epoch_sees_every_example_once_with_a_seed_of_its_own() -> None:
 class From:
     """Checkpoints that say how many steps are done."""
 
-    seconds, images = 0.0, 0
+    seconds, images, every = 0.0, 0, 1000
 
     def __init__(self, done: int | None):
         self.done, self.calls = done, list[str]()
@@ -514,3 +514,27 @@ def roundtrip(checker: Checker) -> Sequence[Tensor]:
 def test_what_dropout_trained_is_stored_as_anything_else() -> None:
     first, second = roundtrip(dropping(0.5, head="cosine"))
     assert torch.equal(first, second)
+
+
+def test_no_checkpoint_is_written_after_a_loss_that_was_not_seen_to_be_finite() -> None:
+    """Else going on from it would fail for ever: with a checkpoint at every third step, the looks come that often."""
+    saved: list[int] = []
+
+    class Every(From):
+        every = 3
+
+        def step(self, done: int, total: int, images: int, *, force: bool) -> None:
+            if done % 3 == 0:
+                saved.append(done)
+
+    steps = iter(range(1000))
+
+    def loss(task: Task, batch: Batch) -> Tensor:
+        factor = float("nan") if next(steps) >= 4 else 1.0
+        return (weight * factor).sum()
+
+    weight = nn.Parameter(torch.ones(2))
+    task = tiny_stream(Runtime(checkpoints=Every(0)))[0]
+    with pytest.raises(PerpetuneError, match="the loss became nan"):
+        fit(loss, [weight], task, FitConfig(epochs=9, batch_size=8))
+    assert saved == [3]

@@ -368,3 +368,12 @@ def test_ncm_adds_up_in_float64_whatever_the_features_are(dtype: torch.dtype) ->
     for part in f.split(10):
         head.observe(part, torch.zeros(len(part), dtype=torch.int64))
     np.testing.assert_allclose(head.sums[0].numpy(), f.double().sum(0).numpy(), rtol=1e-12)
+
+
+def test_the_sums_of_ncm_stay_on_the_cpu_in_float64() -> None:
+    head = NCM(4)
+    head.grow(["a", "b"], generator("test"))
+    moved = head.to("meta")  # stands for a device without float64
+    assert moved.sums.device.type == "cpu"
+    assert moved.sums.dtype == torch.float64
+    assert moved.means.device.type == "meta"

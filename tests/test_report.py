@@ -14,7 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from perpetune import Learner
+from perpetune.cli import live
 from perpetune.errors import StateError, UsageError
 from perpetune.numerics.metrics import Cell, summarise
 from perpetune.report import checked, compare, form, palette, svg, tables, terminal, write_comparison, write_report
@@ -377,6 +380,79 @@ def test_compare_looks_past_where_a_run_happened_but_not_past_precision() -> Non
     assert [row["label"] for row in rows] == ["demo-finetune · precision no", "demo-finetune · precision bf16"]
 
 
+def given(data: str, seed: int = 0, **changes: Any) -> dict[str, Any]:
+    """A state made by `init` and `update`s: its recipe names no data."""
+    results = fake_results(3, seed=seed)
+    results["recipe"]["data"] = None
+    for task in results["tasks"]:
+        task["fingerprint"] = f"{data}-{task['index']}"
+    results["tasks"][-1].update(changes)
+    return results
+
+
+@pytest.mark.parametrize(
+    "other",
+    [given("nov", 1), given("oct", 1, name="b"), given("oct", 1, train=9), given("oct", 1, classes=["x", "y"])],
+    ids=["fingerprint", "name", "examples", "classes"],
+)
+def test_compare_keeps_states_of_other_data_apart(other: dict[str, Any]) -> None:
+    rows = compare([given("oct"), other], ["s/oct", "s/nov"])["rows"]
+    assert [(row["label"], row["runs"]) for row in rows] == [
+        ("demo-finetune · s/oct", ["s/oct"]), ("demo-finetune · s/nov", ["s/nov"]),
+    ]  # fmt: skip
+
+
+def test_compare_gathers_states_of_the_same_data() -> None:
+    assert [row["seeds"] for row in compare([given("oct"), given("oct", 1)])["rows"]] == [[0, 1]]
+    comparison = compare([given("oct"), given("nov", 1)], ["a", "b"])
+    assert comparison["notes"] == ["b learned other data than a"]
+    assert comparison["best"]["final_accuracy"] == []
+
+
+def test_a_states_results_bring_the_fingerprints_of_its_data(tmp_path: Path) -> None:
+    learner = Learner({"backbone": "perpetune:micro", "method": "frozen", "pet": "none", "head": "ncm"}, tmp_path / "s")
+    for shade in (0, 200):
+        folder = tmp_path / f"shade{shade}"
+        folder.mkdir()
+        for name in "ab":
+            (folder / name).mkdir()
+            Image.new("RGB", (8 + shade, 8), (shade, 0, 0)).save(folder / name / "1.png")
+        results = learner.learn(folder, holdout=0.0)
+    prints = [task["fingerprint"] for task in checked(results)["tasks"]]
+    assert len(set(prints)) == 2
+    assert prints == [committed.json("task.json")["fingerprint"] for committed in learner.state.committed]
+
+
+def test_compare_lets_the_seed_order_and_draw_a_stream() -> None:
+    base, drawn = fake_results(4), fake_results(4, seed=1, names=[f"class-{k:03d}" for k in (7, 6, 5, 4, 3, 2, 1, 0)])
+    for run in (base, drawn):
+        for task in run["tasks"]:
+            task["fingerprint"] = f"{run['seed']}-{task['index']}"
+    drawn["tasks"][0]["train"] -= 3
+    drawn["tasks"][1]["train"] += 3
+    assert [row["seeds"] for row in compare([base, drawn])["rows"]] == [[0, 1]]
+    for change in ({"train": 1}, {"test": 1}, {"classes": ["x", "y"]}):
+        other = copy.deepcopy(drawn)
+        other["tasks"][0].update(change)
+        assert len(compare([base, other])["rows"]) == 2
+    assert len(compare([base, fake_results(4, rows=2, seed=1)])["rows"]) == 2
+
+
+def test_compare_counts_a_seed_once() -> None:
+    base, other = fake_results(3), fake_results(3, seed=1)
+    again, elsewhere = copy.deepcopy(base), copy.deepcopy(base)
+    elsewhere["cells"][2][0]["correct"] -= 1
+    comparison = compare([base, again, other, elsewhere], ["a", "b", "c", "d"])
+    assert [(row["runs"], row["seeds"]) for row in comparison["rows"]] == [(["a", "c"], [0, 1])]
+    assert comparison["rows"][0]["metrics"]["final_accuracy"]["n"] == 2
+    assert comparison["notes"] == [
+        "b repeats a (same recipe, data and seed) and is not counted",
+        "d repeats a (same recipe, data and seed) and is not counted, though its figures differ",
+    ]
+    again["tasks"][0]["fingerprint"] = "changed"  # a folder that was exchanged beneath the recipe's path
+    assert [row["runs"] for row in compare([base, again, other], ["a", "b", "c"])["rows"]] == [["a", "c"], ["b"]]
+
+
 def test_compare_says_what_cannot_be_compared() -> None:
     base = fake_results(4, 2)
     order = [f"class-{k:03d}" for k in (7, 6, 5, 4, 3, 2, 1, 0)]
@@ -467,10 +543,36 @@ def test_terminal_before_the_first_task() -> None:
     assert "task-3" in rendered(terminal.matrix_table(results, 80), 80)
 
 
-def test_terminal_comparison() -> None:
-    text = rendered(terminal.compare_table(compare([run for _, run in fake_runs()])), 180)
-    assert "demo-finetune" in text
-    assert "±" in text
+@pytest.mark.parametrize(
+    ("width", "left_out"), [(80, "pooled, stored, backward, learning"), (120, "pooled"), (180, "")]
+)
+def test_terminal_comparison_fits(width: int, left_out: str) -> None:
+    runs = [run for _, run in fake_runs()]
+    for run in runs:
+        run["name"] = "a fairly long name of the run of " + run["name"]
+    text = rendered(terminal.compare_table(compare(runs), width), width)
+    lines = [line for line in text.splitlines() if line.strip()]
+    assert max(map(len, lines)) <= width
+    assert len(lines) <= 2 + 2 * 3 + bool(left_out)  # heading, rule, two lines a row at most
+    assert lines[0].split()[:5] == ["run", "n", "final", "average", "forgetting"]
+    assert "forward" not in lines[0]  # nothing was measured
+    assert (f"no room for: {left_out}" in text) if left_out else ("no room" not in text)
+    assert len(re.findall(r"\d ± \d", text)) >= 2 * 3
+    assert "…" not in text
+    short = rendered(terminal.compare_table(compare([run for _, run in fake_runs()]), width), width)
+    assert re.findall(r"^ (\S+) +\d  ", short, re.MULTILINE) == ["demo-finetune", "demo-joint", "demo-frozen"]
+
+
+def test_the_terminal_views_take_the_width_there_is(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    live.show_results(fake_results(15, 1))
+    assert "▼" in capsys.readouterr().out  # 15 columns with changes need more than the usual 100 characters
+    runs = [run for _, run in fake_runs()]
+    live.show_comparison(compare([*runs, runs[0]], [*(name for name, _ in fake_runs()), "again"]))
+    shown = capsys.readouterr().out
+    assert "pooled" in shown
+    assert "no room" not in shown
+    assert "note: again repeats runs/finetune-0" in shown
 
 
 def test_numbers_as_text() -> None:

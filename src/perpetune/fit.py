@@ -22,7 +22,7 @@ from perpetune.seeding import own_global_state, seed_of
 from perpetune.tasks import Batch, Task, load_batches
 
 Loss = Callable[[Task, Batch], Tensor]
-CURE = "lower train.lr, set train.clip, or use run.precision: no; the state is that of the last commit"
+CURE = "lower train.lr, set train.clip, or use run.precision: no, in the state's recipe.yaml"
 LOG_EVERY = 10  # steps between two looks at the loss; each look waits for the device
 
 
@@ -100,7 +100,9 @@ def fit(
                 value = run.sum(value)
             _update(optimizer, trained, config.clip, scaler)
             done = step + 1
-            due = done % LOG_EVERY == 0 or done == total
+            # No checkpoint may hold what an unseen nan has spoiled: going on from it would fail for ever.
+            every = run.checkpoints.every if run.checkpoints else LOG_EVERY
+            due = done % LOG_EVERY == 0 or done % every == 0 or done == total
             stop = run.stop_requested(due=due)
             if due or stop is not None:
                 _check_finite(value, task, phase, step, per_epoch)

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from perpetune import registry
 from perpetune.build import build_backbone, build_data, build_method, build_runtime
+from perpetune.data.check import find_overlap
 from perpetune.data.pictures import as_rgb, load_picture
 from perpetune.data.sources import Source, guess_source
-from perpetune.data.stream import Stream, single_task
-from perpetune.data.tasks import TaskData
-from perpetune.data.text import task_names
+from perpetune.data.stream import Stream, StreamOptions, single_task
+from perpetune.data.tasks import ImageSet, TaskData
+from perpetune.data.text import safe_name, several, task_names
 from perpetune.errors import DataError, Interrupted, StateError, UsageError
 from perpetune.evaluate import evaluate
 from perpetune.pets import PET, frozen
@@ -32,7 +33,7 @@ from perpetune.results import read_results, versions
 from perpetune.run import Step, run
 from perpetune.runtime import Progress, Runtime, Silent
 from perpetune.snapshot import restore, snapshot
-from perpetune.state import Committed, State
+from perpetune.state import START, Committed, State
 from perpetune.tasks import Task
 
 if TYPE_CHECKING:
@@ -134,6 +135,7 @@ class Learner:
         self._halfway = False  # whether `method` was left inside a task
         self._stream = None
         self._tasks: dict[int, Task] = {}
+        self._tests: dict[int, Task] = {}  # earlier tasks of which only the test is to be used
 
     def _model_document(self) -> dict[str, Any]:
         pets = [m for m in self.method.modules() if isinstance(m, PET)]
@@ -170,7 +172,7 @@ class Learner:
             data: a folder, manifest, parquet file or dataset id; a `data:` section; a source; or a
                 ready-made task. Earlier data are not read again, but for the held-out images of
                 earlier tasks that are still where they were, which are evaluated.
-            name: of the task; `task-N` by default.
+            name: of the task; by default that of the folder or file, else `task-N`.
             holdout: share kept for testing where the data bring no test split.
         """
         if self.method.needs_earlier_data:
@@ -184,25 +186,55 @@ class Learner:
                 f"{self.state.folder} has learned {index} of the {planned} tasks of its own stream: "
                 f"finish them first with `perpetune resume {self.state.folder}`"
             )
-        name = task_names([name or f"task-{index + 1}"])[0]
-        if any(t.name == name for t in self.state.committed):
-            raise UsageError(f"{self.state.folder} has a task {name!r} already: choose another --name")
+        name = self._name(data, name, index)
+        origin: Origin
         if isinstance(data, Task):
             task = dataclasses.replace(data, index=index, name=name, earlier=None, runtime=self.runtime)
             print_ = hashlib.sha256(repr(list(task.train.targets)).encode()).hexdigest()
-            document = _document(task, {"name": None}, print_, [], [])
+            origin, fingerprint, bad, warnings = {"name": None}, print_, [], []
         else:
             origin = data if isinstance(data, dict) else {} if isinstance(data, Source) else _origin(data)
             origin = {**origin, "holdout": holdout}
             source = data if isinstance(data, Source) else _source(origin)
             found = self._checked(self._single(source, index, name, holdout))
-            task = self._as_task(found)
-            document = _document(task, origin, found.fingerprint, found.bad, found.warnings)
+            task, fingerprint, bad, warnings = self._as_task(found), found.fingerprint, found.bad, found.warnings
         self._tasks[index] = task
         with self._writing():
             others = [t for t in (self._past(c) for c in self.state.committed) if t is not None]
+            leaks = self._leaks(task, others)
+            for warning in leaks:
+                self.runtime.progress.note(warning)
+            document = _document(task, origin, fingerprint, bad, [*warnings, *leaks])
             run(self.method, [Step(task, others, document)], self.state)
         return read_results(self.state)
+
+    def _name(self, data: str | Path | dict[str, Any] | Source | Task, asked: str | None, index: int) -> str:
+        """The name of an update's task: the one asked for, made safe, or one that no task has yet."""
+        taken = [t.name for t in self.state.committed]
+        safe = safe_name(asked or "")
+        if safe == START:
+            raise UsageError(
+                f"a task cannot be called {START!r}, `rollback --to {START}` drops all: choose another --name"
+            )
+        if safe in taken:
+            raise UsageError(f"{self.state.folder} has a task {safe!r} already: choose another --name")
+        if not safe and not asked and isinstance(data, (str, Path)):
+            path = Path(data).expanduser().resolve()
+            own = path.name if path.is_dir() else path.stem if path.is_file() else ""
+            return task_names([own], first=index + 1, taken=taken)[0]
+        return safe or task_names([""], first=index + 1, taken=taken)[0]
+
+    def _leaks(self, task: Task, others: Sequence[Task]) -> list[str]:
+        """A warning where pictures that `task` trains on are among the test pictures of the others."""
+        found = []
+        for other in others if self.recipe.stream.check != "none" else []:
+            train, test = task.train, other.test
+            if isinstance(train, ImageSet) and isinstance(test, ImageSet):
+                pairs = find_overlap(train.table, test.table, True, train_rows=train.rows, test_rows=test.rows)
+                found += [f"{train.table.name(a)} = {test.table.name(b)} (task {other.name})" for a, b in pairs]
+        if not found:
+            return []
+        return [f"task {task.name} trains on {len(found)} test pictures of earlier tasks: {several(found)}"]
 
     def resume(self) -> dict[str, Any]:
         """Go on where an interrupted `run` or `learn` stopped; returns the results document."""
@@ -249,33 +281,60 @@ class Learner:
         return task
 
     def _past(self, committed: Committed) -> Task | None:
-        """An earlier task as far as its test data are still there."""
-        if committed.index not in self._tasks:
-            origin = committed.json("task.json")["from"]
+        """An earlier task as far as its test data are still there, and what they were."""
+        index = committed.index
+        if index in self._tasks:
+            return self._tasks[index]
+        if index not in self._tests:
+            document = committed.json("task.json")
+            origin = document["from"]
             if origin != STREAM and not origin.get("name"):
                 self.runtime.progress.note(f"task {committed.name} is not evaluated, it was given as a Python object")
                 return None
             try:
                 if origin == STREAM:
-                    return self._stream_task(committed.index)
-                found = self._checked(self._single(_source(origin), committed.index, committed.name, origin["holdout"]))
+                    found = self.stream.tasks[index] if index < len(self.stream.tasks) else None
+                else:
+                    found = self._single(_source(origin), index, committed.name, origin["holdout"])
+                if found is None or found.fingerprint != document["fingerprint"]:
+                    self.runtime.progress.note(
+                        f"task {committed.name} is not evaluated: its data at {self._place(origin)} changed since it "
+                        "was learned"
+                    )
+                    return None
+                found = self._checked(found, document["classes"])
             except (DataError, UsageError) as error:
                 self.runtime.progress.note(f"task {committed.name} is not evaluated, its data are gone: {error}")
                 return None
-            self._tasks[committed.index] = self._as_task(found)
-        return self._tasks[committed.index]
+            self._tests[index] = dataclasses.replace(self._as_task(found), name=committed.name)
+        return self._tests[index]
 
-    def _single(self, source: Source, index: int, name: str, holdout: float) -> TaskData:
-        seed, view = self.recipe.seed, self.backbone.preprocess
-        return single_task(source, self.recipe.stream, view, index=index, name=name, seed=seed, holdout=holdout)
+    def _place(self, origin: Origin | str) -> str:
+        """Where data came from, for messages."""
+        if isinstance(origin, dict):
+            return str(origin.get("path", origin["name"]))
+        data = self.recipe.data
+        return str(data.options.get("path", data.name)) if data else "its stream"
 
-    def _checked(self, data: TaskData) -> TaskData:
-        """`data` without the images that cannot be read; each is looked at once."""
-        if not data.checked:
-            before = len(data.warnings)
+    def _single(
+        self, source: Source, index: int, name: str, holdout: float, options: StreamOptions | None = None
+    ) -> TaskData:
+        options, seed, view = options or self.recipe.stream, self.recipe.seed, self.backbone.preprocess
+        return single_task(source, options, view, index=index, name=name, seed=seed, holdout=holdout)
+
+    def _checked(self, data: TaskData, learned: Sequence[str] | None = None) -> TaskData:
+        """`data` without the images that cannot be read; each is looked at once.
+
+        With the classes that were `learned` of it, it is only tested on: its training images are not looked at.
+        """
+        if learned is not None:
+            data = data.for_testing(learned)
+        elif not data.checked:
             data.check()
-            for warning in data.warnings[before:]:
-                self.runtime.progress.note(warning)
+        else:
+            return data
+        for warning in data.warnings:
+            self.runtime.progress.note(warning)
         return data
 
     def _as_task(self, data: TaskData) -> Task:
@@ -325,9 +384,20 @@ class Learner:
     # -- using what was learned -----------------------------------------------------------------------
 
     @torch.no_grad()
-    def predict(self, images: Sequence[str | Path | Image] | Tensor, *, top: int = 5) -> list[Prediction]:
-        """Names and probabilities for pictures: paths, PIL images, or a uint8 tensor `(N, 3, S, S)` of the
-        backbone's size.
+    def predict(
+        self,
+        images: str | Path | Sequence[str | Path | Image] | Tensor,
+        *,
+        top: int = 5,
+        unreadable: list[str] | None = None,
+    ) -> list[Prediction]:
+        """Names and probabilities for pictures.
+
+        Args:
+            images: a path, several paths or PIL images, or a uint8 tensor `(N, 3, S, S)` of the backbone's size.
+            top: how many names for each.
+            unreadable: takes a line for each picture that cannot be read, instead of an error; such a picture
+                has no prediction.
 
         Raises:
             StateError: nothing is learned yet.
@@ -335,9 +405,12 @@ class Learner:
             DataError: a picture cannot be read; names it.
         """
         self._need_classes()
+        images = [images] if isinstance(images, (str, Path)) else images
         size, found = self.recipe.evaluate.batch_size, []
         for start in range(0, len(images), size):
-            names, pixels = self._pixels(images[start : start + size], start)
+            names, pixels = self._pixels(images[start : start + size], start, unreadable)
+            if not names:
+                continue
             with self.runtime.autocast():
                 scores = self.method.predict(pixels.to(self.runtime.device))
             best = scores.float().softmax(1).topk(min(top, scores.shape[1]), dim=1)
@@ -346,7 +419,9 @@ class Learner:
                 found.append(Prediction(name, pairs))
         return found
 
-    def _pixels(self, images: Sequence[str | Path | Image] | Tensor, start: int) -> tuple[list[str], Tensor]:
+    def _pixels(
+        self, images: Sequence[str | Path | Image] | Tensor, start: int, unreadable: list[str] | None
+    ) -> tuple[list[str], Tensor]:
         view = self.backbone.preprocess
         if isinstance(images, Tensor):
             if images.dtype != torch.uint8 or images.shape[1:] != (3, view.size, view.size):
@@ -355,9 +430,18 @@ class Learner:
                     f"got {images.dtype} {tuple(images.shape)}"
                 )
             return [f"image {start + i}" for i in range(len(images))], images
-        pixels = [load_picture(i, view) if isinstance(i, (str, Path)) else view(as_rgb(i)) for i in images]
-        names = [str(i) if isinstance(i, (str, Path)) else f"image {start + k}" for k, i in enumerate(images)]
-        return names, torch.stack(pixels)
+        names, pixels = [], []
+        for number, image in enumerate(images, start):
+            try:
+                loaded = load_picture(image, view) if isinstance(image, (str, Path)) else view(as_rgb(image))
+            except DataError as error:
+                if unreadable is None:
+                    raise
+                unreadable.append(str(error))
+                continue
+            pixels.append(loaded)
+            names.append(str(image) if isinstance(image, (str, Path)) else f"image {number}")
+        return names, torch.stack(pixels) if pixels else torch.empty(0)
 
     def evaluate(self, data: str | Path | Source | None = None) -> dict[str, dict[str, Any] | None]:
         """Counts of right predictions by task: on the test data of every learned task, or on `data`
@@ -372,7 +456,10 @@ class Learner:
             tasks = {c.name: self._past(c) for c in self.state.committed}
         else:
             source = data if isinstance(data, Source) else _source(_origin(data))
-            task = self._as_task(self._checked(self._single(source, len(self.state.committed), "given", 0.0)))
+            everything = {"validation": 0.0, "train_per_class": None, "test_per_class": None, "augment": "none"}
+            options = self.recipe.stream.model_copy(update=everything)
+            found = self._single(source, len(self.state.committed), "given", 0.0, options)
+            task = self._as_task(self._checked(found, found.classes if found.test else None))
             tasks = {str(data): dataclasses.replace(task, test=task.test or task.train)}
         return {
             name: evaluate(self.method, task, setting=setting, batch_size=size) if task else None

@@ -35,7 +35,7 @@ def read_results(state: State) -> dict[str, Any]:
         files = committed.read()
         try:
             task = json.loads(files["task.json"])
-            tasks.append({k: task[k] for k in ("index", "name", "classes", "train", "test")})
+            tasks.append({k: task[k] for k in ("index", "name", "classes", "train", "test", "fingerprint")})
             rows.append(dict(json.loads(files["metrics.json"])["cells"]))
             timings.append({"task": committed.index, **json.loads(files["timings.json"])})
             storage.append({"task": committed.index, **{name: len(files[name]) for name in FILES}})

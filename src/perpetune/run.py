@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -48,7 +49,9 @@ def learn_task(method: Method, step: Step, state: State) -> None:
     """
     task, recipe, run = step.task, state.recipe, step.task.runtime
     main = run.rank == 0
-    fingerprint = f"{step.document['fingerprint']}/{run.world}"
+    # A checkpoint is of use only for the same data, training and number of processes.
+    trained_by = recipe.model_dump_json(include={"backbone", "pet", "method", "head", "train", "seed"})
+    fingerprint = f"{step.document['fingerprint']}/{hashlib.sha256(trained_by.encode()).hexdigest()}/{run.world}"
     if main:
         about = {key: step.document[key] for key in ("fingerprint", "from")}
         state.log("task begun", task=task.index, name=task.name, **about)

@@ -22,6 +22,7 @@ class Checkpoints(Protocol):
 
     seconds: float
     images: int
+    every: int  # steps between two checkpoints
 
     def begin(self, phase: str, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> int | None:
         """Restore what is known of `phase`: the number of steps done, or None when it is finished."""

@@ -77,7 +77,7 @@ def init(
 def update(
     state: StateFolder,
     data: Annotated[str, typer.Option(help="A folder, manifest, parquet file or dataset id.")],
-    name: Annotated[str | None, typer.Option(help="Name of the task; task-N by default.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the task; by default that of the folder or file.")] = None,
     holdout: Annotated[
         float, typer.Option(min=0.0, max=0.9, help="Share kept for testing if there is no test split.")
     ] = 0.2,

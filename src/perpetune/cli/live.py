@@ -72,10 +72,13 @@ def show_results(results: dict[str, Any]) -> None:
     """The accuracy matrix and the figures under it."""
     console = Console(highlight=False)
     console.print()
-    console.print(matrix_table(results))
+    console.print(matrix_table(results, console.width))
     console.print(figures_line(results))
 
 
 def show_comparison(comparison: Comparison) -> None:
-    """Several runs in one table."""
-    Console(highlight=False).print(compare_table(comparison))
+    """Several runs in one table, and what to know before reading it."""
+    console = Console(highlight=False)
+    console.print(compare_table(comparison, console.width))
+    for note in comparison["notes"]:
+        console.print(Text(f"note: {note}", style="yellow"))

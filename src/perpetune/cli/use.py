@@ -24,25 +24,29 @@ def predict(
 
     from perpetune.cli.common import print_json
     from perpetune.data.pictures import picture_files
-    from perpetune.errors import UsageError
+    from perpetune.data.text import several
+    from perpetune.errors import DataError, UsageError
     from perpetune.learner import Learner
 
     if json and csv:
         raise UsageError("--json and --csv: choose one of them")
     files = picture_files(inputs)
-    found = Learner.load(state, device=device).predict(files, top=top)
+    unreadable: list[str] = []
+    found = Learner.load(state, device=device).predict(files, top=top, unreadable=unreadable)
     if json:
         print_json(
             [{"image": p.image, "classes": [{"name": n, "probability": v} for n, v in p.classes]} for p in found]
         )
     elif csv:
         writer = csv_writer.writer(sys.stdout)
-        ranks = range(1, len(found[0].classes) + 1)
+        ranks = range(1, max((len(p.classes) for p in found), default=0) + 1)
         writer.writerow(["image", *(f"{what}_{rank}" for rank in ranks for what in ("name", "probability"))])
         writer.writerows([p.image, *(x for name, v in p.classes for x in (name, f"{v:.6f}"))] for p in found)
     else:
         for p in found:
             print(f"{p.image}: {', '.join(f'{name} {value:.3f}' for name, value in p.classes)}")
+    if unreadable:
+        raise DataError(f"{len(unreadable)} of {len(files)} pictures cannot be read: {several(unreadable)}")
 
 
 def evaluate(

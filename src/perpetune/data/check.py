@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -66,21 +67,52 @@ def in_threads(work: Callable[[int], T], rows: Sequence[int]) -> Iterator[T]:
                 yield from results
 
 
-def find_overlap(train: Table, test: Table, contents: bool) -> list[tuple[int, int]]:
+def find_overlap(
+    train: Table,
+    test: Table,
+    contents: bool,
+    *,
+    train_rows: Iterable[int] | None = None,
+    test_rows: Iterable[int] | None = None,
+) -> list[tuple[int, int]]:
     """Training and test rows that are one file, or with `contents` have the same bytes; each test row once.
 
     Bytes are compared by a hash, and only where size and then the first 4 KiB are the same.
+
+    Args:
+        train_rows, test_rows: the rows that are compared; default: all.
     """
-    found = _matches(train, test, [_identity])
+    left = list(range(len(train)) if train_rows is None else train_rows)
+    right = list(range(len(test)) if test_rows is None else test_rows)
+    found = _matches(train, left, test, right, [_identity])
     if contents:
-        found |= _matches(train, test, [_size, _start, _whole])
+        found |= _matches(train, left, test, right, [_size, _start, _whole])
     return sorted((a, b) for b, a in found.items())
 
 
-def _matches(train: Table, test: Table, steps: Sequence[Callable[[Table, int], object]]) -> dict[int, int]:
+def find_twins(table: Table) -> list[list[int]]:
+    """The rows that have the same bytes as others, in groups of two and more; compared as in `find_overlap`."""
+    left: dict[int, object] = dict.fromkeys(range(len(table)))
+    for step in (_size, _start, _whole):
+        left = _values(table, left, step)
+        counts = Counter(left.values())
+        left = {row: value for row, value in left.items() if counts[value] > 1}
+    groups: dict[object, list[int]] = {}
+    for row, value in left.items():
+        groups.setdefault(value, []).append(row)
+    return list(groups.values())
+
+
+def _matches(
+    train: Table,
+    train_rows: Iterable[int],
+    test: Table,
+    test_rows: Iterable[int],
+    steps: Sequence[Callable[[Table, int], object]],
+) -> dict[int, int]:
     """For each test row that agrees with a training row in every step: the first such row."""
-    left: dict[int, object] = dict.fromkeys(range(len(train)))
-    right: dict[int, object] = dict.fromkeys(range(len(test)))
+    left: dict[int, object] = dict.fromkeys(train_rows)
+    right: dict[int, object] = dict.fromkeys(test_rows)
     for step in steps:
         left, right = _values(train, left, step), _values(test, right, step)
         common = set(left.values()) & set(right.values())

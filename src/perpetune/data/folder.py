@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Literal
 
@@ -107,7 +109,7 @@ def _scan(root: str, layout: Layout, inner: tuple[str, ...]) -> FileTable:
     groups: list[str] = []
     empty: list[str] = []
     folders, loose, others = list_folder(root)
-    others += len(loose)
+    others += loose
     for top in folders:
         part = top
         if inner:
@@ -119,7 +121,7 @@ def _scan(root: str, layout: Layout, inner: tuple[str, ...]) -> FileTable:
             leaves = [(part, top)]
         else:
             classes, loose, more = list_folder(os.path.join(root, part))
-            others += len(loose) + more
+            others += loose + more
             leaves = [(f"{part}/{name}", name) for name in classes]
             if not leaves:
                 empty.append(printable(part))
@@ -135,8 +137,18 @@ def _scan(root: str, layout: Layout, inner: tuple[str, ...]) -> FileTable:
     if empty:
         warnings.append(f"{printable(root)}: no picture in {several(empty)}")
     if others:
-        warnings.append(f"{printable(root)}: ignored {others} files that are not pictures in a class folder")
+        warnings.append(
+            f"{printable(root)}: ignored {len(others)} files that are not pictures in a class folder: "
+            f"{_by_suffix(others)}"
+        )
     return FileTable(root, paths, labels, groups if layout == "domains" else None, warnings)
+
+
+def _by_suffix(names: Sequence[str]) -> str:
+    """`12 .heic, 3 .txt`: what phones store comes first, for those are pictures that somebody will miss."""
+    counts = Counter(os.path.splitext(name)[1].lower() or "without a suffix" for name in names)
+    order = sorted(counts, key=lambda suffix: (suffix not in (".heic", ".heif"), -counts[suffix], suffix))
+    return several([f"{counts[suffix]} {printable(suffix)}" for suffix in order])
 
 
 def _expected(layout: Layout) -> str:

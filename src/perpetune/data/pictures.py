@@ -92,13 +92,13 @@ def picture_files(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
-def list_folder(path: str) -> tuple[list[str], list[str], int]:
-    """Names of folders and of pictures in one folder, in natural order, and how many other files it has.
+def list_folder(path: str) -> tuple[list[str], list[str], list[str]]:
+    """Names of folders and of pictures in one folder, in natural order, and of its other files.
 
     Hidden names are left out. A dangling link with a picture's name counts as a picture, so that it is
     reported and not overlooked.
     """
-    folders, pictures, others = [], [], 0
+    folders, pictures, others = [], [], []
     try:
         with os.scandir(path) as entries:
             for entry in entries:
@@ -109,7 +109,7 @@ def list_folder(path: str) -> tuple[list[str], list[str], int]:
                 elif is_picture(entry.name) and (entry.is_symlink() or entry.is_file()):
                     pictures.append(entry.name)
                 else:
-                    others += 1
+                    others.append(entry.name)
     except OSError as error:
         raise DataError(f"{printable(path)}: {_reason(error)}") from error
     return sorted(folders, key=natural_key), sorted(pictures, key=natural_key), others
@@ -122,20 +122,20 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def walk(path: str) -> tuple[list[str], int]:
-    """All pictures under a folder, as names relative to it with `/`, and how many other files there are.
+def walk(path: str) -> tuple[list[str], list[str]]:
+    """All pictures under a folder, as names relative to it with `/`, and the names of the other files.
 
     Links are followed, except into a folder that the walk is inside of.
     """
     return _walk(path, "", frozenset())
 
 
-def _walk(path: str, prefix: str, inside: frozenset[tuple[int, int]]) -> tuple[list[str], int]:
+def _walk(path: str, prefix: str, inside: frozenset[tuple[int, int]]) -> tuple[list[str], list[str]]:
     folders, names, others = list_folder(path)
     status = os.stat(path)
     here = (status.st_dev, status.st_ino)
     if here in inside:
-        return [], 0
+        return [], []
     pictures = [prefix + name for name in names]
     for folder in folders:
         more, other = _walk(os.path.join(path, folder), f"{prefix}{folder}/", inside | {here})

@@ -25,19 +25,37 @@ def by_label(rows: Iterable[int], labels: Sequence[str]) -> dict[str, list[int]]
 
 
 def hold_out(
-    rows: Iterable[int], labels: Sequence[str], key: Key, *, share: float, seed: int, purpose: str
+    rows: Iterable[int],
+    labels: Sequence[str],
+    key: Key,
+    *,
+    share: float,
+    seed: int,
+    purpose: str,
+    twins: Iterable[Sequence[int]] = (),
 ) -> tuple[list[int], list[int]]:
     """`rows` in two parts, kept and held out, each in the order given.
 
     Of the n rows of a label, `share * n` are held out, rounded, but at least one and at most n - 1
-    (so none of a single one).
+    (so none of a single one). Rows that are `twins` count as one and stay together; those that have
+    several labels, or a twin that is not among `rows`, are kept.
     """
     rows = list(rows)
+    here = set(rows)
+    together: dict[int, Sequence[int]] = {}
+    apart: set[int] = set()  # rows that are not drawn: they follow a twin, or are kept
+    for group in twins:
+        first = min(group, key=lambda row: (key(row), row))
+        apart.update(group)
+        if here.issuperset(group) and len({labels[row] for row in group}) == 1:
+            apart.remove(first)
+            together[first] = group
     out: set[int] = set()
-    for members in by_label(rows, labels).values():
+    for members in by_label((row for row in rows if row not in apart), labels).values():
         n = len(members)
         count = min(max(math.floor(share * n + 0.5), 1), n - 1) if share > 0 else 0
-        out.update(_ranked(members, key, seed, purpose)[:count])
+        for row in _ranked(members, key, seed, purpose)[:count]:
+            out.update(together.get(row, (row,)))
     return [r for r in rows if r not in out], [r for r in rows if r in out]
 
 

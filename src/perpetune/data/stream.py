@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-from perpetune.data.check import Depth, find_overlap
+from perpetune.data.check import Depth, find_overlap, find_twins
 from perpetune.data.sources import Source, Table
 from perpetune.data.split import by_label, given_order, hold_out, in_tasks, limit, seeded_order
 from perpetune.data.tasks import ImageSet, TaskData
@@ -115,17 +116,20 @@ def single_task(
 ) -> TaskData:
     """All of `source` as one task, for a state that is given one more batch of data.
 
+    How `options` cut a stream into tasks is not asked for.
+
     Args:
         index, name: of the task; the name is made safe for a folder.
         holdout: share of the pictures of each class that becomes the test, where the source has none.
     """
-    options = options.model_copy(update={"holdout": holdout})
+    uncut = {"by": "class", "classes_per_task": None, "class_order": "sorted", "order": None}
+    options = options.model_copy(update={**uncut, "holdout": holdout})
     train, test, warnings = _tables(source, options)
-    classes, more = _sorted_classes(train, options)
+    classes = natural(set(train.labels))
     part, left_out = _part(name, classes, range(len(train)), train, test, range(len(test) if test else 0))
     cut = _Cut(train, test, options, view, seed)
-    task = cut.task(index, task_names([name])[0], part)
-    task.warnings += warnings + more + _foreign(left_out)
+    task = cut.task(index, task_names([name], first=index + 1)[0], part)
+    task.warnings += warnings + _foreign(left_out)
     if test is not None or holdout:
         task.warnings += _untested([task])
     return task
@@ -256,15 +260,21 @@ class _Cut:
     view: Preprocess
     seed: int
 
+    @cached_property
+    def _twins(self) -> list[list[int]]:
+        """Training pictures of the same bytes, where some are about to be cut off from the others."""
+        cuts = self.options.validation or (self.test is None and self.options.holdout)
+        return find_twins(self.train) if cuts and self.options.check != "none" else []
+
     def task(self, index: int, name: str, part: _Part) -> TaskData:
         o, seed, labels, key = self.options, self.seed, self.train.labels, self.train.key
         rows, tests, table = list(part.train), list(part.test), self.test
         if table is None:
             table = self.train
-            rows, tests = hold_out(rows, labels, key, share=o.holdout, seed=seed, purpose="holdout")
+            rows, tests = hold_out(rows, labels, key, share=o.holdout, seed=seed, purpose="holdout", twins=self._twins)
         rows = limit(rows, labels, key, per_class=o.train_per_class, seed=seed, purpose="train limit")
         tests = limit(tests, table.labels, table.key, per_class=o.test_per_class, seed=seed, purpose="test limit")
-        rows, held = hold_out(rows, labels, key, share=o.validation, seed=seed, purpose="validation")
+        rows, held = hold_out(rows, labels, key, share=o.validation, seed=seed, purpose="validation", twins=self._twins)
         return TaskData(
             index=index,
             name=name,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from torch import Tensor
@@ -109,9 +109,7 @@ class TaskData:
         if not used:
             raise DataError(f"task {self.name}: no training picture can be read: {several(bad)}")
         if bad:
-            self.warnings.append(
-                f"task {self.name}: {len(bad)} pictures cannot be read and are left out: {several(bad)}"
-            )
+            self.warnings.append(_unreadable(self.name, bad))
         if lost:
             self.warnings.append(f"task {self.name}: left out, for no training picture can be read: {several(lost)}")
         self.bad = bad
@@ -120,6 +118,30 @@ class TaskData:
         self.validation = self.validation and (self.validation.within(self.classes, found[1]) or None)
         self.test = self.test and (self.test.within(self.classes, found[2]) or None)
         self.checked = True
+
+    def for_testing(self, classes: Sequence[str]) -> TaskData:
+        """The task with its test pictures checked alone; those of training are not looked at, and nobody should.
+
+        Args:
+            classes: those that were learned.
+
+        Raises:
+            DataError: more than `max_bad` test pictures are bad.
+        """
+        train, test = self.train.within(classes, {}), self.test
+        if test is None:
+            return replace(self, classes=tuple(classes), train=train, validation=None, warnings=[], checked=True)
+        (found,) = find_bad([(test.table, test.rows)], self.depth, self.max_bad, f"task {self.name}")
+        return replace(
+            self,
+            classes=tuple(classes),
+            train=train,
+            validation=None,
+            test=test.within(classes, found) or None,
+            warnings=[_unreadable(self.name, list(found.values()))] if found else [],
+            bad=list(found.values()),
+            checked=True,
+        )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -137,3 +159,7 @@ class TaskData:
                 if not table.files:
                     digest.update(table.content(row))
         return digest.hexdigest()
+
+
+def _unreadable(task: str, bad: Sequence[str]) -> str:
+    return f"task {task}: {len(bad)} pictures cannot be read and are left out: {several(bad)}"

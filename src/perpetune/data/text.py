@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 from collections.abc import Collection, Iterable
+
+RESERVED = "start"  # no task's name: a rollback to it drops all tasks
+_LONGEST = 100  # bytes of a task's name; file systems take 255 for a folder's, with its number and endings
 
 
 def natural_key(name: str) -> tuple[list[str | int], str]:
@@ -38,23 +42,38 @@ def several(names: Collection[str], shown: int = 5) -> str:
 
 
 def safe_name(name: str) -> str:
-    """`name` as a folder name of letters, digits, `.`, `_` and `-`; empty when no letter or digit is left."""
-    plain = unicodedata.normalize("NFKD", name)
-    plain = "".join(c for c in plain if not unicodedata.combining(c))
-    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", plain).strip("._-")[:60]
-    return plain if re.search(r"[A-Za-z0-9]", plain) else ""
+    """`name` as a folder name of letters and digits of any script, `.`, `_` and `-`, at most 100 bytes of UTF-8.
+
+    It begins with a letter or digit; empty when none is left.
+    """
+    plain = "".join(c if _is_safe(c) else " " for c in unicodedata.normalize("NFC", name))
+    plain = "_".join(plain.split())
+    plain = "".join(itertools.dropwhile(lambda c: not c.isalnum(), plain))
+    return _shortened(plain, _LONGEST)
 
 
-def task_names(wanted: Iterable[str]) -> list[str]:
-    """Safe and unique, also on file systems that ignore case; `task-3` for the third where nothing safe is left."""
+def task_names(wanted: Iterable[str], *, first: int = 1, taken: Iterable[str] = ()) -> list[str]:
+    """Safe and unique, also on file systems that ignore case, and none of them `taken` or `start`.
+
+    Where nothing safe is left it is `task-3` for the third, if they are counted from `first` = 1.
+    """
     names: list[str] = []
-    taken: set[str] = set()
-    for i, name in enumerate(wanted, 1):
+    used = {name.casefold() for name in taken}
+    for i, name in enumerate(wanted, first):
         stem = safe_name(name) or f"task-{i}"
-        unique, n = stem, 1
-        while unique.casefold() in taken:
+        unique = stem = f"{stem}-1" if stem == RESERVED else stem
+        n = 1
+        while unique.casefold() in used:
             n += 1
-            unique = f"{stem}-{n}"
-        taken.add(unique.casefold())
+            unique = _shortened(stem, _LONGEST - len(f"-{n}")) + f"-{n}"  # so that it stays safe as it is
+        used.add(unique.casefold())
         names.append(unique)
     return names
+
+
+def _is_safe(c: str) -> bool:
+    return c.isalnum() or c in "._-" or unicodedata.category(c).startswith("M")  # vowel signs are marks, not letters
+
+
+def _shortened(name: str, size: int) -> str:
+    return name.encode()[:size].decode(errors="ignore").rstrip("._-")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import torch
@@ -13,10 +14,12 @@ from perpetune.heads.cosine import Cosine
 
 
 class NCM(Head):
-    """The class whose mean training feature is nearest; exact under any order of batches and tasks.
+    """The class whose mean training feature is nearest.
 
     Kept are the sum of features and the count of each class, in float64, so a class that comes back
-    (domain-incremental) goes on from where it stood. While features are trained, a cosine probe
+    (domain-incremental) goes on from where it stood. While features stay what they are, the result is
+    exact under any order of batches and tasks; where a method moves them, the means of earlier classes
+    stay behind in the old feature space, and nothing here can follow. While features are trained, a cosine probe
     gives the logits; it takes no part in the prediction. Mensink et al. 2013; SimpleCIL,
     arXiv:2303.07338, is this head on frozen features with `metric: cosine`.
 
@@ -58,9 +61,16 @@ class NCM(Head):
         self.means = F.pad(self.means, (0, 0, 0, more))
         self.probe.resize(rows, generator)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NCM:
+        # The sums stay on the CPU wherever the rest goes: Apple's GPUs have no float64.
+        sums = self._buffers.pop("sums")
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._buffers["sums"] = sums
+        return self
+
     @torch.no_grad()
     def observe(self, features: Tensor, rows: Tensor) -> None:
-        self.sums.index_add_(0, rows, features.to(self.sums))
+        self.sums.index_add_(0, rows.to(self.sums.device), features.to(self.sums))
         self.counts += torch.bincount(rows, minlength=len(self.counts))
 
     def additive(self) -> list[Tensor]:
@@ -68,4 +78,5 @@ class NCM(Head):
 
     @torch.no_grad()
     def settle(self) -> None:
-        self.means = (self.sums / self.counts.clamp(min=1).unsqueeze(1)).to(self.means)
+        counts = self.counts.clamp(min=1).unsqueeze(1).to(self.sums)
+        self.means = (self.sums / counts).to(self.means)

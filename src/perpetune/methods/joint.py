@@ -27,16 +27,13 @@ class Joint(Method):
     Args:
         model: with a pet injected under the name `default`, or with none.
         train: how each union is trained; `epochs` counts passes over the union.
-        restart: start each task from the parameters that the pet had at the very beginning and from a
-            new head; otherwise go on from the task before.
     """
 
     needs_earlier_data = True
 
-    def __init__(self, model: ImageClassifier, *, train: FitConfig, restart: bool = True):
+    def __init__(self, model: ImageClassifier, *, train: FitConfig):
         super().__init__(model)
         self.model: ImageClassifier = model
-        self.restart = restart
         self.inner = FineTune(model, train=train, mask="none")
         self._start = [{k: v.clone() for k, v in pet.state_dict().items()} for pet in self._pets()]
 
@@ -46,10 +43,9 @@ class Joint(Method):
                 "method: joint needs the data of all tasks, and an update has only its own: use `perpetune run`, or "
                 "another method"
             )
-        if self.restart:
-            for pet, start in zip(self._pets(), self._start, strict=True):
-                pet.load_state_dict(start)
-            self.model.head.reset()
+        for pet, start in zip(self._pets(), self._start, strict=True):
+            pet.load_state_dict(start)
+        self.model.head.reset()
         self.inner.learn(union([*task.earlier, task]))
 
     def predict(self, inputs: Tensor) -> Tensor:

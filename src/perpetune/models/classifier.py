@@ -81,7 +81,7 @@ class ImageClassifier(Model):
             self.head.observe(features.float(), rows[batch.targets])
         if run.world > 1:
             for total, old in zip(self.head.additive(), before, strict=True):
-                total.copy_(old + run.sum(total - old))
+                total.copy_(old + run.sum((total - old).to(run.device)).to(total.device))
         self.head.settle()
 
     def get_extra_state(self) -> dict[str, list[str]]:

@@ -1,4 +1,4 @@
-"""Several runs beside each other: those that differ only in the seed are one row, mean and spread."""
+"""Several runs beside each other: those that differ in the seed alone are one row, mean and spread."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Spread(TypedDict):
 
 
 class ComparisonRow(TypedDict):
-    """Runs of one recipe. Curves hold one spread for each task learned."""
+    """Runs of one recipe on the same data, each seed once. Curves hold one spread for each task learned."""
 
     label: str
     runs: list[str]
@@ -58,7 +58,7 @@ class Comparison(TypedDict):
     """What `compare` returns.
 
     Attributes:
-        rows: one for each recipe, in the order given.
+        rows: one for each recipe and what it learned, in the order given.
         settings: dotted keys of the settings in which the recipes differ.
         best: for each figure the numbers of the best rows; empty where rows cannot be ranked.
         notes: reasons why rows should not be read against each other as they stand.
@@ -72,7 +72,7 @@ class Comparison(TypedDict):
 
 
 def compare(runs: Sequence[Mapping[str, Any]], names: Sequence[str] | None = None) -> Comparison:
-    """The figures of several runs, grouped by recipe.
+    """The figures of several runs, grouped by recipe and data.
 
     Args:
         runs: results documents.
@@ -86,17 +86,21 @@ def compare(runs: Sequence[Mapping[str, Any]], names: Sequence[str] | None = Non
         raise UsageError("compare: name one run or more")
     called = list(names) if names is not None else [str(run.get("name")) for run in runs]
     results = [checked(run, where) for run, where in zip(runs, called, strict=True)]
-    groups: dict[str, list[int]] = {}
-    for i, run in enumerate(results):
-        groups.setdefault(_identity(run), []).append(i)
-    members = [[results[i] for i in group] for group in groups.values()]
+    groups, repeats = _grouped(results)
+    members = [[results[i] for i in group] for group in groups]
     settings = _differing([_flat(group[0]["recipe"]) for group in members])
-    labels = _labels(members, settings)
+    labels = _labels(members, [called[group[0]] for group in groups], settings)
     rows = [
         _row(label, [called[i] for i in group], runs_of_row, settings)
-        for label, group, runs_of_row in zip(labels, groups.values(), members, strict=True)
+        for label, group, runs_of_row in zip(labels, groups, members, strict=True)
     ]
-    notes, rankable = _notes(results, called)
+    counted = [i for i in range(len(results)) if i not in repeats]
+    notes, rankable = _notes([results[i] for i in counted], [called[i] for i in counted])
+    notes += [
+        f"{called[i]} repeats {called[first]} (same recipe, data and seed) and is not counted"
+        + ("" if results[i]["cells"] == results[first]["cells"] else ", though its figures differ")
+        for i, first in repeats.items()
+    ]
     best = {key: _best(rows, key) if rankable and len(rows) > 1 else [] for key in rows[0]["metrics"]}
     return {"format": 1, "rows": rows, "settings": settings, "best": best, "notes": notes}
 
@@ -127,8 +131,48 @@ def _flat(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _grouped(results: Sequence[Results]) -> tuple[list[list[int]], dict[int, int]]:
+    """Numbers of the runs of each row; and of each run that repeats another of its row, with that one's number."""
+    groups: dict[str, list[dict[int, int]]] = {}  # identity: for each row the first run of each seed
+    rows: list[dict[int, int]] = []
+    repeats = {}
+    for i, run in enumerate(results):
+        alike = groups.setdefault(_identity(run), [])
+        # The data may change beneath a recipe's path: what the same seed then draws is another row.
+        row = next((r for r in alike if (k := r.get(run["seed"])) is None or _data(results[k]) == _data(run)), None)
+        if row is None:
+            row = {}
+            alike.append(row)
+            rows.append(row)
+        first = row.setdefault(run["seed"], i)
+        if first != i:
+            repeats[i] = first
+    return [list(row.values()) for row in rows], repeats
+
+
 def _identity(run: Results) -> str:
-    return json.dumps([run["setting"], _flat(run["recipe"])], sort_keys=True)
+    """What runs of one row share: the recipe, how many tasks are learned, and the data but for what the seed draws."""
+    tasks = run["tasks"]
+    data: list[Any]
+    if _given(run):
+        data = _data(run)
+    else:  # the seed orders the classes and draws the examples
+        data = [sorted(_classes(run)), len(tasks), sum(task["train"] for task in tasks), _examples(run)]
+    return json.dumps([run["setting"], _flat(run["recipe"]), len(run["cells"]), data], sort_keys=True)
+
+
+def _given(run: Results) -> bool:
+    """Whether the tasks were given one by one, not cut from a stream that the recipe names."""
+    return run["recipe"].get("data") is None
+
+
+def _fingerprints(run: Results) -> list[str | None]:
+    return [task.get("fingerprint") for task in run["tasks"]]
+
+
+def _data(run: Results) -> list[Any]:
+    keys = ("name", "classes", "train", "test", "fingerprint")
+    return [[task.get(key) for key in keys] for task in run["tasks"]]
 
 
 def _differing(recipes: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -136,15 +180,17 @@ def _differing(recipes: Sequence[Mapping[str, Any]]) -> list[str]:
     return [key for key in keys if len({json.dumps(r.get(key), sort_keys=True) for r in recipes}) > 1]
 
 
-def _labels(groups: Sequence[Sequence[Results]], settings: Sequence[str]) -> list[str]:
-    """A name for each row: the runs' own where it tells rows apart, else with the settings that do."""
+def _labels(groups: Sequence[Sequence[Results]], called: Sequence[str], settings: Sequence[str]) -> list[str]:
+    """A name for each row: the runs' own where it tells rows apart, else with the settings that do, else with
+    what the user calls the first run."""
     labels = [" / ".join(dict.fromkeys(run["name"] for run in group)) for group in groups]
     if len(set(labels)) < len(labels):
         for i, group in enumerate(groups):
             flat = _flat(group[0]["recipe"])
             labels[i] += "".join(f" · {_short(key)} {form.setting(flat.get(key))}" for key in settings[:3])
     repeated = {label for label in labels if labels.count(label) > 1}
-    return [f"{label} #{i + 1}" if label in repeated else label for i, label in enumerate(labels)]
+    labels = [f"{label} · {name}" if label in repeated else label for label, name in zip(labels, called, strict=True)]
+    return [f"{label} #{i + 1}" if labels.count(label) > 1 else label for i, label in enumerate(labels)]
 
 
 def _short(key: str) -> str:
@@ -176,8 +222,7 @@ def _row(label: str, names: list[str], runs: Sequence[Results], settings: Sequen
 
 
 def _pointwise(series: Sequence[Sequence[float | None]]) -> list[Spread]:
-    """Spread at each step over the runs that came as far."""
-    return [spread([s[i] for s in series if i < len(s)]) for i in range(max(map(len, series)))]
+    return [spread(values) for values in zip(*series, strict=True)]
 
 
 def _best(rows: Sequence[ComparisonRow], key: str) -> list[int]:
@@ -213,6 +258,8 @@ def _notes(results: Sequence[Results], names: Sequence[str]) -> tuple[list[str],
             )
         elif _examples(run) != _examples(first):
             apart.append(f"{name} is tested on {_examples(run)} examples, {reference} on {_examples(first)}")
+        elif _given(run) and _given(first) and _fingerprints(run) != _fingerprints(first):
+            apart.append(f"{name} learned other data than {reference}")
         elif [set(t["classes"]) for t in run["tasks"]] != [set(t["classes"]) for t in first["tasks"]]:
             reordered.append(f"{name} has the classes of {reference} in another order")
     return apart + reordered, not apart

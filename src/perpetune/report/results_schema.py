@@ -15,13 +15,14 @@ FORMAT = 1
 
 
 class TaskInfo(TypedDict):
-    """One task: `train` and `test` are numbers of examples."""
+    """One task: `train` and `test` are numbers of examples, `fingerprint` is of its data."""
 
     index: int
     name: str
     classes: list[str]
     train: int
     test: int
+    fingerprint: NotRequired[str]
 
 
 class Timing(TypedDict):

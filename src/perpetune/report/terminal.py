@@ -16,6 +16,18 @@ VISIBLE_CHANGE = 0.005  # smaller ones do not show at two digits
 GAP = "…"
 ROWS = 24
 NAME = 16  # longer names of tasks are cut
+COMPARED = {  # columns of a comparison and their headings, in order
+    "final_accuracy": "final",
+    "average_accuracy": "average",
+    "forgetting": "forgetting",
+    "backward_transfer": "backward",
+    "forward_transfer": "forward",
+    "pooled_accuracy": "pooled",
+    "stored": "stored",
+    "learning": "learning",
+}
+# Those that go where the width does not hold all, the first one first.
+SPARE = ("pooled_accuracy", "forward_transfer", "stored", "backward_transfer", "learning", "average_accuracy")
 
 
 def matrix_table(results: Mapping[str, Any], width: int = 100) -> Table:
@@ -76,20 +88,43 @@ def figures_line(results: Mapping[str, Any]) -> Text:
     return line
 
 
-def compare_table(comparison: Mapping[str, Any]) -> Table:
-    """One line for each recipe, mean ± standard deviation; the best of each column is bold."""
+def compare_table(comparison: Mapping[str, Any], width: int = 100) -> Table:
+    """One line for each recipe, mean ± standard deviation; the best of each column is bold.
+
+    Where the columns do not fit into `width` characters some go; the line below the table names them.
+    """
     from rich import box
+    from rich.cells import cell_len
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
-    for heading in ("run", "n", *(label.lower() for _, label, _, _ in view.FIGURES), "stored", "learning"):
-        table.add_column(heading, justify="left" if heading == "run" else "right")
-    for i, row in enumerate(comparison["rows"]):
-        texts = view.comparison_cells(row)
-        cells = [Text(texts[key], "bold" if i in comparison["best"][key] else "") for key, _, _, _ in view.FIGURES]
-        cost = [form.size(row["stored_bytes"]["mean"]), form.duration(row["learn_seconds"]["mean"])]
-        table.add_row(Text(row["label"]), str(len(row["runs"])), *cells, *cost)
+    rows, best = comparison["rows"], comparison["best"]
+    texts = [
+        view.comparison_cells(row)
+        | {"stored": form.size(row["stored_bytes"]["mean"]), "learning": form.duration(row["learn_seconds"]["mean"])}
+        for row in rows
+    ]
+    shown = [key for key in COMPARED if any(cells[key] != form.ABSENT for cells in texts)]
+    wide = {key: 2 + max(len(text) for text in (COMPARED[key], *(cells[key] for cells in texts))) for key in shown}
+    counts = [str(len(row["runs"])) for row in rows]
+    label = min(max(cell_len(row["label"]) for row in rows), max(20, width * 2 // 5))  # longer ones are folded
+    room = width - label - max(map(len, counts)) - 4  # and the edges
+    left_out = []
+    for key in SPARE:
+        if key in shown and sum(wide[k] for k in shown) > room:
+            shown.remove(key)
+            left_out.append(COMPARED[key])
+    table = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, header_style="dim", caption_justify="left"
+    )
+    if left_out:
+        table.caption = Text("no room for: " + ", ".join(left_out), "dim")
+    table.add_column("run", overflow="fold")
+    for heading in ("n", *(COMPARED[key] for key in shown)):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for i, (row, n, cells) in enumerate(zip(rows, counts, texts, strict=True)):
+        styled = [Text(cells[key], "bold" if i in best.get(key, []) else "") for key in shown]
+        table.add_row(Text(row["label"]), n, *styled)
     return table
 
 
