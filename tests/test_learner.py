@@ -450,7 +450,7 @@ def test_training_images_of_earlier_tasks_are_not_opened(vit: Path, two_classes:
     state = tmp_path / "state"
     learner = Learner(recipe(vit, method="frozen", head="ncm", pet="none", stream={"max_bad": 0}), state)
     learner.learn(first)
-    train = learner._tasks[0].train
+    train = learner._tasks._tasks[0].train
     kept = [Path(getattr(train, "name")(i)) for i in range(len(train))]  # noqa: B009
     for path in kept:
         path.write_bytes(b"\0" * path.stat().st_size)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import hashlib
 import shutil
 import signal
 import tempfile
@@ -17,30 +15,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from perpetune import registry
-from perpetune.build import build_backbone, build_data, build_method, build_runtime
-from perpetune.data.check import find_overlap
+from perpetune.build import build_backbone, build_method, build_runtime
 from perpetune.data.pictures import as_rgb, load_picture
-from perpetune.data.sources import Source, guess_source
-from perpetune.data.stream import Stream, StreamOptions, single_task
-from perpetune.data.tasks import ImageSet, TaskData
-from perpetune.data.text import safe_name, several, task_names
+from perpetune.data.sources import Source
+from perpetune.data.stream import Stream
+from perpetune.data.text import safe_name, task_names
 from perpetune.errors import DataError, Interrupted, StateError, UsageError
 from perpetune.evaluate import evaluate
 from perpetune.pets import PET, frozen
 from perpetune.recipe import Recipe, load_recipe, make_recipe
 from perpetune.results import read_results, versions
-from perpetune.run import Step, run
+from perpetune.run import run
 from perpetune.runtime import Progress, Runtime, Silent
+from perpetune.sequence import STREAM, Data, TaskSequence
 from perpetune.snapshot import restore, snapshot
-from perpetune.state import START, Committed, State
-from perpetune.tasks import Task
+from perpetune.state import START, State
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-Origin = dict[str, Any]  # where the data of an update came from: a data section and its holdout
-STREAM = "stream"  # and of a run: the recipe's stream
 
 
 @dataclass(frozen=True)
@@ -68,8 +60,6 @@ class Learner:
         DataError: the recipe's data cannot be used.
     """
 
-    _stream: Stream | None
-
     def __init__(
         self,
         recipe: Recipe | dict[str, Any] | str | Path,
@@ -88,7 +78,7 @@ class Learner:
         if self._temporary and self.runtime.world > 1:
             raise UsageError("several processes share one state folder: give `folder` a path that all of them see")
         if recipe.data is not None:  # before the folder is made, so that data that cannot be used leave none
-            self._stream = build_data(recipe, self.backbone)
+            self.stream  # noqa: B018  read here
         if self.runtime.rank == 0:
             State.create(path, recipe, self._model_document())
         self.runtime.accelerator.wait_for_everyone()
@@ -133,9 +123,8 @@ class Learner:
         self._new = snapshot(self.method)
         self._learned = ""  # the last task folder that is part of `method`
         self._halfway = False  # whether `method` was left inside a task
-        self._stream = None
-        self._tasks: dict[int, Task] = {}
-        self._tests: dict[int, Task] = {}  # earlier tasks of which only the test is to be used
+        keeps_data = self.method.needs_earlier_data
+        self._tasks = TaskSequence(recipe, self.backbone, self.runtime, keeps_data=keeps_data)
 
     def _model_document(self) -> dict[str, Any]:
         pets = [m for m in self.method.modules() if isinstance(m, PET)]
@@ -155,17 +144,17 @@ class Learner:
             UsageError: the recipe names no data.
             Interrupted: a signal asked for a stop; `resume` goes on.
         """
-        tasks = self.stream.tasks
-        with self._writing(tasks=len(tasks)):
-            for warning in self.stream.warnings:
+        stream = self.stream
+        count = len(stream.tasks)
+        with self._writing(tasks=count):
+            for warning in stream.warnings:
                 self.runtime.progress.note(warning)
             done = len(self.state.committed)
-            run(self.method, (self._stream_step(i) for i in range(done, len(tasks))), self.state)
+            steps = (self._tasks.of_stream(i, self.state.committed) for i in range(done, count))
+            run(self.method, steps, self.state)
         return read_results(self.state)
 
-    def learn(
-        self, data: str | Path | dict[str, Any] | Source | Task, *, name: str | None = None, holdout: float = 0.2
-    ) -> dict[str, Any]:
+    def learn(self, data: Data, *, name: str | None = None, holdout: float = 0.2) -> dict[str, Any]:
         """Learn one more batch of data as one task; returns the results document.
 
         Args:
@@ -187,28 +176,12 @@ class Learner:
                 f"finish them first with `perpetune resume {self.state.folder}`"
             )
         name = self._name(data, name, index)
-        origin: Origin
-        if isinstance(data, Task):
-            task = dataclasses.replace(data, index=index, name=name, earlier=None, runtime=self.runtime)
-            print_ = hashlib.sha256(repr(list(task.train.targets)).encode()).hexdigest()
-            origin, fingerprint, bad, warnings = {"name": None}, print_, [], []
-        else:
-            origin = data if isinstance(data, dict) else {} if isinstance(data, Source) else _origin(data)
-            origin = {**origin, "holdout": holdout}
-            source = data if isinstance(data, Source) else _source(origin)
-            found = self._checked(self._single(source, index, name, holdout))
-            task, fingerprint, bad, warnings = self._as_task(found), found.fingerprint, found.bad, found.warnings
-        self._tasks[index] = task
+        task, document = self._tasks.given(data, index, name, holdout)
         with self._writing():
-            others = [t for t in (self._past(c) for c in self.state.committed) if t is not None]
-            leaks = self._leaks(task, others)
-            for warning in leaks:
-                self.runtime.progress.note(warning)
-            document = _document(task, origin, fingerprint, bad, [*warnings, *leaks])
-            run(self.method, [Step(task, others, document)], self.state)
+            run(self.method, [self._tasks.of_update(task, document, self.state.committed)], self.state)
         return read_results(self.state)
 
-    def _name(self, data: str | Path | dict[str, Any] | Source | Task, asked: str | None, index: int) -> str:
+    def _name(self, data: Data, asked: str | None, index: int) -> str:
         """The name of an update's task: the one asked for, made safe, or one that no task has yet."""
         taken = [t.name for t in self.state.committed]
         safe = safe_name(asked or "")
@@ -223,18 +196,6 @@ class Learner:
             own = path.name if path.is_dir() else path.stem if path.is_file() else ""
             return task_names([own], first=index + 1, taken=taken)[0]
         return safe or task_names([""], first=index + 1, taken=taken)[0]
-
-    def _leaks(self, task: Task, others: Sequence[Task]) -> list[str]:
-        """A warning where pictures that `task` trains on are among the test pictures of the others."""
-        found = []
-        for other in others if self.recipe.stream.check != "none" else []:
-            train, test = task.train, other.test
-            if isinstance(train, ImageSet) and isinstance(test, ImageSet):
-                pairs = find_overlap(train.table, test.table, True, train_rows=train.rows, test_rows=test.rows)
-                found += [f"{train.table.name(a)} = {test.table.name(b)} (task {other.name})" for a, b in pairs]
-        if not found:
-            return []
-        return [f"task {task.name} trains on {len(found)} test pictures of earlier tasks: {several(found)}"]
 
     def resume(self) -> dict[str, Any]:
         """Go on where an interrupted `run` or `learn` stopped; returns the results document."""
@@ -252,93 +213,15 @@ class Learner:
             return read_results(self.state)
         return self.run()
 
+    @property
+    def stream(self) -> Stream:
+        """The recipe's stream of tasks."""
+        return self._tasks.stream
+
     def _planned(self) -> int:
         """How many tasks the recipe's stream has; once it was begun the journal knows, and the data may be gone."""
         begun = [e["tasks"] for e in self.state.journal() if e["event"] == "run begun" and "tasks" in e]
         return int(begun[-1]) if begun else len(self.stream.tasks)
-
-    @property
-    def stream(self) -> Stream:
-        """The recipe's stream of tasks."""
-        if self._stream is None:
-            self._stream = build_data(self.recipe, self.backbone)
-        return self._stream
-
-    def _stream_step(self, index: int) -> Step:
-        task, data = self._stream_task(index), self._checked(self.stream.tasks[index])
-        others = [t for t in (self._past(c) for c in self.state.committed) if t is not None]
-        if self.recipe.setting == "domain" and index + 1 < len(self.stream.tasks):
-            others.append(self._stream_task(index + 1))  # its accuracy before it is learned: forward transfer
-        warnings = self.stream.warnings if index == 0 else []
-        return Step(task, others, _document(task, STREAM, data.fingerprint, data.bad, warnings))
-
-    def _stream_task(self, index: int) -> Task:
-        if index not in self._tasks:
-            self._tasks[index] = self._as_task(self._checked(self.stream.tasks[index]))
-        task = self._tasks[index]
-        if self.method.needs_earlier_data:
-            task = dataclasses.replace(task, earlier=tuple(self._stream_task(i) for i in range(index)))
-        return task
-
-    def _past(self, committed: Committed) -> Task | None:
-        """An earlier task as far as its test data are still there, and what they were."""
-        index = committed.index
-        if index in self._tasks:
-            return self._tasks[index]
-        if index not in self._tests:
-            document = committed.json("task.json")
-            origin = document["from"]
-            if origin != STREAM and not origin.get("name"):
-                self.runtime.progress.note(f"task {committed.name} is not evaluated, it was given as a Python object")
-                return None
-            try:
-                if origin == STREAM:
-                    found = self.stream.tasks[index] if index < len(self.stream.tasks) else None
-                else:
-                    found = self._single(_source(origin), index, committed.name, origin["holdout"])
-                if found is None or found.fingerprint != document["fingerprint"]:
-                    self.runtime.progress.note(
-                        f"task {committed.name} is not evaluated: its data at {self._place(origin)} changed since it "
-                        "was learned"
-                    )
-                    return None
-                found = self._checked(found, document["classes"])
-            except (DataError, UsageError) as error:
-                self.runtime.progress.note(f"task {committed.name} is not evaluated, its data are gone: {error}")
-                return None
-            self._tests[index] = dataclasses.replace(self._as_task(found), name=committed.name)
-        return self._tests[index]
-
-    def _place(self, origin: Origin | str) -> str:
-        """Where data came from, for messages."""
-        if isinstance(origin, dict):
-            return str(origin.get("path", origin["name"]))
-        data = self.recipe.data
-        return str(data.options.get("path", data.name)) if data else "its stream"
-
-    def _single(
-        self, source: Source, index: int, name: str, holdout: float, options: StreamOptions | None = None
-    ) -> TaskData:
-        options, seed, view = options or self.recipe.stream, self.recipe.seed, self.backbone.preprocess
-        return single_task(source, options, view, index=index, name=name, seed=seed, holdout=holdout)
-
-    def _checked(self, data: TaskData, learned: Sequence[str] | None = None) -> TaskData:
-        """`data` without the images that cannot be read; each is looked at once.
-
-        With the classes that were `learned` of it, it is only tested on: its training images are not looked at.
-        """
-        if learned is not None:
-            data = data.for_testing(learned)
-        elif not data.checked:
-            data.check()
-        else:
-            return data
-        for warning in data.warnings:
-            self.runtime.progress.note(warning)
-        return data
-
-    def _as_task(self, data: TaskData) -> Task:
-        return Task(data.index, data.name, data.classes, data.train, data.validation, data.test, runtime=self.runtime)
 
     @contextlib.contextmanager
     def _writing(self, **facts: Any) -> Iterator[None]:
@@ -453,14 +336,9 @@ class Learner:
         self._need_classes()
         setting, size = self.recipe.setting, self.recipe.evaluate.batch_size
         if data is None:
-            tasks = {c.name: self._past(c) for c in self.state.committed}
+            tasks = {c.name: self._tasks.past(c) for c in self.state.committed}
         else:
-            source = data if isinstance(data, Source) else _source(_origin(data))
-            everything = {"validation": 0.0, "train_per_class": None, "test_per_class": None, "augment": "none"}
-            options = self.recipe.stream.model_copy(update=everything)
-            found = self._single(source, len(self.state.committed), "given", 0.0, options)
-            task = self._as_task(self._checked(found, found.classes if found.test else None))
-            tasks = {str(data): dataclasses.replace(task, test=task.test or task.train)}
+            tasks = {str(data): self._tasks.whole(data)}
         return {
             name: evaluate(self.method, task, setting=setting, batch_size=size) if task else None
             for name, task in tasks.items()
@@ -505,34 +383,3 @@ def stop_signals(runtime: Runtime) -> Iterator[None]:
         runtime.stopping = lambda: None
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _document(
-    task: Task, origin: Origin | str, fingerprint: str, bad: Sequence[str], warnings: Sequence[str]
-) -> dict[str, Any]:
-    """What is stored of a task beside what was learned."""
-    return {
-        "train": len(task.train),
-        "validation": len(task.validation) if task.validation else 0,
-        "test": len(task.test) if task.test else 0,
-        "from": origin,
-        "fingerprint": fingerprint,
-        "bad": list(bad),
-        "warnings": list(warnings),
-    }
-
-
-def _origin(data: str | Path) -> Origin:
-    """The data section for a path or id; a path is made absolute, so that a later call finds it."""
-    if not str(data):
-        raise UsageError("data: the path is empty; a folder, manifest, parquet file or data set id is expected")
-    path = Path(data).expanduser()
-    place = str(path.resolve() if path.exists() else data)
-    name, options = guess_source(place)
-    return {"name": name, **options}
-
-
-def _source(origin: Origin) -> Source:
-    given = {k: v for k, v in origin.items() if k not in ("name", "holdout")}
-    source: Source = registry.find("data", origin["name"])(**registry.options("data", origin["name"], given))
-    return source

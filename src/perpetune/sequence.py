@@ -1,0 +1,205 @@
+"""The tasks that a state learns: those of its recipe's stream, those that updates bring, and what is left of
+earlier ones to test on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from perpetune import registry
+from perpetune.build import build_data
+from perpetune.data.check import find_overlap
+from perpetune.data.sources import Source, guess_source
+from perpetune.data.stream import Stream, StreamOptions, single_task
+from perpetune.data.tasks import ImageSet, TaskData
+from perpetune.data.text import several
+from perpetune.errors import DataError, UsageError
+from perpetune.models.backbone import Backbone
+from perpetune.recipe import Recipe
+from perpetune.run import Step
+from perpetune.runtime import Runtime
+from perpetune.state import Committed
+from perpetune.tasks import Task
+
+Data = str | Path | dict[str, Any] | Source | Task
+Origin = dict[str, Any]  # where the data of an update came from: a data section and its holdout
+STREAM = "stream"  # and of a run: the recipe's stream
+
+
+class TaskSequence:
+    """Prepares tasks for `perpetune.run`; images are checked when a task is asked for, once.
+
+    Args:
+        recipe: its `data:` and `stream:` sections say where tasks come from and how they are cut.
+        backbone: says how pictures are prepared.
+        runtime: handed on with every task; told of everything that is left out.
+        keeps_data: whether tasks bring all earlier ones along, as the upper bounds need.
+    """
+
+    def __init__(self, recipe: Recipe, backbone: Backbone, runtime: Runtime, *, keeps_data: bool):
+        self.recipe, self.backbone, self.runtime, self.keeps_data = recipe, backbone, runtime, keeps_data
+        self._stream: Stream | None = None
+        self._tasks: dict[int, Task] = {}
+        self._tests: dict[int, Task] = {}  # earlier tasks of which only the test is to be used
+
+    @property
+    def stream(self) -> Stream:
+        """The recipe's stream of tasks."""
+        if self._stream is None:
+            self._stream = build_data(self.recipe, self.backbone)
+        return self._stream
+
+    def of_stream(self, index: int, committed: Sequence[Committed]) -> Step:
+        """Task `index` of the recipe's stream, evaluated on those `committed` too."""
+        task, data = self._of_stream(index), self._checked(self.stream.tasks[index])
+        others = [t for t in (self.past(c) for c in committed) if t is not None]
+        if self.recipe.setting == "domain" and index + 1 < len(self.stream.tasks):
+            others.append(self._of_stream(index + 1))  # its accuracy before it is learned: forward transfer
+        warnings = self.stream.warnings if index == 0 else []
+        return Step(task, others, _document(task, STREAM, data.fingerprint, data.bad, warnings))
+
+    def given(self, data: Data, index: int, name: str, holdout: float) -> tuple[Task, dict[str, Any]]:
+        """The task that an update brings, and what is stored of it; `data` and `holdout` as in `Learner.learn`."""
+        if isinstance(data, Task):
+            task = dataclasses.replace(data, index=index, name=name, earlier=None, runtime=self.runtime)
+            fingerprint = hashlib.sha256(repr(list(task.train.targets)).encode()).hexdigest()
+            document = _document(task, {"name": None}, fingerprint, [], [])
+        else:
+            origin: Origin = data if isinstance(data, dict) else {} if isinstance(data, Source) else origin_of(data)
+            origin = {**origin, "holdout": holdout}
+            source = data if isinstance(data, Source) else _source(origin)
+            found = self._checked(self._single(source, index, name, holdout))
+            task = self._as_task(found)
+            document = _document(task, origin, found.fingerprint, found.bad, found.warnings)
+        self._tasks[index] = task
+        return task, document
+
+    def of_update(self, task: Task, document: dict[str, Any], committed: Sequence[Committed]) -> Step:
+        """What `given` prepared, evaluated on the tasks `committed` too, whose test pictures it should not hold."""
+        others = [t for t in (self.past(c) for c in committed) if t is not None]
+        leaks = self._leaks(task, others)
+        for warning in leaks:
+            self.runtime.progress.note(warning)
+        return Step(task, others, {**document, "warnings": [*document["warnings"], *leaks]})
+
+    def whole(self, data: str | Path | Source) -> Task:
+        """All of `data` as something to evaluate on: its test split, or everything where there is none."""
+        source = data if isinstance(data, Source) else _source(origin_of(data))
+        everything = {"validation": 0.0, "train_per_class": None, "test_per_class": None, "augment": "none"}
+        found = self._single(source, 0, "given", 0.0, self.recipe.stream.model_copy(update=everything))
+        task = self._as_task(self._checked(found, found.classes if found.test else None))
+        return dataclasses.replace(task, test=task.test or task.train)
+
+    def past(self, committed: Committed) -> Task | None:
+        """An earlier task as far as its test data are still there, and what they were."""
+        index = committed.index
+        if index in self._tasks:
+            return self._tasks[index]
+        if index not in self._tests:
+            document = committed.json("task.json")
+            origin = document["from"]
+            if origin != STREAM and not origin.get("name"):
+                self.runtime.progress.note(f"task {committed.name} is not evaluated, it was given as a Python object")
+                return None
+            try:
+                if origin == STREAM:
+                    found = self.stream.tasks[index] if index < len(self.stream.tasks) else None
+                else:
+                    found = self._single(_source(origin), index, committed.name, origin["holdout"])
+                if found is None or found.fingerprint != document["fingerprint"]:
+                    self.runtime.progress.note(
+                        f"task {committed.name} is not evaluated: its data at {self._place(origin)} changed since it "
+                        "was learned"
+                    )
+                    return None
+                found = self._checked(found, document["classes"])
+            except (DataError, UsageError) as error:
+                self.runtime.progress.note(f"task {committed.name} is not evaluated, its data are gone: {error}")
+                return None
+            self._tests[index] = dataclasses.replace(self._as_task(found), name=committed.name)
+        return self._tests[index]
+
+    def _leaks(self, task: Task, others: Sequence[Task]) -> list[str]:
+        """A warning where pictures that `task` trains on are among the test pictures of the others."""
+        found = []
+        for other in others if self.recipe.stream.check != "none" else []:
+            train, test = task.train, other.test
+            if isinstance(train, ImageSet) and isinstance(test, ImageSet):
+                pairs = find_overlap(train.table, test.table, True, train_rows=train.rows, test_rows=test.rows)
+                found += [f"{train.table.name(a)} = {test.table.name(b)} (task {other.name})" for a, b in pairs]
+        if not found:
+            return []
+        return [f"task {task.name} trains on {len(found)} test pictures of earlier tasks: {several(found)}"]
+
+    def _of_stream(self, index: int) -> Task:
+        if index not in self._tasks:
+            self._tasks[index] = self._as_task(self._checked(self.stream.tasks[index]))
+        task = self._tasks[index]
+        if self.keeps_data:
+            task = dataclasses.replace(task, earlier=tuple(self._of_stream(i) for i in range(index)))
+        return task
+
+    def _place(self, origin: Origin | str) -> str:
+        """Where data came from, for messages."""
+        if isinstance(origin, dict):
+            return str(origin.get("path", origin["name"]))
+        data = self.recipe.data
+        return str(data.options.get("path", data.name)) if data else "its stream"
+
+    def _single(
+        self, source: Source, index: int, name: str, holdout: float, options: StreamOptions | None = None
+    ) -> TaskData:
+        options, seed, view = options or self.recipe.stream, self.recipe.seed, self.backbone.preprocess
+        return single_task(source, options, view, index=index, name=name, seed=seed, holdout=holdout)
+
+    def _checked(self, data: TaskData, learned: Sequence[str] | None = None) -> TaskData:
+        """`data` without the images that cannot be read; each is looked at once.
+
+        With the classes that were `learned` of it, it is only tested on: its training images are not looked at.
+        """
+        if learned is not None:
+            data = data.for_testing(learned)
+        elif not data.checked:
+            data.check()
+        else:
+            return data
+        for warning in data.warnings:
+            self.runtime.progress.note(warning)
+        return data
+
+    def _as_task(self, data: TaskData) -> Task:
+        return Task(data.index, data.name, data.classes, data.train, data.validation, data.test, runtime=self.runtime)
+
+
+def _document(
+    task: Task, origin: Origin | str, fingerprint: str, bad: Sequence[str], warnings: Sequence[str]
+) -> dict[str, Any]:
+    """What is stored of a task beside what was learned."""
+    return {
+        "train": len(task.train),
+        "validation": len(task.validation) if task.validation else 0,
+        "test": len(task.test) if task.test else 0,
+        "from": origin,
+        "fingerprint": fingerprint,
+        "bad": list(bad),
+        "warnings": list(warnings),
+    }
+
+
+def origin_of(data: str | Path) -> Origin:
+    """The data section for a path or id; a path is made absolute, so that a later call finds it."""
+    if not str(data):
+        raise UsageError("data: the path is empty; a folder, manifest, parquet file or data set id is expected")
+    path = Path(data).expanduser()
+    place = str(path.resolve() if path.exists() else data)
+    name, options = guess_source(place)
+    return {"name": name, **options}
+
+
+def _source(origin: Origin) -> Source:
+    given = {k: v for k, v in origin.items() if k not in ("name", "holdout")}
+    source: Source = registry.find("data", origin["name"])(**registry.options("data", origin["name"], given))
+    return source
