@@ -31,7 +31,8 @@ class StreamOptions(BaseModel):
             left out. A draw is the same for the classes that stay when others come or go. Tasks that are not
             cut by class list their classes by name, or in the order named here.
         order: of domains or tasks; default: by name. Names that are missing are left out.
-        validation: share of the training pictures of each class that is cut off for validation.
+        validation: share of the training pictures of each class that is cut off for validation: for methods
+            that choose something by it (`task.validation`); those built in do not.
         holdout: share of them that becomes the test, where the source has no test pictures.
         train_per_class, test_per_class: at most so many pictures of a class in a task, drawn by the seed.
             The limit comes before validation is cut.
