@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from perpetune.errors import UsageError, closest
+from perpetune.models.backbones import LOADERS
 
 Kind = Literal["methods", "pets", "heads", "backbones", "data"]
 
@@ -32,12 +33,7 @@ BUILTIN: dict[Kind, dict[str, str]] = {
         "cosine": "perpetune.heads.cosine:Cosine",
         "ncm": "perpetune.heads.ncm:NCM",
     },
-    "backbones": {
-        "timm": "perpetune.models.backbones:load_timm",
-        "hf": "perpetune.models.backbones:load_hf",
-        "folder": "perpetune.models.backbones:load_folder",
-        "perpetune": "perpetune.models.backbones:load_packaged",
-    },
+    "backbones": {prefix: f"{load.__module__}:{load.__name__}" for prefix, load in LOADERS.items()},
     "data": {
         "folder": "perpetune.data.folder:FolderSource",
         "manifest": "perpetune.data.manifest:ManifestSource",
