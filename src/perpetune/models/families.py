@@ -128,7 +128,7 @@ def places(net: nn.Module, roles: Sequence[str], blocks: Sequence[int] | None = 
             at.setdefault(where[0], []).append((role, *where[1:]))
         for path, played in at.items():
             full = f"{start}.{block}.{path}" if path else f"{start}.{block}"
-            found.append(_place(full, played, block, _width(modules[block], family)))
+            found.append(_place(full, played, block, modules, family))
     return found
 
 
@@ -163,11 +163,14 @@ def _find(block: nn.Module, family: Family, role: str) -> tuple[str, int | None,
     return None
 
 
-def _place(path: str, played: list[tuple[str, int | None, nn.Module]], block: int, width: int) -> Place:
+def _place(
+    path: str, played: list[tuple[str, int | None, nn.Module]], block: int, modules: list[nn.Module], family: Family
+) -> Place:
     """The place at `path` of one module and the roles it plays, each with the third it has."""
     names, module = tuple(role for role, _, _ in played), played[0][2]
     if names[0] in MODULE_ROLES:
-        return Place(path, module, names, (), block, width, width)
+        width = _width(modules[block], family)
+        return Place(path, module, names, (), block, width, width, _heads(modules[block], family), len(modules))
     assert isinstance(module, LinearLike)
     rows, third = module.out_features, module.out_features // 3
     parts = sorted((0, rows) if nth is None else (nth * third, (nth + 1) * third) for _, nth, _ in played)
@@ -180,6 +183,16 @@ def _width(block: nn.Module, family: Family) -> int:
         if (found := _find(block, family, role)) is not None and isinstance(found[2], LinearLike):
             return found[2].in_features
     raise UsageError(f"{family.name}: the block has neither a q nor an fc1 that is a linear layer")
+
+
+def _heads(block: nn.Module, family: Family) -> int:
+    """Heads of the block's attention; 0 where it does not say."""
+    found = _find(block, family, "attn")
+    for source in (found[2], getattr(found[2], "config", None)) if found is not None else ():
+        for name in ("num_heads", "num_attention_heads"):
+            if isinstance(heads := getattr(source, name, None), int):
+                return heads
+    return 0
 
 
 def _checked(blocks: Sequence[int], count: int) -> list[int]:

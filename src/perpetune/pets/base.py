@@ -14,11 +14,14 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from perpetune.errors import UsageError, closest
+from perpetune.numerics.projection import Operand
+
+Conditions = Literal["exact", "paper"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class Place:
             q and v, all rows of a linear of its own; empty for what is no linear (a whole block).
         block: which transformer block it is in, from 0; -1 where that is not known.
         d_in, d_out: widths of input and output.
+        heads: heads of the attention that it is or is part of; 0 where that is not known.
+        depth: number of transformer blocks in the net; 0 where that is not known.
     """
 
     path: str
@@ -42,6 +47,28 @@ class Place:
     block: int
     d_in: int
     d_out: int
+    heads: int = 0
+    depth: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """Where features meet parameters of a PET: what has to be known to keep old answers as they are.
+
+    Attributes:
+        name: of the site in its PET; the PET tells what it sees there by `seen(name, rows)`.
+        operand: the parameters that the rows multiply, and on which axis.
+        groups: kinds of rows, each with moments of its own; the operand's heads unless `lift` maps them.
+        width: of the rows observed, without the constant 1 that meets a bias; None is the operand's.
+        lift: moments of the rows that multiply the operand, `(heads, m, m)`, from those observed,
+            `(groups, width, width)`; None where they are the same.
+    """
+
+    name: str
+    operand: Operand
+    groups: int = 1
+    width: int | None = None
+    lift: Callable[[Tensor], Tensor] | None = None
 
 
 class PET(nn.Module, ABC):
@@ -49,14 +76,42 @@ class PET(nn.Module, ABC):
 
     A concrete class is made as `cls(place, generator, **options)`: it takes shapes from the place,
     draws its initial values from the generator alone, and its keyword-only arguments are its options
-    in a recipe. As made, it leaves the output of `base` bit for bit as it is.
+    in a recipe. As made, it leaves the output of `base` bit for bit as it is, unless it adds tokens.
+
+    To be protected it names its `sites`, and its `forward` calls `seen` at each of them.
     """
 
     default_at: ClassVar[tuple[str, ...]] = ()  # the roles it goes to unless told otherwise
+    watch: Callable[[str, Tensor], None] | None = None  # who is told of the rows at the sites, if anybody
 
     @abstractmethod
     def forward(self, base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What stands for `base(x, *args, **kwargs)`, of the same type and shape."""
+
+    def sites(self, conditions: Conditions = "exact") -> list[Site]:
+        """Where features meet its parameters; a parameter at no site is not protected but kept still.
+
+        Args:
+            conditions: `exact` keeps the outputs on the rows seen; `paper` is what PEGP (arXiv:2405.13383)
+                states in equations 10 to 14, for comparison.
+
+        Raises:
+            UsageError: there are no such conditions for it.
+        """
+        return []
+
+    def free(self, conditions: Conditions = "exact") -> list[nn.Parameter]:
+        """Parameters that these conditions leave free to move, knowing that old outputs move with them."""
+        return []
+
+    def idle(self) -> list[str]:
+        """Sites whose values have no effect as things stand (what follows them is zero), so they may be moved."""
+        return []
+
+    def seen(self, site: str, rows: Tensor) -> None:
+        """Tell who watches of rows at a site: `(..., width)`, or `(B, groups, N, width)` where there are groups."""
+        if self.watch is not None:
+            self.watch(site, rows.detach())
 
 
 class Slot(nn.Module):

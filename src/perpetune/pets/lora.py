@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perpetune.errors import UsageError
-from perpetune.pets.base import PET, Place
+from perpetune.numerics.projection import Operand
+from perpetune.pets.base import PET, Conditions, Place, Site
 
 
 class LoRA(PET):
@@ -62,6 +63,10 @@ class LoRA(PET):
         y: Tensor = base(x, *args, **kwargs)  # (..., d_out)
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
         down = F.linear(x, self.down)  # (..., P r)
+        if self.watch is not None:
+            self.seen("down", x)
+            for i, rows in enumerate(down.split(self.rank, dim=-1)):
+                self.seen(f"up.{i}", rows)
         # One pass over the wide output: the scale and the sum are part of the product.
         flat: Tensor = torch.addmm(
             y.reshape(-1, self.d_out), down.reshape(-1, len(self.down)), self.up_matrix().t(), alpha=self.scale
@@ -80,6 +85,13 @@ class LoRA(PET):
             end = stop
         rows.append(self.down.new_zeros(self.d_out - end, len(self.down)))
         return torch.cat(rows)
+
+    def sites(self, conditions: Conditions = "exact") -> list[Site]:
+        """`A` by the inputs `x`, `B` by `A x`: `(B + ΔB)(A + ΔA) x = B A x`; PEGP eq. 13, 14, which are exact here."""
+        return [Site("down", Operand(self.down)), *(Site(f"up.{i}", Operand(up)) for i, up in enumerate(self.up))]
+
+    def idle(self) -> list[str]:
+        return ["down"] if not any(up.any() for up in self.up) else []
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scale={self.scale:g}, parts={self.parts}, d_out={self.d_out}"

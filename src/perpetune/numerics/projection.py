@@ -1,0 +1,228 @@
+"""Projection of what an optimizer does, for any optimizer: the update is taken out of protected subspaces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from perpetune.errors import UsageError
+from perpetune.numerics.subspace import Subspace
+
+Project = Literal["step", "gradient"]
+
+
+@dataclass(frozen=True, eq=False)
+class Operand:
+    """Parameters that vectors of width `m` multiply, seen as matrices `(heads, out, m)`.
+
+    Attributes:
+        weight: two axes.
+        bias: what a constant 1 appended to the vectors multiplies; `(out,)`.
+        axis: the axis of `weight` that the vectors meet: 1 for `W a` with `W (out, in)`, 0 for `a W`.
+        heads: axis 1 of `weight` is cut into so many heads, each with vectors of its own.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None = None
+    axis: Literal[0, 1] = 1
+    heads: int = 1
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """`(heads, out, m)`."""
+        rows, columns = self.weight.shape
+        columns //= self.heads
+        out, m = (rows, columns) if self.axis == 1 else (columns, rows)
+        return self.heads, out, m + (self.bias is not None)
+
+    def read(self, tensors: Sequence[Tensor]) -> Tensor:
+        """`(heads, out, m)` from tensors of the parameters' shapes."""
+        weight = tensors[0].unflatten(1, (self.heads, -1))  # (rows, heads, columns)
+        matrix = weight.permute(1, 0, 2) if self.axis == 1 else weight.permute(1, 2, 0)
+        if self.bias is not None:
+            matrix = torch.cat([matrix, tensors[1].view(self.heads, -1, 1)], dim=2)
+        return matrix
+
+    def split(self, matrix: Tensor) -> list[Tensor]:
+        """What `read` was given, from `(heads, out, m)`."""
+        bias = [] if self.bias is None else [matrix[:, :, -1].reshape(-1)]
+        weight = matrix if self.bias is None else matrix[:, :, :-1]
+        weight = weight.permute(1, 0, 2) if self.axis == 1 else weight.permute(2, 0, 1)
+        return [weight.flatten(1), *bias]
+
+
+class ProjectedStep:
+    """Keeps an optimizer's steps out of subspaces: `W ← W_old + (W_new − W_old)(I − UUᵀ)`.
+
+    It is the realised step that is projected, after `optimizer.step()`, so momentum, Adam's scaling, weight decay
+    and clipping cannot lead out of the free subspace: a projected gradient can, once Adam divides it element by
+    element (pgp-pegp.md §5, point 1). Works through the optimizer's own hooks, so whoever calls `step` calls this.
+
+    Parameters with several operands (a prompt: keys on one side, values on the other) are projected by each in
+    turn; the two sides commute. Operands of one shape are projected together in one batched product.
+
+    Args:
+        optimizer: any of torch's; wrappers hand on to it (`accelerate`: give it `wrapper.optimizer`).
+        operands: what is protected, with one subspace for each head.
+        still: parameters that may not move at all.
+        project: `step`, or `gradient` for what the papers' code does: the gradient before the step.
+
+    Raises:
+        UsageError: a subspace does not fit its operand.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        operands: Iterable[tuple[Operand, Sequence[Subspace]]],
+        *,
+        still: Iterable[nn.Parameter] = (),
+        project: Project = "step",
+    ):
+        trained = {p for group in optimizer.param_groups for p in group["params"]}
+        kept = []
+        for operand, subspaces in operands:
+            heads, _, m = operand.shape
+            if len(subspaces) != heads or any(s.dim != m for s in subspaces):
+                dims = sorted({s.dim for s in subspaces})
+                raise UsageError(f"{len(subspaces)} subspaces of width {dims} do not fit {heads} heads of width {m}")
+            if trained.issuperset(operand.parameters) and any(s.rank for s in subspaces):
+                kept.append((operand, subspaces))
+        self.still = [p for p in still if p in trained]
+        self.project: Project = project
+        self._stages = _stages(kept)
+        self._parameters = list(dict.fromkeys([*(p for o, _ in kept for p in o.parameters), *self.still]))
+        self._before: dict[nn.Parameter, Tensor] = {}
+        self._hooks: list[Any] = []
+        if self._parameters:
+            self._hooks = [
+                optimizer.register_step_pre_hook(lambda *_: self._pre()),
+                optimizer.register_step_post_hook(lambda *_: self._post()),
+            ]
+
+    def remove(self) -> None:
+        """Let the optimizer do as it likes again."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._before = [], {}
+
+    def __enter__(self) -> ProjectedStep:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    @torch.no_grad()
+    def _pre(self) -> None:
+        if self.project == "gradient":
+            grads = {p: p.grad for p in self._parameters if p.grad is not None}
+            for parameter, grad in self._projected(grads).items():
+                grads[parameter].copy_(grad)
+        else:
+            self._before = {p: p.detach().clone() for p in self._parameters}
+
+    @torch.no_grad()
+    def _post(self) -> None:
+        if self.project == "gradient":
+            return
+        steps = {p: p - before for p, before in self._before.items()}
+        for parameter, step in self._projected(steps).items():
+            parameter.copy_(self._before[parameter] + step)
+        self._before = {}
+
+    def _projected(self, changes: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+        changed = {**changes, **{p: torch.zeros_like(changes[p]) for p in self.still if p in changes}}
+        for stage in self._stages:
+            for stack in stage:
+                stack.apply(changed)
+        return changed
+
+
+class _Stack:
+    """Operands of one shape and form, projected in one product."""
+
+    def __init__(self, members: Sequence[tuple[Operand, Sequence[Subspace]]]):
+        self.operands = [operand for operand, _ in members]
+        subspaces = [s for _, several in members for s in several]
+        self.complement = subspaces[0].complement
+        weight = self.operands[0].weight
+        widest = max(s.vectors.shape[1] for s in subspaces)
+        vectors = torch.zeros(len(subspaces), subspaces[0].dim, widest, dtype=torch.float64)
+        weighted = torch.zeros_like(vectors)
+        for i, subspace in enumerate(subspaces):  # columns of zero change nothing
+            columns = subspace.vectors.shape[1]
+            vectors[i, :, :columns] = subspace.vectors
+            weighted[i, :, :columns] = subspace.vectors * (1 if subspace.alpha is None else subspace.importance)
+        self.vectors = vectors.to(weight)  # (stacked, m, k)
+        self.weighted = weighted.mT.contiguous().to(weight)  # (stacked, k, m)
+
+    def apply(self, changes: dict[nn.Parameter, Tensor]) -> None:
+        there = [o for o in self.operands if all(p in changes for p in o.parameters)]
+        if len(there) < len(self.operands):
+            self._apply_some(there, changes)
+            return
+        matrices = torch.cat([o.read([changes[p] for p in o.parameters]) for o in there])
+        through = torch.bmm(torch.bmm(matrices, self.vectors), self.weighted)
+        self._write(there, through if self.complement else matrices - through, changes)
+
+    def _apply_some(self, there: list[Operand], changes: dict[nn.Parameter, Tensor]) -> None:
+        """As `apply` where some parameters have no gradient."""
+        heads = self.operands[0].heads
+        for i, operand in enumerate(self.operands):
+            if operand not in there:
+                continue
+            at = slice(i * heads, (i + 1) * heads)
+            matrix = operand.read([changes[p] for p in operand.parameters])
+            through = torch.bmm(torch.bmm(matrix, self.vectors[at]), self.weighted[at])
+            self._write([operand], through if self.complement else matrix - through, changes)
+
+    @staticmethod
+    def _write(operands: Sequence[Operand], matrices: Tensor, changes: dict[nn.Parameter, Tensor]) -> None:
+        for operand, matrix in zip(operands, matrices.split([o.heads for o in operands]), strict=True):
+            for parameter, change in zip(operand.parameters, operand.split(matrix), strict=True):
+                changes[parameter] = change
+
+
+def _stages(operands: Sequence[tuple[Operand, Sequence[Subspace]]]) -> list[list[_Stack]]:
+    """Stacks, in stages in which no parameter stands twice."""
+    stages: list[dict[Any, list[tuple[Operand, Sequence[Subspace]]]]] = []
+    uses: dict[nn.Parameter, int] = {}
+    for operand, subspaces in operands:
+        number = max(uses.get(p, 0) for p in operand.parameters)
+        for p in operand.parameters:
+            uses[p] = number + 1
+        if number == len(stages):
+            stages.append({})
+        # The heads of one operand may differ in form: made alike, they stay one product.
+        form = _alike(subspaces)
+        weight = operand.weight
+        key = (operand.shape, form[0].complement, weight.dtype, weight.device)
+        stages[number].setdefault(key, []).append((operand, form))
+    return [[_Stack(members) for members in stage.values()] for stage in stages]
+
+
+def _alike(subspaces: Sequence[Subspace]) -> Sequence[Subspace]:
+    """The same subspaces, all given by their bases, or all by their complements."""
+    if len({s.complement for s in subspaces}) == 1:
+        return subspaces
+    by_complement = sum(s.complement for s in subspaces) * 2 > len(subspaces)
+    return [_in_form(s, by_complement) for s in subspaces]
+
+
+def _in_form(subspace: Subspace, complement: bool) -> Subspace:
+    if subspace.complement == complement:
+        return subspace
+    other = Subspace(subspace.dim, subspace.alpha)
+    other.vectors, other.complement = (subspace.free if complement else subspace.basis), complement
+    return other
