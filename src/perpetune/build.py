@@ -15,6 +15,8 @@ from perpetune.models.backbones import load_backbone
 from perpetune.models.classifier import ImageClassifier
 from perpetune.models.families import places
 from perpetune.pets import inject
+from perpetune.protection.protection import Protection
+from perpetune.protection.sites import pet_sites
 from perpetune.recipe import Recipe
 from perpetune.runtime import Runtime, pick_device
 from perpetune.seeding import generator, own_global_state
@@ -47,7 +49,18 @@ def build_method(recipe: Recipe, backbone: Backbone) -> Method:
         method: Method = registry.find("methods", recipe.method.name)(
             ImageClassifier(backbone, head), **recipe.method_options()
         )
+    if recipe.protect is not None:
+        if method.needs_earlier_data:
+            raise UsageError(f"method: {recipe.method.name} keeps all data, so there is nothing for protect: to keep")
+        method.protection = build_protection(recipe, method)
     return method.requires_grad_(False).eval()
+
+
+def build_protection(recipe: Recipe, method: Method) -> Protection:
+    """The protection of every site of the method's pets, with nothing protected yet."""
+    assert recipe.protect is not None
+    sites, loose, _ = pet_sites(method, recipe.protect.conditions)
+    return Protection(sites, recipe.protect, still=loose, seed=recipe.seed)
 
 
 def build_data(recipe: Recipe, backbone: Backbone) -> Stream:

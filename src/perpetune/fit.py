@@ -59,6 +59,7 @@ def fit(
     config: FitConfig,
     *,
     phase: str = "train",
+    guarded: bool = True,
 ) -> None:
     """Minimise the mean of `loss(task, batch)` over the task's training data, in place.
 
@@ -70,6 +71,7 @@ def fit(
         config: epochs, batch size, optimizer, schedule.
         phase: a name unique among the calls that one `learn` makes. A resumed run loads a finished
             phase instead of repeating it, and goes on in the open one.
+        guarded: whether the run's protection of old answers holds for these steps.
 
     Raises:
         PerpetuneError: the loss is not finite; says where.
@@ -82,7 +84,8 @@ def fit(
     total = per_epoch * config.epochs
     if not trained or total == 0:
         return
-    with _trainable(trained):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_trainable(trained))
         optimizer, scaler = make_optimizer(groups, config), run.accelerator.scaler
         if scaler is not None:  # each phase starts from the same scale, whatever the phases before it found
             scaler.load_state_dict(torch.amp.GradScaler(run.device.type).state_dict())
@@ -90,6 +93,7 @@ def fit(
         if done is None:
             return
         run.progress.phase(phase, total, config.epochs, done)
+        stack.enter_context(run.guard(optimizer) if guarded else contextlib.nullcontext())
         for step, shares in _steps(task, config, phase, done):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * schedule(config, step, total)

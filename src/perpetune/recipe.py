@@ -14,6 +14,7 @@ from perpetune import registry
 from perpetune.data.stream import StreamOptions
 from perpetune.errors import UsageError, closest
 from perpetune.fit import FitConfig
+from perpetune.protection.config import ProtectConfig
 from perpetune.runtime import Precision
 
 Setting = Literal["class", "domain", "task"]
@@ -101,6 +102,10 @@ class Recipe(Section):
     pet: PetSection | None = PetSection(name="lora")
     method: Choice = Choice(name="finetune")
     head: Choice = Choice(name="linear")
+    protect: ProtectConfig | None = None
+    """Keeps updates out of the directions that old features use; None leaves them free."""
+    online: bool = False
+    """Each training example is trained on once: `train.epochs` is 1."""
     train: FitConfig = FitConfig()
     data: Choice | None = None
     """None for a state that only `update` feeds."""
@@ -119,6 +124,19 @@ class Recipe(Section):
     @classmethod
     def _no_pet(cls, value: Any) -> Any:
         return None if value == "none" else value
+
+    @field_validator("protect", mode="before")
+    @classmethod
+    def _protect_switch(cls, value: Any) -> Any:
+        return {} if value is True else None if value is False or value == "none" else value
+
+    @model_validator(mode="after")
+    def _online(self) -> Recipe:
+        if self.online and self.train.epochs != 1:
+            if "epochs" in self.train.model_fields_set:
+                raise ValueError(f"online: true trains on each example once, and train.epochs is {self.train.epochs}")
+            object.__setattr__(self, "train", self.train.model_copy(update={"epochs": 1}))
+        return self
 
     def resolved(self) -> Recipe:
         """The same recipe with every option of every choice written out.
@@ -151,6 +169,9 @@ class Recipe(Section):
                 value = given[key]
                 given[key] = [_absolute(v) for v in value] if isinstance(value, list) else _absolute(value)
             changes["data"] = Choice.model_validate(given)
+        if self.protect is not None and self.protect.reference is not None:
+            reference = self.protect.reference.model_copy(update={"path": _absolute(self.protect.reference.path)})
+            changes["protect"] = self.protect.model_copy(update={"reference": reference})
         return self.model_copy(update=changes)
 
     def method_options(self) -> dict[str, Any]:

@@ -27,7 +27,12 @@ BUILTIN: dict[Kind, dict[str, str]] = {
         "frozen": "perpetune.methods.frozen:Frozen",
         "joint": "perpetune.methods.joint:Joint",
     },
-    "pets": {"lora": "perpetune.pets.lora:LoRA"},
+    "pets": {
+        "lora": "perpetune.pets.lora:LoRA",
+        "adapter": "perpetune.pets.adapter:Adapter",
+        "prefix": "perpetune.pets.prefix:Prefix",
+        "prompt": "perpetune.pets.prompt:Prompt",
+    },
     "heads": {
         "linear": "perpetune.heads.linear:Linear",
         "cosine": "perpetune.heads.cosine:Cosine",

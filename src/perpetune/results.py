@@ -9,7 +9,7 @@ from typing import Any
 
 from perpetune.errors import StateError
 from perpetune.numerics.metrics import summarise
-from perpetune.snapshot import FILES
+from perpetune.snapshot import FILES, MEMORY
 from perpetune.state import State
 
 PACKAGES = ("perpetune", "torch", "transformers", "timm", "accelerate", "numpy", "safetensors")
@@ -29,6 +29,7 @@ def versions() -> dict[str, str]:
 def read_results(state: State) -> dict[str, Any]:
     """The results document; `perpetune.report` renders it and names its fields."""
     tasks, rows, timings, storage = [], [], [], []
+    protection: list[dict[str, Any]] = []
     bad: list[dict[str, Any]] = []
     warnings: list[str] = []
     for committed in state.committed:
@@ -36,9 +37,13 @@ def read_results(state: State) -> dict[str, Any]:
         try:
             task = json.loads(files["task.json"])
             tasks.append({k: task[k] for k in ("index", "name", "classes", "train", "test", "fingerprint")})
-            rows.append(dict(json.loads(files["metrics.json"])["cells"]))
+            metrics = json.loads(files["metrics.json"])
+            rows.append(dict(metrics["cells"]))
+            protection += [{"task": committed.index, **found} for found in metrics.get("protection", [])]
             timings.append({"task": committed.index, **json.loads(files["timings.json"])})
-            storage.append({"task": committed.index, **{name: len(files[name]) for name in FILES}})
+            storage.append(
+                {"task": committed.index, **{name: len(files[name]) for name in (*FILES, MEMORY) if name in files}}
+            )
             bad += [{"task": committed.index, **_file_and_reason(entry)} for entry in task["bad"]]
             warnings += task["warnings"]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -56,6 +61,7 @@ def read_results(state: State) -> dict[str, Any]:
         "metrics": summarise(cells, tasks),
         "timings": timings,
         "storage": storage,
+        "protection": protection,
         "trainable_parameters": backbone.get("trainable_parameters"),
         "backbone_parameters": backbone.get("parameters"),
         "bad_files": bad,

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from perpetune.data.text import several
+from perpetune.errors import Interrupted
 from perpetune.evaluate import Setting, evaluate
 from perpetune.methods.base import Method
 from perpetune.results import read_results
-from perpetune.runtime import Runtime
+from perpetune.runtime import Runtime, unguarded
 from perpetune.state import MidTask, State
-from perpetune.tasks import Task
+from perpetune.tasks import Batch, Examples, Task, balanced, evaluation_batches
 
 
 @dataclass(frozen=True)
@@ -28,11 +31,13 @@ class Step:
         others: other tasks to evaluate on afterwards: all earlier ones, and the next one where its
             accuracy before learning means something (forward transfer).
         document: what is stored of the task beside its name: sizes, data, fingerprint, bad files.
+        reference: data without labels, protected before the task is learned; for the first task.
     """
 
     task: Task
     others: Sequence[Task]
     document: Mapping[str, Any]
+    reference: Examples | None = None
 
 
 def run(method: Method, steps: Iterable[Step], state: State) -> None:
@@ -50,7 +55,7 @@ def learn_task(method: Method, step: Step, state: State) -> None:
     task, recipe, run = step.task, state.recipe, step.task.runtime
     main = run.rank == 0
     # A checkpoint is of use only for the same data, training and number of processes.
-    trained_by = recipe.model_dump_json(include={"backbone", "pet", "method", "head", "train", "seed"})
+    trained_by = recipe.model_dump_json(include={"backbone", "pet", "method", "head", "protect", "train", "seed"})
     fingerprint = f"{step.document['fingerprint']}/{hashlib.sha256(trained_by.encode()).hexdigest()}/{run.world}"
     if main:
         about = {key: step.document[key] for key in ("fingerprint", "from")}
@@ -61,7 +66,10 @@ def learn_task(method: Method, step: Step, state: State) -> None:
     run.progress.task(task.index, task.name, len(task.classes), len(task.train))
     _reset_peak(run)
     began = time.perf_counter()
+    certificates = _protect(method, task, step.reference, recipe.evaluate.batch_size) if step.reference else []
+    run.guard = method.protection.guard if method.protection is not None else unguarded
     method.learn(task)
+    certificates += _protect(method, task, None, recipe.evaluate.batch_size)
     learned = time.perf_counter()
     cells = measure(method, [*step.others, task], recipe.setting, recipe.evaluate.batch_size)
     evaluated = time.perf_counter()
@@ -75,12 +83,59 @@ def learn_task(method: Method, step: Step, state: State) -> None:
         "device": str(run.device),
     }
     document = {"index": task.index, "name": task.name, "classes": list(task.classes), **step.document}
+    metrics = {"cells": cells} | ({"protection": certificates} if certificates else {})
     if main:
-        documents = {"task.json": document, "metrics.json": {"cells": cells}, "timings.json": timings}
+        documents = {"task.json": document, "metrics.json": metrics, "timings.json": timings}
         state.commit(task.index, task.name, method, documents)
     run.accelerator.wait_for_everyone()
     run.checkpoints = None
     run.progress.results(read_results(state))
+
+
+def _protect(method: Method, task: Task, reference: Examples | None, batch_size: int) -> list[dict[str, Any]]:
+    """Protect what `method` makes of the task's training data, or of `reference` data; returns the certificate."""
+    protection, run = method.protection, task.runtime
+    if protection is None:
+        return []
+    purpose = "reference" if reference is not None else "task"
+    examples, wanted = (reference or task.train), protection.config.samples
+    if reference is not None and protection.config.reference is not None:
+        wanted = protection.config.reference.samples
+    if wanted != "all":
+        examples = balanced(examples, wanted, task.generator("protect", purpose))
+    batches = _Pass(examples, batch_size, run)
+    run.progress.phase(f"protect {purpose}", len(batches), 1, 0)
+    certificate = protection.consolidate(batches, lambda batch: _observe(method, batch, run), total=run.sum)
+    if certificate["full"]:
+        sites, full = len(certificate["sites"]), certificate["full"]
+        run.progress.note(
+            f"protect: {len(full)} of {sites} sites have no room left and stay as they are ({several(full)}): a larger "
+            "pet or a lower protect.energy leaves some"
+        )
+    return [{"of": purpose, "examples": len(examples), **certificate}]
+
+
+class _Pass:
+    """This process's share of some examples, batch by batch, as often as it is gone through."""
+
+    def __init__(self, examples: Examples, size: int, run: Runtime):
+        self.examples, self.size, self.run = examples, size, run
+
+    def __len__(self) -> int:
+        return math.ceil(len(range(self.run.rank, len(self.examples), self.run.world)) / self.size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for done, batch in enumerate(evaluation_batches(self.examples, self.size, self.run), 1):
+            yield batch
+            self.run.progress.step(done, 0, None, len(batch))
+            signum = self.run.stop_requested(due=False)
+            if signum is not None:
+                raise Interrupted("stopped while features were protected", signum)
+
+
+def _observe(method: Method, batch: Batch, run: Runtime) -> None:
+    with run.autocast():
+        method.observe(batch.inputs)
 
 
 def measure(method: Method, tasks: Iterable[Task], setting: Setting, batch_size: int) -> dict[str, Any]:

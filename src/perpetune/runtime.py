@@ -79,9 +79,20 @@ def pick_device(name: str) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+Guard = Callable[[torch.optim.Optimizer], contextlib.AbstractContextManager[object]]
+
+
+def unguarded(optimizer: torch.optim.Optimizer) -> contextlib.AbstractContextManager[object]:
+    """The guard that lets an optimizer do as it likes."""
+    return contextlib.nullcontext()
+
+
 @dataclass
 class Runtime:
-    """Handed to methods with every task; a default one runs on the CPU and stores nothing."""
+    """Handed to methods with every task; a default one runs on the CPU and stores nothing.
+
+    `guard` is put around every optimizer that `fit` makes, and says where its steps may not lead.
+    """
 
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -90,6 +101,7 @@ class Runtime:
     checkpoints: Checkpoints | None = None
     progress: Progress = field(default_factory=Silent)
     stopping: Callable[[], int | None] = lambda: None  # the signal that asks for a stop, if one came
+    guard: Guard = unguarded
 
     @cached_property
     def accelerator(self) -> Accelerator:

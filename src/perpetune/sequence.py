@@ -12,6 +12,7 @@ from typing import Any
 from perpetune import registry
 from perpetune.build import build_data
 from perpetune.data.check import find_overlap
+from perpetune.data.reference import reference_pictures
 from perpetune.data.sources import Source, guess_source
 from perpetune.data.stream import Stream, StreamOptions, single_task
 from perpetune.data.tasks import ImageSet, TaskData
@@ -59,7 +60,8 @@ class TaskSequence:
         if self.recipe.setting == "domain" and index + 1 < len(self.stream.tasks):
             others.append(self._of_stream(index + 1))  # its accuracy before it is learned: forward transfer
         warnings = self.stream.warnings if index == 0 else []
-        return Step(task, others, _document(task, STREAM, data.fingerprint, data.bad, warnings))
+        document = _document(task, STREAM, data.fingerprint, data.bad, warnings)
+        return Step(task, others, document, self._reference(index))
 
     def given(self, data: Data, index: int, name: str, holdout: float) -> tuple[Task, dict[str, Any]]:
         """The task that an update brings, and what is stored of it; `data` and `holdout` as in `Learner.learn`."""
@@ -83,7 +85,19 @@ class TaskSequence:
         leaks = self._leaks(task, others)
         for warning in leaks:
             self.runtime.progress.note(warning)
-        return Step(task, others, {**document, "warnings": [*document["warnings"], *leaks]})
+        document = {**document, "warnings": [*document["warnings"], *leaks]}
+        return Step(task, others, document, self._reference(task.index))
+
+    def _reference(self, index: int) -> ImageSet | None:
+        """What is protected before the first task."""
+        reference = self.recipe.protect.reference if self.recipe.protect else None
+        if reference is None or index > 0:
+            return None
+        view = self.backbone.preprocess
+        pictures, bad = reference_pictures(reference.path, view, self.recipe.stream)
+        for reason in bad:
+            self.runtime.progress.note(f"protect.reference: left out, {reason}")
+        return pictures
 
     def whole(self, data: str | Path | Source) -> Task:
         """All of `data` as something to evaluate on: its test split, or everything where there is none."""

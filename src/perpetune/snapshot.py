@@ -17,38 +17,43 @@ from perpetune.heads.base import Head
 from perpetune.methods.base import Method
 from perpetune.models.backbone import Backbone
 from perpetune.pets.base import PET
+from perpetune.protection.protection import Protection
 
 EXTRA = "extra.json"
 FILES = ("pet.safetensors", "head.safetensors", "method.safetensors")
+MEMORY = "protect.safetensors"  # what protection keeps; only where the recipe has it
 
 
 def tensors(method: Method) -> dict[str, dict[str, Tensor]]:
     """Everything a method has learned, by file and by name: all but the frozen backbone."""
+    memory = _owned(method, Protection)
     pets = _owned(method, PET)
     frozen = _owned(method, Backbone) - pets
     heads = _owned(method, Head)
-    found: dict[str, dict[str, Tensor]] = {name: {} for name in FILES}
+    found: dict[str, dict[str, Tensor]] = {name: {} for name in (*FILES, *([MEMORY] if memory else []))}
     for name, tensor in _persistent(method).items():
         if id(tensor) in frozen:
             continue
-        file = FILES[0] if id(tensor) in pets else FILES[1] if id(tensor) in heads else FILES[2]
+        owners = ((pets, FILES[0]), (heads, FILES[1]), (memory, MEMORY))
+        file = next((file for owner, file in owners if id(tensor) in owner), FILES[2])
         found[file][name] = tensor
     return found
 
 
-def snapshot(method: Method) -> dict[str, bytes]:
-    """The files that `restore` reads."""
+def snapshot(method: Method, *, memory: bool = True) -> dict[str, bytes]:
+    """The files that `restore` reads; `memory`: with those of protection, which no step of an optimizer changes."""
     files = {
         file: save({name: t.detach().cpu().contiguous() for name, t in group.items()})
         for file, group in tensors(method).items()
+        if memory or file != MEMORY
     }
     files[EXTRA] = to_json({name: module.get_extra_state() for name, module in _with_extra(method).items()})
     return files
 
 
 @torch.no_grad()
-def restore(method: Method, files: Mapping[str, bytes], where: str) -> None:
-    """Put a snapshot back into a method of the same make.
+def restore(method: Method, files: Mapping[str, bytes], where: str, *, memory: bool = True) -> None:
+    """Put a snapshot back into a method of the same make; `memory` as it was for `snapshot`.
 
     Parameters stay the objects they are wherever their shape allows, so an optimizer that holds them
     goes on with them.
@@ -71,6 +76,8 @@ def restore(method: Method, files: Mapping[str, bytes], where: str) -> None:
                 ) from None
     pairs = []
     for file, group in tensors(method).items():
+        if not memory and file == MEMORY:
+            continue
         stored = read_tensors(files, file, where)
         _same_names(group, stored, f"{where}/{file}", "tensors")
         for name, tensor in group.items():

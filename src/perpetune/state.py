@@ -329,13 +329,13 @@ class MidTask:
         number, self.position = self.position, self.position + 1
         finished = self.folder / f"{number:02d}-{phase}-finished"
         if finished.is_dir():
-            restore(self.method, self._read(finished), str(finished))
+            restore(self.method, self._read(finished), str(finished), memory=False)
             return None
         open_ = self._newest_open()
         if open_ is None:
             return 0
         files, where = self._read(open_), str(open_)
-        restore(self.method, files, where)
+        restore(self.method, files, where, memory=False)
         restore_optimizer(optimizer, files, where)
         place = json.loads(files["position.json"])
         if accelerator.scaler is not None and place["scaler"] is not None:
@@ -361,7 +361,7 @@ class MidTask:
             "images": self.images,
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
-        files = {**snapshot(self.method), "position.json": to_json(place)}
+        files = {**snapshot(self.method, memory=False), "position.json": to_json(place)}
         if done is not None:
             files |= snapshot_optimizer(self.optimizer)
         if path in older:

@@ -88,6 +88,33 @@ class Task:
         return evaluation_batches(self.train, size, self.runtime)
 
 
+class Part:
+    """Some of the `examples`, by their numbers."""
+
+    def __init__(self, examples: Examples, numbers: Sequence[int]):
+        self.examples, self.numbers = examples, numbers
+        self.targets = [examples.targets[i] for i in numbers]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def load(self, index: int, seed: int | None) -> Tensor:
+        return self.examples.load(self.numbers[index], seed)
+
+
+def balanced(examples: Examples, count: int, generator: torch.Generator) -> Examples:
+    """`count` of the examples drawn by `generator`, balanced over their targets, in their order; or all."""
+    if count >= len(examples):
+        return examples
+    turns: dict[int, int] = {}
+    order = []  # round by round: the first of each class, the second of each, …
+    for i in torch.randperm(len(examples), generator=generator).tolist():
+        target = examples.targets[i]
+        turns[target] = turns.get(target, 0) + 1
+        order.append((turns[target], i))
+    return Part(examples, sorted(i for _, i in sorted(order, key=lambda pair: pair[0])[:count]))
+
+
 class _Requests(torch.utils.data.Dataset):  # type: ignore[type-arg]
     """Examples addressed by (index, seed), so that a loader process needs no state of its own."""
 

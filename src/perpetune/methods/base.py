@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from perpetune.models.base import Model
+from perpetune.protection.protection import Protection
 from perpetune.tasks import Task
 
 
@@ -29,6 +30,8 @@ class Method(nn.Module, ABC):
     def __init__(self, model: Model):
         super().__init__()
         self.model = model
+        self.protection: Protection | None = None
+        """What keeps old answers as they are, where the recipe has a `protect:` section."""
 
     @property
     def classes(self) -> list[str]:
@@ -42,6 +45,10 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def predict(self, inputs: Tensor) -> Tensor:
         """Scores `(B, C)` over `classes` for images, uint8 `(B, 3, H, W)`."""
+
+    def observe(self, inputs: Tensor) -> None:
+        """One pass of the model as at prediction, so that what protection watches is seen."""
+        self.predict(inputs)
 
 
 @contextlib.contextmanager

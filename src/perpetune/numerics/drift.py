@@ -45,13 +45,13 @@ class Drift:
         relative to the outputs' own root mean square (None where those are zero)."""
         if self.count == 0:
             return 0.0, None
-        change = max(0.0, self._change(values.to(self.last)))
+        change = max(0.0, self._change(values.detach().to(self.last)))
         relative = math.sqrt(change / self.output) if self.output > 0 else None
         return math.sqrt(change / self.count), relative
 
     def advance(self, values: Tensor, moments: Tensor, count: int) -> None:
         """Data with `moments (heads, dim, dim)` were learned by `values`: from now on they are old."""
-        values, moments = values.to(self.last), moments.to(self.last)
+        values, moments = values.detach().to(self.last), moments.detach().to(self.last)
         if self.count:
             self.change = self._change(values)
             self.cross += (values - self.last) @ unpack(self.total, self.dim)

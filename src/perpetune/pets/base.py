@@ -108,6 +108,9 @@ class PET(nn.Module, ABC):
         """Sites whose values have no effect as things stand (what follows them is zero), so they may be moved."""
         return []
 
+    def joined(self, pets: Sequence[PET]) -> None:
+        """Told of all the pets of its set, itself among them, before any acts; UsageError if it lacks one it needs."""
+
     def seen(self, site: str, rows: Tensor) -> None:
         """Tell who watches of rows at a site: `(..., width)`, or `(B, groups, N, width)` where there are groups."""
         if self.watch is not None:
@@ -163,6 +166,8 @@ def inject(root: nn.Module, places: Sequence[Place], make: Callable[[Place], PET
         if place.path in taken:
             raise UsageError(f"{place.path} has a pet called {name!r} already; remove it or choose another name")
     made = [make(place) for place in places]
+    for pet in made:
+        pet.joined(made)
     for place, pet in zip(places, made, strict=True):
         slot, parameter = _slot_at(root, place.path), next(place.module.parameters(), None)
         slot.pets[name] = pet.train(slot.pets.training).to(None if parameter is None else parameter.device)

@@ -1,0 +1,83 @@
+"""Bottlenecks beside whole modules."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from perpetune.errors import UsageError
+from perpetune.numerics.projection import Operand
+from perpetune.pets.base import PET, Conditions, Place, Site
+
+
+class Adapter(PET):
+    """A bottleneck beside a frozen attention or MLP, `y = base(x) + s (W_u φ(W_d x + b_d) + b_u)`.
+
+    AdaptFormer, Chen et al. 2022, arXiv:2205.13535; PEGP eq. 5, arXiv:2405.13383. `W_d` is `(width, d)` and `W_u`
+    `(d, width)`; `W_u` and both biases start at zero. Of a base that returns a tuple the first element is changed.
+
+    Args:
+        width: of the bottleneck.
+        scale: `s`, a constant: a learned one would move old outputs however well the matrices are protected.
+        bias: whether there are `b_d` and `b_u`.
+        activation: `φ`.
+
+    Raises:
+        UsageError: an option out of range, or a place that is neither an attention nor an MLP.
+    """
+
+    default_at: ClassVar[tuple[str, ...]] = ("mlp",)
+
+    def __init__(
+        self,
+        place: Place,
+        generator: torch.Generator,
+        *,
+        width: int = 64,
+        scale: float = 0.1,
+        bias: bool = True,
+        activation: Literal["relu", "gelu"] = "gelu",
+    ):
+        super().__init__()
+        if place.roles[0] not in ("attn", "mlp"):
+            raise UsageError(f"adapter: {place.path} ({', '.join(place.roles)}) is no whole module; use attn or mlp")
+        if width < 1:
+            raise UsageError(f"adapter: width is {width}; at least 1 is expected")
+        if not (scale > 0 and math.isfinite(scale)):
+            raise UsageError(f"adapter: scale is {scale}; a number above 0 is expected")
+        self.scale, self.activation = scale, activation
+        self.down = nn.Parameter(torch.empty(width, place.d_in))
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5), generator=generator)
+        self.up = nn.Parameter(torch.zeros(place.d_out, width))
+        self.down_bias = nn.Parameter(torch.zeros(width)) if bias else None
+        self.up_bias = nn.Parameter(torch.zeros(place.d_out)) if bias else None
+
+    def forward(self, base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        y = base(x, *args, **kwargs)
+        act = F.gelu if self.activation == "gelu" else F.relu
+        hidden = act(F.linear(x, self.down, self.down_bias))  # (..., width)
+        self.seen("down", x)
+        self.seen("up", hidden)
+        update = F.linear(hidden, self.up, self.up_bias)
+        if isinstance(y, tuple):
+            return self._sum(y[0], update), *y[1:]
+        return self._sum(y, update)
+
+    def _sum(self, y: Tensor, update: Tensor) -> Tensor:
+        return torch.add(y, update.to(y.dtype), alpha=self.scale)
+
+    def sites(self, conditions: Conditions = "exact") -> list[Site]:
+        """`W_d` by the inputs `x`, `W_u` by `φ(W_d x + b_d)`: PEGP eq. 13 and 14, which are exact, biases included."""
+        return [Site("down", Operand(self.down, self.down_bias)), Site("up", Operand(self.up, self.up_bias))]
+
+    def idle(self) -> list[str]:
+        ends = (self.up, self.up_bias)
+        return ["down"] if not any(end.any() for end in ends if end is not None) else []
+
+    def extra_repr(self) -> str:
+        width, d = self.down.shape
+        return f"d={d}, width={width}, scale={self.scale:g}, activation={self.activation}"

@@ -1,0 +1,195 @@
+"""Functions around an attention module, without a copy of its source.
+
+Every attention that counts calls `torch.nn.functional.scaled_dot_product_attention`, whatever it does before and
+after. That one call is intercepted while the module runs, so fused or separate projections, rotary positions,
+norms of queries and keys, 4-bit layers and LoRA inside all stay the module's own affair.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from perpetune.errors import UsageError
+
+Watch = Callable[[Tensor, Tensor], None]
+
+
+class _Call(NamedTuple):
+    """The arguments of `scaled_dot_product_attention`: queries `(B, H, N, dh)`, keys and values `(B, H_kv, M, dh)`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+    def attend(self) -> Tensor:
+        return F.scaled_dot_product_attention(**self._asdict())
+
+
+class _Instead(TorchFunctionMode):
+    """Inside, `instead` answers the calls of `scaled_dot_product_attention`; it may make such calls itself."""
+
+    def __init__(self, instead: Callable[[_Call], Tensor]):
+        super().__init__()
+        self.instead, self.calls = instead, 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        self.calls += 1
+        return self.instead(_Call(*args, **(kwargs or {})))
+
+
+def extended(
+    base: nn.Module,
+    keys: Tensor,
+    values: Tensor,
+    x: Tensor,
+    *args: Any,
+    watch: Watch | None = None,
+    **kwargs: Any,
+) -> Any:
+    """`base(x, *args, **kwargs)`, an attention, with further keys and values before its own.
+
+    The further ones are visible to every query, whatever mask there is.
+
+    Args:
+        keys: `(B or 1, H, L, dh)`, where `H` is the number of heads of `base`'s queries or of its keys.
+        values: as `keys`.
+        watch: is given the queries `(B, H, N, dh)` and the weights `(B, H, N, L)` that the further keys received.
+
+    Raises:
+        UsageError: `base` computes its attention otherwise, more than once, or in other heads.
+    """
+
+    def instead(call: _Call) -> Tensor:
+        call = _extend(type(base).__name__, call, keys, values)
+        if watch is not None:
+            watch(call.query, _weights(call, keys.shape[-2]))
+        return call.attend()
+
+    return _once(base, instead, (x, *args), kwargs)
+
+
+def projected(base: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values `(1, H_kv, L, dh)` that `base`, an attention, makes of `tokens (1, L, d)`; nothing is attended.
+
+    The tokens have no position: rotary positions leave them as they leave a class token.
+
+    Raises:
+        UsageError: `base` computes its attention otherwise, or more than once.
+    """
+    caught: list[_Call] = []
+
+    def instead(call: _Call) -> Tensor:
+        caught.append(call)
+        return call.query.new_zeros(*call.query.shape[:-1], call.value.shape[-1])
+
+    nowhere = tokens.new_zeros(0, 1)  # cos and sin of no patches: all tokens count as class tokens
+    _once(base, instead, (tokens,), {"position_embeddings": (nowhere, nowhere)} if _rotary(type(base).forward) else {})
+    return caught[0].key, caught[0].value
+
+
+def unmasked(base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """`base(x, *args, **kwargs)`, where its attention looks at all tokens alike.
+
+    Raises:
+        UsageError: it has a mask, or a bias of relative positions, in which further tokens have no place.
+    """
+
+    def instead(call: _Call) -> Tensor:
+        if call.attn_mask is not None or call.is_causal:
+            raise UsageError(
+                f"the attention in {type(base).__name__} has a mask or relative positions, in which carried tokens "
+                "have no place; use prompt with deep: true"
+            )
+        return call.attend()
+
+    with _Instead(instead):
+        return base(x, *args, **kwargs)
+
+
+def _once(base: nn.Module, instead: Callable[[_Call], Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`base(*args, **kwargs)` with its one call of `scaled_dot_product_attention` answered by `instead`."""
+    name = type(base).__name__
+
+    def only_one(call: _Call) -> Tensor:
+        if mode.calls > 1:
+            raise UsageError(f"{name} calls scaled_dot_product_attention more than once; one attention is expected")
+        return instead(call)
+
+    mode = _Instead(only_one)
+    with mode:
+        y = base(*args, **kwargs)
+    if not mode.calls:
+        raise UsageError(
+            f"{name} does not call scaled_dot_product_attention, which prefix and prompt go through: with transformers "
+            'load it with attn_implementation="sdpa", with timm have fused_attn on (TIMM_FUSED_ATTN=1)'
+        )
+    return y
+
+
+@cache
+def _rotary(forward: Callable[..., Any]) -> bool:
+    """Whether it is the `forward` of an attention that wants rotary positions: transformers' DINOv3."""
+    return "position_embeddings" in inspect.signature(forward).parameters
+
+
+def _extend(name: str, call: _Call, keys: Tensor, values: Tensor) -> _Call:
+    """The call with further keys and values first."""
+    query, key, value = call.query, call.key, call.value
+    heads, own = keys.shape[1], key.shape[1]
+    if query.dim() != 4 or heads not in (own, query.shape[1]) or keys.shape[-1] != key.shape[-1]:
+        raise UsageError(
+            f"{name} attends with queries {tuple(query.shape)} and keys {tuple(key.shape)} (batch, heads, tokens, "
+            f"width); {heads} heads of width {keys.shape[-1]} do not fit it"
+        )
+    if heads != own:  # one for each head of the queries: then the module's own must be so too
+        key, value = (t.repeat_interleave(heads // own, dim=1) for t in (key, value))
+    length, count = keys.shape[-2], key.shape[-2]
+    mask, causal = call.attn_mask, call.is_causal
+    if causal and mask is None:
+        mask = torch.ones(query.shape[-2], count, dtype=torch.bool, device=query.device).tril()
+        causal = False
+    if mask is not None:
+        mask = mask.expand(*mask.shape[:-1], count)
+        seen = mask.new_full((*mask.shape[:-1], length), 1 if mask.dtype == torch.bool else 0)
+        mask = torch.cat([seen, mask], dim=-1)
+    return call._replace(
+        key=torch.cat([_like(keys, key), key], dim=-2),
+        value=torch.cat([_like(values, value), value], dim=-2),
+        attn_mask=mask,
+        is_causal=causal,
+    )
+
+
+def _like(further: Tensor, own: Tensor) -> Tensor:
+    return further.to(own.dtype).expand(len(own), -1, -1, -1)
+
+
+@torch.no_grad()
+def _weights(call: _Call, length: int) -> Tensor:
+    """Weights `(B, H, N, length)` on the first keys, of a softmax over all."""
+    wide = torch.promote_types(call.query.dtype, torch.float32)
+    with torch.autocast(call.query.device.type, enabled=False):
+        query, key = call.query.to(wide), call.key.to(wide)
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        logits = query @ key.mT * (query.shape[-1] ** -0.5 if call.scale is None else call.scale)
+        mask = call.attn_mask
+        if mask is not None:
+            logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+        return (logits[..., :length] - logits.logsumexp(-1, keepdim=True)).exp()

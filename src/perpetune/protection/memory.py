@@ -1,0 +1,102 @@
+"""What is kept of one site: its protected subspaces and what the certificate needs. No data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perpetune.numerics.drift import Drift
+from perpetune.numerics.subspace import Subspace
+
+
+class SiteMemory(nn.Module):
+    """The subspaces of a site, one for each head, and the drift of its outputs, as buffers that can be stored.
+
+    Everything is float64 on the CPU wherever the model goes: eigenvectors of second moments need it, and Apple's
+    GPUs have none.
+
+    Args:
+        heads, out, dim: the operand's shape.
+        alpha: of soft subspaces; None for hard ones.
+    """
+
+    vectors: Tensor
+    importance: Tensor
+    total: Tensor
+    last: Tensor
+    cross: Tensor
+
+    def __init__(self, heads: int, out: int, dim: int, alpha: float | None = None):
+        super().__init__()
+        self.shape, self.alpha = (heads, out, dim), alpha
+        new = Drift(heads, out, dim)
+        for name in ("total", "last", "cross"):
+            self.register_buffer(name, getattr(new, name))
+        self.figures = {"change": 0.0, "output": 0.0, "count": 0}
+        self.forms: list[tuple[int, bool]] = []  # of each head: columns kept, and whether they are the complement
+        self.register_buffer("vectors", torch.empty(0))
+        self.register_buffer("importance", torch.empty(0))
+        self.subspaces = [Subspace(dim, alpha) for _ in range(heads)]
+
+    @property
+    def subspaces(self) -> list[Subspace]:
+        """The heads' subspaces; assign a changed list to keep it."""
+        found = []
+        columns = self.vectors.split([count for count, _ in self.forms], dim=1)
+        weights = self.importance.split([count if self.alpha is not None else 0 for count, _ in self.forms])
+        for (_, complement), vectors, importance in zip(self.forms, columns, weights, strict=True):
+            subspace = Subspace(self.shape[2], self.alpha)
+            subspace.vectors, subspace.complement, subspace.importance = vectors, complement, importance
+            found.append(subspace)
+        return found
+
+    @subspaces.setter
+    def subspaces(self, subspaces: Sequence[Subspace]) -> None:
+        self.forms = [(s.vectors.shape[1], s.complement) for s in subspaces]
+        self.vectors = torch.cat([s.vectors for s in subspaces], dim=1)
+        self.importance = torch.cat([s.importance for s in subspaces])
+
+    @property
+    def rank(self) -> int:
+        """Directions protected, over all heads."""
+        return sum(s.rank for s in self.subspaces)
+
+    @property
+    def room(self) -> float:
+        """Share of the directions that are still free, over all heads."""
+        heads, _, dim = self.shape
+        return 1 - self.rank / (heads * dim)
+
+    @property
+    def drift(self) -> Drift:
+        """A view of the buffers; call `learned` to advance it."""
+        drift = Drift.__new__(Drift)
+        drift.dim, drift.total, drift.last, drift.cross = self.shape[2], self.total, self.last, self.cross
+        drift.change, drift.output = self.figures["change"], self.figures["output"]
+        drift.count = int(self.figures["count"])
+        return drift
+
+    def learned(self, values: Tensor, moments: Tensor, count: int) -> None:
+        """Data with `moments (heads, m, m)` were learned by `values (heads, out, m)`."""
+        drift = self.drift
+        drift.advance(values, moments, count)
+        self.last = drift.last
+        self.figures = {"change": drift.change, "output": drift.output, "count": drift.count}
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"shape": list(self.shape), "forms": [list(form) for form in self.forms], "figures": self.figures}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        if list(state["shape"]) != list(self.shape):
+            raise ValueError(f"the site is {self.shape} in the model and {tuple(state['shape'])} in the state")
+        self.forms = [(int(count), bool(complement)) for count, complement in state["forms"]]
+        self.figures = dict(state["figures"])
+        columns = sum(count for count, _ in self.forms)
+        self.vectors = torch.zeros(self.shape[2], columns, dtype=torch.float64)
+        self.importance = torch.zeros(columns if self.alpha is not None else 0, dtype=torch.float64)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SiteMemory:
+        return self

@@ -1,0 +1,272 @@
+"""Gradient projection over the sites of one model; PGP, Qiao et al., ICLR 2024, and PEGP, arXiv:2405.13383, as the
+papers mean it (docs/design.md says where their released code differs)."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from perpetune.errors import PerpetuneError, UsageError
+from perpetune.numerics.projection import ProjectedStep
+from perpetune.numerics.subspace import Subspace
+from perpetune.pets.base import PET
+from perpetune.protection.config import ProtectConfig
+from perpetune.protection.memory import SiteMemory
+from perpetune.protection.sites import Sum, Watch, Watched
+from perpetune.seeding import generator
+
+Item = TypeVar("Item")
+Certificate = dict[str, Any]
+
+
+class Protection(nn.Module):
+    """Keeps trained parameters out of the directions that the features of old data use.
+
+    After each task `consolidate` looks at its data once and adds their features' main directions to every site's
+    subspace; `guard` keeps an optimizer's steps out of them. Until something was consolidated nothing is projected.
+
+    Args:
+        sites: where features meet parameters.
+        config: how much is protected, and how.
+        still: parameters at no site: once something is protected they do not move at all.
+        seed: of the random control.
+
+    Raises:
+        UsageError: `config.sites` names none there are.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[Watched],
+        config: ProtectConfig,
+        *,
+        still: Sequence[nn.Parameter] = (),
+        seed: int = 0,
+    ):
+        super().__init__()
+        kinds = list(dict.fromkeys(w.kind for w in sites))
+        unknown = [name for name in config.sites or () if name not in kinds]
+        if unknown or not sites:
+            there = ", ".join(kinds) or "none: put in a pet, or train a linear layer"
+            named = f"protect: there is no site {unknown[0]!r}" if unknown else "protect: nothing can be protected"
+            raise UsageError(f"{named}; sites here are {there}")
+        self.config, self.seed = config, seed
+        self.sites = list(sites)
+        self.still = list(still)
+        self.consolidated = 0
+        """How often data were added."""
+        alpha = config.alpha if config.strength == "soft" else None
+        self.memory = nn.ModuleDict({_key(w.name): SiteMemory(*w.site.operand.shape, alpha) for w in self.sites})
+
+    def of(self, watched: Watched) -> SiteMemory:
+        """What is kept of a site."""
+        memory = self.memory[_key(watched.name)]
+        assert isinstance(memory, SiteMemory)
+        return memory
+
+    # -- while training -------------------------------------------------------------------------------
+
+    def guard(self, optimizer: torch.optim.Optimizer) -> ProjectedStep:
+        """Keep the steps of `optimizer` out of what is protected, until `remove` is called on what is returned.
+
+        Raises:
+            UsageError: a parameter has another shape than when its features were added.
+        """
+        for watched in self.sites:
+            self._check_shape(watched)
+        active = self.consolidated > 0 and self.config.directions != "none"
+        chosen = [(w.site.operand, self._closed(w)) for w in self.sites if active and self._chosen(w)]
+        still = self.still if active else []
+        return ProjectedStep(optimizer, chosen, still=still, project=self.config.project)
+
+    def _closed(self, watched: Watched) -> list[Subspace]:
+        """The subspaces that updates are kept out of."""
+        subspaces = self.of(watched).subspaces
+        if self.config.directions == "random":
+            seeds = [generator(self.seed, "protect", watched.name, head) for head in range(len(subspaces))]
+            return [random_like(s, rng) for s, rng in zip(subspaces, seeds, strict=True)]
+        return subspaces
+
+    def _chosen(self, watched: Watched) -> bool:
+        return self.config.sites is None or watched.kind in self.config.sites
+
+    def _check_shape(self, watched: Watched) -> None:
+        now, then = watched.site.operand.shape, self.of(watched).shape
+        if now != then:
+            raise UsageError(
+                f"protect: {watched.name} is {now} now and was {then} when its features were added: a pet cannot "
+                "change its shape under protection"
+            )
+
+    # -- after a task ---------------------------------------------------------------------------------
+
+    def consolidate(
+        self,
+        batches: Iterable[Item],
+        forward: Callable[[Item], object],
+        *,
+        mask: Callable[[Item], Tensor | None] = lambda _: None,
+        total: Sum = lambda tensor: tensor,
+    ) -> Certificate:
+        """Protect what `forward` shows at the sites: one pass over `batches`, two where a site is idle.
+
+        A site is idle while what follows it is zero (LoRA's A before the first step). Its values are moved into the
+        free directions then: the outputs do not change, and the zero matrix behind it keeps all its room.
+
+        Args:
+            batches: data that was learned, or reference data; to be gone through twice, not an iterator.
+            forward: runs the model on a batch, in evaluation mode.
+            mask: `(B, N)` of a batch: tokens that count; None is all.
+            total: sums a tensor over all processes.
+
+        Returns:
+            The certificate: how far the outputs on earlier data have moved, before these data were added.
+
+        Raises:
+            PerpetuneError: features that are not finite, or a site that saw no data. Nothing has changed then.
+            UsageError: a parameter has another shape than when its features were added; batches that are an iterator.
+        """
+        for watched in self.sites:
+            self._check_shape(watched)
+        watch = self._look(batches, forward, mask)
+        waiting = self._idle(watch) if self.config.directions != "none" else []
+        first = {w.name: self._gathered(watch, w, total) for w in waiting}
+        if waiting:
+            if iter(batches) is batches:
+                raise UsageError(
+                    "protect: before the first step data are looked at twice: give a list or a loader, not an iterator"
+                )
+            moved = {w: self._moved_free(w, first[w.name][0]) for w in waiting}
+            for w, values in moved.items():
+                w.set_values(values)
+            watch = self._look(batches, forward, mask)
+        found = {w.name: first.get(w.name) or self._gathered(watch, w, total) for w in self.sites}
+        certificate = self._certificate(max(count for _, count in found.values()))
+        energy = self.config.energy_at(self.consolidated)
+        grown = {w.name: self._grown(w, found[w.name][0], energy) for w in self.sites}
+        for w in self.sites:
+            memory, (moments, count) = self.of(w), found[w.name]
+            memory.subspaces = grown[w.name]
+            memory.learned(w.values(), moments, count)
+        self.consolidated += 1
+        for entry, w in zip(certificate["sites"], self.sites, strict=True):
+            entry["room"], entry["rank"] = self.of(w).room, self.of(w).rank
+        return _summed_up(certificate, energy)
+
+    @torch.no_grad()
+    def _look(
+        self, batches: Iterable[Item], forward: Callable[[Item], object], mask: Callable[[Item], Tensor | None]
+    ) -> Watch:
+        watch = Watch(self.sites)
+        with watch.on():
+            for batch in batches:
+                watch.mask = mask(batch)
+                forward(batch)
+        return watch
+
+    def _gathered(self, watch: Watch, watched: Watched, total: Sum) -> tuple[Tensor, int]:
+        moments, count = watch.merged(watched, total)
+        if count == 0:
+            raise PerpetuneError(
+                f"protect: {watched.name} saw no data, for the pass did not go through it: leave it out, or check the "
+                "batches"
+            )
+        if not torch.isfinite(moments).all():
+            raise PerpetuneError(
+                f"protect: features at {watched.name} are not finite; nothing was added: lower train.lr, or look for "
+                "broken inputs"
+            )
+        return moments, count
+
+    def _grown(self, watched: Watched, moments: Tensor, energy: float) -> list[Subspace]:
+        """The site's subspaces with the directions that `moments (heads, m, m)` add."""
+        subspaces = [copy.copy(s) for s in self.of(watched).subspaces]
+        for subspace, matrix in zip(subspaces, moments, strict=True):
+            subspace.extend(matrix, energy)
+        return subspaces
+
+    # -- before the first step ------------------------------------------------------------------------
+
+    def _idle(self, watch: Watch) -> list[Watched]:
+        """Sites whose values have no effect yet."""
+        by_name = {w.name: w for w in self.sites}
+        found = []
+        for watched in self.sites:
+            if isinstance(watched.module, PET):
+                idle = watched.site.name in watched.module.idle()
+            else:
+                into = [by_name[name].site.operand for name in watch.feeds.get(watched.name, ())]
+                idle = bool(into) and not any(p.any() for operand in into for p in operand.parameters)
+            if idle and self._chosen(watched):
+                found.append(watched)
+        return found
+
+    def _moved_free(self, watched: Watched, moments: Tensor) -> Tensor:
+        """The values in the directions that will be free once `moments` are protected, as large as they were."""
+        values = watched.values()
+        grown = self._grown(watched, moments, self.config.energy_at(self.consolidated))
+        moved = torch.stack([s.remove(v) for s, v in zip(grown, values, strict=True)])
+        norm = moved.norm()
+        if norm <= 1e-6 * values.norm():
+            raise PerpetuneError(
+                f"protect: these data leave no room at {watched.name}: nothing could be learned; lower protect.energy"
+            )
+        kept: Tensor = moved * (values.norm() / norm)
+        return kept
+
+    # -- certificate ----------------------------------------------------------------------------------
+
+    def certificate(self) -> Certificate:
+        """How far the outputs on all data added so far have moved since, and the room that is left."""
+        found = self._certificate(0)
+        for entry, w in zip(found["sites"], self.sites, strict=True):
+            entry["room"], entry["rank"] = self.of(w).room, self.of(w).rank
+        return _summed_up(found, self.config.energy_at(max(0, self.consolidated - 1)))
+
+    def _certificate(self, rows: int) -> Certificate:
+        sites = []
+        for watched in self.sites:
+            memory = self.of(watched)
+            change, relative = memory.drift.measure(watched.values())
+            heads, _, dim = memory.shape
+            sites.append({"site": watched.name, "change": change, "relative": relative, "directions": heads * dim})
+        return {"rows": rows, "consolidated": self.consolidated, "sites": sites}
+
+    # -- state ----------------------------------------------------------------------------------------
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"consolidated": self.consolidated}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.consolidated = int(state["consolidated"])
+
+
+def random_like(subspace: Subspace, rng: torch.Generator) -> Subspace:
+    """A subspace of equal rank with directions drawn at random; with the same seed a larger one holds a smaller."""
+    drawn = Subspace(subspace.dim, subspace.alpha)
+    drawn.extend_random(subspace.rank, rng)
+    return drawn
+
+
+def _summed_up(certificate: Certificate, energy: float) -> Certificate:
+    sites = certificate["sites"]
+    moved = [s["relative"] for s in sites if s["relative"] is not None]
+    rooms = [s["room"] for s in sites]
+    return {
+        "energy": energy,
+        **certificate,
+        "worst": max(moved, default=None),
+        "median": statistics.median(moved) if moved else None,
+        "room": statistics.fmean(rooms),
+        "full": [s["site"] for s in sites if s["rank"] == s["directions"]],
+    }
+
+
+def _key(name: str) -> str:
+    """A site's name as the name of a submodule, which has no dots."""
+    return name.replace(".", "|")

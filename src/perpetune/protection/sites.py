@@ -1,0 +1,169 @@
+"""Where features meet trained parameters in a model: at the sites of its PETs, and at linear layers that are trained.
+
+Everything is found by object, never by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perpetune.numerics.moments import Moments
+from perpetune.numerics.projection import Operand
+from perpetune.pets.base import PET, Conditions, Site, slots
+
+Sum = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Watched:
+    """A site, by a name unique in the model, and the module that shows its rows: a PET, or a trained linear layer."""
+
+    name: str
+    site: Site
+    module: nn.Module
+
+    @property
+    def kind(self) -> str:
+        """The site's name in its PET, without a number: `down`, `up`, `keys`; `weight` for a linear layer."""
+        return self.site.name.partition(".")[0]
+
+    def values(self) -> Tensor:
+        """The operand's present values, `(heads, out, m)`, float64 on the CPU."""
+        tensors = [p.detach().to("cpu", torch.float64) for p in self.site.operand.parameters]
+        return self.site.operand.read(tensors)
+
+    @torch.no_grad()
+    def set_values(self, values: Tensor) -> None:
+        """Overwrite the operand."""
+        parameters = self.site.operand.parameters
+        for parameter, value in zip(parameters, self.site.operand.split(values), strict=True):
+            parameter.copy_(value)
+
+
+def pet_sites(model: nn.Module, conditions: Conditions) -> tuple[list[Watched], list[nn.Parameter], list[nn.Parameter]]:
+    """The sites of every PET in `model`; the PETs' parameters that are at none; those that are meant to be free."""
+    found: list[Watched] = []
+    loose: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
+    for path, slot in slots(model):
+        for name in slot.pets:
+            pet = slot.pet(name)
+            sites = pet.sites(conditions)
+            found += [Watched(f"{path}/{name}/{site.name}", site, pet) for site in sites]
+            meant = pet.free(conditions)
+            covered = {p for site in sites for p in site.operand.parameters}.union(meant)
+            loose += [p for p in pet.parameters() if p not in covered]
+            free += meant
+    return found, loose, free
+
+
+def linear_sites(model: nn.Module, skip: Container[nn.Module] = ()) -> list[Watched]:
+    """Every linear layer outside of PETs whose weight is trained, but for those in `skip`."""
+    inside = {m for pet in model.modules() if isinstance(pet, PET) for m in pet.modules()}
+    found: list[Watched] = []
+    taken: set[nn.Parameter] = set()
+    for path, module in model.named_modules():
+        if module in inside or module in skip or not (axis := _axis(module)):
+            continue
+        weight, bias = module.weight, getattr(module, "bias", None)
+        if not (isinstance(weight, nn.Parameter) and weight.requires_grad) or weight in taken:
+            continue
+        bias = bias if isinstance(bias, nn.Parameter) and bias.requires_grad else None
+        taken.add(weight)
+        found.append(Watched(f"{path}/weight", Site("weight", Operand(weight, bias, axis=axis[0])), module))
+    return found
+
+
+def _axis(module: nn.Module) -> tuple[Any, ...]:
+    """On which axis of its weight a linear layer meets its input; empty for anything else."""
+    if isinstance(module, nn.Linear):
+        return (1,)
+    return (0,) if type(module).__name__ == "Conv1D" and hasattr(module, "nf") else ()  # transformers' GPT-2
+
+
+class Watch:
+    """One pass over data: the moments of the rows at every site.
+
+    Attributes:
+        moments: by the site's name; a site that saw nothing has none.
+        mask: `(B, N)` of the batch at hand: tokens that count; None is all.
+        feeds: for linear layers whose output is another one's input (LoRA's A and B), the other's name.
+    """
+
+    def __init__(self, sites: Sequence[Watched]):
+        self.sites = sites
+        self.moments: dict[str, Moments] = {}
+        self.mask: Tensor | None = None
+        self.feeds: dict[str, set[str]] = {}
+        self._outputs: dict[int, tuple[weakref.ref[Tensor], str]] = {}
+
+    @contextlib.contextmanager
+    def on(self) -> Iterator[Watch]:
+        """Inside, what flows through the model is counted."""
+        hooks: list[Any] = []
+        pets: dict[PET, dict[str, Watched]] = {}
+        for watched in self.sites:
+            if isinstance(watched.module, PET):
+                pets.setdefault(watched.module, {})[watched.site.name] = watched
+            else:
+                hooks.append(watched.module.register_forward_pre_hook(partial(self._into, watched)))
+                hooks.append(watched.module.register_forward_hook(partial(self._out_of, watched)))
+        try:
+            for pet, sites in pets.items():
+                pet.watch = partial(self._at_pet, sites)
+            yield self
+        finally:
+            for pet in pets:
+                pet.watch = None
+            for hook in hooks:
+                hook.remove()
+
+    def add(self, watched: Watched, rows: Tensor) -> None:
+        """Count rows at a site: `(..., width)`, or `(B, groups, N, width)`."""
+        site, operand = watched.site, watched.site.operand
+        groups = None if site.groups == 1 else site.groups
+        if rows.dim() == 4:
+            rows = rows.transpose(1, 2)  # (B, N, groups, width)
+        if self.mask is not None and rows.shape[:2] == self.mask.shape:
+            rows = rows[self.mask]
+        elif rows.dim() == 4:
+            rows = rows.flatten(0, 1)
+        rows = rows.transpose(0, 1) if groups else rows.reshape(-1, rows.shape[-1])
+        if operand.bias is not None:
+            rows = torch.cat([rows, rows.new_ones(*rows.shape[:-1], 1)], dim=-1)
+        if watched.name not in self.moments:
+            self.moments[watched.name] = Moments(rows.shape[-1], groups, rows.device)
+        self.moments[watched.name].update(rows)
+
+    def merged(self, watched: Watched, total: Sum) -> tuple[Tensor, int]:
+        """Moments of the rows that multiply the operand, `(heads, m, m)`, and their number, over all processes."""
+        site, operand = watched.site, watched.site.operand
+        width = site.width or operand.shape[2]
+        empty = Moments(width, None if site.groups == 1 else site.groups, operand.weight.device)
+        moments = self.moments.pop(watched.name, empty)
+        count = int(total(torch.tensor(moments.count, device=moments.sums.device)))
+        moments.sums = total(moments.sums)
+        matrix = moments.matrix.cpu()
+        matrix = matrix if matrix.dim() == 3 else matrix.unsqueeze(0)
+        return (matrix if site.lift is None else site.lift(matrix).cpu()), count
+
+    def _at_pet(self, sites: dict[str, Watched], name: str, rows: Tensor) -> None:
+        if name in sites:
+            self.add(sites[name], rows)
+
+    def _into(self, watched: Watched, module: nn.Module, args: tuple[Any, ...]) -> None:
+        source = self._outputs.get(id(args[0]))
+        if source is not None and source[0]() is args[0]:
+            self.feeds.setdefault(source[1], set()).add(watched.name)
+        self.add(watched, args[0].detach())
+
+    def _out_of(self, watched: Watched, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        self._outputs[id(output)] = (weakref.ref(output), watched.name)
