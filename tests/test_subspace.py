@@ -3,6 +3,7 @@ singular value decompositions, and the controls that must fail."""
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -311,6 +312,20 @@ def test_the_energy_is_that_of_the_features_and_its_stop_not_strict() -> None:
     for energy, rank in ((0.0, 0), (0.1, 1), (0.6, 1), (0.61, 2), (0.86, 2), (0.87, 3), (1.0, 4)):
         subspace = Subspace(4)
         assert subspace.extend(moments(rows), energy) == rank
+
+
+def test_a_shallow_copy_is_extended_alone() -> None:
+    """Callers extend copies and keep them only where all went well."""
+    source = generator("copy")
+    for alpha in (None, 1.0):
+        subspace = Subspace(6, alpha)
+        subspace.extend(moments(randn(source, 2, 6)), 1.0)
+        before, other = vars(copy.deepcopy(subspace)), copy.copy(subspace)
+        other.extend(moments(randn(source, 3, 6)), 1.0)
+        assert (subspace.rank, other.rank) == (2, 5)
+        assert subspace.complement == before["complement"]
+        assert torch.equal(subspace.vectors, before["vectors"])
+        assert torch.equal(subspace.importance, before["importance"])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

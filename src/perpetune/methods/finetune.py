@@ -1,38 +1,72 @@
-"""Fine-tune the pet and the head on each task in turn: the baseline with no defence against forgetting."""
+"""Fine-tune the pet and the head on each task in turn: forgets, unless the recipe protects."""
 
 from __future__ import annotations
 
-from torch import Tensor
+import copy
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from perpetune.fit import FitConfig, fit
 from perpetune.methods.base import Method, training
 from perpetune.models.classifier import ImageClassifier, Mask
-from perpetune.pets import parameters, slots, using
+from perpetune.pets import parameters, remove, slots, using
 from perpetune.tasks import Batch, Task
+
+PROTECTED = "protected"  # the set of pets that holds the protected copy while a free one is trained
 
 
 class FineTune(Method):
-    """Trains the pet and the head on each task in turn, with nothing against forgetting.
+    """Trains the pet and the head on each task in turn; with `protect:` this is PEGP, without it the baseline.
+
+    `head_first` and `merge` are what the released code of PEGP does beside projection and its tables include
+    (pgp-pegp.md §2.8). A merged copy was free to move, so old outputs move with it: the certificate says how far.
 
     Args:
         model: with a pet injected under the name `default`, or with none (then only the head learns).
         train: how each task is trained.
         mask: the classes among which the loss compares; see `ImageClassifier`.
+        head_first: share of the epochs, from the second task on, in which the head is trained alone, before the rest
+            train both; PEGP on vision transformers: 0.6.
+        merge: from the second task on a second copy is trained from the same start without protection, its features
+            held near the protected copy's, and the pet becomes `(1 - merge)` of the protected and `merge` of the free
+            one. `falling` is `1 / (t + 1)` with `t` tasks learned before.
+        merge_epochs: epochs of the free copy; None is as many as the protected one has.
     """
 
-    def __init__(self, model: ImageClassifier, *, train: FitConfig, mask: Mask = "task"):
+    def __init__(
+        self,
+        model: ImageClassifier,
+        *,
+        train: FitConfig,
+        mask: Mask = "task",
+        head_first: Annotated[float, Field(ge=0, le=1)] = 0.0,
+        merge: Annotated[float, Field(ge=0, le=1)] | Literal["falling"] = 0.0,
+        merge_epochs: Annotated[int, Field(ge=1)] | None = None,
+    ):
         super().__init__(model)
         self.model: ImageClassifier = model
         self.train_config, model.mask = train, mask
+        self.head_first, self.merge, self.merge_epochs = head_first, merge, merge_epochs
         self.pet = "default" if any("default" in slot.pets for _, slot in slots(model)) else None
 
     def learn(self, task: Task) -> None:
         self.model.grow(task)
-        config = self.train_config
+        config, later = self.train_config, task.index > 0
         pet = parameters(self.model, self.pet) if self.pet else []
         head = list(self.model.head.parameters())
+        both = [(pet, config.lr), (head, config.head_lr or config.lr)]
+        alone = round(config.epochs * self.head_first) if later else 0
+        before = [p.detach().clone() for p in pet]
         with training(self.model):
-            fit(self.loss, [(pet, config.lr), (head, config.head_lr or config.lr)], task, config)
+            fit(self.loss, both[1:], task, config.model_copy(update={"epochs": alone}), phase="head")
+            fit(self.loss, both, task, config.model_copy(update={"epochs": config.epochs - alone}))
+            if later and pet and self.merge:
+                self._merge(task, self.pet or "", before, both)
         with using(self.model, self.pet):
             self.model.summarise(task, config.batch_size)
 
@@ -43,3 +77,31 @@ class FineTune(Method):
     def predict(self, inputs: Tensor) -> Tensor:
         with using(self.model, self.pet):
             return self.model.predict(inputs)
+
+    @torch.no_grad()
+    def _merge(
+        self, task: Task, pet: str, before: Sequence[Tensor], groups: list[tuple[list[nn.Parameter], float]]
+    ) -> None:
+        """Train a free copy from where the task began, and average it with the protected one."""
+        share = 1 / (task.index + 1) if self.merge == "falling" else self.merge
+        epochs = self.merge_epochs or self.train_config.epochs
+        for _, slot in slots(self.model):
+            if pet in slot.pets:
+                slot.pets[PROTECTED] = copy.deepcopy(slot.pets[pet]).eval()
+        free, protected = parameters(self.model, pet), parameters(self.model, PROTECTED)
+        for p, start in zip(free, before, strict=True):
+            p.copy_(start)
+        config = self.train_config.model_copy(update={"epochs": epochs})
+        with torch.enable_grad():
+            fit(self._free_loss, groups, task, config, phase="free", guarded=False)
+        for p, kept in zip(free, protected, strict=True):
+            p.lerp_(kept, 1 - share)
+        remove(self.model, PROTECTED)
+
+    def _free_loss(self, task: Task, batch: Batch) -> Tensor:
+        """The free copy's loss: its features stay near the protected copy's."""
+        with torch.no_grad(), using(self.model, PROTECTED):
+            wanted = self.model.features(batch.inputs)
+        with using(self.model, self.pet):
+            features = self.model.features(batch.inputs)
+        return self.model.head_loss(task, features, batch.targets) + F.mse_loss(features, wanted)

@@ -68,16 +68,17 @@ class ProjectedStep:
     element (pgp-pegp.md §5, point 1). Works through the optimizer's own hooks, so whoever calls `step` calls this.
 
     Parameters with several operands (a prompt: keys on one side, values on the other) are projected by each in
-    turn; the two sides commute. Operands of one shape are projected together in one batched product.
+    turn; the two sides commute where both have one head and no bias. Operands of one shape are projected together in one batched product.
 
     Args:
         optimizer: any of torch's; wrappers hand on to it (`accelerate`: give it `wrapper.optimizer`).
         operands: what is protected, with one subspace for each head.
         still: parameters that may not move at all.
-        project: `step`, or `gradient` for what the papers' code does: the gradient before the step.
+        project: `step`, or `gradient` for what the papers' code does: the gradient before the step. A closure
+            that makes new gradients within the step (LBFGS) is projected by `step` only.
 
     Raises:
-        UsageError: a subspace does not fit its operand.
+        UsageError: a subspace does not fit its operand, or the optimizer holds a part of an operand only.
     """
 
     def __init__(
@@ -95,7 +96,13 @@ class ProjectedStep:
             if len(subspaces) != heads or any(s.dim != m for s in subspaces):
                 dims = sorted({s.dim for s in subspaces})
                 raise UsageError(f"{len(subspaces)} subspaces of width {dims} do not fit {heads} heads of width {m}")
-            if trained.issuperset(operand.parameters) and any(s.rank for s in subspaces):
+            held = [p in trained for p in operand.parameters]
+            if any(held) and not all(held):
+                raise UsageError(
+                    "the optimizer holds only one of a protected weight and its bias: give it both, or protect the "
+                    "weight without the bias"
+                )
+            if all(held) and any(s.rank for s in subspaces):
                 kept.append((operand, subspaces))
         self.still = [p for p in still if p in trained]
         self.project: Project = project
