@@ -89,6 +89,19 @@ def test_many_rows_are_converted_in_pieces(monkeypatch: pytest.MonkeyPatch) -> N
     assert close(seen.matrix, rows.double().mT @ rows.double())
 
 
+@pytest.mark.parametrize("dim", [256, 259])
+def test_wide_rows_are_summed_in_stripes(dim: int) -> None:
+    """Only half of a wide matrix is summed; the whole is there, also after a merge."""
+    rows = rows_of(4, 40, dim)
+    seen, other = Moments(dim), Moments(dim)
+    seen.update(rows[:25])
+    other.update(rows[25:])
+    seen.merge(other)
+    assert seen.count == 40
+    assert close(seen.matrix, rows.mT @ rows)
+    assert torch.equal(seen.matrix, seen.matrix.mT)
+
+
 def test_a_large_offset_keeps_its_digits() -> None:
     """What float32 sums would lose: many rows around a mean far from zero. They are not centred either."""
     rows = (rows_of(1, 5000, 3) + 100).float()

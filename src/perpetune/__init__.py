@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from perpetune.models.backbone import Backbone
     from perpetune.models.backbones import load_backbone
     from perpetune.pets.base import PET, Place
+    from perpetune.protection.config import ProtectConfig
+    from perpetune.protection.dropin import protect
+    from perpetune.protection.protection import Protection
     from perpetune.recipe import Recipe, load_recipe
     from perpetune.runtime import Runtime
     from perpetune.tasks import Batch, Task
@@ -38,11 +41,14 @@ _HOME = {
     "PerpetuneError": "perpetune.errors",
     "Place": "perpetune.pets.base",
     "Prediction": "perpetune.learner",
+    "ProtectConfig": "perpetune.protection.config",
+    "Protection": "perpetune.protection.protection",
     "Recipe": "perpetune.recipe",
     "Runtime": "perpetune.runtime",
     "Task": "perpetune.tasks",
     "load_backbone": "perpetune.models.backbones",
     "load_recipe": "perpetune.recipe",
+    "protect": "perpetune.protection.dropin",
 }
 
 __all__ = [
@@ -56,12 +62,15 @@ __all__ = [
     "PerpetuneError",
     "Place",
     "Prediction",
+    "ProtectConfig",
+    "Protection",
     "Recipe",
     "Runtime",
     "Task",
     "__version__",
     "load_backbone",
     "load_recipe",
+    "protect",
 ]
 
 

@@ -12,7 +12,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from perpetune.report.compare import Comparison
-from perpetune.report.terminal import compare_table, figures_line, matrix_table, row_line
+from perpetune.report.protected import newly_full
+from perpetune.report.terminal import (
+    compare_table,
+    effects_text,
+    figures_line,
+    matrix_table,
+    protection_line,
+    row_line,
+)
 from perpetune.runtime import Silent
 
 
@@ -66,6 +74,11 @@ class Live:
     def results(self, results: dict[str, Any]) -> None:
         self.bars.update(self.bar, visible=False, refresh=True)
         self.console.print(row_line(results))
+        line, full = protection_line(results), newly_full(results)
+        if line is not None:
+            self.console.print(line)
+        if full is not None:
+            self.note(f"protect: {full}")
 
 
 def show_results(results: dict[str, Any]) -> None:
@@ -74,11 +87,16 @@ def show_results(results: dict[str, Any]) -> None:
     console.print()
     console.print(matrix_table(results, console.width))
     console.print(figures_line(results))
+    line = protection_line(results)
+    if line is not None:
+        console.print(Text(line.plain.strip(), line.style))
 
 
 def show_comparison(comparison: Comparison) -> None:
     """Several runs in one table, and what to know before reading it."""
     console = Console(highlight=False)
     console.print(compare_table(comparison, console.width))
+    if comparison["effects"]:
+        console.print(effects_text(comparison))
     for note in comparison["notes"]:
         console.print(Text(f"note: {note}", style="yellow"))

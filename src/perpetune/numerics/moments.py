@@ -7,7 +7,8 @@ from torch import Tensor
 
 from perpetune.errors import UsageError
 
-ROWS = 4096  # rows converted to float64 at a time, so that memory does not grow with the batch
+ROWS = 512  # rows converted to float64 at a time, so that memory does not grow with the batch
+STRIPES = 4  # in which the upper triangle is summed on a CPU: five eighths of the products of the whole square
 
 
 class Moments:
@@ -28,6 +29,9 @@ class Moments:
         shape = (dim, dim) if groups is None else (groups, dim, dim)
         place = torch.device(device) if device is not None else torch.device("cpu")
         self.sums = torch.zeros(shape, dtype=torch.float64, device="cpu" if place.type == "mps" else place)
+        """`C`, of which the upper triangle counts."""
+        width = -(-dim // (STRIPES if self.sums.device.type == "cpu" and dim >= 64 * STRIPES else 1))
+        self._stripes = [(start, min(start + width, dim)) for start in range(0, dim, width)]
 
     def update(self, rows: Tensor) -> None:
         """Add vectors: `rows` is `(n, m)`, or `(G, n, m)` with groups.
@@ -39,12 +43,13 @@ class Moments:
         if rows.dim() != len(leading) + 2 or rows.shape[:-2] != leading or rows.shape[-1] != self.dim:
             expected = ", ".join([*map(str, leading), "n", str(self.dim)])
             raise UsageError(f"moments of rows ({expected}) were asked for, got {tuple(rows.shape)}")
-        for part in rows.detach().split(ROWS, dim=-2):
+        for part in rows.detach().split(max(ROWS, self.dim), dim=-2):
             part = part.to(self.sums)
-            if self.groups is None:
-                self.sums.addmm_(part.mT, part)
-            else:
+            if self.groups is not None:
                 self.sums.baddbmm_(part.mT, part)
+                continue
+            for start, stop in self._stripes:
+                self.sums[start:stop, start:].addmm_(part[:, start:stop].mT, part[:, start:])
         self.count += rows.shape[-2]
 
     def merge(self, other: Moments) -> None:
@@ -59,7 +64,8 @@ class Moments:
     @property
     def matrix(self) -> Tensor:
         """`C`, symmetric: `(m, m)` or `(G, m, m)`, float64."""
-        return (self.sums + self.sums.mT) / 2
+        upper = self.sums.triu()
+        return upper + upper.triu(1).mT
 
 
 def pack(matrix: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class Operand:
 
     def read(self, tensors: Sequence[Tensor]) -> Tensor:
         """`(heads, out, m)` from tensors of the parameters' shapes."""
-        weight = tensors[0].unflatten(1, (self.heads, -1))  # (rows, heads, columns)
+        weight: Tensor = tensors[0].unflatten(1, (self.heads, -1))  # (rows, heads, columns)
         matrix = weight.permute(1, 0, 2) if self.axis == 1 else weight.permute(1, 2, 0)
         if self.bias is not None:
             matrix = torch.cat([matrix, tensors[1].view(self.heads, -1, 1)], dim=2)
@@ -68,7 +68,8 @@ class ProjectedStep:
     element (pgp-pegp.md §5, point 1). Works through the optimizer's own hooks, so whoever calls `step` calls this.
 
     Parameters with several operands (a prompt: keys on one side, values on the other) are projected by each in
-    turn; the two sides commute where both have one head and no bias. Operands of one shape are projected together in one batched product.
+    turn; the two sides commute where both have one head and no bias. Operands of one shape are projected together
+    in one batched product.
 
     Args:
         optimizer: any of torch's; wrappers hand on to it (`accelerate`: give it `wrapper.optimizer`).

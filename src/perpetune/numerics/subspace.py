@@ -157,7 +157,8 @@ def _orthonormal(columns: Tensor) -> Tensor:
     if columns.shape[1] == 0:
         return columns
     q, r = torch.linalg.qr(columns)
-    return q * r.diagonal().sign()
+    kept: Tensor = q * r.diagonal().sign()
+    return kept
 
 
 def _rest(columns: Tensor) -> Tensor:
@@ -165,4 +166,5 @@ def _rest(columns: Tensor) -> Tensor:
     dim, count = columns.shape
     if count == 0:
         return torch.eye(dim, dtype=columns.dtype)
-    return torch.linalg.qr(columns, mode="complete").Q[:, count:]
+    rest: Tensor = torch.linalg.qr(columns, mode="complete").Q[:, count:]
+    return rest

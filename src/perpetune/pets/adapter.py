@@ -15,9 +15,9 @@ from perpetune.pets.base import PET, Conditions, Place, Site
 
 
 class Adapter(PET):
-    """A bottleneck beside a frozen attention or MLP, `y = base(x) + s (W_u φ(W_d x + b_d) + b_u)`.
+    """A bottleneck beside a frozen attention or MLP; AdaptFormer, Chen et al. 2022, arXiv:2205.13535.
 
-    AdaptFormer, Chen et al. 2022, arXiv:2205.13535; PEGP eq. 5, arXiv:2405.13383. `W_d` is `(width, d)` and `W_u`
+    `y = base(x) + s (W_u φ(W_d x + b_d) + b_u)`, PEGP eq. 5, arXiv:2405.13383. `W_d` is `(width, d)` and `W_u`
     `(d, width)`; `W_u` and both biases start at zero. Of a base that returns a tuple the first element is changed.
 
     Args:

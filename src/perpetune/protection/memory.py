@@ -98,5 +98,10 @@ class SiteMemory(nn.Module):
         self.vectors = torch.zeros(self.shape[2], columns, dtype=torch.float64)
         self.importance = torch.zeros(columns if self.alpha is not None else 0, dtype=torch.float64)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if (state := state_dict.get(f"{prefix}_extra_state")) is not None:
+            self.set_extra_state(state)  # it gives the buffers their shapes
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SiteMemory:
         return self

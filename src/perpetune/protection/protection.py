@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from perpetune.errors import PerpetuneError, UsageError
-from perpetune.numerics.projection import ProjectedStep
+from perpetune.numerics.projection import Operand, ProjectedStep
 from perpetune.numerics.subspace import Subspace
 from perpetune.pets.base import PET
 from perpetune.protection.config import ProtectConfig
@@ -77,12 +77,20 @@ class Protection(nn.Module):
         Raises:
             UsageError: a parameter has another shape than when its features were added.
         """
+        chosen, still = self.closed()
+        return ProjectedStep(optimizer, chosen, still=still, project=self.config.project)
+
+    def closed(self) -> tuple[list[tuple[Operand, list[Subspace]]], list[nn.Parameter]]:
+        """What updates are kept out of at present, and the parameters that may not move.
+
+        Raises:
+            UsageError: a parameter has another shape than when its features were added.
+        """
         for watched in self.sites:
             self._check_shape(watched)
-        active = self.consolidated > 0 and self.config.directions != "none"
-        chosen = [(w.site.operand, self._closed(w)) for w in self.sites if active and self._chosen(w)]
-        still = self.still if active else []
-        return ProjectedStep(optimizer, chosen, still=still, project=self.config.project)
+        if self.consolidated == 0 or self.config.directions == "none":
+            return [], []
+        return [(w.site.operand, self._closed(w)) for w in self.sites if self._chosen(w)], self.still
 
     def _closed(self, watched: Watched) -> list[Subspace]:
         """The subspaces that updates are kept out of."""
@@ -101,6 +109,11 @@ class Protection(nn.Module):
             raise UsageError(
                 f"protect: {watched.name} is {now} now and was {then} when its features were added: a pet cannot "
                 "change its shape under protection"
+            )
+        if not isinstance(watched.module, PET) and watched.module.weight is not watched.site.operand.weight:
+            raise UsageError(
+                f"protect: the weight of {watched.name} was replaced by another one, {watched.module.weight.shape}: "
+                "change its values in place, or leave the layer out"
             )
 
     # -- after a task ---------------------------------------------------------------------------------
@@ -148,10 +161,9 @@ class Protection(nn.Module):
         found = {w.name: first.get(w.name) or self._gathered(watch, w, total) for w in self.sites}
         certificate = self._certificate(max(count for _, count in found.values()))
         energy = self.config.energy_at(self.consolidated)
-        grown = {w.name: self._grown(w, found[w.name][0], energy) for w in self.sites}
-        for w in self.sites:
-            memory, (moments, count) = self.of(w), found[w.name]
-            memory.subspaces = grown[w.name]
+        for w in self.sites:  # all is known to be sound; one by one, so that memory stays near that of the moments
+            memory, (moments, count) = self.of(w), found.pop(w.name)
+            memory.subspaces = self._grown(w, moments, energy)
             memory.learned(w.values(), moments, count)
         self.consolidated += 1
         for entry, w in zip(certificate["sites"], self.sites, strict=True):
@@ -201,7 +213,8 @@ class Protection(nn.Module):
                 idle = watched.site.name in watched.module.idle()
             else:
                 into = [by_name[name].site.operand for name in watch.feeds.get(watched.name, ())]
-                idle = bool(into) and not any(p.any() for operand in into for p in operand.parameters)
+                zero = not any(p.any() for operand in into for p in operand.parameters)
+                idle = bool(into) and zero and watched.name not in watch.elsewhere
             if idle and self._chosen(watched):
                 found.append(watched)
         return found

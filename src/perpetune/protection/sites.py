@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from perpetune.numerics.moments import Moments
 from perpetune.numerics.projection import Operand
@@ -66,18 +69,21 @@ def pet_sites(model: nn.Module, conditions: Conditions) -> tuple[list[Watched], 
 
 
 def linear_sites(model: nn.Module, skip: Container[nn.Module] = ()) -> list[Watched]:
-    """Every linear layer outside of PETs whose weight is trained, but for those in `skip`."""
+    """Every linear layer outside of PETs whose weight is trained, but for those in `skip`.
+
+    A weight that another module has too (an output layer tied to the embedding) is no site: what the other one makes
+    of it cannot be held here.
+    """
     inside = {m for pet in model.modules() if isinstance(pet, PET) for m in pet.modules()}
+    owners = Counter(p for m in model.modules() for p in m._parameters.values() if p is not None)
     found: list[Watched] = []
-    taken: set[nn.Parameter] = set()
     for path, module in model.named_modules():
         if module in inside or module in skip or not (axis := _axis(module)):
             continue
         weight, bias = module.weight, getattr(module, "bias", None)
-        if not (isinstance(weight, nn.Parameter) and weight.requires_grad) or weight in taken:
+        if not (isinstance(weight, nn.Parameter) and weight.requires_grad) or owners[weight] > 1:
             continue
-        bias = bias if isinstance(bias, nn.Parameter) and bias.requires_grad else None
-        taken.add(weight)
+        bias = bias if isinstance(bias, nn.Parameter) and bias.requires_grad and owners[bias] == 1 else None
         found.append(Watched(f"{path}/weight", Site("weight", Operand(weight, bias, axis=axis[0])), module))
     return found
 
@@ -96,6 +102,8 @@ class Watch:
         moments: by the site's name; a site that saw nothing has none.
         mask: `(B, N)` of the batch at hand: tokens that count; None is all.
         feeds: for linear layers whose output is another one's input (LoRA's A and B), the other's name.
+        elsewhere: linear layers whose output something else uses as well (`h + B(h)`); known only where a watched
+            layer is all zero, for nobody asks otherwise.
     """
 
     def __init__(self, sites: Sequence[Watched]):
@@ -103,6 +111,8 @@ class Watch:
         self.moments: dict[str, Moments] = {}
         self.mask: Tensor | None = None
         self.feeds: dict[str, set[str]] = {}
+        self.elsewhere: set[str] = set()
+        self._inside = 0  # watched layers that are at work now
         self._outputs: dict[int, tuple[weakref.ref[Tensor], str]] = {}
 
     @contextlib.contextmanager
@@ -114,12 +124,15 @@ class Watch:
             if isinstance(watched.module, PET):
                 pets.setdefault(watched.module, {})[watched.site.name] = watched
             else:
-                hooks.append(watched.module.register_forward_pre_hook(partial(self._into, watched)))
+                hooks.append(watched.module.register_forward_pre_hook(partial(self._into, watched), with_kwargs=True))
                 hooks.append(watched.module.register_forward_hook(partial(self._out_of, watched)))
         try:
             for pet, sites in pets.items():
                 pet.watch = partial(self._at_pet, sites)
-            yield self
+            linear = [w for w in self.sites if not isinstance(w.module, PET)]
+            zero = any(not any(p.any() for p in w.site.operand.parameters) for w in linear)
+            with _Uses(self) if zero else contextlib.nullcontext():
+                yield self
         finally:
             for pet in pets:
                 pet.watch = None
@@ -159,11 +172,37 @@ class Watch:
         if name in sites:
             self.add(sites[name], rows)
 
-    def _into(self, watched: Watched, module: nn.Module, args: tuple[Any, ...]) -> None:
-        source = self._outputs.get(id(args[0]))
-        if source is not None and source[0]() is args[0]:
-            self.feeds.setdefault(source[1], set()).add(watched.name)
-        self.add(watched, args[0].detach())
+    def _into(self, watched: Watched, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._inside += 1
+        rows = args[0] if args else next(iter(kwargs.values()))
+        if (source := self._source(rows)) is not None:
+            self.feeds.setdefault(source, set()).add(watched.name)
+        self.add(watched, rows.detach())
 
     def _out_of(self, watched: Watched, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        self._inside -= 1
         self._outputs[id(output)] = (weakref.ref(output), watched.name)
+
+    def _source(self, tensor: object) -> str | None:
+        """The linear layer whose output `tensor` is."""
+        reference, name = self._outputs.get(id(tensor), (None, None))
+        return name if reference is not None and reference() is tensor else None
+
+    def used(self, values: Any) -> None:
+        """An operation outside of the watched layers takes `values`."""
+        if not self._inside:
+            self.elsewhere.update(name for value in values if (name := self._source(value)) is not None)
+
+
+class _Uses(TorchDispatchMode):
+    """Tells a `Watch` of every operation and what it takes."""
+
+    def __init__(self, watch: Watch):
+        super().__init__()
+        self.watch = watch
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.watch.used(tree_leaves((args, kwargs)))
+        return func(*args, **(kwargs or {}))

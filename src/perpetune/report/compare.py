@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 from perpetune.errors import UsageError
-from perpetune.report import form, tables
+from perpetune.report import form, protected, tables
+from perpetune.report.effects import Effect, effects
 from perpetune.report.results_schema import Results, checked
+from perpetune.report.spread import Spread, spread
 
 # Settings that name a run or say where it happens; they change no figure that is compared here.
 # `run.precision` is not among them: it changes what is learned.
@@ -27,17 +28,12 @@ NEUTRAL = {
 LOWER_IS_BETTER = {"forgetting"}
 
 
-class Spread(TypedDict):
-    """`n` runs have the figure: their mean, their sample standard deviation (None for one run), all values."""
-
-    mean: float | None
-    std: float | None
-    n: int
-    values: list[float | None]
-
-
 class ComparisonRow(TypedDict):
-    """Runs of one recipe on the same data, each seed once. Curves hold one spread for each task learned."""
+    """Runs of one recipe on the same data, each seed once. Curves hold one spread for each task learned.
+
+    `moved` is how far the worst site's outputs on earlier data had moved at the end, `room` the share of directions
+    that was still free; no run has them without `protect:`.
+    """
 
     label: str
     runs: list[str]
@@ -50,6 +46,8 @@ class ComparisonRow(TypedDict):
     trainable_parameters: Spread
     stored_bytes: Spread
     learn_seconds: Spread
+    moved: Spread
+    room: Spread
     average_accuracy_curve: list[Spread]
     forgetting_curve: list[Spread]
 
@@ -61,6 +59,7 @@ class Comparison(TypedDict):
         rows: one for each recipe and what it learned, in the order given.
         settings: dotted keys of the settings in which the recipes differ.
         best: for each figure the numbers of the best rows; empty where rows cannot be ranked.
+        effects: of each setting in which rows differ and differ alone, what it changes.
         notes: reasons why rows should not be read against each other as they stand.
     """
 
@@ -68,6 +67,7 @@ class Comparison(TypedDict):
     rows: list[ComparisonRow]
     settings: list[str]
     best: dict[str, list[int]]
+    effects: list[Effect]
     notes: list[str]
 
 
@@ -88,7 +88,8 @@ def compare(runs: Sequence[Mapping[str, Any]], names: Sequence[str] | None = Non
     results = [checked(run, where) for run, where in zip(runs, called, strict=True)]
     groups, repeats = _grouped(results)
     members = [[results[i] for i in group] for group in groups]
-    settings = _differing([_flat(group[0]["recipe"]) for group in members])
+    flats = [_flat(group[0]["recipe"]) for group in members]
+    settings = _differing(flats)
     labels = _labels(members, [called[group[0]] for group in groups], settings)
     rows = [
         _row(label, [called[i] for i in group], runs_of_row, settings)
@@ -102,19 +103,8 @@ def compare(runs: Sequence[Mapping[str, Any]], names: Sequence[str] | None = Non
         for i, first in repeats.items()
     ]
     best = {key: _best(rows, key) if rankable and len(rows) > 1 else [] for key in rows[0]["metrics"]}
-    return {"format": 1, "rows": rows, "settings": settings, "best": best, "notes": notes}
-
-
-def spread(values: Sequence[float | None]) -> Spread:
-    """Mean and sample standard deviation (n - 1) of the values that are there."""
-    there = [v for v in values if v is not None]
-    mean = statistics.fmean(there) if there else None
-    return {
-        "mean": mean,
-        "std": statistics.stdev(there) if len(there) > 1 else None,
-        "n": len(there),
-        "values": list(values),
-    }
+    found = effects(members, flats)
+    return {"format": 1, "rows": rows, "settings": settings, "best": best, "effects": found, "notes": notes}
 
 
 def _flat(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -216,6 +206,8 @@ def _row(label: str, names: list[str], runs: Sequence[Results], settings: Sequen
         "trainable_parameters": spread([run["trainable_parameters"] for run in runs]),
         "stored_bytes": spread([tables.stored_bytes(run) for run in runs]),
         "learn_seconds": spread([tables.learn_seconds(run) for run in runs]),
+        "moved": spread([protected.moved(run) for run in runs]),
+        "room": spread([protected.room(run) for run in runs]),
         "average_accuracy_curve": _pointwise([c.accuracy for c in curves]),
         "forgetting_curve": _pointwise([c.forgetting for c in curves]),
     }

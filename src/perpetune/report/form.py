@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 MINUS = "\N{MINUS SIGN}"
 ABSENT = "\N{EN DASH}"
@@ -63,6 +64,12 @@ def relative(part: float | None, whole: float | None) -> str:
 def setting(value: object) -> str:
     """The value of a recipe's key, as a recipe writes it."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def several(names: Sequence[str], shown: int) -> str:
+    """`a, b, c and 7 more`."""
+    first = ", ".join(names[:shown])
+    return first if len(names) <= shown else f"{first} and {len(names) - shown} more"
 
 
 def plural(n: int, noun: str) -> str:

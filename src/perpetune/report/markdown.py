@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from perpetune.report import form, tables, view
+from perpetune.report import form, protected, tables, view
 from perpetune.report.compare import Comparison
 from perpetune.report.matrix import matrix_table
 from perpetune.report.results_schema import Results
@@ -21,6 +21,7 @@ def report(results: Results) -> str:
         "## Accuracy matrix",
         "Accuracy in % on each task's test data (columns) after each task was learned (rows).",
         _matrix(results),
+        *_protection(results),
         "## Tasks",
         _tasks(results),
         "## Classes",
@@ -42,10 +43,12 @@ def report(results: Results) -> str:
 def comparison(compared: Comparison) -> str:
     """`compare.md` of several runs."""
     figures = [(key, label) for key, label, _, _ in view.FIGURES]
+    protection = any(row["room"]["n"] for row in compared["rows"])
     heads = [
         "run",
         "n",
         *(f"{label}, {view.unit(key)}" for key, label in figures),
+        *(["Moved, worst site, %", "Room, %"] if protection else []),
         "trained parameters",
         "stored",
         "learning time",
@@ -54,6 +57,7 @@ def comparison(compared: Comparison) -> str:
     for i, row in enumerate(compared["rows"]):
         texts = view.comparison_cells(row)
         marked = [f"**{texts[key]}**" if i in compared["best"][key] else texts[key] for key, _ in figures]
+        marked += [texts["moved"], texts["room"]] if protection else []
         cost = [form.count(row["trainable_parameters"]["mean"]), form.size(row["stored_bytes"]["mean"])]
         rows.append(
             [plain(row["label"]), len(row["runs"]), *marked, *cost, form.duration(row["learn_seconds"]["mean"])]
@@ -63,6 +67,8 @@ def comparison(compared: Comparison) -> str:
         "Mean ± sample standard deviation over n runs that differ only in the seed.",
         table(heads, rows),
     ]
+    if compared["effects"]:
+        parts += ["## What each setting changes", bullets(view.effect_lines(compared["effects"])), _effects(compared)]
     if compared["notes"]:
         parts += ["## Read with care", bullets(compared["notes"])]
     parts += ["## Runs", table(["row", "runs", "seeds", *map(plain, compared["settings"])], _members(compared))]
@@ -116,6 +122,24 @@ def _matrix(results: Results) -> str:
         for row in matrix.rows
     ]
     return table(["after", "mean", *map(plain, matrix.names)], rows)
+
+
+def _protection(results: Results) -> list[str]:
+    entries = protected.after_tasks(results)
+    if not entries:
+        return []
+    heads = ["after", "moved, median site", "moved, worst site", "room", "sites without room"]
+    rows = (
+        [
+            f"{entry['task'] + 1} {plain(results['tasks'][entry['task']]['name'])}",
+            form.relative(entry["median"], 1),
+            form.relative(entry["worst"], 1),
+            form.relative(entry["room"], 1),
+            f"{len(entry['full'])} of {len(entry['sites'])}",
+        ]
+        for entry in entries
+    )
+    return ["## What protection kept", plain(protected.meaning(results)), table(heads, rows)]
 
 
 def _tasks(results: Results) -> str:
@@ -195,6 +219,17 @@ def _problems(results: Results) -> list[str]:
 def _task_name(results: Results, index: int | None) -> str:
     known = index is not None and 0 <= index < len(results["tasks"])
     return plain(results["tasks"][index]["name"]) if known and index is not None else ""
+
+
+def _effects(compared: Comparison) -> str:
+    figures = [(key, label) for key, label, _, _ in view.FIGURES]
+    rows = []
+    for effect in compared["effects"]:
+        texts = view.effect_cells(effect)
+        beside = ", ".join(f"{plain(key)} {plain(value)}" for key, value in effect["beside"].items())
+        change = f"{plain(effect['before'])} → {plain(effect['after'])}"
+        rows.append([plain(effect["setting"]), change, beside, len(effect["seeds"]), *(texts[key] for key, _ in figures)])
+    return table(["setting", "change", "with", "seeds", *(f"{label}, points" for _, label in figures)], rows)
 
 
 def _members(compared: Comparison) -> Iterable[list[object]]:

@@ -40,21 +40,24 @@ def write_report(results: Mapping[str, Any], folder: Path) -> list[Path]:
     return _write(files, folder)
 
 
-def write_comparison(runs: Sequence[tuple[str, Mapping[str, Any]]], folder: Path) -> list[Path]:
+def write_comparison(
+    runs: Sequence[tuple[str, Mapping[str, Any]]], folder: Path, name: str = "compare"
+) -> list[Path]:
     """Write `compare.html`, `compare.json` and `compare.md` into `folder`; the paths in that order.
 
     Args:
         runs: for each run what the user calls it (its folder, say) and its results document.
         folder: made when it is not there.
+        name: of the files, without their endings.
 
     Raises:
         StateError: one of them is not a results document.
     """
     comparison = compare([run for _, run in runs], [name for name, _ in runs])
     files = {
-        "compare.html": _environment().get_template("compare.html").render(view.comparison(comparison)),
-        "compare.json": _json(comparison),
-        "compare.md": markdown.comparison(comparison),
+        f"{name}.html": _environment().get_template("compare.html").render(view.comparison(comparison)),
+        f"{name}.json": _json(comparison),
+        f"{name}.md": markdown.comparison(comparison),
     }
     return _write(files, folder)
 

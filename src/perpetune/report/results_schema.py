@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast
 
 from typing_extensions import NotRequired, TypedDict  # pydantic reads no other TypedDict before Python 3.12
 
@@ -44,12 +44,56 @@ class BadFile(TypedDict):
     reason: str
 
 
+class SiteMoved(TypedDict):
+    """One place where features meet trained parameters.
+
+    `change` is the root mean square by which its outputs on all earlier data have moved, `relative` the same over the
+    outputs' own (None where nothing was protected before, or they are zero). `room` is the share of its `directions`
+    that is still free, once the entry's own data were added; `rank` of them are taken.
+    """
+
+    site: str
+    change: float
+    relative: float | None
+    directions: int
+    room: float
+    rank: int
+
+
+class Consolidation(TypedDict):
+    """The certificate taken each time data were protected: how far old outputs had moved by then, and the room left.
+
+    Attributes:
+        task: index of the task.
+        of: the data that were added: of the `task` itself, or the recipe's `reference`.
+        examples, rows: of those data; a row is what one site sees at once, such as one token.
+        energy: share of the features' energy that was protected.
+        consolidated: how often data had been added before.
+        worst, median: of `relative` over the sites; None where nothing was protected before.
+        room: mean over the sites.
+        full: the sites without room.
+    """
+
+    task: int
+    of: Literal["task", "reference"]
+    examples: int
+    rows: int
+    energy: float
+    consolidated: int
+    sites: list[SiteMoved]
+    worst: float | None
+    median: float | None
+    room: float
+    full: list[str]
+
+
 class Results(TypedDict):
     """One run.
 
     Attributes:
         cells: a row for each task learned so far, a column for each task; None is not measured.
         storage: for each task `{"task": index, file kind: bytes, …}`.
+        protection: in the order in which data were added; none without `protect:`, absent in older documents.
         recipe: the resolved recipe, every default written out.
         trainable_parameters, backbone_parameters: None where no model has been built yet.
         complete: all tasks of the stream were learned; otherwise `tasks` may hold the learned ones alone.
@@ -65,6 +109,7 @@ class Results(TypedDict):
     metrics: Metrics
     timings: list[Timing]
     storage: list[dict[str, int]]
+    protection: NotRequired[list[Consolidation]]
     trainable_parameters: int | None
     backbone_parameters: int | None
     bad_files: list[BadFile]
@@ -112,7 +157,12 @@ def _check_sizes(results: Results, where: str) -> None:
     indices = [task["index"] for task in results["tasks"]]
     if indices != list(range(columns)):
         raise StateError(f"{where}: tasks must be numbered 0 to {columns - 1} in order, not {indices}")
-    for key, entries in (("timings", results["timings"]), ("storage", results["storage"])):
+    named: dict[str, Sequence[Mapping[str, Any]]] = {
+        "timings": results["timings"],
+        "storage": results["storage"],
+        "protection": results.get("protection", []),
+    }
+    for key, entries in named.items():
         for entry in entries:
             if not 0 <= entry.get("task", -1) < columns:
                 raise StateError(f"{where}: an entry of {key} names no task: {entry}")

@@ -101,7 +101,8 @@ def _extent(lines: Sequence[Line], floor: float, top: float) -> tuple[float, flo
 
 def _ticks(low: float, high: float) -> list[float]:
     """At most eight round values that span the range."""
-    step = next((s for s in (0.01, 0.02, 0.05, 0.1, 0.2, 0.25) if (high - low) / s <= 6), 0.5)
+    steps = (0.01, 0.02, 0.05, 0.1, 0.2, 0.25, 0.5, 1, 2, 5, 10, 20, 50, 100)
+    step = next((s for s in steps if (high - low) / s <= 6), 10.0 ** math.ceil(math.log10((high - low) / 6)))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(k * step, 4) for k in range(first, max(last, first + 1) + 1)]
 

@@ -15,6 +15,7 @@ from perpetune.numerics.metrics import (
     seen_cells,
     task_forgetting,
 )
+from perpetune.report import form
 from perpetune.report.results_schema import Results
 
 BYTES_PER_PARAMETER = 4  # the backbone is compared as float32
@@ -143,6 +144,9 @@ def choices(recipe: Mapping[str, Any]) -> dict[str, str]:
     for axis in AXES:
         value = recipe.get(axis)
         name = value.get("name") if isinstance(value, Mapping) else value
+        if axis == "protect" and isinstance(value, Mapping):
+            controlled = {"random": "random directions, ", "none": "only measured, "}
+            name = f"{controlled.get(value.get('directions', ''), '')}energy {form.setting(value.get('energy'))}"
         if isinstance(name, str) and name:
             chosen[axis] = name
     return chosen

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from perpetune.numerics.metrics import accuracies, final_accuracy
-from perpetune.report import form, view
+from perpetune.report import form, protected, view
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,12 +22,18 @@ COMPARED = {  # columns of a comparison and their headings, in order
     "forgetting": "forgetting",
     "backward_transfer": "backward",
     "forward_transfer": "forward",
+    "moved": "moved",
+    "room": "room",
     "pooled_accuracy": "pooled",
     "stored": "stored",
     "learning": "learning",
 }
 # Those that go where the width does not hold all, the first one first.
-SPARE = ("pooled_accuracy", "forward_transfer", "stored", "backward_transfer", "learning", "average_accuracy")
+SPARE = (
+    *("pooled_accuracy", "forward_transfer", "stored", "backward_transfer"),
+    *("learning", "room", "moved", "average_accuracy"),
+)
+SENTENCES = 8  # more of them are left to the page
 
 
 def matrix_table(results: Mapping[str, Any], width: int = 100) -> Table:
@@ -73,6 +79,23 @@ def row_line(results: Mapping[str, Any]) -> Text:
     for j in range(last + 1):
         line.append(f"  {names[j]} ", "dim").append_text(cell_text(A, last, j, changes=True))
     return line
+
+
+def protection_line(results: Mapping[str, Any]) -> Text | None:
+    """How far the last task has moved old outputs, and the room left; None without protection."""
+    from rich.text import Text
+
+    entry = protected.last(results)
+    return Text(f"  protect: {protected.told(entry)}", "dim") if entry else None
+
+
+def effects_text(comparison: Mapping[str, Any]) -> Text:
+    """What each setting changes, a line for each."""
+    from rich.text import Text
+
+    lines = view.effect_lines(comparison["effects"])
+    more = len(lines) - SENTENCES
+    return Text("\n".join([*lines[:SENTENCES], *([f"… and {more} more changes: see --out, --json"] if more > 0 else [])]))
 
 
 def figures_line(results: Mapping[str, Any]) -> Text:

@@ -1,0 +1,1 @@
+"""Protection inside other people's trainers."""

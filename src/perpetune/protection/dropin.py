@@ -1,0 +1,420 @@
+"""Gradient projection in anybody's own training loop.
+
+protection = perpetune.protect(model, energy=0.99)
+protection.guard(optimizer)
+for task in tasks:
+    train(model, optimizer, task)
+    protection.consolidate(task.batches)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from perpetune.errors import StateError, UsageError, closest
+from perpetune.files import write_file
+from perpetune.numerics.projection import ProjectedStep
+from perpetune.protection.config import ProtectConfig
+from perpetune.protection.memory import SiteMemory
+from perpetune.protection.protection import Certificate, Protection
+from perpetune.protection.sites import Sum, Watched, linear_sites, pet_sites
+
+Others = Literal["freeze", "leave"]
+METADATA = "perpetune.protection"  # of the file that `save` writes: all that is no tensor
+
+
+def protect(
+    model: nn.Module,
+    *,
+    energy: float = 0.99,
+    skip: Iterable[nn.Module] = (),
+    others: Others = "freeze",
+    seed: int = 0,
+    **options: Any,
+) -> DropIn:
+    """Protection of every trainable linear layer of `model`, and of perpetune's own pets in it.
+
+    Layers are found by object as they are trained now: call it after PEFT has put its layers in.
+
+    Args:
+        energy: share of the features' energy that is protected; the other fields of `ProtectConfig`, but for
+            `reference`, are `options`.
+        skip: modules that are left out, with all in them: they move freely.
+        others: trainable parameters that are in no linear layer (norms, scales, embeddings, biases alone) are kept
+            still once something is protected, or left to move freely.
+        seed: of the random control.
+
+    Raises:
+        UsageError: an option out of range, nothing to protect, or layers whose outputs cannot be held.
+    """
+    config = _config({"energy": energy, **options})
+    if others not in ("freeze", "leave"):
+        raise UsageError(f"protect: others is {others!r}; freeze or leave is expected")
+    modules = set(model.modules())
+    skipped = {m for root in skip for m in root.modules()}
+    if not modules.issuperset(skipped):
+        raise UsageError("protect: skip names a module that is not in the model")
+    for path, module in model.named_modules():
+        if module not in skipped and len(getattr(module, "lora_magnitude_vector", ())):
+            raise UsageError(
+                f"protect: {path} is DoRA, which divides by the norm of the whole weight, so old outputs move whatever "
+                "is projected: use plain LoRA (use_dora=False), or leave it out with skip"
+            )
+    sites, _, free = pet_sites(model, config.conditions)
+    sites = [w for w in sites if w.module not in skipped and any(p.requires_grad for p in w.site.operand.parameters)]
+    sites += linear_sites(model, skipped)
+    covered = {p for w in sites for p in w.site.operand.parameters}.union(free)
+    covered.update(p for m in skipped for p in m.parameters())
+    loose = [p for p in model.parameters() if p.requires_grad and p not in covered]
+    coarse = [w for w in sites if w.site.operand.weight.dtype in (torch.bfloat16, torch.float16)]
+    if coarse:
+        warnings.warn(
+            f"protect: {len(coarse)} of {len(sites)} sites are trained in {coarse[0].site.operand.weight.dtype} "
+            f"({coarse[0].name}), whose rounding moves old outputs more than projection saves: keep trained parameters "
+            "in float32",
+            stacklevel=2,
+        )
+    return DropIn(model, sites, config, still=loose if others == "freeze" else (), seed=seed)
+
+
+class Guard(ProjectedStep):
+    """The guard on one optimizer, for as long as that lives or until `remove`; follows what is protected meanwhile."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, protection: DropIn):
+        self._optimizer, self._protection = weakref.ref(optimizer), protection
+        self._hooks = []
+        self.follow()
+
+    def follow(self) -> None:
+        """Keep the optimizer out of what is protected now."""
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        operands, still = self._protection.closed()
+        super().remove()
+        super().__init__(optimizer, operands, still=still, project=self._protection.config.project)
+
+    def remove(self) -> None:
+        super().remove()
+        if (optimizer := self._optimizer()) is not None:
+            self._protection.guards.pop(optimizer, None)
+
+
+class DropIn(Protection):
+    """What `perpetune.protect` gives: `guard` an optimizer, `consolidate` after each task."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Iterable[Watched],
+        config: ProtectConfig,
+        *,
+        still: Iterable[nn.Parameter] = (),
+        seed: int = 0,
+    ):
+        super().__init__(list(sites), config, still=list(still), seed=seed)
+        self._model = (model,)  # in a tuple, so that it does not become a part of this module's state
+        self.guards: weakref.WeakKeyDictionary[torch.optim.Optimizer, Guard] = weakref.WeakKeyDictionary()
+        """Of the optimizers that are guarded and still there."""
+
+    # -- while training -------------------------------------------------------------------------------
+
+    def guard(self, optimizer: torch.optim.Optimizer) -> Guard:
+        """Keep the steps of `optimizer` out of what is protected, now and after every later `consolidate`.
+
+        Accelerate's and Lightning's wrappers are seen through. An optimizer is guarded once: asked again, the same
+        guard is returned. It may be used as a context manager, which removes it at the end.
+
+        Raises:
+            UsageError: the optimizer trains nothing that is protected, or a layer's weight without its bias.
+        """
+        optimizer = _bare(optimizer)
+        if optimizer in self.guards:
+            return self.guards[optimizer]
+        trained = {p for group in optimizer.param_groups for p in group["params"]}
+        operands = [(w.name, w.site.operand.parameters) for w in self.sites]
+        if trained.isdisjoint([*(p for _, parameters in operands for p in parameters), *self.still]):
+            raise UsageError(
+                "protect: the optimizer trains nothing that is protected: make it of the parameters the model had when "
+                "protect was called (sharded or flattened copies cannot be guarded)"
+            )
+        for name, parameters in operands:
+            if not trained.isdisjoint(parameters) and not trained.issuperset(parameters):
+                raise UsageError(
+                    f"protect: the optimizer trains only one of weight and bias of {name.removesuffix('/weight')}: give "
+                    "it both, or set requires_grad to False on the other before protect"
+                )
+        self.guards[optimizer] = Guard(optimizer, self)
+        return self.guards[optimizer]
+
+    def _follow(self) -> None:
+        for guard in list(self.guards.values()):
+            guard.follow()
+
+    # -- after a task ---------------------------------------------------------------------------------
+
+    def consolidate(
+        self,
+        batches: Iterable[Any],
+        forward: Callable[[Any], object] | None = None,
+        *,
+        mask: Callable[[Any], Tensor | None] | None = None,
+        total: Sum | None = None,
+    ) -> Certificate:
+        """Protect what the model makes of `batches`: of a task that was learned or, before the first, of reference
+        data that show what the model knows already.
+
+        The model is in evaluation mode meanwhile, and afterwards in the mode it was in.
+
+        Args:
+            batches: a list or a loader; an iterator will do once the first step was made.
+            forward: runs the model on a batch, which is on the model's device. As a default a dictionary is given by
+                keywords without `labels`, of a tuple or list the first, and anything else as it is.
+            mask: `(B, N)` of a batch: tokens that count; as a default a dictionary's `attention_mask`.
+            total: sums a tensor over all processes; as a default torch.distributed does, where it is in use.
+
+        Returns:
+            The certificate: how far the outputs on earlier data have moved, before these data were added.
+
+        Raises:
+            PerpetuneError: features that are not finite, or a site that saw no data. Nothing has changed then.
+            UsageError: a layer has other parameters than when its features were added; an iterator, where data are
+                looked at twice.
+        """
+        (model,) = self._model
+        with _evaluating(model):
+            certificate = super().consolidate(
+                _share(batches, next(model.parameters()).device, self.config.samples),
+                forward if forward is not None else self._forward,
+                mask=mask if mask is not None else _attention,
+                total=total if total is not None else _sum,
+            )
+        self._follow()
+        if certificate["full"]:
+            full, sites = certificate["full"], len(self.sites)
+            warnings.warn(
+                f"protect: {len(full)} of {sites} sites have no room left and stay as they are ({full[0]}"
+                f"{', …' if len(full) > 1 else ''}): a larger rank or a lower energy leaves some",
+                stacklevel=2,
+            )
+        return certificate
+
+    def _forward(self, batch: Any) -> object:
+        (model,) = self._model
+        if isinstance(batch, Mapping):
+            return model(**{key: value for key, value in batch.items() if key != "labels"})
+        return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
+    # -- certificate ----------------------------------------------------------------------------------
+
+    def report(self) -> Certificate:
+        """The certificate now: how far the outputs on all data added so far have moved since (`worst` and `median`
+        over the sites, relative to the outputs), the `room` that is left, and both for each of the `sites`."""
+        return {key: value for key, value in self.certificate().items() if key != "rows"}
+
+    def __str__(self) -> str:
+        found = self.report()
+        if not self.consolidated:
+            return f"protection of {len(self.sites)} sites: nothing is protected yet"
+        moved = "there is nothing to measure"
+        if found["worst"] is not None:
+            moved = f"old outputs moved by {found['worst']:.2%} at most, median {found['median']:.2%}"
+        still = f", {len(self.still)} other parameters kept still" if self.still else ""
+        return (
+            f"protection of {len(self.sites)} sites, consolidated {self.consolidated} times: {moved}; "
+            f"{found['room']:.1%} of the directions are free, {len(found['full'])} sites full{still}"
+        )
+
+    # -- state ----------------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """What `state_dict` of a protection of the same layers gave.
+
+        Raises:
+            StateError: it does not fit; nothing has changed then.
+        """
+        self._check_state(state_dict)
+        result = super().load_state_dict(state_dict, strict, assign)
+        self._follow()
+        return result
+
+    def save(self, path: str | Path) -> None:
+        """Write everything into one safetensors file, there whole or not at all."""
+        state = self.state_dict()
+        tensors = {name: value.contiguous() for name, value in state.items() if isinstance(value, Tensor)}
+        rest = {name: value for name, value in state.items() if name not in tensors}
+        write_file(Path(path), save(tensors, {METADATA: json.dumps(rest)}))
+
+    def load(self, path: str | Path) -> None:
+        """Read what `save` wrote.
+
+        Raises:
+            StateError: there is no such file, it is torn or of another kind, or does not fit; nothing has changed then.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                rest = json.loads((file.metadata() or {})[METADATA])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            reason = (error.strerror if isinstance(error, OSError) else None) or "torn, or not written by a protection"
+            raise StateError(f"{path} cannot be read as a protection ({reason})") from None
+        self.load_state_dict({**tensors, **rest})
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        expected = {"_extra_state"}
+        for watched, key in zip(self.sites, self.memory, strict=True):
+            prefix = f"memory.{key}."
+            names = [f"{prefix}{name}" for name in self.of(watched).state_dict()]
+            expected.update(names)
+            missing = [name for name in names if name not in state]
+            if missing:
+                raise StateError(
+                    f"protect: the state knows nothing of {watched.name} ({missing[0]} is missing): it is of another "
+                    "model, or of other trained layers"
+                )
+            fault = _fault(self.of(watched), {n.removeprefix(prefix): state[n] for n in names})
+            if fault:
+                raise StateError(f"protect: the state does not fit at {watched.name}: {fault}")
+        unexpected = sorted(set(state) - expected)
+        if unexpected:
+            raise StateError(
+                f"protect: the state has {unexpected[0]}, and the model no such site: it is of another model"
+            )
+        about = state.get("_extra_state")
+        if not (isinstance(about, dict) and isinstance(about.get("consolidated"), int)):
+            raise StateError("protect: the state does not say how often it was consolidated: it is no protection's")
+
+
+def _fault(memory: SiteMemory, state: Mapping[str, Any]) -> str | None:
+    """Why what is stored of a site does not fit, if it does not."""
+    heads, out, dim = memory.shape
+    about = state["_extra_state"]
+    try:
+        stored, forms, figures = tuple(about["shape"]), about["forms"], about["figures"]
+        counts = [int(count) for count, _ in forms]
+        finite = all(math.isfinite(figures[name]) for name in ("change", "output", "count"))
+    except (KeyError, TypeError, ValueError):
+        return "it does not say what it is"
+    if stored != memory.shape:
+        return f"the state is of shape {stored}, the model {memory.shape}"
+    if len(counts) != heads or not all(0 <= count <= dim for count in counts):
+        return f"{len(counts)} subspaces of {counts} directions"
+    shapes = {
+        "vectors": (dim, sum(counts)),
+        "importance": (sum(counts) if memory.alpha is not None else 0,),
+        "total": (heads, dim * (dim + 1) // 2),
+        "last": (heads, out, dim),
+        "cross": (heads, out, dim),
+    }
+    for name, shape in shapes.items():
+        tensor = state[name]
+        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
+            found = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            return f"{name} is {found}, {shape} is expected (one strength is hard and the other soft?)"
+        finite = finite and bool(torch.isfinite(tensor).all())
+    return None if finite else "not finite"
+
+
+def _config(options: dict[str, Any]) -> ProtectConfig:
+    known = [name for name in ProtectConfig.model_fields if name != "reference"]
+    for name in options:
+        if name == "reference":
+            raise UsageError("protect: reference is of recipes: call consolidate(batches) before the first task")
+        if name not in known:
+            raise UsageError(f"protect: there is no option {name!r}; {closest(name, [*known, 'skip', 'others'])}")
+    try:
+        return ProtectConfig(**options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(f"protect: {first['loc'][0]} is {first['input']!r}: {first['msg']}") from None
+
+
+def _bare(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer whose hooks run: accelerate's and Lightning's wrappers have it as `optimizer`."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    return optimizer
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in evaluation mode; afterwards every module is in the mode it was in."""
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was in training:
+            module.training = was
+
+
+def _share(batches: Iterable[Any], device: torch.device, samples: int | Literal["all"]) -> Iterable[Any]:
+    """`batches` on `device`, up to the one that makes `samples` examples; an iterator stays one."""
+    if isinstance(batches, Iterator):
+        return _moved(batches, device, samples)
+    return _Again(batches, device, samples)
+
+
+class _Again:
+    """Batches that can be gone through as often as what they are made of."""
+
+    def __init__(self, batches: Iterable[Any], device: torch.device, samples: int | Literal["all"]):
+        self.batches, self.device, self.samples = batches, device, samples
+
+    def __iter__(self) -> Iterator[Any]:
+        return _moved(self.batches, self.device, self.samples)
+
+
+def _moved(batches: Iterable[Any], device: torch.device, samples: int | Literal["all"]) -> Iterator[Any]:
+    seen = 0
+    for batch in batches:
+        yield _to(batch, device)
+        seen += _size(batch)
+        if samples != "all" and seen >= samples:
+            return
+
+
+def _to(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: _to(value, device) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return [_to(value, device) for value in batch]
+    return batch
+
+
+def _size(batch: Any) -> int:
+    """Examples in a batch: the first axis of its first tensor, or one."""
+    if isinstance(batch, Mapping):
+        batch = list(batch.values())
+    if isinstance(batch, (tuple, list)):
+        batch = next((value for value in batch if isinstance(value, Tensor)), None)
+    return len(batch) if isinstance(batch, Tensor) and batch.dim() else 1
+
+
+def _attention(batch: Any) -> Tensor | None:
+    """`(B, N)` of a dictionary with an `attention_mask`: true where there is a token, false at padding."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def _sum(value: Tensor) -> Tensor:
+    """The sum over all processes."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value
+    value = value.clone()
+    torch.distributed.all_reduce(value)
+    return value

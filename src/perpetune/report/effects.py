@@ -1,0 +1,142 @@
+"""What one setting changes: rows of a comparison that differ in nothing else, run against run with the same seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+from perpetune.report import form
+from perpetune.report.results_schema import Results
+from perpetune.report.spread import Spread, spread
+
+Flat = Mapping[str, Any]  # a recipe's settings by dotted key
+NAMED = ("backbone", "method", "pet", "head", "data")  # sections that choose something by name
+
+
+class Effect(TypedDict):
+    """Two rows of a comparison that differ in one setting.
+
+    Attributes:
+        setting: a recipe's section (`head`), where another choice is made, or one key of it (`train.lr`).
+        before, after: what it is in the first and in the second of `rows`.
+        beside: the other settings that differ somewhere in the comparison, as both rows have them.
+        seeds: those that both rows have, on the same tasks.
+        metrics: of each figure, second row less first, seed by seed.
+    """
+
+    setting: str
+    before: str
+    after: str
+    beside: dict[str, str]
+    rows: tuple[int, int]
+    seeds: list[int]
+    metrics: dict[str, Spread]
+
+
+def effects(rows: Sequence[Sequence[Results]], flats: Sequence[Flat]) -> list[Effect]:
+    """Each setting's effects. Of rows that differ in one setting alone the first is what the others are measured
+    against, or the one that goes without (no `protect:`, no pet).
+
+    Args:
+        rows: the runs of each row, each seed once.
+        flats: the settings of each row.
+    """
+    settings = differing(flats)
+    found = []
+    for setting in settings:
+        measured: set[int] = set()
+        for i in sorted(range(len(rows)), key=lambda i: _word(flats[i], setting) not in ("none", "off")):
+            if i in measured:
+                continue
+            for j in range(len(rows)):
+                if j == i or j in measured or apart(flats[i], flats[j]) != setting:
+                    continue
+                pairs = _paired(rows[i], rows[j])
+                if pairs:
+                    measured.add(j)
+                    found.append(_effect(setting, (i, j), flats, pairs, settings))
+    return found
+
+
+def differing(flats: Sequence[Flat]) -> list[str]:
+    """The settings in which some rows differ: sections where the choice itself differs, and single keys that differ
+    between rows of one choice."""
+    settings: dict[str, None] = {}
+    for key in dict.fromkeys(key for flat in flats for key in flat):
+        section, values = _section(key), {form.setting(flat.get(key)) for flat in flats}
+        if len(values) == 1:
+            continue
+        alike: dict[str, set[str]] = {}  # the values of this key among the rows of each choice
+        for flat in flats:
+            alike.setdefault(_word(flat, section), set()).add(form.setting(flat.get(key)))
+        if len(alike) > 1:
+            settings[section] = None
+        if any(len(found) > 1 for found in alike.values()):
+            settings[key] = None
+    return list(settings)
+
+
+def apart(a: Flat, b: Flat) -> str | None:
+    """The one setting in which two recipes differ; None where there is none, or more than one."""
+    keys = [key for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)]
+    sections = {_section(key) for key in keys}
+    if len(sections) != 1:
+        return None
+    (section,) = sections
+    if _word(a, section) != _word(b, section):
+        return section
+    return keys[0] if len(keys) == 1 else None
+
+
+def _section(key: str) -> str:
+    return key.partition(".")[0]
+
+
+def _word(flat: Flat, setting: str) -> str:
+    """What a row has of a setting: a choice's name, `on` or `off` of a section that may be left out, or a value."""
+    if flat.get(f"{setting}.name") is not None:
+        return str(flat[f"{setting}.name"])
+    if any(key.startswith(f"{setting}.") for key in flat):
+        return "on"
+    value = flat.get(setting)
+    return form.setting(value) if value is not None or "." in setting else "none" if setting in NAMED else "off"
+
+
+def _paired(first: Sequence[Results], second: Sequence[Results]) -> list[tuple[Results, Results]]:
+    """The runs with the same seed and the same tests, of both rows."""
+    by_seed = {run["seed"]: run for run in second}
+    pairs = [(run, by_seed[run["seed"]]) for run in first if run["seed"] in by_seed]
+    return [(a, b) for a, b in pairs if _tested(a) == _tested(b)]
+
+
+def _tested(run: Results) -> list[Any]:
+    return [len(run["cells"]), *([sorted(task["classes"]), task["test"]] for task in run["tasks"])]
+
+
+def _effect(
+    setting: str,
+    rows: tuple[int, int],
+    flats: Sequence[Flat],
+    pairs: Sequence[tuple[Results, Results]],
+    settings: Sequence[str],
+) -> Effect:
+    first, second = (flats[i] for i in rows)
+    # Keys below a setting that differs say nothing beside it, nor those of a choice that the rows have not made.
+    beside = [s for s in settings if s not in (setting, _section(setting)) and _section(s) != setting]
+    beside = [s for s in beside if "." not in s or s in first]
+    return {
+        "setting": setting,
+        "before": _word(first, setting),
+        "after": _word(second, setting),
+        "beside": {s: _word(first, s) for s in beside},
+        "rows": rows,
+        "seeds": [a["seed"] for a, _ in pairs],
+        "metrics": {
+            key: spread([_less(b["metrics"][key], a["metrics"][key]) for a, b in pairs])  # type: ignore[literal-required]
+            for key in pairs[0][0]["metrics"]
+        },
+    }
+
+
+def _less(after: float | None, before: float | None) -> float | None:
+    return None if after is None or before is None else after - before

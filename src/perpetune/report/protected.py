@@ -1,0 +1,138 @@
+"""What protection kept: a run's certificates as curves, rows and sentences."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from perpetune.report import form
+from perpetune.report.results_schema import Consolidation, Results
+
+MEANING = (
+    "How far what each site gives for the data of all earlier tasks had moved, once a task was learned: root mean "
+    "square, relative to what it gave when they were learned. A site is a place where features meet trained "
+    "parameters. No old data are needed for it, second moments of the features are enough; the figure is exact where "
+    "the inputs of a site are as they were, and what moved below a site comes on top of it."
+)
+ROOM = "Room is the share of directions that later tasks may still use, after a task’s own were closed."
+DIRECTIONS = {
+    "none": "Nothing was held here (directions: none): the figures only measure what learning does by itself.",
+    "random": "As many directions as the features need were closed, but drawn at random (directions: random): a control.",
+}
+
+
+@dataclass(frozen=True)
+class ProtectionCurves:
+    """Shares after each task learned, None where none is known: how far old outputs have moved, and the room left."""
+
+    worst: list[float | None]
+    median: list[float | None]
+    room: list[float | None]
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """One site at the end: how far it has moved, the farthest it was after any task, room, directions taken and all."""
+
+    name: str
+    moved: float | None
+    farthest: float | None
+    room: float
+    rank: int
+    directions: int
+
+
+def after_tasks(results: Mapping[str, Any]) -> list[Consolidation]:
+    """The certificates taken after tasks, in order; reference data are left out."""
+    return [entry for entry in results.get("protection", []) if entry["of"] == "task"]
+
+
+def last(results: Mapping[str, Any]) -> Consolidation | None:
+    """The certificate of the last task learned."""
+    found = after_tasks(results)
+    return found[-1] if found else None
+
+
+def moved(results: Mapping[str, Any]) -> float | None:
+    """How far the worst site had moved at the end."""
+    entry = last(results)
+    return entry["worst"] if entry else None
+
+
+def room(results: Mapping[str, Any]) -> float | None:
+    entry = last(results)
+    return entry["room"] if entry else None
+
+
+def curves(results: Results) -> ProtectionCurves:
+    by_task = {entry["task"]: entry for entry in after_tasks(results)}
+    found = [by_task.get(i) for i in range(len(results["cells"]))]
+    return ProtectionCurves(
+        [entry["worst"] if entry else None for entry in found],
+        [entry["median"] if entry else None for entry in found],
+        [entry["room"] if entry else None for entry in found],
+    )
+
+
+def site_rows(results: Results) -> list[SiteRow]:
+    """The sites as they stand at the end, in the order of the model."""
+    entries = after_tasks(results)
+    if not entries:
+        return []
+    seen: dict[str, list[float]] = {}
+    for entry in entries:
+        for site in entry["sites"]:
+            seen.setdefault(site["site"], []).extend([site["relative"]] if site["relative"] is not None else [])
+    sites = entries[-1]["sites"]
+    return [
+        SiteRow(
+            name, site["relative"], max(seen[site["site"]], default=None), site["room"], site["rank"], site["directions"]
+        )
+        for name, site in zip(short([s["site"] for s in sites]), sites, strict=True)
+    ]
+
+
+def short(names: Sequence[str]) -> list[str]:
+    """Names of sites without the beginning that all have: they lie in one model."""
+    shared = os.path.commonprefix(list(names)).rpartition(".")[0]
+    return [name.removeprefix(f"{shared}.") if shared else name for name in names]
+
+
+def told(entry: Consolidation) -> str:
+    """`old outputs moved 0.8 % (worst site 3.1 %), room 62 %, 2 of 24 sites full`."""
+    parts = []
+    if entry["worst"] is not None:
+        middle, worst = form.relative(entry["median"], 1), form.relative(entry["worst"], 1)
+        parts.append(f"old outputs moved {middle} (worst site {worst})")
+    parts.append(f"room {form.relative(entry['room'], 1)}")
+    if entry["full"]:
+        parts.append(f"{len(entry['full'])} of {form.plural(len(entry['sites']), 'site')} full")
+    return ", ".join(parts)
+
+
+def newly_full(results: Mapping[str, Any]) -> str | None:
+    """What to do about it, where more sites than ever before have no room left."""
+    entries = results.get("protection", [])
+    if not entries or control(results):
+        return None
+    full, before = entries[-1]["full"], [len(entry["full"]) for entry in entries[:-1]]
+    if len(full) <= max(before, default=0):
+        return None
+    sites = [site["site"] for site in entries[-1]["sites"]]
+    named = [name for name, site in zip(short(sites), sites, strict=True) if site in full]
+    return (
+        f"{len(full)} of {form.plural(len(sites), 'site')} no longer learn, for they have no room left "
+        f"({form.several(named, 3)}): a larger pet or a lower protect.energy leaves some"
+    )
+
+
+def control(results: Mapping[str, Any]) -> str:
+    """What a control (`protect.directions`) did instead of protecting; empty where features were protected."""
+    return DIRECTIONS.get((results["recipe"].get("protect") or {}).get("directions", ""), "")
+
+
+def meaning(results: Results) -> str:
+    """What the figures mean, for this run."""
+    return " ".join(text for text in (control(results), MEANING, ROOM) if text)
