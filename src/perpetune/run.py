@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from perpetune.data.text import several
 from perpetune.errors import Interrupted
 from perpetune.evaluate import Setting, evaluate
 from perpetune.methods.base import Method
@@ -106,12 +105,6 @@ def _protect(method: Method, task: Task, reference: Examples | None, batch_size:
     batches = _Pass(examples, batch_size, run)
     run.progress.phase(f"protect {purpose}", len(batches), 1, 0)
     certificate = protection.consolidate(batches, lambda batch: _observe(method, batch, run), total=run.sum)
-    if certificate["full"]:
-        sites, full = len(certificate["sites"]), certificate["full"]
-        run.progress.note(
-            f"protect: {len(full)} of {sites} sites have no room left and stay as they are ({several(full)}): a larger "
-            "pet or a lower protect.energy leaves some"
-        )
     return [{"of": purpose, "examples": len(examples), **certificate}]
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from perpetune.errors import UsageError
+from perpetune.errors import Interrupted, UsageError
+
+if TYPE_CHECKING:
+    from perpetune.recipe import Recipe
 
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe key, such as train.epochs=3.")
@@ -19,28 +24,128 @@ Json = Annotated[bool, typer.Option("--json", help="Print figures as JSON.")]
 StateFolder = Annotated[Path, typer.Argument(metavar="STATE", help="A state folder.")]
 
 
+DEMO = ("demo", "demo-ncm", "demo-pegp", "demo-pegp-ncm")
+"""Recipes that are run when none is named: with and without protection, with either head."""
+DEMO_SEEDS = "3"
+
+
 def run(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A packaged recipe's name, or a YAML file.")] = "demo",
-    out: Annotated[Path | None, typer.Option(help="The state folder to make; runs/NAME by default.")] = None,
+    recipes: Annotated[
+        list[str] | None, typer.Argument(metavar="[RECIPE]...", help="Packaged recipes by name, or YAML files.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The state folder to make, or that of several runs; runs/NAME by default.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None,
+    seeds: Annotated[
+        str | None, typer.Option(metavar="N|A,B,…", help="Run each recipe with seeds 0 to N-1, or with those named.")
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="How many of several runs go on at a time.")] = None,
     device: Device = None,
     change: Set = None,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Learn a whole stream of tasks, evaluate after each, write the report. No argument: the packaged demo."""
-    from perpetune.learner import Learner
+    """Learn a whole stream of tasks, evaluate after each, write the report. No argument: the packaged demo.
+
+    Several recipes or seeds: a state folder for each in OUT, and OUT/comparison.html. The same command goes on with
+    what was interrupted.
+    """
     from perpetune.recipe import load_recipe
 
     changes = list(change or [])
     changes += [f"seed={seed}"] if seed is not None else []
     changes += [f"run.device={device}"] if device is not None else []
-    loaded = load_recipe(recipe, changes)
-    folder = out or _free(Path("runs") / loaded.name)
+    if not recipes:
+        seeds = DEMO_SEEDS if seeds is None and seed is None else seeds
+        jobs = jobs or min(4, os.cpu_count() or 1)
+    loaded = [load_recipe(recipe, changes) for recipe in recipes or DEMO]
+    if len(loaded) > 1 or seeds is not None:
+        if seed is not None and seeds is not None:
+            raise UsageError("--seed and --seeds: choose one of them")
+        _run_several(loaded, _seeds(seeds), out, jobs or 1, device, quiet, json)
+        return
+    from perpetune.learner import Learner
+
+    folder = out or _free(Path("runs") / loaded[0].name)
     with _watch(quiet or json) as view:
-        learner = Learner(loaded, folder, progress=view)
+        learner = Learner(loaded[0], folder, progress=view)
         results = learner.run()
     _finish(learner, results, json)
+
+
+def _run_several(
+    recipes: Sequence[Recipe],
+    seeds: Sequence[int] | None,
+    out: Path | None,
+    at_once: int,
+    device: str | None,
+    quiet: bool,
+    json: bool,
+) -> None:
+    from perpetune.cli.common import print_json
+    from perpetune.cli.jobs import finished, plan, run_all
+    from perpetune.cli.live import RunLines, show_comparison
+    from perpetune.report import compare, write_comparison
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("several processes learn one run: start several runs one after the other, or use --jobs")
+    if at_once > 1:  # else each would use all cores
+        recipes = [
+            r.model_copy(update={"run": r.run.model_copy(update={"threads": r.run.threads or 1})}) for r in recipes
+        ]
+    folder = out or _shared(Path("runs") / recipes[0].name)
+    if (folder / "recipe.yaml").exists():
+        raise UsageError(f"{folder} is the state folder of one run: choose another --out for several")
+    planned = plan(recipes, seeds, folder, device)
+    results = {job.name: done for job in planned if (done := finished(job)) is not None}
+    open_ = [job for job in planned if job.name not in results]
+    view = RunLines(quiet or json, [job.name for job in planned], len(results))
+    try:
+        run_all(open_, at_once, view.tell)
+    except Interrupted as stop:
+        done = sum(finished(job) is not None for job in planned)
+        told = f"{stop} with {done} of {len(planned)} runs complete; the same command goes on"
+        raise Interrupted(told, stop.signum) from None
+    results |= {job.name: done for job in open_ if (done := finished(job)) is not None}
+    named = [(str(job.folder), results[job.name]) for job in planned if job.name in results]
+    if named:
+        written = write_comparison(named, folder, "comparison")
+        table = compare([found for _, found in named], [name for name, _ in named])
+        if json:
+            print_json(table)
+        else:
+            show_comparison(table)
+            print(f"comparison: {written[0]}")
+    failed = [job for job in planned if job.failure is not None]
+    for job in failed:
+        print(f"perpetune: {job.folder}: {job.failure}", file=sys.stderr)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _seeds(text: str | None) -> list[int] | None:
+    """`3` is 0, 1 and 2; `0,3,5` is what it says."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or not all(part.isdecimal() for part in parts) or text.strip() == "0":
+        raise UsageError(f"--seeds {text!r}: how many, or which, is expected: 3, or 0,3,5")
+    named = [int(part) for part in parts]
+    if "," not in text:
+        return list(range(named[0]))
+    if len(set(named)) < len(named):
+        raise UsageError(f"--seeds {text!r}: a seed stands twice")
+    return named
+
+
+def _shared(folder: Path) -> Path:
+    """`folder`, or the first of `folder-2`, `folder-3`, … that is not the state folder of one run."""
+    number, path = 1, folder
+    while (path / "recipe.yaml").exists():
+        number += 1
+        path = folder.with_name(f"{folder.name}-{number}")
+    return path
 
 
 def init(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from perpetune.report import form
 from perpetune.report.compare import Comparison
 from perpetune.report.protected import newly_full
 from perpetune.report.terminal import (
@@ -20,8 +21,14 @@ from perpetune.report.terminal import (
     matrix_table,
     protection_line,
     row_line,
+    short_line,
 )
+from perpetune.report.tables import learn_seconds
 from perpetune.runtime import Silent
+
+if TYPE_CHECKING:
+    from perpetune.cli.jobs import Event, Job
+    from perpetune.report.results_schema import Results
 
 
 @contextlib.contextmanager
@@ -79,6 +86,48 @@ class Live:
             self.console.print(line)
         if full is not None:
             self.note(f"protect: {full}")
+
+
+class RunLines:
+    """The live view of several runs: a line for each task learned and each run.
+
+    Args:
+        quiet: show nothing.
+        names: of all runs.
+        done: how many of them are complete already.
+    """
+
+    def __init__(self, quiet: bool, names: Sequence[str], done: int):
+        self.quiet, self.console = quiet, Console(highlight=False)
+        self.width, self.total, self.ended = max(map(len, names)), len(names), done
+        if done and not quiet:
+            self.console.print(Text(f"{done} of {form.plural(self.total, 'run')} complete already", "dim"))
+
+    def tell(self, job: Job, event: Event) -> None:
+        """Take an event of a run, see `perpetune.cli.jobs`."""
+        kind = event["event"]
+        self.ended += kind in ("done", "failed")
+        if self.quiet:
+            return
+        count = f"  [{self.ended}/{self.total}]"
+        line = Text(f"{job.name:<{self.width}}  ")
+        if kind == "task":
+            line.append_text(short_line(event["results"]))
+        elif kind == "done":
+            seconds = form.duration(learn_seconds(event["results"]))
+            line.append("done", "bold green").append(
+                f": {self._figures(event['results'])}, learned in {seconds}{count}"
+            )
+        elif kind == "failed":
+            line.append("failed", "bold red").append(count)
+        else:
+            line.append(f"note: {event['message']}", "yellow")
+        self.console.print(line)
+
+    def _figures(self, results: Results) -> str:
+        metrics = results["metrics"]
+        final, lost = form.percent(metrics["final_accuracy"]), form.percent(metrics["forgetting"])
+        return f"final {final} %, forgetting {lost}"
 
 
 def show_results(results: dict[str, Any]) -> None:

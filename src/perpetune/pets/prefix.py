@@ -16,8 +16,8 @@ from perpetune.pets.base import PET, Conditions, Place, Site
 class Prefix(PET):
     """Further keys and values in a frozen attention; Li & Liang 2021, arXiv:2101.00190.
 
-    `y = softmax(q [K; k]ᵀ / √dh) [V; v]`. `K` and `V` are `(length, d)`, head by head, and stand behind the projections (PEGP eq. 3 and 4,
-    arXiv:2405.13383): whoever asks sees them, and nothing is asked for them.
+    `y = softmax(q [K; k]ᵀ / √dh) [V; v]`. `K` and `V` are `(length, d)`, head by head, and stand behind the
+    projections: PEGP eq. 3 and 4, arXiv:2405.13383.
 
     Args:
         length: keys and values in each attention.

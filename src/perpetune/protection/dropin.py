@@ -153,8 +153,8 @@ class DropIn(Protection):
         for name, parameters in operands:
             if not trained.isdisjoint(parameters) and not trained.issuperset(parameters):
                 raise UsageError(
-                    f"protect: the optimizer trains only one of weight and bias of {name.removesuffix('/weight')}: give "
-                    "it both, or set requires_grad to False on the other before protect"
+                    f"protect: the optimizer trains only one of weight and bias of {name.removesuffix('/weight')}: "
+                    "give it both, or set requires_grad to False on the other before protect"
                 )
         self.guards[optimizer] = Guard(optimizer, self)
         return self.guards[optimizer]

@@ -198,7 +198,7 @@ class _Uses(TorchDispatchMode):
     """Tells a `Watch` of every operation and what it takes."""
 
     def __init__(self, watch: Watch):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call] # torch gives it no types
         self.watch = watch
 
     def __torch_dispatch__(

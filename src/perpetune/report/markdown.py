@@ -228,7 +228,9 @@ def _effects(compared: Comparison) -> str:
         texts = view.effect_cells(effect)
         beside = ", ".join(f"{plain(key)} {plain(value)}" for key, value in effect["beside"].items())
         change = f"{plain(effect['before'])} → {plain(effect['after'])}"
-        rows.append([plain(effect["setting"]), change, beside, len(effect["seeds"]), *(texts[key] for key, _ in figures)])
+        rows.append(
+            [plain(effect["setting"]), change, beside, len(effect["seeds"]), *(texts[key] for key, _ in figures)]
+        )
     return table(["setting", "change", "with", "seeds", *(f"{label}, points" for _, label in figures)], rows)
 
 

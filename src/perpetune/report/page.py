@@ -40,9 +40,7 @@ def write_report(results: Mapping[str, Any], folder: Path) -> list[Path]:
     return _write(files, folder)
 
 
-def write_comparison(
-    runs: Sequence[tuple[str, Mapping[str, Any]]], folder: Path, name: str = "compare"
-) -> list[Path]:
+def write_comparison(runs: Sequence[tuple[str, Mapping[str, Any]]], folder: Path, name: str = "compare") -> list[Path]:
     """Write `compare.html`, `compare.json` and `compare.md` into `folder`; the paths in that order.
 
     Args:

@@ -88,7 +88,12 @@ def site_rows(results: Results) -> list[SiteRow]:
     sites = entries[-1]["sites"]
     return [
         SiteRow(
-            name, site["relative"], max(seen[site["site"]], default=None), site["room"], site["rank"], site["directions"]
+            name,
+            site["relative"],
+            max(seen[site["site"]], default=None),
+            site["room"],
+            site["rank"],
+            site["directions"],
         )
         for name, site in zip(short([s["site"] for s in sites]), sites, strict=True)
     ]
@@ -114,8 +119,9 @@ def told(entry: Consolidation) -> str:
 
 def newly_full(results: Mapping[str, Any]) -> str | None:
     """What to do about it, where more sites than ever before have no room left."""
-    entries = results.get("protection", [])
-    if not entries or control(results):
+    entries, config = results.get("protection", []), results["recipe"].get("protect") or {}
+    held = config.get("strength", "hard") == "hard" and config.get("sites") is None and not control(results)
+    if not entries or not held:
         return None
     full, before = entries[-1]["full"], [len(entry["full"]) for entry in entries[:-1]]
     if len(full) <= max(before, default=0):

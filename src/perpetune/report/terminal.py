@@ -81,6 +81,19 @@ def row_line(results: Mapping[str, Any]) -> Text:
     return line
 
 
+def short_line(results: Mapping[str, Any]) -> Text:
+    """The last row without its cells, for one of several runs: `after 3 task-3: mean .81  moved 0.8 % …`."""
+    from rich.text import Text
+
+    A, entry = accuracies(results["cells"]), protected.last(results)
+    name = results["tasks"][len(A) - 1]["name"]
+    line = Text.assemble(f"after {len(A)} {name}: mean ", (share(final_accuracy(A)), "bold"))
+    if entry is not None:
+        moved = f"moved {form.relative(entry['median'], 1)} (worst {form.relative(entry['worst'], 1)}), "
+        line.append(f"  {moved if entry['worst'] is not None else ''}room {form.relative(entry['room'], 1)}", "dim")
+    return line
+
+
 def protection_line(results: Mapping[str, Any]) -> Text | None:
     """How far the last task has moved old outputs, and the room left; None without protection."""
     from rich.text import Text
@@ -95,7 +108,9 @@ def effects_text(comparison: Mapping[str, Any]) -> Text:
 
     lines = view.effect_lines(comparison["effects"])
     more = len(lines) - SENTENCES
-    return Text("\n".join([*lines[:SENTENCES], *([f"… and {more} more changes: see --out, --json"] if more > 0 else [])]))
+    return Text(
+        "\n".join([*lines[:SENTENCES], *([f"… and {more} more changes: see --out, --json"] if more > 0 else [])])
+    )
 
 
 def figures_line(results: Mapping[str, Any]) -> Text:
