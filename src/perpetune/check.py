@@ -27,6 +27,7 @@ from perpetune.models.backbone import Backbone
 from perpetune.models.preprocess import Preprocess
 from perpetune.pets import PET, frozen
 from perpetune.recipe import Recipe, apply_change, make_recipe
+from perpetune.run import learn_protected
 from perpetune.runtime import Runtime
 from perpetune.seeding import generator, own_global_state
 from perpetune.snapshot import restore, snapshot, tensors
@@ -102,7 +103,7 @@ class Checker:
     """Makes and teaches fresh copies of one method.
 
     Args:
-        recipe: names the method, pet, head and training; its backbone and data are not used.
+        recipe: names the method, pet, head, protection and training; its backbone and data are not used.
     """
 
     def __init__(self, recipe: Recipe):
@@ -116,7 +117,7 @@ class Checker:
     def learn(self, method: Method, tasks: Sequence[Task]) -> Method:
         for i, task in enumerate(tasks):
             earlier = tuple(tasks[:i]) if method.needs_earlier_data else None
-            method.learn(dataclasses.replace(task, earlier=earlier))
+            learn_protected(method, dataclasses.replace(task, earlier=earlier))
         return method
 
     def learned(self, tasks: Sequence[Task] | None = None) -> Method:
@@ -172,7 +173,7 @@ def stopping_between_tasks_changes_nothing(c: Checker) -> None:
         restore(second, snapshot(first), "memory")
         for i in range(stop, len(tasks)):
             earlier = tuple(tasks[:i]) if second.needs_earlier_data else None
-            second.learn(dataclasses.replace(tasks[i], earlier=earlier))
+            learn_protected(second, dataclasses.replace(tasks[i], earlier=earlier))
         assert torch.equal(probe(second), probe(c.learned())), f"stopping after task {stop} changed the result"
 
 
@@ -190,13 +191,13 @@ def stopping_inside_a_task_changes_nothing(c: Checker) -> None:
             runtime.checkpoints = MidTask(path, method, (2, last.name, ""), 1)
             runtime.stopping = _after(stop)
             try:
-                method.learn(last)
+                learn_protected(method, last)
             except Interrupted:
                 method = c.make()
                 restore(method, base, "memory")
                 runtime.checkpoints = MidTask(path, method, (2, last.name, ""), 1)
                 runtime.stopping = lambda: None
-                method.learn(last)
+                learn_protected(method, last)
             assert torch.equal(probe(method), whole), f"stopping after step {stop} changed the result"
 
 
@@ -221,7 +222,8 @@ def scores_only_for_classes_seen(c: Checker) -> None:
     method, seen = c.make(), []
     tasks = tiny_stream(Runtime())
     for i, task in enumerate(tasks):
-        method.learn(dataclasses.replace(task, earlier=tuple(tasks[:i]) if method.needs_earlier_data else None))
+        earlier = tuple(tasks[:i]) if method.needs_earlier_data else None
+        learn_protected(method, dataclasses.replace(task, earlier=earlier))
         seen += [name for name in task.classes if name not in seen]
         assert sorted(method.classes) == sorted(seen), f"after {task.name} it knows {method.classes}, not {seen}"
         shape = tuple(probe(method).shape)
@@ -287,7 +289,8 @@ def check_method(method: str, changes: Sequence[str] = ()) -> list[Outcome]:
 
     Args:
         method: a built-in's name or PACKAGE.MODULE:CLASS.
-        changes: `key=value`: `head=NAME`, `pet=NAME` or `pet=none`, else an option of the method.
+        changes: `key=value`: `head=NAME`, `pet=NAME` or `pet=none`, `protect=true` or a key of it, else an option
+            of the method.
 
     Raises:
         UsageError: there is no such method, or it cannot be built with these options.
@@ -299,7 +302,7 @@ def check_method(method: str, changes: Sequence[str] = ()) -> list[Outcome]:
     }
     for change in changes:
         top = change.partition("=")[0].partition(".")[0]
-        apply_change(content if top in ("head", "pet") else content["method"], change)
+        apply_change(content if top in ("head", "pet", "protect") else content["method"], change)
     registry.find("methods", method)
     checker = Checker(make_recipe(content))
     checker.make()

@@ -179,6 +179,10 @@ class Recipe(Section):
         given = self.method.options
         for name in self._configs(self.method):
             own = given.get(name, {})
+            if self.online and isinstance(own, dict) and own.get("epochs", 1) != 1:
+                raise UsageError(
+                    f"online: true trains on each example once, and method.{name}.epochs is {own['epochs']}"
+                )
             given[name] = {**self.train.model_dump(), **own} if isinstance(own, dict) else own
         return registry.options("methods", self.method.name, given)
 

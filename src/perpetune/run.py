@@ -65,10 +65,7 @@ def learn_task(method: Method, step: Step, state: State) -> None:
     run.progress.task(task.index, task.name, len(task.classes), len(task.train))
     _reset_peak(run)
     began = time.perf_counter()
-    certificates = _protect(method, task, step.reference, recipe.evaluate.batch_size) if step.reference else []
-    run.guard = method.protection.guard if method.protection is not None else unguarded
-    method.learn(task)
-    certificates += _protect(method, task, None, recipe.evaluate.batch_size)
+    certificates = learn_protected(method, task, step.reference, recipe.evaluate.batch_size)
     learned = time.perf_counter()
     cells = measure(method, [*step.others, task], recipe.setting, recipe.evaluate.batch_size)
     evaluated = time.perf_counter()
@@ -89,6 +86,26 @@ def learn_task(method: Method, step: Step, state: State) -> None:
     run.accelerator.wait_for_everyone()
     run.checkpoints = None
     run.progress.results(read_results(state))
+
+
+def learn_protected(
+    method: Method, task: Task, reference: Examples | None = None, batch_size: int = 64
+) -> list[dict[str, Any]]:
+    """Learn a task under the method's protection, if it has one, and add its features to what is protected.
+
+    Args:
+        method: what learns.
+        task: what is learned.
+        reference: data without labels, protected before the first step.
+        batch_size: of the passes over what is protected.
+
+    Returns:
+        The certificates of these passes; none without protection.
+    """
+    certificates = _protect(method, task, reference, batch_size) if reference else []
+    task.runtime.guard = method.protection.guard if method.protection is not None else unguarded
+    method.learn(task)
+    return certificates + _protect(method, task, None, batch_size)
 
 
 def _protect(method: Method, task: Task, reference: Examples | None, batch_size: int) -> list[dict[str, Any]]:

@@ -47,7 +47,7 @@ def snapshot(method: Method, *, memory: bool = True) -> dict[str, bytes]:
         for file, group in tensors(method).items()
         if memory or file != MEMORY
     }
-    files[EXTRA] = to_json({name: module.get_extra_state() for name, module in _with_extra(method).items()})
+    files[EXTRA] = to_json({name: module.get_extra_state() for name, module in _with_extra(method, memory).items()})
     return files
 
 
@@ -63,7 +63,7 @@ def restore(method: Method, files: Mapping[str, bytes], where: str, *, memory: b
             method is untouched then, but for room made for classes.
     """
     extra = _json(files, EXTRA, where)
-    modules = _with_extra(method)
+    modules = _with_extra(method, memory)
     _same_names(modules, extra, f"{where}/{EXTRA}", "entries")
     for name, module in modules.items():
         if module.get_extra_state() != extra[name]:
@@ -158,8 +158,11 @@ def _owned(method: Method, kind: type[nn.Module]) -> set[int]:
     return {id(t) for m in found for t in [*m.parameters(), *m.buffers()]}
 
 
-def _with_extra(method: Method) -> dict[str, nn.Module]:
-    return {n: m for n, m in method.named_modules() if type(m).get_extra_state is not nn.Module.get_extra_state}
+def _with_extra(method: Method, memory: bool) -> dict[str, nn.Module]:
+    """Modules with extra state, by name; without `memory` none of protection's, for setting it empties tensors."""
+    kept = set() if memory else {m for p in method.modules() if isinstance(p, Protection) for m in p.modules()}
+    found = {n: m for n, m in method.named_modules() if m not in kept}
+    return {n: m for n, m in found.items() if type(m).get_extra_state is not nn.Module.get_extra_state}
 
 
 def _same_names(expected: Mapping[str, Any], stored: Mapping[str, Any], where: str, what: str) -> None:

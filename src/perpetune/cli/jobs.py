@@ -49,10 +49,13 @@ class Job:
         return self.folder.name
 
 
-@dataclass
+@dataclass(eq=False)
 class _Running:
+    """A child. `told` counts the signals passed on to it; `ended` is whether it has said how its run came out."""
+
     job: Job
     process: subprocess.Popen[str]
+    told: int = 0
     ended: bool = False
 
 
@@ -61,12 +64,17 @@ class _Stop:
     """The signals that came, passed on to whoever runs."""
 
     running: list[_Running] = field(default_factory=list)
-    signum: int | None = None
+    signals: list[int] = field(default_factory=list)
 
     def ask(self, signum: int, frame: Any) -> None:
-        self.signum = signum
+        self.signals.append(signum)
+        self.pass_on()
+
+    def pass_on(self) -> None:
         for child in self.running:
-            _send(child.process, signum)
+            for signum in self.signals[child.told :]:
+                child.told += 1
+                _send(child.process, signum)
 
 
 def plan(recipes: Sequence[Recipe], seeds: Sequence[int] | None, folder: Path, device: str | None) -> list[Job]:
@@ -129,10 +137,9 @@ def run_all(jobs: Sequence[Job], at_once: int, tell: Tell) -> None:
     waiting, events = list(jobs), queue.SimpleQueue[tuple[_Running, Event | None]]()
     with _signals() as stop:
         while waiting or stop.running:
-            while waiting and len(stop.running) < at_once and stop.signum is None:
+            while waiting and len(stop.running) < at_once and not stop.signals:
                 stop.running.append(_start(waiting.pop(0), events))
-                if stop.signum is not None:  # it came while the child was begun
-                    _send(stop.running[-1].process, stop.signum)
+                stop.pass_on()  # what came while the child was begun
             if not stop.running:
                 break
             child, event = events.get()
@@ -144,12 +151,12 @@ def run_all(jobs: Sequence[Job], at_once: int, tell: Tell) -> None:
                 event = {"event": "failed", "message": f"its process ended with {_named(code)}"}
             child.ended = event["event"] in ("done", "failed")
             if event["event"] == "failed":
-                if stop.signum is not None:  # as it was asked to
+                if stop.signals:  # as it was asked to
                     continue
                 child.job.failure = event["message"]
             tell(child.job, event)
-        if stop.signum is not None:
-            raise Interrupted(f"stopped by {signal.Signals(stop.signum).name}", stop.signum)
+        if stop.signals:
+            raise Interrupted(f"stopped by {signal.Signals(stop.signals[0]).name}", stop.signals[0])
 
 
 @contextlib.contextmanager

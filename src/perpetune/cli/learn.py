@@ -104,8 +104,8 @@ def _run_several(
     try:
         run_all(open_, at_once, view.tell)
     except Interrupted as stop:
-        done = sum(finished(job) is not None for job in planned)
-        told = f"{stop} with {done} of {len(planned)} runs complete; the same command goes on"
+        count = sum(finished(job) is not None for job in planned)
+        told = f"{stop} with {count} of {len(planned)} runs complete; the same command goes on"
         raise Interrupted(told, stop.signum) from None
     results |= {job.name: done for job in open_ if (done := finished(job)) is not None}
     named = [(str(job.folder), results[job.name]) for job in planned if job.name in results]

@@ -14,6 +14,7 @@ from rich.text import Text
 from perpetune.report import form
 from perpetune.report.compare import Comparison
 from perpetune.report.protected import newly_full
+from perpetune.report.tables import learn_seconds
 from perpetune.report.terminal import (
     compare_table,
     effects_text,
@@ -23,7 +24,6 @@ from perpetune.report.terminal import (
     row_line,
     short_line,
 )
-from perpetune.report.tables import learn_seconds
 from perpetune.runtime import Silent
 
 if TYPE_CHECKING:
@@ -115,9 +115,7 @@ class RunLines:
             line.append_text(short_line(event["results"]))
         elif kind == "done":
             seconds = form.duration(learn_seconds(event["results"]))
-            line.append("done", "bold green").append(
-                f": {self._figures(event['results'])}, learned in {seconds}{count}"
-            )
+            line.append("done", "bold green").append(f": {self._figures(event['results'])}, {seconds}{count}")
         elif kind == "failed":
             line.append("failed", "bold red").append(count)
         else:

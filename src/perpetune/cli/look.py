@@ -153,7 +153,7 @@ def check(
     method: Annotated[str, typer.Argument(metavar="PKG.MOD:CLASS", help="A method's class, or a built-in's name.")],
     change: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="An option of the method, or head=NAME, pet=NAME."),
+        typer.Option("--set", metavar="KEY=VALUE", help="An option of the method, or head=, pet= or protect=."),
     ] = None,
     json: Json = False,
 ) -> None:

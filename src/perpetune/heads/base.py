@@ -48,6 +48,10 @@ class Head(nn.Module, ABC):
     def observe(self, features: Tensor, rows: Tensor) -> None:
         """Take in features `(B, D)` of training examples and their class rows `(B,)`; statistics heads only."""
 
+    def per_class(self) -> list[nn.Parameter]:
+        """The parameters that have one row for each class, in the order of `classes`."""
+        return []
+
     def additive(self) -> list[Tensor]:
         """The buffers that are sums over examples: what several processes observed is added up there."""
         return []

@@ -37,5 +37,8 @@ class Cosine(Head):
         with torch.no_grad():
             self.scale.fill_(self.start)
 
+    def per_class(self) -> list[nn.Parameter]:
+        return [self.weight]
+
     def resize(self, rows: int, generator: torch.Generator) -> None:
         self.weight = nn.Parameter(grow_rows(self.weight, rows, generator, 1.0), requires_grad=False)

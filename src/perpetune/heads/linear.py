@@ -25,6 +25,9 @@ class Linear(Head):
     def forward(self, features: Tensor) -> Tensor:
         return F.linear(features, self.weight, self.bias)
 
+    def per_class(self) -> list[nn.Parameter]:
+        return [self.weight, self.bias]
+
     def resize(self, rows: int, generator: torch.Generator) -> None:
         self.weight = nn.Parameter(grow_rows(self.weight, rows, generator, self.std), requires_grad=False)
         self.bias = nn.Parameter(F.pad(self.bias.detach(), (0, rows - len(self.bias))), requires_grad=False)

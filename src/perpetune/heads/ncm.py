@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perpetune.heads.base import Head
@@ -53,6 +53,9 @@ class NCM(Head):
     def logits(self, features: Tensor) -> Tensor:
         logits: Tensor = self.probe(features)
         return logits
+
+    def per_class(self) -> list[nn.Parameter]:
+        return self.probe.per_class()
 
     def resize(self, rows: int, generator: torch.Generator) -> None:
         more = rows - len(self.counts)

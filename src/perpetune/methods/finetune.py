@@ -62,7 +62,7 @@ class FineTune(Method):
         both = [(pet, config.lr), (head, config.head_lr or config.lr)]
         alone = round(config.epochs * self.head_first) if later else 0
         before = [p.detach().clone() for p in pet]
-        with training(self.model):
+        with training(self.model), self.model.resting(task):
             fit(self.loss, both[1:], task, config.model_copy(update={"epochs": alone}), phase="head")
             fit(self.loss, both, task, config.model_copy(update={"epochs": config.epochs - alone}))
             if later and pet and self.merge:
@@ -88,15 +88,17 @@ class FineTune(Method):
         for _, slot in slots(self.model):
             if pet in slot.pets:
                 slot.pets[PROTECTED] = copy.deepcopy(slot.pets[pet]).eval()
-        free, protected = parameters(self.model, pet), parameters(self.model, PROTECTED)
-        for p, start in zip(free, before, strict=True):
-            p.copy_(start)
-        config = self.train_config.model_copy(update={"epochs": epochs})
-        with torch.enable_grad():
-            fit(self._free_loss, groups, task, config, phase="free", guarded=False)
-        for p, kept in zip(free, protected, strict=True):
-            p.lerp_(kept, 1 - share)
-        remove(self.model, PROTECTED)
+        try:
+            free, protected = parameters(self.model, pet), parameters(self.model, PROTECTED)
+            for p, start in zip(free, before, strict=True):
+                p.copy_(start)
+            config = self.train_config.model_copy(update={"epochs": epochs})
+            with torch.enable_grad():
+                fit(self._free_loss, groups, task, config, phase="free", guarded=False)
+            for p, kept in zip(free, protected, strict=True):
+                p.lerp_(kept, 1 - share)
+        finally:  # else the last commit could not be loaded into a model that was stopped here
+            remove(self.model, PROTECTED)
 
     def _free_loss(self, task: Task, batch: Batch) -> Tensor:
         """The free copy's loss: its features stay near the protected copy's."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -43,6 +45,20 @@ class ImageClassifier(Model):
     def grow(self, task: Task) -> None:
         self.seen += [c for c in task.classes if c not in self.seen]
         self.head.grow(task.classes, task.generator("head"))
+
+    @contextlib.contextmanager
+    def resting(self, task: Task) -> Iterator[None]:
+        """Inside the head is trained on `task`; with mask `task`, what it has for other classes ends as it began.
+
+        The loss has no part of them, so it is weight decay alone that would move them.
+        """
+        rows = set(self.head.rows(task.classes).tolist())
+        others = [row for row in range(len(self.classes)) if row not in rows] if self.mask == "task" else []
+        before = [p.detach()[others].clone() for p in self.head.per_class()]
+        yield
+        with torch.no_grad():
+            for p, values in zip(self.head.per_class(), before, strict=True):
+                p[others] = values
 
     def features(self, inputs: Tensor) -> Tensor:
         """Features `(B, D)` of uint8 pixels `(B, 3, H, W)`, by the pet that is active."""

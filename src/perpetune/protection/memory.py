@@ -79,10 +79,17 @@ class SiteMemory(nn.Module):
         drift.count = int(self.figures["count"])
         return drift
 
-    def learned(self, values: Tensor, moments: Tensor, count: int) -> None:
-        """Data with `moments (heads, m, m)` were learned by `values (heads, out, m)`."""
+    def learned(self, values: Tensor, moments: Tensor, count: int, usual: Tensor | None = None) -> None:
+        """Data with `moments (heads, m, m)` were learned by `values (heads, out, m)`.
+
+        Args:
+            usual: values whose outputs changes are compared with, where those of `values` are next to nothing (an
+                idle site that was moved into the free directions).
+        """
         drift = self.drift
         drift.advance(values, moments, count)
+        if usual is not None:
+            drift.output += float(((usual @ moments) * usual).sum() - ((values @ moments) * values).sum())
         self.last = drift.last
         self.figures = {"change": drift.change, "output": drift.output, "count": drift.count}
 

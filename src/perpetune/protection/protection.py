@@ -3,6 +3,7 @@ papers mean it (docs/design.md says where their released code differs)."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -149,22 +150,29 @@ class Protection(nn.Module):
         watch = self._look(batches, forward, mask)
         waiting = self._idle(watch) if self.config.directions != "none" else []
         first = {w.name: self._gathered(watch, w, total) for w in waiting}
-        if waiting:
-            if iter(batches) is batches:
-                raise UsageError(
-                    "protect: before the first step data are looked at twice: give a list or a loader, not an iterator"
-                )
-            moved = {w: self._moved_free(w, first[w.name][0]) for w in waiting}
-            for w, values in moved.items():
-                w.set_values(values)
-            watch = self._look(batches, forward, mask)
-        found = {w.name: first.get(w.name) or self._gathered(watch, w, total) for w in self.sites}
+        as_made = {w.name: w.values() for w in waiting}
+        traces: dict[str, Tensor] = {}
+        with contextlib.ExitStack() as undo:
+            if waiting:
+                if iter(batches) is batches:
+                    raise UsageError(
+                        "protect: before the first step data are looked at twice: give a list or a loader, not an "
+                        "iterator"
+                    )
+                traces = {w.name: _traces(self._gathered(watch, w, total)[0]) for w in self.sites if w not in waiting}
+                moved = {w: self._moved_free(w, first[w.name][0]) for w in waiting}
+                for w, values in moved.items():
+                    undo.callback(w.set_values, as_made[w.name])
+                    w.set_values(values)
+                watch = self._look(batches, forward, mask)
+            found = {w.name: first.get(w.name) or self._gathered(watch, w, total) for w in self.sites}
+            undo.pop_all()
         certificate = self._certificate(max(count for _, count in found.values()))
         energy = self.config.energy_at(self.consolidated)
         for w in self.sites:  # all is known to be sound; one by one, so that memory stays near that of the moments
             memory, (moments, count) = self.of(w), found.pop(w.name)
-            memory.subspaces = self._grown(w, moments, energy)
-            memory.learned(w.values(), moments, count)
+            memory.subspaces = self._grown(w, moments, energy, traces.get(w.name))
+            memory.learned(w.values(), moments, count, usual=as_made.get(w.name))
         self.consolidated += 1
         for entry, w in zip(certificate["sites"], self.sites, strict=True):
             entry["room"], entry["rank"] = self.of(w).room, self.of(w).rank
@@ -195,11 +203,21 @@ class Protection(nn.Module):
             )
         return moments, count
 
-    def _grown(self, watched: Watched, moments: Tensor, energy: float) -> list[Subspace]:
-        """The site's subspaces with the directions that `moments (heads, m, m)` add."""
+    def _grown(
+        self, watched: Watched, moments: Tensor, energy: float, traces: Tensor | None = None
+    ) -> list[Subspace]:
+        """The site's subspaces with the directions that `moments (heads, m, m)` add.
+
+        Args:
+            traces: `(heads,)` of the moments that `energy` is a share of, where idle sites before this one let less
+                of the features through since they were moved: what they hold back is protected already.
+        """
         subspaces = [copy.copy(s) for s in self.of(watched).subspaces]
-        for subspace, matrix in zip(subspaces, moments, strict=True):
-            subspace.extend(matrix, energy)
+        for head, (subspace, matrix) in enumerate(zip(subspaces, moments, strict=True)):
+            share, left = energy, float(matrix.trace())
+            if traces is not None and left > 0:
+                share = min(energy, max(0.0, 1 - (1 - energy) * float(traces[head]) / left))
+            subspace.extend(matrix, share)
         return subspaces
 
     # -- before the first step ------------------------------------------------------------------------
@@ -278,6 +296,11 @@ def _summed_up(certificate: Certificate, energy: float) -> Certificate:
         "room": statistics.fmean(rooms),
         "full": [s["site"] for s in sites if s["rank"] == s["directions"]],
     }
+
+
+def _traces(moments: Tensor) -> Tensor:
+    """Of `(heads, m, m)`, `(heads,)`."""
+    return moments.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
 def _key(name: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +17,10 @@ MEANING = (
     "the inputs of a site are as they were, and what moved below a site comes on top of it."
 )
 ROOM = "Room is the share of directions that later tasks may still use, after a task’s own were closed."
+MERGED = "After each task a copy that was free to move is merged in (method.merge), and old outputs move with it."
 DIRECTIONS = {
     "none": "Nothing was held here (directions: none): the figures only measure what learning does by itself.",
-    "random": "As many directions as the features need were closed, but drawn at random (directions: random): a control.",
+    "random": "As many directions as the features need were closed, drawn at random (directions: random): a control.",
 }
 
 
@@ -101,8 +102,10 @@ def site_rows(results: Results) -> list[SiteRow]:
 
 def short(names: Sequence[str]) -> list[str]:
     """Names of sites without the beginning that all have: they lie in one model."""
-    shared = os.path.commonprefix(list(names)).rpartition(".")[0]
-    return [name.removeprefix(f"{shared}.") if shared else name for name in names]
+    parts = [name.split(".") for name in names]
+    alike = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False))
+    shared = min(sum(1 for _ in alike), min(map(len, parts), default=1) - 1)
+    return [".".join(part[shared:]) for part in parts]
 
 
 def told(entry: Consolidation) -> str:
@@ -141,4 +144,5 @@ def control(results: Mapping[str, Any]) -> str:
 
 def meaning(results: Results) -> str:
     """What the figures mean, for this run."""
-    return " ".join(text for text in (control(results), MEANING, ROOM) if text)
+    merged = MERGED if results["recipe"].get("method", {}).get("merge") else ""
+    return " ".join(text for text in (control(results), MEANING, merged, ROOM) if text)

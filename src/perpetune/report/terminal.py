@@ -155,8 +155,10 @@ def compare_table(comparison: Mapping[str, Any], width: int = 100) -> Table:
     table = Table(
         box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, header_style="dim", caption_justify="left"
     )
-    if left_out:
-        table.caption = Text("no room for: " + ", ".join(left_out), "dim")
+    notes = ["moved: old outputs at the worst site, %; room: directions still free, %"] if "moved" in shown else []
+    notes += ["no room for: " + ", ".join(left_out)] if left_out else []
+    if notes:
+        table.caption = Text("\n".join(notes), "dim")
     table.add_column("run", overflow="fold")
     for heading in ("n", *(COMPARED[key] for key in shown)):
         table.add_column(heading, justify="right", no_wrap=True)

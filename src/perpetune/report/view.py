@@ -188,13 +188,13 @@ def effect_cells(effect: Effect) -> dict[str, str]:
 
 
 def effect_lines(effects: Sequence[Effect]) -> list[str]:
-    """A sentence for each change of a setting: `head ncm instead of linear: final accuracy +4.1 ± 0.9 points with …`."""
+    """A sentence for each change of a setting: `head ncm instead of linear: final accuracy +4.1 ± 0.9 points`."""
     changes: dict[tuple[str, str, str], list[Effect]] = {}
     for effect in effects:
         changes.setdefault((effect["setting"], effect["before"], effect["after"]), []).append(effect)
     lines = []
     for (setting, before, after), found in changes.items():
-        parts = []
+        parts: list[str] = []
         for effect in found:
             beside = " and ".join(f"{key} {value}" for key, value in effect["beside"].items())
             unit = " points" if not parts else ""
