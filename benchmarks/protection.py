@@ -15,7 +15,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -123,13 +122,10 @@ class Bench:
         """Seconds of a plain and of a protecting pass over the same images, in alternating parts of the images."""
         images = self.images(count, task)
         plain = [self.seconds(lambda: self.forward(images))]
-        peak = Peak(self.device)
-        self.forward(images)
-        before = peak.read()
-        peak = Peak(self.device)
         protecting = self.seconds(lambda: self.protect(images))
-        more = peak.read() - before
         plain.append(self.seconds(lambda: self.forward(images)))
+        few = self.images(2 * self.given.batch, task)
+        more = peak(lambda: self.protect(few), self.device) - peak(lambda: self.forward(few), self.device)
         return {
             "images": count,
             "plain_s": plain,
@@ -139,21 +135,22 @@ class Bench:
         }
 
 
-class Peak:
-    """The largest memory from now on: of the GPU, or the process's resident set on Linux."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        else:
-            Path("/proc/self/clear_refs").write_text("5")
-
-    def read(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+def peak(call: Callable[[], Any], device: torch.device) -> int:
+    """Largest number of bytes in tensors that `call` holds at once, beside what was there before."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    assert profiler.profiler is not None
+    found = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    held = most = 0
+    for event in sorted((e for e in found if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
 
 
 def main() -> None:
@@ -185,6 +182,7 @@ def main() -> None:
         "memory_bound_bytes": bound,
         "after": [],
     }
+    bench.step()  # from here on LoRA's B is not zero
     done = 0
     for tasks in given.tasks:
         while done < tasks - 1:

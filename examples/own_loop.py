@@ -1,9 +1,4 @@
-"""Protection in a training loop of one's own: a network learns two tasks one after the other.
-
-    python examples/own_loop.py
-"""
-
-from __future__ import annotations
+"""Protection in a training loop of one's own: a network learns two tasks one after the other."""
 
 import torch
 from torch import Tensor, nn
@@ -39,18 +34,18 @@ def learn(protected: bool, steps: int) -> dict[str, float]:
             before = model(first).detach()
             protection.consolidate(inputs.split(64))
     print(protection if protected else "without protection")
-    after = model(first).detach()
-    return {
-        "change": float((after - before).norm() / before.norm()),
-        "first": float(F.cross_entropy(after, answers)),
-        "second": float(F.cross_entropy(model(inputs), targets)),
-    }
+    with torch.no_grad():
+        after, learned = model(first), model(inputs)
+    change, losses = (
+        (after - before).norm() / before.norm(),
+        (F.cross_entropy(after, answers), F.cross_entropy(learned, targets)),
+    )
+    return {"change": change.item(), "first": losses[0].item(), "second": losses[1].item()}
 
 
 def main(steps: int = 200) -> dict[str, dict[str, float]]:
     found = {name: learn(name == "protected", steps) for name in ("protected", "free")}
-    for name, figures in found.items():
-        print(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in figures.items()))
+    print(*found.items(), sep="\n")
     return found
 
 

@@ -5,9 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +22,7 @@ import yaml
 from tiny import picture_folder, recipe, split_folder, vit_folder
 
 from perpetune._version import __version__
-from perpetune.cli import app, call, learn, look, use
+from perpetune.cli import app, call, jobs, learn, look, use
 from perpetune.errors import Interrupted
 from perpetune.learner import Learner
 from perpetune.recipe import load_recipe, packaged
@@ -167,6 +172,176 @@ def test_rollback(shell: Shell, state: Path) -> None:
     assert shell.json("rollback", state, "--to", "start") == {"dropped": ["cat-dog"], "kept": []}
     said = shell("resume", state)
     assert said.lines[0] == "task 1 cat-dog  2 classes, 12 training images"
+
+
+# -- several runs -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recipes(world: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """The recipe of `done` and the same with protection."""
+    content = yaml.safe_load((world / "my.yaml").read_text())
+    held = tmp_path / "held.yaml"
+    held.write_text(yaml.safe_dump({**content, "name": "held", "protect": {"energy": 0.9}}))
+    return world / "my.yaml", held
+
+
+def test_several_runs_end_in_one_comparison(
+    shell: Shell, recipes: tuple[Path, Path], state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "all"
+    out.mkdir()
+    state.rename(out / "tiny-s0")
+    shell("rollback", out / "tiny-s0", "--to", "cat-dog")  # one of its two tasks is left to learn
+    said = shell("run", *recipes, "--out", out, "--jobs", "2")
+    told = sorted(line for line in said.lines if line.startswith(("tiny-s0 ", "held-s0 ")) and " after " in line)
+    assert [" ".join(line.split()[:4]) for line in told] == [
+        "held-s0 after 1 cat-dog:", "held-s0 after 2 fox-owl:", "tiny-s0 after 2 fox-owl:",
+    ]  # fmt: skip
+    assert re.search(r"^held-s0  after 2 fox-owl: mean \S+  moved [\d.<]+ % \(worst .*\), room \d+ %$", said.out, re.M)
+    assert len(re.findall(r"^(?:tiny|held)-s0  done: final [\d.]+ %, .*\[[12]/2\]$", said.out, re.M)) == 2
+    assert re.search(r"^protect on instead of off: final accuracy [+−]?[\d.]+ points$", said.out, re.M)
+    assert said.lines[-1] == f"comparison: {out / 'comparison.html'}"
+    assert reports(out / "tiny-s0") == reports(out / "held-s0") == {"report.html", "report.md", "report.json"}
+    assert {p.name for p in out.glob("comparison.*")} == {"comparison.html", "comparison.md", "comparison.json"}
+    assert load_recipe(out / "held-s0" / "recipe.yaml").run.threads == 1
+    assert max(map(len, said.lines[:-1])) <= 80
+
+    monkeypatch.setattr(jobs, "CHILD", ["/there/is/no/such/program"])  # nothing is left to be run
+    table = shell.json("run", *recipes, "--out", out)
+    assert [row["runs"] for row in table["rows"]] == [[str(out / "tiny-s0")], [str(out / "held-s0")]]
+    assert shell("run", *recipes, "--out", out).lines[0] == "2 of 2 runs complete already"
+    said = shell("run", *recipes, "--out", out, "--set", "train.epochs=1", code=2)
+    assert said.err == (
+        f"perpetune: {out / 'tiny-s0'} was begun with another recipe (train differs): choose another --out, or delete "
+        "that folder\n"
+    )
+
+
+def test_a_run_that_fails_leaves_the_others(
+    shell: Shell, recipes: tuple[Path, Path], state: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "all"
+    out.mkdir()
+    state.rename(out / "tiny-s0")
+    broken = yaml.safe_load(recipes[0].read_text())
+    broken |= {"name": "broken", "data": {"name": "folder", "path": str(tmp_path / "nowhere")}}
+    (tmp_path / "broken.yaml").write_text(yaml.safe_dump(broken))
+    said = shell("run", recipes[0], "broken.yaml", "--out", out, code=1)
+    assert said.out.splitlines()[1].startswith("broken-s0  failed  [2/2]")
+    assert f"comparison: {out / 'comparison.html'}" in said.out
+    (line,) = said.err.splitlines()
+    assert line.startswith(f"perpetune: {out / 'broken-s0'}: ")
+    assert "nowhere" in line
+
+
+def test_ctrl_c_stops_all_and_the_same_command_goes_on(
+    shell: Shell, recipes: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "all"
+    training = out / "tiny-s0" / "resume" / "task.json"
+
+    def stop() -> None:
+        while not training.exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=stop, daemon=True).start()
+    said = shell("run", recipes[0], "--seeds", "2", "--out", out, "--set", "train.epochs=5000", code=130)
+    assert said.err == "perpetune: stopped by SIGINT with 0 of 2 runs complete; the same command goes on\n"
+    assert "failed" not in said.out
+    assert [p.name for p in out.iterdir()] == ["tiny-s0"]  # the second was not begun
+    assert [p.name for p in (out / "tiny-s0" / "resume").iterdir() if p.is_dir()]  # where it goes on
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def child(code: str) -> list[str]:
+    """A stand-in for the process of a run, which finds the run in `asked` and has `say`."""
+    return [
+        sys.executable, "-c",
+        "import json, os, sys, time\nasked = json.loads(sys.stdin.read())\n"
+        "def say(event, **facts): print(json.dumps({'event': event, **facts}), flush=True)\n" + code,
+    ]  # fmt: skip
+
+
+def planned(count: int, folder: Path) -> list[jobs.Job]:
+    return jobs.plan([load_recipe("demo")], range(count), folder, None)
+
+
+def test_so_many_runs_go_on_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "CHILD", child("say('note', message='began'); time.sleep(0.05); say('done')"))
+    running, most, said = set(), 0, []
+
+    def tell(job: jobs.Job, event: dict[str, Any]) -> None:
+        nonlocal most
+        said.append((job.name, event["event"]))
+        if event["event"] == "note":
+            running.add(job.name)
+        else:
+            running.discard(job.name)
+        most = max(most, len(running))
+
+    many = planned(5, tmp_path)
+    jobs.run_all(many, 2, tell)
+    assert most <= 2
+    assert sorted(said) == sorted((f"demo-s{i}", event) for i in range(5) for event in ("note", "done"))
+    assert [job.failure for job in many] == [None] * 5
+
+
+@pytest.mark.parametrize(
+    ("code", "failure"),
+    [
+        ("say('failed', message='no disk')", "no disk"),
+        ("sys.exit(3)", "its process ended with exit code 3"),
+        ("say('task', results={}); os.kill(os.getpid(), 9)", "its process ended with signal 9"),
+    ],
+)
+def test_why_a_run_failed(code: str, failure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "CHILD", child(f"if asked['recipe']['seed'] == 1: {code}\nelse: say('done')"))
+    many = planned(3, tmp_path)
+    said: list[tuple[str, str]] = []
+    jobs.run_all(many, 1, lambda job, event: said.append((job.name, event["event"])))
+    assert [job.failure for job in many] == [None, failure, None]
+    assert said[-1] == ("demo-s2", "done")
+    assert ("demo-s1", "failed") in said
+
+
+def test_without_a_recipe_it_is_the_demo(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[jobs.Job] = []
+    monkeypatch.setattr(jobs, "run_all", lambda many, at_once, tell: asked.extend(many))
+    assert shell("run").out == ""
+    assert [str(job.folder) for job in asked] == [f"runs/demo/{name}-s{s}" for name in learn.DEMO for s in range(3)]
+    asked.clear()
+    Path("runs/demo").mkdir(parents=True)
+    Path("runs/demo/recipe.yaml").touch()  # the state of `perpetune run demo`
+    shell("run", "--seed", "7", "--set", "train.epochs=1")
+    assert [str(job.folder) for job in asked] == [f"runs/demo-2/{name}-s7" for name in learn.DEMO]
+    assert {job.recipe.train.epochs for job in asked} == {1}
+    asked.clear()
+    shell("run", "demo", "--seeds", "4,9")
+    assert [job.recipe.seed for job in asked] == [4, 9]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["demo", "--seeds", "x"], "--seeds 'x': how many, or which, is expected: 3, or 0,3,5"),
+        (["demo", "--seeds", "0"], "--seeds '0': how many"),
+        (["demo", "--seeds", "-1"], "--seeds '-1': how many"),
+        (["demo", "--seeds", "1,1"], "--seeds '1,1': a seed stands twice"),
+        (["demo", "--seeds", "2", "--seed", "1"], "--seed and --seeds: choose one of them"),
+        (["demo", "demo"], "two recipes are called 'demo', and their folders would be the same: rename one"),
+        (["demo", "dmo"], "there is no recipe 'dmo'"),
+        (["demo", "demo-ncm", "--out", "one"], "one is the state folder of one run: choose another --out for several"),
+    ],
+)
+def test_what_cannot_be_run_is_said_before_anything_is(arguments: list[str], says: str, shell: Shell) -> None:
+    Path("one").mkdir()
+    Path("one/recipe.yaml").touch()
+    said = shell("run", *arguments, code=2)
+    assert said.err.startswith(f"perpetune: {says}")
+    assert len(said.err.splitlines()) == 1
+    assert not Path("runs").exists()
 
 
 # -- using --------------------------------------------------------------------------------------------------
@@ -323,7 +498,7 @@ def test_show_keeps_what_is_set(shell: Shell) -> None:
     assert shown["pet"] == {
         "name": "lora", "at": ["v"], "blocks": [0, -1], "rank": 8, "alpha": 16.0, "dropout": 0.0, "rslora": False,
     }  # fmt: skip
-    assert shown["method"] == {"name": "finetune", "mask": "seen"}
+    assert {k: shown["method"][k] for k in ("name", "mask")} == {"name": "finetune", "mask": "seen"}
 
 
 def test_check(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

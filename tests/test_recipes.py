@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from tiny import picture_folder, split_folder
+from tiny import picture, picture_folder, split_folder
 
-from perpetune.build import build_method
+from perpetune.build import build_data, build_method
 from perpetune.learner import Learner
 from perpetune.methods.base import Method
 from perpetune.models.backbone import Backbone
@@ -132,6 +133,45 @@ def domains(path: Path, names: tuple[str, ...]) -> dict[str, Any]:
     for domain in names:
         picture_folder(path / domain, ["a", "b"], 6, domain=domain)
     return {"name": "folder", "path": str(path), "layout": "domains"}
+
+
+HUB: dict[str, tuple[tuple[str, ...], dict[str, Sequence[str] | None], list[list[str]]]] = {
+    # splits, columns beside the picture with their class names (None: text), the tasks that become of the rows
+    "cifar100-20": (("train", "test"), {"fine_label": list("fedcba"), "coarse_label": ["x"]}, [list("abcde"), ["f"]]),
+    "imagenet-r-10": (("test",), {"wnid": None, "class_name": None}, [["n1", "n2"]]),
+    "domainnet": (("train", "test"), {"label": ["a", "b"], "domain": ["sketch", "clipart"]}, [["a", "b"]] * 2),
+}
+
+
+@pytest.mark.parametrize("stream", HUB)
+def test_it_reads_the_columns_that_the_hub_has(stream: str, tmp_path: Path) -> None:
+    import datasets
+
+    splits, columns, tasks = HUB[stream]
+    image = "img" if stream.startswith("cifar") else "image"
+    kinds = {
+        name: datasets.Value("string") if n is None else datasets.ClassLabel(names=n) for name, n in columns.items()
+    }
+    rows: list[dict[str, Any]] = []
+    for number in range(60):
+        labels = {
+            n: f"{'nc'[n != 'wnid']}{number % 2 + 1}" if c is None else number % len(c) for n, c in columns.items()
+        }
+        if stream == "domainnet":
+            labels["domain"] = number // 2 % 2
+        rows.append({image: picture("x", number), **labels})
+    features = datasets.Features({image: datasets.Image(), **kinds})
+    made = {split: datasets.Dataset.from_list(rows, features) for split in splits}
+    datasets.DatasetDict(made).save_to_disk(tmp_path / "data")
+    recipe = load_recipe(
+        f"pegp-lora-{stream}",
+        [f"data.path={tmp_path / 'data'}", *(["stream.classes_per_task=2"] if "net-r" in stream else [])],
+    )
+    found = build_data(recipe, tiny_vit())
+    assert [list(task.classes) for task in found.tasks] == tasks
+    assert all(len(task.train) > 0 and task.test is not None and len(task.test) > 0 for task in found.tasks)
+    if stream == "domainnet":
+        assert [task.name for task in found.tasks] == ["clipart", "sketch"]
 
 
 def learned(recipe: Recipe, folder: Path, monkeypatch: pytest.MonkeyPatch, **sections: Any) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from perpetune.cli import live
 from perpetune.errors import StateError, UsageError
 from perpetune.numerics.metrics import Cell, summarise
 from perpetune.report import checked, compare, form, palette, svg, tables, terminal, write_comparison, write_report
-from perpetune.report.compare import spread
 from perpetune.report.matrix import matrix_table
+from perpetune.report.spread import spread
 
 CHROMIUM = Path("/usr/bin/chromium")
 

@@ -25,6 +25,7 @@ from perpetune.errors import Interrupted, PerpetuneError, UsageError
 if TYPE_CHECKING:
     from perpetune.recipe import Recipe
 
+CHILD = (sys.executable, "-m", "perpetune.cli.jobs")
 Event = dict[str, Any]
 Tell = Callable[["Job", Event], None]
 
@@ -183,7 +184,7 @@ def _send(process: subprocess.Popen[str], signum: int) -> None:
 
 def _start(job: Job, events: queue.SimpleQueue[tuple[_Running, Event | None]]) -> _Running:
     process = subprocess.Popen(
-        [sys.executable, "-m", __name__],
+        CHILD,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", start_new_session=True,
     )  # fmt: skip
     child = _Running(job, process)

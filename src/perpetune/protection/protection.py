@@ -147,7 +147,7 @@ class Protection(nn.Module):
         """
         for watched in self.sites:
             self._check_shape(watched)
-        watch = self._look(batches, forward, mask)
+        watch = self._look(self.sites, batches, forward, mask)
         waiting = self._idle(watch) if self.config.directions != "none" else []
         first = {w.name: self._gathered(watch, w, total) for w in waiting}
         as_made = {w.name: w.values() for w in waiting}
@@ -164,7 +164,7 @@ class Protection(nn.Module):
                 for w, values in moved.items():
                     undo.callback(w.set_values, as_made[w.name])
                     w.set_values(values)
-                watch = self._look(batches, forward, mask)
+                watch = self._look([w for w in self.sites if w not in waiting], batches, forward, mask)
             found = {w.name: first.get(w.name) or self._gathered(watch, w, total) for w in self.sites}
             undo.pop_all()
         certificate = self._certificate(max(count for _, count in found.values()))
@@ -180,9 +180,13 @@ class Protection(nn.Module):
 
     @torch.no_grad()
     def _look(
-        self, batches: Iterable[Item], forward: Callable[[Item], object], mask: Callable[[Item], Tensor | None]
+        self,
+        sites: Sequence[Watched],
+        batches: Iterable[Item],
+        forward: Callable[[Item], object],
+        mask: Callable[[Item], Tensor | None],
     ) -> Watch:
-        watch = Watch(self.sites)
+        watch = Watch(sites)
         with watch.on():
             for batch in batches:
                 watch.mask = mask(batch)
@@ -213,10 +217,14 @@ class Protection(nn.Module):
                 of the features through since they were moved: what they hold back is protected already.
         """
         subspaces = [copy.copy(s) for s in self.of(watched).subspaces]
+        rounding = (100 * torch.finfo(watched.site.operand.weight.dtype).eps) ** 2
         for head, (subspace, matrix) in enumerate(zip(subspaces, moments, strict=True)):
             share, left = energy, float(matrix.trace())
-            if traces is not None and left > 0:
-                share = min(energy, max(0.0, 1 - (1 - energy) * float(traces[head]) / left))
+            if traces is not None:
+                whole = float(traces[head])
+                if left <= rounding * whole:  # directions of the noise are no features, not even with energy 1
+                    continue
+                share = min(energy, max(0.0, 1 - (1 - energy) * whole / left))
             subspace.extend(matrix, share)
         return subspaces
 

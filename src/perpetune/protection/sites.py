@@ -39,8 +39,8 @@ class Watched:
         return self.site.name.partition(".")[0]
 
     def values(self) -> Tensor:
-        """The operand's present values, `(heads, out, m)`, float64 on the CPU."""
-        tensors = [p.detach().to("cpu", torch.float64) for p in self.site.operand.parameters]
+        """A copy of the operand's present values, `(heads, out, m)`, float64 on the CPU."""
+        tensors = [p.detach().to("cpu", torch.float64, copy=True) for p in self.site.operand.parameters]
         return self.site.operand.read(tensors)
 
     @torch.no_grad()

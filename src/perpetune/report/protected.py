@@ -109,14 +109,14 @@ def short(names: Sequence[str]) -> list[str]:
 
 
 def told(entry: Consolidation) -> str:
-    """`old outputs moved 0.8 % (worst site 3.1 %), room 62 %, 2 of 24 sites full`."""
+    """`old outputs moved 0.8 % (worst site 3.1 %), room 62 %, 2 of 24 full`."""
     parts = []
     if entry["worst"] is not None:
         middle, worst = form.relative(entry["median"], 1), form.relative(entry["worst"], 1)
         parts.append(f"old outputs moved {middle} (worst site {worst})")
     parts.append(f"room {form.relative(entry['room'], 1)}")
     if entry["full"]:
-        parts.append(f"{len(entry['full'])} of {form.plural(len(entry['sites']), 'site')} full")
+        parts.append(f"{len(entry['full'])} of {len(entry['sites'])} full")
     return ", ".join(parts)
 
 

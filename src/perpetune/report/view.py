@@ -155,7 +155,9 @@ def comparison(compared: Comparison) -> dict[str, Any]:
         "changes": [effect_cells(effect) for effect in compared["effects"]],
         "protected": any(row["room"]["n"] for row in rows),
         "settings": compared["settings"],
-        "figures": [(key, label, note) for key, label, note, _ in FIGURES],
+        "figures": [
+            (key, label, note) for key, label, note, _ in FIGURES if any(row["metrics"][key]["n"] for row in rows)
+        ],
         "units": {key: unit(key) for key, _, _, _ in FIGURES},
         "cells": [comparison_cells(row) for row in rows],
         "best": compared["best"],
