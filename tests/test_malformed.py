@@ -135,7 +135,7 @@ def recipe_key_is_a_number(p: Place) -> list[str]:
     return ["run", p.text("1: 2\n")]
 
 
-@case(2, "no recipe 'dmo'", "demo", "demo-joint", "closest")
+@case(2, "no recipe 'dmo'", "demo", "demo-ncm", "closest")
 def recipe_unknown(p: Place) -> list[str]:
     return ["run", "dmo"]
 
@@ -295,7 +295,7 @@ def rank_zero(p: Place) -> list[str]:
     return p.run(pet={"name": "lora", "rank": 0})
 
 
-@case(2, "methods: finetune: masc is not an option", "mask", "train")
+@case(2, "methods: finetune: masc is not an option", "mask", "closest")
 def unknown_option_of_a_method(p: Place) -> list[str]:
     return p.run(method={"name": "finetune", "masc": "task"})
 

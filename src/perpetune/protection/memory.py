@@ -102,8 +102,10 @@ class SiteMemory(nn.Module):
         self.forms = [(int(count), bool(complement)) for count, complement in state["forms"]]
         self.figures = dict(state["figures"])
         columns = sum(count for count, _ in self.forms)
-        self.vectors = torch.zeros(self.shape[2], columns, dtype=torch.float64)
-        self.importance = torch.zeros(columns if self.alpha is not None else 0, dtype=torch.float64)
+        shapes = {"vectors": (self.shape[2], columns), "importance": (columns if self.alpha is not None else 0,)}
+        for name, shape in shapes.items():
+            if getattr(self, name).shape != shape:  # torch's load_state_dict calls this once the tensors are there
+                setattr(self, name, torch.zeros(shape, dtype=torch.float64))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if (state := state_dict.get(f"{prefix}_extra_state")) is not None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from perpetune.errors import PerpetuneError, UsageError
 from perpetune.numerics.projection import Operand, ProjectedStep
-from perpetune.numerics.subspace import Subspace
+from perpetune.numerics.subspace import SLACK, Subspace
 from perpetune.pets.base import PET
 from perpetune.protection.config import ProtectConfig
 from perpetune.protection.memory import SiteMemory
@@ -217,7 +217,7 @@ class Protection(nn.Module):
                 of the features through since they were moved: what they hold back is protected already.
         """
         subspaces = [copy.copy(s) for s in self.of(watched).subspaces]
-        rounding = (100 * torch.finfo(watched.site.operand.weight.dtype).eps) ** 2
+        rounding = max(SLACK, (100 * torch.finfo(watched.site.operand.weight.dtype).eps) ** 2)
         for head, (subspace, matrix) in enumerate(zip(subspaces, moments, strict=True)):
             share, left = energy, float(matrix.trace())
             if traces is not None:
