@@ -33,7 +33,7 @@ def learn(protected: bool, steps: int) -> dict[str, float]:
     before = None
     with tempfile.TemporaryDirectory() as folder:
         args = SFTConfig(
-            folder, max_steps=steps, per_device_train_batch_size=32, learning_rate=3e-3, report_to="none", bf16=False,
+            folder, max_steps=steps, per_device_train_batch_size=32, learning_rate=1e-2, report_to="none", bf16=False,
             use_cpu=True, save_strategy="no", logging_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
         )  # fmt: skip
         for number in (0, 1):

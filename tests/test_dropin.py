@@ -125,7 +125,7 @@ def test_pets_of_our_own_are_found(backbone: Any) -> None:
     x = torch.rand(4, 3, 16, 16)
     protection = perpetune.protect(backbone)
     with using(backbone.net, "default"):
-        protection.consolidate([x], backbone.features)
+        protection.consolidate([x])
     assert {w.kind for w in protection.sites} == {"down", "up"}
 
 
@@ -257,6 +257,44 @@ def test_two_optimizers_may_share_the_layers() -> None:
     for optimizer in pair:
         train(model, optimizer, inputs(2))
     assert moved(before, model(inputs(1, rows=4))) < 1e-12
+
+
+def test_steps_of_a_gradient_scaler_are_projected_and_may_be_left_out() -> None:
+    model, x = mlp().float(), inputs(2).float()
+    protection, optimizer = perpetune.protect(model, energy=1.0), adamw(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    protection.guard(optimizer)
+    old = inputs(1, rows=4).float()
+    protection.consolidate([old])
+    before, weight = model(old), model[0].weight.detach().clone()
+    for step in range(10):
+        optimizer.zero_grad()
+        scaler.scale(F.mse_loss(model(x), torch.ones(32, 4)) * (float("inf") if step == 5 else 1)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert moved(before, model(old)) < 1e-5
+    assert moved(weight, model[0].weight) > 0.01
+
+
+@pytest.mark.parametrize("kind", ["step", "gradient"])
+def test_a_closure_is_called_under_the_guard(kind: str) -> None:
+    """Lightning hands one to every step."""
+    model, x = mlp(), inputs(2)
+    protection = perpetune.protect(model, energy=1.0, project=kind)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    protection.guard(optimizer)
+    protection.consolidate([inputs(1, rows=4)])
+    before = model(inputs(1, rows=4))
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(x), torch.ones(32, 4).double())
+        loss.backward()
+        return loss.item()
+
+    for _ in range(10):
+        optimizer.step(closure)
+    assert moved(before, model(inputs(1, rows=4))) < 1e-10
 
 
 # -- what is looked at ---------------------------------------------------------------------------------
@@ -561,12 +599,17 @@ def test_a_full_site_is_said_and_stays_as_it_is() -> None:
     model = mlp()
     protection, optimizer = perpetune.protect(model, energy=1.0), adamw(model)
     protection.guard(optimizer)
-    with pytest.warns(UserWarning, match=r"1 of 2 sites have no room left and stay as they are \(0/weight\)"):
-        protection.consolidate([drawn(20, 8)])
+    with pytest.warns(
+        UserWarning, match=r"1 of 2 sites have no room left and stay as they are from now on \(0/weight\)"
+    ):
+        protection.consolidate([drawn(20, 8, scale=0.3)])
     weight = model[0].weight.detach().clone()
     train(model, optimizer, inputs(2))
     torch.testing.assert_close(model[0].weight.detach(), weight, rtol=0, atol=1e-12)
     assert protection.report()["full"] == ["0/weight"]
+    with warnings.catch_warnings():  # it is said once
+        warnings.simplefilter("error")
+        protection.consolidate([drawn(20, 8, scale=0.3)])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

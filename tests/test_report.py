@@ -556,7 +556,7 @@ def test_terminal_comparison_fits(width: int, left_out: str) -> None:
     assert len(lines) <= 2 + 2 * 3 + bool(left_out)  # heading, rule, two lines a row at most
     assert lines[0].split()[:5] == ["run", "n", "final", "average", "forgetting"]
     assert "forward" not in lines[0]  # nothing was measured
-    assert (f"no room for: {left_out}" in text) if left_out else ("no room" not in text)
+    assert (f"too narrow for: {left_out}" in text) if left_out else ("too narrow" not in text)
     assert len(re.findall(r"\d ± \d", text)) >= 2 * 3
     assert "…" not in text
     short = rendered(terminal.compare_table(compare([run for _, run in fake_runs()]), width), width)
@@ -571,7 +571,7 @@ def test_the_terminal_views_take_the_width_there_is(capsys: pytest.CaptureFixtur
     live.show_comparison(compare([*runs, runs[0]], [*(name for name, _ in fake_runs()), "again"]))
     shown = capsys.readouterr().out
     assert "pooled" in shown
-    assert "no room" not in shown
+    assert "too narrow" not in shown
     assert "note: again repeats runs/finetune-0" in shown
 
 

@@ -31,7 +31,7 @@ DEMO_SEEDS = "3"
 
 def run(
     recipes: Annotated[
-        list[str] | None, typer.Argument(metavar="[RECIPE]...", help="Packaged recipes by name, or YAML files.")
+        list[str] | None, typer.Argument(metavar="RECIPE", help="Packaged recipes by name, or YAML files.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="The state folder to make, or that of several runs; runs/NAME by default.")

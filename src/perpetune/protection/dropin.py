@@ -194,6 +194,7 @@ class DropIn(Protection):
                 looked at twice.
         """
         (model,) = self._model
+        known = {w.name for w in self.sites if self.of(w).room == 0}
         with _evaluating(model):
             certificate = super().consolidate(
                 _share(batches, next(model.parameters()).device, self.config.samples),
@@ -202,11 +203,11 @@ class DropIn(Protection):
                 total=total if total is not None else _sum,
             )
         self._follow()
-        if certificate["full"]:
-            full, sites = certificate["full"], len(self.sites)
+        full = [name for name in certificate["full"] if name not in known]
+        if full:
             warnings.warn(
-                f"protect: {len(full)} of {sites} sites have no room left and stay as they are ({full[0]}"
-                f"{', …' if len(full) > 1 else ''}): a larger rank or a lower energy leaves some",
+                f"protect: {len(full)} of {len(self.sites)} sites have no room left and stay as they are from now on "
+                f"({full[0]}{', …' if len(full) > 1 else ''}): a larger rank or a lower energy leaves some",
                 stacklevel=2,
             )
         return certificate

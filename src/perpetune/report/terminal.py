@@ -156,7 +156,7 @@ def compare_table(comparison: Mapping[str, Any], width: int = 100) -> Table:
         box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, header_style="dim", caption_justify="left"
     )
     notes = ["moved: old outputs at the worst site, %; room: directions still free, %"] if "moved" in shown else []
-    notes += ["no room for: " + ", ".join(left_out)] if left_out else []
+    notes += ["too narrow for: " + ", ".join(left_out)] if left_out else []
     if notes:
         table.caption = Text("\n".join(notes), "dim")
     table.add_column("run", overflow="fold")
