@@ -21,7 +21,7 @@ import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from perpetune.fit import FitConfig, fit
 from perpetune.methods.finetune import FineTune
 from perpetune.models.classifier import ImageClassifier
 from perpetune.pets import parameters, using
+from perpetune.protection.protection import Protection
 from perpetune.seeding import own_global_state
 from perpetune.tasks import Task
 
@@ -120,6 +121,18 @@ class JournalFile:
         return len(content)
 
 
+class _Told:
+    """Batches, each a moment, that can be gone through again."""
+
+    def __init__(self, batches: Any, moments: Moments):
+        self.batches, self.moments = batches, moments
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.batches:
+            self.moments.now("protect batch")
+            yield batch
+
+
 def announce(moments: Moments) -> None:
     """Make every durable step, every optimizer step and every evaluation of this process a moment."""
 
@@ -180,6 +193,16 @@ def announce(moments: Moments) -> None:
         return real(method, task, **options)
 
     perpetune.run.evaluate = evaluate
+
+    consolidate = Protection.consolidate
+
+    def told_consolidate(self: Any, batches: Any, *args: Any, **options: Any) -> Any:
+        moments.now(f"protect before {self.consolidated}")
+        certificate = consolidate(self, _Told(batches, moments), *args, **options)
+        moments.now(f"protect after {self.consolidated}")
+        return certificate
+
+    Protection.consolidate = told_consolidate  # type: ignore[method-assign]
 
 
 def act(request: dict[str, Any]) -> None:

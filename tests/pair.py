@@ -9,12 +9,14 @@ import json
 import os
 import signal
 import sys
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from perpetune.errors import Interrupted, UsageError
 from perpetune.learner import Learner
 from perpetune.runtime import Runtime, Silent
+from perpetune.snapshot import snapshot
 
 
 class StopAt(Silent):
@@ -55,7 +57,7 @@ def stopped(content: dict[str, Any], folder: Path, rank: int) -> dict[str, Any]:
 def main(folder: Path) -> None:
     fresh = Runtime()  # joins the others when it is asked who it is
     rank = fresh.rank
-    seen: dict[str, Any] = {"world": fresh.world, "told": {}, "evaluated": {}}
+    seen: dict[str, Any] = {"world": fresh.world, "told": {}, "evaluated": {}, "learned": {}}
     recipes = json.loads((folder / "recipes.json").read_text())
     for name, content in recipes.items():
         if name == "stopped":
@@ -66,6 +68,9 @@ def main(folder: Path) -> None:
         learner.run()
         seen["told"][name] = counts.tasks
         seen["evaluated"][name] = learner.evaluate()
+        seen["learned"][name] = {
+            file: sha256(content).hexdigest() for file, content in snapshot(learner.method).items()
+        }
         seen["device"] = str(learner.runtime.device)
     try:
         Learner(next(iter(recipes.values())))

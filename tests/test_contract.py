@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from perpetune.check import check_method
+from perpetune.errors import UsageError
 from perpetune.fit import FitConfig
 from perpetune.methods.finetune import FineTune
 from perpetune.models.classifier import ImageClassifier
@@ -25,6 +26,8 @@ METHODS = [
     ("finetune", ("pet=prefix",)),
     ("finetune", ("pet=prompt",)),
     ("finetune", ("pet.name=prompt", "pet.deep=false", "pet.at=[block]")),
+    ("finetune", ("head=ncm", "protect=true")),
+    ("finetune", ("pet=adapter", "protect.energy=0.9", "head_first=0.5", "merge=falling")),
     ("frozen", ("head=ncm",)),
     ("joint", ()),
     ("joint", ("head=ncm",)),
@@ -35,6 +38,13 @@ METHODS = [
 def test_every_method_keeps_the_contract(method: str, changes: tuple[str, ...]) -> None:
     faults = [f"{o.rule}: {o.fault}" for o in check_method(method, changes) if o.fault is not None]
     assert faults == []
+
+
+def test_what_protection_cannot_hold_is_told_before_any_rule() -> None:
+    with pytest.raises(UsageError, match="joint keeps all data, so there is nothing for protect: to keep"):
+        check_method("joint", ["protect=true"])
+    with pytest.raises(UsageError, match="there is no site 'dwn'; sites here are down, up"):
+        check_method("finetune", ["protect.sites=[dwn]"])
 
 
 class Breaker(FineTune):

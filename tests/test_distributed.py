@@ -74,8 +74,24 @@ def assert_same(found: Path, expected: Path) -> None:
     ours, theirs = tensors(found), tensors(expected)
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-5, msg=name)
-    assert metrics(found) == metrics(expected)
+        one, other = ours[name], tensor
+        if name.endswith(".vectors"):  # a basis: the subspace counts
+            one, other = one @ one.mT, other @ other.mT
+        scale = max(1.0, float(other.abs().max())) if other.numel() else 1.0
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * scale, msg=name)
+    for one, other in zip(metrics(found), metrics(expected), strict=True):
+        assert one["cells"] == other["cells"]
+        certificates, wanted = one.get("protection", []), other.get("protection", [])
+        assert [figures(c, None) for c in certificates] == [figures(c, None) for c in wanted]
+        for found_, wanted_ in zip(certificates, wanted, strict=True):
+            assert figures(found_, float) == pytest.approx(figures(wanted_, float), rel=1e-3, abs=1e-5)
+
+
+def figures(certificate: dict[str, Any], kind: type | None) -> list[Any]:
+    """What a certificate says, its sites in a row: the numbers of `kind`, or all but floating point."""
+    values = [*certificate.values(), *(v for site in certificate["sites"] for v in site.values())]
+    values = [v for v in values if not isinstance(v, list)]
+    return [v for v in values if isinstance(v, kind)] if kind else [v for v in values if not isinstance(v, float)]
 
 
 def assert_written_by_one(state: Path, tasks: int) -> None:
@@ -94,9 +110,21 @@ CASES: dict[str, dict[str, Any]] = {
     "finetune-ncm": {"head": "ncm", "train": SGD},
     "frozen-ncm": {"method": "frozen", "pet": "none", "head": {"name": "ncm", "metric": "euclidean"}},
     "joint-cosine": {"method": "joint", "head": "cosine", "setting": "task", "train": {"epochs": 1, "lr": 0.01}},
+    "protected": {
+        "protect": {"energy": 0.9},
+        "pet": {"name": "adapter", "width": 8},
+        "train": {"epochs": 2, "lr": 0.01},
+    },
+    "reference": {"protect": {"energy": 0.9, "samples": 5, "reference": {"path": "DATA/test"}}},
     "whole": {"train": LONG},
     "stopped": {"train": LONG},
 }
+
+
+def content(case: str, vit: Path, data: Path) -> dict[str, Any]:
+    """The recipe of a case."""
+    changes: dict[str, Any] = json.loads(json.dumps(CASES[case]).replace("DATA", str(data)))
+    return recipe(vit, data, **changes)
 
 
 COMMANDS = {"module": ("-m", "perpetune"), "script": ("--no_python", str(BIN / "perpetune"))}
@@ -107,7 +135,7 @@ COMMAND_CASE = "finetune-linear"
 def launched(vit: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any]]]:
     """A folder, and what was started to fill it: all at once, for most of their time goes into imports."""
     folder = tmp_path_factory.mktemp("launched")
-    (folder / "recipes.json").write_text(json.dumps({name: recipe(vit, data, **c) for name, c in CASES.items()}))
+    (folder / "recipes.json").write_text(json.dumps({name: content(name, vit, data) for name in CASES}))
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe(vit, data, **CASES[COMMAND_CASE])))
     started = {"pair": start([str(Path(__file__).with_name("pair.py"))], folder)}
     for name, what in COMMANDS.items():
@@ -132,12 +160,15 @@ def seen(pair: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_learn_what_one_learns(case: str, pair: Path, vit: Path, data: Path, tmp_path: Path) -> None:
-    learner = Learner(recipe(vit, data, **CASES[case]), tmp_path / "one")
+    learner = Learner(content(case, vit, data), tmp_path / "one")
     learner.run()
     assert_same(pair / case, tmp_path / "one")
     if case != "stopped":
         assert_written_by_one(pair / case, tasks=2)
         assert [s["evaluated"][case] for s in seen(pair)] == [learner.evaluate()] * 2
+        one, other = (s["learned"][case] for s in seen(pair))
+        assert one == other, "the processes have the same bits"
+        assert ("protect.safetensors" in one) == ("protect" in CASES[case])
 
 
 def test_one_process_tells_and_both_know_of_each_other(pair: Path) -> None:

@@ -39,6 +39,11 @@ CHANGES: dict[str, dict[str, Any]] = {
         "head": "ncm",
         "stream": {**RECIPE["stream"], "class_order": ["0", "1", "2", "3"]},
     },
+    "protect": {
+        "protect": {"energy": 0.9, "reference": {"path": "REFERENCE"}},
+        "stream": {**RECIPE["stream"], "class_order": ["0", "1", "2", "3"]},
+        "evaluate": {"batch_size": 4},
+    },
     "update": {"head": "ncm", "data": None, "stream": {"augment": "flip"}},
 }
 
@@ -64,7 +69,9 @@ class Lab:
         self.whole: dict[str, Path] = {}
         for name, change in CHANGES.items():
             recipe = {**RECIPE, "backbone": f"folder:{folder / 'vit'}", **change}
-            self.recipe(name).write_text(yaml.safe_dump(recipe, sort_keys=False))
+            text = yaml.safe_dump(recipe, sort_keys=False).replace("REFERENCE", str(folder / "reference"))
+            self.recipe(name).write_text(text)
+        pictures(folder / "reference", ["any"])
         self.process = subprocess.Popen(
             [sys.executable, SERVER, "serve", str(folder / "vit"), str(self.recipe("adamw")), str(folder / "warm")],
             stdin=subprocess.PIPE,
@@ -361,6 +368,43 @@ def pictures(folder: Path, classes: Sequence[str], each: int = 8) -> Path:
             pixels = (pattern + noise).clamp(0, 255).to(torch.uint8)
             Image.fromarray(pixels.numpy()).save(folder / name / f"{i}.png")
     return folder
+
+
+@pytest.mark.parametrize(
+    ("at", "nth"),
+    [
+        pytest.param("protect batch", 1, id="in the reference pass"),
+        pytest.param("protect batch", 4, id="in its second look, with A moved in memory"),
+        pytest.param("protect after 1", 1, id="after the reference pass"),
+        pytest.param("step after train 5", 1, id="in the first task, with the reference protected"),
+        pytest.param("protect before 1", 1, id="before the first task's pass"),
+        pytest.param("protect batch", 6, id="in the first task's pass"),
+        pytest.param("protect after 2", 1, id="after the first task's pass"),
+        pytest.param("write half */tasks/.0000-0-1.tmp/protect.safetensors", 1, id="the memory is torn in a commit"),
+        pytest.param("step after train 5", 2, id="in the second task"),
+        pytest.param("protect before 2", 1, id="before the second task's pass"),
+        pytest.param("rename after */tasks/0001-2-3", 1, id="a commit is there and not in the journal"),
+    ],
+)
+def test_killed_under_protection(lab: Lab, tmp_path: Path, at: str, nth: int) -> None:
+    """The memory of what is protected is of the commits alone: a pass that was killed is made again."""
+    whole, state = lab.uninterrupted("protect"), tmp_path / "state"
+    assert lab.run("protect", state, at=at, nth=nth).status == KILLED
+    assert_whole(state)
+    fine(lab.resume(state))
+    assert_same(state, whole)
+    assert any(name.endswith("protect.safetensors") for name in learned(state))
+
+
+def test_a_signal_while_features_are_protected(lab: Lab, tmp_path: Path) -> None:
+    whole, state = lab.uninterrupted("protect"), tmp_path / "state"
+    stopped = lab.run("protect", state, at="protect batch", nth=6, signum=signal.SIGTERM)
+    assert stopped.status == 143
+    line = one_line(stopped.err)
+    assert line.startswith("perpetune: stopped while features were protected")
+    assert f"`perpetune resume {state}`" in line
+    fine(lab.resume(state))
+    assert_same(state, whole)
 
 
 def test_update_killed_and_resumed(lab: Lab, tmp_path: Path) -> None:

@@ -315,6 +315,82 @@ def frozen_with_a_head_to_train(p: Place) -> list[str]:
     return p.run(method="frozen", head="linear", pet="none")
 
 
+@case(2, "protect.enrgy is not an option", "closest", "energy")
+def unknown_key_in_protect(p: Place) -> list[str]:
+    return p.run(protect={"enrgy": 0.9})
+
+
+@case(2, "protect.energy", "less than or equal to 1", "got 1.5")
+def energy_out_of_range(p: Place) -> list[str]:
+    return p.run(protect={"energy": 1.5})
+
+
+@case(2, "protect.samples", "greater than or equal to 1", "got 0")
+def no_sample_to_protect(p: Place) -> list[str]:
+    return p.run(protect={"samples": 0})
+
+
+@case(2, "protect", "no site 'dwn'", "down, up")
+def unknown_site(p: Place) -> list[str]:
+    return p.run(protect={"sites": ["up", "dwn"]})
+
+
+@case(2, "protect", "nothing can be protected", "put in a pet")
+def protection_without_a_pet(p: Place) -> list[str]:
+    return p.run(protect=True, pet="none")
+
+
+@case(2, "protect", "nothing can be protected", "put in a pet")
+def protection_of_frozen_features(p: Place) -> list[str]:
+    return p.run(protect=True, pet="none", method="frozen", head="ncm")
+
+
+@case(1, "protect", "saw no data", "leave it out")
+def protection_of_a_pet_that_frozen_leaves_out(p: Place) -> list[str]:
+    return p.run(protect=True, method="frozen", head="ncm", train=...)
+
+
+@case(2, "joint keeps all data", "nothing for protect")
+def protection_of_joint(p: Place) -> list[str]:
+    return p.run(protect=True, method="joint")
+
+
+@case(2, "prompt", "no exact linear condition", "deep: true", "conditions: paper")
+def exact_protection_of_a_prompt_that_is_not_deep(p: Place) -> list[str]:
+    return p.run(protect=True, pet={"name": "prompt", "deep": False, "at": ["block"]})
+
+
+@case(2, "generel", "protect.reference")
+def reference_folder_missing(p: Place) -> list[str]:
+    return p.run(protect={"reference": {"path": str(p.world / "generel")}})
+
+
+@case(1, "protect.reference", "no picture")
+def reference_without_pictures(p: Place) -> list[str]:
+    p.text("no picture", "texts/a.txt")
+    return p.run(protect={"reference": {"path": str(p.tmp / "texts")}})
+
+
+@case(2, "protect.reference.path", "missing")
+def reference_without_a_path(p: Place) -> list[str]:
+    return p.run(protect={"reference": {"samples": 3}})
+
+
+@case(2, "online: true trains on each example once", "train.epochs is 5")
+def online_with_epochs(p: Place) -> list[str]:
+    return p.run(online=True, train={"epochs": 5})
+
+
+@case(2, "online: true trains on each example once", "method.train.epochs is 3")
+def online_with_epochs_of_the_method(p: Place) -> list[str]:
+    return p.run(online=True, train={}, method={"name": "finetune", "train": {"epochs": 3}})
+
+
+@case(2, "finetune", "merge", "less than or equal to 1")
+def merge_out_of_range(p: Place) -> list[str]:
+    return p.run(method={"name": "finetune", "merge": 1.5})
+
+
 @case(2, "names no data", "data:", "perpetune update")
 def recipe_without_data(p: Place) -> list[str]:
     return p.run(data=...)

@@ -80,7 +80,7 @@ def features(method: Any, task: Task) -> Tensor:
 
 
 def moved(now: Tensor, before: Tensor) -> float:
-    return float((now - before).norm() / before.norm())
+    return float((now - before).detach().norm() / before.detach().norm())
 
 
 class Losses(Silent):

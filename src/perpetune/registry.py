@@ -111,7 +111,7 @@ def load_dotted(path: str) -> Any:
 def schema(target: Any) -> type[BaseModel]:
     """The keyword-only arguments of a class or function, as a strict pydantic model."""
     function = target.__init__ if inspect.isclass(target) else target
-    hints = typing.get_type_hints(function)
+    hints = typing.get_type_hints(function, include_extras=True)  # with the ranges of numbers
     fields: dict[str, Any] = {
         p.name: (hints.get(p.name, Any), ... if p.default is p.empty else p.default)
         for p in inspect.signature(function).parameters.values()
@@ -148,6 +148,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     if first["type"] == "missing":
         return f"{where} is missing{more}"
     said = ", or ".join(dict.fromkeys(_message(fault) for fault in faults)).replace(f", or {_SHOULD}", ", or ")
+    if not where:  # what several keys say together
+        return f"{said}{more}"
     return f"{where}: {said}; got {_short(first['input'])}{more}"
 
 
@@ -156,6 +158,8 @@ _SHOULD = "input should be "
 
 def _place(fault: Any) -> str:
     """The dotted key that a fault is about, without pydantic's names for the alternatives of a union."""
+    if not fault["loc"]:
+        return ""
     *parents, last = fault["loc"]
     if fault["type"] != "extra_forbidden":  # there the last part is what the user wrote
         parents.append(last)

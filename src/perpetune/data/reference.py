@@ -7,7 +7,7 @@ from perpetune.data.pictures import picture_files
 from perpetune.data.sources import FileTable
 from perpetune.data.stream import StreamOptions
 from perpetune.data.tasks import ImageSet
-from perpetune.errors import DataError
+from perpetune.errors import DataError, UsageError
 from perpetune.models.preprocess import Preprocess
 
 
@@ -16,9 +16,12 @@ def reference_pictures(path: str, view: Preprocess, options: StreamOptions) -> t
 
     Raises:
         UsageError: there is no such folder.
-        DataError: there is no picture, or too many are bad.
+        DataError: there is no picture, none can be read, or too many are bad.
     """
-    files = [str(file) for file in picture_files([path])]
+    try:
+        files = [str(file) for file in picture_files([path])]
+    except (UsageError, DataError) as error:
+        raise type(error)(f"protect.reference: {error}") from None
     table = FileTable("", files, [""] * len(files))
     (bad,) = find_bad([(table, range(len(files)))], options.check, options.max_bad, "protect.reference")
     rows = [row for row in range(len(files)) if row not in bad]

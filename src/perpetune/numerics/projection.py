@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
@@ -113,7 +113,7 @@ class ProjectedStep:
         self._hooks: list[Any] = []
         if self._parameters:
             self._hooks = [
-                optimizer.register_step_pre_hook(lambda *_: self._pre()),
+                optimizer.register_step_pre_hook(self._pre),
                 optimizer.register_step_post_hook(lambda *_: self._post()),
             ]
 
@@ -132,13 +132,35 @@ class ProjectedStep:
         self.remove()
 
     @torch.no_grad()
-    def _pre(self) -> None:
-        if self.project == "gradient":
-            grads = {p: p.grad for p in self._parameters if p.grad is not None}
-            for parameter, grad in self._projected(grads).items():
-                grads[parameter].copy_(grad)
-        else:
+    def _pre(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self.project == "step":
             self._before = {p: p.detach().clone() for p in self._parameters}
+            return None
+        self._project_gradients()
+        # A closure makes the gradients inside of the step. `args` begins with the optimizer itself.
+        if len(args) > 1 and args[1] is not None:
+            return (args[0], self._after(args[1]), *args[2:]), kwargs
+        if kwargs.get("closure") is not None:
+            return args, {**kwargs, "closure": self._after(kwargs["closure"])}
+        return None
+
+    def _after(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """`closure`, and then the gradients it made are projected."""
+
+        def projected() -> Any:
+            value = closure()
+            self._project_gradients()
+            return value
+
+        return projected
+
+    @torch.no_grad()
+    def _project_gradients(self) -> None:
+        grads = {p: p.grad for p in self._parameters if p.grad is not None}
+        for parameter, grad in self._projected(grads).items():
+            grads[parameter].copy_(grad)
 
     @torch.no_grad()
     def _post(self) -> None:

@@ -207,9 +207,7 @@ class Protection(nn.Module):
             )
         return moments, count
 
-    def _grown(
-        self, watched: Watched, moments: Tensor, energy: float, traces: Tensor | None = None
-    ) -> list[Subspace]:
+    def _grown(self, watched: Watched, moments: Tensor, energy: float, traces: Tensor | None = None) -> list[Subspace]:
         """The site's subspaces with the directions that `moments (heads, m, m)` add.
 
         Args:
