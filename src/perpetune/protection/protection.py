@@ -168,7 +168,7 @@ class Protection(nn.Module):
             found = {w.name: first.get(w.name) or self._gathered(watch, w, total) for w in self.sites}
             undo.pop_all()
         certificate = self._certificate(max(count for _, count in found.values()))
-        energy = self.config.energy_at(self.consolidated)
+        energy = self._energy(self.consolidated)
         for w in self.sites:  # all is known to be sound; one by one, so that memory stays near that of the moments
             memory, (moments, count) = self.of(w), found.pop(w.name)
             memory.subspaces = self._grown(w, moments, energy, traces.get(w.name))
@@ -177,6 +177,10 @@ class Protection(nn.Module):
         for entry, w in zip(certificate["sites"], self.sites, strict=True):
             entry["room"], entry["rank"] = self.of(w).room, self.of(w).rank
         return _summed_up(certificate, energy)
+
+    def _energy(self, added: int) -> float:
+        """The energy of the data added as number `added`, from 0; a recipe's reference data are no task."""
+        return self.config.energy_at(max(0, added - (self.config.reference is not None)))
 
     @torch.no_grad()
     def _look(
@@ -246,7 +250,7 @@ class Protection(nn.Module):
     def _moved_free(self, watched: Watched, moments: Tensor) -> Tensor:
         """The values in the directions that will be free once `moments` are protected, as large as they were."""
         values = watched.values()
-        grown = self._grown(watched, moments, self.config.energy_at(self.consolidated))
+        grown = self._grown(watched, moments, self._energy(self.consolidated))
         moved = torch.stack([s.remove(v) for s, v in zip(grown, values, strict=True)])
         norm = moved.norm()
         if norm <= 1e-6 * values.norm():
@@ -263,7 +267,7 @@ class Protection(nn.Module):
         found = self._certificate(0)
         for entry, w in zip(found["sites"], self.sites, strict=True):
             entry["room"], entry["rank"] = self.of(w).room, self.of(w).rank
-        return _summed_up(found, self.config.energy_at(max(0, self.consolidated - 1)))
+        return _summed_up(found, self._energy(self.consolidated - 1))
 
     def _certificate(self, rows: int) -> Certificate:
         sites = []
