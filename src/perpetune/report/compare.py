@@ -174,10 +174,14 @@ def _labels(groups: Sequence[Sequence[Results]], called: Sequence[str], settings
     """A name for each row: the runs' own where it tells rows apart, else with the settings that do, else with
     what the user calls the first run."""
     labels = [" / ".join(dict.fromkeys(run["name"] for run in group)) for group in groups]
-    if len(set(labels)) < len(labels):
-        for i, group in enumerate(groups):
-            flat = _flat(group[0]["recipe"])
-            labels[i] += "".join(f" · {_short(key)} {form.setting(flat.get(key))}" for key in settings[:3])
+    alike: dict[str, list[int]] = {}  # rows of one name are told apart by what differs among them alone
+    for i, label in enumerate(labels):
+        alike.setdefault(label, []).append(i)
+    for rows in alike.values():
+        recipes = [_flat(groups[i][0]["recipe"]) for i in rows]
+        keys = [key for key in _differing(recipes) if key in settings][:3]
+        for i, flat in zip(rows, recipes, strict=True):
+            labels[i] += "".join(f" · {_short(key)} {form.setting(flat.get(key))}" for key in keys)
     repeated = {label for label in labels if labels.count(label) > 1}
     labels = [f"{label} · {name}" if label in repeated else label for label, name in zip(labels, called, strict=True)]
     return [f"{label} #{i + 1}" if labels.count(label) > 1 else label for i, label in enumerate(labels)]
