@@ -72,6 +72,7 @@ def learn_task(method: Method, step: Step, state: State) -> None:
     seconds = run.checkpoints.seconds + learned - began
     timings = {
         "learn_s": round(seconds, 3),
+        "protect_s": round(sum(c.pop("seconds") for c in certificates), 3),  # a part of `learn_s`
         "evaluate_s": round(evaluated - learned, 3),
         "images": run.checkpoints.images,
         "images_per_s": round(run.checkpoints.images / seconds, 2) if run.checkpoints.images else None,
@@ -121,8 +122,10 @@ def _protect(method: Method, task: Task, reference: Examples | None, batch_size:
         examples = balanced(examples, wanted, task.generator("protect", purpose))
     batches = _Pass(examples, batch_size, run)
     run.progress.phase(f"protect {purpose}", len(batches), 1, 0)
+    began = time.perf_counter()
     certificate = protection.consolidate(batches, lambda batch: _observe(method, batch, run), total=run.sum)
-    return [{"of": purpose, "examples": len(examples), **certificate}]
+    seconds = round(time.perf_counter() - began, 3)
+    return [{"of": purpose, "examples": len(examples), "seconds": seconds, **certificate}]
 
 
 class _Pass:

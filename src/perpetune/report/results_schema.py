@@ -26,10 +26,12 @@ class TaskInfo(TypedDict):
 
 
 class Timing(TypedDict):
-    """Time and memory of one task: seconds, images trained on (all epochs), bytes."""
+    """Time and memory of one task: seconds, of which `protect_s` went into protecting it, images trained on (all
+    epochs), bytes."""
 
     task: int
     learn_s: float
+    protect_s: NotRequired[float]
     evaluate_s: float
     images: int
     images_per_s: float | None
