@@ -71,6 +71,7 @@ def methods(json: Json = False) -> None:
     """List what a recipe can name and what fits together: methods, pets, heads, backbones, data; with options."""
     from perpetune import registry
     from perpetune.cli.common import print_json
+    from perpetune.protection.config import ProtectConfig
     from perpetune.recipe import BackboneSection, PetSection
 
     found = {kind: {name: registry.summary(kind, name) for name in registry.names(kind)} for kind in registry.BUILTIN}
@@ -80,8 +81,9 @@ def methods(json: Json = False) -> None:
         about["options"] = {**places, "at": f"[{at}]", **about["options"]}
     for about in found["backbones"].values():
         about["options"] = backbone
+    protect = registry.described(ProtectConfig)
     if json:
-        print_json(found)
+        print_json({**found, "protect": protect})
         return
     for kind, choices in found.items():
         key, what = HEADINGS[kind]
@@ -95,6 +97,9 @@ def methods(json: Json = False) -> None:
         if kind == "backbones":
             _print_options(backbone)
         print()
+    print("protect:  keeps old answers where they are by gradient projection, with any method and pet; `none` by default")
+    _print_options(protect)
+    print()
     print(FITS)
 
 
