@@ -139,6 +139,11 @@ def test_init_and_update(shell: Shell, world: Path, tmp_path: Path) -> None:
     ]
     assert Learner.load("mine").method.classes == ["cat", "dog", "fox", "owl", "hen"]
 
+    nowhere = ["--set", "pet=lora", "--set", "protect.reference.path=nowhere"]
+    said = shell("init", "without", *change, *nowhere, code=2)
+    assert said.err.startswith("perpetune: protect.reference: ")
+    assert not Path("without").exists()
+
     results = shell.json("init", "other", *change, "--data", world / "more", "--name", "first")
     assert [t["name"] for t in results["tasks"]] == ["first"]
 
@@ -204,6 +209,8 @@ def test_several_runs_end_in_one_comparison(
     assert said.lines[-1] == f"comparison: {out / 'comparison.html'}"
     assert reports(out / "tiny-s0") == reports(out / "held-s0") == {"report.html", "report.md", "report.json"}
     assert {p.name for p in out.glob("comparison.*")} == {"comparison.html", "comparison.md", "comparison.json"}
+    (row, other) = shell.json("compare", *sorted(out.iterdir()))["rows"]  # what a shell makes of OUT/*
+    assert [row["runs"], other["runs"]] == [[str(out / "held-s0")], [str(out / "tiny-s0")]]
     assert load_recipe(out / "held-s0" / "recipe.yaml").run.threads == 1
     assert max(map(len, said.lines[:-1])) <= 80
 
@@ -259,7 +266,7 @@ def child(code: str) -> list[str]:
     """A stand-in for the process of a run, which finds the run in `asked` and has `say`."""
     return [
         sys.executable, "-c",
-        "import json, os, sys, time\nasked = json.loads(sys.stdin.read())\n"
+        "import json, os, signal, sys, time\nasked = json.loads(sys.stdin.readline())\n"
         "def say(event, **facts): print(json.dumps({'event': event, **facts}), flush=True)\n" + code,
     ]  # fmt: skip
 
@@ -294,6 +301,7 @@ def test_so_many_runs_go_on_at_a_time(tmp_path: Path, monkeypatch: pytest.Monkey
         ("say('failed', message='no disk')", "no disk"),
         ("sys.exit(3)", "its process ended with exit code 3"),
         ("say('task', results={}); os.kill(os.getpid(), 9)", "its process ended with signal 9"),
+        ('os.write(1, b\'{"event": "ta\'); os.kill(os.getpid(), 9)', "its process ended with signal 9"),
     ],
 )
 def test_why_a_run_failed(code: str, failure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,6 +312,68 @@ def test_why_a_run_failed(code: str, failure: str, tmp_path: Path, monkeypatch: 
     assert [job.failure for job in many] == [None, failure, None]
     assert said[-1] == ("demo-s2", "done")
     assert ("demo-s1", "failed") in said
+
+
+def test_a_hangup_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wait = "signal.signal(signal.SIGHUP, lambda *_: sys.exit(7)); say('note', message='began'); time.sleep(60)"
+    monkeypatch.setattr(jobs, "CHILD", child(wait))
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and stays so
+    try:
+        many = planned(2, tmp_path)
+        with pytest.raises(Interrupted, match="stopped by SIGHUP") as stop:
+            jobs.run_all(many, 1, lambda job, event: os.kill(os.getpid(), signal.SIGHUP))
+        assert stop.value.exit_code == 129
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_stops_with_a_checkpoint_once_its_parent_is_gone(world: Path, tmp_path: Path) -> None:
+    asked = {"recipe": load_recipe(world / "my.yaml", ["train.epochs=5000"]).anchored().model_dump(mode="json")}
+    run = subprocess.Popen(jobs.CHILD, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert run.stdin is not None
+    assert run.stdout is not None
+    print(json.dumps({**asked, "folder": str(tmp_path / "run"), "device": None}), file=run.stdin, flush=True)
+    while not (tmp_path / "run" / "resume" / "task.json").exists():
+        assert run.poll() is None
+        time.sleep(0.02)
+    run.stdin.close()  # as a parent's end does, kill -9 included
+    (line,) = run.stdout.read().splitlines()
+    assert json.loads(line)["event"] == "failed"
+    assert "go on with `perpetune resume" in json.loads(line)["message"]
+    assert run.wait() == 128 + signal.SIGTERM
+    assert [p.name for p in (tmp_path / "run" / "resume").iterdir() if p.is_dir()]
+
+
+def test_a_run_without_anybody_to_tell_says_nothing(world: Path, tmp_path: Path) -> None:
+    run = subprocess.Popen(jobs.CHILD, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert run.stdin is not None
+    assert run.stdout is not None
+    assert run.stderr is not None
+    run.stdout.close()
+    content = load_recipe(world / "my.yaml", ["data.path=nowhere"]).model_dump(mode="json")
+    asked = {"recipe": content, "folder": str(tmp_path / "run"), "device": None}
+    print(json.dumps(asked), file=run.stdin, flush=True)
+    assert run.stderr.read() == ""
+    assert run.wait() == 1
+    run.stdin.close()
+    run.stderr.close()
+
+
+def test_runs_are_let_go_when_there_is_nobody_to_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "say('note', message='began'); sys.stdin.read(); os.mkdir(asked['folder'])"
+    monkeypatch.setattr(jobs, "CHILD", child(code))
+
+    def tell(job: jobs.Job, event: dict[str, Any]) -> None:
+        raise BrokenPipeError
+
+    (job,) = planned(1, tmp_path)
+    with pytest.raises(BrokenPipeError):
+        jobs.run_all([job], 1, tell)
+    deadline = time.monotonic() + 60
+    while not job.folder.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_without_a_recipe_it_is_the_demo(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -450,6 +520,12 @@ def test_compare(shell: Shell, world: Path, tmp_path: Path) -> None:
     assert [row["runs"] for row in table["rows"]] == [["1", "2/report.json"], ["short"]]
     assert table["settings"] == ["train.epochs"]
     assert table == json.loads((tmp_path / "page" / "compare.json").read_text())
+    assert shell.json("compare", "1", "2/report.json", "short", *Path("page").iterdir()) == table  # which are no runs
+    assert shell("compare", *Path("page").iterdir(), code=2).err == "perpetune: compare: name one run or more\n"
+    Path("1/report.json").rename("compare.json")  # a run by the name of a comparison
+    assert [row["runs"] for row in shell.json("compare", "compare.json")["rows"]] == [["compare.json"]]
+    Path("1/report.md").rename("notes.md")
+    assert shell("compare", "notes.md", code=1).err.startswith("perpetune: notes.md holds no results: ")
 
 
 def test_methods(shell: Shell) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import json
+import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +17,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BatchEncoding, GPT2Config, GPT2LMHeadModel
+from transformers import BatchEncoding, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
 
 import perpetune
@@ -25,7 +29,7 @@ from perpetune.errors import PerpetuneError, StateError, UsageError
 from perpetune.models.families import places
 from perpetune.pets import inject, using
 from perpetune.pets.lora import LoRA
-from perpetune.protection.dropin import DropIn
+from perpetune.protection.dropin import DIGEST, METADATA, DropIn, _digest
 from perpetune.seeding import generator, own_global_state
 
 
@@ -162,6 +166,25 @@ def test_what_is_skipped_moves_freely() -> None:
     assert moved(hidden, model[:2](inputs(1))) < 0.3 * moved(out, model(inputs(1)))
 
 
+@pytest.mark.parametrize("how", ["module", "list", "slice", "layers"])
+def test_a_module_several_or_a_slice_may_be_skipped(how: str) -> None:
+    layers = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model = nn.ModuleDict({"layers": layers, "a": nn.Linear(8, 8)})
+    skip = {"module": layers[1], "list": [layers[1]], "slice": layers[1:], "layers": layers}[how]
+    left = [] if how == "layers" else ["layers.0/weight"]
+    assert names(perpetune.protect(model, skip=skip)) == [*left, "a/weight"]
+
+
+def test_a_model_that_is_one_layer_is_called_the_model() -> None:
+    layer = nn.Linear(8, 4)
+    protection = perpetune.protect(layer)
+    assert names(protection) == ["the model/weight"]
+    with pytest.raises(UsageError, match="only one of weight and bias of the model: give it both"):
+        protection.guard(torch.optim.SGD([layer.weight], lr=0.1))
+    with pytest.raises(PerpetuneError, match="protect: the model/weight saw no data"):
+        protection.consolidate([])
+
+
 # -- what a guard holds --------------------------------------------------------------------------------
 
 
@@ -259,6 +282,38 @@ def test_two_optimizers_may_share_the_layers() -> None:
     assert moved(before, model(inputs(1, rows=4))) < 1e-12
 
 
+def test_parameters_an_optimizer_is_given_later_are_guarded() -> None:
+    model = mlp()
+    protection = perpetune.protect(model, energy=1.0)
+    optimizer = torch.optim.AdamW(model[0].parameters(), lr=0.03)
+    guard = protection.guard(optimizer)
+    protection.consolidate([inputs(1, rows=4)])
+    before, weight = model(inputs(1, rows=4)), model[2].weight.detach().clone()
+    optimizer.add_param_group({"params": model[2].parameters()})
+    train(model, optimizer, inputs(2))
+    assert moved(before, model(inputs(1, rows=4))) < 1e-12
+    assert moved(weight, model[2].weight) > 0.01
+    guard.remove()
+    train(model, optimizer, inputs(2))
+    assert moved(before, model(inputs(1, rows=4))) > 0.01
+
+
+@pytest.mark.parametrize("through", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_a_copy_guards_nothing_and_leaves_the_original_guarded(through: Callable[[Any], Any]) -> None:
+    model, protection = grown(energy=1.0)
+    optimizer = adamw(model)
+    protection.guard(optimizer)
+    twin, its_own = through((model, protection))
+    assert not its_own.guards
+    assert its_own.report() == protection.report()
+    for one, guarded, its in ((model, protection, optimizer), (twin, its_own, adamw(twin))):
+        guarded.guard(its)
+        guarded.consolidate([inputs(3, rows=2)])
+        before = one(inputs(3, rows=2))
+        train(one, its, inputs(4))
+        assert moved(before, one(inputs(3, rows=2))) < 1e-12
+
+
 def test_steps_of_a_gradient_scaler_are_projected_and_may_be_left_out() -> None:
     model, x = mlp().float(), inputs(2).float()
     protection, optimizer = perpetune.protect(model, energy=1.0), adamw(model)
@@ -328,10 +383,41 @@ def test_padding_is_left_out() -> None:
     )
 
 
-def test_only_so_many_examples_are_looked_at() -> None:
-    protection = perpetune.protect(mlp(), samples=20)
-    protection.consolidate(inputs(1, rows=100).split(8))
-    assert protection.of(protection.sites[0]).figures["count"] == 24
+def test_a_mask_of_tokens_is_none_of_pooled_features() -> None:
+    """As many tokens as the features are wide."""
+    model, mask = made(Dictionary).double(), torch.ones(4, 8, dtype=torch.long)
+    mask[:, 2:] = 0
+    protection = perpetune.protect(model)
+    protection.consolidate([{"x": drawn(4, 8), "attention_mask": mask}])
+    assert protection.of(protection.sites[0]).figures["count"] == 4
+
+
+@pytest.mark.parametrize(("length", "rows"), [(6, 8), (4, 8)])
+def test_an_encoder_decoder_gets_its_labels(length: int, rows: int) -> None:
+    """And where both sides are equally long, the encoder's mask is not taken for the decoder's."""
+    sizes = {"vocab_size": 12, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    model = made(lambda: T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)))
+    lora = LoraConfig(r=2, target_modules=["q"], init_lora_weights=False)
+    protection = perpetune.protect(made(lambda: get_peft_model(model, lora)))
+    ids, mask = torch.arange(2 * length).view(2, length) % 12, torch.ones(2, length, dtype=torch.long)
+    mask[:, 2:] = 0
+    protection.consolidate([{"input_ids": ids, "attention_mask": mask, "labels": torch.ones(2, 4, dtype=torch.long)}])
+    counts = {w.name.split(".")[2]: protection.of(w).figures["count"] for w in protection.sites}
+    assert counts == {"encoder": 4 if length == 6 else rows, "decoder": rows}
+
+
+@pytest.mark.parametrize("form", ["tensor", "tuple", "dict", "uneven"])
+def test_only_so_many_examples_are_looked_at(form: str) -> None:
+    """The batch they end in is cut, but where it is not known how."""
+    model = made(Dictionary).double() if form == "dict" else mlp()
+    protection = perpetune.protect(model, samples=20)
+    batches: list[Any] = list(inputs(1, rows=100).split(8))
+    if form == "dict":
+        batches = [{"x": x, "attention_mask": torch.ones(len(x), 8)} for x in batches]
+    elif form in ("tuple", "uneven"):
+        batches = [(x, x[:, 0] if form == "tuple" else x[:1]) for x in batches]
+    protection.consolidate(batches)
+    assert protection.of(protection.sites[0]).figures["count"] == (24 if form == "uneven" else 20)
 
 
 def test_every_module_gets_its_mode_back_even_after_an_error() -> None:
@@ -463,6 +549,21 @@ def test_it_says_itself_in_a_line() -> None:
     assert "\n" not in str(protection)
 
 
+@pytest.mark.parametrize("options", [{"directions": "none"}, {"energy": 0.0}])
+def test_it_says_so_where_nothing_is_closed(options: dict[str, Any]) -> None:
+    protection = perpetune.protect(nn.Sequential(mlp(), nn.LayerNorm(4).double()), **options)
+    protection.consolidate([drawn(64, 8)])
+    assert str(protection).endswith("; nothing is kept from moving")
+
+
+def test_values_that_are_not_finite_are_said_in_its_line() -> None:
+    model, protection = grown()
+    model[0].weight.data.fill_(float("nan"))
+    assert str(protection).startswith(
+        "protection of 2 sites, consolidated 2 times: the values of 0/weight are not finite"
+    )
+
+
 # -- state ---------------------------------------------------------------------------------------------
 
 
@@ -500,11 +601,15 @@ def test_the_state_comes_back_whole(through: str, strength: str, tmp_path: Path)
     assert other.report() == protection.report()
 
 
-def test_a_loaded_state_holds_for_guards_made_before() -> None:
+@pytest.mark.parametrize("through", ["itself", "parent"])
+def test_a_loaded_state_holds_for_guards_made_before(through: str) -> None:
     model, protection = grown(energy=1.0)
     other, optimizer = perpetune.protect(model), adamw(model)
     other.guard(optimizer)
-    other.load_state_dict(protection.state_dict())
+    if through == "itself":
+        other.load_state_dict(protection.state_dict())
+    else:  # as Lightning does, after configure_optimizers
+        nn.ModuleDict({"part": other}).load_state_dict(nn.ModuleDict({"part": protection}).state_dict())
     before = model(inputs(1, rank=2))
     train(model, optimizer, inputs(3))
     assert moved(before, model(inputs(1, rank=2))) < 0.5
@@ -547,12 +652,22 @@ def test_a_state_that_does_not_fit_changes_nothing(how: str, says: str) -> None:
     other = perpetune.protect(model)
     other.consolidate([inputs(5)])
     before = copy.deepcopy(other.state_dict())
+    state = spoiled(protection.state_dict(), how)
     with pytest.raises(StateError, match=says) as error:
-        other.load_state_dict(spoiled(protection.state_dict(), how))
+        other.load_state_dict(state)
     assert "\n" not in str(error.value)
+    with pytest.raises(StateError, match=says):
+        nn.ModuleDict({"part": other}).load_state_dict({f"part.{name}": value for name, value in state.items()})
     after = other.state_dict()
     for name, value in before.items():
         assert torch.equal(value, after[name]) if isinstance(value, Tensor) else value == after[name]
+
+
+def test_a_state_of_others_that_knows_no_protection_may_be_loaded() -> None:
+    model, protection = grown()
+    whole = nn.ModuleDict({"model": model, "part": protection})
+    whole.load_state_dict({f"model.{name}": value for name, value in model.state_dict().items()}, strict=False)
+    assert protection.consolidated == 2
 
 
 def test_a_soft_state_does_not_fit_a_hard_protection() -> None:
@@ -571,11 +686,48 @@ def test_a_file_that_is_no_protection_gives_one_line(content: bytes | None, tmp_
 
 
 def test_a_file_of_other_tensors_is_no_protection(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
     with pytest.raises(StateError, match="not written by a protection"):
         perpetune.protect(mlp()).load(tmp_path / "a.safetensors")
+
+
+def test_every_byte_of_a_file_counts(tmp_path: Path) -> None:
+    _, protection = grown()
+    path = tmp_path / "p.safetensors"
+    protection.save(path)
+    content, before = path.read_bytes(), protection.report()
+    for place in (3, 40, len(content) // 3, len(content) // 2, len(content) - 5):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(StateError, match="cannot be read as a protection") as error:
+            protection.load(path)
+        assert "\n" not in str(error.value)
+    path.write_bytes(content)
+    protection.load(path)
+    assert protection.report() == before
+
+
+@pytest.mark.parametrize("rest", ["[]", "3", "null", "[", '{"_extra_state": {"consolidated": true}}', None])
+@pytest.mark.parametrize("sealed", [True, False])
+def test_metadata_of_another_kind_give_one_line(rest: str | None, sealed: bool, tmp_path: Path) -> None:
+    _, protection = grown()
+    path = tmp_path / "p.safetensors"
+    protection.save(path)
+    tensors = load_file(path)
+    if rest is not None and rest.startswith("{"):
+        with safe_open(path, framework="pt") as file:
+            rest = json.dumps({**json.loads(file.metadata()[METADATA]), **json.loads(rest)})
+    metadata = {METADATA: rest} if rest is not None else {}
+    save_file(tensors, path, {**metadata, DIGEST: _digest(rest or "", tensors)} if sealed else metadata or None)
+    with pytest.raises(StateError) as error:
+        protection.load(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_cannot_be_written_gives_one_line(tmp_path: Path) -> None:
+    _, protection = grown()
+    with pytest.raises(PerpetuneError, match=r"none/p cannot be written \(No such file or directory\): name a file in"):
+        protection.save(tmp_path / "none" / "p")
+    assert not list(tmp_path.iterdir())
 
 
 # -- how it fails --------------------------------------------------------------------------------------
@@ -610,6 +762,17 @@ def test_a_full_site_is_said_and_stays_as_it_is() -> None:
     with warnings.catch_warnings():  # it is said once
         warnings.simplefilter("error")
         protection.consolidate([drawn(20, 8, scale=0.3)])
+
+
+@pytest.mark.parametrize(
+    "options", [{"directions": "none"}, {"directions": "random"}, {"strength": "soft"}, {"sites": ["weight"]}]
+)
+def test_only_what_is_closed_is_said_to_be_full(options: dict[str, Any]) -> None:
+    protection = perpetune.protect(mlp(), energy=1.0, **options)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        protection.consolidate([drawn(64, 8)])
+    assert len(said) == ("sites" in options)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -660,6 +823,8 @@ def test_dora_is_refused() -> None:
         ({"reference": {"path": "x"}}, r"call consolidate\(batches\) before the first task"),
         ({"others": "drop"}, "others is 'drop'; freeze or leave"),
         ({"skip": [nn.Linear(1, 1)]}, "skip names a module that is not in the model"),
+        ({"skip": nn.Linear(1, 1)}, "skip names a module that is not in the model"),
+        ({"skip": ["0"]}, "skip holds '0'; modules are expected, such as model.head"),
     ],
 )
 def test_options_that_make_no_sense_give_one_line(options: dict[str, Any], says: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,41 @@ def test_a_checkpoint_without_protection_is_told(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-3" / FILE).unlink()
     with pytest.warns(UserWarning, match=r"checkpoint-3 has no protection\.safetensors, so nothing is protected"):
         second_task(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("saved", ["no", "steps"])
+def test_what_is_protected_in_the_end_is_in_the_output_folder(saved: str, tmp_path: Path) -> None:
+    """Checkpoints are for resuming: a run that had ended may be resumed and does not count its data twice."""
+    model = tiny_gpt2()
+    protection = perpetune.protect(model)
+    quick = {"save_strategy": saved, "save_steps": 3}
+    trainer(model, tmp_path, texts(0), ProtectionCallback(protection), **quick).train()
+    later = perpetune.protect(model)
+    later.load(tmp_path / FILE)
+    assert later.consolidated == 1
+    assert later.report() == protection.report()
+    if saved == "steps":
+        again = perpetune.protect(model)
+        again.load(tmp_path / "checkpoint-6" / FILE)
+        assert again.consolidated == 0
+        runs = trainer(model, tmp_path, texts(0), ProtectionCallback(again), **quick)
+        runs.train(resume_from_checkpoint=True)
+        assert again.consolidated == 1
+
+
+def test_a_run_that_knows_nothing_of_an_earlier_one_is_told(tmp_path: Path) -> None:
+    for number in range(3):
+        model = tiny_gpt2()
+        protection = perpetune.protect(model)
+        if number == 2:
+            protection.load(tmp_path / FILE)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            trainer(model, tmp_path, texts(0), ProtectionCallback(protection), max_steps=1).train()
+        told = [str(w.message) for w in said if str(w.message).startswith("protect: ")]
+        assert len(told) == (number == 1)
+        assert not told or f"{tmp_path / FILE} holds what an earlier run protected" in told[0]
+        assert protection.consolidated == 1 + (number == 2)
 
 
 # -- the examples --------------------------------------------------------------------------------------

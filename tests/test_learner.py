@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from perpetune import Learner, Recipe, Task, load_recipe
 from perpetune.data.folder import FolderSource
 from perpetune.data.manifest import ManifestSource
 from perpetune.errors import DataError, Interrupted, PerpetuneError, StateError, UsageError
+from perpetune.learner import stop_signals
 from perpetune.pets import frozen
 from perpetune.recipe import make_recipe
 from perpetune.results import read_results
@@ -157,6 +160,25 @@ def test_a_folder_that_is_taken_stays_as_it_is(vit: Path, state: Path) -> None:
 
 
 # -- a whole run --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_data", [True, False])
+def test_reference_pictures_that_cannot_be_used_leave_no_folder(
+    with_data: bool, vit: Path, data: Path, tmp_path: Path
+) -> None:
+    content = recipe(vit, data if with_data else None)
+    (tmp_path / "general").mkdir()
+    for path, error in ((tmp_path / "nowhere", UsageError), (tmp_path / "general", DataError)):
+        content["protect"] = {"reference": {"path": str(path)}}
+        with pytest.raises(error, match=r"protect\.reference: "):
+            Learner(content, tmp_path / "state")
+    assert not (tmp_path / "state").exists()
+    picture_folder(tmp_path / "general", ["g"], 3)
+    (tmp_path / "general" / "g" / "0.png").write_bytes(b"torn")
+    notes = Notes()
+    learner = Learner(content, tmp_path / "state", progress=notes)
+    learner.run() if with_data else learner.learn(data)
+    assert [note.partition(",")[0] for note in notes.notes] == ["protect.reference: left out"]
 
 
 def test_a_run_reports_every_task(vit: Path, data: Path) -> None:
@@ -518,6 +540,23 @@ def test_a_stopped_run_goes_on_where_it_stood(vit: Path, data: Path, tmp_path: P
     assert results["cells"] == expected["cells"]
     assert_equal(weights(later), weights(whole))
     assert not (tmp_path / "state" / "resume").exists()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP on Windows")
+def test_a_hangup_stops_in_order_unless_it_is_ignored(vit: Path) -> None:
+    runtime, before = Learner(recipe(vit)).runtime, signal.getsignal(signal.SIGHUP)
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with stop_signals(runtime):
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert runtime.stopping() == signal.SIGHUP
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        with stop_signals(runtime):
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert runtime.stopping() is None
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_the_same_object_can_go_on(vit: Path, data: Path, tmp_path: Path) -> None:

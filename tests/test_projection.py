@@ -295,6 +295,21 @@ def test_still_parameters_do_not_move() -> None:
     assert torch.equal(frozen, before[1])
 
 
+@pytest.mark.parametrize("project", ["step", "gradient"])
+def test_still_parameters_stay_whatever_moves_without_a_gradient(project: Literal["step", "gradient"]) -> None:
+    """Decay moves a parameter whose gradient is zero, and momentum from before the guard does."""
+    source = generator("still")
+    frozen = nn.Parameter(randn(source, 3))
+    optimizer = torch.optim.AdamW([frozen], lr=0.1, weight_decay=0.5)
+    frozen.grad = torch.ones_like(frozen)
+    optimizer.step()
+    before = frozen.detach().clone()
+    with ProjectedStep(optimizer, [], still=[frozen], project=project):
+        for _ in range(3):
+            optimizer.step()
+    assert torch.equal(frozen, before)
+
+
 # -- operands --------------------------------------------------------------------------------------------
 
 
@@ -567,6 +582,35 @@ def test_several_groups_and_parameters_of_others() -> None:
     assert torch.allclose(loose, torch.full((3,), 0.5))
     assert torch.equal(elsewhere, torch.ones(2, 3))
     assert float((it.layer(it.old).detach() - before).norm()) <= 1e-12
+
+
+@pytest.mark.parametrize("project", ["step", "gradient"])
+def test_parameters_added_later_are_projected_too(project: Literal["step", "gradient"]) -> None:
+    it = toy()
+    loose, still = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([loose], lr=0.1)
+    loose.grad, still.grad = torch.ones(3), torch.ones(3)
+    with ProjectedStep(optimizer, [(it.operand, [it.subspace])], still=[still], project=project):
+        optimizer.step()
+        optimizer.add_param_group({"params": [*it.layer.parameters(), still], "momentum": 0.9})
+        before = joined(it.layer)
+        assert it.train(optimizer, 5) <= 1e-12
+    assert not torch.equal(joined(it.layer), before)
+    assert torch.equal(still, torch.ones(3))
+    assert not torch.equal(loose, torch.ones(3))
+
+
+def test_a_weight_added_without_its_bias_stops_the_step() -> None:
+    it = toy()
+    loose = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([loose], lr=0.1)
+    with ProjectedStep(optimizer, [(it.operand, [it.subspace])]):
+        optimizer.add_param_group({"params": [it.layer.weight]})
+        loose.grad = torch.ones(3)
+        for _ in range(2):
+            with pytest.raises(UsageError, match="holds only one of a protected weight and its bias"):
+                optimizer.step()
+    assert torch.equal(loose, torch.ones(3))
 
 
 def test_subspaces_that_do_not_fit() -> None:

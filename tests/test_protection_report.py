@@ -68,12 +68,12 @@ def test_a_run_says_how_far_old_outputs_moved(tmp_path: Path) -> None:
     found = checked(results)["protection"]
     assert [(e["task"], e["of"], e["worst"] is None) for e in found] == [(0, "task", True), (1, "task", False)]
     lines = [line.strip() for line in text.splitlines() if line.strip().startswith("protect: ")]
-    assert lines == [f"protect: {protected.told(e)}" for e in found]
+    assert lines == [f"protect: {protected.told(e, results)}" for e in found]
     assert lines[0].startswith("protect: room ")
     assert re.match(r"protect: old outputs moved [\d.<]+ % \(worst site [\d.<]+ %\), room \d+ %", lines[1])
     page = shown(results, tmp_path / "page")
     assert "What protection kept" in page
-    assert protected.told(found[1]) in page
+    assert protected.told(found[1], results) in page
     assert "energy 0.9" in page
 
 
@@ -142,9 +142,58 @@ def test_full_sites_are_told_of_when_they_become_more() -> None:
         "a larger pet or a lower protect.energy leaves some"
     )
     assert str(told[4]).startswith("2 of 3 sites ")
-    assert protected.told(results["protection"][-1]).endswith(", 2 of 3 full")
+    assert protected.told(results["protection"][-1], results).endswith(", 2 of 3 full")
     for config in ({"directions": "none"}, {"strength": "soft"}, {"sites": ["down"]}):  # then full sites may learn
         assert protected.newly_full(protect(fake_results(3), **config)) is None
+
+
+def test_outputs_that_were_zero_move_from_nothing(tmp_path: Path) -> None:
+    """After reference data LoRA's B, which was zero, has no outputs that its change could be a share of."""
+    results = protect(fake_results(1))
+    certificate = entry(0, 0.0, consolidated=1)
+    certificate["sites"][1].update(relative=None, change=0.3)
+    results["protection"] = [entry(0, 0, of="reference"), certificate]
+    assert protected.told(certificate, results) == "1 site moved from nothing, room 75 %"
+    assert terminal.short_line(results).plain.endswith("  1 site moved from nothing, room 75 %")
+    assert protected.moved(results) is None
+    assert protected.curves(checked(results)).worst == [None]
+    assert [row.from_nothing for row in protected.site_rows(checked(results))] == [False, True, False]
+    page = shown(results, tmp_path)
+    assert "from nothing" in page
+    assert protected.NOTHING in page
+    assert "| 1 task-1 | 0 % | 0 %, 1 from nothing | 75 % | 0 of 3 |" in (tmp_path / "report.md").read_text("utf-8")
+    certificate["worst"], certificate["median"] = 0.02, 0.01
+    told = "old outputs moved 1 % (worst site 2 %), 1 site moved from nothing, room 75 %"
+    assert protected.told(certificate, results) == told
+
+
+@pytest.mark.parametrize(
+    ("config", "told", "closed"),
+    [
+        ({}, "room 50 %, 1 of 3 full", [True, True, True]),
+        ({"sites": ["down"]}, "room 50 %, 1 of 2 full", [True, False, True]),
+        ({"sites": ["up"]}, "room 50 %", [False, True, False]),
+        ({"directions": "random"}, "room 50 %, 1 of 3 full", [True, True, True]),
+        ({"directions": "none"}, "nothing held", [False, False, False]),
+        ({"sites": []}, "nothing held", [False, False, False]),  # states made before that was refused
+    ],
+)
+def test_room_is_of_the_sites_that_are_held(config: Any, told: str, closed: list[bool], tmp_path: Path) -> None:
+    results = protect(fake_results(3), **config)
+    head = "old outputs moved 3.1 % (worst site 6.2 %), "
+    assert protected.told(results["protection"][-1], results) == head + told
+    assert terminal.short_line(results).plain.endswith("  moved 3.1 % (worst 6.2 %), " + told.partition(",")[0])
+    assert protected.room(results) == (0.5 if any(closed) else None)
+    assert [row.held for row in protected.site_rows(checked(results))] == closed
+    page = shown(results, tmp_path)
+    assert page.count("not held") == closed.count(False)
+    markdown = (tmp_path / "report.md").read_text("utf-8")
+    if not any(closed):
+        assert "share of directions still free" not in page
+        assert "| 3 task-3 | 3.1 % | 6.2 % |\n" in markdown
+    else:
+        full = 1 if closed[0] else 0
+        assert f"| 3 task-3 | 3.1 % | 6.2 % | 50 % | {full} of {sum(closed)} |" in markdown
 
 
 def test_the_page_tells_it_all(tmp_path: Path) -> None:

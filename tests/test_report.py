@@ -458,6 +458,10 @@ def test_compare_says_what_cannot_be_compared() -> None:
     order = [f"class-{k:03d}" for k in (7, 6, 5, 4, 3, 2, 1, 0)]
     shuffled = fake_results(4, 2, seed=1, names=order)
     assert compare([base, shuffled])["notes"] == ["demo-finetune has the classes of demo-finetune in another order"]
+    many = [base, *(fake_results(4, 2, seed=s, names=order) for s in range(1, 6))]
+    assert compare(many, [f"m/{s}" for s in range(6)])["notes"] == [
+        "m/1, m/2, m/3 and 2 more have the classes of m/0 in another order"
+    ]
     other_cut = fake_results(2, 4, method="joint")
     comparison = compare([base, other_cut], ["a", "b"])
     assert comparison["notes"] == ["b cuts the classes into 2 tasks, a into 4"]

@@ -29,7 +29,7 @@ LOG_EVERY = 10  # steps between two looks at the loss; each look waits for the d
 class FitConfig(BaseModel):
     """How one phase of gradient training goes; the `train:` section of a recipe."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     epochs: Annotated[int, Field(ge=0)] = 5
     batch_size: Annotated[int, Field(ge=1)] = 32

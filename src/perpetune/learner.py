@@ -77,8 +77,10 @@ class Learner:
         self._build(recipe, progress)
         if self._temporary and self.runtime.world > 1:
             raise UsageError("several processes share one state folder: give `folder` a path that all of them see")
-        if recipe.data is not None:  # before the folder is made, so that data that cannot be used leave none
+        # Before the folder is made, so that data that cannot be used leave none.
+        if recipe.data is not None:
             self.stream  # noqa: B018  read here
+        self._tasks.reference  # noqa: B018  and here
         if self.runtime.rank == 0:
             State.create(path, recipe, self._model_document())
         self.runtime.accelerator.wait_for_everyone()
@@ -361,14 +363,21 @@ class Learner:
         return folder
 
 
+def stopping_signals() -> list[int]:
+    """The signals that ask for a stop; not SIGHUP where it is ignored, as under nohup, or unknown, as on Windows."""
+    hangup = getattr(signal, "SIGHUP", None)
+    heard = hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT, *([hangup] if hangup is not None and heard else [])]
+
+
 @contextlib.contextmanager
 def stop_signals(runtime: Runtime) -> Iterator[None]:
-    """SIGTERM and SIGINT ask the run to stop at the next step; a second one acts at once."""
+    """SIGTERM, SIGINT and SIGHUP ask the run to stop at the next step; a second one acts at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     asked: list[int] = []
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in stopping_signals()}
 
     def ask(number: int, frame: Any) -> None:
         asked.append(number)

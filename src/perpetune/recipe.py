@@ -22,7 +22,7 @@ PATH_KEYS = {"path", "train", "test"}  # options of a data source that may be pa
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Choice(BaseModel):

@@ -117,7 +117,8 @@ def schema(target: Any) -> type[BaseModel]:
         for p in inspect.signature(function).parameters.values()
         if p.kind is p.KEYWORD_ONLY
     }
-    return create_model(f"{target.__name__}Options", __config__=ConfigDict(extra="forbid"), **fields)
+    strict = ConfigDict(extra="forbid", allow_inf_nan=False)
+    return create_model(f"{target.__name__}Options", __config__=strict, **fields)
 
 
 def options(kind: Kind, name: str, given: dict[str, Any]) -> dict[str, Any]:

@@ -43,6 +43,7 @@ class TaskSequence:
     def __init__(self, recipe: Recipe, backbone: Backbone, runtime: Runtime, *, keeps_data: bool):
         self.recipe, self.backbone, self.runtime, self.keeps_data = recipe, backbone, runtime, keeps_data
         self._stream: Stream | None = None
+        self._reference: tuple[ImageSet, list[str]] | None = None
         self._tasks: dict[int, Task] = {}
         self._tests: dict[int, Task] = {}  # earlier tasks of which only the test is to be used
 
@@ -61,7 +62,7 @@ class TaskSequence:
             others.append(self._of_stream(index + 1))  # its accuracy before it is learned: forward transfer
         warnings = self.stream.warnings if index == 0 else []
         document = _document(task, STREAM, data.fingerprint, data.bad, warnings)
-        return Step(task, others, document, self._reference(index))
+        return Step(task, others, document, self._first(index))
 
     def given(self, data: Data, index: int, name: str, holdout: float) -> tuple[Task, dict[str, Any]]:
         """The task that an update brings, and what is stored of it; `data` and `holdout` as in `Learner.learn`."""
@@ -86,15 +87,21 @@ class TaskSequence:
         for warning in leaks:
             self.runtime.progress.note(warning)
         document = {**document, "warnings": [*document["warnings"], *leaks]}
-        return Step(task, others, document, self._reference(task.index))
+        return Step(task, others, document, self._first(task.index))
 
-    def _reference(self, index: int) -> ImageSet | None:
-        """What is protected before the first task."""
+    @property
+    def reference(self) -> tuple[ImageSet, list[str]] | None:
+        """The recipe's reference pictures, with a line for each that cannot be read; None where it names none."""
         reference = self.recipe.protect.reference if self.recipe.protect else None
-        if reference is None or index > 0:
+        if reference is not None and self._reference is None:
+            self._reference = reference_pictures(reference.path, self.backbone.preprocess, self.recipe.stream)
+        return self._reference
+
+    def _first(self, index: int) -> ImageSet | None:
+        """What is protected before task `index`: reference pictures, before the first."""
+        if index > 0 or self.reference is None:
             return None
-        view = self.backbone.preprocess
-        pictures, bad = reference_pictures(reference.path, view, self.recipe.stream)
+        pictures, bad = self.reference
         for reason in bad:
             self.runtime.progress.note(f"protect.reference: left out, {reason}")
         return pictures

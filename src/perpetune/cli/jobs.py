@@ -1,7 +1,8 @@
 """Several runs, each in a process of its own and some at a time, that can be stopped and begun again.
 
-The parent hands each child a run on standard input; the child tells of it on standard output, a line of JSON for each
-event. Children are in sessions of their own, so that Ctrl-C reaches them once, from the parent.
+The parent hands each child a run, a line of JSON on standard input; the child tells of it on standard output, a line
+for each event. Children are in sessions of their own, so that Ctrl-C reaches them once, from the parent. The parent
+keeps their standard input open as long as it lives: where that ends, it is gone, and they stop with a checkpoint.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from perpetune.errors import Interrupted, PerpetuneError, UsageError
 
@@ -137,37 +138,44 @@ def run_all(jobs: Sequence[Job], at_once: int, tell: Tell) -> None:
     """
     waiting, events = list(jobs), queue.SimpleQueue[tuple[_Running, Event | None]]()
     with _signals() as stop:
-        while waiting or stop.running:
-            while waiting and len(stop.running) < at_once and not stop.signals:
-                stop.running.append(_start(waiting.pop(0), events))
-                stop.pass_on()  # what came while the child was begun
-            if not stop.running:
-                break
-            child, event = events.get()
-            if event is None:
-                stop.running.remove(child)
-                code = child.process.wait()
-                if child.ended:
-                    continue
-                event = {"event": "failed", "message": f"its process ended with {_named(code)}"}
-            child.ended = event["event"] in ("done", "failed")
-            if event["event"] == "failed":
-                if stop.signals:  # as it was asked to
-                    continue
-                child.job.failure = event["message"]
-            tell(child.job, event)
+        try:
+            while waiting or stop.running:
+                while waiting and len(stop.running) < at_once and not stop.signals:
+                    stop.running.append(_start(waiting.pop(0), events))
+                    stop.pass_on()  # what came while the child was begun
+                if not stop.running:
+                    break
+                child, event = events.get()
+                if event is None:
+                    _let_go(child)
+                    code = child.process.wait()
+                    stop.running.remove(child)
+                    if child.ended:
+                        continue
+                    event = {"event": "failed", "message": f"its process ended with {_named(code)}"}
+                child.ended = event["event"] in ("done", "failed")
+                if event["event"] == "failed":
+                    if stop.signals:  # as it was asked to
+                        continue
+                    child.job.failure = event["message"]
+                tell(child.job, event)
+        finally:
+            for child in stop.running:  # after an error here they stop by themselves
+                _let_go(child)
         if stop.signals:
             raise Interrupted(f"stopped by {signal.Signals(stop.signals[0]).name}", stop.signals[0])
 
 
 @contextlib.contextmanager
 def _signals() -> Iterator[_Stop]:
-    """SIGINT and SIGTERM stop the children instead of this process."""
+    """Signals that ask for a stop stop the children instead of this process."""
+    from perpetune.learner import stopping_signals
+
     stop = _Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.signal(number, stop.ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, stop.ask) for number in stopping_signals()}
     try:
         yield stop
     finally:
@@ -189,21 +197,31 @@ def _start(job: Job, events: queue.SimpleQueue[tuple[_Running, Event | None]]) -
     )  # fmt: skip
     child = _Running(job, process)
     assert process.stdin is not None
-    with contextlib.suppress(BrokenPipeError), process.stdin as pipe:  # it may be gone; its end tells of that
-        pipe.write(json.dumps({
-            "recipe": job.recipe.model_dump(mode="json"), "folder": str(job.folder), "device": job.device,
-        }))  # fmt: skip
+    asked = {"recipe": job.recipe.model_dump(mode="json"), "folder": str(job.folder), "device": job.device}
+    with contextlib.suppress(BrokenPipeError):  # it may be gone; its end tells of that
+        print(json.dumps(asked), file=process.stdin, flush=True)
     threading.Thread(target=_listen, args=(child, events), daemon=True).start()
     return child
+
+
+def _let_go(child: _Running) -> None:
+    """Close what tells the child that its parent is there."""
+    assert child.process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        child.process.stdin.close()
 
 
 def _listen(child: _Running, events: queue.SimpleQueue[tuple[_Running, Event | None]]) -> None:
     """Pass on what a child says, and None once it has gone."""
     assert child.process.stdout is not None
-    with child.process.stdout as lines:
-        for line in lines:
-            events.put((child, json.loads(line)))
-    events.put((child, None))
+    try:
+        with child.process.stdout as lines:
+            for line in lines:
+                events.put((child, json.loads(line)))
+    except ValueError:
+        pass  # it died inside a line, and how it ended is what is told
+    finally:
+        events.put((child, None))
 
 
 def _named(code: int) -> str:
@@ -215,10 +233,20 @@ def _named(code: int) -> str:
 
 def main() -> int:
     """Bring the run on standard input to its end."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda signum, frame: sys.exit(128 + signum))  # until there is something to save
+    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+        if hasattr(signal, name):  # until there is something to save
+            signal.signal(getattr(signal, name), lambda signum, frame: sys.exit(128 + signum))
     said = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is no event
+    try:
+        return _answer(sys.stdin.readline(), said)
+    except BrokenPipeError:  # the parent has gone; what was learned is stored
+        os.dup2(os.open(os.devnull, os.O_WRONLY), said.fileno())  # where what is not written yet goes
+        return 1
+
+
+def _answer(line: str, said: TextIO) -> int:
+    """Bring the run that `line` asks for to its end, telling of it to `said`; the exit code."""
 
     def emit(event: str, **facts: Any) -> None:
         print(json.dumps({"event": event, **facts}), file=said, flush=True)
@@ -227,7 +255,10 @@ def main() -> int:
         emit("note", message=" ".join(str(message).split()))
 
     warnings.showwarning = warn
-    asked = json.loads(sys.stdin.read())
+    if not line.endswith("\n"):  # the parent went while it asked
+        return 1
+    asked = json.loads(line)
+    threading.Thread(target=_stop_without_parent, daemon=True).start()
     try:
         emit("done", results=_learn(asked["recipe"], Path(asked["folder"]), asked["device"], _Lines(emit)))
     except PerpetuneError as error:
@@ -235,12 +266,18 @@ def main() -> int:
             raise
         emit("failed", message=" ".join(str(error).split()))
         return error.exit_code
-    except BrokenPipeError:  # the parent has gone; what was learned is stored
-        return 1
+    except BrokenPipeError:
+        raise
     except OSError as error:
         emit("failed", message=f"{error.filename or 'the system'}: {error.strerror or error}")
         return 1
     return 0
+
+
+def _stop_without_parent() -> None:
+    """Ask this process to stop, as a signal does, once standard input ends."""
+    os.read(0, 1)  # not `sys.stdin`, whose lock a thread must not hold at exit
+    signal.raise_signal(signal.SIGTERM)
 
 
 def _learn(content: dict[str, Any], folder: Path, device: str | None, view: _Lines) -> dict[str, Any]:

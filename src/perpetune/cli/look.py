@@ -50,13 +50,16 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="Folder for compare.html, .md and .json.")] = None,
     json: Json = False,
 ) -> None:
-    """Put several runs side by side; runs that differ in the seed alone become one row, mean ± std."""
+    """Put several runs side by side; runs that differ in the seed alone become one row, mean ± std.
+
+    Comparisons that lie among them are passed over: FOLDER/* is all runs in FOLDER.
+    """
     from perpetune.cli.common import print_json
     from perpetune.cli.live import show_comparison
     from perpetune.report import compare as compare_runs
-    from perpetune.report import write_comparison
+    from perpetune.report import is_comparison, write_comparison
 
-    named = [(str(path), _results(path)) for path in runs]
+    named = [(str(path), _results(path)) for path in runs if not is_comparison(path)]
     table = compare_runs([results for _, results in named], [name for name, _ in named])
     written = write_comparison(named, out) if out else []
     if json:

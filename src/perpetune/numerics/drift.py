@@ -45,7 +45,8 @@ class Drift:
         relative to the outputs' own root mean square (None where those are zero)."""
         if self.count == 0:
             return 0.0, None
-        change = max(0.0, self._change(values.detach().to(self.last)))
+        change = self._change(values.detach().to(self.last))
+        change = math.inf if math.isnan(change) else max(0.0, change)
         relative = math.sqrt(change / self.output) if self.output > 0 else None
         return math.sqrt(change / self.count), relative
 

@@ -60,6 +60,9 @@ class Operand:
         return [weight.flatten(1), *bias]
 
 
+Closed = tuple[Sequence[tuple[Operand, Sequence[Subspace]]], Sequence[nn.Parameter]]
+
+
 class ProjectedStep:
     """Keeps an optimizer's steps out of subspaces: `W ← W_old + (W_new − W_old)(I − UUᵀ)`.
 
@@ -69,12 +72,12 @@ class ProjectedStep:
 
     Parameters with several operands (a prompt: keys on one side, values on the other) are projected by each in
     turn; the two sides commute where both have one head and no bias. Operands of one shape are projected together
-    in one batched product.
+    in one batched product. Parameters that the optimizer is given later (`add_param_group`) are projected too.
 
     Args:
         optimizer: any of torch's; wrappers hand on to it (`accelerate`: give it `wrapper.optimizer`).
         operands: what is protected, with one subspace for each head.
-        still: parameters that may not move at all.
+        still: parameters that may not move at all, whatever `project` is.
         project: `step`, or `gradient` for what the papers' code does: the gradient before the step. A closure
             that makes new gradients within the step (LBFGS) is projected by `step` only.
 
@@ -90,7 +93,30 @@ class ProjectedStep:
         still: Iterable[nn.Parameter] = (),
         project: Project = "step",
     ):
-        trained = {p for group in optimizer.param_groups for p in group["params"]}
+        self._given: Closed = list(operands), list(still)
+        self.project: Project = project
+        self._attach(optimizer)
+
+    def _closed(self) -> Closed:
+        """What is protected now, whether or not the optimizer holds it; and what may not move."""
+        return self._given
+
+    def _attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Hook on, where there is anything to protect."""
+        self._hooks: list[Any] = []
+        if self._prepare(optimizer):
+            self._hooks = [
+                optimizer.register_step_pre_hook(self._pre),
+                optimizer.register_step_post_hook(lambda *_: self._post()),
+            ]
+
+    def _prepare(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Get ready for the parameters that the optimizer has now; whether anything is protected, there or elsewhere.
+
+        If it fails nothing has changed.
+        """
+        operands, still = self._closed()
+        trained = _trained(optimizer)
         kept = []
         for operand, subspaces in operands:
             heads, _, m = operand.shape
@@ -105,17 +131,12 @@ class ProjectedStep:
                 )
             if all(held) and any(s.rank for s in subspaces):
                 kept.append((operand, subspaces))
-        self.still = [p for p in still if p in trained]
-        self.project: Project = project
         self._stages = _stages(kept)
+        self._trained = trained
+        self.still = [p for p in still if p in trained]
         self._parameters = list(dict.fromkeys([*(p for o, _ in kept for p in o.parameters), *self.still]))
         self._before: dict[nn.Parameter, Tensor] = {}
-        self._hooks: list[Any] = []
-        if self._parameters:
-            self._hooks = [
-                optimizer.register_step_pre_hook(self._pre),
-                optimizer.register_step_post_hook(lambda *_: self._post()),
-            ]
+        return bool(still) or any(s.rank for _, subspaces in operands for s in subspaces)
 
     def remove(self) -> None:
         """Let the optimizer do as it likes again."""
@@ -135,8 +156,11 @@ class ProjectedStep:
     def _pre(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if _trained(optimizer) != self._trained:
+            self._prepare(optimizer)
+        held = self._parameters if self.project == "step" else self.still  # decay and momentum need no gradient
+        self._before = {p: p.detach().clone() for p in held}
         if self.project == "step":
-            self._before = {p: p.detach().clone() for p in self._parameters}
             return None
         self._project_gradients()
         # A closure makes the gradients inside of the step. `args` begins with the optimizer itself.
@@ -164,8 +188,6 @@ class ProjectedStep:
 
     @torch.no_grad()
     def _post(self) -> None:
-        if self.project == "gradient":
-            return
         steps = {p: p - before for p, before in self._before.items()}
         for parameter, step in self._projected(steps).items():
             parameter.copy_(self._before[parameter] + step)
@@ -177,6 +199,10 @@ class ProjectedStep:
             for stack in stage:
                 stack.apply(changed)
         return changed
+
+
+def _trained(optimizer: torch.optim.Optimizer) -> set[nn.Parameter]:
+    return {p for group in optimizer.param_groups for p in group["params"]}
 
 
 class _Stack:

@@ -13,7 +13,7 @@ from perpetune.pets.base import Conditions
 class Reference(BaseModel):
     """Unlabelled data whose features are protected from the first step on: what the pretrained model knows."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     path: str
     """A folder of pictures, in any folders below it."""
@@ -24,7 +24,7 @@ class Reference(BaseModel):
 class ProtectConfig(BaseModel):
     """How old answers are protected."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     energy: Annotated[float, Field(ge=0, le=1)] = 0.99
     """Share of the features' energy (σ²) that is protected at every site; 0 protects nothing, 1 all that was seen."""
@@ -40,7 +40,7 @@ class ProtectConfig(BaseModel):
     """Of `soft`: the larger, the closer to `hard`."""
     project: Project = "step"
     """`gradient` projects gradients only, as the papers' code does; under Adam it protects little."""
-    sites: list[str] | None = None
+    sites: Annotated[list[str], Field(min_length=1)] | None = None
     """Only these, such as `down`, `up`, `keys`, `values`; None is all. The others move freely."""
     directions: Literal["features", "random", "none"] = "features"
     """Controls: `random` protects as many directions drawn at random, `none` only measures."""

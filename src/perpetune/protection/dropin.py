@@ -10,6 +10,7 @@ for task in tasks:
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import warnings
@@ -24,23 +25,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from perpetune.errors import StateError, UsageError, closest
+from perpetune.errors import PerpetuneError, StateError, UsageError, closest
 from perpetune.files import write_file
-from perpetune.numerics.projection import ProjectedStep
+from perpetune.numerics.projection import Closed, ProjectedStep
 from perpetune.protection.config import ProtectConfig
 from perpetune.protection.memory import SiteMemory
 from perpetune.protection.protection import Certificate, Protection
-from perpetune.protection.sites import Sum, Watched, linear_sites, pet_sites
+from perpetune.protection.sites import Sum, Watched, called, linear_sites, pet_sites
 
 Others = Literal["freeze", "leave"]
 METADATA = "perpetune.protection"  # of the file that `save` writes: all that is no tensor
+DIGEST = "perpetune.sha256"  # of that and of the tensors
 
 
 def protect(
     model: nn.Module,
     *,
     energy: float = 0.99,
-    skip: Iterable[nn.Module] = (),
+    skip: nn.Module | Iterable[nn.Module] = (),
     others: Others = "freeze",
     seed: int = 0,
     **options: Any,
@@ -52,7 +54,7 @@ def protect(
     Args:
         energy: share of the features' energy that is protected; the other fields of `ProtectConfig`, but for
             `reference`, are `options`.
-        skip: modules that are left out, with all in them: they move freely.
+        skip: a module or several that are left out, with all in them: they move freely.
         others: trainable parameters that are in no linear layer (norms, scales, embeddings, biases alone) are kept
             still once something is protected, or left to move freely.
         seed: of the random control.
@@ -64,14 +66,20 @@ def protect(
     if others not in ("freeze", "leave"):
         raise UsageError(f"protect: others is {others!r}; freeze or leave is expected")
     modules = set(model.modules())
-    skipped = {m for root in skip for m in root.modules()}
+    if isinstance(skip, nn.Module) and (skip in modules or not isinstance(skip, Iterable)):
+        skip = [skip]  # what is no part of the model may be a slice of a list that is: its items are meant
+    skipped: set[nn.Module] = set()
+    for root in skip:
+        if not isinstance(root, nn.Module):
+            raise UsageError(f"protect: skip holds {root!r}; modules are expected, such as model.head")
+        skipped.update(root.modules())
     if not modules.issuperset(skipped):
         raise UsageError("protect: skip names a module that is not in the model")
     for path, module in model.named_modules():
         if module not in skipped and len(getattr(module, "lora_magnitude_vector", ())):
             raise UsageError(
-                f"protect: {path} is DoRA, which divides by the norm of the whole weight, so old outputs move whatever "
-                "is projected: use plain LoRA (use_dora=False), or leave it out with skip"
+                f"protect: {called(path)} is DoRA, which divides by the norm of the whole weight, so old outputs move "
+                "whatever is projected: use plain LoRA (use_dora=False), or leave it out with skip"
             )
     sites, _, free = pet_sites(model, config.conditions)
     sites = [w for w in sites if w.module not in skipped and any(p.requires_grad for p in w.site.operand.parameters)]
@@ -95,16 +103,17 @@ class Guard(ProjectedStep):
 
     def __init__(self, optimizer: torch.optim.Optimizer, protection: DropIn):
         self._optimizer, self._protection = weakref.ref(optimizer), protection
-        self._hooks = []
-        self.follow()
+        super().__init__(optimizer, (), project=protection.config.project)
+
+    def _closed(self) -> Closed:
+        return self._protection.closed()
 
     def follow(self) -> None:
         """Keep the optimizer out of what is protected now."""
         optimizer = self._optimizer()
         assert optimizer is not None
-        operands, still = self._protection.closed()
         super().remove()
-        super().__init__(optimizer, operands, still=still, project=self._protection.config.project)
+        self._attach(optimizer)
 
     def remove(self) -> None:
         super().remove()
@@ -126,8 +135,17 @@ class DropIn(Protection):
     ):
         super().__init__(list(sites), config, still=list(still), seed=seed)
         self._model = (model,)  # in a tuple, so that it does not become a part of this module's state
+        self._decodes = _decodes(model)
         self.guards: weakref.WeakKeyDictionary[torch.optim.Optimizer, Guard] = weakref.WeakKeyDictionary()
-        """Of the optimizers that are guarded and still there."""
+        """Of the optimizers that are guarded and still there; a copy or a pickle guards none."""
+        self.register_load_state_dict_post_hook(_loaded)  # type: ignore[no-untyped-call] # torch gives it no types
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "guards"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call] # nor this
+        self.guards = weakref.WeakKeyDictionary()
 
     # -- while training -------------------------------------------------------------------------------
 
@@ -135,7 +153,8 @@ class DropIn(Protection):
         """Keep the steps of `optimizer` out of what is protected, now and after every later `consolidate`.
 
         Accelerate's and Lightning's wrappers are seen through. An optimizer is guarded once: asked again, the same
-        guard is returned. It may be used as a context manager, which removes it at the end.
+        guard is returned. It may be used as a context manager, which removes it at the end. Parameters that the
+        optimizer is given later (`add_param_group`) are guarded from its next step on.
 
         Raises:
             UsageError: the optimizer trains nothing that is protected, or a layer's weight without its bias.
@@ -181,8 +200,10 @@ class DropIn(Protection):
         Args:
             batches: a list or a loader; an iterator will do once the first step was made.
             forward: runs the model on a batch, which is on the model's device. As a default a dictionary is given by
-                keywords without `labels`, of a tuple or list the first, and anything else as it is.
-            mask: `(B, N)` of a batch: tokens that count; as a default a dictionary's `attention_mask`.
+                keywords, without `labels` unless the model makes its decoder's input of them (`is_encoder_decoder`);
+                of a tuple or list the first, and anything else as it is.
+            mask: `(B, N)` of a batch: tokens that count, at every site whose rows have N tokens; as a default a
+                dictionary's `attention_mask`, unless what goes into a decoder is as long.
             total: sums a tensor over all processes; as a default torch.distributed does, where it is in use.
 
         Returns:
@@ -199,14 +220,15 @@ class DropIn(Protection):
             certificate = super().consolidate(
                 _share(batches, next(model.parameters()).device, self.config.samples),
                 forward if forward is not None else self._forward,
-                mask=mask if mask is not None else _attention,
+                mask=mask if mask is not None else self._attention,
                 total=total if total is not None else _sum,
             )
         self._follow()
         full = [name for name in certificate["full"] if name not in known]
-        if full:
+        if full and self.config.directions == "features" and self.config.strength == "hard":
+            chosen = [w for w in self.sites if self._chosen(w)]
             warnings.warn(
-                f"protect: {len(full)} of {len(self.sites)} sites have no room left and stay as they are from now on "
+                f"protect: {len(full)} of {len(chosen)} sites have no room left and stay as they are from now on "
                 f"({full[0]}{', …' if len(full) > 1 else ''}): a larger rank or a lower energy leaves some",
                 stacklevel=2,
             )
@@ -215,8 +237,18 @@ class DropIn(Protection):
     def _forward(self, batch: Any) -> object:
         (model,) = self._model
         if isinstance(batch, Mapping):
-            return model(**{key: value for key, value in batch.items() if key != "labels"})
+            return model(**{key: value for key, value in batch.items() if self._decodes or key != "labels"})
         return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
+    def _attention(self, batch: Any) -> Tensor | None:
+        """`(B, N)` of a dictionary with an `attention_mask`: true where there is a token, false at padding."""
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            return None
+        decoded = [batch.get(name) for name in ("labels", "decoder_input_ids")]
+        if self._decodes and any(isinstance(d, Tensor) and d.shape == mask.shape for d in decoded):
+            return None  # it is the encoder's; rows of the decoder cannot be told from its rows by their number
+        return mask.bool()
 
     # -- certificate ----------------------------------------------------------------------------------
 
@@ -226,37 +258,50 @@ class DropIn(Protection):
         return {key: value for key, value in self.certificate().items() if key != "rows"}
 
     def __str__(self) -> str:
-        found = self.report()
         if not self.consolidated:
             return f"protection of {len(self.sites)} sites: nothing is protected yet"
+        begin = f"protection of {len(self.sites)} sites, consolidated {self.consolidated} times"
+        try:
+            found, (closed, still) = self.report(), self.closed()
+        except PerpetuneError as error:
+            return f"{begin}: {str(error).removeprefix('protect: ')}"
         moved = "there is nothing to measure"
         if found["worst"] is not None:
             moved = f"old outputs moved by {found['worst']:.2%} at most, median {found['median']:.2%}"
-        still = f", {len(self.still)} other parameters kept still" if self.still else ""
-        return (
-            f"protection of {len(self.sites)} sites, consolidated {self.consolidated} times: {moved}; "
-            f"{found['room']:.1%} of the directions are free, {len(found['full'])} sites full{still}"
-        )
+        if not closed:
+            return f"{begin}: {moved}; nothing is kept from moving"
+        others = f", {len(still)} other parameters kept still" if still else ""
+        room = f"{found['room']:.1%} of the directions are free, {len(found['full'])} sites full"
+        return f"{begin}: {moved}; {room}{others}"
 
     # -- state ----------------------------------------------------------------------------------------
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """What `state_dict` of a protection of the same layers gave.
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Called by torch before anything of this module is loaded, also where it is a part of another one's state.
 
         Raises:
-            StateError: it does not fit; nothing has changed then.
+            StateError: it does not fit; nothing of the protection has changed then.
         """
-        self._check_state(state_dict)
-        result = super().load_state_dict(state_dict, strict, assign)
-        self._follow()
-        return result
+        mine = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+        if mine or not prefix:  # of a state of others that knows no protection torch tells, where it was to be strict
+            self._check_state(mine)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def save(self, path: str | Path) -> None:
-        """Write everything into one safetensors file, there whole or not at all."""
+        """Write everything into one safetensors file, there whole or not at all.
+
+        Raises:
+            PerpetuneError: it cannot be written there.
+        """
         state = self.state_dict()
         tensors = {name: value.contiguous() for name, value in state.items() if isinstance(value, Tensor)}
-        rest = {name: value for name, value in state.items() if name not in tensors}
-        write_file(Path(path), save(tensors, {METADATA: json.dumps(rest)}))
+        rest = json.dumps({name: value for name, value in state.items() if name not in tensors})
+        try:
+            write_file(Path(path), save(tensors, {METADATA: rest, DIGEST: _digest(rest, tensors)}))
+        except OSError as error:
+            raise PerpetuneError(
+                f"{path} cannot be written ({error.strerror}): name a file in a folder that is there"
+            ) from None
 
     def load(self, path: str | Path) -> None:
         """Read what `save` wrote.
@@ -264,13 +309,17 @@ class DropIn(Protection):
         Raises:
             StateError: there is no such file, it is torn or of another kind, or does not fit; nothing has changed then.
         """
+        reason = "torn, changed, or not written by a protection"
         try:
             with safe_open(str(path), framework="pt") as file:
-                rest = json.loads((file.metadata() or {})[METADATA])
+                metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+            rest = json.loads(metadata[METADATA])
+            sound = metadata[DIGEST] == _digest(metadata[METADATA], tensors) and isinstance(rest, dict)
         except (OSError, SafetensorError, KeyError, ValueError) as error:
-            reason = (error.strerror if isinstance(error, OSError) else None) or "torn, or not written by a protection"
-            raise StateError(f"{path} cannot be read as a protection ({reason})") from None
+            sound, reason = False, (error.strerror if isinstance(error, OSError) else None) or reason
+        if not sound:
+            raise StateError(f"{path} cannot be read as a protection ({reason})")
         self.load_state_dict({**tensors, **rest})
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
@@ -294,8 +343,29 @@ class DropIn(Protection):
                 f"protect: the state has {unexpected[0]}, and the model no such site: it is of another model"
             )
         about = state.get("_extra_state")
-        if not (isinstance(about, dict) and isinstance(about.get("consolidated"), int)):
+        if not (isinstance(about, dict) and type(about.get("consolidated")) is int and about["consolidated"] >= 0):
             raise StateError("protect: the state does not say how often it was consolidated: it is no protection's")
+
+
+def _loaded(protection: nn.Module, _: object) -> None:
+    """After a state was loaded, by itself or as a part of another module's."""
+    assert isinstance(protection, DropIn)
+    protection._follow()
+
+
+def _digest(rest: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over `rest`, and names, dtypes, shapes and bytes of the tensors."""
+    digest = hashlib.sha256(rest.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _decodes(model: nn.Module) -> bool:
+    """Whether it is one of transformers' models with an encoder and a decoder, maybe inside of wrappers."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    return any(getattr(config, "is_encoder_decoder", False) is True for config in configs)
 
 
 def _fault(memory: SiteMemory, state: Mapping[str, Any]) -> str | None:
@@ -362,7 +432,10 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _share(batches: Iterable[Any], device: torch.device, samples: int | Literal["all"]) -> Iterable[Any]:
-    """`batches` on `device`, up to the one that makes `samples` examples; an iterator stays one."""
+    """`batches` on `device`, up to `samples` examples in the order they come in; an iterator stays one.
+
+    The last batch is cut where it is known how; else it is looked at whole.
+    """
     if isinstance(batches, Iterator):
         return _moved(batches, device, samples)
     return _Again(batches, device, samples)
@@ -381,8 +454,11 @@ class _Again:
 def _moved(batches: Iterable[Any], device: torch.device, samples: int | Literal["all"]) -> Iterator[Any]:
     seen = 0
     for batch in batches:
+        size = _size(batch)
+        if samples != "all" and seen + size > samples and _even(batch, size):
+            batch = _first(batch, samples - seen)
         yield _to(batch, device)
-        seen += _size(batch)
+        seen += size
         if samples != "all" and seen >= samples:
             return
 
@@ -406,10 +482,20 @@ def _size(batch: Any) -> int:
     return len(batch) if isinstance(batch, Tensor) and batch.dim() else 1
 
 
-def _attention(batch: Any) -> Tensor | None:
-    """`(B, N)` of a dictionary with an `attention_mask`: true where there is a token, false at padding."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+def _even(batch: Any, size: int) -> bool:
+    """Whether each tensor in the batch has one row for each example, and there is nothing else in it."""
+    if isinstance(batch, Mapping):
+        batch = list(batch.values())
+    if isinstance(batch, (tuple, list)):
+        return all(_even(value, size) for value in batch)
+    return isinstance(batch, Tensor) and batch.dim() > 0 and len(batch) == size
+
+
+def _first(batch: Any, examples: int) -> Any:
+    """The first examples of a batch that is even."""
+    if isinstance(batch, Mapping):
+        return {key: _first(value, examples) for key, value in batch.items()}
+    return [_first(value, examples) for value in batch] if isinstance(batch, (tuple, list)) else batch[:examples]
 
 
 def _sum(value: Tensor) -> Tensor:

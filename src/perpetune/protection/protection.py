@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from perpetune.errors import PerpetuneError, UsageError
+from perpetune.numerics.moments import pack, unpack
 from perpetune.numerics.projection import Operand, ProjectedStep
 from perpetune.numerics.subspace import SLACK, Subspace
 from perpetune.pets.base import PET
@@ -89,13 +90,13 @@ class Protection(nn.Module):
         """
         for watched in self.sites:
             self._check_shape(watched)
-        if self.consolidated == 0 or self.config.directions == "none":
+        chosen = [w for w in self.sites if self._chosen(w)]
+        if self.config.directions == "none" or not any(self.of(w).rank for w in chosen):
             return [], []
-        return [(w.site.operand, self._closed(w)) for w in self.sites if self._chosen(w)], self.still
+        return [(w.site.operand, self._closed(w, self.of(w).subspaces)) for w in chosen], self.still
 
-    def _closed(self, watched: Watched) -> list[Subspace]:
-        """The subspaces that updates are kept out of."""
-        subspaces = self.of(watched).subspaces
+    def _closed(self, watched: Watched, subspaces: list[Subspace]) -> list[Subspace]:
+        """The subspaces that updates are kept out of where `subspaces` are those of the features."""
         if self.config.directions == "random":
             seeds = [generator(self.seed, "protect", watched.name, head) for head in range(len(subspaces))]
             return [random_like(s, rng) for s, rng in zip(subspaces, seeds, strict=True)]
@@ -142,13 +143,14 @@ class Protection(nn.Module):
             The certificate: how far the outputs on earlier data have moved, before these data were added.
 
         Raises:
-            PerpetuneError: features that are not finite, or a site that saw no data. Nothing has changed then.
+            PerpetuneError: features or parameters that are not finite, or a site that saw no data. Nothing has changed
+                then.
             UsageError: a parameter has another shape than when its features were added; batches that are an iterator.
         """
         for watched in self.sites:
             self._check_shape(watched)
         watch = self._look(self.sites, batches, forward, mask)
-        waiting = self._idle(watch) if self.config.directions != "none" else []
+        waiting = self._idle(watch, total) if self.config.directions != "none" else []
         first = {w.name: self._gathered(watch, w, total) for w in waiting}
         as_made = {w.name: w.values() for w in waiting}
         traces: dict[str, Tensor] = {}
@@ -166,17 +168,26 @@ class Protection(nn.Module):
                     w.set_values(values)
                 watch = self._look([w for w in self.sites if w not in waiting], batches, forward, mask)
             found = {w.name: first.get(w.name) or self._gathered(watch, w, total) for w in self.sites}
+            counts = {name: count for name, (_, count) in found.items()}
+            certificate = self._certificate(max(counts.values()))
+            energy = self._energy(self.consolidated)
+            grown: dict[str, list[Subspace]] = {}
+            packed: dict[str, Tensor] = {}
+            for w in self.sites:  # what takes time changes nothing yet, and half of the moments goes as bases come
+                moments, _ = found.pop(w.name)
+                first.pop(w.name, None)
+                grown[w.name] = self._grown(w, moments, energy, traces.get(w.name))
+                packed[w.name] = pack(moments)
             undo.pop_all()
-        certificate = self._certificate(max(count for _, count in found.values()))
-        energy = self._energy(self.consolidated)
-        for w in self.sites:  # all is known to be sound; one by one, so that memory stays near that of the moments
-            memory, (moments, count) = self.of(w), found.pop(w.name)
-            memory.subspaces = self._grown(w, moments, energy, traces.get(w.name))
-            memory.learned(w.values(), moments, count, usual=as_made.get(w.name))
+        for w in self.sites:
+            memory = self.of(w)
+            memory.subspaces = grown.pop(w.name)
+            moments = unpack(packed.pop(w.name), memory.shape[2])
+            memory.learned(w.values(), moments, counts[w.name], usual=as_made.get(w.name))
         self.consolidated += 1
         for entry, w in zip(certificate["sites"], self.sites, strict=True):
             entry["room"], entry["rank"] = self.of(w).room, self.of(w).rank
-        return _summed_up(certificate, energy)
+        return self._summed_up(certificate, energy)
 
     def _energy(self, added: int) -> float:
         """The energy of the data added as number `added`, from 0; a recipe's reference data are no task."""
@@ -232,26 +243,28 @@ class Protection(nn.Module):
 
     # -- before the first step ------------------------------------------------------------------------
 
-    def _idle(self, watch: Watch) -> list[Watched]:
-        """Sites whose values have no effect yet."""
+    def _idle(self, watch: Watch, total: Sum) -> list[Watched]:
+        """Sites whose values have no effect yet, on any process that saw data."""
         by_name = {w.name: w for w in self.sites}
-        found = []
-        for watched in self.sites:
+        votes = torch.zeros(2, len(self.sites))  # processes that saw the site, and those that saw it used
+        for number, watched in enumerate(self.sites):
             if isinstance(watched.module, PET):
                 idle = watched.site.name in watched.module.idle()
             else:
                 into = [by_name[name].site.operand for name in watch.feeds.get(watched.name, ())]
                 zero = not any(p.any() for operand in into for p in operand.parameters)
                 idle = bool(into) and zero and watched.name not in watch.elsewhere
-            if idle and self._chosen(watched):
-                found.append(watched)
-        return found
+            votes[0, number] = watched.name in watch.moments
+            votes[1, number] = votes[0, number] * (not idle)
+        saw, used = total(votes.to(self.sites[0].site.operand.weight.device)).cpu()
+        return [w for w, s, u in zip(self.sites, saw, used, strict=True) if s and not u and self._chosen(w)]
 
     def _moved_free(self, watched: Watched, moments: Tensor) -> Tensor:
         """The values in the directions that will be free once `moments` are protected, as large as they were."""
         values = watched.values()
         grown = self._grown(watched, moments, self._energy(self.consolidated))
-        moved = torch.stack([s.remove(v) for s, v in zip(grown, values, strict=True)])
+        closed = self._closed(watched, grown)
+        moved = torch.stack([s.remove(v) for s, v in zip(closed, values, strict=True)])
         norm = moved.norm()
         if norm <= 1e-6 * values.norm():
             raise PerpetuneError(
@@ -267,16 +280,32 @@ class Protection(nn.Module):
         found = self._certificate(0)
         for entry, w in zip(found["sites"], self.sites, strict=True):
             entry["room"], entry["rank"] = self.of(w).room, self.of(w).rank
-        return _summed_up(found, self._energy(self.consolidated - 1))
+        return self._summed_up(found, self._energy(self.consolidated - 1))
 
     def _certificate(self, rows: int) -> Certificate:
         sites = []
         for watched in self.sites:
-            memory = self.of(watched)
-            change, relative = memory.drift.measure(watched.values())
+            memory, values = self.of(watched), watched.values()
+            if not torch.isfinite(values).all():
+                raise PerpetuneError(f"protect: the values of {watched.name} are not finite: lower the learning rate")
+            change, relative = memory.drift.measure(values)
             heads, _, dim = memory.shape
             sites.append({"site": watched.name, "change": change, "relative": relative, "directions": heads * dim})
         return {"rows": rows, "consolidated": self.consolidated, "sites": sites}
+
+    def _summed_up(self, certificate: Certificate, energy: float) -> Certificate:
+        """With figures over the sites; room is that of the sites that are protected."""
+        sites = certificate["sites"]
+        moved = [s["relative"] for s in sites if s["relative"] is not None]
+        closed = [s for s, w in zip(sites, self.sites, strict=True) if self._chosen(w)]
+        return {
+            "energy": energy,
+            **certificate,
+            "worst": max(moved, default=None),
+            "median": statistics.median(moved) if moved else None,
+            "room": statistics.fmean(s["room"] for s in closed),
+            "full": [s["site"] for s in closed if s["rank"] == s["directions"]],
+        }
 
     # -- state ----------------------------------------------------------------------------------------
 
@@ -291,21 +320,8 @@ def random_like(subspace: Subspace, rng: torch.Generator) -> Subspace:
     """A subspace of equal rank with directions drawn at random; with the same seed a larger one holds a smaller."""
     drawn = Subspace(subspace.dim, subspace.alpha)
     drawn.extend_random(subspace.rank, rng)
+    drawn.importance = subspace.importance
     return drawn
-
-
-def _summed_up(certificate: Certificate, energy: float) -> Certificate:
-    sites = certificate["sites"]
-    moved = [s["relative"] for s in sites if s["relative"] is not None]
-    rooms = [s["room"] for s in sites]
-    return {
-        "energy": energy,
-        **certificate,
-        "worst": max(moved, default=None),
-        "median": statistics.median(moved) if moved else None,
-        "room": statistics.fmean(rooms),
-        "full": [s["site"] for s in sites if s["rank"] == s["directions"]],
-    }
 
 
 def _traces(moments: Tensor) -> Tensor:

@@ -51,6 +51,11 @@ class Watched:
             parameter.copy_(value)
 
 
+def called(path: str) -> str:
+    """What a module is called in names and messages; the model itself has no path."""
+    return path or "the model"
+
+
 def pet_sites(model: nn.Module, conditions: Conditions) -> tuple[list[Watched], list[nn.Parameter], list[nn.Parameter]]:
     """The sites of every PET in `model`; the PETs' parameters that are at none; those that are meant to be free."""
     found: list[Watched] = []
@@ -60,7 +65,7 @@ def pet_sites(model: nn.Module, conditions: Conditions) -> tuple[list[Watched], 
         for name in slot.pets:
             pet = slot.pet(name)
             sites = pet.sites(conditions)
-            found += [Watched(f"{path}/{name}/{site.name}", site, pet) for site in sites]
+            found += [Watched(f"{called(path)}/{name}/{site.name}", site, pet) for site in sites]
             meant = pet.free(conditions)
             covered = {p for site in sites for p in site.operand.parameters}.union(meant)
             loose += [p for p in pet.parameters() if p not in covered]
@@ -84,7 +89,7 @@ def linear_sites(model: nn.Module, skip: Container[nn.Module] = ()) -> list[Watc
         if not (isinstance(weight, nn.Parameter) and weight.requires_grad) or owners[weight] > 1:
             continue
         bias = bias if isinstance(bias, nn.Parameter) and bias.requires_grad and owners[bias] == 1 else None
-        found.append(Watched(f"{path}/weight", Site("weight", Operand(weight, bias, axis=axis[0])), module))
+        found.append(Watched(f"{called(path)}/weight", Site("weight", Operand(weight, bias, axis=axis[0])), module))
     return found
 
 
@@ -100,7 +105,8 @@ class Watch:
 
     Attributes:
         moments: by the site's name; a site that saw nothing has none.
-        mask: `(B, N)` of the batch at hand: tokens that count; None is all.
+        mask: `(B, N)` of the batch at hand: tokens that count; None is all. Rows without an axis of tokens (of pooled
+            features) all count, and so do those with another number of tokens.
         feeds: for linear layers whose output is another one's input (LoRA's A and B), the other's name.
         elsewhere: linear layers whose output something else uses as well (`h + B(h)`); known only where a watched
             layer is all zero, for nobody asks otherwise.
@@ -145,7 +151,7 @@ class Watch:
         groups = None if site.groups == 1 else site.groups
         if rows.dim() == 4:
             rows = rows.transpose(1, 2)  # (B, N, groups, width)
-        if self.mask is not None and rows.shape[:2] == self.mask.shape:
+        if self.mask is not None and rows.dim() > 2 and rows.shape[:2] == self.mask.shape:
             rows = rows[self.mask]
         elif rows.dim() == 4:
             rows = rows.flatten(0, 1)

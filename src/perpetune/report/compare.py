@@ -257,8 +257,12 @@ def _notes(results: Sequence[Results], names: Sequence[str]) -> tuple[list[str],
         elif _given(run) and _given(first) and _fingerprints(run) != _fingerprints(first):
             apart.append(f"{name} learned other data than {reference}")
         elif [set(t["classes"]) for t in run["tasks"]] != [set(t["classes"]) for t in first["tasks"]]:
-            reordered.append(f"{name} has the classes of {reference} in another order")
-    return apart + reordered, not apart
+            reordered.append(name)
+    if reordered:
+        verb = "has" if len(reordered) == 1 else "have"
+        another = f"{form.several(reordered, 3)} {verb} the classes of {reference} in another order"
+        return [*apart, another], not apart
+    return apart, not apart
 
 
 def _examples(run: Results) -> int:

@@ -128,17 +128,18 @@ def _protection(results: Results) -> list[str]:
     entries = protected.after_tasks(results)
     if not entries:
         return []
-    heads = ["after", "moved, median site", "moved, worst site", "room", "sites without room"]
-    rows = (
-        [
-            f"{entry['task'] + 1} {plain(results['tasks'][entry['task']]['name'])}",
+    held = protected.held(entries[-1], results)
+    heads = ["after", "moved, median site", "moved, worst site", *(["room", "sites without room"] if held else [])]
+    rows = []
+    for entry in entries:
+        new = len(protected.from_nothing(entry))
+        moved = [
             form.relative(entry["median"], 1),
-            form.relative(entry["worst"], 1),
-            form.relative(entry["room"], 1),
-            f"{len(entry['full'])} of {len(entry['sites'])}",
+            form.relative(entry["worst"], 1) + f", {new} from nothing" * (new > 0),
         ]
-        for entry in entries
-    )
+        left = [form.relative(entry["room"], 1), f"{len(set(entry['full']) & set(held))} of {len(held)}"]
+        name = f"{entry['task'] + 1} {plain(results['tasks'][entry['task']]['name'])}"
+        rows.append([name, *moved, *(left if held else [])])
     return ["## What protection kept", plain(protected.meaning(results)), table(heads, rows)]
 
 

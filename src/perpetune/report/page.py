@@ -60,6 +60,19 @@ def write_comparison(runs: Sequence[tuple[str, Mapping[str, Any]]], folder: Path
     return _write(files, folder)
 
 
+def is_comparison(path: Path) -> bool:
+    """Whether `write_comparison` has written the file `path`, under a name that the command line gives it."""
+    if path.stem not in ("compare", "comparison") or not path.is_file():
+        return False
+    if path.suffix != ".json":
+        return path.suffix in (".html", ".md")
+    try:
+        document = json.loads(path.read_bytes())
+    except ValueError:
+        return False
+    return isinstance(document, dict) and "rows" in document and "cells" not in document
+
+
 def _environment() -> jinja2.Environment:
     import jinja2
 

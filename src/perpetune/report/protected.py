@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from perpetune.report import form
-from perpetune.report.results_schema import Consolidation, Results
+from perpetune.report.results_schema import Consolidation, Results, SiteMoved
 
 MEANING = (
     "How far what each site gives for the data of all earlier tasks had moved, once a task was learned: root mean "
@@ -17,6 +17,9 @@ MEANING = (
     "the inputs of a site are as they were, and what moved below a site comes on top of it."
 )
 ROOM = "Room is the share of directions that later tasks may still use, after a task’s own were closed."
+NOTHING = (
+    "A site whose outputs were all zero before (LoRA’s B over reference data) moves from nothing: of that is no share."
+)
 MERGED = "After each task a copy that was free to move is merged in (method.merge), and old outputs move with it."
 DIRECTIONS = {
     "none": "Nothing was held here (directions: none): the figures only measure what learning does by itself.",
@@ -26,7 +29,10 @@ DIRECTIONS = {
 
 @dataclass(frozen=True)
 class ProtectionCurves:
-    """Shares after each task learned, None where none is known: how far old outputs have moved, and the room left."""
+    """Shares after each task learned, None where none is known: how far old outputs have moved, and the room left.
+
+    The worst is not known where a site moved from nothing.
+    """
 
     worst: list[float | None]
     median: list[float | None]
@@ -35,7 +41,11 @@ class ProtectionCurves:
 
 @dataclass(frozen=True)
 class SiteRow:
-    """One site at the end: how far it has moved, the farthest it was after any task, room, directions taken and all."""
+    """One site at the end: how far it has moved, the farthest it was after any task, room, directions taken and all.
+
+    `from_nothing`: it moved and has no share of its outputs, which were zero. Without `held` it moves freely, and room
+    and directions say what protection would take.
+    """
 
     name: str
     moved: float | None
@@ -43,6 +53,8 @@ class SiteRow:
     room: float
     rank: int
     directions: int
+    from_nothing: bool
+    held: bool
 
 
 def after_tasks(results: Mapping[str, Any]) -> list[Consolidation]:
@@ -57,23 +69,51 @@ def last(results: Mapping[str, Any]) -> Consolidation | None:
 
 
 def moved(results: Mapping[str, Any]) -> float | None:
-    """How far the worst site had moved at the end."""
+    """How far the worst site had moved at the end; None too where one moved from nothing."""
     entry = last(results)
-    return entry["worst"] if entry else None
+    return _worst(entry) if entry else None
 
 
 def room(results: Mapping[str, Any]) -> float | None:
+    """The share of directions that was free at the end; None where none is closed (`protect.directions: none`)."""
     entry = last(results)
-    return entry["room"] if entry else None
+    return entry["room"] if entry and held(entry, results) else None
+
+
+def held(entry: Consolidation, results: Mapping[str, Any]) -> list[str]:
+    """The sites at which directions are closed: all, or those of `protect.sites`, whose names end in these words."""
+    config = _config(results)
+    kinds, names = config.get("sites"), [site["site"] for site in entry["sites"]]
+    if config.get("directions") == "none":  # which only measures
+        return []
+    return [name for name in names if kinds is None or name.rpartition("/")[2].partition(".")[0] in kinds]
+
+
+def from_nothing(entry: Consolidation) -> list[str]:
+    """Sites whose outputs on old data were zero and are not any more, such as LoRA's B over reference data."""
+    return [site["site"] for site in entry["sites"] if _moved_from_nothing(site)]
+
+
+def _moved_from_nothing(site: SiteMoved) -> bool:
+    return site["change"] > 0 and site["relative"] is None
+
+
+def _worst(entry: Consolidation) -> float | None:
+    return None if from_nothing(entry) else entry["worst"]
+
+
+def _config(results: Mapping[str, Any]) -> Mapping[str, Any]:
+    config: Mapping[str, Any] = results["recipe"].get("protect") or {}
+    return config
 
 
 def curves(results: Results) -> ProtectionCurves:
     by_task = {entry["task"]: entry for entry in after_tasks(results)}
     found = [by_task.get(i) for i in range(len(results["cells"]))]
     return ProtectionCurves(
-        [entry["worst"] if entry else None for entry in found],
+        [_worst(entry) if entry else None for entry in found],
         [entry["median"] if entry else None for entry in found],
-        [entry["room"] if entry else None for entry in found],
+        [entry["room"] if entry and held(entry, results) else None for entry in found],
     )
 
 
@@ -86,7 +126,7 @@ def site_rows(results: Results) -> list[SiteRow]:
     for entry in entries:
         for site in entry["sites"]:
             seen.setdefault(site["site"], []).extend([site["relative"]] if site["relative"] is not None else [])
-    sites = entries[-1]["sites"]
+    sites, closed = entries[-1]["sites"], held(entries[-1], results)
     return [
         SiteRow(
             name,
@@ -95,6 +135,8 @@ def site_rows(results: Results) -> list[SiteRow]:
             site["room"],
             site["rank"],
             site["directions"],
+            _moved_from_nothing(site),
+            site["site"] in closed,
         )
         for name, site in zip(short([s["site"] for s in sites]), sites, strict=True)
     ]
@@ -108,23 +150,41 @@ def short(names: Sequence[str]) -> list[str]:
     return [".".join(part[shared:]) for part in parts]
 
 
-def told(entry: Consolidation) -> str:
-    """`old outputs moved 0.8 % (worst site 3.1 %), room 62 %, 2 of 24 full`."""
-    parts = []
-    if entry["worst"] is not None:
+def told(entry: Consolidation, results: Mapping[str, Any]) -> str:
+    """`old outputs moved 0.8 % (worst site 3.1 %), room 62 %, 2 of 24 full`, of a run's certificate."""
+    parts, new = [], from_nothing(entry)
+    if entry["worst"] is not None and (entry["worst"] or not new):
         middle, worst = form.relative(entry["median"], 1), form.relative(entry["worst"], 1)
         parts.append(f"old outputs moved {middle} (worst site {worst})")
-    parts.append(f"room {form.relative(entry['room'], 1)}")
-    if entry["full"]:
-        parts.append(f"{len(entry['full'])} of {len(entry['sites'])} full")
-    return ", ".join(parts)
+    if new:
+        parts.append(f"{form.plural(len(new), 'site')} moved from nothing")
+    return ", ".join([*parts, *_left(entry, results)])
+
+
+def told_shortly(entry: Consolidation, results: Mapping[str, Any]) -> str:
+    """`moved 0.8 % (worst 3.1 %), room 62 %`, for one of several lines."""
+    parts, new = [], from_nothing(entry)
+    if new:
+        parts.append(f"{form.plural(len(new), 'site')} moved from nothing")
+    elif entry["worst"] is not None:
+        parts.append(f"moved {form.relative(entry['median'], 1)} (worst {form.relative(entry['worst'], 1)})")
+    return ", ".join([*parts, *_left(entry, results)[:1]])
+
+
+def _left(entry: Consolidation, results: Mapping[str, Any]) -> list[str]:
+    """The room that is left, and how many sites have none."""
+    closed = held(entry, results)
+    if not closed:
+        return ["nothing held"]
+    full = len(set(entry["full"]) & set(closed))
+    return [f"room {form.relative(entry['room'], 1)}", *([f"{full} of {len(closed)} full"] if full else [])]
 
 
 def newly_full(results: Mapping[str, Any]) -> str | None:
     """What to do about it, where more sites than ever before have no room left."""
-    entries, config = results.get("protection", []), results["recipe"].get("protect") or {}
-    held = config.get("strength", "hard") == "hard" and config.get("sites") is None and not control(results)
-    if not entries or not held:
+    entries, config = results.get("protection", []), _config(results)
+    final = config.get("strength", "hard") == "hard" and config.get("sites") is None and not control(results)
+    if not entries or not final:
         return None
     full, before = entries[-1]["full"], [len(entry["full"]) for entry in entries[:-1]]
     if len(full) <= max(before, default=0):
@@ -139,10 +199,13 @@ def newly_full(results: Mapping[str, Any]) -> str | None:
 
 def control(results: Mapping[str, Any]) -> str:
     """What a control (`protect.directions`) did instead of protecting; empty where features were protected."""
-    return DIRECTIONS.get((results["recipe"].get("protect") or {}).get("directions", ""), "")
+    return DIRECTIONS.get(_config(results).get("directions", ""), "")
 
 
 def meaning(results: Results) -> str:
     """What the figures mean, for this run."""
     merged = MERGED if results["recipe"].get("method", {}).get("merge") else ""
-    return " ".join(text for text in (control(results), MEANING, merged, ROOM) if text)
+    entries = after_tasks(results)
+    nothing = NOTHING if any(map(from_nothing, entries)) else ""
+    room = ROOM if any(held(entry, results) for entry in entries) else ""
+    return " ".join(text for text in (control(results), MEANING, nothing, merged, room) if text)

@@ -72,8 +72,8 @@ class Consolidation(TypedDict):
         energy: share of the features' energy that was protected.
         consolidated: how often data had been added before.
         worst, median: of `relative` over the sites; None where nothing was protected before.
-        room: mean over the sites.
-        full: the sites without room.
+        room: mean over the sites that are held (`protect.sites`).
+        full: those of them without room.
     """
 
     task: int

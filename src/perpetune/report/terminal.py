@@ -89,8 +89,7 @@ def short_line(results: Mapping[str, Any]) -> Text:
     name = results["tasks"][len(A) - 1]["name"]
     line = Text.assemble(f"after {len(A)} {name}: mean ", (share(final_accuracy(A)), "bold"))
     if entry is not None:
-        moved = f"moved {form.relative(entry['median'], 1)} (worst {form.relative(entry['worst'], 1)}), "
-        line.append(f"  {moved if entry['worst'] is not None else ''}room {form.relative(entry['room'], 1)}", "dim")
+        line.append(f"  {protected.told_shortly(entry, results)}", "dim")
     return line
 
 
@@ -99,7 +98,7 @@ def protection_line(results: Mapping[str, Any]) -> Text | None:
     from rich.text import Text
 
     entry = protected.last(results)
-    return Text(f"  protect: {protected.told(entry)}", "dim") if entry else None
+    return Text(f"  protect: {protected.told(entry, results)}", "dim") if entry else None
 
 
 def effects_text(comparison: Mapping[str, Any]) -> Text:

@@ -123,11 +123,13 @@ def _protection(results: Results) -> dict[str, Any] | None:
     moved = [svg.Line("worst site", found.worst, "l1"), svg.Line("median site", found.median, "strong")]
     room = [svg.Line("room", found.room, "strong")]
     return {
-        "told": protected.told(entry),
+        "told": protected.told(entry, results),
         "meaning": protected.meaning(results),
         "sites": protected.site_rows(results),
         "moved": svg.line_chart(moved, "How far old outputs have moved, after each task", floor=0, top=0.05, **half),
-        "room": svg.line_chart(room, "Share of directions still free, after each task", floor=0, top=1, **half),
+        "room": svg.line_chart(room, "Share of directions still free, after each task", floor=0, top=1, **half)
+        if protected.held(entry, results)
+        else None,
     }
 
 
