@@ -200,7 +200,7 @@ def learning_rate_zero(p: Place) -> list[str]:
     return p.run(train={"lr": 0})
 
 
-@case(2, "train.lr", "greater than 0", "got nan")
+@case(2, "train.lr", "a finite number", "got nan")
 def learning_rate_not_a_number(p: Place) -> list[str]:
     return p.run(train={"lr": float("nan")})
 
