@@ -23,7 +23,7 @@ from perpetune.models.base import Model
 from perpetune.recipe import make_recipe
 from perpetune.runtime import Runtime
 from perpetune.seeding import generator
-from perpetune.tasks import Batch, Task
+from perpetune.tasks import Batch, Part, Task
 
 SETTINGS: tuple[Setting, ...] = ("class", "domain", "task")
 
@@ -105,21 +105,6 @@ def learned(request: pytest.FixtureRequest) -> Method:
     return Checker(make_recipe({"head": request.param, "train": train})).learned(tiny_stream(Runtime()))
 
 
-class Shuffled:
-    """The same examples in another order."""
-
-    def __init__(self, of: Any, order: Sequence[int]):
-        self.of, self.order = of, order
-        self.targets = [of.targets[i] for i in order]
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def load(self, index: int, seed: int | None) -> Tensor:
-        pixels: Tensor = self.of.load(self.order[index], seed)
-        return pixels
-
-
 def test_each_image_gets_the_same_answer_in_any_order_and_batching(learned: Method) -> None:
     test = Pictures("abcdef", 5, seed=50)
     pixels = torch.stack(test.pixels)
@@ -141,7 +126,7 @@ def test_the_counts_are_the_same_in_any_order_and_batching(learned: Method) -> N
     assert expected["correct"] > 0
     for size in (1, 4, 7, 64):
         order = torch.randperm(len(test), generator=generator("order", size)).tolist()
-        assert count(learned, "abcdef", Shuffled(test, order), batch_size=size) == expected
+        assert count(learned, "abcdef", Part(test, order), batch_size=size) == expected
 
 
 def test_repeated_evaluation_leaves_nothing_behind(learned: Method) -> None:

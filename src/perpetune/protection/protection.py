@@ -185,8 +185,6 @@ class Protection(nn.Module):
             moments = unpack(packed.pop(w.name), memory.shape[2])
             memory.learned(w.values(), moments, counts[w.name], usual=as_made.get(w.name))
         self.consolidated += 1
-        for entry, w in zip(certificate["sites"], self.sites, strict=True):
-            entry["room"], entry["rank"] = self.of(w).room, self.of(w).rank
         return self._summed_up(certificate, energy)
 
     def _energy(self, added: int) -> float:
@@ -277,10 +275,7 @@ class Protection(nn.Module):
 
     def certificate(self) -> Certificate:
         """How far the outputs on all data added so far have moved since, and the room that is left."""
-        found = self._certificate(0)
-        for entry, w in zip(found["sites"], self.sites, strict=True):
-            entry["room"], entry["rank"] = self.of(w).room, self.of(w).rank
-        return self._summed_up(found, self._energy(self.consolidated - 1))
+        return self._summed_up(self._certificate(0), self._energy(self.consolidated - 1))
 
     def _certificate(self, rows: int) -> Certificate:
         sites = []
@@ -294,8 +289,10 @@ class Protection(nn.Module):
         return {"rows": rows, "consolidated": self.consolidated, "sites": sites}
 
     def _summed_up(self, certificate: Certificate, energy: float) -> Certificate:
-        """With figures over the sites; room is that of the sites that are protected."""
+        """With the room that is left at each site, and figures over them; room is that of those that are protected."""
         sites = certificate["sites"]
+        for entry, w in zip(sites, self.sites, strict=True):
+            entry["room"], entry["rank"] = self.of(w).room, self.of(w).rank
         moved = [s["relative"] for s in sites if s["relative"] is not None]
         closed = [s for s, w in zip(sites, self.sites, strict=True) if self._chosen(w)]
         return {
