@@ -59,7 +59,7 @@ def build_method(recipe: Recipe, backbone: Backbone) -> Method:
 def build_protection(recipe: Recipe, method: Method) -> Protection:
     """The protection of every site of the method's pets, with nothing protected yet."""
     assert recipe.protect is not None
-    sites, loose, _ = pet_sites(method, recipe.protect.conditions)
+    sites, loose, _ = pet_sites(method, recipe.protect.conditions, method.pet)
     return Protection(sites, recipe.protect, still=loose, seed=recipe.seed)
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,22 +41,35 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
     _sync_folder(path.parent)
 
 
-def read_folder(path: Path, cure: str = "restore it from a backup") -> dict[str, bytes]:
+def listed(path: Path, cure: str = "restore it from a backup") -> dict[str, tuple[int, str]]:
+    """Size and SHA-256 of each file of a folder that `write_folder` made, as its manifest has them.
+
+    Raises:
+        StateError: the manifest is missing or torn.
+    """
+    try:
+        hashes = json.loads((path / MANIFEST).read_bytes())
+        return {_plain(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in hashes.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise StateError(f"{path / MANIFEST} is missing or torn ({_reason(error)}): {cure}") from None
+
+
+def read_folder(
+    path: Path, cure: str = "restore it from a backup", only: Collection[str] | None = None
+) -> dict[str, bytes]:
     """The files of a folder that `write_folder` made.
 
     Args:
         cure: what to do when it is torn, for the error.
+        only: the names of those wanted, as far as there are such; None is all.
 
     Raises:
         StateError: a file is missing, torn or changed; says which.
     """
-    try:
-        hashes = json.loads((path / MANIFEST).read_bytes())
-        listed = {_plain(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in hashes.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise StateError(f"{path / MANIFEST} is missing or torn ({_reason(error)}): {cure}") from None
     files = {}
-    for name, (size, digest) in listed.items():
+    for name, (size, digest) in listed(path, cure).items():
+        if only is not None and name not in only:
+            continue
         try:
             content = (path / name).read_bytes()
         except OSError as error:

@@ -26,17 +26,21 @@ BUILTIN: dict[Kind, dict[str, str]] = {
         "finetune": "perpetune.methods.finetune:FineTune",
         "frozen": "perpetune.methods.frozen:Frozen",
         "joint": "perpetune.methods.joint:Joint",
+        "first_session": "perpetune.methods.first_session:FirstSession",
+        "safe": "perpetune.methods.safe:Safe",
     },
     "pets": {
         "lora": "perpetune.pets.lora:LoRA",
         "adapter": "perpetune.pets.adapter:Adapter",
         "prefix": "perpetune.pets.prefix:Prefix",
         "prompt": "perpetune.pets.prompt:Prompt",
+        "ssf": "perpetune.pets.ssf:SSF",
     },
     "heads": {
         "linear": "perpetune.heads.linear:Linear",
         "cosine": "perpetune.heads.cosine:Cosine",
         "ncm": "perpetune.heads.ncm:NCM",
+        "ridge": "perpetune.heads.ridge:Ridge",
     },
     "backbones": {prefix: f"{load.__module__}:{load.__name__}" for prefix, load in LOADERS.items()},
     "data": {

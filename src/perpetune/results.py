@@ -9,9 +9,10 @@ from typing import Any
 
 from perpetune.errors import StateError
 from perpetune.numerics.metrics import summarise
-from perpetune.snapshot import FILES, MEMORY
+from perpetune.snapshot import FILES, MEMORY, SUMS
 from perpetune.state import State
 
+DOCUMENTS = ("task.json", "metrics.json", "timings.json")
 PACKAGES = ("perpetune", "torch", "transformers", "timm", "accelerate", "numpy", "safetensors")
 
 
@@ -30,20 +31,21 @@ def read_results(state: State) -> dict[str, Any]:
     """The results document; `perpetune.report` renders it and names its fields."""
     tasks, rows, timings, storage = [], [], [], []
     protection: list[dict[str, Any]] = []
+    facts, drift = [], []
     bad: list[dict[str, Any]] = []
     warnings: list[str] = []
     for committed in state.committed:
-        files = committed.read()
+        files, sizes = committed.read(*DOCUMENTS), committed.sizes()
         try:
             task = json.loads(files["task.json"])
             tasks.append({k: task[k] for k in ("index", "name", "classes", "train", "test", "fingerprint")})
             metrics = json.loads(files["metrics.json"])
             rows.append(dict(metrics["cells"]))
             protection += [{"task": committed.index, **found} for found in metrics.get("protection", [])]
+            facts.append({"task": committed.index, "of": metrics.get("facts", {})})
+            drift.append({"task": committed.index, "of": metrics.get("drift", {})})
             timings.append({"task": committed.index, **json.loads(files["timings.json"])})
-            storage.append(
-                {"task": committed.index, **{name: len(files[name]) for name in (*FILES, MEMORY) if name in files}}
-            )
+            storage.append({"task": committed.index, **{n: sizes[n] for n in (*FILES, SUMS, MEMORY) if n in sizes}})
             bad += [{"task": committed.index, **_file_and_reason(entry)} for entry in task["bad"]]
             warnings += task["warnings"]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -62,6 +64,8 @@ def read_results(state: State) -> dict[str, Any]:
         "timings": timings,
         "storage": storage,
         "protection": protection,
+        "facts": facts,
+        "drift": drift,
         "trainable_parameters": backbone.get("trainable_parameters"),
         "backbone_parameters": backbone.get("parameters"),
         "bad_files": bad,

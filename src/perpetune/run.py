@@ -11,14 +11,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors.torch import save
 
 from perpetune.errors import Interrupted
-from perpetune.evaluate import Setting, evaluate
+from perpetune.evaluate import Setting, evaluate, probe
 from perpetune.methods.base import Method
 from perpetune.results import read_results
 from perpetune.runtime import Runtime, unguarded
+from perpetune.snapshot import read_tensors
 from perpetune.state import MidTask, State
 from perpetune.tasks import Batch, Examples, Task, balanced, evaluation_batches
+
+FEATURES = "features.safetensors"  # of a few test images of the task, as they were when it was learned
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ def learn_task(method: Method, step: Step, state: State) -> None:
     certificates = learn_protected(method, task, step.reference, recipe.evaluate.batch_size)
     learned = time.perf_counter()
     cells = measure(method, [*step.others, task], recipe.setting, recipe.evaluate.batch_size)
+    features, drift = _drift(method, step, state)
     evaluated = time.perf_counter()
     seconds = run.checkpoints.seconds + learned - began
     timings = {
@@ -80,10 +85,16 @@ def learn_task(method: Method, step: Step, state: State) -> None:
         "device": str(run.device),
     }
     document = {"index": task.index, "name": task.name, "classes": list(task.classes), **step.document}
-    metrics = {"cells": cells} | ({"protection": certificates} if certificates else {})
+    facts = method.facts()
+    warnings = [f"task {task.name}: {found['warning']}" for found in facts.values() if found.get("warning")]
+    for warning in warnings:
+        run.progress.note(warning)
+    document["warnings"] = [*document["warnings"], *warnings]
+    found: dict[str, Any] = {"cells": cells, "protection": certificates, "facts": facts, "drift": drift}
+    metrics = {key: value for key, value in found.items() if value or key == "cells"}
     if main:
         documents = {"task.json": document, "metrics.json": metrics, "timings.json": timings}
-        state.commit(task.index, task.name, method, documents)
+        state.commit(task.index, task.name, method, documents, features)
     run.accelerator.wait_for_everyone()
     run.checkpoints = None
     run.progress.results(read_results(state))
@@ -154,6 +165,24 @@ def _observe(method: Method, batch: Batch, run: Runtime) -> None:
 def measure(method: Method, tasks: Iterable[Task], setting: Setting, batch_size: int) -> dict[str, Any]:
     """Counts on the test data of each task, by its name; None where it has none."""
     return {t.name: evaluate(method, t, setting=setting, batch_size=batch_size) for t in tasks}
+
+
+def _drift(method: Method, step: Step, state: State) -> tuple[dict[str, bytes], dict[str, float]]:
+    """Features of this task's probe, as a file to store; how far those of earlier tasks have moved since then.
+
+    The distance `‖f̂ − f̂'‖` of normalised features, the mean over a task's probe: 0 where nothing moved, at most 2.
+    """
+    if step.task.runtime.rank > 0:
+        return {}, {}
+    moved, before = {}, {c.name: c for c in state.committed}
+    for other in step.others:
+        stored = before[other.name].read(FEATURES) if other.name in before else {}
+        now = probe(method, other) if stored else None
+        then = read_tensors(stored, FEATURES, other.name)["features"] if now is not None else None
+        if now is not None and then is not None and now.shape == then.shape:
+            moved[other.name] = round(float((now - then).norm(dim=-1).mean()), 6)
+    own = probe(method, step.task)
+    return ({} if own is None else {FEATURES: save({"features": own.contiguous()})}), moved
 
 
 def _reset_peak(run: Runtime) -> None:

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Precision = Literal["no", "bf16", "fp16"]
+Value = TypeVar("Value")
 
 
 class Checkpoints(Protocol):
@@ -124,6 +125,15 @@ class Runtime:
     def sum(self, value: Tensor) -> Tensor:
         """The sum of `value` over all processes."""
         return self.accelerator.reduce(value, "sum") if self.world > 1 else value
+
+    def of_first(self, value: Value) -> Value:
+        """`value` as the first process has it, on all of them; plain values only."""
+        if self.world == 1:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        shared: list[Value] = broadcast_object_list([value])
+        return shared[0]
 
     def stop_requested(self, *, due: bool) -> int | None:
         """The signal that asks for a stop. Several processes agree on it, and look only when `due`."""

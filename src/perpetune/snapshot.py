@@ -22,6 +22,8 @@ from perpetune.protection.protection import Protection
 EXTRA = "extra.json"
 FILES = ("pet.safetensors", "head.safetensors", "method.safetensors")
 MEMORY = "protect.safetensors"  # what protection keeps; only where the recipe has it
+SUMS = "statistics.safetensors"  # what heads sum up over examples; only where they do
+FIXED = (MEMORY, SUMS)  # what no step of an optimizer changes
 
 
 def tensors(method: Method) -> dict[str, dict[str, Tensor]]:
@@ -30,22 +32,24 @@ def tensors(method: Method) -> dict[str, dict[str, Tensor]]:
     pets = _owned(method, PET)
     frozen = _owned(method, Backbone) - pets
     heads = _owned(method, Head)
-    found: dict[str, dict[str, Tensor]] = {name: {} for name in (*FILES, *([MEMORY] if memory else []))}
+    sums = {id(t) for m in method.modules() if isinstance(m, Head) for t in m.additive()}
+    own = [name for name, owned in ((MEMORY, memory), (SUMS, sums)) if owned]
+    found: dict[str, dict[str, Tensor]] = {name: {} for name in (*FILES, *own)}
     for name, tensor in _persistent(method).items():
         if id(tensor) in frozen:
             continue
-        owners = ((pets, FILES[0]), (heads, FILES[1]), (memory, MEMORY))
+        owners = ((pets, FILES[0]), (sums, SUMS), (heads, FILES[1]), (memory, MEMORY))
         file = next((file for owner, file in owners if id(tensor) in owner), FILES[2])
         found[file][name] = tensor
     return found
 
 
 def snapshot(method: Method, *, memory: bool = True) -> dict[str, bytes]:
-    """The files that `restore` reads; `memory`: with those of protection, which no step of an optimizer changes."""
+    """The files that `restore` reads; `memory`: with those that no step of an optimizer changes."""
     files = {
         file: save({name: t.detach().cpu().contiguous() for name, t in group.items()})
         for file, group in tensors(method).items()
-        if memory or file != MEMORY
+        if memory or file not in FIXED
     }
     files[EXTRA] = to_json({name: module.get_extra_state() for name, module in _with_extra(method, memory).items()})
     return files
@@ -74,9 +78,11 @@ def restore(method: Method, files: Mapping[str, bytes], where: str, *, memory: b
                 raise StateError(
                     f"{where}/{EXTRA}: the entry {name!r} is not what a {kind} stores: {error!r}"
                 ) from None
-    pairs = []
-    for file, group in tensors(method).items():
-        if not memory and file == MEMORY:
+    pairs, groups = [], tensors(method)
+    if memory and SUMS in groups and SUMS not in files:  # a state from before they had a file of their own
+        groups[FILES[1]] |= groups.pop(SUMS)
+    for file, group in groups.items():
+        if not memory and file in FIXED:
             continue
         stored = read_tensors(files, file, where)
         _same_names(group, stored, f"{where}/{file}", "tensors")

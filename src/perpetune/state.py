@@ -18,12 +18,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from perpetune.errors import StateError, UsageError, closest
-from perpetune.files import read_folder, remove_folder, remove_leftovers, to_json, write_file, write_folder
+from perpetune.files import listed, read_folder, remove_folder, remove_leftovers, to_json, write_file, write_folder
 from perpetune.methods.base import Method
 from perpetune.recipe import Recipe, parse_recipe
 from perpetune.snapshot import restore, restore_optimizer, snapshot, snapshot_optimizer
@@ -44,19 +45,27 @@ class Committed:
     before: str
     """The task before it, or `start`: where a rollback leads that drops it."""
 
-    def read(self) -> dict[str, bytes]:
-        """Its files.
+    def read(self, *only: str) -> dict[str, bytes]:
+        """Its files; those named, as far as there are such, where any is.
 
         Raises:
             StateError: one is missing, torn or changed; says which, and what can be done.
         """
-        drop = f"perpetune rollback {self.folder.parent.parent} --to {self.before}"
-        return read_folder(self.folder, f"restore it from a backup, or roll back with `{drop}`")
+        return read_folder(self.folder, self._cure, only or None)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each of its files."""
+        return {name: size for name, (size, _) in listed(self.folder, self._cure).items()}
 
     def json(self, name: str) -> dict[str, Any]:
         """One of its JSON files, checked against the manifest."""
-        content: dict[str, Any] = json.loads(self.read()[name])
+        content: dict[str, Any] = json.loads(self.read(name)[name])
         return content
+
+    @property
+    def _cure(self) -> str:
+        drop = f"perpetune rollback {self.folder.parent.parent} --to {self.before}"
+        return f"restore it from a backup, or roll back with `{drop}`"
 
 
 class State:
@@ -142,10 +151,17 @@ class State:
         if task is not None:
             restore(method, task.read(), str(task.folder))
 
-    def commit(self, index: int, name: str, method: Method, documents: Mapping[str, Any]) -> None:
-        """Store a learned task, in one step; its mid-task checkpoints go."""
+    def commit(
+        self,
+        index: int,
+        name: str,
+        method: Method,
+        documents: Mapping[str, Any],
+        files: Mapping[str, bytes] = MappingProxyType({}),
+    ) -> None:
+        """Store a learned task, in one step, with JSON documents and other files; its mid-task checkpoints go."""
         folder = self.folder / "tasks" / f"{index:04d}-{name}"
-        files = {**snapshot(method), **{file: to_json(content) for file, content in documents.items()}}
+        files = {**snapshot(method), **{file: to_json(content) for file, content in documents.items()}, **files}
         write_folder(folder, files)
         self.log("task committed", task=index, name=name)
         remove_folder(self.folder / "resume")

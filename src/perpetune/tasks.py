@@ -22,24 +22,30 @@ class Batch:
     Attributes:
         inputs: what the model reads; images are uint8 `(B, 3, H, W)`, not normalised.
         targets: int64 `(B,)`, positions in the task's `classes`.
+        numbers: int64 `(B,)`, positions among the examples it was loaded from; on the CPU.
     """
 
     inputs: Tensor
     targets: Tensor
+    numbers: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def pin_memory(self) -> Batch:
         """Called by torch's loader, so that the copy to a GPU need not wait."""
-        return Batch(self.inputs.pin_memory(), self.targets.pin_memory())
+        return Batch(self.inputs.pin_memory(), self.targets.pin_memory(), self.numbers)
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.inputs.to(device, non_blocking=True), self.targets.to(device, non_blocking=True))
+        inputs, targets = (t.to(device, non_blocking=True) for t in (self.inputs, self.targets))
+        return Batch(inputs, targets, self.numbers)
 
 
 class Examples(Protocol):
-    """Labelled examples that are loaded one at a time."""
+    """Labelled examples that are loaded one at a time.
+
+    Where they have an attribute `deterministic` that is true, the seed of `load` changes nothing.
+    """
 
     @property
     def targets(self) -> Sequence[int]:
@@ -49,6 +55,11 @@ class Examples(Protocol):
 
     def load(self, index: int, seed: int | None) -> Tensor:
         """Example `index` as the model reads it; augmented by `seed`, or as for evaluation when None."""
+
+
+def deterministic(examples: Examples) -> bool:
+    """Whether each of them is the same whenever it is loaded, so that what was computed of it can be kept."""
+    return bool(getattr(examples, "deterministic", False))
 
 
 @dataclass(frozen=True)
@@ -94,6 +105,7 @@ class Part:
     def __init__(self, examples: Examples, numbers: Sequence[int]):
         self.examples, self.numbers = examples, numbers
         self.targets = [examples.targets[i] for i in numbers]
+        self.deterministic = deterministic(examples)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -124,19 +136,22 @@ class _Requests(torch.utils.data.Dataset):  # type: ignore[type-arg]
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, request: tuple[int, int | None]) -> tuple[Tensor, int] | str:
+    def __getitem__(self, request: tuple[int, int | None]) -> tuple[Tensor, int, int] | str:
         index, seed = request
         try:
-            return self.examples.load(index, seed), self.examples.targets[index]
+            return self.examples.load(index, seed), self.examples.targets[index], index
         except DataError as error:
             return str(error)  # torch would wrap an exception of a loader process in a page of traceback
 
 
-def _collate(items: list[tuple[Tensor, int] | str]) -> Batch | str:
+def _collate(items: list[tuple[Tensor, int, int] | str]) -> Batch | str:
     loaded = [item for item in items if not isinstance(item, str)]
     if len(loaded) < len(items):
         return next(item for item in items if isinstance(item, str))
-    return Batch(torch.stack([x for x, _ in loaded]), torch.tensor([y for _, y in loaded], dtype=torch.int64))
+    inputs, targets, numbers = zip(*loaded, strict=True)
+    return Batch(
+        torch.stack(inputs), torch.tensor(targets, dtype=torch.int64), torch.tensor(numbers, dtype=torch.int64)
+    )
 
 
 def load_batches(

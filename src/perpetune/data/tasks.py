@@ -39,6 +39,10 @@ class ImageSet:
     def targets(self) -> Sequence[int]:
         return self._targets
 
+    @property
+    def deterministic(self) -> bool:
+        return self.augment == "none"
+
     def __len__(self) -> int:
         return len(self.rows)
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 
+def alone(value: Tensor) -> Tensor:
+    """The sum over processes where there is one."""
+    return value
+
+
 class Head(nn.Module, ABC):
     """A classifier that grows by class name; rows follow the order in which classes came.
 
     A head with `statistics = True` is not (only) trained by gradient: after the features have been
-    trained, the method shows it the training data once, through `observe`, then calls `settle`.
+    trained, the method shows it the training data once: `expect`, `observe` for each batch, `flush`, `settle`.
+    While features are trained, its `logits` come from a probe that takes no part in the prediction.
 
     Options in the recipe are the keyword-only arguments of `__init__`; `dim` comes from the backbone.
     """
@@ -45,19 +51,34 @@ class Head(nn.Module, ABC):
         self.classes = []
         self.resize(0, torch.Generator())
 
+    def widen(self, dim: int) -> None:
+        """Statistics will be of features `dim` wide; what is trained by gradient keeps its width. Before any task."""
+        self.dim = dim
+
+    def expect(self, counts: Tensor) -> None:
+        """So many examples of each row, int64 `(C,)`, are about to be observed by all processes together."""
+
     def observe(self, features: Tensor, rows: Tensor) -> None:
         """Take in features `(B, D)` of training examples and their class rows `(B,)`; statistics heads only."""
+
+    def flush(self) -> None:
+        """All examples of this process have been observed: nothing may be missing in `additive` any more."""
 
     def per_class(self) -> list[nn.Parameter]:
         """The parameters that have one row for each class, in the order of `classes`."""
         return []
 
     def additive(self) -> list[Tensor]:
-        """The buffers that are sums over examples: what several processes observed is added up there."""
+        """The buffers that are sums over examples: what several processes observed is added up there, and no step of
+        an optimizer changes them."""
         return []
 
-    def settle(self) -> None:
-        """All training data of a task have been observed."""
+    def settle(self, total: Callable[[Tensor], Tensor] = alone) -> None:
+        """All training data of a task have been observed, and `additive` is summed; `total` sums over processes."""
+
+    def facts(self) -> dict[str, Any]:
+        """What is worth reporting of the last `settle`, in JSON's types; a `warning` among them is shown as one."""
+        return {}
 
     def grow(self, classes: Sequence[str], generator: torch.Generator) -> None:
         """Add the names among `classes` that are new."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perpetune.heads.base import Head
+from perpetune.heads.base import Head, alone
 from perpetune.heads.cosine import Cosine
 
 
@@ -79,7 +79,11 @@ class NCM(Head):
     def additive(self) -> list[Tensor]:
         return [self.sums, self.counts]
 
+    def widen(self, dim: int) -> None:
+        super().widen(dim)
+        self.sums, self.means = self.sums.new_zeros(0, dim), self.means.new_zeros(0, dim)
+
     @torch.no_grad()
-    def settle(self) -> None:
+    def settle(self, total: Callable[[Tensor], Tensor] = alone) -> None:
         counts = self.counts.clamp(min=1).unsqueeze(1).to(self.sums)
         self.means = (self.sums / counts).to(self.means)

@@ -4,13 +4,32 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
+from perpetune.heads.base import Head
 from perpetune.models.base import Model
+from perpetune.pets import using
 from perpetune.protection.protection import Protection
 from perpetune.tasks import Task
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a method says of some inputs.
+
+    Attributes:
+        scores: `(B, C)` over its classes: its answer.
+        others: other ways in which it could answer, by name, each `(B, C)`; reported beside the answer.
+        gauges: numbers `(B,)` that say how it came to the answer, by name; their means are reported.
+    """
+
+    scores: Tensor
+    others: Mapping[str, Tensor] = field(default_factory=dict)
+    gauges: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Method(nn.Module, ABC):
@@ -30,6 +49,8 @@ class Method(nn.Module, ABC):
     def __init__(self, model: Model):
         super().__init__()
         self.model = model
+        self.pet: str | None = None
+        """The set of pets that is in force at prediction; None is the frozen net."""
         self.protection: Protection | None = None
         """What keeps old answers as they are, where the recipe has a `protect:` section."""
 
@@ -42,9 +63,24 @@ class Method(nn.Module, ABC):
     def learn(self, task: Task) -> None:
         """Learn from `task`; called once per task, in order. Usually calls `perpetune.fit.fit`, inside `training`."""
 
-    @abstractmethod
     def predict(self, inputs: Tensor) -> Tensor:
         """Scores `(B, C)` over `classes` for images, uint8 `(B, 3, H, W)`."""
+        with using(self.model, self.pet):
+            return self.model.predict(inputs)
+
+    def answers(self, inputs: Tensor) -> Answers:
+        """`predict`, with what else is worth measuring of it."""
+        return Answers(self.predict(inputs))
+
+    def features(self, inputs: Tensor) -> Tensor:
+        """Features `(B, D)` as at prediction, by which their drift is measured."""
+        with using(self.model, self.pet):
+            return self.model.features(inputs)
+
+    def facts(self) -> dict[str, Any]:
+        """What is worth reporting of the task just learned, in JSON's types: by default that of its heads, by name."""
+        heads = {name: m for name, m in self.named_modules() if isinstance(m, Head)}
+        return {name: facts for name, m in heads.items() if (facts := m.facts())}
 
     def observe(self, inputs: Tensor) -> None:
         """One pass of the model as at prediction, so that what protection watches is seen."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 from perpetune.fit import FitConfig, fit
 from perpetune.methods.base import Method, training
 from perpetune.models.classifier import ImageClassifier, Mask
-from perpetune.pets import parameters, remove, slots, using
+from perpetune.pets import copy_set, parameters, pets, remove, slots, using
 from perpetune.tasks import Batch, Task
 
 PROTECTED = "protected"  # the set of pets that holds the protected copy while a free one is trained
@@ -74,10 +73,6 @@ class FineTune(Method):
         with using(self.model, self.pet):
             return self.model.loss(task, batch)
 
-    def predict(self, inputs: Tensor) -> Tensor:
-        with using(self.model, self.pet):
-            return self.model.predict(inputs)
-
     @torch.no_grad()
     def _merge(
         self, task: Task, pet: str, before: Sequence[Tensor], groups: list[tuple[list[nn.Parameter], float]]
@@ -85,9 +80,9 @@ class FineTune(Method):
         """Train a free copy from where the task began, and average it with the protected one."""
         share = 1 / (task.index + 1) if self.merge == "falling" else self.merge
         epochs = self.merge_epochs or self.train_config.epochs
-        for _, slot in slots(self.model):
-            if pet in slot.pets:
-                slot.pets[PROTECTED] = copy.deepcopy(slot.pets[pet]).eval()
+        copy_set(self.model, pet, PROTECTED)
+        for copied in pets(self.model, PROTECTED):
+            copied.eval()  # what features are held near is without dropout
         try:
             free, protected = parameters(self.model, pet), parameters(self.model, PROTECTED)
             for p, start in zip(free, before, strict=True):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from perpetune.errors import UsageError
 from perpetune.methods.base import Method
 from perpetune.models.classifier import ImageClassifier
@@ -34,7 +32,3 @@ class Frozen(Method):
         self.model.grow(task)
         with using(self.model, None):
             self.model.summarise(task, self.batch_size)
-
-    def predict(self, inputs: Tensor) -> Tensor:
-        with using(self.model, None):
-            return self.model.predict(inputs)

@@ -8,15 +8,13 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-from torch import Tensor
-
 from perpetune.errors import UsageError
 from perpetune.fit import FitConfig
 from perpetune.methods.base import Method
 from perpetune.methods.finetune import FineTune
 from perpetune.models.classifier import ImageClassifier
 from perpetune.pets import PET, pets
-from perpetune.tasks import Examples, Task
+from perpetune.tasks import Examples, Task, deterministic
 
 
 class Joint(Method):
@@ -35,6 +33,7 @@ class Joint(Method):
         super().__init__(model)
         self.model: ImageClassifier = model
         self.inner = FineTune(model, train=train, mask="none")
+        self.pet = self.inner.pet
         self._start = [{k: v.clone() for k, v in pet.state_dict().items()} for pet in self._pets()]
 
     def learn(self, task: Task) -> None:
@@ -48,11 +47,8 @@ class Joint(Method):
         self.model.head.reset()
         self.inner.learn(union([*task.earlier, task]))
 
-    def predict(self, inputs: Tensor) -> Tensor:
-        return self.inner.predict(inputs)
-
     def _pets(self) -> list[PET]:
-        return pets(self.model, self.inner.pet) if self.inner.pet else []
+        return pets(self.model, self.pet) if self.pet else []
 
 
 def union(tasks: Sequence[Task]) -> Task:
@@ -69,6 +65,7 @@ class Together:
         self.parts = parts
         self.ends = list(accumulate(len(p) for p in parts))
         self.targets = [m[y] for p, m in zip(parts, maps, strict=True) for y in p.targets]
+        self.deterministic = all(deterministic(p) for p in parts)
 
     def __len__(self) -> int:
         return self.ends[-1]

@@ -15,7 +15,7 @@ from torch import nn
 from perpetune.errors import PerpetuneError, UsageError, closest
 from perpetune.models import from_timm, from_transformers
 from perpetune.models.backbone import Backbone
-from perpetune.models.families import MODULE_ROLES, places, roles
+from perpetune.models.families import LINEAR_ROLES, places, roles
 from perpetune.models.hub import one_line
 from perpetune.seeding import own_global_state
 
@@ -183,7 +183,7 @@ def _in_4bit(backbone: Backbone) -> Backbone:
     except ImportError as error:
         raise PerpetuneError(f"{backbone.spec}: load_in_4bit needs bitsandbytes: pip install bitsandbytes") from error
     backbone.quantised_from = f"nf4 of {backbone.fingerprint()}"
-    linears = [role for role in roles(backbone.net) if role not in MODULE_ROLES]
+    linears = [role for role in roles(backbone.net) if role in LINEAR_ROLES]
     for place in places(backbone.net, linears):
         old = place.module
         assert isinstance(old, nn.Linear)

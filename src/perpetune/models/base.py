@@ -26,6 +26,10 @@ class Model(nn.Module, ABC):
         """Mean training loss of a batch of `task`, a scalar."""
 
     @abstractmethod
+    def features(self, inputs: Tensor) -> Tensor:
+        """Features `(B, D)` of inputs, by the pet that is active."""
+
+    @abstractmethod
     def predict(self, inputs: Tensor) -> Tensor:
         """Scores `(B, C)` over `classes`."""
 

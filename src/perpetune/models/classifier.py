@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -84,24 +84,41 @@ class ImageClassifier(Model):
         scores: Tensor = self.head(self.features(inputs))
         return scores.float()
 
-    @torch.no_grad()
     def summarise(self, task: Task, batch_size: int) -> None:
-        if not self.head.statistics:
-            return
-        run = task.runtime
-        before = [t.clone() for t in self.head.additive()]
-        rows = self.head.rows(task.classes, run.device)
-        for batch in task.batches(batch_size):
-            with run.autocast():
-                features = self.features(batch.inputs)
-            self.head.observe(features.float(), rows[batch.targets])
-        if run.world > 1:
-            for total, old in zip(self.head.additive(), before, strict=True):
-                total.copy_(old + run.sum((total - old).to(run.device)).to(total.device))
-        self.head.settle()
+        if self.head.statistics:
+            learn_statistics(task, batch_size, [(self.head, lambda batch: self.features(batch.inputs))])
 
     def get_extra_state(self) -> dict[str, list[str]]:
         return {"seen": self.seen}
 
     def set_extra_state(self, state: dict[str, list[str]]) -> None:
         self.seen = list(state["seen"])
+
+
+@torch.no_grad()
+def learn_statistics(task: Task, batch_size: int, heads: Sequence[tuple[Head, Callable[[Batch], Tensor]]]) -> None:
+    """One pass over the task's training data, as for evaluation, for heads that learn from statistics.
+
+    Args:
+        task: its classes are known to every head.
+        batch_size: images at a time.
+        heads: each with the features `(B, D)` that it is shown of a batch.
+    """
+    run = task.runtime
+    counts = torch.bincount(torch.tensor(task.train.targets), minlength=len(task.classes))
+    rows = [head.rows(task.classes, run.device) for head, _ in heads]
+    for (head, _), places in zip(heads, rows, strict=True):
+        head.expect(torch.zeros(len(head.classes), dtype=torch.int64).index_add_(0, places.cpu(), counts))
+        for tensor in head.additive() if run.rank else ():
+            tensor.zero_()  # the first process has what was there before, and the others bring what is new
+    for batch in task.batches(batch_size):
+        for (head, features), places in zip(heads, rows, strict=True):
+            with run.autocast():
+                found = features(batch)
+            head.observe(found.float(), places[batch.targets])
+    for head, _ in heads:
+        head.flush()
+        for tensor in head.additive() if run.world > 1 else ():
+            for part in tensor.flatten().split(1 << 24):  # what is sent is a copy: not all of a large one at once
+                part.copy_(run.sum(part.to(run.device)))
+        head.settle(run.sum)

@@ -1,7 +1,7 @@
 """What each family of vision transformers calls its parts: the only place that knows.
 
-A row names, relative to a block, where each role is found. Where a family has variants (fused or
-separate qkv, plain or gated MLP) a role lists its alternatives, and the first that is there counts.
+A row names where each role is found: most relative to a block, some relative to the net. Where a family has
+variants (fused or separate qkv, plain or gated MLP) a role lists its alternatives, and the first that is there counts.
 """
 
 from __future__ import annotations
@@ -15,10 +15,25 @@ from torch import nn
 from perpetune.errors import UsageError
 from perpetune.pets.base import Place, Slot, submodule, walk
 
-__all__ = ["FAMILIES", "MODULE_ROLES", "Family", "Place", "call_linears", "family_of", "places", "roles"]
+__all__ = [
+    "FAMILIES",
+    "LINEAR_ROLES",
+    "MODULE_ROLES",
+    "OPERATIONS",
+    "Family",
+    "Place",
+    "call_linears",
+    "family_of",
+    "places",
+    "roles",
+]
 
-# Roles that stand for a whole submodule whose input and output are tokens; all others are linear layers.
+LINEAR_ROLES = ("q", "k", "v", "proj", "fc1", "gate", "fc2")
+# Roles that stand for a whole submodule whose input and output are tokens.
 MODULE_ROLES = ("attn", "mlp", "block")
+NORM_ROLES = ("norm1", "norm2", "norm")
+OPERATIONS = "operations"
+"""Stands for all roles of a net that are one operation each: its linear layers, norms and the patch embedding."""
 
 # A path in the block, and which third of its output rows when the linear is a fused qkv.
 Where = tuple[str, int | None]
@@ -33,12 +48,15 @@ class Family:
         classes: names of the net's class, one of which it or a base class of it has.
         blocks: path of the sequence of transformer blocks.
         roles: for each role, where it is found in a block; the first alternative that is there counts.
+        once: as `roles`, for what the net has once, relative to it: the convolution that embeds patches, and the
+            norm behind the last block.
     """
 
     name: str
     classes: tuple[str, ...]
     blocks: str
     roles: Mapping[str, tuple[Where, ...]]
+    once: Mapping[str, tuple[Where, ...]]
 
 
 _TIMM: dict[str, tuple[Where, ...]] = {
@@ -52,6 +70,14 @@ _TIMM: dict[str, tuple[Where, ...]] = {
     "attn": (("attn", None),),
     "mlp": (("mlp", None),),
     "block": (("", None),),
+    "norm1": (("norm1", None),),
+    "norm2": (("norm2", None),),
+}
+
+# Where features are means of patches, `norm` does nothing and the norm is that of the mean.
+_TIMM_ONCE: dict[str, tuple[Where, ...]] = {
+    "patch": (("patch_embed.proj", None),),
+    "norm": (("norm", None), ("fc_norm", None)),
 }
 
 _TRANSFORMERS: dict[str, tuple[Where, ...]] = {
@@ -65,16 +91,29 @@ _TRANSFORMERS: dict[str, tuple[Where, ...]] = {
     "attn": (("attention", None),),
     "mlp": (("mlp", None),),
     "block": (("", None),),
+    "norm1": (("norm1", None), ("layernorm_before", None)),
+    "norm2": (("norm2", None), ("layernorm_after", None)),
+}
+
+_TRANSFORMERS_ONCE: dict[str, tuple[Where, ...]] = {
+    "patch": (("embeddings.patch_embeddings.projection", None), ("embeddings.patch_embeddings", None)),
+    "norm": (("layernorm", None), ("norm", None)),
 }
 
 FAMILIES = (
-    Family("timm VisionTransformer", ("VisionTransformer", "VisionTransformerRelPos"), "blocks", _TIMM),
-    Family("timm Eva", ("Eva",), "blocks", _TIMM),
-    Family("timm Beit", ("Beit",), "blocks", _TIMM),
-    Family("transformers ViT", ("ViTModel", "ViTMSNModel"), "layers", _TRANSFORMERS),
-    Family("transformers DeiT", ("DeiTModel",), "layers", _TRANSFORMERS),
-    Family("transformers DINOv2", ("Dinov2Model", "Dinov2WithRegistersModel"), "encoder.layer", _TRANSFORMERS),
-    Family("transformers DINOv3", ("DINOv3ViTModel",), "model.layer", _TRANSFORMERS),
+    Family("timm VisionTransformer", ("VisionTransformer", "VisionTransformerRelPos"), "blocks", _TIMM, _TIMM_ONCE),
+    Family("timm Eva", ("Eva",), "blocks", _TIMM, _TIMM_ONCE),
+    Family("timm Beit", ("Beit",), "blocks", _TIMM, _TIMM_ONCE),
+    Family("transformers ViT", ("ViTModel", "ViTMSNModel"), "layers", _TRANSFORMERS, _TRANSFORMERS_ONCE),
+    Family("transformers DeiT", ("DeiTModel",), "layers", _TRANSFORMERS, _TRANSFORMERS_ONCE),
+    Family(
+        "transformers DINOv2",
+        ("Dinov2Model", "Dinov2WithRegistersModel"),
+        "encoder.layer",
+        _TRANSFORMERS,
+        _TRANSFORMERS_ONCE,
+    ),
+    Family("transformers DINOv3", ("DINOv3ViTModel",), "model.layer", _TRANSFORMERS, _TRANSFORMERS_ONCE),
 )
 
 
@@ -84,6 +123,13 @@ class LinearLike(Protocol):
 
     in_features: int
     out_features: int
+
+
+@runtime_checkable
+class NormLike(Protocol):
+    """What counts as a norm over the width of the tokens: torch's, timm's, anybody's."""
+
+    normalized_shape: Sequence[int]
 
 
 def family_of(net: nn.Module) -> tuple[str, Family]:
@@ -102,33 +148,45 @@ def family_of(net: nn.Module) -> tuple[str, Family]:
 
 
 def roles(net: nn.Module) -> tuple[str, ...]:
-    """The roles that the blocks of `net` have; UsageError for an unknown family."""
+    """The roles that the blocks of `net` have, then those of the net itself; UsageError for an unknown family."""
     _, blocks, family = _blocks(net)
-    return tuple(role for role in family.roles if _find(blocks[0], family, role) is not None)
+    return (*_has(blocks[0], family.roles), *_has(_transformer(net)[1], family.once))
 
 
 def places(net: nn.Module, roles: Sequence[str], blocks: Sequence[int] | None = None) -> list[Place]:
     """The submodules of `net` that play `roles` in `blocks` (None: all), block by block.
 
     Roles that share one linear layer share one place with several parts. Negative block numbers
-    count from the end.
+    count from the end. What the net has once comes last, whatever `blocks` are asked for; its block is -1.
+    The role `operations` stands for every linear layer, norm and patch embedding that the net has.
 
     Raises:
         UsageError: a net of unknown family, a role it lacks, or a block it does not have.
     """
     start, modules, family = _blocks(net)
+    path, transformer = _transformer(net)
+    if OPERATIONS in roles:
+        there = (*_has(modules[0], family.roles), *_has(transformer, family.once))
+        roles = [*(r for r in roles if r != OPERATIONS), *(r for r in there if r not in MODULE_ROLES)]
+    once = [r for r in family.once if r in roles]
+    roles = [r for r in roles if r not in once]
     found: list[Place] = []
     for block in range(len(modules)) if blocks is None else _checked(blocks, len(modules)):
         at: dict[str, list[tuple[str, int | None, nn.Module]]] = {}
         for role in [r for r in family.roles if r in roles] + [r for r in roles if r not in family.roles]:
-            where = _find(modules[block], family, role)
+            where = _find(modules[block], family.roles, role)
             if where is None:
-                has = [r for r in family.roles if _find(modules[block], family, r) is not None]
+                has = (*_has(modules[block], family.roles), *_has(transformer, family.once))
                 raise UsageError(f"{family.name}: block {block} has no role {role!r}; it has {', '.join(has)}")
             at.setdefault(where[0], []).append((role, *where[1:]))
-        for path, played in at.items():
-            full = f"{start}.{block}.{path}" if path else f"{start}.{block}"
+        for inner, played in at.items():
+            full = f"{start}.{block}.{inner}" if inner else f"{start}.{block}"
             found.append(_place(full, played, block, modules, family))
+    for role in once:
+        where = _find(transformer, family.once, role)
+        if where is None:
+            raise UsageError(f"{family.name}: {type(transformer).__name__} has no role {role!r} that a pet can go to")
+        found.append(_place(f"{path}.{where[0]}" if path else where[0], [(role, *where[1:])], -1, modules, family))
     return found
 
 
@@ -155,12 +213,35 @@ def _blocks(net: nn.Module) -> tuple[str, list[nn.Module], Family]:
     return start, [m for m in modules if m is not None], family
 
 
-def _find(block: nn.Module, family: Family, role: str) -> tuple[str, int | None, nn.Module] | None:
-    for path, third in family.roles.get(role, ()):
-        module = submodule(block, path)
-        if module is not None and (role in MODULE_ROLES or isinstance(module, LinearLike)):
-            return path, third, module
+def _transformer(net: nn.Module) -> tuple[str, nn.Module]:
+    """The transformer in `net`, and its path."""
+    path, _ = family_of(net)
+    module = submodule(net, path)
+    assert module is not None
+    return path, module
+
+
+def _find(
+    module: nn.Module, table: Mapping[str, tuple[Where, ...]], role: str
+) -> tuple[str, int | None, nn.Module] | None:
+    for path, third in table.get(role, ()):
+        found = submodule(module, path)
+        if found is not None and _fits(found, role):
+            return path, third, found
     return None
+
+
+def _has(module: nn.Module, table: Mapping[str, tuple[Where, ...]]) -> tuple[str, ...]:
+    return tuple(role for role in table if _find(module, table, role) is not None)
+
+
+def _fits(module: nn.Module, role: str) -> bool:
+    """Whether it is of the kind that plays the role: a family may have `Identity` where another has a norm."""
+    if role in NORM_ROLES:
+        return isinstance(module, NormLike)
+    if role == "patch":
+        return isinstance(module, nn.Conv2d)
+    return role in MODULE_ROLES or isinstance(module, LinearLike)
 
 
 def _place(
@@ -171,6 +252,11 @@ def _place(
     if names[0] in MODULE_ROLES:
         width = _width(modules[block], family)
         return Place(path, module, names, (), block, width, width, _heads(modules[block], family), len(modules))
+    if isinstance(module, nn.Conv2d):
+        return Place(path, module, names, (), block, module.in_channels, module.out_channels)
+    if isinstance(module, NormLike):
+        width = module.normalized_shape[-1]
+        return Place(path, module, names, (), block, width, width)
     assert isinstance(module, LinearLike)
     rows, third = module.out_features, module.out_features // 3
     parts = sorted((0, rows) if nth is None else (nth * third, (nth + 1) * third) for _, nth, _ in played)
@@ -180,14 +266,14 @@ def _place(
 def _width(block: nn.Module, family: Family) -> int:
     """Width of the tokens that the block, its attention and its MLP take in and give out."""
     for role in ("q", "fc1"):
-        if (found := _find(block, family, role)) is not None and isinstance(found[2], LinearLike):
+        if (found := _find(block, family.roles, role)) is not None and isinstance(found[2], LinearLike):
             return found[2].in_features
     raise UsageError(f"{family.name}: the block has neither a q nor an fc1 that is a linear layer")
 
 
 def _heads(block: nn.Module, family: Family) -> int:
     """Heads of the block's attention; 0 where it does not say."""
-    found = _find(block, family, "attn")
+    found = _find(block, family.roles, "attn")
     for source in (found[2], getattr(found[2], "config", None)) if found is not None else ():
         for name in ("num_heads", "num_attention_heads"):
             if isinstance(heads := getattr(source, name, None), int):

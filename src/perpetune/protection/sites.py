@@ -56,13 +56,18 @@ def called(path: str) -> str:
     return path or "the model"
 
 
-def pet_sites(model: nn.Module, conditions: Conditions) -> tuple[list[Watched], list[nn.Parameter], list[nn.Parameter]]:
-    """The sites of every PET in `model`; the PETs' parameters that are at none; those that are meant to be free."""
+def pet_sites(
+    model: nn.Module, conditions: Conditions, only: str | None = None
+) -> tuple[list[Watched], list[nn.Parameter], list[nn.Parameter]]:
+    """The sites of every PET in `model`; the PETs' parameters that are at none; those that are meant to be free.
+
+    `only`: the set of PETs that counts; None is all.
+    """
     found: list[Watched] = []
     loose: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for path, slot in slots(model):
-        for name in slot.pets:
+        for name in slot.pets if only is None else [only] if only in slot.pets else []:
             pet = slot.pet(name)
             sites = pet.sites(conditions)
             found += [Watched(f"{called(path)}/{name}/{site.name}", site, pet) for site in sites]

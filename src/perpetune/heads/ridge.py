@@ -1,0 +1,300 @@
+"""Ridge regression of classes on features, from sums that only grow."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from perpetune.errors import PerpetuneError
+from perpetune.heads.base import Head, alone
+from perpetune.heads.cosine import Cosine
+from perpetune.numerics import ridge
+from perpetune.seeding import generator
+
+BUFFER = 2048  # rows that are added to the sums at a time, so that the large matrix is gone over seldom
+SAMPLE = 256  # examples of a task by which the scale is calibrated
+SCALES = tuple(10 ** (i / 20) for i in range(61))  # 1 to 1000
+SUMS = ("packed", "cross", "counts", "mass")  # buffers that stay in their type, whatever the rest becomes
+
+
+class Ridge(Head):
+    """Linear regression of one-hot classes on random features `relu(f P)`, with an L2 penalty.
+
+    Kept are the matrices `G = Σ h hᵀ (M, M)` and `Q = Σ h yᵀ (M, C)` in float64; the weights solve
+    `(G + λI) W = Q` after every task. With features that stay what they are the result is that of a regression on all
+    data at once, for any order of tasks and batches: RanPAC, McDonnell et al. 2023, arXiv:2307.02251. `λ` is chosen
+    after each task on all data so far, from the sums alone, by generalised cross-validation. While features are
+    trained, a cosine probe gives the logits; it takes no part in the prediction.
+
+    Args:
+        projection: `M`, the number of random features; 0 takes the features themselves. Its matrix is drawn from a
+            seed, which is all that is stored of it. `G` takes `4 M²` bytes on disk.
+        penalty: `λ` as a share of `tr G / M`, which makes it free of scale; `chosen` by cross-validation.
+        balance: examples weigh in inverse proportion to their class's number of examples in their task, so that
+            frequent classes do not win by number.
+        scale: factor on the scores, the inverse temperature of the probabilities that users see and of mixtures;
+            `calibrated` on the exact leave-one-out scores of up to 256 training examples of the last task. Which class
+            wins does not depend on it.
+        probe_scale: σ of the probe.
+        learn_scale: train σ too.
+
+    Raises:
+        PerpetuneError: features are not finite; nothing is added to the sums then.
+    """
+
+    statistics: ClassVar[bool] = True
+    projected: Tensor
+    packed: Tensor
+    cross: Tensor
+    counts: Tensor
+    mass: Tensor
+    weight: Tensor
+    chosen: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        projection: Annotated[int, Field(ge=0)] = 2000,
+        penalty: Annotated[float, Field(gt=0)] | Literal["chosen"] = "chosen",
+        balance: bool = False,
+        scale: Annotated[float, Field(gt=0)] | Literal["calibrated"] = "calibrated",
+        probe_scale: Annotated[float, Field(gt=0)] = 16.0,
+        learn_scale: bool = False,
+    ):
+        super().__init__(dim)
+        self.projection, self.penalty, self.balance, self.given_scale = projection, penalty, balance, scale
+        self.probe = Cosine(dim, scale=probe_scale, learn_scale=learn_scale)
+        self.seed: int | None = None
+        for name in (*SUMS, "weight", "chosen", "scale"):
+            self.register_buffer(name, torch.empty(0))
+        self.register_buffer("projected", torch.empty(0), persistent=False)
+        self._forget()
+
+    @property
+    def width(self) -> int:
+        """`M`: of the rows that are regressed on."""
+        return self.projection or self.dim
+
+    # -- scores ---------------------------------------------------------------------------------------
+
+    def forward(self, features: Tensor) -> Tensor:
+        with torch.autocast(features.device.type, enabled=False):
+            scores = self.scale * (self.expand(features) @ self.weight)
+        return scores.masked_fill(self.counts == 0, -torch.inf)
+
+    def expand(self, features: Tensor) -> Tensor:
+        """Rows `(B, M)` of features `(B, D)`, float32.
+
+        A GPU may use TF32 here if it is told to: the same in training and prediction, so no sum is spoiled by it.
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            return F.relu(features.float() @ self.projected) if self.projection else features.float()
+
+    def logits(self, features: Tensor) -> Tensor:
+        logits: Tensor = self.probe(features)
+        return logits
+
+    # -- growing --------------------------------------------------------------------------------------
+
+    def per_class(self) -> list[nn.Parameter]:
+        return self.probe.per_class()
+
+    def widen(self, dim: int) -> None:
+        super().widen(dim)
+        self._forget()
+
+    def reset(self) -> None:
+        super().reset()
+        self.probe.reset()
+        self._forget()
+
+    def resize(self, rows: int, generator: torch.Generator) -> None:
+        if self.seed is None and rows:
+            self._draw(generator.initial_seed())
+        more = rows - len(self.counts)
+        self.cross = F.pad(self.cross, (0, more))
+        self.counts = F.pad(self.counts, (0, more))
+        self.weight = F.pad(self.weight, (0, more))
+        self.probe.resize(rows, generator)
+
+    def _forget(self) -> None:
+        device = self.probe.weight.device
+        self.seed = None
+        self.packed = torch.zeros(0, dtype=torch.float64, device=device)  # made when there is something to sum
+        self.cross = torch.zeros(self.width, 0, dtype=torch.float64, device=device)
+        self.counts = torch.zeros(0, dtype=torch.int64, device=device)
+        self.mass = torch.zeros((), dtype=torch.float64, device=device)
+        self.weight = torch.zeros(self.width, 0, device=device)
+        self.chosen = torch.zeros((), dtype=torch.float64, device=device)
+        self.scale = torch.tensor(1.0 if isinstance(self.given_scale, str) else self.given_scale, device=device)
+        self.projected = torch.empty(0, device=device)
+        self._clear()
+        self._facts: dict[str, Any] = {}
+
+    def _draw(self, seed: int) -> None:
+        self.seed = seed
+        if self.projection:
+            drawn = torch.randn(self.dim, self.width, generator=generator("ridge", seed)) / math.sqrt(self.dim)
+            self.projected = drawn.to(self.probe.weight.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Ridge:
+        # Sums keep float64 and go where the rest goes; but Apple's GPUs have no float64, and `meta` no values.
+        kept = {name: self._buffers.pop(name) for name in (*SUMS, "chosen")}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = self.probe.weight.device
+        for name, tensor in kept.items():
+            assert tensor is not None
+            self._buffers[name] = tensor if device.type == "mps" else tensor.to(device)
+        return self
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {**super().get_extra_state(), "seed": self.seed, "summed": bool(len(self.packed))}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        if state["seed"] != self.seed:
+            self._forget()
+        if state["seed"] is not None and self.seed is None:
+            self._draw(int(state["seed"]))
+        if bool(state["summed"]) != bool(len(self.packed)):
+            self.packed = self.packed.new_zeros(ridge.packed_size(self.width) if state["summed"] else 0)
+        super().set_extra_state(state)
+
+    # -- statistics -----------------------------------------------------------------------------------
+
+    def additive(self) -> list[Tensor]:
+        return [self.packed, self.cross, self.counts, self.mass]
+
+    def _clear(self) -> None:
+        """Nothing of a task's examples is kept once they are summed up."""
+        self._rows: list[Tensor] = []
+        self._targets: list[Tensor] = []
+        self._sample: list[tuple[Tensor, Tensor]] = []
+        self._row_weights = torch.empty(0)
+        self._flushed, self._seen, self._every, self._whole = 0, 0, 1, False
+
+    @torch.no_grad()
+    def expect(self, counts: Tensor) -> None:
+        self._clear()
+        total, present = int(counts.sum()), int((counts > 0).sum())
+        if not len(self.packed):
+            self.packed = self.packed.new_zeros(ridge.packed_size(self.width))
+        # Alone and few, rows are solved as they are: a decomposition of their kernel costs less than factors of G.
+        self._whole = int(self.counts.sum()) == 0 and 0 < total <= self.width // 3
+        self._every = max(1, math.ceil(total / SAMPLE))
+        ideal = total / max(present, 1)
+        weights = ideal / counts.clamp(min=1).double() if self.balance else torch.ones(len(counts)).double()
+        self._row_weights = weights.to(self.packed.device)
+
+    @torch.no_grad()
+    def observe(self, features: Tensor, rows: Tensor) -> None:
+        there = self.packed.device
+        found, targets = self.expand(features).to(there), rows.to(there)
+        if not torch.isfinite(found).all():
+            bad = ~torch.isfinite(found).all(1)
+            name = self.classes[int(targets[bad][0])]
+            self._clear()
+            raise PerpetuneError(
+                f"head: ridge: features of an image of class {name} are not finite: the features were spoiled in "
+                "training; lower train.lr or set train.clip"
+            )
+        picked = torch.arange(self._seen, self._seen + len(found), device=there) % self._every == 0
+        self._sample.append((found[picked], targets[picked]))
+        self._seen += len(found)
+        self._rows.append(found)
+        self._targets.append(targets)
+        if sum(map(len, self._rows)) - self._flushed >= BUFFER:
+            self.flush()
+
+    @torch.no_grad()
+    def flush(self) -> None:
+        if not self._rows:
+            return
+        rows, targets = torch.cat(self._rows), torch.cat(self._targets)
+        new, of = rows[self._flushed :], targets[self._flushed :]
+        weights = self._row_weights[of]
+        ridge.add_gram(self.packed, new, weights if self.balance else None)
+        for part, its, share in zip(new.split(BUFFER), of.split(BUFFER), weights.split(BUFFER), strict=True):
+            self.cross.index_add_(1, its, (part.to(self.cross) * share[:, None]).mT)
+        self.counts += torch.bincount(of, minlength=len(self.counts))
+        self.mass += weights.sum()
+        self._rows, self._targets = ([rows], [targets]) if self._whole else ([], [])
+        self._flushed = len(rows) if self._whole else 0
+
+    @torch.no_grad()
+    def settle(self, total: Callable[[Tensor], Tensor] = alone) -> None:
+        count = int(self.counts.sum())
+        if count == 0:
+            self._clear()
+            return
+        unit = ridge.trace(self.packed, self.width) / self.width
+        rows = self._rows[0] if self._rows else self.cross.new_empty(0, self.width)
+        dual = None
+        if len(rows) == count:
+            targets = self._targets[0]
+            weights = self._row_weights[targets] if self.balance else None
+            dual = ridge.Dual(rows, targets, len(self.counts), weights)
+            solve = dual.fit
+        else:
+            solve = functools.partial(ridge.primal, self.packed, self.cross, count, float(self.mass))
+        if self.penalty == "chosen":
+            start = float(self.chosen)
+            fit, tries = ridge.choose(solve, unit, start if start > 0 else None)
+        else:
+            fit, tries = solve(self.penalty * unit), 1
+        self.weight = fit.weights.to(self.weight)
+        self.chosen.fill_(fit.penalty)
+        if self.given_scale == "calibrated":
+            self._calibrate(fit, dual, total)
+        self._facts = {
+            "kind": "ridge",
+            "rows": count,
+            "dim": self.width,
+            "penalty": fit.penalty,
+            "share": fit.penalty / unit,
+            "gcv": fit.gcv if math.isfinite(fit.gcv) else None,
+            "freedom": fit.freedom,
+            "scale": float(self.scale),
+            "solver": "primal" if dual is None else "dual",
+            "factorisations": tries,
+            "bytes": sum(t.numel() * t.element_size() for t in self.additive()),
+            "warning": self._warning(count),
+        }
+        self._clear()
+
+    def facts(self) -> dict[str, Any]:
+        return self._facts
+
+    def _warning(self, count: int) -> str | None:
+        """Where as many rows as random features are met, weights interpolate, and errors peak under a small penalty."""
+        if not 0.8 <= count / self.width <= 1.25:
+            return None
+        cure = "the penalty chosen guards against it" if self.penalty == "chosen" else "set penalty: chosen"
+        return (
+            f"head ridge has seen {count} examples with a projection of {self.width}: near-equal numbers are where a "
+            f"regression overfits most; {cure}, or choose a projection well below or above"
+        )
+
+    def _calibrate(self, fit: ridge.Fit, dual: ridge.Dual | None, total: Callable[[Tensor], Tensor]) -> None:
+        """The scale at which scores that examples would get if they alone had not been learned are likeliest."""
+        rows = torch.cat([r for r, _ in self._sample]) if self._sample else self.cross.new_empty(0, self.width)
+        targets = torch.cat([t for _, t in self._sample]) if self._sample else self.counts.new_empty(0)
+        if dual is not None:
+            held_out = dual.leave_one_out(fit.penalty)[:: self._every]
+        elif fit.factor is not None and len(rows):
+            weights = self._row_weights[targets] if self.balance else None
+            held_out = ridge.leave_one_out(fit.factor, fit.weights, rows, targets, weights)
+        else:
+            held_out = fit.weights.new_empty(0, len(self.counts))
+        held_out = held_out.masked_fill(self.counts == 0, -torch.inf)
+        losses = torch.stack([F.cross_entropy(held_out * s, targets, reduction="sum") for s in SCALES])
+        losses = total(losses.float().to(self.probe.weight.device))  # float32, which every device has
+        self.scale.fill_(SCALES[int(losses.argmin())])

@@ -1,0 +1,73 @@
+"""Tune on the first task, then keep the features and learn classes from statistics."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from perpetune.errors import UsageError
+from perpetune.fit import FitConfig, fit
+from perpetune.methods.base import Method, training
+from perpetune.models.classifier import ImageClassifier, learn_statistics
+from perpetune.pets import parameters, slots, using
+from perpetune.tasks import Batch, Task
+
+
+class FirstSession(Method):
+    """The pet is trained on the first task alone; later tasks only add to the statistics of the head.
+
+    With head `ridge` this is RanPAC, McDonnell et al. 2023, arXiv:2307.02251; with `ncm` and `concat` it is APER
+    (once called ADAM), Zhou et al. 2023, arXiv:2303.07338. Features never change again, so nothing is forgotten.
+
+    Args:
+        model: with a pet injected under the name `default`, and a head of statistics.
+        train: how the first task is trained.
+        concat: the head sees `[f; f']`, features of the frozen model beside tuned ones: two forward passes.
+
+    Raises:
+        UsageError: there is no pet, or the head can only be trained by gradient.
+    """
+
+    def __init__(self, model: ImageClassifier, *, train: FitConfig, concat: bool = False):
+        super().__init__(model)
+        self.model: ImageClassifier = model
+        need_statistics("first_session", model)
+        self.train_config, self.concat, self.pet = train, concat, "default"
+        if concat:
+            model.head.widen(2 * model.head.dim)
+
+    def learn(self, task: Task) -> None:
+        self.model.grow(task)
+        config = self.train_config
+        if task.index == 0:
+            groups = [
+                (parameters(self.model, "default"), config.lr),
+                (list(self.model.head.parameters()), config.head_lr or config.lr),
+            ]
+            with training(self.model):
+                fit(self.loss, groups, task, config)
+        learn_statistics(task, config.batch_size, [(self.model.head, lambda batch: self.features(batch.inputs))])
+
+    def loss(self, task: Task, batch: Batch) -> Tensor:
+        with using(self.model, self.pet):
+            return self.model.loss(task, batch)
+
+    def features(self, inputs: Tensor) -> Tensor:
+        tuned = super().features(inputs)
+        if not self.concat:
+            return tuned
+        with using(self.model, None):
+            return torch.cat([self.model.features(inputs), tuned], dim=-1)
+
+    def predict(self, inputs: Tensor) -> Tensor:
+        scores: Tensor = self.model.head(self.features(inputs))
+        return scores.float()
+
+
+def need_statistics(method: str, model: ImageClassifier) -> None:
+    """UsageError unless the model has a pet called `default` and a head that learns from statistics."""
+    if not any("default" in slot.pets for _, slot in slots(model)):
+        raise UsageError(f"method: {method} trains a pet, and there is none: name one, or use method: frozen")
+    if not model.head.statistics:
+        name = type(model.head).__name__.lower()
+        raise UsageError(f"method: {method} learns classes from statistics, head {name} does not: use ridge or ncm")

@@ -1,0 +1,220 @@
+"""A slow learner for what the pretrained model knows, a fast one for what is new, mixed by how sure they are."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from perpetune.errors import UsageError
+from perpetune.fit import FitConfig, fit
+from perpetune.heads import Cosine, Head
+from perpetune.methods.base import Answers, Method, training
+from perpetune.methods.first_session import need_statistics
+from perpetune.models.classifier import ImageClassifier, Mask, learn_statistics
+from perpetune.numerics.alignment import correlation_losses, cosine_distance
+from perpetune.numerics.mixing import mix
+from perpetune.pets import copy_set, parameters, using
+from perpetune.tasks import Batch, Task, deterministic, evaluation_batches
+
+FAST, SLOW = "default", "slow"  # two sets of pets around one backbone
+
+Weight = Annotated[float, Field(ge=0)]
+
+
+class Safe(Method):
+    """SAFE, Zhao et al. 2024, arXiv:2411.02175, as the paper means it (its released code differs, docs/design.md).
+
+    On the first task the slow learner is trained beside a loss that ties its features to the pretrained model's; then
+    it is frozen. The fast learner starts as its copy and is trained on each later task, its features and its cosine
+    classifier tied to the slow one's. Each has a head of statistics of its own (`ridge`, with which the paper
+    predicts, or `ncm`), and their scores are mixed by entropy. While features are trained, the heads' cosine probes
+    are the classifiers W of the paper.
+
+    The correlation of the transfer loss is that of a process's micro-batch.
+
+    Args:
+        model: with a pet injected under the name `default`, and a head of statistics that has a probe.
+        train: how the slow learner is trained, on the first task.
+        later: how the fast learner is trained, on each later one.
+        diagonal, rest: weights of `Σ_i (C_ii − 1)²` and `Σ_{i≠j} C_ij²` in the slow learner's loss.
+        align: weight of the mean of `1 − cos(fast, slow)` over a batch. The released code sums over the batch: its 1.0
+            at batch size 48 is 48 here.
+        cross: weight of the two cross-classification losses.
+        sharpness: γ of the mixture; 0 is the plain mean of the scores.
+        mask: the classes among which the fast learner's loss compares; see `ImageClassifier`.
+
+    Raises:
+        UsageError: there is no pet, or no head of statistics with a probe.
+    """
+
+    def __init__(
+        self,
+        model: ImageClassifier,
+        *,
+        train: FitConfig,
+        later: FitConfig,
+        diagonal: Weight = 0.01,
+        rest: Weight = 10.0,
+        align: Weight = 48.0,
+        cross: Weight = 1.0,
+        sharpness: Weight = 1.0,
+        mask: Mask = "seen",
+    ):
+        super().__init__(model)
+        self.model: ImageClassifier = model
+        need_statistics("safe", model)
+        self._probe(model.head)
+        self.train_config, self.later, model.mask = train, later, mask
+        self.diagonal, self.rest, self.align, self.cross = diagonal, rest, align, cross
+        self.sharpness, self.pet, self.tasks = sharpness, FAST, 0
+        copy_set(model, FAST, SLOW)
+        self.slow = copy.deepcopy(model.head)
+
+    # -- learning ---------------------------------------------------------------------------------------
+
+    def learn(self, task: Task) -> None:
+        known = len(self.model.classes)
+        self.model.grow(task)
+        if task.index == 0:
+            self._learn_slow(task)
+        else:
+            self.slow.grow(task.classes, task.generator("head"))
+            self._learn_fast(task, known)
+        self.tasks = task.index + 1
+
+    def _learn_slow(self, task: Task) -> None:
+        config = self.train_config
+        keep = deterministic(task.train) and config.epochs > 1
+        table = self._table(task, None, config.batch_size) if keep else None
+        with training(self.model):
+            fit(partial(self.slow_loss, table=table), self._trained(config), task, config, phase="slow")
+        copy_set(self.model, FAST, SLOW)
+        head = self.model.head
+        learn_statistics(task, config.batch_size, [(head, lambda batch: self.features(batch.inputs))])
+        self.slow = copy.deepcopy(head)
+
+    def _learn_fast(self, task: Task, known: int) -> None:
+        config = self.later
+        slow = self._table(task, SLOW, config.batch_size)
+        self._imprint(task, slow, known)
+        table = slow if deterministic(task.train) else None
+        with training(self.model):
+            loss = partial(self.fast_loss, table=table, known=known)
+            fit(loss, self._trained(config), task, config, phase="fast")
+        heads: list[tuple[Head, Callable[[Batch], Tensor]]] = [
+            (self.model.head, lambda batch: self.features(batch.inputs)),
+            (self.slow, lambda batch: slow[_numbers(batch)]),
+        ]
+        learn_statistics(task, config.batch_size, heads)
+
+    def slow_loss(self, task: Task, batch: Batch, table: Tensor | None = None) -> Tensor:
+        """`CE + λ_diag L_diag + λ_rdn L_rdn`; `table` holds the pretrained model's features of the task's images."""
+        with using(self.model, FAST):
+            features = self.model.features(batch.inputs)
+        diagonal, rest = correlation_losses(features.float(), self._taught(batch, None, table))
+        loss = self.model.head_loss(task, features, batch.targets)
+        return loss + self.diagonal * diagonal + self.rest * rest
+
+    def fast_loss(self, task: Task, batch: Batch, table: Tensor | None = None, known: int = 0) -> Tensor:
+        """`CE + λ_cos L_cos + λ_cc (L_s2f + L_f2s)`; `known`: classes before this task, whose rows are prototypes."""
+        with using(self.model, FAST):
+            features = self.model.features(batch.inputs)
+        taught = self._taught(batch, SLOW, table)
+        loss = self.model.head_loss(task, features, batch.targets)
+        loss = loss + self.align * cosine_distance(features.float(), taught)
+        if self.cross == 0:
+            return loss
+        fast, slow = self._probe(self.model.head), self._probe(self.slow)
+        own = self.model.head.rows(task.classes, batch.targets.device)[batch.targets]
+        rows = torch.cat([torch.arange(known, device=own.device), own])
+        s2f = F.cross_entropy(fast(torch.cat([slow.weight[:known], F.normalize(taught, dim=-1)])), rows)
+        normed = F.normalize(features.float(), dim=-1)
+        f2s = F.cross_entropy(slow(torch.cat([F.normalize(fast.weight[:known], dim=-1), normed])), rows)
+        return loss + self.cross * (s2f + f2s)
+
+    def _trained(self, config: FitConfig) -> list[tuple[list[torch.nn.Parameter], float]]:
+        head = list(self.model.head.parameters())
+        return [(parameters(self.model, FAST), config.lr), (head, config.head_lr or config.lr)]
+
+    def _taught(self, batch: Batch, pet: str | None, table: Tensor | None) -> Tensor:
+        """The teacher's features of a batch: looked up where they are known, as nothing about the images is drawn."""
+        if table is not None:
+            return table[_numbers(batch)]
+        with torch.no_grad(), using(self.model, pet):
+            return self.model.features(batch.inputs).float()
+
+    @torch.no_grad()
+    def _table(self, task: Task, pet: str | None, batch_size: int) -> Tensor:
+        """Features `(N, D)` of all training images of the task by one set of pets, as they look at evaluation.
+
+        They are made in one fixed order, so that a resumed run has the same bits.
+        """
+        run = task.runtime
+        table = torch.zeros(len(task.train), self.model.backbone.dim, device=run.device)
+        with using(self.model, pet):
+            for batch in evaluation_batches(task.train, batch_size, run):
+                with run.autocast():
+                    table[_numbers(batch)] = self.model.features(batch.inputs).float()
+        return run.sum(table)  # each process has filled in its share
+
+    @torch.no_grad()
+    def _imprint(self, task: Task, features: Tensor, known: int) -> None:
+        """Rows of new classes, in both classifiers: the mean of the class's normalised slow features.
+
+        They get the length of the other rows, so that the first steps turn them no faster than those.
+        """
+        rows = self.model.head.rows(task.classes, features.device)
+        rows = rows[torch.tensor(task.train.targets, device=features.device)]
+        for head in (self.model.head, self.slow):
+            weight = self._probe(head).weight
+            sums = torch.zeros_like(weight).index_add_(0, rows, F.normalize(features, dim=-1).to(weight))
+            means = F.normalize(sums[known:], dim=-1) * weight[:known].norm(dim=-1).mean()
+            weight[known:] = torch.where(sums[known:].any(-1, keepdim=True), means, weight[known:])
+
+    @staticmethod
+    def _probe(head: Head) -> Cosine:
+        probe = getattr(head, "probe", None)
+        if not isinstance(probe, Cosine):
+            name = type(head).__name__.lower()
+            raise UsageError(f"method: safe needs a head with a cosine probe, {name} has none: use head: ridge or ncm")
+        return probe
+
+    # -- prediction -------------------------------------------------------------------------------------
+
+    def predict(self, inputs: Tensor) -> Tensor:
+        return self.answers(inputs).scores
+
+    def answers(self, inputs: Tensor) -> Answers:
+        """The mixture, the answers of each learner, and the weight of the fast one."""
+        with using(self.model, FAST):
+            fast = self.model.predict(inputs)
+        slow = fast
+        if self.tasks > 1:  # until then they are the same
+            with using(self.model, SLOW):
+                slow = self.slow(self.model.features(inputs)).float()
+        mixed, share = mix(fast, slow, self.sharpness)
+        return Answers(mixed, {"slow": slow, "fast": fast}, {"weight of the fast learner": share})
+
+    def observe(self, inputs: Tensor) -> None:
+        self.features(inputs)  # what protection watches are the pets that are trained
+
+    def facts(self) -> dict[str, Any]:
+        return {"fast": self.model.head.facts(), "slow": self.slow.facts()}
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"tasks": self.tasks}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.tasks = int(state["tasks"])
+
+
+def _numbers(batch: Batch) -> Tensor:
+    assert batch.numbers is not None
+    return batch.numbers
