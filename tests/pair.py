@@ -13,10 +13,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from test_evaluate import SAID, Says, task_of
+
 from perpetune.errors import Interrupted, UsageError
+from perpetune.evaluate import evaluate
 from perpetune.learner import Learner
 from perpetune.runtime import Runtime, Silent
 from perpetune.snapshot import snapshot
+from perpetune.tasks import Part
 
 
 class StopAt(Silent):
@@ -72,6 +76,9 @@ def main(folder: Path) -> None:
             file: sha256(content).hexdigest() for file, content in snapshot(learner.method).items()
         }
         seen["device"] = str(learner.runtime.device)
+    seen["answers"] = [
+        evaluate(Says("abcd"), task_of("ab", Part(SAID, range(n))), setting="class", batch_size=2) for n in range(1, 6)
+    ]
     try:
         Learner(next(iter(recipes.values())))
     except UsageError as error:

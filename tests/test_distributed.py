@@ -20,10 +20,13 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from test_evaluate import SAID, Says, task_of
 from tiny import recipe, split_folder, vit_folder
 
+from perpetune.evaluate import evaluate
 from perpetune.learner import Learner
 from perpetune.state import State
+from perpetune.tasks import Part
 
 BIN = Path(sys.executable).parent
 
@@ -81,6 +84,7 @@ def assert_same(found: Path, expected: Path) -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * scale, msg=name)
     for one, other in zip(metrics(found), metrics(expected), strict=True):
         assert one["cells"] == other["cells"]
+        assert one.get("drift") == pytest.approx(other.get("drift"), abs=1e-4)
         certificates, wanted = one.get("protection", []), other.get("protection", [])
         assert [figures(c, None) for c in certificates] == [figures(c, None) for c in wanted]
         for found_, wanted_ in zip(certificates, wanted, strict=True):
@@ -175,6 +179,15 @@ def test_one_process_tells_and_both_know_of_each_other(pair: Path) -> None:
     assert [s["world"] for s in seen(pair)] == [2, 2]
     assert [s["device"] for s in seen(pair)] == ["cpu", "cpu"]
     assert [set(s["told"].values()) for s in seen(pair)] == [{2}, {0}]
+
+
+def test_other_answers_and_gauges_are_of_all_processes(pair: Path) -> None:
+    """Also where the second has no image, and so does not know what the method has to tell."""
+    for n in range(1, 6):
+        one = evaluate(Says("abcd"), task_of("ab", Part(SAID, range(n))), setting="class", batch_size=2)
+        assert one is not None
+        assert one.keys() >= {"others", "gauges"}
+        assert [s["answers"][n - 1] for s in seen(pair)] == [one] * 2
 
 
 def test_a_signal_to_one_process_stops_both_and_both_go_on(pair: Path) -> None:

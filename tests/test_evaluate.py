@@ -16,9 +16,9 @@ from torch import Tensor
 
 from perpetune.check import Checker, Pictures, tiny_stream
 from perpetune.errors import Interrupted
-from perpetune.evaluate import Setting, evaluate
+from perpetune.evaluate import PROBE, Setting, evaluate, probe
 from perpetune.learner import Learner
-from perpetune.methods.base import Method
+from perpetune.methods.base import Answers, Method
 from perpetune.models.base import Model
 from perpetune.recipe import make_recipe
 from perpetune.runtime import Runtime
@@ -48,6 +48,9 @@ class Known(Model):
     def predict(self, inputs: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def features(self, inputs: Tensor) -> Tensor:
+        raise NotImplementedError
+
     def summarise(self, task: Task, batch_size: int) -> None:
         raise NotImplementedError
 
@@ -66,6 +69,19 @@ class Reads(Method):
         self.heard.append((args, kwargs))
         inputs: Tensor = args[0]
         return inputs[:, : len(self.classes)].float()
+
+
+class Says(Reads):
+    """Answers in two ways, what is written and its mirror image, and is as sure as the best score is high."""
+
+    def answers(self, inputs: Tensor) -> Answers:
+        scores = self.predict(inputs)
+        return Answers(
+            scores, {"mirrored": scores.flip(1)}, {"sure": scores.max(1).values / 9, "one": scores[:, 0] * 0 + 1}
+        )
+
+    def features(self, inputs: Tensor) -> Tensor:
+        return inputs.float()
 
 
 class Written:
@@ -217,6 +233,53 @@ def test_counts_equal_a_count_by_hand_and_add_up(data: st.DataObject, setting: S
     assert found["per_class"] == expected
     assert found["correct"] == sum(c for c, _ in expected.values())
     assert found["total"] == n
+
+
+# Right by what is written and by its mirror image; and both again where classes a and b alone are allowed:
+#             yes no; yes yes  no yes; yes yes  yes no; yes no  yes no; yes yes  no yes; no yes
+SAID = Written([[9, 0, 1, 3], [8, 4, 0, 9], [0, 9, 1, 4], [1, 6, 3, 2], [6, 3, 7, 0]], [0, 0, 1, 1, 1])
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 9])
+@pytest.mark.parametrize(("setting", "correct", "mirrored"), [("class", 3, 2), ("task", 4, 4)])
+def test_other_ways_to_answer_are_counted_beside_the_answer(
+    setting: Setting, correct: int, mirrored: int, size: int
+) -> None:
+    """Under the same mask of the setting as the answer."""
+    found = count(Says("abcd"), "ab", SAID, setting, size)
+    assert (found["correct"], found["total"]) == (correct, 5)
+    assert found["others"] == {"mirrored": mirrored}
+    assert found["gauges"] == {"sure": round((9 + 9 + 9 + 6 + 7) / 9 / 5, 6), "one": 1.0}
+    assert {type(n) for n in (*found["others"].values(), found["total"])} == {int}
+
+
+def test_a_cell_is_as_before_where_there_is_nothing_else_to_tell() -> None:
+    assert count(Reads("abcd"), "ab", SAID).keys() == {"correct", "total", "per_class"}
+
+
+# -- the probe of features ----------------------------------------------------------------------------
+
+
+def test_the_probe_is_of_a_few_images_over_all_the_test_data() -> None:
+    """The same ones each time, and where there are few, all."""
+    test = Written([[1, number // 256, number % 256] for number in range(1000)], [0] * 1000)
+    found = probe(Says("ab"), task_of("ab", test))
+    assert found is not None
+    assert found.shape == (PROBE, 3)
+    torch.testing.assert_close(found.norm(dim=-1), torch.ones(PROBE))
+    numbers = [round(float(row[1] / row[0])) * 256 + round(float(row[2] / row[0])) for row in found]
+    assert (numbers[0], len(set(numbers))) == (0, PROBE)
+    assert numbers[-1] > 900
+    assert set(test.seeds) == {None}, "test images are augmented"
+    assert torch.equal(found, probe(Says("ab"), task_of("ab", test)))
+    few = probe(Says("ab"), task_of("ab", SAID))
+    assert few is not None
+    assert few.shape == (5, 4)
+
+
+@pytest.mark.parametrize("test", [None, Written([[0]], [])], ids=["none", "empty"])
+def test_without_test_pictures_there_is_no_probe(test: Any) -> None:
+    assert probe(Says("ab"), task_of("ab", test)) is None
 
 
 def test_a_stop_is_heard_between_two_batches() -> None:

@@ -10,9 +10,22 @@ from torch import Tensor, nn
 
 from perpetune.errors import UsageError
 from perpetune.models.backbone import Backbone
-from perpetune.models.families import places, roles
+from perpetune.models.families import LINEAR_ROLES, places, roles
 from perpetune.models.preprocess import Preprocess
-from perpetune.pets import PET, Place, Slot, frozen, inject, parameters, pets, remove, slots, submodule, using
+from perpetune.pets import (
+    PET,
+    Place,
+    Slot,
+    copy_set,
+    frozen,
+    inject,
+    parameters,
+    pets,
+    remove,
+    slots,
+    submodule,
+    using,
+)
 from perpetune.pets.lora import LoRA
 from perpetune.seeding import generator, own_global_state
 
@@ -87,7 +100,7 @@ def shake(root: nn.Module, name: str = "default", seed: int = 1) -> None:
 def test_on_every_family_lora_starts_as_nothing_and_then_acts_at_every_role(name: str) -> None:
     backbone = backbone_of(name)
     before, print_before = backbone(PIXELS), backbone.fingerprint()
-    linear = [role for role in backbone.roles() if role not in ("attn", "mlp", "block")]
+    linear = [role for role in backbone.roles() if role in LINEAR_ROLES]
     assert {"q", "k", "v", "proj", "fc1", "fc2"} <= set(linear)
     for role in linear:
         inject(backbone.net, places(backbone.net, [role], [-1]), lora, role)
@@ -232,6 +245,39 @@ def test_several_sets_are_independent_and_using_restores() -> None:
     with using(backbone, "a"):
         assert torch.equal(backbone(PIXELS), a)
     assert torch.equal(backbone(PIXELS), bare)
+
+
+@torch.no_grad()
+def test_a_set_becomes_a_copy_of_another() -> None:
+    backbone = backbone_of("timm vit")
+    inject(backbone.net, places(backbone.net, ["q", "v"]), lora, "a")
+    shake(backbone, "a", 1)
+    copy_set(backbone.net, "a", "b")
+    assert [type(pet) for pet in pets(backbone.net, "b")] == [type(pet) for pet in pets(backbone.net, "a")]
+    with using(backbone, "a"):
+        first = backbone(PIXELS)
+    with using(backbone, "b"):
+        assert torch.equal(backbone(PIXELS), first)
+    kept = parameters(backbone.net, "b")
+    assert not {id(p) for p in kept} & {id(p) for p in parameters(backbone.net, "a")}
+    shake(backbone, "a", 2)
+    with using(backbone, "b"):
+        assert torch.equal(backbone(PIXELS), first), "what is done to one is not done to the other"
+    copy_set(backbone.net, "a", "b")  # once more: an optimizer that holds the parameters goes on with them
+    assert [id(p) for p in parameters(backbone.net, "b")] == [id(p) for p in kept]
+    with using(backbone, "a"):
+        second = backbone(PIXELS)
+    with using(backbone, "b"):
+        assert torch.equal(backbone(PIXELS), second)
+    assert not torch.equal(first, second)
+
+
+def test_a_set_that_is_not_there_is_not_copied() -> None:
+    net = timm_net("vit")
+    inject(net, places(net, ["q"]), lora, "first")
+    with pytest.raises(UsageError, match="no set of pets called 'x'; one of first"):
+        copy_set(net, "x", "y")
+    assert {name for _, slot in slots(net) for name in slot.pets} == {"first"}
 
 
 def test_names_of_sets_are_checked() -> None:

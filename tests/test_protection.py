@@ -15,6 +15,7 @@ from perpetune.build import build_method
 from perpetune.check import SIZE, Pictures, tiny_backbone
 from perpetune.errors import PerpetuneError, UsageError
 from perpetune.methods.base import Method
+from perpetune.methods.finetune import FineTune
 from perpetune.models.backbone import Backbone
 from perpetune.models.from_transformers import class_token
 from perpetune.models.preprocess import Preprocess
@@ -28,7 +29,7 @@ from perpetune.recipe import make_recipe
 from perpetune.run import learn_protected
 from perpetune.runtime import Runtime, Silent
 from perpetune.seeding import generator, own_global_state
-from perpetune.tasks import Task
+from perpetune.tasks import Batch, Task
 
 DIM = 32  # of tokens; a picture has five
 TRAIN = {"epochs": 30, "batch_size": 4, "lr": 0.003, "weight_decay": 0.01, "clip": 1.0}
@@ -501,6 +502,21 @@ def test_a_merged_copy_costs_what_the_certificate_says() -> None:
     assert worst[0.2] > 1e-4
     assert worst[0.2] < worst["falling"] < worst[0.8]  # falling: a half, after one task
     assert moves[0.2] < moves[0.8]
+
+
+def test_what_the_merged_copy_is_held_near_is_without_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+    loss, modes = FineTune._free_loss, []
+
+    def watched(self: FineTune, task: Task, batch: Batch) -> Tensor:
+        modes.append([{pet.training for pet in pets(self, name)} for name in ("default", "protected")])
+        return loss(self, task, batch)
+
+    monkeypatch.setattr(FineTune, "_free_loss", watched)
+    pet = {**PETS["lora-qv"], "dropout": 0.5}
+    options = {"name": "finetune", "merge": 0.5}
+    two_tasks(method_of(net_of("timm"), pet, {"energy": 1.0}, method=options, train={**TRAIN, "epochs": 1}))
+    assert modes
+    assert all(mode == [{True}, {False}] for mode in modes)
 
 
 def test_head_first_trains_the_head_alone_from_the_second_task_on() -> None:

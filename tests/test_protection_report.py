@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from test_report import Page, fake_results, rendered
+from test_report import Page, fake_results, rendered, told_of
 from tiny import recipe, split_folder, vit_folder
 
 from perpetune import Learner
@@ -215,6 +215,19 @@ def test_the_page_tells_it_all(tmp_path: Path) -> None:
     assert "| 1 task-1 | – | – | 75 % | 0 of 3 |" in markdown
 
 
+def test_drift_stands_beside_the_certificate(tmp_path: Path) -> None:
+    results = told_of(protect(fake_results(5)))
+    html = write_report(results, tmp_path)[0].read_text(encoding="utf-8")
+    section = html[html.index('<section id="drift"') : html.index('<section id="tasks"')]
+    assert "outputs of the sites, inside the net" in section
+    assert '<td>6.2 %</td><td>12 %</td><td class="mean">0.025</td>' in section
+    markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "| after | mean | outputs, median site | outputs, worst site | task-1 |" in markdown
+    assert "| 5 task-5 | 0.025 | 6.2 % | 12 % | 0.040 |" in markdown
+    told = [line.plain.strip().partition(":")[0] for line in terminal.detail_lines(results)]
+    assert told == ["answers", "gauge", "head", "head", "protect", "drift"]
+
+
 @pytest.mark.parametrize(
     ("config", "method", "says"),
     [
@@ -325,7 +338,7 @@ def test_the_comparison_shows_protection_and_effects(tmp_path: Path) -> None:
     assert page.open == []
     assert "What each setting changes" in page.shown
     assert "protect on instead of off: final accuracy" in page.shown
-    assert "moved, %" in page.shown
+    assert "moved, worst site, %" in page.shown
     assert "12.4 ± 0.0" in page.shown
     table = json.loads(data.read_text())
     assert [row["moved"]["n"] for row in table["rows"]] == [3, 3, 0, 0]

@@ -364,7 +364,7 @@ def test_a_state_of_before_protection_loads(world: World, states: dict[str, Path
         assert content.pop("online") is False
 
     edited(state, older)
-    assert not any(task.json("metrics.json").keys() - {"cells"} for task in State(state).committed)
+    assert not any(task.json("metrics.json").keys() - {"cells", "drift"} for task in State(state).committed)
     learner = Learner.load(state)
     assert learner.evaluate() == Learner.load(states["free"]).evaluate()
     learner.learn(picture_folder(tmp_path / "more", "ag", 3))

@@ -20,7 +20,20 @@ from perpetune import Learner
 from perpetune.cli import live
 from perpetune.errors import StateError, UsageError
 from perpetune.numerics.metrics import Cell, summarise
-from perpetune.report import checked, compare, form, palette, svg, tables, terminal, write_comparison, write_report
+from perpetune.report import (
+    answers,
+    checked,
+    compare,
+    drift,
+    form,
+    palette,
+    solved,
+    svg,
+    tables,
+    terminal,
+    write_comparison,
+    write_report,
+)
 from perpetune.report.matrix import matrix_table
 from perpetune.report.spread import spread
 
@@ -117,6 +130,38 @@ def fake_results(
     }
 
 
+WEIGHT = "weight of the fast learner"
+
+
+def told_of(results: dict[str, Any], *, still: bool = False) -> dict[str, Any]:
+    """`results` of a method that could have answered in two other ways, has two heads of statistics, and drifts.
+
+    The slow way has two answers less right in each cell, the fast one a third of them; a task's features move by a
+    hundredth with every later task.
+    """
+    names = [task["name"] for task in results["tasks"]]
+    learned = range(len(results["cells"]))
+    for i, row in enumerate(results["cells"]):
+        for j, cell in enumerate(row):
+            if cell:
+                cell["others"] = {"slow": max(0, cell["correct"] - 2), "fast": cell["correct"] // 3 * 2}
+                cell["gauges"] = {WEIGHT: 0.6 if i == j else 0.3 + 0.1 * (j == 0)}
+
+    def facts(task: int, penalty: float) -> dict[str, Any]:
+        return {
+            "kind": "ridge", "rows": 1000 * (task + 1), "dim": 1000, "penalty": penalty, "share": 1e-3, "gcv": 0.071,
+            "freedom": 312.5, "scale": 14.1, "solver": "primal", "factorisations": 2, "bytes": 4012345, "warning": None,
+        }  # fmt: skip
+
+    results["facts"] = [{"task": t, "of": {"fast": facts(t, 12.34), "slow": facts(t, 1e-5)}} for t in learned]
+    results["drift"] = [
+        {"task": t, "of": {names[j]: 0.0 if still else round(0.01 * (t - j), 6) for j in range(t)}} for t in learned
+    ]
+    for entry in results["storage"]:
+        entry["statistics.safetensors"] = 8_000_000
+    return results
+
+
 def troubled() -> dict[str, Any]:
     """Names and messages that a page must not take for markup, in a run with problems."""
     names = ["<script>alert(1)</script>", 'a "quoted" & <b>bold</b>', "猫 | pipe", "back`tick*_", *"cdefgh"]
@@ -145,6 +190,11 @@ SIZES: dict[str, Callable[[], dict[str, Any]]] = {
     "hundred": lambda: fake_results(100, 10, keep=0.6),
     "begun": lambda: fake_results(5, 2, rows=0),
     "troubled": troubled,
+    "told": lambda: told_of(fake_results(5, 2)),
+    "told of troubles": lambda: told_of(troubled()),
+    "told of many": lambda: told_of(fake_results(40, 2)),
+    "told of one": lambda: told_of(fake_results(1, 2)),
+    "told of none": lambda: told_of(fake_results(5, 2, rows=0)),
 }
 
 
@@ -336,6 +386,11 @@ def wrong(change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
         (wrong(lambda r: r["tasks"][1].update(index=7)), r"numbered 0 to 2 in order, not \[0, 7, 2\]"),
         (wrong(lambda r: r["storage"][0].update(task=9)), "an entry of storage names no task"),
         (wrong(lambda r: r["timings"][0].update(task=-1)), "an entry of timings names no task"),
+        (wrong(lambda r: r.update(drift=[{"task": 9, "of": {}}])), "an entry of drift names no task"),
+        (wrong(lambda r: r.update(drift=[{"task": 1, "of": {"x": 0.1}}])), "an entry of drift names no task: x"),
+        (wrong(lambda r: r.update(facts=[{"task": 1}])), "facts.0.of: Field required"),
+        (wrong(lambda r: r["cells"][0][0].update(others={"slow": 0.5})), "cells.0.0.others.slow: .*integer"),
+        (wrong(lambda r: r["cells"][0][0].update(gauges={"w": "much"})), "cells.0.0.gauges.w: .*number"),
     ],
 )
 def test_a_wrong_document_is_refused_in_one_line(results: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -652,3 +707,219 @@ def test_a_browser_shows_the_pages_without_a_console_message(tmp_path: Path) -> 
     broken = tmp_path / "broken.html"
     broken.write_text("<script>throw new Error('seen')</script>", encoding="utf-8")
     assert "seen" in "".join(browse(broken, tmp_path / "profile")[1])  # so the silence above means something
+
+
+# -- ways to answer, heads of statistics, drift --------------------------------------------------------
+
+
+def test_other_ways_to_answer_are_a_run_of_their_own() -> None:
+    results = checked(told_of(fake_results(4, 2, rows=3)))
+    assert answers.names(results) == ["slow", "fast"]
+    mixed, slow, fast = answers.ways(results)
+    assert (mixed.name, mixed.metrics) == ("mixed", results["metrics"])
+    row = [cell for cell in results["cells"][-1] if cell]
+    by_hand = sum((cell["correct"] - 2) / cell["total"] for cell in row) / 3
+    assert slow.metrics["final_accuracy"] == pytest.approx(by_hand)
+    assert slow.metrics["average_accuracy"] == pytest.approx(sum(v for v in slow.curve if v is not None) / 3)
+    assert fast.curve[-1] == fast.metrics["final_accuracy"]
+    del results["cells"][2][0]["others"]["slow"]  # type: ignore[index]
+    missing = answers.answered(results, "slow")
+    assert missing["cells"][2][0] is None, "what is not known is not measured, rather than wrong"
+    assert results["cells"][2][0] is not None
+
+
+def test_one_other_way_makes_no_mixture() -> None:
+    results = fake_results(2)
+    results["cells"][0][0]["others"] = {"plain": 3}
+    assert answers.own_name(results) == "answer"
+    assert [way.name for way in answers.ways(checked(results))] == ["answer", "plain"]
+
+
+def test_gauges_are_told_of_new_and_old_tasks_apart() -> None:
+    results = told_of(fake_results(3, 2))
+    rows = answers.gauge_rows(results)
+    assert [row.means for row in rows] == [[(0.6, None)], [(0.6, 0.4)], [(0.6, pytest.approx(0.35))]]
+    assert answers.gauges_told(results) == [f"{WEIGHT}: 0.600 on the new task, 0.350 on earlier ones"]
+    assert answers.gauges_told(told_of(fake_results(1, 2))) == [f"{WEIGHT}: 0.600 on the new task"]
+
+
+def test_what_heads_tell_may_be_anything() -> None:
+    """A head of another package has facts of its own."""
+    results = fake_results(2)
+    results["facts"] = [
+        {"task": 1, "of": {"b": {"kind": "other", "temperature": 0.5, "rows": "many", "tried": [1, 2]}, "empty": {}}},
+        {"task": 0, "of": {"a": {"penalty": None, "exact": True}}},
+    ]
+    rows = solved.rows(checked(results))
+    assert solved.headings(results) == ["kind", "examples"]
+    assert [(row.number, row.head, row.texts, row.more) for row in rows] == [
+        (1, "a", ["–", "–"], "exact true"), (2, "b", ["other", "many"], "temperature 0.5, tried [1, 2]"),
+    ]  # fmt: skip
+    assert solved.told(results) == ["b: other, many examples, temperature 0.5, tried [1, 2]"]
+
+
+def test_drift_is_told_of_the_last_task_and_each_before() -> None:
+    results = told_of(fake_results(4, 2))
+    table = drift.table(results)
+    assert table.names == ["task-1", "task-2", "task-3"]
+    assert [[cell and cell.text for cell in row.cells] for row in table.rows] == [
+        ["0.010", None, None], ["0.020", "0.010", None], ["0.030", "0.020", "0.010"],
+    ]  # fmt: skip
+    assert [row.mean for row in table.rows] == ["0.010", "0.015", "0.020"]
+    assert table.rows[0].cells[0] is not None
+    assert table.rows[0].cells[0].title == "task-1 after task-2: moved 0.010"
+    assert drift.final(results) == pytest.approx(0.02)
+    assert drift.told(results) == "features of earlier tasks moved 0.020 (farthest task-1, 0.030)"
+    results["drift"].pop()
+    assert drift.final(results) is None, "of the last task nothing is known"
+    assert drift.told(results) == ""
+
+
+def test_the_page_tells_of_answers_heads_and_drift(tmp_path: Path) -> None:
+    html, data, md = write_report(told_of(fake_results(5, 2)), tmp_path)
+    text, markdown = html.read_text(encoding="utf-8"), md.read_text(encoding="utf-8")
+    page = Page(text)
+    assert {"answers", "heads", "drift"} <= set(page.ids)
+    assert {"#answers", "#heads", "#drift"} <= set(page.links)
+    answers_, heads, drifts = (
+        text[text.index(f'<section id="{a}"') : text.index(f'<section id="{b}"')]
+        for a, b in (("answers", "heads"), ("heads", "drift"), ("drift", "tasks"))
+    )
+    results = json.loads(data.read_bytes())
+    for way in answers.ways(results):
+        final, average, lost = (
+            form.percent(way.metrics[k]) for k in ("final_accuracy", "average_accuracy", "forgetting")
+        )  # type: ignore[literal-required]
+        assert f"{way.name}</th><td>{final}</td><td>{average}</td><td>{lost}</td>" in answers_
+        assert f"| {way.name} | {final} | {average} | {lost} |" in markdown
+    assert answers_.count("<polyline") == 3
+    assert "<td>0.600</td><td>0.325</td>" in answers_
+    assert "| 5 task-5 | 0.600 | 0.325 |" in markdown
+    assert (
+        "<td>12.3</td><td>0.001</td><td>312</td><td>0.071</td><td>14.1</td><td>primal (2)</td><td>4.0 MB</td>" in heads
+    )
+    assert "| 2 task-2 | slow | ridge | 2,000 | 1,000 | 1.0e-5 | 0.001 | 312 |" in markdown
+    assert "features of earlier tasks moved 0.025 (farthest task-1, 0.040)" in drifts
+    assert "| 3 task-3 | 0.015 | 0.020 | 0.010 |  |  |" in markdown
+    assert "certificate" not in drifts
+    assert "statistics.safetensors" in page.shown
+
+
+def test_features_that_are_still_need_no_table(tmp_path: Path) -> None:
+    html, _, md = write_report(told_of(fake_results(5, 2), still=True), tmp_path)
+    text = html.read_text(encoding="utf-8")
+    assert drift.STILL in text[text.index('<section id="drift"') : text.index('<section id="tasks"')]
+    assert "mean drift" not in text
+    section = md.read_text("utf-8").partition("## Drift of old features")[2].partition("##")[0]
+    assert drift.STILL in section
+    assert "|" not in section
+
+
+def test_a_document_that_has_nothing_of_it_shows_nothing_of_it(tmp_path: Path) -> None:
+    for empty in (False, True):
+        results = fake_results(3)
+        if empty:  # as a run leaves them whose heads and features have nothing to tell
+            results["facts"] = results["drift"] = [{"task": t, "of": {}} for t in range(3)]
+        html, _, md = write_report(results, tmp_path)
+        assert not {"answers", "heads", "drift"} & set(Page(html.read_text()).ids)
+        assert not re.search("## (Ways|Heads|Drift)", md.read_text())
+        assert terminal.detail_lines(results) == []
+        shown = Page(write_comparison([("a", results)], tmp_path)[0].read_text()).shown
+        assert "drift" not in shown
+        assert "answered in that other way" not in shown
+
+
+def test_the_terminal_tells_it_in_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    results = told_of(fake_results(5, 2))
+    finals = [form.percent(way.metrics["final_accuracy"]) for way in answers.ways(checked(results))]
+    told = [
+        "answers: mixed {} %, slow {} %, fast {} %".format(*finals),
+        f"gauge: {WEIGHT}: 0.600 on the new task, 0.325 on earlier ones",
+        "head: fast: ridge, 5,000 examples, penalty 12.3 (share 0.001), 312 degrees of freedom",
+        "head: slow: ridge, 5,000 examples, penalty 1.0e-5 (share 0.001), 312 degrees of freedom",
+        "drift: features of earlier tasks moved 0.025 (farthest task-1, 0.040)",
+    ]
+    assert [line.plain.strip() for line in terminal.detail_lines(results)] == told
+    live.show_results(results)
+    out = " ".join(capsys.readouterr().out.split())
+    assert all(line in out for line in told)
+
+
+def ways_study() -> list[tuple[str, dict[str, Any]]]:
+    runs = []
+    for method, keep in (("finetune", 0.4), ("safe", 0.8), ("frozen", 0.85)):
+        for seed in range(3):
+            run = fake_results(5, 2, seed=seed, method=method, keep=keep)
+            runs.append((f"runs/{method}-{seed}", told_of(run) if method == "safe" else run))
+    return runs
+
+
+def test_a_comparison_puts_other_ways_beside_the_runs(tmp_path: Path) -> None:
+    named = ways_study()
+    found = compare([run for _, run in named], [name for name, _ in named])
+    rows = found["rows"]
+    assert [(row["label"], row["way"]) for row in rows] == [
+        ("demo-finetune", None), ("demo-safe", None), ("demo-safe: slow", "slow"), ("demo-safe: fast", "fast"),
+        ("demo-frozen", None),
+    ]  # fmt: skip
+    runs = [run for name, run in named if "safe" in name]
+    slow = [answers.answered(checked(run), "slow")["metrics"]["final_accuracy"] for run in runs]
+    assert rows[2]["metrics"]["final_accuracy"] == spread(slow)
+    assert rows[2]["average_accuracy_curve"][-1] == spread(slow)
+    assert [row["stored_bytes"]["n"] for row in rows] == [3, 3, 0, 0, 3], "what runs have once is told once"
+    assert [row["drift"]["n"] for row in rows] == [0, 3, 0, 0, 0]
+    assert rows[1]["drift"]["mean"] == pytest.approx(0.025)
+    html, data, md = write_comparison(named, tmp_path)
+    page = Page(html.read_text(encoding="utf-8"))
+    assert page.open == []
+    assert "3 recipes, 9 runs" in page.shown
+    assert "None" not in html.read_text("utf-8")
+    assert "demo-safe: slow" in page.shown
+    assert "demo-safe: slow" not in page.shown.rpartition("What each row is made of")[2]
+    assert "0.025 ± 0.000" in page.shown
+    assert "| demo-safe: slow | 3 |" in md.read_text("utf-8")
+    assert "Drift, 0 to 2" in md.read_text("utf-8")
+    assert json.loads(data.read_bytes())["rows"][3]["way"] == "fast"
+    text = rendered(terminal.compare_table(found, 140), 140)
+    assert "drift: how far features of earlier tasks moved, 0 to 2" in text
+    assert "demo-safe: fast" in text
+
+
+def test_what_the_answer_gains_is_measured_seed_by_seed() -> None:
+    named = ways_study()
+    found = compare([run for _, run in named], [name for name, _ in named])
+    methods = [effect for effect in found["effects"] if effect["setting"] == "method"]
+    assert [(e["before"], e["after"], e["rows"]) for e in methods] == [
+        ("finetune", "safe", (0, 1)), ("finetune", "frozen", (0, 4)),
+    ]  # fmt: skip
+    gains = [effect for effect in found["effects"] if effect["setting"] == "answer"]
+    assert [(e["before"], e["after"], e["rows"], e["seeds"]) for e in gains] == [
+        ("slow", "mixed", (2, 1), [0, 1, 2]), ("fast", "mixed", (3, 1), [0, 1, 2]),
+    ]  # fmt: skip
+    for effect in gains:
+        first, second = (found["rows"][i]["metrics"]["final_accuracy"]["values"] for i in effect["rows"])
+        wanted = [(b or 0) - (a or 0) for a, b in zip(first, second, strict=True)]
+        assert effect["metrics"]["final_accuracy"]["values"] == pytest.approx(wanted)
+    lines = terminal.effects_text(found).plain.splitlines()
+    number = r"\+\d+\.\d ± \d+\.\d"
+    assert re.fullmatch(f"answer mixed instead of slow: final accuracy {number} points with run demo-safe", lines[-2])
+    alone = compare([run for name, run in named if "safe" in name])
+    assert re.fullmatch(
+        f"answer mixed instead of slow: final accuracy {number} points",
+        terminal.effects_text(alone).plain.splitlines()[0],
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (12.34, "12.3"), (0.001, "0.001"), (312.5, "312"), (999.7, "1,000"), (12345.6, "12,346"),
+     (1.2e-7, "1.2e-7"), (3.4e9, "3.4e9"), (-12.34, "−12.3"), (0.00012345, "0.000123")],
+)  # fmt: skip
+def test_any_number_as_text(value: float, text: str) -> None:
+    assert form.number(value) == text
+
+
+def test_what_is_more_than_nothing_is_not_shown_as_nothing() -> None:
+    assert [form.thousandths(v) for v in (None, 0.0, 0.0001, 0.0006, 0.62, 2.0)] == [
+        "–", "0.000", "< 0.001", "0.001", "0.620", "2.000",
+    ]  # fmt: skip

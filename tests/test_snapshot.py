@@ -19,7 +19,7 @@ from perpetune.methods.base import Method
 from perpetune.models.base import Model
 from perpetune.recipe import make_recipe
 from perpetune.runtime import Runtime
-from perpetune.snapshot import EXTRA, FILES, restore, restore_optimizer, snapshot, snapshot_optimizer, tensors
+from perpetune.snapshot import EXTRA, FILES, SUMS, restore, restore_optimizer, snapshot, snapshot_optimizer, tensors
 from perpetune.tasks import Task
 
 Files = dict[str, bytes]
@@ -71,15 +71,18 @@ def test_a_new_method_can_be_had_back() -> None:
 
 
 def test_what_is_stored_is_the_pet_the_head_and_the_methods_own(files: Files) -> None:
-    assert set(files) == {*FILES, EXTRA}
+    assert set(files) == {*FILES, SUMS, EXTRA}
+    assert set(snapshot(make())) == {*FILES, EXTRA}, "a head that sums nothing up has no file for it"
     assert all("pets" in name for name in load(files["pet.safetensors"]))
     assert load(files["pet.safetensors"])
     head = load(files["head.safetensors"])
     assert {name: t.dtype for name, t in head.items() if not name.endswith("probe.scale")} == {
-        "model.head.sums": torch.float64,
-        "model.head.counts": torch.int64,
         "model.head.means": torch.float32,
         "model.head.probe.weight": torch.float32,
+    }
+    assert {name: t.dtype for name, t in load(files[SUMS]).items()} == {
+        "model.head.sums": torch.float64,
+        "model.head.counts": torch.int64,
     }
     assert load(files["method.safetensors"]) == {}
 
@@ -87,6 +90,31 @@ def test_what_is_stored_is_the_pet_the_head_and_the_methods_own(files: Files) ->
 def test_the_frozen_backbone_is_not_stored(learned: Method, files: Files) -> None:
     stored = sum(t.numel() for name in FILES for t in load(files[name]).values())
     assert stored < sum(p.numel() for p in learned.parameters()) / 3
+
+
+def test_what_no_step_changes_is_left_out_of_a_checkpoint(learned: Method, files: Files) -> None:
+    """And where it is left out, what is there stays."""
+    light = snapshot(learned, memory=False)
+    assert light == {name: content for name, content in files.items() if name != SUMS}
+    other = make(head="ncm")
+    restore(other, files, "there")
+    with torch.no_grad():
+        for tensor in other.model.head.additive():  # type: ignore[operator, union-attr]
+            tensor.add_(1)
+    before = snapshot(other)[SUMS]
+    restore(other, light, "there", memory=False)
+    assert snapshot(other) == {**files, SUMS: before}
+
+
+def test_sums_from_before_they_had_a_file_of_their_own(files: Files) -> None:
+    """They were stored with the rest of the head."""
+    older = {name: content for name, content in files.items() if name != SUMS}
+    older[HEAD] = save({**load(files[HEAD]), **load(files[SUMS])})
+    other = make(head="ncm")
+    restore(other, older, "there")
+    assert snapshot(other) == files
+    with pytest.raises(StateError, match=f"there/{HEAD}: .* missing model.head.counts, model.head.sums"):
+        restore(make(head="ncm"), {name: content for name, content in files.items() if name != SUMS}, "there")
 
 
 def test_parameters_stay_the_objects_they_are(files: Files) -> None:

@@ -25,7 +25,7 @@ from perpetune.learner import Learner
 from perpetune.methods.base import Method
 from perpetune.recipe import Recipe, make_recipe
 from perpetune.runtime import Runtime, Silent
-from perpetune.snapshot import snapshot
+from perpetune.snapshot import SUMS, snapshot
 from perpetune.state import MidTask, State
 
 NAMES = ["0-1", "2-3", "4-5"]
@@ -399,7 +399,7 @@ def test_the_second_of_two_learners_is_told(world: Path, tmp_path: Path) -> None
 # -- torn folders -------------------------------------------------------------------------------------------
 
 TASK_FILES = [
-    *("pet.safetensors", "head.safetensors", "method.safetensors"),
+    *("pet.safetensors", "head.safetensors", "method.safetensors", "features.safetensors"),
     *("extra.json", "task.json", "metrics.json", "timings.json", MANIFEST),
 ]
 
@@ -507,7 +507,9 @@ def test_a_torn_last_task_is_rolled_back_as_the_error_says(
 ) -> None:
     path = whole / "tasks" / "0002-4-5" / "head.safetensors"
     path.write_bytes(path.read_bytes()[:-9])
-    for verb in ("resume", "evaluate", "report"):
+    assert call(["report", str(whole)]) == 0  # it reads what is told of the run, not what was learned
+    capsys.readouterr()
+    for verb in ("resume", "evaluate"):
         assert call([verb, str(whole), *(["-q"] if verb == "resume" else [])]) == 1
         said = capsys.readouterr()
         assert said.out == ""
@@ -570,6 +572,21 @@ def test_statistics_are_not_counted_twice(world: Path, tmp_path: Path) -> None:
         assert [t.name for t in State(state).committed] == NAMES[:1]
         (Learner.load(state) if again else learner).resume()
         assert learned(state) == learned(tmp_path / "whole")
+
+
+def test_a_checkpoint_holds_no_statistics(world: Path, tmp_path: Path) -> None:
+    """They are as the last commit left them until the task's training is over, and may be large."""
+    changes = {"head": "ncm", "method": {"name": "finetune", "merge": 0.5}}
+    Learner(recipe(world, **changes), tmp_path / "whole").run()
+    state = tmp_path / "state"
+    with pytest.raises(KeyboardInterrupt):
+        Learner(recipe(world, **changes), state, progress=StopAt(23)).run()
+    phases = sorted(path.name for path in (state / "resume").iterdir() if path.is_dir())
+    assert len(phases) == 2, phases  # one phase of the second task is done, the next is open
+    assert not list((state / "resume").rglob(SUMS))
+    assert [SUMS in task.sizes() for task in State(state).committed] == [True]
+    Learner.load(state).resume()
+    assert learned(state) == learned(tmp_path / "whole")
 
 
 class Terminates(Silent):

@@ -221,6 +221,6 @@ def described(model: type[BaseModel], *without: str) -> dict[str, str]:
         words = typing.get_args(field.annotation) if typing.get_origin(field.annotation) is Literal else ()
         default = "required" if field.is_required() else yaml.safe_dump(field.default).splitlines()[0]
         if inspect.isclass(field.annotation) and issubclass(field.annotation, BaseModel):
-            default = f"the recipe's `{name}:` section"
+            default = "the recipe's `train:` section"
         told[name] = default + (f"   ({', '.join(words)})" if words else "")
     return told

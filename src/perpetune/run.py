@@ -86,7 +86,8 @@ def learn_task(method: Method, step: Step, state: State) -> None:
     }
     document = {"index": task.index, "name": task.name, "classes": list(task.classes), **step.document}
     facts = method.facts()
-    warnings = [f"task {task.name}: {found['warning']}" for found in facts.values() if found.get("warning")]
+    said = dict.fromkeys(found["warning"] for found in facts.values() if found.get("warning"))
+    warnings = [f"task {task.name}: {warning}" for warning in said]
     for warning in warnings:
         run.progress.note(warning)
     document["warnings"] = [*document["warnings"], *warnings]

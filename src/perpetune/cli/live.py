@@ -17,10 +17,10 @@ from perpetune.report.protected import newly_full
 from perpetune.report.tables import learn_seconds
 from perpetune.report.terminal import (
     compare_table,
+    detail_lines,
     effects_text,
     figures_line,
     matrix_table,
-    protection_line,
     row_line,
     short_line,
 )
@@ -81,8 +81,8 @@ class Live:
     def results(self, results: dict[str, Any]) -> None:
         self.bars.update(self.bar, visible=False, refresh=True)
         self.console.print(row_line(results))
-        line, full = protection_line(results), newly_full(results)
-        if line is not None:
+        full = newly_full(results)
+        for line in detail_lines(results):
             self.console.print(line)
         if full is not None:
             self.note(f"protect: {full}")
@@ -134,8 +134,7 @@ def show_results(results: dict[str, Any]) -> None:
     console.print()
     console.print(matrix_table(results, console.width))
     console.print(figures_line(results))
-    line = protection_line(results)
-    if line is not None:
+    for line in detail_lines(results):
         console.print(Text(line.plain.strip(), line.style))
 
 

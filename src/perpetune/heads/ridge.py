@@ -21,7 +21,7 @@ from perpetune.seeding import generator
 BUFFER = 2048  # rows that are added to the sums at a time, so that the large matrix is gone over seldom
 SAMPLE = 256  # examples of a task by which the scale is calibrated
 SCALES = tuple(10 ** (i / 20) for i in range(61))  # 1 to 1000
-SUMS = ("packed", "cross", "counts", "mass")  # buffers that stay in their type, whatever the rest becomes
+SUMS = ("packed", "cross", "counts", "mass")
 
 
 class Ridge(Head):
@@ -46,7 +46,8 @@ class Ridge(Head):
         learn_scale: train σ too.
 
     Raises:
-        PerpetuneError: features are not finite; nothing is added to the sums then.
+        PerpetuneError: features are not finite. Nothing of their batch is added to the sums, but what came before it
+            in its task may have been.
     """
 
     statistics: ClassVar[bool] = True
@@ -87,9 +88,11 @@ class Ridge(Head):
     # -- scores ---------------------------------------------------------------------------------------
 
     def forward(self, features: Tensor) -> Tensor:
+        if not self.classes:  # the projection is drawn with the first of them
+            return torch.empty(len(features), 0, device=features.device)
         with torch.autocast(features.device.type, enabled=False):
             scores = self.scale * (self.expand(features) @ self.weight)
-        return scores.masked_fill(self.counts == 0, -torch.inf)
+        return scores.masked_fill((self.counts == 0).to(scores.device), -torch.inf)
 
     def expand(self, features: Tensor) -> Tensor:
         """Rows `(B, M)` of features `(B, D)`, float32.
@@ -147,13 +150,14 @@ class Ridge(Head):
             self.projected = drawn.to(self.probe.weight.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Ridge:
-        # Sums keep float64 and go where the rest goes; but Apple's GPUs have no float64, and `meta` no values.
-        kept = {name: self._buffers.pop(name) for name in (*SUMS, "chosen")}
+        # All keep their type and go where the rest goes; but Apple's GPUs have no float64, so sums stay off them.
+        kept = {name: self._buffers.pop(name) for name in (*SUMS, "chosen", "weight", "scale", "projected")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = self.probe.weight.device
         for name, tensor in kept.items():
             assert tensor is not None
-            self._buffers[name] = tensor if device.type == "mps" else tensor.to(device)
+            stays = device.type == "mps" and name in (*SUMS, "chosen")
+            self._buffers[name] = tensor if stays else tensor.to(device)
         return self
 
     def get_extra_state(self) -> dict[str, Any]:

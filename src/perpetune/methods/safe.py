@@ -20,7 +20,7 @@ from perpetune.methods.first_session import need_statistics
 from perpetune.models.classifier import ImageClassifier, Mask, learn_statistics
 from perpetune.numerics.alignment import correlation_losses, cosine_distance
 from perpetune.numerics.mixing import mix
-from perpetune.pets import copy_set, parameters, using
+from perpetune.pets import copy_set, parameters, pets, using
 from perpetune.tasks import Batch, Task, deterministic, evaluation_batches
 
 FAST, SLOW = "default", "slow"  # two sets of pets around one backbone
@@ -29,7 +29,9 @@ Weight = Annotated[float, Field(ge=0)]
 
 
 class Safe(Method):
-    """SAFE, Zhao et al. 2024, arXiv:2411.02175, as the paper means it (its released code differs, docs/design.md).
+    """SAFE, Zhao et al. 2024, arXiv:2411.02175: a slow and a fast learner, mixed by how sure they are.
+
+    It is what the paper means; its released code differs, see docs/statistics.md.
 
     On the first task the slow learner is trained beside a loss that ties its features to the pretrained model's; then
     it is frozen. The fast learner starts as its copy and is trained on each later task, its features and its cosine
@@ -106,6 +108,8 @@ class Safe(Method):
         self._imprint(task, slow, known)
         table = slow if deterministic(task.train) else None
         with training(self.model):
+            for pet in pets(self.model, SLOW):
+                pet.eval()  # a teacher is without dropout
             loss = partial(self.fast_loss, table=table, known=known)
             fit(loss, self._trained(config), task, config, phase="fast")
         heads: list[tuple[Head, Callable[[Batch], Tensor]]] = [

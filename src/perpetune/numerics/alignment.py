@@ -5,6 +5,7 @@ SAFE, Zhao et al. 2024, arXiv:2411.02175, the losses of its slow and of its fast
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,7 +18,8 @@ def correlation_losses(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor
     """
     s, t = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
     diagonal = (s * t).mean(0)
-    square = (s @ s.mT * (t @ t.mT)).sum() / len(s) ** 2
+    with torch.autocast(s.device.type, enabled=False):  # a small difference of two sums is not left to half precision
+        square = (s @ s.mT * (t @ t.mT)).sum() / len(s) ** 2
     return (diagonal - 1).pow(2).sum(), square - diagonal.pow(2).sum()
 
 

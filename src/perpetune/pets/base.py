@@ -10,18 +10,21 @@ Paths in this module name a submodule as if no slot were there: `blocks.0.attn.q
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeGuard, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from perpetune.errors import UsageError, closest
 from perpetune.numerics.projection import Operand
 
 Conditions = Literal["exact", "paper"]
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,8 @@ class Place:
         module: the frozen submodule itself, never the slot around it.
         roles: what it does there, such as `("q", "v")`.
         parts: the slices of output rows that the roles stand for, ascending: two of a fused qkv for
-            q and v, all rows of a linear of its own; empty for what is no linear (a whole block).
-        block: which transformer block it is in, from 0; -1 where that is not known.
+            q and v, all rows of a linear of its own; empty for what is no linear (a norm, a whole block).
+        block: which transformer block it is in, from 0; -1 where that is not known, or it is in none.
         d_in, d_out: widths of input and output.
         heads: heads of the attention that it is or is part of; 0 where that is not known.
         depth: number of transformer blocks in the net; 0 where that is not known.
@@ -111,17 +114,32 @@ class PET(nn.Module, ABC):
     def joined(self, pets: Sequence[PET]) -> None:
         """Told of all the pets of its set, itself among them, before any acts; UsageError if it lacks one it needs."""
 
+    def fold(self, base: nn.Module) -> nn.Module | None:
+        """A new module that computes at prediction what this pet makes of `base`, with values of its own.
+
+        None where there is no such module.
+        """
+        return None
+
     def seen(self, site: str, rows: Tensor) -> None:
         """Tell who watches of rows at a site: `(..., width)`, or `(B, groups, N, width)` where there are groups."""
         if self.watch is not None:
             self.watch(site, rows.detach())
 
 
+@dataclass(frozen=True)
+class _TypeOnly:
+    """What code may know of a weight that it must not use."""
+
+    dtype: torch.dtype
+
+
 class Slot(nn.Module):
     """Stands where `base` stood; calls it through the active PET, or plainly when there is none.
 
     It does not pass on attributes such as `weight`: code that reads them instead of calling the
-    module would silently leave the PET out, and fails loudly this way.
+    module would silently leave the PET out, and fails loudly this way. The `weight` of a convolution tells
+    its type and no more, for transformers asks the patch embedding which type its input has to be of.
     """
 
     def __init__(self, base: nn.Module):
@@ -134,6 +152,11 @@ class Slot(nn.Module):
         if self.active is None:
             return self.base(x, *args, **kwargs)
         return self.pets[self.active](self.base, x, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and isinstance(base := self._modules.get("base"), nn.Conv2d):
+            return _TypeOnly(base.weight.dtype)
+        return super().__getattr__(name)
 
     def pet(self, name: str) -> PET:
         """The PET of that set.
@@ -174,6 +197,39 @@ def inject(root: nn.Module, places: Sequence[Place], make: Callable[[Place], PET
     return made
 
 
+def copy_set(root: nn.Module, name: str, new: str) -> None:
+    """Make the set `new` a copy of the set `name`: in every slot the same kind of pet with the same values.
+
+    Where `new` is there already, its parameters stay the objects they are.
+
+    Raises:
+        UsageError: there is no set `name`; names those there are.
+    """
+    _known(root, name)
+    for _, slot in slots(root):
+        if name in slot.pets and new in slot.pets:
+            slot.pets[new].load_state_dict(slot.pets[name].state_dict())
+        elif name in slot.pets:
+            slot.pets[new] = copy.deepcopy(slot.pets[name])
+
+
+def is_plain(base: nn.Module, kind: type[Module]) -> TypeGuard[Module]:
+    """Whether `base` computes with its weight and bias what torch's `kind` does.
+
+    A 4-bit linear or a weight-standardised convolution is of that class too, and computes something else.
+    """
+    return isinstance(base, kind) and type(base).forward is kind.forward
+
+
+def with_values(base: Module, weight: Tensor, bias: Tensor | None) -> Module:
+    """A frozen copy of a linear, convolution or norm with another weight and bias, in the type it has."""
+    new = copy.deepcopy(base)
+    dtype = next((p.dtype for p in base.parameters()), weight.dtype)
+    for name, values in (("weight", weight), ("bias", bias)):
+        setattr(new, name, None if values is None else nn.Parameter(values.to(dtype), requires_grad=False))
+    return new
+
+
 def slots(root: nn.Module) -> Iterator[tuple[str, Slot]]:
     """Every slot in `root` with its path, outer ones first."""
     return ((path, module) for path, module in walk(root) if isinstance(module, Slot))
@@ -205,10 +261,37 @@ def remove(root: nn.Module, name: str) -> None:
         del slot.pets[name]
         slot.active = None if slot.active == name else slot.active
         if not slot.pets:
-            parent, _, leaf = path.rpartition(".")
-            around = submodule(root, parent)
-            assert around is not None
-            setattr(around, leaf, slot.base)
+            _set_at(root, path, slot.base)
+
+
+def fold(root: nn.Module, name: str) -> int:
+    """Make one set of PETs part of the modules they stand around, for prediction without PETs.
+
+    Where such a module stood there is a new one afterwards, and the set is gone. The tensors of the old ones are not
+    written to.
+
+    Returns:
+        How many modules were replaced.
+
+    Raises:
+        UsageError: there is no such set; a PET that cannot be folded into what it stands around; a place that
+            carries other sets too. Then nothing is changed.
+    """
+    _known(root, name)
+    found = [(path, slot) for path, slot in slots(root) if name in slot.pets]
+    new: list[nn.Module] = []
+    for path, slot in found:
+        if others := sorted(slot.pets.keys() - {name}):
+            raise UsageError(f"{path} also carries the set of pets {others[0]!r}; remove it before {name!r} is folded")
+        with torch.no_grad():
+            folded = slot.pet(name).fold(slot.base)
+        if folded is None:
+            pet, base = type(slot.pet(name)).__name__, type(slot.base).__name__
+            raise UsageError(f"{path}: {pet} cannot be folded into {base}; predict with the set {name!r} in force")
+        new.append(folded.train(slot.base.training))
+    for (path, _), folded in zip(found, new, strict=True):
+        _set_at(root, path, folded)
+    return len(new)
 
 
 @contextlib.contextmanager
@@ -278,8 +361,16 @@ def _slot_at(root: nn.Module, path: str) -> Slot:
     if isinstance(module, Slot):
         return module
     slot = Slot(module).train(module.training)
-    setattr(around, leaf, slot)
+    _set_at(root, path, slot)
     return slot
+
+
+def _set_at(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` where `path` leads, in place of a slot or of what stands there without one."""
+    parent, _, leaf = path.rpartition(".")
+    around = submodule(root, parent)
+    assert around is not None
+    setattr(around, leaf, module)
 
 
 def _names(root: nn.Module) -> list[str]:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from perpetune.errors import UsageError
 from perpetune.numerics.projection import Operand
-from perpetune.pets.base import PET, Conditions, Place, Site
+from perpetune.pets.base import PET, Conditions, Place, Site, is_plain, with_values
 
 
 class LoRA(PET):
@@ -85,6 +85,12 @@ class LoRA(PET):
             end = stop
         rows.append(self.down.new_zeros(self.d_out - end, len(self.down)))
         return torch.cat(rows)
+
+    def fold(self, base: nn.Module) -> nn.Module | None:
+        """A linear layer of weight `W + s B A`; dropout is for training only."""
+        if not is_plain(base, nn.Linear):
+            return None
+        return with_values(base, base.weight + self.scale * (self.up_matrix() @ self.down), base.bias)
 
     def sites(self, conditions: Conditions = "exact") -> list[Site]:
         """`A` by the inputs `x`, `B` by `A x`: `(B + ΔB)(A + ΔA) x = B A x`; PEGP eq. 13, 14, which are exact here."""

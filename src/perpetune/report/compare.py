@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 from perpetune.errors import UsageError
-from perpetune.report import form, protected, tables
-from perpetune.report.effects import Effect, effects
+from perpetune.report import answers, drift, form, protected, tables
+from perpetune.report.effects import Effect, answer_effect, effects
 from perpetune.report.results_schema import Results, checked
 from perpetune.report.spread import Spread, spread
 
@@ -32,10 +32,14 @@ class ComparisonRow(TypedDict):
     """Runs of one recipe on the same data, each seed once. Curves hold one spread for each task learned.
 
     `moved` is how far the worst site's outputs on earlier data had moved at the end, `room` the share of directions
-    that was still free; no run has them without `protect:`.
+    that was still free; no run has them without `protect:`. `drift` is how far the features of earlier tasks' test
+    images had moved at the end. `way` is another way in which the method of the row before could have answered, and
+    the row is what its figures would be then; None where the row is of the answer itself. What is of the runs, not of
+    their answers, is told once, there.
     """
 
     label: str
+    way: str | None
     runs: list[str]
     seeds: list[int]
     setting: str
@@ -48,6 +52,7 @@ class ComparisonRow(TypedDict):
     learn_seconds: Spread
     moved: Spread
     room: Spread
+    drift: Spread
     average_accuracy_curve: list[Spread]
     forgetting_curve: list[Spread]
 
@@ -56,7 +61,8 @@ class Comparison(TypedDict):
     """What `compare` returns.
 
     Attributes:
-        rows: one for each recipe and what it learned, in the order given.
+        rows: one for each recipe and what it learned, in the order given; behind it one for each other way in which
+            its method could have answered.
         settings: dotted keys of the settings in which the recipes differ.
         best: for each figure the numbers of the best rows; empty where rows cannot be ranked.
         effects: of each setting in which rows differ and differ alone, what it changes.
@@ -91,9 +97,21 @@ def compare(runs: Sequence[Mapping[str, Any]], names: Sequence[str] | None = Non
     flats = [_flat(group[0]["recipe"]) for group in members]
     settings = _differing(flats)
     labels = _labels(members, [called[group[0]] for group in groups], settings)
-    rows = [
-        _row(label, [called[i] for i in group], runs_of_row, settings)
-        for label, group, runs_of_row in zip(labels, groups, members, strict=True)
+    rows: list[ComparisonRow] = []
+    places: list[int] = []  # the row of each group
+    gains: list[Effect] = []
+    for label, group, runs_of_row in zip(labels, groups, members, strict=True):
+        place, named = len(rows), [called[i] for i in group]
+        places.append(place)
+        rows.append(_row(label, named, runs_of_row, settings))
+        for way in dict.fromkeys(name for run in runs_of_row for name in answers.names(run)):
+            other = [answers.answered(run, way) for run in runs_of_row]
+            rows.append(_way_row(_row(f"{label}: {way}", named, other, settings), way))
+            ways, numbers = (way, answers.own_name(runs_of_row[0])), (len(rows) - 1, place)
+            gain = answer_effect(ways, numbers, label if len(groups) > 1 else "", (other, runs_of_row))
+            gains += [gain] if gain else []
+    changes: list[Effect] = [
+        {**effect, "rows": (places[effect["rows"][0]], places[effect["rows"][1]])} for effect in effects(members, flats)
     ]
     counted = [i for i in range(len(results)) if i not in repeats]
     notes, rankable = _notes([results[i] for i in counted], [called[i] for i in counted])
@@ -103,8 +121,14 @@ def compare(runs: Sequence[Mapping[str, Any]], names: Sequence[str] | None = Non
         for i, first in repeats.items()
     ]
     best = {key: _best(rows, key) if rankable and len(rows) > 1 else [] for key in rows[0]["metrics"]}
-    found = effects(members, flats)
-    return {"format": 1, "rows": rows, "settings": settings, "best": best, "effects": found, "notes": notes}
+    return {
+        "format": 1,
+        "rows": rows,
+        "settings": settings,
+        "best": best,
+        "effects": [*changes, *gains],
+        "notes": notes,
+    }
 
 
 def _flat(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -197,6 +221,7 @@ def _row(label: str, names: list[str], runs: Sequence[Results], settings: Sequen
     flat, curves = _flat(runs[0]["recipe"]), [tables.curves(run) for run in runs]
     return {
         "label": label,
+        "way": None,
         "runs": names,
         "seeds": [run["seed"] for run in runs],
         "setting": runs[0]["setting"],
@@ -212,9 +237,18 @@ def _row(label: str, names: list[str], runs: Sequence[Results], settings: Sequen
         "learn_seconds": spread([tables.learn_seconds(run) for run in runs]),
         "moved": spread([protected.moved(run) for run in runs]),
         "room": spread([protected.room(run) for run in runs]),
+        "drift": spread([drift.final(run) for run in runs]),
         "average_accuracy_curve": _pointwise([c.accuracy for c in curves]),
         "forgetting_curve": _pointwise([c.forgetting for c in curves]),
     }
+
+
+def _way_row(row: ComparisonRow, way: str) -> ComparisonRow:
+    """The row of another way to answer, without what its runs have once."""
+    none = spread([None] * len(row["runs"]))
+    once = ("trainable_parameters", "stored_bytes", "learn_seconds", "moved", "room", "drift")
+    costs: Any = dict.fromkeys(once, none)
+    return {**row, **costs, "way": way}
 
 
 def _pointwise(series: Sequence[Sequence[float | None]]) -> list[Spread]:

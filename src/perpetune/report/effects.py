@@ -17,7 +17,8 @@ class Effect(TypedDict):
     """Two rows of a comparison that differ in one setting.
 
     Attributes:
-        setting: a recipe's section (`head`), where another choice is made, or one key of it (`train.lr`).
+        setting: a recipe's section (`head`), where another choice is made, or one key of it (`train.lr`); `answer`
+            where one recipe's runs are measured against themselves, had their method answered in another way.
         before, after: what it is in the first and in the second of `rows`.
         beside: the other settings that differ somewhere in the comparison, as both rows have them.
         seeds: those that both rows have, on the same tasks.
@@ -31,6 +32,24 @@ class Effect(TypedDict):
     rows: tuple[int, int]
     seeds: list[int]
     metrics: dict[str, Spread]
+
+
+def answer_effect(
+    ways: tuple[str, str], numbers: tuple[int, int], row: str, runs: tuple[Sequence[Results], Sequence[Results]]
+) -> Effect | None:
+    """What a method's answer gains over another way in which it could have answered; None without a figure.
+
+    Args:
+        ways: what the other way and the answer are called.
+        numbers: of their rows in the comparison.
+        row: what the row of the answer is called, where there are others.
+        runs: those of both rows, seed by seed.
+    """
+    pairs = _paired(*runs)
+    if not pairs:
+        return None
+    beside = {"run": row} if row else {}
+    return _measured("answer", ways, beside, numbers, pairs)
 
 
 def effects(rows: Sequence[Sequence[Results]], flats: Sequence[Flat]) -> list[Effect]:
@@ -124,11 +143,22 @@ def _effect(
     # Keys below a setting that differs say nothing beside it, nor those of a choice that the rows have not made.
     beside = [s for s in settings if s not in (setting, _section(setting)) and _section(s) != setting]
     beside = [s for s in beside if "." not in s or s in first]
+    words = (_word(first, setting), _word(second, setting))
+    return _measured(setting, words, {s: _word(first, s) for s in beside}, rows, pairs)
+
+
+def _measured(
+    setting: str,
+    words: tuple[str, str],
+    beside: dict[str, str],
+    rows: tuple[int, int],
+    pairs: Sequence[tuple[Results, Results]],
+) -> Effect:
     return {
         "setting": setting,
-        "before": _word(first, setting),
-        "after": _word(second, setting),
-        "beside": {s: _word(first, s) for s in beside},
+        "before": words[0],
+        "after": words[1],
+        "beside": beside,
         "rows": rows,
         "seeds": [a["seed"] for a, _ in pairs],
         "metrics": {

@@ -51,6 +51,24 @@ def count(value: float | None) -> str:
     return ABSENT if value is None else f"{value:,.0f}"
 
 
+def thousandths(value: float | None) -> str:
+    """A weight or a distance with three decimals: `0.620`; what is more than nothing is not shown as nothing."""
+    if value is None:
+        return ABSENT
+    return "< 0.001" if 0 < value < 0.0005 else _minus(f"{value:.3f}")
+
+
+def number(value: float) -> str:
+    """Any number to about three digits: `0.00123`, `12.3`, `312`, `12,346`, `1.2e-7`."""
+    size = abs(value)
+    if 999.5 <= size < 1e7:
+        return _minus(count(value))
+    if value == 0 or 1e-4 <= size < 999.5:
+        return _minus(f"{value:.3g}")
+    digits, _, power = f"{value:.1e}".partition("e")
+    return f"{_minus(digits)}e{int(power)}"
+
+
 def relative(part: float | None, whole: float | None) -> str:
     """What `part` is of `whole`, to two digits: `7.2 %`, `0.037 %`, `140 %`."""
     if part is None or not whole:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from perpetune.report import form, protected, tables, view
+from perpetune.report import answers, drift, form, protected, solved, tables, view
 from perpetune.report.compare import Comparison
 from perpetune.report.matrix import matrix_table
 from perpetune.report.results_schema import Results
@@ -21,7 +21,10 @@ def report(results: Results) -> str:
         "## Accuracy matrix",
         "Accuracy in % on each task's test data (columns) after each task was learned (rows).",
         _matrix(results),
+        *_answers(results),
+        *_heads(results),
         *_protection(results),
+        *_drift(results),
         "## Tasks",
         _tasks(results),
         "## Classes",
@@ -43,12 +46,12 @@ def report(results: Results) -> str:
 def comparison(compared: Comparison) -> str:
     """`compare.md` of several runs."""
     figures = [(key, label) for key, label, _, _ in view.FIGURES]
-    protection = any(row["room"]["n"] for row in compared["rows"])
+    beside = view.beside_figures(compared["rows"])
     heads = [
         "run",
         "n",
         *(f"{label}, {view.unit(key)}" for key, label in figures),
-        *(["Moved, worst site, %", "Room, %"] if protection else []),
+        *(heading.capitalize() for _, heading, _ in beside),
         "trained parameters",
         "stored",
         "learning time",
@@ -57,14 +60,15 @@ def comparison(compared: Comparison) -> str:
     for i, row in enumerate(compared["rows"]):
         texts = view.comparison_cells(row)
         marked = [f"**{texts[key]}**" if i in compared["best"][key] else texts[key] for key, _ in figures]
-        marked += [texts["moved"], texts["room"]] if protection else []
+        marked += [texts[key] for key, _, _ in beside]
         cost = [form.count(row["trainable_parameters"]["mean"]), form.size(row["stored_bytes"]["mean"])]
         rows.append(
             [plain(row["label"]), len(row["runs"]), *marked, *cost, form.duration(row["learn_seconds"]["mean"])]
         )
     parts = [
         "# Comparison",
-        "Mean ± sample standard deviation over n runs that differ only in the seed.",
+        "Mean ± sample standard deviation over n runs that differ only in the seed."
+        + (f" {view.WAYS}" if any(row["way"] is not None for row in compared["rows"]) else ""),
         table(heads, rows),
     ]
     if compared["effects"]:
@@ -141,6 +145,60 @@ def _protection(results: Results) -> list[str]:
         name = f"{entry['task'] + 1} {plain(results['tasks'][entry['task']]['name'])}"
         rows.append([name, *moved, *(left if held else [])])
     return ["## What protection kept", plain(protected.meaning(results)), table(heads, rows)]
+
+
+def _answers(results: Results) -> list[str]:
+    ways, gauges, parts = answers.ways(results), answers.gauge_rows(results), []
+    if ways:
+        heads = ["way", "final accuracy, %", "average accuracy, %", "forgetting, points"]
+        parts += [answers.MEANING, table(heads, ([plain(name), *texts] for name, *texts in view.way_texts(ways)))]
+    if gauges:
+        names = [plain(name) for name in answers.gauge_names(results)]
+        heads = ["after", *(f"{name}, {of}" for name in names for of in ("new task", "earlier tasks"))]
+        rows = (
+            [f"{row.number} {plain(row.task)}", *(form.thousandths(mean) for pair in row.means for mean in pair)]
+            for row in gauges
+        )
+        parts += [plain(answers.GAUGES), table(heads, rows)]
+    return ["## Ways to answer", *parts] if parts else []
+
+
+def _heads(results: Results) -> list[str]:
+    found = solved.rows(results)
+    if not found:
+        return []
+    more = any(row.more for row in found)
+    rows = (
+        [
+            f"{row.number} {plain(row.task)}",
+            plain(row.head),
+            *map(plain, row.texts),
+            *([plain(row.more)] if more else []),
+        ]
+        for row in found
+    )
+    heads = ["after", "head", *solved.headings(results), *(["more"] if more else [])]
+    return ["## Heads solved from statistics", plain(solved.MEANING), table(heads, rows)]
+
+
+def _drift(results: Results) -> list[str]:
+    if not drift.moved(results):
+        return []
+    parts = ["## Drift of old features", plain(drift.meaning(results))]
+    if drift.still(results):
+        return parts
+    found = drift.table(results)
+    beside = ["outputs, median site", "outputs, worst site"] if found.certified else []
+    rows = (
+        [
+            f"{row.number} {plain(row.name)}",
+            row.mean,
+            *([row.median, row.worst] if found.certified else []),
+            *(cell.text if cell else "" for cell in row.cells),
+        ]
+        for row in found.rows
+    )
+    return [*parts, table(["after", "mean", *beside, *map(plain, found.names)], rows)]
 
 
 def _tasks(results: Results) -> str:
@@ -236,7 +294,7 @@ def _effects(compared: Comparison) -> str:
 
 
 def _members(compared: Comparison) -> Iterable[list[object]]:
-    for row in compared["rows"]:
+    for row in (row for row in compared["rows"] if row["way"] is None):
         seeds = ", ".join(map(str, row["seeds"]))
         settings = [plain(form.setting(row["differs"][key])) for key in compared["settings"]]
         yield [plain(row["label"]), ", ".join(map(plain, row["runs"])), seeds, *settings]

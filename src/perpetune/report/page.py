@@ -85,6 +85,7 @@ def _environment() -> jinja2.Environment:
     )
     for write in (
         form.percent,
+        form.thousandths,
         form.points,
         form.size,
         form.duration,

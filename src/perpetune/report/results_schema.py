@@ -25,6 +25,35 @@ class TaskInfo(TypedDict):
     fingerprint: NotRequired[str]
 
 
+class AnsweredCell(Cell):
+    """Counts on one task, as `Cell`.
+
+    Attributes:
+        others: right answers of other ways in which the method could have answered, by name.
+        gauges: means of numbers that say how it came to its answer, by name.
+    """
+
+    others: NotRequired[dict[str, int]]
+    gauges: NotRequired[dict[str, float]]
+
+
+class Facts(TypedDict):
+    """What heads tell of their solution after one task, by the name of the head; see `report.solved`."""
+
+    task: int
+    of: dict[str, dict[str, Any]]
+
+
+class Moved(TypedDict):
+    """How far the features of earlier tasks had moved after one task, by the earlier task's name.
+
+    The mean distance of the normalised features of a few test images: 0 where they were, at most 2.
+    """
+
+    task: int
+    of: dict[str, float]
+
+
 class Timing(TypedDict):
     """Time and memory of one task: seconds, of which `protect_s` went into protecting it, images trained on (all
     epochs), bytes."""
@@ -95,6 +124,7 @@ class Results(TypedDict):
     Attributes:
         cells: a row for each task learned so far, a column for each task; None is not measured.
         storage: for each task `{"task": index, file kind: bytes, …}`.
+        facts, drift: after each task; what has nothing to tell may be empty. Absent in older documents.
         protection: in the order in which data were added; none without `protect:`, absent in older documents.
         recipe: the resolved recipe, every default written out.
         trainable_parameters, backbone_parameters: None where no model has been built yet.
@@ -107,11 +137,13 @@ class Results(TypedDict):
     setting: str
     seed: int
     tasks: list[TaskInfo]
-    cells: list[list[Cell | None]]
+    cells: list[list[AnsweredCell | None]]
     metrics: Metrics
     timings: list[Timing]
     storage: list[dict[str, int]]
     protection: NotRequired[list[Consolidation]]
+    facts: NotRequired[list[Facts]]
+    drift: NotRequired[list[Moved]]
     trainable_parameters: int | None
     backbone_parameters: int | None
     bad_files: list[BadFile]
@@ -163,8 +195,14 @@ def _check_sizes(results: Results, where: str) -> None:
         "timings": results["timings"],
         "storage": results["storage"],
         "protection": results.get("protection", []),
+        "facts": results.get("facts", []),
+        "drift": results.get("drift", []),
     }
     for key, entries in named.items():
         for entry in entries:
             if not 0 <= entry.get("task", -1) < columns:
                 raise StateError(f"{where}: an entry of {key} names no task: {entry}")
+    names = {task["name"] for task in results["tasks"]}
+    for moved in results.get("drift", []):
+        if unknown := sorted(moved["of"].keys() - names):
+            raise StateError(f"{where}: an entry of drift names no task: {unknown[0]}")

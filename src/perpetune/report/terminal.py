@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from perpetune.numerics.metrics import accuracies, final_accuracy
-from perpetune.report import form, protected, view
+from perpetune.report import answers, drift, form, protected, solved, view
 
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
+
+    from perpetune.report.results_schema import Results
 
 VISIBLE_CHANGE = 0.005  # smaller ones do not show at two digits
 GAP = "…"
@@ -24,6 +26,7 @@ COMPARED = {  # columns of a comparison and their headings, in order
     "forward_transfer": "forward",
     "moved": "moved",
     "room": "room",
+    "drift": "drift",
     "pooled_accuracy": "pooled",
     "stored": "stored",
     "learning": "learning",
@@ -31,7 +34,7 @@ COMPARED = {  # columns of a comparison and their headings, in order
 # Those that go where the width does not hold all, the first one first.
 SPARE = (
     *("pooled_accuracy", "forward_transfer", "stored", "backward_transfer"),
-    *("learning", "room", "moved", "average_accuracy"),
+    *("learning", "drift", "room", "moved", "average_accuracy"),
 )
 SENTENCES = 8  # more of them are left to the page
 
@@ -101,6 +104,19 @@ def protection_line(results: Mapping[str, Any]) -> Text | None:
     return Text(f"  protect: {protected.told(entry, results)}", "dim") if entry else None
 
 
+def detail_lines(results: Mapping[str, Any]) -> list[Text]:
+    """What else the run has to tell after its last task: ways to answer, heads, protection, drift; a line for each."""
+    from rich.text import Text
+
+    run = cast("Results", results)
+    told = [("answers", answers.told(run)), *(("gauge", line) for line in answers.gauges_told(run))]
+    told += [("head", line) for line in solved.told(run)]
+    protection = protection_line(results)
+    lines = [Text(f"  {what}: {text}", "dim") for what, text in told if text]
+    lines += [protection] if protection is not None else []
+    return [*lines, *([Text(f"  drift: {moved}", "dim")] if (moved := drift.told(run)) else [])]
+
+
 def effects_text(comparison: Mapping[str, Any]) -> Text:
     """What each setting changes, a line for each."""
     from rich.text import Text
@@ -155,6 +171,7 @@ def compare_table(comparison: Mapping[str, Any], width: int = 100) -> Table:
         box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, header_style="dim", caption_justify="left"
     )
     notes = ["moved: old outputs at the worst site, %; room: directions still free, %"] if "moved" in shown else []
+    notes += ["drift: how far features of earlier tasks moved, 0 to 2"] if "drift" in shown else []
     notes += ["too narrow for: " + ", ".join(left_out)] if left_out else []
     if notes:
         table.caption = Text("\n".join(notes), "dim")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from perpetune.numerics.metrics import accuracies
-from perpetune.report import form, protected, svg, tables
+from perpetune.report import answers, drift, form, protected, solved, svg, tables
 from perpetune.report.compare import Comparison, ComparisonRow
 from perpetune.report.effects import Effect
 from perpetune.report.matrix import READABLE, matrix_table
@@ -53,7 +53,10 @@ def report(results: Results) -> dict[str, Any]:
         "overview": _overview(results),
         "charts": _charts(results),
         "legend": _legend(results),
+        "answers": _answers(results),
+        "heads": _heads(results),
         "protection": _protection(results),
+        "drift": _drift(results),
         "tasks": tables.task_rows(results),
         "classes": tables.class_rows(results),
         "storage": tables.storage_rows(results),
@@ -133,6 +136,56 @@ def _protection(results: Results) -> dict[str, Any] | None:
     }
 
 
+def _answers(results: Results) -> dict[str, Any] | None:
+    """What the section on ways to answer shows; None where the method has one way and tells nothing of it."""
+    ways, gauges = answers.ways(results), answers.gauge_rows(results)
+    if not ways and not gauges:
+        return None
+    styles = ["strong", *(f"l{i % len(LIGHT_LINES)}" for i in range(1, len(ways)))]
+    lines = [svg.Line(way.name, way.curve, style) for way, style in zip(ways, styles, strict=False)]
+    label = "Mean accuracy on the tasks seen, by each way to answer"
+    return {
+        "meaning": answers.MEANING if ways else "",
+        "ways": [(style, *texts) for style, texts in zip(styles, way_texts(ways), strict=False)],
+        # The answer comes last, and so on top.
+        "chart": svg.line_chart(lines[::-1], label, width=540, height=300, floor=0, top=1) if ways else None,
+        "gauge_meaning": answers.GAUGES,
+        "gauges_told": "; ".join(answers.gauges_told(results)),
+        "gauges": gauges,
+        "gauge_names": answers.gauge_names(results),
+    }
+
+
+def way_texts(ways: Sequence[answers.Way]) -> list[tuple[str, str, str, str]]:
+    """Name, final accuracy, average accuracy and forgetting of each way to answer."""
+    return [
+        (
+            way.name,
+            form.percent(way.metrics["final_accuracy"]),
+            form.percent(way.metrics["average_accuracy"]),
+            form.percent(way.metrics["forgetting"]),
+        )
+        for way in ways
+    ]
+
+
+def _heads(results: Results) -> dict[str, Any] | None:
+    """What the section on heads of statistics shows; None without any."""
+    rows = solved.rows(results)
+    if not rows:
+        return None
+    headings = solved.headings(results)
+    return {"meaning": solved.MEANING, "headings": headings, "rows": rows, "more": any(row.more for row in rows)}
+
+
+def _drift(results: Results) -> dict[str, Any] | None:
+    """What the section on the drift of features shows; None where none was measured."""
+    if not drift.moved(results):
+        return None
+    shown = None if drift.still(results) else drift.table(results)
+    return {"meaning": drift.meaning(results), "told": drift.told(results), "table": shown}
+
+
 def _line_style(j: int, n: int) -> str:
     """Few lines are told apart by hue; many are coloured by age."""
     return f"l{j}" if n <= len(LIGHT_LINES) else f"a{round(j * (AGES - 1) / (n - 1))}"
@@ -151,11 +204,14 @@ def comparison(compared: Comparison) -> dict[str, Any]:
     rows = compared["rows"]
     return {
         "rows": rows,
+        "recipes": sum(row["way"] is None for row in rows),
+        "runs": sum(len(row["runs"]) for row in rows if row["way"] is None),
         "notes": compared["notes"],
         "effects": compared["effects"],
         "told": effect_lines(compared["effects"]),
         "changes": [effect_cells(effect) for effect in compared["effects"]],
-        "protected": any(row["room"]["n"] for row in rows),
+        "beside": beside_figures(rows),
+        "ways": WAYS if any(row["way"] is not None for row in rows) else "",
         "settings": compared["settings"],
         "figures": [
             (key, label, note) for key, label, note, _ in FIGURES if any(row["metrics"][key]["n"] for row in rows)
@@ -171,15 +227,29 @@ def comparison(compared: Comparison) -> dict[str, Any]:
     }
 
 
+WAYS = "A row such as “safe: slow” is what the row before it would be if its method had answered in that other way."
+BESIDE = (  # columns of a comparison that only some runs have: key, heading in pages, note
+    ("moved", "moved, worst site, %", "how far old outputs had moved at the end, at the worst site"),
+    ("room", "room, %", "share of directions still free at the end"),
+    ("drift", "drift, 0 to 2", "how far the features of earlier tasks’ test images had moved at the end"),
+)
+
+
+def beside_figures(rows: Sequence[ComparisonRow]) -> list[tuple[str, str, str]]:
+    """Of `BESIDE` those that any row has."""
+    return [column for column in BESIDE if any(row[column[0]]["n"] for row in rows)]  # type: ignore[literal-required]
+
+
 def comparison_cells(row: ComparisonRow) -> dict[str, str]:
     """The text of each figure of a row of the comparison, `mean ± std`."""
     texts = {}
     for key, _, _, signed in FIGURES:
         mean, std = row["metrics"][key]["mean"], row["metrics"][key]["std"]
         texts[key] = form.mean_std(figure(mean, signed), None if std is None else form.percent(std))
-    for key in ("moved", "room"):
+    for key, _, _ in BESIDE:
+        write = form.thousandths if key == "drift" else form.percent
         mean, std = row[key]["mean"], row[key]["std"]  # type: ignore[literal-required]
-        texts[key] = form.mean_std(form.percent(mean), None if std is None else form.percent(std))
+        texts[key] = form.mean_std(write(mean), None if std is None else write(std))
     return texts
 
 

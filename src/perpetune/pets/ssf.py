@@ -1,0 +1,83 @@
+"""Scales and shifts behind single operations."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from perpetune.errors import UsageError
+from perpetune.pets.base import PET, Conditions, Place, Site, is_plain, with_values
+
+
+class SSF(PET):
+    """A scale and a shift behind operations, `y = (1 + δ) ⊙ base(x) + β`; Lian et al. 2022, arXiv:2210.08823.
+
+    `δ` and `β` are `(c,)`, one number for each channel of the output: of a linear layer, a norm, or the convolution
+    that embeds patches. Of a fused qkv only the rows of the named parts are scaled. The paper's scale is `γ = 1 + δ`;
+    stored is `δ`, so weight decay pulls the scale to 1 and not to 0. Timm's EVA and BEiT add the biases of q and v
+    behind the fused layer, so there they are not scaled. `fold` makes scale and shift part of the frozen values.
+
+    Args:
+        std: of the initial values of `δ` and `β`. The paper has 0.02, which starts beside the pretrained model; 0
+            starts at it.
+
+    Raises:
+        UsageError: an option out of range, or a place that is no single operation.
+    """
+
+    default_at: ClassVar[tuple[str, ...]] = ("operations",)
+    rows: Tensor | None
+
+    def __init__(self, place: Place, generator: torch.Generator, *, std: float = 0.0):
+        super().__init__()
+        if place.roles[0] in ("attn", "mlp", "block"):
+            where = f"{place.path} ({', '.join(place.roles)})"
+            raise UsageError(f"ssf: {where} is no single operation; use operations, or roles such as norm1, q, fc1")
+        if not (std >= 0 and math.isfinite(std)):
+            raise UsageError(f"ssf: std is {std}; a number from 0 is expected")
+        self.d_out, self.of_maps = place.d_out, isinstance(place.module, nn.Conv2d)
+        rows = torch.cat([torch.arange(*part) for part in place.parts or ((0, place.d_out),)])
+        self.register_buffer("rows", rows if len(rows) < place.d_out else None, persistent=False)
+        self.scale = nn.Parameter(torch.randn(len(rows), generator=generator) * std)
+        self.shift = nn.Parameter(torch.randn(len(rows), generator=generator) * std)
+
+    def forward(self, base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y: Tensor = base(x, *args, **kwargs)  # (..., d_out), or (B, d_out, H, W) of a convolution
+        gain, shift = self._gain(), self._on_rows(self.shift)
+        if self.of_maps:
+            gain, shift = gain[:, None, None], shift[:, None, None]
+        return torch.addcmul(shift, y, gain).to(y.dtype)
+
+    def fold(self, base: nn.Module) -> nn.Module | None:
+        """A linear layer, convolution or LayerNorm of weight `(1 + δ) W` and bias `(1 + δ) b + β`."""
+        if not (is_plain(base, nn.Linear) or is_plain(base, nn.Conv2d) or isinstance(base, nn.LayerNorm)):
+            return None
+        gain, shift = self._gain(), self._on_rows(self.shift)
+        own = dict(base.named_parameters(recurse=False))  # a LayerNorm may have neither
+        weight, bias = own.get("weight"), own.get("bias")
+        return with_values(
+            base,
+            gain if weight is None else gain.view(-1, *[1] * (weight.dim() - 1)) * weight,
+            shift if bias is None else gain * bias + shift,
+        )
+
+    def sites(self, conditions: Conditions = "exact") -> list[Site]:
+        """None can be: each scale and shift meets one number, and one old row where it is not 0 closes it for good."""
+        raise UsageError(
+            "ssf cannot be protected: a scale or shift has no direction that leaves old outputs as they are; "
+            "leave protect: out, or use lora or adapter"
+        )
+
+    def _gain(self) -> Tensor:
+        """`1 + δ (d_out,)`."""
+        return self._on_rows(self.scale) + 1
+
+    def _on_rows(self, values: Tensor) -> Tensor:
+        """`(d_out,)`: the values on their rows, 0 elsewhere."""
+        return values if self.rows is None else values.new_zeros(self.d_out).index_copy(0, self.rows, values)
+
+    def extra_repr(self) -> str:
+        return f"d_out={self.d_out}, rows={len(self.scale)}"

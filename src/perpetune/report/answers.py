@@ -1,0 +1,111 @@
+"""The other ways in which a method could have answered, beside its answer, and the gauges of how it came to that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from perpetune.numerics.metrics import Cell, Metrics, accuracies, final_accuracy, over_time, summarise
+from perpetune.report import form
+from perpetune.report.results_schema import Results
+
+MEANING = (
+    "The method can answer in several ways; each was tried on the same test images. The first is its answer, of which "
+    "all other figures here are."
+)
+GAUGES = (
+    "How the answer came about: the mean over the test images of the task just learned, and of the earlier tasks "
+    "(each task counts alike), after each task."
+)
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to answer: its figures, and its mean accuracy on the tasks seen after each task."""
+
+    name: str
+    metrics: Metrics
+    curve: list[float | None]
+
+
+@dataclass(frozen=True)
+class GaugeRow:
+    """Each gauge after one task: its mean on that task and over the earlier ones, in the order of `gauge_names`."""
+
+    number: int
+    task: str
+    means: list[tuple[float | None, float | None]]
+
+
+def names(results: Mapping[str, Any]) -> list[str]:
+    """The ways to answer beside the answer itself, in the order in which they first occur."""
+    return list(dict.fromkeys(name for row in results["cells"] for cell in row if cell for name in _others(cell)))
+
+
+def own_name(results: Mapping[str, Any]) -> str:
+    """What the answer is called beside the others: what is made of several is a mixture of them."""
+    return "mixed" if len(names(results)) > 1 else "answer"
+
+
+def answered(results: Results, name: str) -> Results:
+    """The run as it would be if the method had answered that way; a cell where it could not is not measured."""
+    cells = [[_cell(cell, name) if cell else None for cell in row] for row in results["cells"]]
+    return cast(Results, {**results, "cells": cells, "metrics": summarise(cells, results["tasks"])})
+
+
+def ways(results: Results) -> list[Way]:
+    """The answer, then the other ways; empty where there is no other."""
+    others = names(results)
+    runs = {own_name(results): results, **{name: answered(results, name) for name in others}} if others else {}
+    return [
+        Way(name, run["metrics"], over_time(final_accuracy, accuracies(run["cells"]))) for name, run in runs.items()
+    ]
+
+
+def gauge_names(results: Mapping[str, Any]) -> list[str]:
+    found = (name for row in results["cells"] for cell in row if cell for name in cell.get("gauges", {}))
+    return list(dict.fromkeys(found))
+
+
+def gauge_rows(results: Mapping[str, Any]) -> list[GaugeRow]:
+    """The gauges after each task; empty where there is none."""
+    gauges = gauge_names(results)
+    rows = []
+    for i, row in enumerate(results["cells"] if gauges else []):
+        found = [cell.get("gauges", {}) if cell else {} for cell in row[: i + 1]]
+        means = [(_mean(found[i:], name), _mean(found[:i], name)) for name in gauges]
+        rows.append(GaugeRow(i + 1, results["tasks"][i]["name"], means))
+    return rows
+
+
+def told(results: Results) -> str:
+    """`mixed 81.0 %, slow 79.2 %, fast 80.1 %`: the mean over the tasks seen; empty where there is no other way."""
+    return ", ".join(f"{way.name} {form.percent(way.metrics['final_accuracy'])} %" for way in ways(results))
+
+
+def gauges_told(results: Mapping[str, Any]) -> list[str]:
+    """`fast weight: 0.620 on the new task, 0.410 on earlier ones`, for each gauge, after the last task."""
+    rows = gauge_rows(results)
+    if not rows:
+        return []
+    lines = []
+    for name, (new, old) in zip(gauge_names(results), rows[-1].means, strict=True):
+        earlier = f", {form.thousandths(old)} on earlier ones" if old is not None else ""
+        lines.append(f"{name}: {form.thousandths(new)} on the new task{earlier}")
+    return lines
+
+
+def _others(cell: Mapping[str, Any]) -> Mapping[str, int]:
+    others: Mapping[str, int] = cell.get("others", {})
+    return others
+
+
+def _cell(cell: Mapping[str, Any], name: str) -> Cell | None:
+    right = _others(cell).get(name)
+    return None if right is None else {"correct": right, "total": cell["total"], "per_class": {}}
+
+
+def _mean(cells: list[dict[str, float]], name: str) -> float | None:
+    values = [cell[name] for cell in cells if name in cell]
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,102 @@
+"""How far the features of earlier tasks' test images have moved: as a table, a figure and a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from perpetune.report import form, protected
+from perpetune.report.matrix import LARGE, READABLE, ROOMY, MatrixCell
+from perpetune.report.palette import heat_level
+
+MEANING = (
+    "How far the features of each earlier task’s test images (columns; a few of each) lie from where they were when "
+    "the task was learned, after each task (rows): the mean distance of features of length 1, so that 0 is where they "
+    "were and 2 is the opposite side."
+)
+CERTIFIED = (
+    "Beside it is the certificate of protection: how far the outputs of the sites, inside the net, have moved on the "
+    "training data. What the certificate says of each place is seen here at the end of the net."
+)
+STILL = "They have not moved at all."
+
+
+@dataclass(frozen=True)
+class DriftRow:
+    """The distances after one task, their mean, and the certificate's worst and median site, as text."""
+
+    number: int
+    name: str
+    mean: str
+    worst: str
+    median: str
+    cells: list[MatrixCell | None]
+
+
+@dataclass(frozen=True)
+class DriftTable:
+    rows: list[DriftRow]
+    names: list[str]
+    style: str  # of the table: large, dense or neither
+    numbered: bool  # columns are headed by numbers, for want of room
+    folded: bool
+    certified: bool  # whether there are certificates beside the distances
+
+
+def moved(results: Mapping[str, Any]) -> dict[int, dict[str, float]]:
+    """After each task, by its index, the distance of each earlier task's features, by the task's name."""
+    listed = sorted(results.get("drift", []), key=lambda entry: entry["task"])
+    return {entry["task"]: entry["of"] for entry in listed if entry["of"]}
+
+
+def final(results: Mapping[str, Any]) -> float | None:
+    """The mean over the earlier tasks, after the last one."""
+    return _mean(moved(results).get(len(results["cells"]) - 1, {}))
+
+
+def still(results: Mapping[str, Any]) -> bool:
+    """Whether nothing has moved, ever."""
+    return not any(value for of in moved(results).values() for value in of.values())
+
+
+def table(results: Mapping[str, Any]) -> DriftTable:
+    """The distances as the accuracy matrix shows accuracies; colours reach up to the largest."""
+    found = moved(results)
+    names = [task["name"] for task in results["tasks"]][: max(found, default=0)]  # nothing comes after the last one
+    largest = max((value for of in found.values() for value in of.values()), default=0.0)
+    certificates = {entry["task"]: entry for entry in protected.after_tasks(results)}
+    rows = []
+    for i, of in found.items():
+        name, entry = results["tasks"][i]["name"], certificates.get(i)
+        cells = [_cell(of.get(other), other, name, largest) for other in names]
+        worst, median = (form.relative(entry[key], 1) if entry else form.ABSENT for key in ("worst", "median"))
+        rows.append(DriftRow(i + 1, name, form.thousandths(_mean(of)), worst, median, cells))
+    style = "large" if len(names) <= LARGE else "dense" if len(names) > ROOMY else ""
+    return DriftTable(rows, names, style, style == "dense", len(names) > READABLE, bool(certificates))
+
+
+def told(results: Mapping[str, Any]) -> str:
+    """`features of earlier tasks moved 0.012 (farthest task-1, 0.034)`, after the last task; empty without a figure."""
+    of, mean = moved(results).get(len(results["cells"]) - 1, {}), final(results)
+    if mean is None:
+        return ""
+    farthest = max(of, key=lambda name: of[name])
+    more = f" (farthest {farthest}, {form.thousandths(of[farthest])})" if len(of) > 1 and of[farthest] else ""
+    return f"features of earlier tasks moved {form.thousandths(mean)}{more}"
+
+
+def meaning(results: Mapping[str, Any]) -> str:
+    parts = [MEANING, *([CERTIFIED] if protected.after_tasks(results) else []), *([STILL] if still(results) else [])]
+    return " ".join(parts)
+
+
+def _cell(value: float | None, of: str, after: str, largest: float) -> MatrixCell | None:
+    if value is None:
+        return None
+    level = heat_level(value / largest if largest else 0.0)
+    return MatrixCell(form.thousandths(value), level, "kept", f"{of} after {after}: moved {form.thousandths(value)}")
+
+
+def _mean(of: Mapping[str, float]) -> float | None:
+    return sum(of.values()) / len(of) if of else None

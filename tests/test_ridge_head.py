@@ -1,0 +1,566 @@
+"""The head `ridge` over tasks, against regressions on all data at once (safe.md §5.1: V1 to V3; §5.2)."""
+
+from __future__ import annotations
+
+import copy
+import math
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from perpetune.check import tiny_backbone
+from perpetune.errors import PerpetuneError
+from perpetune.heads import Ridge
+from perpetune.heads import ridge as module
+from perpetune.methods.frozen import Frozen
+from perpetune.models.classifier import ImageClassifier, learn_statistics
+from perpetune.numerics import ridge
+from perpetune.runtime import Runtime
+from perpetune.seeding import generator
+from perpetune.snapshot import restore, snapshot
+from perpetune.tasks import Task
+
+D = 8
+ALPHABET = "abcdefghijklmnopqrst"
+
+
+class Rows:
+    """Features as examples: what a frozen model would make of pictures."""
+
+    def __init__(self, features: Tensor, targets: Sequence[int]):
+        self.features, self.targets = features, list(targets)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def load(self, index: int, seed: int | None) -> Tensor:
+        return self.features[index]
+
+
+def features(label: str, count: int, *purpose: int | str) -> Tensor:
+    centre = torch.randn(D, generator=generator("centre", label)) * 2
+    return centre + torch.randn(count, D, generator=generator("features", label, *purpose)) + 1
+
+
+def task_of(
+    index: int, classes: str, each: int | Sequence[int] = 6, runtime: Runtime | None = None, part: str = ""
+) -> Task:
+    """A task of some examples of each of its classes, in a mixed order."""
+    counts = [each] * len(classes) if isinstance(each, int) else each
+    found = torch.cat([features(c, n, part) for c, n in zip(classes, counts, strict=True)])
+    targets = torch.arange(len(classes)).repeat_interleave(torch.tensor(counts))
+    order = torch.randperm(len(targets), generator=generator("order", classes))
+    train: Any = Rows(found[order], targets[order].tolist())
+    return Task(index, f"task-{index}", tuple(classes), train, runtime=runtime or Runtime())
+
+
+def teach(head: Ridge, task: Task, batch_size: int = 7) -> None:
+    head.grow(task.classes, task.generator("head"))
+    learn_statistics(task, batch_size, [(head, lambda batch: batch.inputs)])
+
+
+def learned(tasks: Sequence[Task], batch_size: int = 7, **options: Any) -> Ridge:
+    head = Ridge(D, **options)
+    for task in tasks:
+        teach(head, task, batch_size)
+    return head
+
+
+def everything(tasks: Sequence[Task], classes: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Features of all tasks and their rows in `classes`."""
+    rows = [classes.index(t.classes[y]) for t in tasks for y in t.train.targets]
+    return torch.cat([t.train.features for t in tasks]), torch.tensor(rows)  # type: ignore[attr-defined]
+
+
+def joint(head: Ridge, tasks: Sequence[Task], weights: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
+    """G, W and the penalty of a dense float64 regression on all examples of all tasks at once."""
+    found, targets = everything(tasks, head.classes)
+    h = head.expand(found).double()
+    own = torch.ones(len(h), dtype=torch.float64) if weights is None else weights
+    gram = h.mT @ (own[:, None] * h)
+    penalty = float(head.chosen)
+    hot = F.one_hot(targets, len(head.classes)).double()
+    eye = torch.eye(len(gram), dtype=torch.float64)
+    return gram, torch.linalg.solve(gram + penalty * eye, h.mT @ (own[:, None] * hot)), penalty
+
+
+def solution(head: Ridge) -> Tensor:
+    """W in float64, from what the head keeps."""
+    return ridge.factor(head.packed, head.width, float(head.chosen)).solve(head.cross)
+
+
+def close(found: Tensor, wanted: Tensor, share: float) -> None:
+    assert float((found - wanted).norm()) <= share * float(wanted.norm())
+
+
+TEN = [task_of(i, ALPHABET[2 * i : 2 * i + 2]) for i in range(10)]
+KINDS = [{"projection": 20}, {"projection": 64}, {"projection": 0}]
+every_kind = pytest.mark.parametrize("options", KINDS, ids=lambda kind: f"M={kind['projection']}")
+
+
+def test_golden_value() -> None:
+    """safe.md §5.2."""
+    head = Ridge(2, projection=0, penalty=1 / 3.5)  # of tr G / M = 7 / 2
+    train: Any = Rows(torch.tensor([[1.0, 0], [1, 1], [0, 2]]), [0, 1, 1])
+    head.grow("abc", generator("golden"))
+    learn_statistics(Task(0, "golden", ("a", "b"), train), 2, [(head, lambda batch: batch.inputs)])
+    assert float(head.chosen) == pytest.approx(1)
+    wanted = torch.tensor([[0.35294118, 0.17647059, 0], [-0.05882353, 0.47058824, 0]])
+    torch.testing.assert_close(head.weight, wanted, rtol=0, atol=1e-6)
+
+
+# -- any order, any batches ---------------------------------------------------------------------------
+
+
+@every_kind
+@pytest.mark.parametrize("penalty", [1e-3, "chosen"])
+def test_after_ten_tasks_it_is_one_regression_on_all_features(options: dict[str, Any], penalty: float | str) -> None:
+    head = learned(TEN, penalty=penalty, **options)
+    gram, weights, used = joint(head, TEN)
+    assert len(head.classes) == 20
+    if penalty != "chosen":
+        assert used == pytest.approx(1e-3 * float(gram.trace()) / head.width, rel=1e-9)
+    close(ridge.dense(head.packed, head.width), gram, 1e-10)
+    close(solution(head), weights, 1e-9)
+    torch.testing.assert_close(head.weight.double(), weights, rtol=1e-5, atol=1e-6)
+    new = torch.cat([features(c, 4, "new") for c in head.classes])
+    scores = head.expand(new).double() @ weights
+    assert torch.equal(head(new).argmax(1), scores.argmax(1))
+    torch.testing.assert_close(head(new).double(), float(head.scale) * scores, rtol=1e-4, atol=1e-4)
+
+
+@every_kind
+@pytest.mark.parametrize("batch_size", [1, 5, 1000])
+def test_order_of_tasks_and_size_of_batches_do_not_matter(options: dict[str, Any], batch_size: int) -> None:
+    """Only the columns are in the order in which classes came."""
+    one = learned(TEN, penalty=1e-3, **options)
+    order = torch.randperm(10, generator=generator("tasks", batch_size)).tolist()
+    # The first task's generator is what the projection is drawn from, so they are numbered as they come.
+    tasks = [task_of(i, TEN[k].classes) for i, k in enumerate(order)]  # type: ignore[arg-type]
+    other = learned(tasks, batch_size, penalty=1e-3, **options)
+    assert other.classes != one.classes
+    columns = one.rows(other.classes)
+    # The projection is in float32, and rounds a little otherwise in a product of another shape.
+    share = 1e-10 if not options["projection"] else 1e-6
+    close(other.packed, one.packed, share)
+    close(other.cross, one.cross[:, columns], share)
+    assert torch.equal(other.counts, one.counts[columns])
+    close(solution(other), solution(one)[:, columns], 1e-9 if share == 1e-10 else 1e-3)
+    new = torch.cat([features(c, 4, "new") for c in one.classes])
+    assert torch.equal(columns[other(new).argmax(1)], one(new).argmax(1))
+
+
+def test_classes_that_come_back_go_on_from_where_they_stood() -> None:
+    """Domain-incremental: three domains of the same classes, one of them without the last."""
+    tasks = [task_of(0, "abc", part="real"), task_of(1, "ab", 5, part="sketch"), task_of(2, "cab", 4, part="clip")]
+    head = learned(tasks, projection=20)
+    assert head.classes == ["a", "b", "c"]
+    assert head.counts.tolist() == [15, 15, 10]
+    gram, weights, _ = joint(head, tasks)
+    close(ridge.dense(head.packed, 20), gram, 1e-10)
+    close(solution(head), weights, 1e-9)
+
+
+def test_sums_are_what_they_are_called() -> None:
+    """V3: trace and columns; G is symmetric and positive semidefinite."""
+    head = learned(TEN[:3], projection=20)
+    found, targets = everything(TEN[:3], head.classes)
+    h = head.expand(found).double()
+    gram = ridge.dense(head.packed, 20)
+    assert torch.equal(gram, gram.mT)
+    values = torch.linalg.eigvalsh(gram)
+    assert float(values[0]) >= -1e-10 * float(values[-1])
+    assert float(gram.trace()) == pytest.approx(float(h.square().sum()), rel=1e-10)
+    for row in range(6):
+        close(head.cross[:, row], h[targets == row].sum(0), 1e-10)
+    assert float(head.mass) == len(h)
+
+
+def test_a_class_without_examples_is_never_the_answer() -> None:
+    head = Ridge(D, projection=20)
+    assert head(torch.randn(3, D, generator=generator("f"))).shape == (3, 0)
+    head.grow("yxz", generator("grow"))
+    assert head(features("a", 2)).isneginf().all()
+    task = task_of(0, "ab")
+    teach(head, task)
+    assert head.classes == ["y", "x", "z", "a", "b"]
+    assert not head.cross[:, :3].any()
+    assert not head.weight[:, :3].any()
+    scores = head(features("a", 5))
+    assert scores[:, :3].isneginf().all()
+    assert torch.isfinite(scores[:, 3:]).all()
+    assert math.isfinite(float(head.scale)), "nor does it spoil the calibration"
+
+
+@pytest.mark.parametrize("penalty", [1e-2, "chosen"])
+def test_balanced_classes_weigh_the_same(penalty: float | str) -> None:
+    """Each example in inverse proportion to its class's share of its task: the sum of weights stays."""
+    tasks = [task_of(0, "ab", [20, 4]), task_of(1, "cad", [3, 9, 12])]
+    head = learned(tasks, projection=20, balance=True, penalty=penalty)
+    weights = []
+    for task in tasks:
+        targets = torch.tensor(task.train.targets)
+        counts = torch.bincount(targets)
+        weights.append((len(targets) / len(counts) / counts.double())[targets])
+    gram, wanted, _ = joint(head, tasks, torch.cat(weights))
+    close(ridge.dense(head.packed, 20), gram, 1e-10)
+    close(solution(head), wanted, 1e-9)
+    assert float(head.mass) == pytest.approx(48)
+    assert head.counts.tolist() == [29, 4, 3, 12], "examples are counted as they are"
+
+
+def test_large_tasks_are_added_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sums are the same, and no more rows are held than a part has."""
+    one = learned(TEN[:3], batch_size=1000, projection=20)
+    monkeypatch.setattr(module, "BUFFER", 4)
+    held = []
+    observe = Ridge.observe
+
+    def watched(self: Ridge, found: Tensor, rows: Tensor) -> None:
+        observe(self, found, rows)
+        held.append(sum(map(len, self._rows)))
+
+    monkeypatch.setattr(Ridge, "observe", watched)
+    other = learned(TEN[:3], batch_size=3, projection=20)
+    assert max(held) <= 4
+    close(other.packed, one.packed, 1e-6)
+    assert torch.equal(other.counts, one.counts)
+    assert other.facts()["penalty"] == pytest.approx(one.facts()["penalty"], rel=1e-3)
+
+
+# -- several processes --------------------------------------------------------------------------------
+
+
+class Together(Runtime):
+    """One of several processes, which are threads here and add up through a list."""
+
+    def __init__(self, rank: int, world: int, barrier: threading.Barrier, sent: list[Tensor | None]):
+        super().__init__()
+        self._rank, self._world, self._barrier, self._sent = rank, world, barrier, sent
+
+    @property
+    def rank(self) -> int:
+        return self._rank
+
+    @property
+    def world(self) -> int:
+        return self._world
+
+    def sum(self, value: Tensor) -> Tensor:
+        self._sent[self._rank] = value.clone()
+        self._barrier.wait(60)
+        total = torch.stack([t for t in self._sent if t is not None]).sum(0)
+        self._barrier.wait(60)
+        return total
+
+
+def by_several(world: int, tasks: Sequence[tuple[int, str, int]], **options: Any) -> list[Ridge]:
+    barrier, sent, heads = threading.Barrier(world), [None] * world, [Ridge(D, **options) for _ in range(world)]
+    failed: list[BaseException] = []
+
+    def process(rank: int) -> None:
+        try:
+            for index, classes, each in tasks:
+                runtime = Together(rank, world, barrier, sent)  # type: ignore[arg-type]
+                teach(heads[rank], task_of(index, classes, each, runtime), batch_size=4)
+        except BaseException as error:  # noqa: BLE001  it is raised again below
+            failed.append(error)
+            barrier.abort()
+
+    threads = [threading.Thread(target=process, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failed:
+        raise failed[0]
+    return heads
+
+
+@pytest.mark.parametrize("balance", [False, True])
+@pytest.mark.parametrize("projection", [0, 20, 80])
+def test_two_processes_sum_up_what_one_does(projection: int, balance: bool) -> None:
+    """What was there before counts once; every process ends with the same bits."""
+    plan = [(0, "ab", 7), (1, "cde", 5), (2, "a", 3)]
+    one = learned([task_of(*t) for t in plan], projection=projection, balance=balance)
+    first, second = by_several(2, plan, projection=projection, balance=balance)
+    for name in (*module.SUMS, "weight", "chosen", "scale"):
+        assert torch.equal(getattr(first, name), getattr(second, name)), name
+    assert torch.equal(first.counts, one.counts)
+    # In float32 the projection rounds otherwise where a batch is of another size.
+    share = 1e-6 if projection else 1e-10
+    close(first.packed, one.packed, share)
+    close(first.cross, one.cross, share)
+    assert float(first.mass) == pytest.approx(float(one.mass), rel=1e-10)
+    new = torch.cat([features(c, 4, "new") for c in one.classes])
+    assert torch.equal(first(new).argmax(1), one(new).argmax(1))
+
+
+def test_more_processes_than_examples() -> None:
+    one = learned([task_of(0, "ab", 1), task_of(1, "c", 2)], projection=20, penalty=0.1)
+    for head in by_several(3, [(0, "ab", 1), (1, "c", 2)], projection=20, penalty=0.1):
+        close(head.packed, one.packed, 1e-6)
+        assert torch.equal(head.counts, one.counts)
+        torch.testing.assert_close(head.weight, one.weight, rtol=1e-4, atol=1e-5)
+
+
+# -- the projection -----------------------------------------------------------------------------------
+
+
+def method_of(**options: Any) -> Frozen:
+    method = Frozen(ImageClassifier(tiny_backbone(), Ridge(32, **options)))
+    method.requires_grad_(False).eval()
+    return method
+
+
+def test_the_projection_is_stored_as_its_seed() -> None:
+    head = learned(TEN[:2], projection=20)
+    assert "projected" not in head.state_dict()
+    assert sorted(head.state_dict().keys()) == sorted(
+        [*module.SUMS, "weight", "chosen", "scale", "_extra_state", "probe.weight", "probe.scale", "probe._extra_state"]
+    )
+    drawn = torch.randn(D, 20, generator=generator("ridge", head.seed or 0)) / math.sqrt(D)
+    assert torch.equal(head.projected, drawn)
+
+
+def test_it_comes_back_from_files_and_goes_on() -> None:
+    method, other = method_of(projection=20), method_of(projection=20)
+    head = method.model.head
+    assert isinstance(head, Ridge)
+    head.grow("ab", generator("seed"))
+    head.expect(torch.tensor([3, 3]))
+    head.observe(torch.randn(6, 32, generator=generator("f")), torch.tensor([0, 1, 0, 1, 0, 1]))
+    head.flush()
+    head.settle()
+    restore(other, snapshot(method), "memory")
+    back = other.model.head
+    assert isinstance(back, Ridge)
+    assert torch.equal(back.projected, head.projected)
+    new = torch.randn(5, 32, generator=generator("new"))
+    assert torch.equal(back(new), head(new))
+    for one in (head, back):
+        one.grow("c", generator("another seed"))
+        one.expect(torch.tensor([0, 1, 3]))
+        one.observe(torch.randn(4, 32, generator=generator("g")), torch.tensor([2, 1, 2, 2]))
+        one.flush()
+        one.settle()
+    assert torch.equal(back(new), head(new))
+    assert snapshot(method) == snapshot(other)
+    untouched = method_of(projection=20)
+    restore(other, snapshot(untouched), "memory")
+    assert snapshot(other) == snapshot(untouched), "back to a head that has learned nothing"
+    assert other.model.head(new).shape == (5, 0)
+
+
+def test_another_run_has_another_projection() -> None:
+    heads = [learned([task_of(0, "ab", runtime=Runtime(seed=seed))], projection=20) for seed in (0, 0, 1)]
+    assert torch.equal(heads[0].projected, heads[1].projected)
+    assert not torch.allclose(heads[0].projected, heads[2].projected)
+
+
+def test_later_tasks_leave_the_projection() -> None:
+    head = learned(TEN[:1], projection=20)
+    before = head.projected.clone()
+    teach(head, TEN[1])
+    assert torch.equal(head.projected, before)
+
+
+# -- kinds of numbers ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_touches_neither_sums_nor_answers(dtype: torch.dtype) -> None:
+    head, other = learned(TEN[:2], projection=20), learned(TEN[:2], projection=20)
+    other.to(dtype)
+    assert other.probe.weight.dtype == dtype
+    for name in (*module.SUMS, "weight", "chosen", "scale", "projected"):
+        assert torch.equal(getattr(other, name), getattr(head, name)), name
+        assert getattr(other, name).dtype == getattr(head, name).dtype, name
+    new = features("a", 5)
+    assert torch.equal(other(new), head(new))
+    assert torch.equal(other(new.to(dtype)), head(new.to(dtype).float()))
+    for one in (head, other):
+        one.expect(torch.tensor([2, 0, 0, 0]))
+        one.observe(features("a", 2), torch.tensor([0, 0]))
+        one.flush()
+        one.settle()
+    assert torch.equal(other.packed, head.packed)
+
+
+def test_autocast_touches_neither_sums_nor_answers() -> None:
+    plain = learned(TEN[:2], projection=20)
+    with torch.autocast("cpu", torch.bfloat16):
+        head = learned(TEN[:2], projection=20)
+        scores = head(features("a", 5))
+    for name in (*module.SUMS, "weight", "scale"):
+        assert torch.equal(getattr(head, name), getattr(plain, name)), name
+    assert torch.equal(scores, plain(features("a", 5)))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_features_that_are_not_finite_are_told_and_not_added(bad: float) -> None:
+    head = learned(TEN[:1], projection=20)
+    before = {k: v.clone() for k, v in head.state_dict().items() if isinstance(v, Tensor)}
+    task = task_of(1, "cd")
+    task.train.features[8, 3] = bad  # type: ignore[attr-defined]
+    name = task.classes[task.train.targets[8]]
+    with pytest.raises(PerpetuneError) as caught:
+        teach(head, task, batch_size=4)
+    message = str(caught.value)
+    assert message.startswith(f"head: ridge: features of an image of class {name} are not finite")
+    assert "lower train.lr" in message
+    assert "\n" not in message
+    after = head.state_dict()
+    for key in ("packed", "mass", "chosen", "scale"):
+        assert torch.equal(after[key], before[key]), key
+    assert torch.equal(head.cross[:, :2], before["cross"])
+    assert not head.cross[:, 2:].any()
+    assert head.counts.tolist() == [*before["counts"].tolist(), 0, 0]
+    teach(head, task_of(1, "cd"), batch_size=4)
+    gram, _, _ = joint(head, [TEN[0], task_of(1, "cd")])
+    close(ridge.dense(head.packed, 20), gram, 1e-10)
+
+
+# -- the scale ----------------------------------------------------------------------------------------
+
+
+def left_out(head: Ridge, tasks: Sequence[Task], weights: Tensor, at: int) -> Tensor:
+    """Scores of one example of all, of a regression that has not seen it."""
+    found, targets = everything(tasks, head.classes)
+    h = head.expand(found).double()
+    kept = torch.arange(len(h)) != at
+    own = weights[kept, None] * h[kept]
+    gram = own.mT @ h[kept] + float(head.chosen) * torch.eye(head.width, dtype=torch.float64)
+    hot = F.one_hot(targets[kept], len(head.classes)).double()
+    return h[at] @ torch.linalg.solve(gram, own.mT @ hot)
+
+
+@pytest.mark.parametrize("sample", [256, 5])
+@pytest.mark.parametrize("balance", [False, True])
+@pytest.mark.parametrize("projection", [12, 200], ids=["primal", "dual"])
+def test_the_scale_makes_examples_likeliest_that_were_left_out(
+    projection: int, balance: bool, sample: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best of `SCALES` by brute force: a regression without each row of the last task's sample."""
+    monkeypatch.setattr(module, "SAMPLE", sample)
+    tasks: list[Task] = []
+    head, weights = Ridge(D, projection=projection, balance=balance, penalty=0.05), torch.empty(0).double()
+    for task in (task_of(0, "ab", [9, 4]), task_of(1, "cd", [6, 7])):
+        teach(head, task)
+        targets, before = torch.tensor(task.train.targets), len(weights)
+        ideal = len(targets) / 2 / torch.bincount(targets).double()[targets]
+        weights = torch.cat([weights, ideal if balance else torch.ones(len(targets)).double()])
+        tasks.append(task)
+        solver = "dual" if projection == 200 and task.index == 0 else "primal"
+        assert head.facts()["solver"] == solver
+        step = math.ceil(len(targets) / sample)
+        picked = range(before, len(weights), step)
+        scores = torch.stack([left_out(head, tasks, weights, at) for at in picked])
+        rows = head.rows(task.classes)[targets][::step]
+        losses = [float(F.cross_entropy(scores * s, rows, reduction="sum")) for s in module.SCALES]
+        assert float(head.scale) == pytest.approx(module.SCALES[losses.index(min(losses))])
+
+
+def test_a_given_scale_stays() -> None:
+    head, calibrated = learned(TEN[:2], projection=20, scale=3.0), learned(TEN[:2], projection=20)
+    assert float(head.scale) == 3.0
+    assert 1 <= float(calibrated.scale) <= 1000
+    new = torch.cat([features(c, 4, "new") for c in head.classes])
+    assert torch.equal(head(new).argmax(1), calibrated(new).argmax(1))
+    torch.testing.assert_close(head(new) / 3, calibrated(new) / calibrated.scale)
+
+
+# -- what it tells ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("penalty", "cure"), [("chosen", "the penalty chosen guards against it"), (0.1, "set penalty: chosen")]
+)
+def test_as_many_examples_as_random_features_are_warned_of(penalty: float | str, cure: str) -> None:
+    head = Ridge(D, projection=20, penalty=penalty)
+    found = {}
+    for index, classes in enumerate(("ab", "cd", "ef")):
+        teach(head, task_of(index, classes, [4, 4]))
+        found[head.facts()["rows"]] = head.facts()["warning"]
+    assert found[8] is None
+    assert found[16] == (
+        "head ridge has seen 16 examples with a projection of 20: near-equal numbers are where a regression overfits "
+        f"most; {cure}, or choose a projection well below or above"
+    )
+    assert found[24] is not None
+    teach(head, task_of(3, "gh", 4))
+    assert head.facts()["rows"] == 32
+    assert head.facts()["warning"] is None
+
+
+def test_facts_are_plain_and_true() -> None:
+    import json
+
+    head = learned(TEN[:2], projection=20)
+    facts = head.facts()
+    assert json.loads(json.dumps(facts)) == facts
+    assert facts["rows"] == 24
+    assert facts["dim"] == 20
+    assert facts["penalty"] == float(head.chosen)
+    unit = ridge.trace(head.packed, 20) / 20
+    assert facts["share"] == pytest.approx(facts["penalty"] / unit)
+    assert facts["scale"] == float(head.scale)
+    assert facts["bytes"] == 8 * (len(head.packed) + 20 * 4 + 4 + 1)
+    assert 0 < facts["freedom"] < 20
+
+
+# -- copies, and starting anew ------------------------------------------------------------------------
+
+
+def test_a_copy_learns_alone() -> None:
+    head = learned(TEN[:1], projection=20)
+    other = copy.deepcopy(head)
+    before = {k: v.clone() for k, v in head.state_dict().items() if isinstance(v, Tensor)}
+    teach(other, TEN[1])
+    assert all(torch.equal(head.state_dict()[k], v) for k, v in before.items())
+    teach(head, TEN[1])
+    assert torch.equal(other(features("a", 3)), head(features("a", 3)))
+
+
+def test_reset_is_as_new() -> None:
+    head = learned(TEN[:2], projection=20)
+    head.reset()
+    fresh = Ridge(D, projection=20)
+    assert head.facts() == {}
+    for name in (*module.SUMS, "weight", "chosen", "scale", "projected"):
+        assert torch.equal(getattr(head, name), getattr(fresh, name)), name
+        assert getattr(head, name).dtype == getattr(fresh, name).dtype, name
+    for one in (head, fresh):
+        teach(one, TEN[2])
+    assert torch.equal(head(features("e", 3)), fresh(features("e", 3)))
+
+
+@pytest.mark.parametrize("projection", [0, 20])
+def test_wider_statistics_leave_the_probe(projection: int) -> None:
+    """As a method asks that shows it two features beside each other."""
+    head = Ridge(D, projection=projection)
+    head.widen(2 * D)
+    task = task_of(0, "ab")
+    head.grow(task.classes, task.generator("head"))
+    learn_statistics(task, 5, [(head, lambda batch: batch.inputs.repeat(1, 2))])
+    twice = features("a", 3).repeat(1, 2)
+    assert head.weight.shape == (projection or 2 * D, 2)
+    assert head(twice).argmax(1).tolist() == [0, 0, 0]
+    assert head.probe.weight.shape == (2, D)
+    assert head.logits(features("a", 3)).shape == (3, 2)
+
+
+def test_what_is_trained_is_the_probe() -> None:
+    head = learned(TEN[:1], projection=20)
+    assert [n for n, _ in head.named_parameters()] == ["probe.weight"]
+    assert head.per_class()[0] is head.probe.weight
+    before = head(features("a", 3))
+    with torch.no_grad():
+        head.probe.weight.normal_(generator=generator("probe"))
+    assert torch.equal(head(features("a", 3)), before)
+    assert [n for n, _ in Ridge(D, learn_scale=True).named_parameters()] == ["probe.weight", "probe.scale"]

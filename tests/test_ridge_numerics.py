@@ -1,0 +1,511 @@
+"""Streaming ridge regression against brute force in float64 (safe.md §5.1: V1 to V7; §5.2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from perpetune.errors import PerpetuneError, UsageError
+from perpetune.numerics import ridge
+from perpetune.numerics.ridge import Dual, Fit, choose, primal
+from perpetune.seeding import generator
+
+SEEDS = st.integers(0, 2**31)
+WIDTHS = st.sampled_from([1, 2, 7, 40, 256, 257, 300])
+KAPPAS = [10.0**e for e in (-6, -4, -3, -2, -1, 0, 1, 2)]
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=generator("ridge test", seed), dtype=torch.float64)
+
+
+def positive(count: int, seed: int = 0) -> Tensor:
+    return torch.rand(count, generator=generator("ridge weights", seed), dtype=torch.float64) + 0.2
+
+
+def labels(count: int, classes: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, classes, (count,), generator=generator("ridge labels", seed))
+
+
+def hot(targets: Tensor, classes: int) -> Tensor:
+    return torch.eye(classes, dtype=torch.float64)[targets]
+
+
+def clusters(
+    count: int, width: int, classes: int, *, dim: int = 32, spread: float = 1.0, seed: int = 0, part: str = "train"
+) -> tuple[Tensor, Tensor]:
+    """Gaussian classes through a random projection with ReLU: rows `(count, width)` and targets."""
+    centres = normal(classes, dim, seed=seed + 1)
+    targets = torch.randint(0, classes, (count,), generator=generator("clusters", part, seed))
+    noise = torch.randn(count, dim, generator=generator("noise", part, seed), dtype=torch.float64)
+    features = centres[targets] + spread * noise
+    return (features @ normal(dim, width, seed=seed + 2)).relu(), targets
+
+
+class Sums:
+    """What a head keeps: G packed, Q, the number of rows and the sum of their weights."""
+
+    def __init__(self, width: int, classes: int):
+        self.width, self.classes = width, classes
+        self.packed = torch.zeros(ridge.packed_size(width), dtype=torch.float64)
+        self.cross = torch.zeros(width, classes, dtype=torch.float64)
+        self.count, self.energy = 0, 0.0
+
+    def add(self, rows: Tensor, targets: Tensor, weights: Tensor | None = None) -> Sums:
+        own = torch.ones(len(rows), dtype=torch.float64) if weights is None else weights
+        ridge.add_gram(self.packed, rows, weights)
+        self.cross += rows.double().mT @ (own[:, None] * hot(targets, self.classes))
+        self.count += len(rows)
+        self.energy += float(own.sum())
+        return self
+
+    @property
+    def scale(self) -> float:
+        return ridge.trace(self.packed, self.width) / self.width
+
+    def fit(self, penalty: float) -> Fit:
+        return primal(self.packed, self.cross, self.count, self.energy, penalty)
+
+
+def joint(rows: Tensor, targets: Tensor, classes: int, penalty: float, weights: Tensor | None = None) -> Tensor:
+    """`W` by a dense solve over all rows."""
+    own = torch.ones(len(rows), dtype=torch.float64) if weights is None else weights
+    gram = rows.mT @ (own[:, None] * rows) + penalty * torch.eye(rows.shape[1], dtype=torch.float64)
+    return torch.linalg.solve(gram, rows.mT @ (own[:, None] * hot(targets, classes)))
+
+
+def brute_gcv(rows: Tensor, targets: Tensor, classes: int, penalty: float, weights: Tensor | None = None) -> float:
+    """GCV from residuals and the hat matrix."""
+    own = torch.ones(len(rows), dtype=torch.float64) if weights is None else weights
+    turned = own.sqrt()[:, None] * rows
+    gram = turned.mT @ turned + penalty * torch.eye(rows.shape[1], dtype=torch.float64)
+    hat = turned @ torch.linalg.solve(gram, turned.mT)
+    wanted = own.sqrt()[:, None] * hot(targets, classes)
+    residual = float((wanted - hat @ wanted).square().sum())
+    return (residual / len(rows)) / (1 - float(hat.trace()) / len(rows)) ** 2
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).norm() / expected.norm())
+
+
+# The packed matrix.
+
+
+@given(seed=SEEDS, width=WIDTHS, sizes=st.lists(st.integers(0, 9), min_size=1, max_size=4), weighted=st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_packed_sums_are_the_gram_matrix(seed: int, width: int, sizes: list[int], weighted: bool) -> None:
+    """V3, V4: symmetric, positive semi-definite, of the right trace, however the rows are cut into batches."""
+    rows = normal(sum(sizes), width, seed=seed)
+    weights = positive(len(rows), seed) if weighted else torch.ones(len(rows), dtype=torch.float64)
+    packed = torch.zeros(ridge.packed_size(width), dtype=torch.float64)
+    for part, own in zip(rows.split(sizes), weights.split(sizes), strict=True):
+        ridge.add_gram(packed, part, own if weighted else None)
+    expected = rows.mT @ (weights[:, None] * rows)
+    gram = ridge.dense(packed, width)
+    assert torch.equal(gram, gram.mT)
+    torch.testing.assert_close(gram, expected, rtol=1e-10, atol=1e-10)
+    assert torch.equal(ridge.diagonal(packed, width), gram.diagonal())
+    assert ridge.trace(packed, width) == pytest.approx(float((weights[:, None] * rows.square()).sum()), rel=1e-10)
+    values = torch.linalg.eigvalsh(gram)
+    assert float(values.min()) >= -1e-10 * max(float(values.max()), 0.0)
+
+
+def test_packed_is_half_a_matrix_in_contiguous_blocks() -> None:
+    packed = torch.zeros(ridge.packed_size(1000), dtype=torch.float64)
+    spans = list(ridge.block_rows(packed, 1000))
+    assert [(start, stop) for start, stop, _ in spans] == [(0, 256), (256, 512), (512, 768), (768, 1000)]
+    assert all(block.is_contiguous() and block.shape == (stop - start, stop) for start, stop, block in spans)
+    spans[-1][2].fill_(1)
+    assert float(packed.sum()) == 232 * 1000
+    assert ridge.packed_size(4000) < 0.54 * 4000**2
+
+
+def test_products_are_in_float64() -> None:
+    """Float32 rows are converted before they are multiplied, so their rounded products cannot enter."""
+    rows = normal(70, 30).float()
+    packed = torch.zeros(ridge.packed_size(30), dtype=torch.float64)
+    ridge.add_gram(packed, rows, None)
+    assert error(ridge.dense(packed, 30), rows.double().mT @ rows.double()) < 1e-14
+
+
+def test_many_rows_are_added_in_parts() -> None:
+    rows = normal(3 * ridge.ROWS // 2, 5)
+    weights = positive(len(rows))
+    packed = torch.zeros(ridge.packed_size(5), dtype=torch.float64)
+    ridge.add_gram(packed, rows, weights)
+    assert error(ridge.dense(packed, 5), rows.mT @ (weights[:, None] * rows)) < 1e-13
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_rows_that_are_not_finite_add_nothing(bad: float) -> None:
+    packed = torch.zeros(ridge.packed_size(4), dtype=torch.float64)
+    rows = normal(6, 4)
+    rows[3, 2] = bad
+    with pytest.raises(UsageError, match="not finite"):
+        ridge.add_gram(packed, rows, None)
+    assert not packed.any()
+
+
+def test_a_packed_matrix_of_another_width_is_refused() -> None:
+    with pytest.raises(UsageError, match="a packed matrix of width 5 has 25 numbers, got"):
+        ridge.add_gram(torch.zeros(16, dtype=torch.float64), normal(2, 5), None)
+
+
+# The solution.
+
+
+def test_golden_value() -> None:
+    """Safe.md §5.2."""
+    rows = torch.tensor([[1.0, 0], [1, 1], [0, 2]])
+    targets = torch.tensor([0, 1, 1])
+    expected = torch.tensor([[0.35294118, 0.17647059, 0], [-0.05882353, 0.47058824, 0]], dtype=torch.float64)
+    for fit in (Sums(2, 3).add(rows, targets).fit(1.0), Dual(rows, targets, 3, None).fit(1.0)):
+        torch.testing.assert_close(fit.weights, expected, rtol=0, atol=1e-8)
+        assert not fit.weights[:, 2].any()
+
+
+@given(seed=SEEDS, data=st.data())
+@settings(max_examples=15, deadline=None)
+def test_streamed_is_joint_in_any_order(seed: int, data: st.DataObject) -> None:
+    """V1, V2, V4: ten tasks of two classes each, tasks and batches in any order, equal one solve over all rows."""
+    rows, targets = clusters(300, 40, 20, dim=16, seed=seed)
+    weights = positive(300, seed)
+    batch = data.draw(st.sampled_from([1, 7, 64, 300]))
+    sums = Sums(40, 20)
+    for task in data.draw(st.permutations(range(10))):
+        chosen = (targets // 2 == task).nonzero()[:, 0]
+        chosen = chosen[torch.randperm(len(chosen), generator=generator("order", seed, task))]
+        for part in chosen.split(batch):
+            sums.add(rows[part], targets[part], weights[part])
+    penalty = 1e-3 * sums.scale
+    assert error(sums.fit(penalty).weights, joint(rows, targets, 20, penalty, weights)) < 1e-9
+    whole = Sums(40, 20).add(rows, targets, weights)
+    assert error(sums.packed, whole.packed) < 1e-10
+    assert error(sums.cross, whole.cross) < 1e-10
+
+
+def test_unseen_classes_have_no_weights() -> None:
+    """V3."""
+    rows, targets = clusters(50, 30, 4)
+    weights = Sums(30, 9).add(rows, targets).fit(1.0).weights
+    assert weights[:, :4].any(dim=0).all()
+    assert not weights[:, 4:].any()
+
+
+@pytest.mark.parametrize("kappa", KAPPAS)
+def test_residual_of_the_normal_equations(kappa: float) -> None:
+    """V5."""
+    rows, targets = clusters(500, 300, 8)
+    sums = Sums(300, 8).add(rows, targets)
+    fit = sums.fit(kappa * sums.scale)
+    left = ridge.dense(sums.packed, 300) @ fit.weights + fit.penalty * fit.weights - sums.cross
+    assert float(left.norm() / sums.cross.norm()) < 1e-10
+
+
+def test_limits_of_the_penalty() -> None:
+    """V7: prototype sums for a large one, least squares for a small one."""
+    rows, targets = normal(90, 12), labels(90, 3)
+    sums = Sums(12, 3).add(rows, targets)
+    assert error(sums.fit(1e9).weights * 1e9, sums.cross) < 1e-3
+    assert error(sums.fit(1e-9).weights, torch.linalg.lstsq(rows, hot(targets, 3)).solution) < 1e-3
+
+
+def test_factor_solves_and_measures_leverage() -> None:
+    rows = normal(700, 60)
+    packed = torch.zeros(ridge.packed_size(60), dtype=torch.float64)
+    ridge.add_gram(packed, rows, None)
+    made = ridge.factor(packed, 60, 2.0)
+    inverse = torch.linalg.inv(rows.mT @ rows + 2 * torch.eye(60, dtype=torch.float64))
+    right = normal(60, 3, seed=1)
+    assert made.penalty == 2.0
+    assert torch.equal(made.lower, made.lower.tril())
+    assert error(made.solve(right), inverse @ right) < 1e-11
+    assert error(made.leverage(rows.float()), ((rows @ inverse) * rows).sum(1)) < 1e-6
+    assert error(made.leverage(rows), ((rows @ inverse) * rows).sum(1)) < 1e-11
+
+
+# Escalation and bad input.
+
+
+def test_escalation_of_an_indefinite_matrix() -> None:
+    """With eigenvalues from −5 up, 10 is the first of 0.01, 0.1, 1, 10 that makes it positive definite."""
+    turn = torch.linalg.qr(normal(30, 30)).Q
+    matrix = turn @ torch.diag(torch.linspace(-5, 50, 30, dtype=torch.float64)) @ turn.mT
+    packed = torch.zeros(ridge.packed_size(30), dtype=torch.float64)
+    for start, stop, block in ridge.block_rows(packed, 30):
+        block.copy_(matrix[start:stop, :stop])
+    fitted = primal(packed, normal(30, 2), 1000, 1000.0, 0.01)
+    assert fitted.factor is not None
+    assert fitted.penalty == fitted.factor.penalty == pytest.approx(10)
+    expected = matrix + 10 * torch.eye(30, dtype=torch.float64)
+    assert error(fitted.factor.lower @ fitted.factor.lower.mT, expected) < 1e-12
+
+
+def test_a_singular_matrix_is_factored() -> None:
+    rows = torch.full((20, 50), 1e6, dtype=torch.float64)
+    packed = torch.zeros(ridge.packed_size(50), dtype=torch.float64)
+    ridge.add_gram(packed, rows, None)
+    made = ridge.factor(packed, 50, 1e-6)  # far below rounding of 2e13
+    assert made.penalty > 1e-6
+    assert torch.isfinite(made.solve(normal(50, 2))).all()
+
+
+@pytest.mark.parametrize("value", [math.nan, -1e20])
+def test_no_penalty_helps(value: float) -> None:
+    packed = torch.zeros(ridge.packed_size(6), dtype=torch.float64)
+    packed[20] = packed[21] = value
+    with pytest.raises(PerpetuneError, match=r"not positive definite with penalties from 1 to 1e\+12") as caught:
+        ridge.factor(packed, 6, 1.0)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("penalty", [0.0, -1.0, math.nan, math.inf])
+def test_penalties_are_positive(penalty: float) -> None:
+    rows, targets = clusters(9, 6, 2)
+    with pytest.raises(UsageError, match="a positive number is expected"):
+        Sums(6, 2).add(rows, targets).fit(penalty)
+    with pytest.raises(UsageError, match="a positive number is expected"):
+        Dual(rows, targets, 2, None).fit(penalty)
+    with pytest.raises(UsageError, match="positive numbers are expected"):
+        choose(Dual(rows, targets, 2, None).fit, 1.0, penalty)
+
+
+def test_what_cannot_be_fitted_is_refused() -> None:
+    rows, targets = clusters(9, 6, 2)
+    with pytest.raises(UsageError, match="needs rows, got 0"):
+        Sums(6, 2).fit(1.0)
+    with pytest.raises(UsageError, match="finite rows, got 0"):
+        Dual(rows[:0], targets[:0], 2, None)
+    with pytest.raises(UsageError, match="not all finite"):
+        Dual(rows / 0, targets, 2, None)
+    with pytest.raises(UsageError, match="positive weights"):
+        Dual(rows, targets, 2, torch.zeros(9))
+    with pytest.raises(UsageError, match="targets from 0 to 1 for 1 classes"):
+        Dual(rows, targets, 1, None)
+
+
+# Dual, leave-one-out, generalised cross-validation.
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("count", "width"), [(1, 20), (30, 80), (60, 60), (90, 40)])
+def test_dual_is_primal(count: int, width: int, weighted: bool) -> None:
+    """V6, for every penalty of the grid; GCV too, where enough rows or penalty make it more than rounding."""
+    rows, targets = clusters(count, width, 5, seed=count)
+    weights = positive(count) if weighted else None
+    sums, dual = Sums(width, 5).add(rows, targets, weights), Dual(rows, targets, 5, weights)
+    held_out = normal(15, width, seed=3)
+    for kappa in KAPPAS:
+        one, two = sums.fit(kappa * sums.scale), dual.fit(kappa * sums.scale)
+        for asked in (rows, held_out):
+            torch.testing.assert_close(asked @ one.weights, asked @ two.weights, rtol=1e-8, atol=1e-8)
+        assert one.freedom == pytest.approx(two.freedom, rel=1e-7) or math.isinf(one.gcv)
+        if math.isinf(one.gcv):
+            assert two.freedom > 0.998 * count
+        else:
+            assert one.gcv == pytest.approx(two.gcv, rel=1e-6)
+            assert one.slope == pytest.approx(two.slope, rel=1e-4, abs=1e-6)
+            assert one.curvature == pytest.approx(two.curvature, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("count", "width"), [(25, 40), (40, 40), (60, 20)])
+def test_gcv_is_that_of_the_hat_matrix(count: int, width: int, weighted: bool) -> None:
+    rows, targets = clusters(count, width, 4, seed=5)
+    weights = positive(count) if weighted else None
+    sums, dual = Sums(width, 4).add(rows, targets, weights), Dual(rows, targets, 4, weights)
+    for kappa in (1e-3, 1e-2, 1e-1, 1.0):
+        expected = brute_gcv(rows, targets, 4, kappa * sums.scale, weights)
+        assert dual.fit(kappa * sums.scale).gcv == pytest.approx(expected, rel=1e-7)
+        assert sums.fit(kappa * sums.scale).gcv == pytest.approx(expected, rel=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("make", "count", "width", "tolerance"),
+    [("primal", 80, 50, 1e-6), ("dual", 80, 50, 1e-6), ("primal", 800, 600, 1e-6), ("primal", 80, 600, 0.04)],
+)
+def test_slope_and_curvature_are_finite_differences(make: str, count: int, width: int, tolerance: float) -> None:
+    """Of estimated traces too: the probes are the same for every penalty.
+
+    With few rows the traces in the slope alone are estimated. It is the difference of the slopes of log RSS and of
+    2 log (n − df), both near 2 there; 2 % of the latter are allowed.
+    """
+    rows, targets = clusters(count, width, 4, seed=7)
+    sums = Sums(width, 4).add(rows, targets)
+    fit = Dual(rows, targets, 4, None).fit if make == "dual" else sums.fit
+    for kappa in (1e-2, 1e-1, 1.0):
+        step = 1e-4
+        below, at, above = (fit(kappa * sums.scale * math.exp(x)) for x in (-step, 0, step))
+        slope = (math.log(above.gcv) - math.log(below.gcv)) / (2 * step)
+        curvature = (above.slope - below.slope) / (2 * step)
+        assert at.slope == pytest.approx(slope, rel=0, abs=tolerance)
+        assert at.curvature == pytest.approx(curvature, rel=0, abs=tolerance)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("count", "width"), [(18, 30), (30, 12)])
+def test_leave_one_out_is_refitting(count: int, width: int, weighted: bool) -> None:
+    """V6: both shortcuts equal one refit per row."""
+    rows, targets = clusters(count, width, 3, seed=11)
+    weights = positive(count) if weighted else None
+    sums, dual = Sums(width, 3).add(rows, targets, weights), Dual(rows, targets, 3, weights)
+    for kappa in (1e-3, 1e-1, 10.0):
+        penalty = kappa * sums.scale
+        expected = torch.empty(count, 3, dtype=torch.float64)
+        for i in range(count):
+            rest = torch.arange(count) != i
+            own = None if weights is None else weights[rest]
+            expected[i] = rows[i] @ joint(rows[rest], targets[rest], 3, penalty, own)
+        fit = sums.fit(penalty)
+        assert fit.factor is not None
+        short = ridge.leave_one_out(fit.factor, fit.weights, rows, targets, weights)
+        torch.testing.assert_close(short, expected, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(dual.leave_one_out(penalty), expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize(("count", "tolerance"), [(500, 1e-6), (1500, 1e-6), (2000, 0.02)])
+def test_traces_are_estimated_within_two_percent(count: int, tolerance: float) -> None:
+    """Hutchinson, M = 1500; where rows are few or near M, the degrees of freedom are exact."""
+    rows, targets = clusters(count, 1500, 10)
+    sums = Sums(1500, 10).add(rows, targets)
+    for kappa in (1e-3, 1e-1):
+        fit = sums.fit(kappa * sums.scale)
+        assert fit.factor is not None
+        freedom = 1500 - fit.penalty * float(torch.cholesky_inverse(fit.factor.lower).trace())
+        wanted = hot(targets, 10)
+        residual = float((wanted - rows @ fit.weights).square().sum())
+        assert fit.freedom == pytest.approx(freedom, rel=tolerance)
+        assert fit.gcv == pytest.approx((residual / count) / (1 - freedom / count) ** 2, rel=tolerance)
+
+
+@pytest.mark.parametrize("width", [1, 256, 300, 700])
+def test_exact_trace_of_the_inverse(width: int) -> None:
+    rows, _ = clusters(200, width, 5)
+    packed = torch.zeros(ridge.packed_size(width), dtype=torch.float64)
+    ridge.add_gram(packed, rows, None)
+    made = ridge.factor(packed, width, 3.0)
+    assert made.inverse_trace() == pytest.approx(float(torch.cholesky_inverse(made.lower).trace()), rel=1e-12)
+
+
+# The choice of the penalty.
+
+PROBLEMS: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
+    "n << M": lambda: clusters(40, 400, 5, spread=1.0),
+    "n = M": lambda: clusters(300, 300, 10, spread=1.5, seed=1),
+    "n >> M": lambda: clusters(2000, 50, 10, spread=1.5, seed=2),
+    "noise": lambda: (normal(200, 80, seed=4), labels(200, 5)),
+    "clean": lambda: clusters(300, 100, 5, spread=0.05, seed=3),
+}
+
+
+@pytest.mark.parametrize("start", [None, 1e-8, 50.0], ids=str)
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_choose_is_near_the_best_of_a_grid(name: str, start: float | None) -> None:
+    """Within 1 % of the best GCV of 17 penalties, from the usual start and from either end."""
+    rows, targets = PROBLEMS[name]()
+    classes = int(targets.max()) + 1
+    sums, dual = Sums(rows.shape[1], classes).add(rows, targets), Dual(rows, targets, classes, None)
+    for fit in (sums.fit, dual.fit):
+        tried = [fit(sums.scale * 10 ** (-9 + 11 * i / 16)) for i in range(17)]
+        best = min(one.gcv for one in tried)
+        chosen, evaluations = choose(fit, sums.scale, None if start is None else start * sums.scale)
+        assert chosen.gcv <= 1.01 * best
+        assert evaluations <= ridge.EVALUATIONS + 1
+        assert error(chosen.weights, joint(rows, targets, classes, chosen.penalty)) < 1e-5
+
+
+def test_a_stream_pays_one_factorisation() -> None:
+    """From the last penalty the next task's fit is accepted as it is, most times."""
+    rows, targets = clusters(1200, 150, 10, spread=1.5)
+    sums = Sums(150, 10)
+    penalty: float | None = None
+    paid = []
+    for part in range(6):
+        sums.add(rows[part * 200 : part * 200 + 200], targets[part * 200 : part * 200 + 200])
+        chosen, evaluations = choose(sums.fit, sums.scale, penalty)
+        penalty = chosen.penalty
+        paid.append(evaluations)
+    assert sorted(paid[1:])[2] == 1
+    assert max(paid[1:]) <= 3
+
+
+def curve(value: Callable[[float], float], slope: Callable[[float], float]) -> Callable[[float], Fit]:
+    """Fits of a made-up `log GCV` over `log λ`, without curvature."""
+    return lambda penalty: Fit(
+        torch.zeros(1, 1), penalty, math.exp(value(math.log(penalty))), slope(math.log(penalty)), 0.0
+    )
+
+
+@pytest.mark.parametrize("centre", [-12.0, -3.0, 2.0])
+def test_choose_brackets_where_curvature_is_no_help(centre: float) -> None:
+    chosen, evaluations = choose(curve(lambda x: abs(x - centre), lambda x: math.copysign(1, x - centre)), 1.0, None)
+    assert abs(math.log(chosen.penalty) - centre) < 1.2
+    assert evaluations <= ridge.EVALUATIONS + 1
+
+
+@pytest.mark.parametrize(("slope", "end"), [(1.0, 1e-9), (-1.0, 1e2)])
+def test_choose_stays_within_bounds(slope: float, end: float) -> None:
+    chosen, _ = choose(curve(lambda x: slope * x, lambda x: slope), 7.0, None)
+    assert chosen.penalty == pytest.approx(7 * end)
+
+
+def test_choose_holds_one_factor_at_a_time() -> None:
+    """The winner brings its own factor, and none of the others is alive when the next is made."""
+    rows, targets = clusters(300, 100, 5, spread=1.5)
+    sums = Sums(100, 5).add(rows, targets)
+    alive: set[int] = set()
+    most = 0
+
+    class Watched(ridge.Factor):
+        def __del__(self) -> None:
+            alive.discard(id(self))
+
+    def fit(penalty: float) -> Fit:
+        nonlocal most
+        made = sums.fit(penalty)
+        assert made.factor is not None
+        watched = Watched(made.factor.lower, made.factor.penalty)
+        alive.add(id(watched))
+        most = max(most, len(alive))
+        return replace(made, factor=watched)
+
+    for start in (None, 1e-9 * sums.scale, 90 * sums.scale):
+        chosen, evaluations = choose(fit, sums.scale, start)
+        assert evaluations > 1 or start is None
+        assert chosen.factor is not None
+        assert chosen.factor.penalty == chosen.penalty
+        expected = ridge.dense(sums.packed, 100) + chosen.penalty * torch.eye(100, dtype=torch.float64)
+        assert error(chosen.factor.lower @ chosen.factor.lower.mT, expected) < 1e-12
+        del chosen
+        assert not alive
+    assert most == 1
+
+
+def accuracy(weights: Tensor, rows: Tensor, targets: Tensor) -> float:
+    return float(((rows @ weights).argmax(1) == targets).double().mean())
+
+
+def test_the_interpolation_peak_is_avoided() -> None:
+    """With 800 rows the accuracy at M = 1000 is that at M = 300 and M = 3000; with a fixed tiny penalty it is not."""
+    found: dict[int, float] = {}
+    for width in (300, 1000, 3000):
+        rows, targets = clusters(800, width, 10, spread=1.8)
+        held_out, answers = clusters(2000, width, 10, spread=1.8, part="test")
+        scale = float(rows.square().sum()) / width
+        dual = Dual(rows, targets, 10, None)
+        found[width] = accuracy(choose(dual.fit, scale, None)[0].weights, held_out, answers)
+        if width == 1000:
+            control = accuracy(dual.fit(1e-8 * scale).weights, held_out, answers)
+            sums = Sums(width, 10).add(rows, targets)
+            from_sums = choose(sums.fit, sums.scale, None)[0]
+            assert accuracy(from_sums.weights, held_out, answers) >= found[width] - 0.01
+    assert found[1000] >= max(found[300], found[3000]) - 0.01, found
+    assert control < found[1000] - 0.05, (control, found)
