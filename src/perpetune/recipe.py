@@ -64,8 +64,8 @@ class PetSection(Choice):
     """The small parameters that are added, and where. Further keys are options of the pet."""
 
     at: list[str] | None = None
-    """Roles: q, k, v, proj, fc1, fc2, attn, mlp, block, norm1, norm2, patch, norm, or all `operations`; None is the pet's
-    own default."""
+    """Roles: q, k, v, proj, fc1, fc2, attn, mlp, block, norm1, norm2, patch, norm, or all `operations`; None is
+    what the pet goes to by default."""
     blocks: list[int] | None = None
     """Numbers of the transformer blocks, negative ones from the end; None is all."""
 
