@@ -28,9 +28,16 @@ METHODS = [
     ("finetune", ("pet.name=prompt", "pet.deep=false", "pet.at=[block]")),
     ("finetune", ("head=ncm", "protect=true")),
     ("finetune", ("pet=adapter", "protect.energy=0.9", "head_first=0.5", "merge=falling")),
+    ("finetune", ("head.name=ridge", "head.projection=40", "protect=true")),
     ("frozen", ("head=ncm",)),
+    ("frozen", ("head.name=ridge", "head.projection=40", "head.balance=true", "pet=none")),
+    ("first_session", ("head.name=ridge", "head.projection=200")),
+    ("first_session", ("head=ncm", "concat=true", "pet=adapter")),
+    ("safe", ("head.name=ridge", "head.projection=40")),
+    ("safe", ("head=ncm", "pet=adapter", "protect=true")),
     ("joint", ()),
     ("joint", ("head=ncm",)),
+    ("joint", ("head.name=ridge", "head.projection=40")),
 ]
 
 

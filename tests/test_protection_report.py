@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from test_report import Page, fake_results, rendered, told_of
+from test_report import WEIGHT, Page, fake_results, rendered, told_of
 from tiny import recipe, split_folder, vit_folder
 
 from perpetune import Learner
@@ -225,7 +225,7 @@ def test_drift_stands_beside_the_certificate(tmp_path: Path) -> None:
     assert "| after | mean | outputs, median site | outputs, worst site | task-1 |" in markdown
     assert "| 5 task-5 | 0.025 | 6.2 % | 12 % | 0.040 |" in markdown
     told = [line.plain.strip().partition(":")[0] for line in terminal.detail_lines(results)]
-    assert told == ["answers", "gauge", "head", "head", "protect", "drift"]
+    assert told == ["answers", WEIGHT, "head fast", "head slow", "protect", "drift"]
 
 
 @pytest.mark.parametrize(

@@ -462,8 +462,20 @@ def test_the_scale_makes_examples_likeliest_that_were_left_out(
         picked = range(before, len(weights), step)
         scores = torch.stack([left_out(head, tasks, weights, at) for at in picked])
         rows = head.rows(task.classes)[targets][::step]
-        losses = [float(F.cross_entropy(scores * s, rows, reduction="sum")) for s in module.SCALES]
+        smooth = 1 / (len(rows) + 2)
+        losses = [float(F.cross_entropy(scores * s, rows, label_smoothing=smooth)) for s in module.SCALES]
         assert float(head.scale) == pytest.approx(module.SCALES[losses.index(min(losses))])
+
+
+def test_examples_that_are_all_told_apart_do_not_ask_for_infinity() -> None:
+    head = Ridge(D, projection=0, penalty=1e-6)
+    features = torch.eye(D)[torch.arange(60) % 2] + 0.01 * torch.randn(60, D, generator=generator("apart"))
+    head.grow(["a", "b"], generator("grow"))
+    head.expect(torch.tensor([30, 30]))
+    head.observe(features, torch.arange(60) % 2)
+    head.flush()
+    head.settle()
+    assert 1 < float(head.scale) < 20  # scores are near 0 and 1
 
 
 def test_a_given_scale_stays() -> None:

@@ -48,7 +48,7 @@ def evaluate(method: Method, task: Task, *, setting: Setting, batch_size: int) -
         for name, scores in answers.others.items():
             others[name] = _right(scores, allowed, rows[batch.targets]).sum() + others.get(name, 0)
         for name, values in answers.gauges.items():
-            gauges[name] = values.double().sum() + gauges.get(name, 0)
+            gauges[name] = values.float().sum() + gauges.get(name, 0)
         signum = run.stop_requested(due=False)
         if signum is not None:
             raise Interrupted(f"stopped while task {task.name} was evaluated", signum)
@@ -60,7 +60,7 @@ def evaluate(method: Method, task: Task, *, setting: Setting, batch_size: int) -
     if names[0]:
         cell["others"] = {name: int(run.sum(others.get(name, zero))) for name in names[0]}
     if names[1]:
-        sums = {name: float(run.sum(gauges.get(name, zero.double()))) for name in names[1]}
+        sums = {name: float(run.sum(gauges.get(name, zero.float()))) for name in names[1]}
         cell["gauges"] = {name: round(value / sum(total), 6) for name, value in sums.items()}
     return cell
 

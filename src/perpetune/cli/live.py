@@ -82,7 +82,7 @@ class Live:
         self.bars.update(self.bar, visible=False, refresh=True)
         self.console.print(row_line(results))
         full = newly_full(results)
-        for line in detail_lines(results):
+        for line in detail_lines(results, heads=False):
             self.console.print(line)
         if full is not None:
             self.note(f"protect: {full}")

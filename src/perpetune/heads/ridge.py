@@ -183,7 +183,7 @@ class Ridge(Head):
         self._targets: list[Tensor] = []
         self._sample: list[tuple[Tensor, Tensor]] = []
         self._row_weights = torch.empty(0)
-        self._flushed, self._seen, self._every, self._whole = 0, 0, 1, False
+        self._flushed, self._seen, self._every, self._smoothing, self._whole = 0, 0, 1, 0.5, False
 
     @torch.no_grad()
     def expect(self, counts: Tensor) -> None:
@@ -194,6 +194,7 @@ class Ridge(Head):
         # Alone and few, rows are solved as they are: a decomposition of their kernel costs less than factors of G.
         self._whole = int(self.counts.sum()) == 0 and 0 < total <= self.width // 3
         self._every = max(1, math.ceil(total / SAMPLE))
+        self._smoothing = 1 / (math.ceil(total / self._every) + 2)
         ideal = total / max(present, 1)
         weights = ideal / counts.clamp(min=1).double() if self.balance else torch.ones(len(counts)).double()
         self._row_weights = weights.to(self.packed.device)
@@ -288,7 +289,10 @@ class Ridge(Head):
         )
 
     def _calibrate(self, fit: ridge.Fit, dual: ridge.Dual | None, total: Callable[[Tensor], Tensor]) -> None:
-        """The scale at which scores that examples would get if they alone had not been learned are likeliest."""
+        """The scale at which scores that examples would get if they alone had not been learned are likeliest.
+
+        Targets are smoothed by `1 / (n + 2)` (Platt 1999): else examples that are all told apart would ask for infinity.
+        """
         rows = torch.cat([r for r, _ in self._sample]) if self._sample else self.cross.new_empty(0, self.width)
         targets = torch.cat([t for _, t in self._sample]) if self._sample else self.counts.new_empty(0)
         if dual is not None:
@@ -298,7 +302,9 @@ class Ridge(Head):
             held_out = ridge.leave_one_out(fit.factor, fit.weights, rows, targets, weights)
         else:
             held_out = fit.weights.new_empty(0, len(self.counts))
-        held_out = held_out.masked_fill(self.counts == 0, -torch.inf)
-        losses = torch.stack([F.cross_entropy(held_out * s, targets, reduction="sum") for s in SCALES])
+        known = self.counts > 0
+        held_out, targets = held_out[:, known], (known.cumsum(0) - 1)[targets]
+        smoothed = functools.partial(F.cross_entropy, reduction="sum", label_smoothing=self._smoothing)
+        losses = torch.stack([smoothed(held_out * s, targets) for s in SCALES])
         losses = total(losses.float().to(self.probe.weight.device))  # float32, which every device has
         self.scale.fill_(SCALES[int(losses.argmin())])

@@ -65,7 +65,7 @@ def rows(results: Mapping[str, Any]) -> list[HeadRow]:
 
 
 def told(results: Mapping[str, Any]) -> list[str]:
-    """`slow: ridge, 2,000 examples, penalty 12.3 (share 0.001), 313 degrees of freedom`, for each head, of the last."""
+    """`slow: ridge, 2,000 examples, penalty 12.3, 313 degrees of freedom`, for each head, of the last task."""
     found = entries(results)
     return [f"{name}: {_told(facts)}" for task, name, facts in found if task == found[-1][0]]
 
@@ -73,9 +73,7 @@ def told(results: Mapping[str, Any]) -> list[str]:
 def _told(facts: Mapping[str, Any]) -> str:
     parts = [_text("kind", facts)] if "kind" in facts else []
     parts += [f"{_text('rows', facts)} examples"] if "rows" in facts else []
-    if facts.get("penalty") is not None:
-        share = f" (share {_text('share', facts)})" if facts.get("share") is not None else ""
-        parts.append(f"penalty {_text('penalty', facts)}{share}")
+    parts += [f"penalty {_text('penalty', facts)}"] if facts.get("penalty") is not None else []
     parts += [f"{_text('freedom', facts)} degrees of freedom"] if facts.get("freedom") is not None else []
     parts += [f"{key} {_plain(value)}" for key, value in facts.items() if key not in SHOWN]
     return ", ".join(parts)

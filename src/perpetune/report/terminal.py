@@ -104,15 +104,14 @@ def protection_line(results: Mapping[str, Any]) -> Text | None:
     return Text(f"  protect: {protected.told(entry, results)}", "dim") if entry else None
 
 
-def detail_lines(results: Mapping[str, Any]) -> list[Text]:
-    """What else the run has to tell after its last task: ways to answer, heads, protection, drift; a line for each."""
+def detail_lines(results: Mapping[str, Any], heads: bool = True) -> list[Text]:
+    """What else the run has to tell after its last task: ways to answer and gauges, heads, protection, drift."""
     from rich.text import Text
 
     run = cast("Results", results)
-    told = [("answers", answers.told(run)), *(("gauge", line) for line in answers.gauges_told(run))]
-    told += [("head", line) for line in solved.told(run)]
-    protection = protection_line(results)
-    lines = [Text(f"  {what}: {text}", "dim") for what, text in told if text]
+    told = [*([f"answers: {ways}"] if (ways := answers.told(run)) else []), *answers.gauges_told(run)]
+    told += [f"head {line}" for line in solved.told(run)] if heads else []
+    lines, protection = [Text(f"  {line}", "dim") for line in told], protection_line(results)
     lines += [protection] if protection is not None else []
     return [*lines, *([Text(f"  drift: {moved}", "dim")] if (moved := drift.told(run)) else [])]
 
