@@ -291,7 +291,7 @@ class Ridge(Head):
     def _calibrate(self, fit: ridge.Fit, dual: ridge.Dual | None, total: Callable[[Tensor], Tensor]) -> None:
         """The scale at which scores that examples would get if they alone had not been learned are likeliest.
 
-        Targets are smoothed by `1 / (n + 2)` (Platt 1999): else examples that are all told apart would ask for infinity.
+        Targets are smoothed by `1 / (n + 2)` (Platt 1999), or examples that are all told apart would ask for infinity.
         """
         rows = torch.cat([r for r, _ in self._sample]) if self._sample else self.cross.new_empty(0, self.width)
         targets = torch.cat([t for _, t in self._sample]) if self._sample else self.counts.new_empty(0)
