@@ -24,7 +24,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print figures as JSON.")]
 StateFolder = Annotated[Path, typer.Argument(metavar="STATE", help="A state folder.")]
 
 
-DEMO = ("demo", "demo-ncm", "demo-pegp", "demo-pegp-ncm")
+DEMO = ("demo", "demo-pegp", "demo-ridge", "demo-pegp-ridge", "demo-safe")
 """Recipes that are run when none is named: with and without protection, with either head."""
 DEMO_SEEDS = "3"
 
