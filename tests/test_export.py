@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from perpetune.check import Checker
 from perpetune.errors import PerpetuneError, StateError, UsageError
-from perpetune.export import read_peft, write_peft
+from perpetune.export import export_learned, read_peft, write_peft
 from perpetune.models.backbone import Backbone
 from perpetune.models.backbones import load_backbone
 from perpetune.models.families import places
@@ -23,6 +24,7 @@ from perpetune.models.from_transformers import class_token
 from perpetune.models.preprocess import Preprocess
 from perpetune.pets import PET, Place, inject, parameters, slots, using
 from perpetune.pets.lora import LoRA
+from perpetune.recipe import make_recipe
 from perpetune.seeding import generator, own_global_state
 
 peft = pytest.importorskip("peft")
@@ -278,3 +280,23 @@ def test_reading_tensors_is_strict(tmp_path: Path) -> None:
         read_peft(built(timm_vit), folder, "default")
     with pytest.raises(UsageError, match="holds no PEFT adapter"):
         read_peft(built(timm_vit), tmp_path, "default")
+
+
+def test_an_exported_head_holds_what_answers_need_and_no_sums(tmp_path: Path) -> None:
+    recipe = {"head": {"name": "ridge", "projection": 20}, "train": {"epochs": 1, "batch_size": 8}}
+    checker = Checker(make_recipe(recipe))
+    method = checker.learned()
+    export_learned(method, checker.backbone, tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "head.safetensors")
+    assert not stored.keys() & {"packed", "cross"}
+    features = torch.randn(5, 32, generator=generator("features"))
+    scores = stored["scale"] * (features @ stored["projected"]).relu() @ stored["weight"]
+    torch.testing.assert_close(scores, method.model.head(features))
+
+
+def test_several_sets_of_pets_have_no_place_in_pefts_format(tmp_path: Path) -> None:
+    recipe = {"method": "safe", "head": {"name": "ridge", "projection": 20}, "train": {"epochs": 1, "batch_size": 8}}
+    checker = Checker(make_recipe(recipe))
+    with pytest.raises(UsageError, match="more than one set of pets"):
+        export_learned(checker.learned(), checker.backbone, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

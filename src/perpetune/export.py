@@ -259,14 +259,18 @@ def export_learned(method: Method, backbone: Backbone, folder: Path) -> list[Pat
         The files written.
 
     Raises:
-        UsageError: the pets are not LoRA, or there is something at `folder`.
+        UsageError: the pets are not LoRA or several sets, or there is something at `folder`.
     """
     if not any("default" in slot.pets for _, slot in slots(backbone.net)):
         raise UsageError("there is no LoRA to export: the recipe has `pet: none`, so the head alone was trained")
+    if others := {name for _, slot in slots(backbone.net) for name in slot.pets} - {"default"}:
+        raise UsageError(
+            f"{type(method).__name__} answers with more than one set of pets (also {', '.join(sorted(others))}), and "
+            "PEFT's format holds one: use the state itself"
+        )
     write_peft(backbone, "default", folder)
     head = next(m for m in method.modules() if isinstance(m, Head))
-    state = head.state_dict()
-    tensors = {name: t.detach().cpu().contiguous() for name, t in state.items() if isinstance(t, Tensor)}
+    tensors = {name: t.detach().cpu().contiguous() for name, t in head.needed().items()}
     save_file(tensors, folder / "head.safetensors", metadata={"format": "pt"})
     about = {"head": type(head).__name__, "classes": head.classes}
     (folder / "head.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -76,6 +76,11 @@ class Head(nn.Module, ABC):
     def settle(self, total: Callable[[Tensor], Tensor] = alone) -> None:
         """All training data of a task have been observed, and `additive` is summed; `total` sums over processes."""
 
+    def needed(self) -> dict[str, Tensor]:
+        """What `forward` needs, by name: what is stored, without the sums it was computed from."""
+        sums = {id(t) for t in self.additive()}
+        return {n: t for n, t in self.state_dict(keep_vars=True).items() if isinstance(t, Tensor) and id(t) not in sums}
+
     def facts(self) -> dict[str, Any]:
         """What is worth reporting of the last `settle`, in JSON's types; a `warning` among them is shown as one."""
         return {}

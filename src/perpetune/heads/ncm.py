@@ -83,6 +83,9 @@ class NCM(Head):
         super().widen(dim)
         self.sums, self.means = self.sums.new_zeros(0, dim), self.means.new_zeros(0, dim)
 
+    def needed(self) -> dict[str, Tensor]:
+        return super().needed() | {"counts": self.counts}
+
     @torch.no_grad()
     def settle(self, total: Callable[[Tensor], Tensor] = alone) -> None:
         counts = self.counts.clamp(min=1).unsqueeze(1).to(self.sums)

@@ -177,6 +177,9 @@ class Ridge(Head):
     def additive(self) -> list[Tensor]:
         return [self.packed, self.cross, self.counts, self.mass]
 
+    def needed(self) -> dict[str, Tensor]:
+        return super().needed() | ({"projected": self.projected} if self.projection else {}) | {"counts": self.counts}
+
     def _clear(self) -> None:
         """Nothing of a task's examples is kept once they are summed up."""
         self._rows: list[Tensor] = []
