@@ -113,6 +113,14 @@ CASES: dict[str, dict[str, Any]] = {
     "finetune-linear": {"train": {"epochs": 2, "batch_size": 4, "lr": 0.01}},
     "finetune-ncm": {"head": "ncm", "train": SGD},
     "frozen-ncm": {"method": "frozen", "pet": "none", "head": {"name": "ncm", "metric": "euclidean"}},
+    # One process solves the first task from its rows, two from their sums.
+    "frozen-ridge": {"method": "frozen", "pet": "none", "head": {"name": "ridge", "projection": 40, "scale": 5.0}},
+    # The transfer loss and the sample for the scale are a process's own, so they are left out.
+    "safe": {
+        "method": {"name": "safe", "diagonal": 0.0, "rest": 0.0, "align": 2.0, "sharpness": 0.0},
+        "head": {"name": "ridge", "projection": 20, "scale": 5.0, "penalty": 1.0},
+        "train": {"epochs": 1, "batch_size": 4, "optimizer": "sgd"},
+    },
     "joint-cosine": {"method": "joint", "head": "cosine", "setting": "task", "train": {"epochs": 1, "lr": 0.01}},
     "protected": {
         "protect": {"energy": 0.9},

@@ -68,7 +68,7 @@ def test_ranpac_is_one_regression_on_the_tuned_features_of_all_tasks() -> None:
     method = taught(made(), tasks)
     head = method.model.head
     assert isinstance(head, Ridge)
-    h = torch.cat([head.expand(features_of(method, pixels_of(t), "default")) for t in tasks]).double()
+    h = torch.cat([head.expand(features_of(method, pixels_of(t), "default").double()) for t in tasks])
     targets = torch.tensor([head.classes.index(t.classes[y]) for t in tasks for y in t.train.targets])
     gram = h.mT @ h + float(head.chosen) * torch.eye(50, dtype=torch.float64)
     wanted = torch.linalg.solve(gram, h.mT @ F.one_hot(targets, 6).double())

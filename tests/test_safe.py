@@ -104,7 +104,8 @@ OURS, THEIRS = wide([[1, 2, 2], [3, 0, 4]]), wide([[2, 1, 2], [0, 3, 4]])
 @pytest.fixture
 def golden(monkeypatch: pytest.MonkeyPatch) -> tuple[Safe, Task, Batch]:
     """safe.md §5.2: three classes, two of them known, and a batch of two examples of the third."""
-    method = made(head={**RIDGE, "probe_scale": 10.0}, options={"align": 0.0, "cross": 0.0})
+    options = {"align": 0.0, "cross": 0.0, "later": {"batch_size": 2}}
+    method = made(head={**RIDGE, "probe_scale": 10.0}, options=options)
     train: Any = Still("c", 2, seed=0)
     task = Task(1, "golden", ("c",), train)
     for head in (method.model.head, method.slow):
@@ -200,6 +201,7 @@ def test_cross_classification_is_the_formula_and_reaches_whom_it_should(ready: t
     """V11: `s2f` teaches W_f and σ_f only, `f2s` the fast features and the old rows of W_f only."""
     method, task, batch = ready
     fast, slow = probe(method.model.head), probe(method.slow)
+    method.later = method.later.model_copy(update={"batch_size": len(batch)})
     known, targets = 2, batch.targets + 2
     taught_ = features_of(method, batch, SLOW).detach()
     labels = torch.cat([torch.arange(known), targets])
@@ -340,7 +342,7 @@ def test_both_heads_are_regressions_on_their_own_features() -> None:
     slow, fast = method.slow, method.model.head
     assert isinstance(slow, Ridge)
     assert isinstance(fast, Ridge)
-    h = torch.cat([slow.expand(features_of(method, batch_of(t), SLOW)) for t in tasks]).double()
+    h = torch.cat([slow.expand(features_of(method, batch_of(t), SLOW).double()) for t in tasks])
     targets = torch.tensor([slow.classes.index(t.classes[y]) for t in tasks for y in t.train.targets])
     gram = h.mT @ h + float(slow.chosen) * torch.eye(slow.width, dtype=torch.float64)
     wanted = torch.linalg.solve(gram, h.mT @ F.one_hot(targets, 4).double())

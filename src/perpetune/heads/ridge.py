@@ -18,7 +18,7 @@ from perpetune.heads.cosine import Cosine
 from perpetune.numerics import ridge
 from perpetune.seeding import generator
 
-BUFFER = 2048  # rows that are added to the sums at a time, so that the large matrix is gone over seldom
+BUFFER = 512  # examples that are added to the sums at a time, so that the large matrix is gone over seldom
 SAMPLE = 256  # examples of a task by which the scale is calibrated
 SCALES = tuple(10 ** (i / 20) for i in range(61))  # 1 to 1000
 SUMS = ("packed", "cross", "counts", "mass")
@@ -91,16 +91,12 @@ class Ridge(Head):
         if not self.classes:  # the projection is drawn with the first of them
             return torch.empty(len(features), 0, device=features.device)
         with torch.autocast(features.device.type, enabled=False):
-            scores = self.scale * (self.expand(features) @ self.weight)
+            scores = self.scale * (self.expand(features.float()) @ self.weight)
         return scores.masked_fill((self.counts == 0).to(scores.device), -torch.inf)
 
     def expand(self, features: Tensor) -> Tensor:
-        """Rows `(B, M)` of features `(B, D)`, float32.
-
-        A GPU may use TF32 here if it is told to: the same in training and prediction, so no sum is spoiled by it.
-        """
-        with torch.autocast(features.device.type, enabled=False):
-            return F.relu(features.float() @ self.projected) if self.projection else features.float()
+        """Rows `(B, M)` of features `(B, D)`, in their type: float64 for sums, float32 for scores."""
+        return F.relu(features @ self.projected.to(features)) if self.projection else features
 
     def logits(self, features: Tensor) -> Tensor:
         logits: Tensor = self.probe(features)
@@ -182,11 +178,11 @@ class Ridge(Head):
 
     def _clear(self) -> None:
         """Nothing of a task's examples is kept once they are summed up."""
-        self._rows: list[Tensor] = []
+        self._features: list[Tensor] = []
         self._targets: list[Tensor] = []
         self._sample: list[tuple[Tensor, Tensor]] = []
         self._row_weights = torch.empty(0)
-        self._flushed, self._seen, self._every, self._smoothing, self._whole = 0, 0, 1, 0.5, False
+        self._waiting, self._seen, self._every, self._smoothing, self._whole = 0, 0, 1, 0.5, False
 
     @torch.no_grad()
     def expect(self, counts: Tensor) -> None:
@@ -204,38 +200,36 @@ class Ridge(Head):
 
     @torch.no_grad()
     def observe(self, features: Tensor, rows: Tensor) -> None:
-        there = self.packed.device
-        found, targets = self.expand(features).to(there), rows.to(there)
-        if not torch.isfinite(found).all():
-            bad = ~torch.isfinite(found).all(1)
-            name = self.classes[int(targets[bad][0])]
+        targets = rows.to(self.packed.device)
+        if not torch.isfinite(features).all():
+            bad = ~torch.isfinite(features).all(1)
+            name = self.classes[int(rows[bad][0])]
             self._clear()
             raise PerpetuneError(
                 f"head: ridge: features of an image of class {name} are not finite: the features were spoiled in "
                 "training; lower train.lr or set train.clip"
             )
-        picked = torch.arange(self._seen, self._seen + len(found), device=there) % self._every == 0
-        self._sample.append((found[picked], targets[picked]))
-        self._seen += len(found)
-        self._rows.append(found)
+        self._features.append(features.to(self.packed.device))
         self._targets.append(targets)
-        if sum(map(len, self._rows)) - self._flushed >= BUFFER:
+        self._waiting += len(features)
+        if self._waiting >= BUFFER:
             self.flush()
 
     @torch.no_grad()
     def flush(self) -> None:
-        if not self._rows:
+        if not self._waiting:
             return
-        rows, targets = torch.cat(self._rows), torch.cat(self._targets)
-        new, of = rows[self._flushed :], targets[self._flushed :]
-        weights = self._row_weights[of]
-        ridge.add_gram(self.packed, new, weights if self.balance else None)
-        for part, its, share in zip(new.split(BUFFER), of.split(BUFFER), weights.split(BUFFER), strict=True):
-            self.cross.index_add_(1, its, (part.to(self.cross) * share[:, None]).mT)
+        features, targets = torch.cat(self._features), torch.cat(self._targets)
+        new, of = features[-self._waiting :], targets[-self._waiting :]
+        rows, weights = self.expand(new.to(self.cross)), self._row_weights[of]
+        ridge.add_gram(self.packed, rows, weights if self.balance else None)
+        self.cross.index_add_(1, of, (rows * weights[:, None]).mT)
         self.counts += torch.bincount(of, minlength=len(self.counts))
         self.mass += weights.sum()
-        self._rows, self._targets = ([rows], [targets]) if self._whole else ([], [])
-        self._flushed = len(rows) if self._whole else 0
+        picked = torch.arange(self._seen, self._seen + len(new), device=of.device) % self._every == 0
+        self._sample.append((new[picked], of[picked]))
+        self._seen, self._waiting = self._seen + len(new), 0
+        self._features, self._targets = ([features], [targets]) if self._whole else ([], [])
 
     @torch.no_grad()
     def settle(self, total: Callable[[Tensor], Tensor] = alone) -> None:
@@ -244,15 +238,24 @@ class Ridge(Head):
             self._clear()
             return
         unit = ridge.trace(self.packed, self.width) / self.width
-        rows = self._rows[0] if self._rows else self.cross.new_empty(0, self.width)
+        if unit == 0:
+            raise PerpetuneError(
+                f"head: ridge: the features of all {count} examples so far are zero, so no class can be told from "
+                "another: look at the backbone and at what it is fed"
+            )
         dual = None
-        if len(rows) == count:
-            targets = self._targets[0]
+        solve: Callable[[float], ridge.Fit] = functools.partial(
+            ridge.primal, self.packed, self.cross, count, float(self.mass)
+        )
+        held = sum(map(len, self._features)) == count
+        # Processes have to go the same way: the sum over them is (how many there are, how many hold all examples).
+        processes, holding = total(torch.tensor([1.0, float(held)], device=self.probe.weight.device)).tolist()
+        if processes == holding:
+            targets = torch.cat(self._targets)
             weights = self._row_weights[targets] if self.balance else None
+            rows = self.expand(torch.cat(self._features).to(self.cross))
             dual = ridge.Dual(rows, targets, len(self.counts), weights)
             solve = dual.fit
-        else:
-            solve = functools.partial(ridge.primal, self.packed, self.cross, count, float(self.mass))
         if self.penalty == "chosen":
             start = float(self.chosen)
             fit, tries = ridge.choose(solve, unit, start if start > 0 else None)
@@ -296,12 +299,13 @@ class Ridge(Head):
 
         Targets are smoothed by `1 / (n + 2)` (Platt 1999), or examples that are all told apart would ask for infinity.
         """
-        rows = torch.cat([r for r, _ in self._sample]) if self._sample else self.cross.new_empty(0, self.width)
+        features = torch.cat([f for f, _ in self._sample]) if self._sample else self.cross.new_empty(0, self.dim)
         targets = torch.cat([t for _, t in self._sample]) if self._sample else self.counts.new_empty(0)
         if dual is not None:
             held_out = dual.leave_one_out(fit.penalty)[:: self._every]
-        elif fit.factor is not None and len(rows):
+        elif fit.factor is not None and len(features):
             weights = self._row_weights[targets] if self.balance else None
+            rows = self.expand(features.to(self.cross))
             held_out = ridge.leave_one_out(fit.factor, fit.weights, rows, targets, weights)
         else:
             held_out = fit.weights.new_empty(0, len(self.counts))

@@ -39,7 +39,8 @@ class Safe(Method):
     predicts, or `ncm`), and their scores are mixed by entropy. While features are trained, the heads' cosine probes
     are the classifiers W of the paper.
 
-    The correlation of the transfer loss is that of a process's micro-batch.
+    The correlation of the transfer loss is that of a process's micro-batch, the one thing here that depends on how a
+    step's examples are shared out.
 
     Args:
         model: with a pet injected under the name `default`, and a head of statistics that has a probe.
@@ -137,11 +138,14 @@ class Safe(Method):
             return loss
         fast, slow = self._probe(self.model.head), self._probe(self.slow)
         own = self.model.head.rows(task.classes, batch.targets.device)[batch.targets]
-        rows = torch.cat([torch.arange(known, device=own.device), own])
-        s2f = F.cross_entropy(fast(torch.cat([slow.weight[:known], F.normalize(taught, dim=-1)])), rows)
-        normed = F.normalize(features.float(), dim=-1)
-        f2s = F.cross_entropy(slow(torch.cat([F.normalize(fast.weight[:known], dim=-1), normed])), rows)
-        return loss + self.cross * (s2f + f2s)
+        old, whole = torch.arange(known, device=own.device), min(self.later.batch_size, len(task.train))
+
+        def crossed(judge: Cosine, rows: Tensor, samples: Tensor) -> Tensor:
+            """The mean over K rows and B samples, with B that of the whole step, of which this may be a part."""
+            learned = F.cross_entropy(judge(rows[:known]), old, reduction="sum")
+            return (learned + whole * F.cross_entropy(judge(samples), own)) / (known + whole)
+
+        return loss + self.cross * (crossed(fast, slow.weight, taught) + crossed(slow, fast.weight, features.float()))
 
     def _trained(self, config: FitConfig) -> list[tuple[list[torch.nn.Parameter], float]]:
         head = list(self.model.head.parameters())
