@@ -362,7 +362,8 @@ def test_many_changes_are_left_to_the_page() -> None:
     assert lines[-1].startswith("… and 2 more changes")
 
 
-def test_the_demo_is_two_settings_by_two() -> None:
-    flats = [_flat(load_recipe(name).model_dump(mode="json")) for name in DEMO]
+def test_the_demo_is_two_settings_by_two_and_safe() -> None:
+    assert DEMO[4:] == ("demo-safe",)
+    flats = [_flat(load_recipe(name).model_dump(mode="json")) for name in DEMO[:4]]
     assert differing(flats) == ["head", "protect"]
     assert [load_recipe(name).name for name in DEMO] == list(DEMO)

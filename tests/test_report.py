@@ -149,7 +149,7 @@ def told_of(results: dict[str, Any], *, still: bool = False) -> dict[str, Any]:
 
     def facts(task: int, penalty: float) -> dict[str, Any]:
         return {
-            "kind": "ridge", "rows": 1000 * (task + 1), "dim": 1000, "penalty": penalty, "share": 1e-3, "gcv": 0.071,
+            "kind": "ridge", "rows": 1000 * (task + 1), "dim": 1000, "penalty": penalty, "share": 1e-3, "error": 0.071,
             "freedom": 312.5, "scale": 14.1, "solver": "primal", "factorisations": 2, "bytes": 4012345, "warning": None,
         }  # fmt: skip
 

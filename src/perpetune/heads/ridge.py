@@ -271,7 +271,7 @@ class Ridge(Head):
             "dim": self.width,
             "penalty": fit.penalty,
             "share": fit.penalty / unit,
-            "gcv": fit.gcv if math.isfinite(fit.gcv) else None,
+            "error": fit.error if math.isfinite(fit.error) else None,
             "freedom": fit.freedom,
             "scale": float(self.scale),
             "solver": "primal" if dual is None else "dual",

@@ -27,6 +27,7 @@ EXACT = 512  # up to this width all traces are exact instead of estimated
 NEAR = 1.25  # rows per column up to which n − df is exact: it may be small beside an estimate's error
 EVALUATIONS = 8
 DECADE = math.log(10)
+CLOSE = 0.025  # penalties that are nearer, in logarithms, are the same
 
 
 def packed_size(m: int) -> int:
@@ -173,37 +174,45 @@ def factor(packed: Tensor, m: int, penalty: float) -> Factor:
 
 @dataclass(frozen=True)
 class Fit:
-    """Ridge weights for one penalty, with their generalised cross-validation: Golub, Heath & Wahba 1979,
+    """Ridge weights for one penalty, with an estimate of their error on examples that they have not seen.
 
-        `GCV = (RSS / n) / (1 − df / n)²`, `RSS = Σ w ‖y − Wᵀh‖²`, `df = tr(G A⁻¹)`.
+    Generalised cross-validation (Golub, Heath & Wahba 1979) says what each row would be given if it had been left out:
+    `z = y − (y − Wᵀh) / ρ` with `ρ = 1 − df/n` and `df = tr(G A⁻¹)`. Which class wins does not depend on the scale of
+    `z`, so neither may the error, or few rows of a class ask for a far too large penalty just to make `z` small:
 
-    A primal fit whose `df` is over 0.999 `n` repeats its rows, and `GCV` is a quotient of rounding errors: it is
-    infinite there, with slope −1, which sends a search to higher penalties.
+        error = min over a of Σ w ‖y − a z‖² / Σ w ‖y‖² = 1 − N² / (E D),
+        E = Σ w ‖y‖²,  N = Σ w y·z = E − e/ρ,  D = Σ w ‖z‖² = E − 2 e/ρ + r/ρ²,
+        e = Σ w y·(y − Wᵀh) = E − ⟨W, Q⟩,  r = Σ w ‖y − Wᵀh‖² = e − λ‖W‖².
+
+    Where `N` is not positive (left-out rows are told nothing of their class: a single row of every class, a pure
+    interpolation) or `df` of a primal fit is over 0.999 `n` (a quotient of rounding errors), `error` is infinite, with
+    slope −1, which sends a search to higher penalties.
     """
 
     weights: Tensor
     """`W (M, C)`, float64."""
     penalty: float
     """`λ`, the one used."""
-    gcv: float
+    error: float
+    """From 0 to 1, or infinite."""
     slope: float
-    """`d log GCV / d log λ`."""
+    """`d log(error / (1 − error)) / d log λ`."""
+    curvature: float
+    """`d² log(error / (1 − error)) / d (log λ)²`."""
     freedom: float
     """`df`, the effective degrees of freedom."""
     factor: Factor | None = None
     """Of `A`; None where the fit is dual."""
-    curvature: float = 0.0
-    """`d² log GCV / d (log λ)²`."""
 
 
 def primal(packed: Tensor, cross: Tensor, count: float, energy: float, penalty: float, *, probes: int = 48) -> Fit:
     """The fit from sums: one factorisation.
 
-    With `RSS = energy − ⟨W, Q⟩ − λ‖W‖²` and `T = tr A⁻¹`: `dRSS/dλ = 2λ⟨W, A⁻¹W⟩`, `n − df = n − M + λT`,
-    `dT/dλ = −tr A⁻²`, `d²T/dλ² = 2 tr A⁻³`. Wider than `EXACT`, the traces are estimated from random signs
-    (Hutchinson 1990), the same for every penalty, so that the curve over penalties is smooth and its slope exact.
-    With few rows, `T` is mostly the `(M − n) / λ` of directions without rows, and the error of an estimate of that
-    would be larger than what is left of `n − df`: then `T` is computed. It cancels in the derivatives.
+    With `T = tr A⁻¹`: `de/dλ = ‖W‖²`, `dr/dλ = 2λ⟨W, A⁻¹W⟩`, `n ρ = n − M + λT`, `dT/dλ = −tr A⁻²`,
+    `d²T/dλ² = 2 tr A⁻³`. Wider than `EXACT`, the traces are estimated from random signs (Hutchinson 1990), the same for
+    every penalty, so that the curve over penalties is smooth and its slope exact. With few rows, `T` is mostly the
+    `(M − n) / λ` of directions without rows, and the error of an estimate of that would be larger than what is left of
+    `n ρ`: then `T` is computed. It cancels in the derivatives, which stay estimates, to some per cent.
 
     Args:
         packed: `G`, packed `(M, M)`.
@@ -237,17 +246,20 @@ def primal(packed: Tensor, cross: Tensor, count: float, energy: float, penalty: 
     norm, inverse2 = _squares(full, classes, share)
     third, inverse3 = _squares(more, classes, share)
     fourth = float(last.square().sum())
-    residual = max(energy - explained - used * norm, 1e-12 * energy)
     exact = made.inverse_trace() if m > EXACT and count < NEAR * m else inverse
     left = count - m + used * exact
     freedom = count - left
     if left < 1e-3 * count:
-        return Fit(weights, used, math.inf, -1.0, min(freedom, 0.999 * count), made)
-    upper = _in_logs(used, residual, 2 * used * third, 2 * third - 6 * used * fourth)
-    below = _in_logs(used, left, inverse - used * inverse2, 2 * used * inverse3 - 2 * inverse2)
-    gcv = residual * count / left**2
-    slope, curvature = upper[0] - 2 * below[0], upper[1] - 2 * below[1]
-    return Fit(weights, used, gcv, slope, freedom, made, curvature)
+        return Fit(weights, used, math.inf, -1.0, 0.0, min(freedom, 0.999 * count), made)
+    missed = max(energy - explained, 1e-12 * energy)
+    error = _error(
+        used,
+        energy,
+        _Curve(missed, norm, -2 * third),
+        _Curve(max(missed - used * norm, 1e-12 * energy), 2 * used * third, 2 * third - 6 * used * fourth),
+        _Curve(left / count, (inverse - used * inverse2) / count, 2 * (used * inverse3 - inverse2) / count),
+    )
+    return Fit(weights, used, *error, freedom, made)
 
 
 class Dual:
@@ -293,30 +305,28 @@ class Dual:
     def fit(self, penalty: float) -> Fit:
         """The fit for one penalty.
 
-        With `α = (K + λI)⁻¹ √w Y` the residuals are `λα`, so `GCV = n ‖α‖² / tr²((K + λI)⁻¹)` and nothing cancels.
+        With `α = (K + λI)⁻¹ √w Y` the residuals are `λα`, so `e = λ⟨√w Y, α⟩`, `r = λ²‖α‖²`, `n ρ = λ tr (K + λI)⁻¹`:
+        nothing cancels. `λ` of `ρ` is left out of all three, as it is in the same power above and below.
 
         Raises:
             UsageError: a penalty that is not a positive number.
         """
         inverse = self._inverse(penalty)
-        inside = self.turned.square().sum(1)
-        power = [float((inside * inverse**k).sum()) for k in (2, 3, 4)]
-        trace_ = [float((inverse**k).sum()) for k in (1, 2, 3)]
-        upper = _in_logs(penalty, power[0], -2 * power[1], 6 * power[2])
-        below = _in_logs(penalty, trace_[0], -trace_[1], 2 * trace_[2])
+        inside, count = self.turned.square().sum(1), len(self.rows)
+        power = [float((inside * inverse**k).sum()) for k in (1, 2, 3, 4)]
+        trace_ = [float((inverse**k).sum()) / count for k in (1, 2, 3)]
+        error = _error(
+            penalty,
+            float(inside.sum()),
+            _Curve(power[0], -power[1], 2 * power[2]),
+            _Curve(power[1], -2 * power[2], 6 * power[3]),
+            _Curve(trace_[0], -trace_[1], 2 * trace_[2]),
+        )
         alpha = self.vectors @ (inverse[:, None] * self.turned)
         weights = alpha.new_empty(self.rows.shape[1], alpha.shape[1])
         for start, part in self._columns():
             weights[start : start + part.shape[1]] = part.mT @ alpha
-        count = len(self.rows)
-        return Fit(
-            weights,
-            penalty,
-            count * power[0] / trace_[0] ** 2,
-            upper[0] - 2 * below[0],
-            float((self.values * inverse).sum()),
-            curvature=upper[1] - 2 * below[1],
-        )
+        return Fit(weights, penalty, *error, float((self.values * inverse).sum()))
 
     def leave_one_out(self, penalty: float) -> Tensor:
         """What each row's scores `(n, C)` were if it alone had not been learned: exact (PRESS, Allen 1974).
@@ -374,19 +384,23 @@ def choose(
     highest: float = 1e2,
     tolerance: float = 0.005,
 ) -> tuple[Fit, int]:
-    """The penalty `κ · scale` with the smallest GCV near where the search starts.
+    """The penalty `κ · scale` with the smallest error near where the search starts.
 
-    Newton's steps on `log GCV` over `log λ` within a bracket from the slopes' signs. It ends where another step would
-    gain less than `tolerance` of GCV, so a stream that starts at its last penalty usually pays one factorisation a
-    task. Plateaus (tiny or huge penalties) are bent the other way and are left by decades. At no time are there two
-    factors: where the best penalty was not the last one tried, it is fitted again.
+    Newton's steps on the log odds of the error over `log λ`, held in a bracket. It ends where another step would gain
+    less than `tolerance`, so a stream that starts at its last penalty usually pays one factorisation a task. Plateaus
+    (tiny or huge penalties) are bent the other way and are left by decades. The bracket comes from values: with fewer
+    rows than columns and a small penalty the slope is a difference of nearly equal numbers of which one is estimated,
+    and may have the wrong sign; a step that made things worse is then answered by one to the other side. Without a
+    last penalty the search comes from above, where nothing cancels. Where no penalty tells left-out rows anything, it
+    ends where it started. At no time are there two factors: where the best penalty was not the last one tried, it is
+    fitted again.
 
     Args:
         fit: the fit for a penalty; what it returns is let go before it is called again.
         scale: `tr G / M`.
-        start: a penalty `λ`, the last one chosen; None for `κ` = 1e-3.
+        start: a penalty `λ`, the last one chosen; None for `κ` = 1.
         lowest, highest: bounds of `κ`.
-        tolerance: a share of GCV.
+        tolerance: in log odds.
 
     Returns:
         The fit, and how many were made.
@@ -394,43 +408,71 @@ def choose(
     Raises:
         UsageError: a scale or start that is not positive.
     """
-    first = 1e-3 * scale if start is None else start
+    first = scale if start is None else start
     if not (0 < scale < math.inf and 0 < first < math.inf):
         raise UsageError(f"penalties start at {first} on a scale of {scale}; positive numbers are expected")
     low, high = math.log(lowest * scale), math.log(highest * scale)
-    left, right = low, high  # GCV falls left of the minimum that is looked for, and rises right of it
-    at, stride = min(max(math.log(first), low), high), DECADE
-    tried: list[tuple[float, float]] = []
+    at: float | None = min(max(math.log(first), low), high)
+    search, tries = _Search(low, high, tolerance), 0
     last: Fit | None = None
-    while len(tried) < EVALUATIONS:
+    while at is not None and tries < EVALUATIONS:
         del last  # its factor goes before the next one is made
-        last = fit(math.exp(at))
-        at = math.log(last.penalty)
-        tried.append((last.gcv, -last.penalty))  # of equals the higher penalty
-        if last.slope < 0:
-            left = max(left, at)
-        else:
-            right = min(right, at)
-        if last.curvature > 0:
-            step = -last.slope / last.curvature
-            if -step * last.slope / 2 < tolerance:
-                break
+        last, tries = fit(math.exp(at)), tries + 1
+        search.tried.append(_Tried(math.log(last.penalty), last.error, last.slope, last.curvature))
+        at = search.next()
+    assert last is not None
+    best = (search.best if math.isfinite(search.best.error) else search.tried[0]).at
+    if math.log(last.penalty) == best:
+        return last, tries
+    del last
+    return fit(math.exp(best)), tries + 1
+
+
+@dataclass(frozen=True)
+class _Tried:
+    at: float
+    """`log λ`."""
+    error: float
+    slope: float
+    curvature: float
+
+
+class _Search:
+    """Where `choose` goes next, from all penalties tried so far."""
+
+    def __init__(self, low: float, high: float, tolerance: float):
+        self.low, self.high, self.tolerance = low, high, tolerance
+        self.tried: list[_Tried] = []
+        self.stride = DECADE
+
+    @property
+    def best(self) -> _Tried:
+        return min(self.tried, key=lambda one: (one.error, -one.at))  # of equals the higher penalty
+
+    def next(self) -> float | None:
+        """`log λ`; None where nothing is to be gained."""
+        best = self.best
+        left = max((one.at for one in self.tried if one.at < best.at), default=None)
+        right = min((one.at for one in self.tried if one.at > best.at), default=None)
+        side = math.copysign(1.0, -best.slope)
+        if best.curvature > 0:
+            step = -best.slope / best.curvature
+            if abs(step * best.slope) / 2 < self.tolerance:
+                return None
             step = min(max(step, -2 * DECADE), 2 * DECADE)
         else:
-            step = math.copysign(stride, -last.slope)
-            stride = 2 * DECADE
-        if right - left < 0.1:
-            break
-        at += step
-        if at <= left or at >= right:
-            end = left if at <= left else right
-            at = end if end in (low, high) else (left + right) / 2
-    assert last is not None
-    best = -min(tried)[1]
-    if last.penalty == best:
-        return last, len(tried)
-    del last
-    return fit(best), len(tried) + 1
+            step, self.stride = side * self.stride, 2 * DECADE
+        ahead, behind = (right, left) if side > 0 else (left, right)
+        if ahead is None or side * (ahead - best.at - step) > CLOSE:
+            return self._within(best.at + step)
+        if behind is None:  # the slope was wrong, or the minimum is near
+            return self._within(best.at - side * DECADE)
+        half = (ahead - best.at) / 2
+        return best.at + half if abs(half * best.slope) > 4 * self.tolerance else None
+
+    def _within(self, at: float) -> float | None:
+        at = min(max(at, self.low), self.high)
+        return at if all(abs(at - one.at) > CLOSE for one in self.tried) else None
 
 
 def _blocks(m: int) -> Iterator[tuple[int, int]]:
@@ -444,10 +486,47 @@ def _squares(columns: Tensor, classes: int, share: float) -> tuple[float, float]
     return float(sums[:classes].sum()), share * float(sums[classes:].sum())
 
 
-def _in_logs(penalty: float, value: float, first: float, second: float) -> tuple[float, float]:
-    """Slope and curvature of `log value` over `log λ`, from the derivatives of `value` by `λ`."""
-    slope = penalty * first / value
-    return slope, slope + penalty**2 * second / value - slope**2
+@dataclass(frozen=True)
+class _Curve:
+    """A function of `λ` at one place, with its first and second derivative."""
+
+    value: float
+    first: float = 0.0
+    second: float = 0.0
+
+    def __sub__(self, other: _Curve) -> _Curve:
+        return _Curve(self.value - other.value, self.first - other.first, self.second - other.second)
+
+    def __mul__(self, other: _Curve) -> _Curve:
+        return _Curve(
+            self.value * other.value,
+            self.first * other.value + self.value * other.first,
+            self.second * other.value + 2 * self.first * other.first + self.value * other.second,
+        )
+
+    def __truediv__(self, other: _Curve) -> _Curve:
+        value = self.value / other.value
+        first = (self.first - value * other.first) / other.value
+        return _Curve(value, first, (self.second - 2 * first * other.first - value * other.second) / other.value)
+
+    def in_logs(self, at: float) -> tuple[float, float]:
+        """Slope and curvature of its logarithm over `log λ`."""
+        slope = at * self.first / self.value
+        return slope, slope + at**2 * self.second / self.value - slope**2
+
+
+def _error(
+    penalty: float, energy: float, missed: _Curve, residual: _Curve, share: _Curve
+) -> tuple[float, float, float]:
+    """The error of a `Fit`, its slope and its curvature, from `E`, `e`, `r` and `ρ`."""
+    first, second, whole = missed / share, residual / share / share, _Curve(energy)
+    told = whole - first  # N
+    if told.value < 1e-6 * energy:
+        return math.inf, -1.0, 0.0
+    odds = (whole * second - first * first) / (told * told)
+    if odds.value < 1e-12:  # all explained; what is left is rounding
+        return 0.0, 0.0, 1.0
+    return odds.value / (1 + odds.value), *odds.in_logs(penalty)
 
 
 def _one_hot(targets: Tensor, classes: int) -> Tensor:
