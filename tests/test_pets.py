@@ -27,6 +27,7 @@ from perpetune.pets import (
     using,
 )
 from perpetune.pets.lora import LoRA
+from perpetune.pets.prompt import Prompt
 from perpetune.seeding import generator, own_global_state
 
 PIXELS = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -270,6 +271,19 @@ def test_a_set_becomes_a_copy_of_another() -> None:
     with using(backbone, "b"):
         assert torch.equal(backbone(PIXELS), second)
     assert not torch.equal(first, second)
+
+
+def test_a_copied_set_shares_what_is_frozen() -> None:
+    """A deep prompt knows the attention it is at: a copy of it would be as large as the backbone's."""
+    backbone = backbone_of("timm vit")
+    inject(backbone.net, places(backbone.net, ["attn"]), lambda place: Prompt(place, generator("t", place.path)), "a")
+    copy_set(backbone.net, "a", "b")
+    for _, slot in slots(backbone.net):
+        first, second = slot.pets["a"], slot.pets["b"]
+        assert isinstance(first, Prompt)
+        assert isinstance(second, Prompt)
+        assert second.place.module is first.place.module is slot.base
+        assert second.tokens is not first.tokens
 
 
 def test_a_set_that_is_not_there_is_not_copied() -> None:

@@ -210,7 +210,8 @@ def copy_set(root: nn.Module, name: str, new: str) -> None:
         if name in slot.pets and new in slot.pets:
             slot.pets[new].load_state_dict(slot.pets[name].state_dict())
         elif name in slot.pets:
-            slot.pets[new] = copy.deepcopy(slot.pets[name])
+            # a pet may know the place it is at, and the frozen weights there are not its own
+            slot.pets[new] = copy.deepcopy(slot.pets[name], {id(slot.base): slot.base})
 
 
 def is_plain(base: nn.Module, kind: type[Module]) -> TypeGuard[Module]:

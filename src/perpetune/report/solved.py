@@ -11,8 +11,8 @@ from perpetune.report import form
 MEANING = (
     "What the heads that are computed from sums over examples, not trained, say of themselves after each task. A share "
     "is the penalty relative to the mean size of a feature’s sum of squares; degrees of freedom are how many of the "
-    "features the penalty leaves in use; the error is the share of the classes’ variation that answers for unseen examples "
-    "would miss, estimated from training data alone."
+    "features the penalty leaves in use; the error is the share of the classes’ variation that predictions for unseen "
+    "examples would miss, estimated from training data alone."
 )
 COLUMNS = {  # facts that have a column, and its heading
     "kind": "kind",
