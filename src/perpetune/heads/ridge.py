@@ -30,8 +30,8 @@ class Ridge(Head):
     Kept are the matrices `G = Σ h hᵀ (M, M)` and `Q = Σ h yᵀ (M, C)` in float64; the weights solve
     `(G + λI) W = Q` after every task. With features that stay what they are the result is that of a regression on all
     data at once, for any order of tasks and batches: RanPAC, McDonnell et al. 2023, arXiv:2307.02251. `λ` is chosen
-    after each task on all data so far, from the sums alone, by generalised cross-validation. While features are
-    trained, a cosine probe gives the logits; it takes no part in the prediction.
+    after each task on all data so far, from the sums alone, by generalised cross-validation of predictions at their
+    best scale. While features are trained, a cosine probe gives the logits; it takes no part in the prediction.
 
     Args:
         projection: `M`, the number of random features; 0 takes the features themselves. Its matrix is drawn from a
