@@ -76,7 +76,7 @@ class Ours:
         self.cross.mT.index_add_(0, targets, rows.double())
         self.count += len(rows)
         summed = time.perf_counter()
-        few = self.count == len(rows) and 2 * self.count <= width
+        few = self.count == len(rows) and self.count <= width // 3
         solve: Callable[[float], ridge.Fit] = (
             ridge.Dual(rows, targets, self.classes, None).fit
             if few
