@@ -538,6 +538,44 @@ def test_facts_are_plain_and_true() -> None:
 # -- copies, and starting anew ------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("sizes", [[250] + 10 * [5], [20] + 20 * [6], [100] + 5 * [20]], ids=str)
+def test_small_updates_with_repeats_leave_the_penalty_sane(sizes: list[int]) -> None:
+    """One in five pictures is nearly one that was there before, as in folders of bursts, and M is not reached."""
+    dim, classes, width = 32, 10, 300
+    drawn = generator("repeats")
+    centres = torch.randn(classes, dim, generator=drawn)
+
+    def pictures(count: int) -> tuple[Tensor, Tensor]:
+        of = torch.randint(0, classes, (count,), generator=drawn)
+        return centres[of] + 1.5 * torch.randn(count, dim, generator=drawn), of
+
+    head = Ridge(dim, projection=width)
+    head.grow([str(c) for c in range(classes)], generator("head"))
+    shown, targets = pictures(sum(sizes))
+    for first, size in zip(torch.tensor([0, *sizes]).cumsum(0).tolist(), sizes, strict=False):
+        again = torch.arange(first + size - size // 5, first + size)
+        like = torch.randint(0, int(again[0]), (len(again),), generator=drawn)
+        shown[again] = shown[like] + 0.05 * torch.randn(len(again), dim, generator=drawn)
+        targets[again] = targets[like]
+        head.expect(torch.bincount(targets[first : first + size], minlength=classes))
+        head.observe(shown[first : first + size], targets[first : first + size])
+        head.flush()
+        head.settle()
+        assert 0.01 < head.facts()["share"] < 10
+    asked, answers = pictures(2000)
+    rows = head.expand(asked.double())
+    unit = ridge.trace(head.packed, width) / width
+    count = int(head.counts.sum())
+
+    def right(share: float) -> float:
+        weights = ridge.primal(head.packed, head.cross, count, count, share * unit).weights
+        return float(((rows @ weights).argmax(1) == answers).double().mean())
+
+    best = max(right(10 ** (i / 2)) for i in range(-6, 3))
+    assert float((head(asked).argmax(1) == answers).double().mean()) > best - 0.05
+    assert right(1e-5) < best - 0.1, "the control"
+
+
 def test_a_copy_learns_alone() -> None:
     head = learned(TEN[:1], projection=20)
     other = copy.deepcopy(head)

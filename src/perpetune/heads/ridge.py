@@ -19,7 +19,9 @@ from perpetune.numerics import ridge
 from perpetune.seeding import generator
 
 BUFFER = 512  # examples that are added to the sums at a time, so that the large matrix is gone over seldom
-SAMPLE = 256  # examples of a task by which the scale is calibrated
+SAMPLE = 256  # examples of a task by which the penalty's error is corrected and the scale is calibrated
+ENOUGH = 64  # examples of a task that may move the penalty freely
+FAR = 4  # examples per random feature from which on the error needs no correction
 SCALES = tuple(10 ** (i / 20) for i in range(61))  # 1 to 1000
 SUMS = ("packed", "cross", "counts", "mass")
 
@@ -181,13 +183,15 @@ class Ridge(Head):
         self._features: list[Tensor] = []
         self._targets: list[Tensor] = []
         self._sample: list[tuple[Tensor, Tensor]] = []
-        self._row_weights = torch.empty(0)
-        self._waiting, self._seen, self._every, self._smoothing, self._whole = 0, 0, 1, 0.5, False
+        self._row_weights = torch.empty(0, dtype=torch.float64)
+        self._waiting, self._seen, self._expected = 0, 0, 0
+        self._every, self._smoothing, self._whole = 1, 0.5, False
 
     @torch.no_grad()
     def expect(self, counts: Tensor) -> None:
         self._clear()
         total, present = int(counts.sum()), int((counts > 0).sum())
+        self._expected = total
         if not len(self.packed):
             self.packed = self.packed.new_zeros(ridge.packed_size(self.width))
         # Alone and few, rows are solved as they are: a decomposition of their kernel costs less than factors of G.
@@ -244,12 +248,22 @@ class Ridge(Head):
                 "another: look at the backbone and at what it is fed"
             )
         dual = None
+        features, of = self._sampled()
+        device = self.probe.weight.device
+        sample = ridge.Sample(
+            self.expand(features.to(self.cross)),
+            of,
+            self._row_weights[of],
+            lambda sums: total(sums.float().to(device)).to(sums),  # float32, which every device has
+        )
+        # With many rows each is a small part of the sums, and their weights say nothing else: there is no need then.
+        few = self.balance or count < FAR * self.width
         solve: Callable[[float], ridge.Fit] = functools.partial(
-            ridge.primal, self.packed, self.cross, count, float(self.mass)
+            ridge.primal, self.packed, self.cross, count, float(self.mass), sample=sample if few else None
         )
         held = sum(map(len, self._features)) == count
         # Processes have to go the same way: the sum over them is (how many there are, how many hold all examples).
-        processes, holding = total(torch.tensor([1.0, float(held)], device=self.probe.weight.device)).tolist()
+        processes, holding = total(torch.tensor([1.0, float(held)], device=device)).tolist()
         if processes == holding:
             targets = torch.cat(self._targets)
             weights = self._row_weights[targets] if self.balance else None
@@ -259,12 +273,17 @@ class Ridge(Head):
         if self.penalty == "chosen":
             start = float(self.chosen)
             fit, tries = ridge.choose(solve, unit, start if start > 0 else None)
+            trust = min(1.0, self._expected / ENOUGH) if few and dual is None and start > 0 else 1.0
+            damped = start ** (1 - trust) * fit.penalty**trust
+            if abs(math.log(damped / fit.penalty)) > ridge.CLOSE:
+                del fit  # its factor goes before the next one is made
+                fit, tries = solve(damped), tries + 1
         else:
             fit, tries = solve(self.penalty * unit), 1
         self.weight = fit.weights.to(self.weight)
         self.chosen.fill_(fit.penalty)
         if self.given_scale == "calibrated":
-            self._calibrate(fit, dual, total)
+            self._calibrate(fit, dual, sample, total)
         self._facts = {
             "kind": "ridge",
             "rows": count,
@@ -294,24 +313,29 @@ class Ridge(Head):
             f"regression overfits most; {cure}, or choose a projection well below or above"
         )
 
-    def _calibrate(self, fit: ridge.Fit, dual: ridge.Dual | None, total: Callable[[Tensor], Tensor]) -> None:
+    def _sampled(self) -> tuple[Tensor, Tensor]:
+        """Features `(m, D)` and rows of the head of some examples of the task."""
+        if not self._sample:
+            return self.cross.new_empty(0, self.dim), self.counts.new_empty(0)
+        return torch.cat([f for f, _ in self._sample]), torch.cat([t for _, t in self._sample])
+
+    def _calibrate(
+        self, fit: ridge.Fit, dual: ridge.Dual | None, sample: ridge.Sample, total: Callable[[Tensor], Tensor]
+    ) -> None:
         """The scale at which scores that examples would get if they alone had not been learned are likeliest.
 
         Targets are smoothed by `1 / (n + 2)` (Platt 1999), or examples that are all told apart would ask for infinity.
         """
-        features = torch.cat([f for f, _ in self._sample]) if self._sample else self.cross.new_empty(0, self.dim)
-        targets = torch.cat([t for _, t in self._sample]) if self._sample else self.counts.new_empty(0)
         if dual is not None:
             held_out = dual.leave_one_out(fit.penalty)[:: self._every]
-        elif fit.factor is not None and len(features):
-            weights = self._row_weights[targets] if self.balance else None
-            rows = self.expand(features.to(self.cross))
-            held_out = ridge.leave_one_out(fit.factor, fit.weights, rows, targets, weights)
+        elif fit.factor is not None and len(sample.rows):
+            weights = sample.weights if self.balance else None
+            held_out = ridge.leave_one_out(fit.factor, fit.weights, sample.rows, sample.targets, weights)
         else:
             held_out = fit.weights.new_empty(0, len(self.counts))
         known = self.counts > 0
-        held_out, targets = held_out[:, known], (known.cumsum(0) - 1)[targets]
+        held_out, targets = held_out[:, known], (known.cumsum(0) - 1)[sample.targets]
         smoothed = functools.partial(F.cross_entropy, reduction="sum", label_smoothing=self._smoothing)
         losses = torch.stack([smoothed(held_out * s, targets) for s in SCALES])
-        losses = total(losses.float().to(self.probe.weight.device))  # float32, which every device has
+        losses = total(losses.float().to(self.probe.weight.device))
         self.scale.fill_(SCALES[int(losses.argmin())])

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -176,15 +177,20 @@ def factor(packed: Tensor, m: int, penalty: float) -> Factor:
 class Fit:
     """Ridge weights for one penalty, with an estimate of their error on examples that they have not seen.
 
-    Generalised cross-validation (Golub, Heath & Wahba 1979) says what each row would be given if it had been left out:
-    `z = y − (y − Wᵀh) / ρ` with `ρ = 1 − df/n` and `df = tr(G A⁻¹)`. Which class wins does not depend on the scale of
-    `z`, so neither may the error, or few rows of a class ask for a far too large penalty just to make `z` small:
+    Let `q` be what each row would be missed by if it had been left out. Which class wins does not depend on the scale
+    of the prediction `y − q`, so neither may the error, or few rows of a class ask for a far too large penalty just to
+    make predictions small:
 
-        error = min over a of Σ w ‖y − a z‖² / Σ w ‖y‖² = 1 − N² / (E D),
-        E = Σ w ‖y‖²,  N = Σ w y·z = E − e/ρ,  D = Σ w ‖z‖² = E − 2 e/ρ + r/ρ²,
-        e = Σ w y·(y − Wᵀh) = E − ⟨W, Q⟩,  r = Σ w ‖y − Wᵀh‖² = e − λ‖W‖².
+        error = min over a of Σ w ‖y − a (y − q)‖² / Σ w ‖y‖²,   error / (1 − error) = (E v − u²) / (E − u)²,
+        E = Σ w ‖y‖²,  u = Σ w y·q,  v = Σ w ‖q‖².
 
-    Where `N` is not positive (left-out rows are told nothing of their class: a single row of every class, a pure
+    Exactly `q = (y − Wᵀh) / (1 − w hᵀA⁻¹h)` (Allen 1974), where rows are there. From sums alone it is generalised
+    cross-validation's `(y − Wᵀh) / ρ` with the mean `ρ = 1 − df/n` of the denominators (Golub, Heath & Wahba 1979),
+    times what the exact error of a `Sample` is to this one's. Without a sample, a few rows that are there twice are
+    enough to mislead it where rows are fewer than columns: their denominators are large, so `ρ` is, and all other
+    rows, of which nothing is left to miss, seem to be predicted.
+
+    Where `E − u` is not positive (left-out rows are told nothing of their class: a single row of every class, a pure
     interpolation) or `df` of a primal fit is over 0.999 `n` (a quotient of rounding errors), `error` is infinite, with
     slope −1, which sends a search to higher penalties.
     """
@@ -205,14 +211,43 @@ class Fit:
     """Of `A`; None where the fit is dual."""
 
 
-def primal(packed: Tensor, cross: Tensor, count: float, energy: float, penalty: float, *, probes: int = 48) -> Fit:
+def alone(sums: Tensor) -> Tensor:
+    """The sum over processes, where there is one."""
+    return sums
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some of the rows that are in the sums, by which their error is corrected: see `Fit`."""
+
+    rows: Tensor
+    """`(m, M)`, float64; `m` may be 0 in one process of several."""
+    targets: Tensor
+    """`(m,)`, int64."""
+    weights: Tensor
+    """`(m,)`, float64."""
+    total: Callable[[Tensor], Tensor] = alone
+    """Adds up over processes, which have different rows."""
+
+
+def primal(
+    packed: Tensor,
+    cross: Tensor,
+    count: float,
+    energy: float,
+    penalty: float,
+    *,
+    sample: Sample | None = None,
+    probes: int = 48,
+) -> Fit:
     """The fit from sums: one factorisation.
 
-    With `T = tr A⁻¹`: `de/dλ = ‖W‖²`, `dr/dλ = 2λ⟨W, A⁻¹W⟩`, `n ρ = n − M + λT`, `dT/dλ = −tr A⁻²`,
-    `d²T/dλ² = 2 tr A⁻³`. Wider than `EXACT`, the traces are estimated from random signs (Hutchinson 1990), the same for
-    every penalty, so that the curve over penalties is smooth and its slope exact. With few rows, `T` is mostly the
-    `(M − n) / λ` of directions without rows, and the error of an estimate of that would be larger than what is left of
-    `n ρ`: then `T` is computed. It cancels in the derivatives, which stay estimates, to some per cent.
+    With `e = Σ w y·(y − Wᵀh) = E − ⟨W, Q⟩`, `r = Σ w ‖y − Wᵀh‖² = e − λ‖W‖²` and `T = tr A⁻¹`: `u = e/ρ`, `v =
+    r/ρ²`, `de/dλ = ‖W‖²`, `dr/dλ = 2λ⟨W, A⁻¹W⟩`, `n ρ = n − M + λT`, `dT/dλ = −tr A⁻²`, `d²T/dλ² = 2 tr A⁻³`. Wider
+    than `EXACT`, the traces are estimated from random signs (Hutchinson 1990), the same for every penalty, so that
+    the curve over penalties is smooth and its slope exact. With few rows, `T` is mostly the `(M − n) / λ` of
+    directions without rows, and the error of an estimate of that would be larger than what is left of `n ρ`: then
+    `T` is computed. It cancels in the derivatives, which stay estimates, to some per cent.
 
     Args:
         packed: `G`, packed `(M, M)`.
@@ -220,6 +255,7 @@ def primal(packed: Tensor, cross: Tensor, count: float, energy: float, penalty: 
         count: `n`, the number of rows.
         energy: `Σ w ‖y‖²`, the sum of the weights.
         penalty: `λ`; escalated where `factor` does.
+        sample: rows by which the error is corrected.
         probes: vectors of signs.
 
     Raises:
@@ -252,14 +288,41 @@ def primal(packed: Tensor, cross: Tensor, count: float, energy: float, penalty: 
     if left < 1e-3 * count:
         return Fit(weights, used, math.inf, -1.0, 0.0, min(freedom, 0.999 * count), made)
     missed = max(energy - explained, 1e-12 * energy)
-    error = _error(
-        used,
-        energy,
-        _Curve(missed, norm, -2 * third),
-        _Curve(max(missed - used * norm, 1e-12 * energy), 2 * used * third, 2 * third - 6 * used * fourth),
-        _Curve(left / count, (inverse - used * inverse2) / count, 2 * (used * inverse3 - inverse2) / count),
-    )
-    return Fit(weights, used, *error, freedom, made)
+    residual = max(missed - used * norm, 1e-12 * energy)
+    spared = _curve(used, left / count, (inverse - used * inverse2) / count, 2 * (used * inverse3 - inverse2) / count)
+    u = _curve(used, missed, norm, -2 * third) / spared
+    v = _curve(used, residual, 2 * used * third, 2 * third - 6 * used * fourth) / spared / spared
+    odds = _odds(energy, u, v)
+    if odds is not None and sample is not None:
+        odds = odds + _correction(made, weights, last, spared, sample)
+    return Fit(weights, used, *_error(odds), freedom, made)
+
+
+def _correction(made: Factor, weights: Tensor, inverse: Tensor, spared: _Curve, sample: Sample) -> _Curve:
+    """Log odds of a sample's exact error less those of its approximate one; `inverse` is `A⁻¹ W`,
+    `spared` is `ρ`.
+
+    With `b = A⁻¹ h`: `d hᵀb/dλ = −‖b‖²`, `d² hᵀb/dλ² = 2 bᵀA⁻¹b`, `d Wᵀh/dλ = −(A⁻¹W)ᵀh`, `d² Wᵀh/dλ² = 2 (A⁻¹W)ᵀb`.
+    """
+    rows, own = sample.rows, sample.weights[:, None]
+    hot = _one_hot(sample.targets, weights.shape[1]).to(weights)
+    half = made.forward(rows.mT)
+    full = made.backward(half)
+    more = made.forward(full)
+    powers = [part.square().sum(0)[:, None] for part in (half, full, more)]
+    missed = _curve(made.penalty, hot - rows @ weights, rows @ inverse, -2 * full.mT @ inverse)
+    left = _curve(made.penalty, (1 - own * powers[0]).clamp(min=1e-12), own * powers[1], -2 * own * powers[2])
+    sums = [own.sum()[None]]
+    for out in (missed / left, missed / spared):
+        for curve in (out * hot, out * out):
+            sums.append(torch.stack([(own * part).sum() for part in (curve.value, curve.first, curve.second)]))
+    energy, *parts = sample.total(torch.cat(sums)).tolist()
+    if energy == 0:
+        return _Curve(0.0)
+    exact, rough = (_odds(energy, _Curve(*parts[i : i + 3]), _Curve(*parts[i + 3 : i + 6])) for i in (0, 6))
+    if exact is None or rough is None:
+        return _Curve(0.0)
+    return exact - rough
 
 
 class Dual:
@@ -305,28 +368,26 @@ class Dual:
     def fit(self, penalty: float) -> Fit:
         """The fit for one penalty.
 
-        With `α = (K + λI)⁻¹ √w Y` the residuals are `λα`, so `e = λ⟨√w Y, α⟩`, `r = λ²‖α‖²`, `n ρ = λ tr (K + λI)⁻¹`:
-        nothing cancels. `λ` of `ρ` is left out of all three, as it is in the same power above and below.
+        With `α = (K + λI)⁻¹ √w Y`: `√w q = α / diag (K + λI)⁻¹`, for every row exactly.
 
         Raises:
             UsageError: a penalty that is not a positive number.
         """
         inverse = self._inverse(penalty)
-        inside, count = self.turned.square().sum(1), len(self.rows)
-        power = [float((inside * inverse**k).sum()) for k in (1, 2, 3, 4)]
-        trace_ = [float((inverse**k).sum()) / count for k in (1, 2, 3)]
-        error = _error(
-            penalty,
-            float(inside.sum()),
-            _Curve(power[0], -power[1], 2 * power[2]),
-            _Curve(power[1], -2 * power[2], 6 * power[3]),
-            _Curve(trace_[0], -trace_[1], 2 * trace_[2]),
+        powers = [inverse, -(inverse**2), 2 * inverse**3]
+        squares = self.vectors.square()
+        own = _curve(penalty, *((squares @ power)[:, None] for power in powers))
+        alphas = _curve(penalty, *(self.vectors @ (power[:, None] * self.turned) for power in powers))
+        alpha, missed = alphas.value, alphas / own
+        odds = _odds(
+            float(self.scale.square().sum()),
+            (missed * (self.scale * self.targets)).sum(),
+            (missed * missed).sum(),
         )
-        alpha = self.vectors @ (inverse[:, None] * self.turned)
         weights = alpha.new_empty(self.rows.shape[1], alpha.shape[1])
         for start, part in self._columns():
             weights[start : start + part.shape[1]] = part.mT @ alpha
-        return Fit(weights, penalty, *error, float((self.values * inverse).sum()))
+        return Fit(weights, penalty, *_error(odds), float((self.values * inverse).sum()))
 
     def leave_one_out(self, penalty: float) -> Tensor:
         """What each row's scores `(n, C)` were if it alone had not been learned: exact (PRESS, Allen 1974).
@@ -488,16 +549,21 @@ def _squares(columns: Tensor, classes: int, share: float) -> tuple[float, float]
 
 @dataclass(frozen=True)
 class _Curve:
-    """A function of `λ` at one place, with its first and second derivative."""
+    """A function of `log λ` at one place, a number or a tensor of them, with its first and second derivative."""
 
-    value: float
-    first: float = 0.0
-    second: float = 0.0
+    value: Any
+    first: Any = 0.0
+    second: Any = 0.0
+
+    def __add__(self, other: _Curve) -> _Curve:
+        return _Curve(self.value + other.value, self.first + other.first, self.second + other.second)
 
     def __sub__(self, other: _Curve) -> _Curve:
         return _Curve(self.value - other.value, self.first - other.first, self.second - other.second)
 
-    def __mul__(self, other: _Curve) -> _Curve:
+    def __mul__(self, other: _Curve | Tensor) -> _Curve:
+        if isinstance(other, Tensor):
+            return _Curve(self.value * other, self.first * other, self.second * other)
         return _Curve(
             self.value * other.value,
             self.first * other.value + self.value * other.first,
@@ -509,24 +575,35 @@ class _Curve:
         first = (self.first - value * other.first) / other.value
         return _Curve(value, first, (self.second - 2 * first * other.first - value * other.second) / other.value)
 
-    def in_logs(self, at: float) -> tuple[float, float]:
-        """Slope and curvature of its logarithm over `log λ`."""
-        slope = at * self.first / self.value
-        return slope, slope + at**2 * self.second / self.value - slope**2
+    def sum(self) -> _Curve:
+        return _Curve(float(self.value.sum()), float(self.first.sum()), float(self.second.sum()))
+
+    def log(self) -> _Curve:
+        first = self.first / self.value
+        return _Curve(math.log(self.value), first, self.second / self.value - first**2)
 
 
-def _error(
-    penalty: float, energy: float, missed: _Curve, residual: _Curve, share: _Curve
-) -> tuple[float, float, float]:
-    """The error of a `Fit`, its slope and its curvature, from `E`, `e`, `r` and `ρ`."""
-    first, second, whole = missed / share, residual / share / share, _Curve(energy)
-    told = whole - first  # N
+def _curve(penalty: float, value: Any, first: Any, second: Any) -> _Curve:
+    """From derivatives by `λ`."""
+    return _Curve(value, penalty * first, penalty * first + penalty**2 * second)
+
+
+def _odds(energy: float, u: _Curve, v: _Curve) -> _Curve | None:
+    """Log odds of the error of a `Fit`; None where left-out rows are told nothing."""
+    whole = _Curve(energy)
+    told = whole - u
     if told.value < 1e-6 * energy:
+        return None
+    odds = (whole * v - u * u) / (told * told)
+    # under 1e-12 all is explained, and what is left is rounding
+    return odds.log() if odds.value > 1e-12 else _Curve(math.log(1e-12))
+
+
+def _error(odds: _Curve | None) -> tuple[float, float, float]:
+    """The error of a `Fit`, its slope and its curvature, from its log odds."""
+    if odds is None:
         return math.inf, -1.0, 0.0
-    odds = (whole * second - first * first) / (told * told)
-    if odds.value < 1e-12:  # all explained; what is left is rounding
-        return 0.0, 0.0, 1.0
-    return odds.value / (1 + odds.value), *odds.in_logs(penalty)
+    return 1 / (1 + math.exp(-odds.value)), odds.first, odds.second
 
 
 def _one_hot(targets: Tensor, classes: int) -> Tensor:
