@@ -4,9 +4,9 @@
 
 Features of the recipe's training images on its untouched backbone; a third of each class is held out to measure
 accuracy, and no test image is read. For each number of classes, of examples a class and of random features: the
-accuracy of the penalty that `squared` (generalised cross-validation) chooses, of the one that `ours` chooses (the same
-of predictions at their best scale, as `heads/ridge.py` does), and of the best of a grid, which looks at the answers.
-Means over three draws of classes, examples and projection. Prints JSON.
+accuracy of the penalty that `squared` (generalised cross-validation) chooses, of the one that `ours` chooses (what
+left-out examples are missed by at the predictions' best scale, as `heads/ridge.py` does), and of the best of a grid,
+which looks at the answers. Means over three draws of classes, examples and projection. Prints JSON.
 """
 
 from __future__ import annotations

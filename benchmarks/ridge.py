@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from perpetune.heads.ridge import FAR, SAMPLE
 from perpetune.numerics import ridge
 from perpetune.seeding import generator
 
@@ -80,7 +82,9 @@ class Ours:
         solve: Callable[[float], ridge.Fit] = (
             ridge.Dual(rows, targets, self.classes, None).fit
             if few
-            else functools.partial(ridge.primal, self.packed, self.cross, self.count, float(self.count))
+            else functools.partial(
+                ridge.primal, self.packed, self.cross, self.count, float(self.count), sample=self.sample(rows, targets)
+            )
         )
         fit, tries = ridge.choose(solve, ridge.trace(self.packed, width) / width, self.penalty)
         self.penalty, self.weights = fit.penalty, fit.weights.float()
@@ -92,6 +96,12 @@ class Ours:
             "fits": tries,
             "solver": "rows" if few else "sums",
         }
+
+    def sample(self, rows: Tensor, targets: Tensor) -> ridge.Sample | None:
+        if self.count >= FAR * rows.shape[1]:
+            return None
+        some = slice(None, None, math.ceil(len(rows) / SAMPLE))
+        return ridge.Sample(rows[some].double(), targets[some], torch.ones(len(rows[some]), dtype=torch.float64))
 
     def kept(self) -> int:
         return 8 * (self.packed.numel() + self.cross.numel())

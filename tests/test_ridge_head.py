@@ -510,7 +510,7 @@ def test_as_many_examples_as_random_features_are_warned_of(penalty: float | str,
         found[head.facts()["rows"]] = head.facts()["warning"]
     assert found[8] is None
     assert found[16] == (
-        "head ridge has seen 16 examples with a projection of 20: near-equal numbers are where a regression overfits "
+        "head ridge has seen 16 examples with 20 features: near-equal numbers are where a regression overfits "
         f"most; {cure}, or choose a projection well below or above"
     )
     assert found[24] is not None

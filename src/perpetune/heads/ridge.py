@@ -32,13 +32,14 @@ class Ridge(Head):
     Kept are the matrices `G = Σ h hᵀ (M, M)` and `Q = Σ h yᵀ (M, C)` in float64; the weights solve
     `(G + λI) W = Q` after every task. With features that stay what they are the result is that of a regression on all
     data at once, for any order of tasks and batches: RanPAC, McDonnell et al. 2023, arXiv:2307.02251. `λ` is chosen
-    after each task on all data so far, from the sums alone, by generalised cross-validation of predictions at their
-    best scale. While features are trained, a cosine probe gives the logits; it takes no part in the prediction.
+    after each task on all data so far, from the sums and a sample of the task, by what left-out examples would be
+    missed by (`numerics.ridge.Fit`). While features are trained, a cosine probe gives the logits; it takes no part in
+    the prediction.
 
     Args:
         projection: `M`, the number of random features; 0 takes the features themselves. Its matrix is drawn from a
             seed, which is all that is stored of it. `G` takes `4 M²` bytes on disk.
-        penalty: `λ` as a share of `tr G / M`, which makes it free of scale; `chosen` by cross-validation.
+        penalty: `λ` as a share of `tr G / M`, which makes it free of scale; `chosen` by leaving out.
         balance: examples weigh in inverse proportion to their class's number of examples in their task, so that
             frequent classes do not win by number.
         scale: factor on the scores, the inverse temperature of the probabilities that users see and of mixtures;
@@ -309,7 +310,7 @@ class Ridge(Head):
             return None
         cure = "the penalty chosen guards against it" if self.penalty == "chosen" else "set penalty: chosen"
         return (
-            f"head ridge has seen {count} examples with a projection of {self.width}: near-equal numbers are where a "
+            f"head ridge has seen {count} examples with {self.width} features: near-equal numbers are where a "
             f"regression overfits most; {cure}, or choose a projection well below or above"
         )
 

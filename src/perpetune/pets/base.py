@@ -269,7 +269,8 @@ def fold(root: nn.Module, name: str) -> int:
     """Make one set of PETs part of the modules they stand around, for prediction without PETs.
 
     Where such a module stood there is a new one afterwards, and the set is gone. The tensors of the old ones are not
-    written to.
+    written to. This is for a net that goes to work by itself: a method would look for its set in vain, and one that
+    also asks the net without pets (`concat` of `first_session`, a loss that ties features to it) could not any more.
 
     Returns:
         How many modules were replaced.
