@@ -73,7 +73,7 @@ def told(results: Mapping[str, Any]) -> list[str]:
 
 def _told(facts: Mapping[str, Any]) -> str:
     parts = [_text("kind", facts)] if "kind" in facts else []
-    parts += [form.plural(facts["rows"], "example")] if "rows" in facts else []
+    parts += [f"{_text('rows', facts)} example{'' if facts['rows'] == 1 else 's'}"] if "rows" in facts else []
     parts += [f"penalty {_text('penalty', facts)}"] if facts.get("penalty") is not None else []
     parts += [f"{_text('freedom', facts)} degrees of freedom"] if facts.get("freedom") is not None else []
     parts += [f"{key} {_plain(value)}" for key, value in facts.items() if key not in SHOWN]
