@@ -132,7 +132,6 @@ def test_core_dependencies(metadata: Message) -> None:
     required = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert {re.split(r"[<>=!~ ;\[]", line)[0].lower() for line in required} == {
         "accelerate",
-        "matplotlib",
         "jinja2",
         "numpy",
         "pillow",
