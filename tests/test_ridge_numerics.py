@@ -430,7 +430,7 @@ def test_exact_trace_of_the_inverse(width: int) -> None:
 PROBLEMS: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
     "n << M": lambda: clusters(40, 400, 5, spread=1.0),
     "n = M": lambda: clusters(300, 300, 10, spread=1.5, seed=1),
-    "n >> M": lambda: clusters(2000, 50, 10, spread=1.5, seed=2),
+    "n >> M": lambda: clusters(800, 50, 10, spread=1.5, seed=2),
     "noise": lambda: (normal(200, 80, seed=4), labels(200, 5)),
     "clean": lambda: clusters(300, 100, 5, spread=0.05, seed=3),
 }
