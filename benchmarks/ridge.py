@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from perpetune.heads.base import alone
 from perpetune.heads.ridge import FAR, SAMPLE
 from perpetune.numerics import ridge
 from perpetune.seeding import generator
@@ -101,7 +102,7 @@ class Ours:
         if self.count >= FAR * rows.shape[1]:
             return None
         some = slice(None, None, math.ceil(len(rows) / SAMPLE))
-        return ridge.Sample(rows[some].double(), targets[some], torch.ones(len(rows[some]), dtype=torch.float64))
+        return ridge.Sample(rows[some].double(), targets[some], torch.ones(len(rows[some]), dtype=torch.float64), alone)
 
     def kept(self) -> int:
         return 8 * (self.packed.numel() + self.cross.numel())

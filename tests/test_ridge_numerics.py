@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from perpetune.errors import PerpetuneError, UsageError
+from perpetune.heads.base import alone
 from perpetune.numerics import ridge
 from perpetune.numerics.ridge import Dual, Fit, choose, primal
 from perpetune.seeding import generator
@@ -337,7 +338,8 @@ def test_the_error_is_that_of_the_hat_matrix(count: int, width: int, weighted: b
     weights = positive(count) if weighted else None
     sums, dual = Sums(width, 4).add(rows, targets, weights), Dual(rows, targets, 4, weights)
     some = torch.arange(0, count, 2)
-    sample = ridge.Sample(rows[some], targets[some], (torch.ones(count).double() if weights is None else weights)[some])
+    own = torch.ones(count, dtype=torch.float64) if weights is None else weights
+    sample = ridge.Sample(rows[some], targets[some], own[some], alone)
     for kappa in (1e-3, 1e-2, 1e-1, 1.0):
         penalty = kappa * sums.scale
         exact = brute_error(rows, targets, 4, penalty, weights, exact=True)
@@ -367,7 +369,7 @@ def test_slope_and_curvature_are_finite_differences(make: str, count: int, width
     """
     rows, targets = clusters(count, width, 4, seed=7)
     sums = Sums(width, 4).add(rows, targets)
-    sample = ridge.Sample(rows[::3], targets[::3], torch.ones(len(rows[::3]), dtype=torch.float64))
+    sample = ridge.Sample(rows[::3], targets[::3], torch.ones(len(rows[::3]), dtype=torch.float64), alone)
     fit = {
         "dual": Dual(rows, targets, 4, None).fit,
         "primal": sums.fit,
@@ -511,7 +513,7 @@ def test_sums_of_few_rows_find_the_penalty_that_the_rows_find(
     projection = torch.randn(dim, width, generator=torch.Generator().manual_seed(5))
     rows = (features @ projection / math.sqrt(dim)).relu().double()
     sums, dual = Sums(width, classes).add(rows, targets), Dual(rows, targets, classes, None)
-    sample = ridge.Sample(rows[::2], targets[::2], torch.ones(len(rows[::2]), dtype=torch.float64))
+    sample = ridge.Sample(rows[::2], targets[::2], torch.ones(len(rows[::2]), dtype=torch.float64), alone)
     grid = min(dual.fit(sums.scale * 10 ** (-6 + i / 5)).error for i in range(41))
     fit = functools.partial(sums.fit, sample=sample)
     chosen, _ = choose(fit, sums.scale, None if start is None else start * sums.scale)
@@ -529,7 +531,7 @@ def test_rows_that_are_there_twice_do_not_mislead(count: int, width: int, repeat
     asked, answers = clusters(2000, 32, 10, spread=1.5, part="test")
     held_out = (asked @ projection).relu()
     sums, dual = Sums(width, 10).add(rows, targets), Dual(rows, targets, 10, None)
-    sample = ridge.Sample(rows[::2], targets[::2], torch.ones(len(rows[::2]), dtype=torch.float64))
+    sample = ridge.Sample(rows[::2], targets[::2], torch.ones(len(rows[::2]), dtype=torch.float64), alone)
     best = max(accuracy(dual.fit(sums.scale * 10 ** (-5 + i / 2)).weights, held_out, answers) for i in range(15))
     tiny, good = 1e-6 * sums.scale, 0.3 * sums.scale
     assert sums.fit(tiny).error < sums.fit(good).error, "the control: sums alone prefer to interpolate"

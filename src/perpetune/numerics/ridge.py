@@ -211,11 +211,6 @@ class Fit:
     """Of `A`; None where the fit is dual."""
 
 
-def alone(sums: Tensor) -> Tensor:
-    """The sum over processes, where there is one."""
-    return sums
-
-
 @dataclass(frozen=True)
 class Sample:
     """Some of the rows that are in the sums, by which their error is corrected: see `Fit`."""
@@ -226,7 +221,7 @@ class Sample:
     """`(m,)`, int64."""
     weights: Tensor
     """`(m,)`, float64."""
-    total: Callable[[Tensor], Tensor] = alone
+    total: Callable[[Tensor], Tensor]
     """Adds up over processes, which have different rows."""
 
 
