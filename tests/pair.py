@@ -20,7 +20,7 @@ from perpetune.evaluate import evaluate
 from perpetune.learner import Learner
 from perpetune.runtime import Runtime, Silent
 from perpetune.snapshot import snapshot
-from perpetune.tasks import Part
+from perpetune.tasks import part
 
 
 class StopAt(Silent):
@@ -77,7 +77,7 @@ def main(folder: Path) -> None:
         }
         seen["device"] = str(learner.runtime.device)
     seen["answers"] = [
-        evaluate(Says("abcd"), task_of("ab", Part(SAID, range(n))), setting="class", batch_size=2) for n in range(1, 6)
+        evaluate(Says("abcd"), task_of("ab", part(SAID, range(n))), setting="class", batch_size=2) for n in range(1, 6)
     ]
     try:
         Learner(next(iter(recipes.values())))

@@ -23,7 +23,7 @@ from perpetune.models.base import Model
 from perpetune.recipe import make_recipe
 from perpetune.runtime import Runtime
 from perpetune.seeding import generator
-from perpetune.tasks import Batch, Part, Task
+from perpetune.tasks import Batch, part, Task
 
 SETTINGS: tuple[Setting, ...] = ("class", "domain", "task")
 
@@ -142,7 +142,7 @@ def test_the_counts_are_the_same_in_any_order_and_batching(learned: Method) -> N
     assert expected["correct"] > 0
     for size in (1, 4, 7, 64):
         order = torch.randperm(len(test), generator=generator("order", size)).tolist()
-        assert count(learned, "abcdef", Part(test, order), batch_size=size) == expected
+        assert count(learned, "abcdef", part(test, order), batch_size=size) == expected
 
 
 def test_repeated_evaluation_leaves_nothing_behind(learned: Method) -> None:

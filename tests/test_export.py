@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import tiny_language_model
 from torch import Tensor, nn
 
 from perpetune.check import Checker
@@ -300,3 +301,59 @@ def test_several_sets_of_pets_have_no_place_in_pefts_format(tmp_path: Path) -> N
     with pytest.raises(UsageError, match="more than one set of pets"):
         export_learned(checker.learned(), checker.backbone, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+IDS = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(0))
+LANGUAGE = {
+    "llama": (["q", "v"], ["self_attn.q_proj", "self_attn.v_proj"]),
+    "phi3": (["k", "gate", "fc2"], ["self_attn.qkv_proj", "mlp.gate_up_proj", "mlp.down_proj"]),
+    "gpt2": (["q", "v", "fc1"], ["attn.c_attn", "mlp.c_fc"]),
+    "gpt_neox": (["qkv", "proj"], ["attention.query_key_value", "attention.dense"]),
+    "opt": (["k", "fc2"], ["self_attn.k_proj", "fc2"]),
+}
+
+
+@torch.no_grad()
+def logits(backbone: Backbone, name: str | None = "default") -> Tensor:
+    with using(backbone.net, name):
+        out: Tensor = backbone.net(input_ids=IDS).logits
+    return out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", LANGUAGE)
+def test_a_language_models_lora_goes_to_peft_and_back(kind: str, dtype: Any, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder, (asked, modules) = tiny_language_model(tmp_path / "model", kind), LANGUAGE[kind]
+
+    def load() -> Backbone:
+        return load_backbone(f"hf:{folder}", dtype=dtype)
+
+    backbone = tuned(load, asked, alpha=6.0)
+    ours = logits(backbone)
+    assert (ours - logits(backbone, None)).abs().max() > 1e-2
+    write_peft(backbone, "default", tmp_path / "adapter")
+    assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == list(FILES)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["task_type"], config["base_model_name_or_path"]) == ("CAUSAL_LM", str(folder))
+    assert config["fan_in_fan_out"] is (kind == "gpt2")
+    assert len(config["target_modules"]) == 2 * len(modules)
+    assert all(any(path.endswith(m) for m in modules) for path in config["target_modules"])
+    assert {t.dtype for t in load_file(tmp_path / "adapter" / "adapter_model.safetensors").values()} == {torch.float32}
+
+    net = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # a missing key, a weight that is the other way round
+        theirs = peft.PeftModel.from_pretrained(net, str(tmp_path / "adapter")).eval()
+    close = 1e-5 if dtype == "float32" else 3e-2
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(input_ids=IDS).logits, ours, atol=close, rtol=close)
+
+    again = load()
+    read_peft(again, tmp_path / "adapter", "default")
+    torch.testing.assert_close(logits(again), ours, atol=close, rtol=close)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    back = load()
+    read_peft(back, tmp_path / "theirs", "default")
+    assert torch.equal(logits(back), logits(again))

@@ -198,7 +198,7 @@ class From:
         self.calls.append(f"begin {phase}")
         return self.done
 
-    def step(self, done: int, total: int, images: int, *, force: bool) -> None:
+    def step(self, done: int, total: int, images: int, tokens: int, *, force: bool) -> None:
         self.calls.append(f"step {done} of {total}, {images} images" + (", forced" if force else ""))
 
     def finish(self) -> None:
@@ -523,7 +523,7 @@ def test_no_checkpoint_is_written_after_a_loss_that_was_not_seen_to_be_finite() 
     class Every(From):
         every = 3
 
-        def step(self, done: int, total: int, images: int, *, force: bool) -> None:
+        def step(self, done: int, total: int, images: int, tokens: int, *, force: bool) -> None:
             if done % 3 == 0:
                 saved.append(done)
 

@@ -250,7 +250,7 @@ def unknown_pet(p: Place) -> list[str]:
     return p.run(pet="lorra")
 
 
-@case(2, "head", "no 'nmc'", "linear", "cosine", "ncm")
+@case(2, "head", "no 'nmc'", "linear", "lm", "ncm")
 def unknown_head(p: Place) -> list[str]:
     return p.run(head="nmc")
 

@@ -64,6 +64,42 @@ def test_nothing_measured_gives_none(matrix: list[list[float | None]]) -> None:
     assert forward_transfer(matrix, [2] * 3) is None
 
 
+# TRACE's eight tasks in %: the final row of a public run of TreeLoRA (LLaMA-3.2-1B), and what stood there when each
+# task was learned. That run's own diagonal is not known: these changes are made up to give its four figures.
+FINAL = [30.00, 29.00, 23.99, 44.42, 52.00, 19.75, 44.00, 38.02]
+CHANGE = [-20.0, -15.5, 2.0, -4.0, -20.0, 10.0, 0.0, 0.0]
+
+
+def trace_run() -> list[list[float | None]]:
+    rows: list[list[float | None]] = [[None] * 8 for _ in range(8)]
+    for j, (now, change) in enumerate(zip(FINAL, CHANGE, strict=True)):
+        rows[j][j] = now - change
+    rows[7] = list(FINAL)
+    return rows
+
+
+def test_figures_of_trace() -> None:
+    A = trace_run()
+    assert final_accuracy(A) == pytest.approx(35.1475)  # OP_8
+    assert backward_transfer(A) == pytest.approx(-47.5 / 7)  # the tables' -6.79
+    assert backward_transfer(A, divisor="all") == pytest.approx(-47.5 / 8)  # -5.94
+    assert backward_transfer(A, divisor="all", clipped=True) == pytest.approx(-59.5 / 8)  # -7.44
+    assert backward_transfer(A, clipped=True) == pytest.approx(-59.5 / 7)
+
+
+def test_overall_performance_is_the_mean_of_each_row() -> None:
+    assert over_time(final_accuracy, EXAMPLE) == pytest.approx([0.9, (0.7 + 0.8) / 2, (0.8 + 0.3 + 1.0) / 3])
+
+
+def test_backward_transfer_over_all_tasks_counts_the_last_as_unchanged() -> None:
+    assert backward_transfer([[0.75]], divisor="all") == 0
+    improved = [[0.5, None], [0.8, 0.9]]
+    assert backward_transfer(improved, divisor="all") == pytest.approx(0.15)
+    assert backward_transfer(improved, clipped=True) == 0
+    assert backward_transfer([[0.5, None], [0.8, None]], divisor="all") == pytest.approx(0.3)  # the last: not measured
+    assert backward_transfer([[None]], divisor="all") is None
+
+
 def test_one_task() -> None:
     assert final_accuracy([[0.75]]) == average_accuracy([[0.75]]) == 0.75
     assert forgetting([[0.75]]) is backward_transfer([[0.75]]) is forward_transfer([[0.75]], [2]) is None
@@ -136,6 +172,18 @@ def test_bounds_and_relations(matrix: list[list[float | None]]) -> None:
 
 
 @given(matrices())
+def test_variants_of_backward_transfer(matrix: list[list[float | None]]) -> None:
+    plain, spread = backward_transfer(matrix), backward_transfer(matrix, divisor="all")
+    clipped = backward_transfer(matrix, clipped=True)
+    assert (plain is None) == (clipped is None)
+    if plain is not None and clipped is not None and spread is not None:
+        assert clipped <= min(plain, 0) + 1e-12
+        assert abs(spread) <= abs(plain) + 1e-12
+        if all(a is not None for row in matrix for a in row):
+            assert spread == pytest.approx(plain * (len(matrix) - 1) / len(matrix))
+
+
+@given(matrices())
 def test_cells_of_tasks_not_learned_change_nothing_but_forward_transfer(matrix: list[list[float | None]]) -> None:
     lower = [row[: i + 1] for i, row in enumerate(matrix)]
     for metric in (final_accuracy, average_accuracy, forgetting, backward_transfer):
@@ -155,6 +203,14 @@ def test_pooled_weighs_tasks_by_their_size() -> None:
     assert pooled_accuracy([]) is None
     assert pooled_accuracy([[None]]) is None
     assert pooled_accuracy([[cell(0, 0)]]) is None
+
+
+def test_scores_are_summed_as_right_answers_are() -> None:
+    scored: Cell = {"correct": 37.42, "total": 100, "per_class": {"a": [1.5, 2]}, "score": "rouge_l"}
+    assert accuracies([[scored, cell(1, 4)]]) == [[pytest.approx(0.3742), 0.25]]
+    assert pooled_accuracy([[scored], [scored, cell(1, 4)]]) == pytest.approx(38.42 / 104)
+    assert per_class_accuracy([[scored]]) == {"a": 0.75}
+    assert summarise([[scored]], [{"classes": []}])["final_accuracy"] == pytest.approx(0.3742)
 
 
 def test_per_class_sums_a_class_met_in_several_tasks() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny import tiny_language_model
 from torch import Tensor, nn
 
 from perpetune.errors import UsageError
@@ -411,3 +414,113 @@ def test_lora_at_rows_in_the_middle_and_under_autocast() -> None:
     torch.testing.assert_close(pet(linear, x[0]), expected[0])
     with torch.autocast("cpu", torch.bfloat16):
         assert pet(linear, x).dtype == torch.bfloat16
+
+
+def conv1d(d_in: int, d_out: int) -> nn.Module:
+    """GPT-2's linear layer, whose weight is the other way round."""
+    from transformers.pytorch_utils import Conv1D
+
+    with own_global_state("conv1d"):
+        module: nn.Module = Conv1D(d_out, d_in)
+    nn.init.normal_(module.get_parameter("bias"), generator=generator("bias"))
+    return module.requires_grad_(False)
+
+
+@pytest.mark.parametrize("parts", [((0, 10),), ((0, 3), (6, 10))])
+@torch.no_grad()
+def test_lora_on_a_transposed_linear(parts: tuple[tuple[int, int], ...]) -> None:
+    base = conv1d(6, 10)
+    pet = LoRA(Place("x", base, ("q", "v")[: len(parts)], parts, 0, 6, 10), generator("test"), rank=2)
+    x = torch.randn(3, 6, generator=generator("x"))
+    assert torch.equal(pet(base, x), base(x))
+    for up in pet.up:
+        up.normal_(generator=generator("up"))
+    before = base.get_parameter("weight").clone()
+    folded = pet.fold(base)
+    assert type(folded) is type(base)
+    torch.testing.assert_close(folded(x), pet(base, x))
+    assert not torch.allclose(folded(x), base(x))
+    assert torch.equal(base.get_parameter("weight"), before)
+
+    class Own(type(base)):  # type: ignore[misc]
+        """Of that class, and with a forward of its own."""
+
+    odd = Own(10, 6)
+    assert pet.fold(odd) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", [lambda: nn.Linear(6, 10), lambda: conv1d(6, 10)], ids=["linear", "conv1d"])
+def test_lora_on_a_base_of_half_precision(make: Any, dtype: torch.dtype) -> None:
+    """Its parameters and their gradients are float32, its output what the base gives, its values those of float32."""
+    with own_global_state("half"):
+        base = make().requires_grad_(False)
+    half = copy.deepcopy(base).to(dtype)
+    place = Place("x", half, ("q",), ((0, 10),), 0, 6, 10)
+    pet = LoRA(place, generator("test"), rank=2, alpha=2.0)
+    x = torch.randn(50, 6, generator=generator("x")).to(dtype)
+    assert torch.equal(pet(half, x), half(x))
+    with torch.no_grad():
+        pet.up[0].normal_(generator=generator("up"))
+    grads = []
+    for b, inputs in ((half, x), (base, x.float())):
+        out = pet(b, inputs)
+        assert out.dtype == inputs.dtype
+        grads.append(torch.autograd.grad(out.float().square().sum(), list(pet.parameters())))
+        assert all(g.dtype == torch.float32 for g in grads[-1])
+    for low, full in zip(*grads, strict=True):
+        assert (low - full).norm() / full.norm() < 0.02
+    folded = pet.fold(half)
+    assert folded is not None
+    torch.testing.assert_close(folded(x), pet(half, x), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lora_on_half_precision_under_autocast(dtype: torch.dtype) -> None:
+    base = nn.Linear(6, 10).to(dtype).requires_grad_(False)
+    pet = LoRA(Place("x", base, ("q",), ((0, 10),), 0, 6, 10), generator("test"), rank=2)
+    x = torch.randn(3, 6, generator=generator("x"))  # as a norm in float32 gives it
+    with torch.autocast("cpu", torch.bfloat16):
+        out = pet(base, x)
+        assert out.dtype == torch.bfloat16
+        assert torch.equal(out, base(x))
+        out.float().sum().backward()
+    assert pet.up[0].grad is not None
+    assert pet.up[0].grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lora_is_pefts(dtype: Any, tmp_path: Path) -> None:
+    """Logits and gradients of PEFT's LoRA on the same language model, from the same matrices."""
+    peft = pytest.importorskip("peft")
+    from perpetune.models.backbones import load_backbone
+
+    folder, ids = tiny_language_model(tmp_path), torch.randint(3, 300, (2, 9), generator=generator("ids"))
+    ours = load_backbone(f"hf:{folder}", dtype=dtype)
+    theirs: Any = load_backbone(f"hf:{folder}", dtype=dtype).net
+    names = ["q_proj", "v_proj", "down_proj"]
+    inject(ours.net, places(ours.net, ["q", "v", "fc2"]), lambda p: lora(p, rank=4, alpha=6.0))
+    shake(ours.net)
+    tuned = peft.get_peft_model(theirs, peft.LoraConfig(r=4, lora_alpha=6.0, target_modules=names))
+    pairs = []
+    for path, slot in slots(ours.net):
+        pet, layer = slot.pet("default"), theirs.get_submodule(path)
+        assert isinstance(pet, LoRA)
+        pairs += [(pet.down, layer.lora_A["default"].weight), (pet.up[0], layer.lora_B["default"].weight)]
+    assert len(pairs) == 2 * 2 * 3
+    with torch.no_grad():
+        for mine, other in pairs:
+            assert mine.dtype == other.dtype == torch.float32
+            other.copy_(mine)
+    with using(ours.net, "default"):
+        out = ours.net(input_ids=ids, labels=ids)
+    expected = tuned(input_ids=ids, labels=ids)
+    out.loss.backward()
+    expected.loss.backward()
+    close = {"rtol": 1e-5, "atol": 1e-6} if dtype == "float32" else {"rtol": 0.05, "atol": 0.02}
+    assert out.logits.dtype == expected.logits.dtype == getattr(torch, dtype)
+    torch.testing.assert_close(out.logits, expected.logits, **close)
+    for mine, other in pairs:
+        assert mine.grad is not None
+        assert other.grad is not None
+        assert (mine.grad - other.grad).norm() <= (1e-5 if dtype == "float32" else 0.05) * other.grad.norm()

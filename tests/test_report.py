@@ -378,7 +378,7 @@ def wrong(change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
         (wrong(lambda r: r.pop("tasks")), "tasks: Field required"),
         (
             wrong(lambda r: r["cells"][1][0].update(correct="many")),
-            "cells.1.0.correct: Input should be a valid integer",
+            "cells.1.0.correct: Input should be a valid number",
         ),
         (wrong(lambda r: r["cells"].append([None])), "4 rows of cells for 3 tasks"),
         (wrong(lambda r: r["cells"][0].append(None)), "cells.0 has 4 columns for 3 tasks"),

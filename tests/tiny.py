@@ -70,3 +70,79 @@ def recipe(vit: Path, data: Path | None = None, **changes: Any) -> dict[str, Any
     if data is not None:
         content["data"] = {"name": "folder", "path": str(data)}
     return {**content, **changes}
+
+
+LINES = (
+    "What is the capital of France? Paris is the capital of France.",
+    "Is this review good or bad? Options: good, bad. Answer: good",
+    "the quick brown fox jumps over the lazy dog 0123456789",
+)
+
+CHAT = (
+    "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+# What differs between the kinds; each is small and drops nothing.
+_LANGUAGE: dict[str, dict[str, Any]] = {
+    "llama": {"intermediate_size": 48, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "qwen3": {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8},
+    "gemma": {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 12},
+    "gemma3_text": {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8},
+    "phi3": {"intermediate_size": 48, "num_key_value_heads": 2},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    "gpt_neox": {"intermediate_size": 64},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+}
+
+
+def tiny_language_model(folder: Path, kind: str = "llama", chat: bool = True, seed: int = 0, **config: Any) -> Path:
+    """A causal language model of width 32 with its tokenizer, in transformers' layout; the folder.
+
+    Two blocks, four heads of which two have keys and values (where the kind allows), at most 128 tokens, a vocabulary
+    of 300. The tokenizer is byte-level BPE: it takes any text, gives offsets, and has `<pad>`, `<bos>` and `<eos>`;
+    it puts none of them in by itself.
+
+    Args:
+        folder: written into; made where it is not there.
+        kind: a `model_type` of transformers: llama, qwen3, gemma, gemma3_text, phi3, gpt2, gpt_neox or opt.
+        chat: whether the tokenizer has a chat template.
+        seed: draws the weights.
+        config: further entries of the model's config, or other values.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    tokenizer = tiny_tokenizer(chat)
+    tokenizer.save_pretrained(folder)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128}
+    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    own = {**({} if kind == "gpt2" else sizes), "vocab_size": 300, **ids, **_LANGUAGE[kind], **config}
+    logging.disable_progress_bar()
+    with own_global_state("tiny", kind, seed):
+        net = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **own))
+    net.save_pretrained(folder)
+    return folder
+
+
+def tiny_tokenizer(chat: bool = True) -> Any:
+    """A fast tokenizer of transformers: byte-level BPE trained on three lines, 300 tokens at most."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<pad>", "<bos>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(LINES, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", model_max_length=128
+    )
+    if chat:
+        tokenizer.chat_template = CHAT
+    return tokenizer

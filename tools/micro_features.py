@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from perpetune.data.digits import DigitsSource
-from perpetune.data.sources import Table
+from perpetune.data.sources import PictureTable
 from perpetune.data.text import natural
 from perpetune.models.preprocess import Augment, Preprocess
 from perpetune.runtime import Runtime
@@ -24,7 +24,7 @@ class Pictures:
     """Some pictures of a table as `perpetune.tasks.Examples`, whose target is their own number: what
     belongs to picture i (its label, its teacher's features) is row i of a tensor."""
 
-    table: Table
+    table: PictureTable
     rows: Sequence[int]
     preprocess: Preprocess
     augment: Augment = "crop_flip"

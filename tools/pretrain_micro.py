@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from micro_features import Encoder, Pictures, measure
 from perpetune import registry
 from perpetune._version import __version__
-from perpetune.data.sources import Source, Table, guess_source
+from perpetune.data.sources import PictureTable, Source, guess_source
 from perpetune.errors import MissingExtra, PerpetuneError, UsageError
 from perpetune.files import read_folder, remove_folder, to_json, write_folder
 from perpetune.fit import FitConfig, fit
@@ -101,13 +101,15 @@ def teacher_features(teacher: Encoder, pictures: Pictures, runtime: Runtime) -> 
     return ((features - features.mean(0)) / features.std(0).clamp_min(1e-6)).half()
 
 
-def read_table(path: Path) -> Table:
+def read_table(path: Path) -> PictureTable:
     """The training pictures of a folder of class folders, a parquet file, or whatever else a recipe takes."""
     if not path.exists():
         raise UsageError(f"--data {path}: no such file or folder")
     name, options = guess_source(str(path))
     source: Source = registry.find("data", name)(**options)
     table = source.train()
+    if not isinstance(table, PictureTable):
+        raise UsageError(f"--data {path}: pictures are expected, and these are {table.gives}")
     for warning in table.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if len(set(table.labels)) < 2:
@@ -115,7 +117,7 @@ def read_table(path: Path) -> Table:
     return table
 
 
-def split(table: Table, share: float, preprocess: Preprocess, seed: int) -> tuple[Pictures, Pictures]:
+def split(table: PictureTable, share: float, preprocess: Preprocess, seed: int) -> tuple[Pictures, Pictures]:
     """`table` cut at random into training pictures and the `share` of it that is held out."""
     order = torch.randperm(len(table), generator=generator(seed, "pretrain", "split")).tolist()
     cut = min(len(order) - 1, max(1, round(share * len(order))))
@@ -147,7 +149,7 @@ class Checkpoint:
 
     def __init__(self, path: Path, modules: nn.Module, every: int):
         self.path, self.modules, self.every = path, modules, every
-        self.seconds, self.images = 0.0, 0  # of the time before this process
+        self.seconds, self.images, self.tokens = 0.0, 0, 0  # of the time before this process
         self.start = time.perf_counter()
 
     def begin(self, phase: str, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> int | None:
@@ -161,7 +163,7 @@ class Checkpoint:
         self.seconds = float(position["seconds"])
         return int(position["done"])
 
-    def step(self, done: int, total: int, images: int, *, force: bool) -> None:
+    def step(self, done: int, total: int, images: int, tokens: int, *, force: bool) -> None:
         if force or done % self.every == 0:
             modules = to_safetensors({name: t.cpu().contiguous() for name, t in self.modules.state_dict().items()})
             position = to_json({"done": done, "seconds": self.seconds + time.perf_counter() - self.start})

@@ -8,10 +8,10 @@ from perpetune import registry
 from perpetune.data.sources import Source
 from perpetune.data.stream import Stream, build_stream
 from perpetune.errors import UsageError
-from perpetune.heads.base import Head
 from perpetune.methods.base import Method
 from perpetune.models.backbone import Backbone
 from perpetune.models.backbones import load_backbone
+from perpetune.models.base import Model
 from perpetune.models.classifier import ImageClassifier
 from perpetune.models.families import places
 from perpetune.pets import inject
@@ -24,15 +24,8 @@ from perpetune.seeding import generator, own_global_state
 
 def build_backbone(recipe: Recipe) -> Backbone:
     """The frozen pretrained model, on the CPU."""
-    section = recipe.backbone
-    return load_backbone(
-        section.name,
-        pretrained=section.pretrained,
-        image_size=section.image_size,
-        architecture=section.architecture,
-        load_in_4bit=section.load_in_4bit,
-        seed=recipe.seed,
-    )
+    given = recipe.backbone.model_dump(exclude_none=True)
+    return load_backbone(given.pop("name"), seed=recipe.seed, **given)
 
 
 def build_method(recipe: Recipe, backbone: Backbone) -> Method:
@@ -42,18 +35,24 @@ def build_method(recipe: Recipe, backbone: Backbone) -> Method:
         options = registry.options("pets", recipe.pet.name, recipe.pet.options)
         at = kind.default_at if recipe.pet.at is None else recipe.pet.at
         inject(backbone.net, places(backbone.net, at, recipe.pet.blocks), lambda place: kind(place, rng, **options))
-    head: Head = registry.find("heads", recipe.head.name)(
-        backbone.dim, **registry.options("heads", recipe.head.name, recipe.head.options)
-    )
     with own_global_state(recipe.seed, "method"):
-        method: Method = registry.find("methods", recipe.method.name)(
-            ImageClassifier(backbone, head), **recipe.method_options()
-        )
+        model = _build_model(recipe, backbone)
+        method: Method = registry.find("methods", recipe.method.name)(model, **recipe.method_options())
     if recipe.protect is not None:
         if method.needs_earlier_data:
             raise UsageError(f"method: {recipe.method.name} keeps all data, so there is nothing for protect: to keep")
         method.protection = build_protection(recipe, method)
     return method.requires_grad_(False).eval()
+
+
+def _build_model(recipe: Recipe, backbone: Backbone) -> Model:
+    """The backbone with what turns its features into answers: a head of classes, or a model with its own way."""
+    head = registry.find("heads", recipe.head.name)
+    options = registry.options("heads", recipe.head.name, recipe.head.options)
+    if issubclass(head, Model):
+        model: Model = head(backbone, **options)
+        return model
+    return ImageClassifier(backbone, head(backbone.dim, **options))
 
 
 def build_protection(recipe: Recipe, method: Method) -> Protection:

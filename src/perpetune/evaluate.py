@@ -1,16 +1,19 @@
-"""How a task is scored. The method sees images alone: no label, no task, and no class list to choose from."""
+"""How a task is scored. The method sees the inputs alone: no label, no task, and no class list to choose from."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perpetune.errors import Interrupted
+from perpetune.errors import Interrupted, UsageError
 from perpetune.methods.base import Method
-from perpetune.tasks import Task, evaluation_batches, load_batches
+from perpetune.models.texts import Messages, Text
+from perpetune.numerics.text_scores import score_of
+from perpetune.tasks import Batch, Task, evaluation_batches, load_batches
 
 Setting = Literal["class", "domain", "task"]
 PROBE = 32  # test images of a task by which the drift of its features is measured
@@ -25,50 +28,93 @@ def evaluate(method: Method, task: Task, *, setting: Setting, batch_size: int) -
 
     Returns:
         `{"correct": int, "total": int, "per_class": {name: [correct, total]}}`, with `"others"`, right predictions of
-        the method's other ways to answer, and `"gauges"`, means of its gauges, by name, where it has any.
+        the method's other ways to answer, and `"gauges"`, means of its gauges, by name, where it has any. Where answers
+        are free texts, `correct` is the sum of their scores in [0, 1], and `"score"` names what scored them.
     """
     if task.test is None or len(task.test) == 0:
         return None
-    run, known = task.runtime, method.classes
-    row = {name: i for i, name in enumerate(known)}
-    rows = torch.tensor([row.get(name, -1) for name in task.classes], device=run.device)  # -1: never predicted
-    allowed = torch.ones(len(known), dtype=torch.bool, device=run.device)
-    if setting == "task":
-        allowed[:] = False
-        allowed[rows[rows >= 0]] = True
-    hits = torch.zeros(2, len(task.classes), dtype=torch.int64, device=run.device)
+    run = task.runtime
+    judge: _Choices | _Texts = _Texts(method, task) if method.model.takes == "texts" else _Choices(method, task, setting)
+    exact = torch.float32 if run.device.type == "mps" else torch.float64  # Apple's GPUs have no other
+    per_class = torch.zeros(2, max(1, len(task.classes)), dtype=exact, device=run.device)
     others: dict[str, Tensor] = {}
     gauges: dict[str, Tensor] = {}
     for batch in evaluation_batches(task.test, batch_size, run):
         with run.autocast():
             answers = method.answers(batch.inputs)
-        right = _right(answers.scores, allowed, rows[batch.targets])
-        hits[0].index_add_(0, batch.targets, right)
-        hits[1] += torch.bincount(batch.targets, minlength=len(task.classes))
+        for row, values in enumerate((judge(answers.scores, batch), torch.ones_like(batch.targets))):
+            per_class[row].index_add_(0, batch.targets, values.to(exact))
         for name, scores in answers.others.items():
-            others[name] = _right(scores, allowed, rows[batch.targets]).sum() + others.get(name, 0)
+            others[name] = judge(scores, batch).to(exact).sum() + others.get(name, 0)
         for name, values in answers.gauges.items():
-            gauges[name] = values.float().sum() + gauges.get(name, 0)
+            gauges[name] = values.to(exact).sum() + gauges.get(name, 0)
         signum = run.stop_requested(due=False)
         if signum is not None:
             raise Interrupted(f"stopped while task {task.name} was evaluated", signum)
-    correct, total = run.sum(hits).tolist()
-    per_class = {c: [correct[i], total[i]] for i, c in enumerate(task.classes) if total[i]}
-    cell: dict[str, Any] = {"correct": sum(correct), "total": sum(total), "per_class": per_class}
+    correct, totals = run.sum(per_class).tolist()
+    total = int(sum(totals))
+    cell: dict[str, Any] = {"correct": _count(sum(correct)), "total": total}
+    cell["per_class"] = {c: [_count(correct[i]), int(totals[i])] for i, c in enumerate(task.classes) if totals[i]}
+    if judge.score is not None:
+        cell["score"] = judge.score
     # The first process always has a batch; one without any does not know the names, and has nothing to add.
-    names, zero = run.of_first((list(others), list(gauges))), torch.zeros((), dtype=torch.int64, device=run.device)
+    names, zero = run.of_first((list(others), list(gauges))), torch.zeros((), dtype=exact, device=run.device)
     if names[0]:
-        cell["others"] = {name: int(run.sum(others.get(name, zero))) for name in names[0]}
+        cell["others"] = {name: _count(float(run.sum(others.get(name, zero)))) for name in names[0]}
     if names[1]:
-        sums = {name: float(run.sum(gauges.get(name, zero.float()))) for name in names[1]}
-        cell["gauges"] = {name: round(value / sum(total), 6) for name, value in sums.items()}
+        sums = {name: float(run.sum(gauges.get(name, zero))) for name in names[1]}
+        cell["gauges"] = {name: round(value / total, 6) for name, value in sums.items()}
     return cell
 
 
-def _right(scores: Tensor, allowed: Tensor, rows: Tensor) -> Tensor:
-    """1 where the best allowed class is that of `rows (B,)`, else 0; int64 `(B,)`."""
-    best = scores.float().masked_fill(~allowed, -torch.inf).argmax(1)
-    return (best == rows).to(torch.int64)
+class _Choices:
+    """1 where the best class is the right one, else 0."""
+
+    score: str | None = None
+
+    def __init__(self, method: Method, task: Task, setting: Setting):
+        known, device = method.classes, task.runtime.device
+        row = {name: i for i, name in enumerate(known)}
+        self.rows = torch.tensor([row.get(name, -1) for name in task.classes], device=device)  # -1: never predicted
+        self.allowed = torch.ones(len(known), dtype=torch.bool, device=device)
+        if setting == "task":
+            self.allowed[:] = False
+            self.allowed[self.rows[self.rows >= 0]] = True
+
+    def __call__(self, scores: Tensor, batch: Batch) -> Tensor:
+        best = scores.float().masked_fill(~self.allowed, -torch.inf).argmax(1)
+        return best == self.rows[batch.targets]
+
+
+class _Texts:
+    """The score of each answer, or 1 where the best of the options is the right one, else 0."""
+
+    def __init__(self, method: Method, task: Task):
+        text: Callable[[int], Text] | None = getattr(task.test, "text", None)
+        if text is None:
+            raise UsageError(f"task {task.name}: {method.model.backbone.spec} is asked texts, and its test data are none")
+        self.model, self.text = method.model, text
+        self.judge = score_of(task.score or "exact_match")
+        self.score: str | None = task.score
+
+    def __call__(self, scores: Tensor, batch: Batch) -> Tensor:
+        assert batch.numbers is not None
+        values = []
+        for row, number in zip(scores, batch.numbers.tolist(), strict=True):
+            text = self.text(number)
+            said = text.options[int(row.argmax())] if row.is_floating_point() else self.model.read(row)
+            values.append(self.judge(said, text.answer, _asked(text.prompt)))
+        return torch.tensor(values, device=scores.device)
+
+
+def _asked(prompt: str | Messages) -> str:
+    """The question as one text: what some scores compare an answer with."""
+    return prompt if isinstance(prompt, str) else prompt[-1][1]
+
+
+def _count(value: float) -> int | float:
+    """A sum of zeros and ones as the whole number it is, any other to six places."""
+    return int(value) if value == int(value) else round(value, 6)
 
 
 @torch.no_grad()

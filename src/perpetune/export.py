@@ -26,8 +26,8 @@ from perpetune.errors import StateError, UsageError
 from perpetune.heads.base import Head
 from perpetune.methods.base import Method
 from perpetune.models.backbone import Backbone
-from perpetune.models.families import LinearLike
-from perpetune.pets.base import PET, Place, inject, pets, slots, walk
+from perpetune.models.families import LinearLike, widths
+from perpetune.pets.base import PET, Place, inject, pets, slots, submodule, walk
 from perpetune.pets.lora import LoRA
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -131,7 +131,7 @@ def _config(backbone: Backbone, adapters: Mapping[str, LoRA]) -> dict[str, Any]:
     rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
     return {
         "peft_type": "LORA",
-        "task_type": None,
+        "task_type": "CAUSAL_LM" if backbone.takes == "texts" else None,
         "base_model_name_or_path": backbone.spec.removeprefix("hf:").removeprefix("folder:"),
         "inference_mode": True,
         "r": rank,
@@ -142,7 +142,8 @@ def _config(backbone: Backbone, adapters: Mapping[str, LoRA]) -> dict[str, Any]:
         "target_modules": _target_modules(backbone.net, list(adapters)),
         "lora_dropout": _commonest(lora.dropout for lora in adapters.values()),
         "bias": "none",
-        "fan_in_fan_out": False,
+        # Whether weights are `(d_in, d_out)`: those of GPT-2's Conv1D, which no other linear stands beside.
+        "fan_in_fan_out": not any(isinstance(submodule(backbone.net, path), LinearLike) for path in adapters),
         "init_lora_weights": True,
         "use_rslora": False,
         "use_dora": False,
@@ -207,9 +208,9 @@ def _targets(net: nn.Module, config: Mapping[str, Any]) -> dict[str, Place]:
     wanted, unwanted = config["target_modules"], config.get("exclude_modules") or []
     found: dict[str, Place] = {}
     for path, module in walk(net):
-        if path and isinstance(module, LinearLike) and _matches(wanted, path) and not _matches(unwanted, path):
-            rows = module.out_features
-            found[path] = Place(path, module, (), ((0, rows),), -1, module.in_features, rows)
+        linear = widths(module) if path else None
+        if linear is not None and _matches(wanted, path) and not _matches(unwanted, path):
+            found[path] = Place(path, module, (), ((0, linear[1]),), -1, *linear)
     return found
 
 
@@ -253,7 +254,7 @@ def export_learned(method: Method, backbone: Backbone, folder: Path) -> list[Pat
     """Write what a method has learned for use elsewhere: the set `default` as PEFT's LoRA, and the head.
 
     Beside PEFT's two files stand `head.safetensors` and `head.json` with the head's kind and the class names in
-    the order of its rows.
+    the order of its rows; a language model answers by its own output layer and has neither.
 
     Returns:
         The files written.
@@ -269,7 +270,9 @@ def export_learned(method: Method, backbone: Backbone, folder: Path) -> list[Pat
             "PEFT's format holds one: use the state itself"
         )
     write_peft(backbone, "default", folder)
-    head = next(m for m in method.modules() if isinstance(m, Head))
+    head = next((m for m in method.modules() if isinstance(m, Head)), None)
+    if head is None:
+        return sorted(folder.iterdir())
     tensors = {name: t.detach().cpu().contiguous() for name, t in head.needed().items()}
     save_file(tensors, folder / "head.safetensors", metadata={"format": "pt"})
     about = {"head": type(head).__name__, "classes": head.classes}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from perpetune.errors import Interrupted, PerpetuneError
 from perpetune.runtime import Runtime
 from perpetune.seeding import own_global_state, seed_of
-from perpetune.tasks import Batch, Task, load_batches
+from perpetune.tasks import Batch, Task, lengths, load_batches, weight
 
 Loss = Callable[[Task, Batch], Tensor]
 CURE = "lower train.lr, set train.clip, or use run.precision: no, in the state's recipe.yaml"
@@ -36,6 +36,9 @@ class FitConfig(BaseModel):
     """Examples per optimizer step, over all processes."""
     accumulate: Annotated[int, Field(ge=1)] = 1
     """Micro-batches that a step's examples are cut into, to save memory; the result is the same."""
+    order: Literal["random", "length"] = "random"
+    """How examples of an epoch come together: drawn at random, or so that those of a batch are of about one length
+    and little is padded; for texts."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 1e-3
     head_lr: Annotated[float, Field(gt=0)] | None = None
@@ -60,6 +63,7 @@ def fit(
     *,
     phase: str = "train",
     guarded: bool = True,
+    each_step: Callable[[int], None] | None = None,
 ) -> None:
     """Minimise the mean of `loss(task, batch)` over the task's training data, in place.
 
@@ -72,6 +76,8 @@ def fit(
         phase: a name unique among the calls that one `learn` makes. A resumed run loads a finished
             phase instead of repeating it, and goes on in the open one.
         guarded: whether the run's protection of old answers holds for these steps.
+        each_step: called with the number of examples of a step when its gradient is complete, before it is taken; it
+            runs in all processes alike.
 
     Raises:
         PerpetuneError: the loss is not finite; says where.
@@ -94,7 +100,7 @@ def fit(
             return
         run.progress.phase(phase, total, config.epochs, done)
         stack.enter_context(run.guard(optimizer) if guarded else contextlib.nullcontext())
-        for step, shares in _steps(task, config, phase, done):
+        for step, shares, images, tokens in _steps(task, config, phase, done):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * schedule(config, step, total)
             with own_global_state(run.seed, "task", task.index, phase, "step", step, run.rank):
@@ -102,6 +108,8 @@ def fit(
             if run.world > 1:
                 _sum_gradients(trained, run)
                 value = run.sum(value)
+            if each_step is not None:
+                each_step(images)
             _update(optimizer, trained, config.clip, scaler)
             done = step + 1
             # No checkpoint may hold what an unseen nan has spoiled: going on from it would fail for ever.
@@ -110,10 +118,9 @@ def fit(
             stop = run.stop_requested(due=due)
             if due or stop is not None:
                 _check_finite(value, task, phase, step, per_epoch)
-            images = min(config.batch_size, len(task.train) - (step % per_epoch) * config.batch_size)
             run.progress.step(done, step // per_epoch, float(value) if due else None, images)
             if run.checkpoints:
-                run.checkpoints.step(done, total, images, force=stop is not None)
+                run.checkpoints.step(done, total, images, tokens, force=stop is not None)
             if stop is not None:
                 run.accelerator.wait_for_everyone()  # a launcher ends them all as soon as one has left
                 raise Interrupted(f"stopped in task {task.name}, phase {phase}, after step {done} of {total}", stop)
@@ -157,28 +164,57 @@ def _trainable(parameters: list[nn.Parameter]) -> Iterator[None]:
             p.grad = None
 
 
-def _steps(task: Task, config: FitConfig, phase: str, done: int) -> Iterator[tuple[int, list[tuple[Batch, float]]]]:
-    """(step, this process's micro-batches with their weights in the step's mean), from step `done` on."""
-    run, n = task.runtime, len(task.train)
+def _steps(
+    task: Task, config: FitConfig, phase: str, done: int
+) -> Iterator[tuple[int, list[tuple[Batch, float]], int, int]]:
+    """(step, this process's micro-batches with their weights in the step's mean, examples and tokens of the step in all
+    processes), from step `done` on."""
+    run, n, sizes = task.runtime, len(task.train), lengths(task.train)
     per_epoch = math.ceil(n / config.batch_size)
     for epoch in range(done // per_epoch, config.epochs):
-        order = torch.randperm(n, generator=task.generator(phase, "order", epoch)).tolist()
+        order = _order(task, config, task.generator(phase, "order", epoch))
         first = done % per_epoch if epoch == done // per_epoch else 0
         requests: list[list[tuple[int, int | None]]] = []
         weights: list[list[float]] = []
+        counts: list[tuple[int, int]] = []
         for step in range(first, per_epoch):
             rows = order[step * config.batch_size : (step + 1) * config.batch_size]
             mine = rows[run.rank :: run.world]
             # A process without a share still takes part, with weight 0: the same parameters get a gradient.
-            shares = [(part, len(part) / len(rows)) for part in _cut(mine, config.accumulate)] or [(rows[:1], 0.0)]
+            parts = [(part, weight(task.train, part)) for part in _cut(mine, config.accumulate, sizes)]
+            whole = weight(task.train, rows)
+            shares = [(part, share / whole) for part, share in parts] or [(rows[:1], 0.0)]
             requests += [[(i, seed_of(run.seed, task.index, phase, epoch, i)) for i in part] for part, _ in shares]
-            weights.append([weight for _, weight in shares])
+            weights.append([share for _, share in shares])
+            counts.append((len(rows), sum(sizes[i] for i in rows) if sizes is not None else 0))
         batches = load_batches(task.train, requests, run)
-        for step, share in enumerate(weights, epoch * per_epoch + first):
-            yield step, [(next(batches), weight) for weight in share]
+        for step, (shares_of, count) in enumerate(zip(weights, counts, strict=True), epoch * per_epoch + first):
+            yield step, [(next(batches), share) for share in shares_of], *count
 
 
-def _cut(rows: list[int], parts: int) -> list[list[int]]:
+ALIKE = 32  # batches whose examples are sorted by length together: more pads less, and mixes less
+
+
+def _order(task: Task, config: FitConfig, rng: torch.Generator) -> list[int]:
+    """The examples of an epoch in the order in which they are cut into batches."""
+    order: list[int] = torch.randperm(len(task.train), generator=rng).tolist()
+    sizes = lengths(task.train)
+    if config.order == "random" or sizes is None:
+        return order
+    size = config.batch_size
+    chunk = ALIKE * size
+    for start in range(0, len(order), chunk):
+        order[start : start + chunk] = sorted(order[start : start + chunk], key=lambda i: sizes[i])
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    last = [batches.pop()] if len(batches[-1]) < size else []  # the short one stays last, else it would shift the cuts
+    mixed = [batches[i] for i in torch.randperm(len(batches), generator=rng).tolist()]
+    return [i for batch in mixed + last for i in batch]
+
+
+def _cut(rows: list[int], parts: int, sizes: Sequence[int] | None) -> list[list[int]]:
+    """`rows` in so many micro-batches; where lengths are known each is of about one length, which pads less."""
+    if parts > 1 and sizes is not None:
+        rows = sorted(rows, key=lambda i: sizes[i])
     size = max(1, math.ceil(len(rows) / parts))
     return [rows[s : s + size] for s in range(0, len(rows), size)]
 
@@ -186,10 +222,10 @@ def _cut(rows: list[int], parts: int) -> list[list[int]]:
 def _backward(loss: Loss, task: Task, shares: list[tuple[Batch, float]], run: Runtime) -> Tensor:
     """Add the gradient of this process's part of the step; returns that part of the loss."""
     total: Tensor | None = None
-    for batch, weight in shares:
+    for batch, share in shares:
         with run.autocast():
             value = loss(task, batch)
-        value = value if weight == 1.0 else value * weight
+        value = value if share == 1.0 else value * share
         run.accelerator.backward(value)
         total = value.detach() if total is None else total + value.detach()
     assert total is not None

@@ -22,6 +22,8 @@ from perpetune.data.stream import Stream
 from perpetune.data.text import safe_name, task_names
 from perpetune.errors import DataError, Interrupted, StateError, UsageError
 from perpetune.evaluate import evaluate
+from perpetune.models.preprocess import Preprocess
+from perpetune.models.texts import Messages, Text, TextView
 from perpetune.pets import PET, frozen
 from perpetune.recipe import Recipe, load_recipe, make_recipe
 from perpetune.results import read_results, versions
@@ -45,6 +47,21 @@ class Prediction:
     @property
     def name(self) -> str:
         return self.classes[0][0]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a learner says to one prompt.
+
+    Attributes:
+        prompt: as it was given.
+        text: the answer.
+        options: where there was a choice: each option with its probability among them, the likeliest first.
+    """
+
+    prompt: str | Messages
+    text: str
+    options: list[tuple[str, float]]
 
 
 class Learner:
@@ -276,7 +293,7 @@ class Learner:
         top: int = 5,
         unreadable: list[str] | None = None,
     ) -> list[Prediction]:
-        """Names and probabilities for pictures.
+        """Names and probabilities for pictures; for a language model see `answer`.
 
         Args:
             images: a path, several paths or PIL images, or a uint8 tensor `(N, 3, S, S)` of the backbone's size.
@@ -289,7 +306,7 @@ class Learner:
             UsageError: a tensor is not what the backbone takes.
             DataError: a picture cannot be read; names it.
         """
-        self._need_classes()
+        self._need_learned("pictures")
         images = [images] if isinstance(images, (str, Path)) else images
         size, found = self.recipe.evaluate.batch_size, []
         for start in range(0, len(images), size):
@@ -304,10 +321,43 @@ class Learner:
                 found.append(Prediction(name, pairs))
         return found
 
+    @torch.no_grad()
+    def answer(
+        self, prompts: str | Sequence[str | Messages], *, options: Sequence[str] | None = None
+    ) -> list[Answer]:
+        """What the tuned language model says to prompts: generated, or the likeliest of some options.
+
+        Args:
+            prompts: one text, or several; each a text, or the messages of a chat as (role, content).
+            options: the answers that stand to choice; None generates the answer.
+
+        Raises:
+            StateError: nothing is learned yet.
+            DataError: a prompt cannot be put into the model's form.
+        """
+        self._need_learned("texts")
+        view, found = self.backbone.preprocess, []
+        assert isinstance(view, TextView)
+        asked = [Text(p, options=tuple(options or ())) for p in ([prompts] if isinstance(prompts, str) else prompts)]
+        for start in range(0, len(asked), self.recipe.evaluate.batch_size):
+            texts = asked[start : start + self.recipe.evaluate.batch_size]
+            inputs = view.collate([(view.question(text), 0, i) for i, text in enumerate(texts)]).to(self.runtime.device)
+            with self.runtime.autocast():
+                rows = self.method.predict(inputs.inputs)
+            for text, row in zip(texts, rows, strict=True):
+                if not row.is_floating_point():
+                    found.append(Answer(text.prompt, self.method.model.read(row), []))
+                    continue
+                shares = row.float().softmax(0).tolist()
+                pairs = sorted(zip(text.options, shares, strict=True), key=lambda pair: -pair[1])
+                found.append(Answer(text.prompt, pairs[0][0], pairs))
+        return found
+
     def _pixels(
         self, images: Sequence[str | Path | Image] | Tensor, start: int, unreadable: list[str] | None
     ) -> tuple[list[str], Tensor]:
         view = self.backbone.preprocess
+        assert isinstance(view, Preprocess)
         if isinstance(images, Tensor):
             if images.dtype != torch.uint8 or images.shape[1:] != (3, view.size, view.size):
                 raise UsageError(
@@ -335,7 +385,7 @@ class Learner:
         Raises:
             StateError: nothing is learned yet.
         """
-        self._need_classes()
+        self._need_learned()
         setting, size = self.recipe.setting, self.recipe.evaluate.batch_size
         if data is None:
             tasks = {c.name: self._tasks.past(c) for c in self.state.committed}
@@ -346,9 +396,13 @@ class Learner:
             for name, task in tasks.items()
         }
 
-    def _need_classes(self) -> None:
+    def _need_learned(self, takes: str | None = None) -> None:
         self._leave_halfway()
-        if not self.method.classes:
+        own = self.backbone.takes
+        if takes is not None and takes != own:
+            call = "answer" if own == "texts" else "predict"
+            raise UsageError(f"{self.recipe.backbone.name} takes {own}, not {takes}: call `{call}`")
+        if not self.state.committed:
             raise StateError(f"{self.state.folder} has learned nothing yet: `perpetune update` or `run` it first")
 
     def save(self, folder: str | Path) -> Path:

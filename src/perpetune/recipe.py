@@ -46,13 +46,21 @@ class BackboneSection(Section):
     """The frozen pretrained model."""
 
     name: str
-    """`timm:NAME[.TAG]`, `hf:ID_OR_FOLDER`, `folder:PATH`, or `perpetune:micro`."""
+    """`timm:NAME[.TAG]`, `hf:ID_OR_FOLDER_OR_GGUF`, `folder:PATH`, or `perpetune:micro`."""
     pretrained: bool = True
     image_size: Annotated[int, Field(ge=1)] | None = None
     """Side of the input in pixels, when it differs from the model's own."""
     architecture: str | None = None
     """The timm name of a `folder:` that has no config."""
     load_in_4bit: bool = False
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of a language model's weights; None is float32."""
+    max_length: Annotated[int, Field(ge=2)] | None = None
+    """Tokens of a prompt and its answer together; None is what the language model takes."""
+    chat: bool | None = None
+    """Whether a language model is asked plain prompts in its chat form too."""
+    gradient_checkpointing: bool | None = None
+    """Whether a language model's blocks are computed again on the way back, to save memory."""
 
     @model_validator(mode="before")
     @classmethod
@@ -156,6 +164,7 @@ class Recipe(Section):
             changes["pet"] = PetSection.model_validate({**_complete("pets", self.pet).model_dump(), **where})
         if self.data is not None:
             changes["data"] = _complete("data", self.data)
+            changes["stream"] = self.stream.fitted(registry.find("data", self.data.name).gives)
         return self.model_copy(update=changes)
 
     def anchored(self) -> Recipe:

@@ -28,6 +28,8 @@ BUILTIN: dict[Kind, dict[str, str]] = {
         "joint": "perpetune.methods.joint:Joint",
         "first_session": "perpetune.methods.first_session:FirstSession",
         "safe": "perpetune.methods.safe:Safe",
+        "treelora": "perpetune.methods.treelora:TreeLoRA",
+        "olora": "perpetune.methods.olora:OLoRA",
     },
     "pets": {
         "lora": "perpetune.pets.lora:LoRA",
@@ -41,6 +43,7 @@ BUILTIN: dict[Kind, dict[str, str]] = {
         "cosine": "perpetune.heads.cosine:Cosine",
         "ncm": "perpetune.heads.ncm:NCM",
         "ridge": "perpetune.heads.ridge:Ridge",
+        "lm": "perpetune.models.causal_lm:CausalLM",
     },
     "backbones": {prefix: f"{load.__module__}:{load.__name__}" for prefix, load in LOADERS.items()},
     "data": {
@@ -49,6 +52,9 @@ BUILTIN: dict[Kind, dict[str, str]] = {
         "parquet": "perpetune.data.arrow:ParquetSource",
         "hf": "perpetune.data.hub:HubSource",
         "digits": "perpetune.data.digits:DigitsSource",
+        "text": "perpetune.data.text_files:FileSource",
+        "trace": "perpetune.data.trace:TraceSource",
+        "cl_benchmark": "perpetune.data.cl_benchmark:ClBenchmarkSource",
     },
 }
 
@@ -59,6 +65,7 @@ BASES: dict[Kind, str] = {
     "heads": "perpetune.heads.base:Head",
     "data": "perpetune.data.sources:Source",
 }
+MODEL = "perpetune.models.base:Model"  # what brings its own way from the backbone to answers can stand for a head
 
 
 def names(kind: Kind) -> list[str]:
@@ -92,7 +99,8 @@ def _fitting(kind: Kind, name: str, found: Any) -> Any:
             return found
         raise UsageError(f"{kind}: {name!r} is {type(found).__name__}, and a function is expected")
     base = load_dotted(BASES[kind])
-    if not (inspect.isclass(found) and issubclass(found, base)):
+    fits = (base, load_dotted(MODEL)) if kind == "heads" else base
+    if not (inspect.isclass(found) and issubclass(found, fits)):
         raise UsageError(f"{kind}: {name!r} is not a class derived from {BASES[kind].replace(':', '.')}")
     if lacking := sorted(getattr(found, "__abstractmethods__", ())):
         raise UsageError(f"{kind}: {name!r} does not define {', '.join(lacking)}")
@@ -202,7 +210,9 @@ def summary(kind: Kind, name: str) -> dict[str, Any]:
     fits = ""
     if kind == "methods" and target.needs_earlier_data:
         fits = "Needs the data of all tasks: for `perpetune run`, not for `perpetune update`."
-    if kind == "heads":
+    if kind == "heads" and issubclass(target, load_dotted(MODEL)):
+        fits = f"A whole model: for backbones that take {target.takes}."
+    elif kind == "heads":
         statistics = "Learned from statistics of the features: for any method."
         fits = statistics if target.statistics else "Trained by gradient: for methods that train."
     return {

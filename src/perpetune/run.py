@@ -81,6 +81,7 @@ def learn_task(method: Method, step: Step, state: State) -> None:
         "evaluate_s": round(evaluated - learned, 3),
         "images": run.checkpoints.images,
         "images_per_s": round(run.checkpoints.images / seconds, 2) if run.checkpoints.images else None,
+        **_tokens(run.checkpoints.tokens, seconds),
         "peak_memory_bytes": _peak(run),
         "device": str(run.device),
     }
@@ -135,7 +136,9 @@ def _protect(method: Method, task: Task, reference: Examples | None, batch_size:
     batches = _Pass(examples, batch_size, run)
     run.progress.phase(f"protect {purpose}", len(batches), 1, 0)
     began = time.perf_counter()
-    certificate = protection.consolidate(batches, lambda batch: _observe(method, batch, run), total=run.sum)
+    certificate = protection.consolidate(
+        batches, lambda batch: _observe(method, batch, run), mask=lambda batch: batch.mask, total=run.sum
+    )
     seconds = round(time.perf_counter() - began, 3)
     return [{"of": purpose, "examples": len(examples), "seconds": seconds, **certificate}]
 
@@ -184,6 +187,11 @@ def _drift(method: Method, step: Step, state: State) -> tuple[dict[str, bytes], 
             moved[other.name] = round(float((now - then).norm(dim=-1).mean()), 6)
     own = probe(method, step.task)
     return ({} if own is None else {FEATURES: save({"features": own.contiguous()})}), moved
+
+
+def _tokens(count: int, seconds: float) -> dict[str, float]:
+    """How many tokens were trained on, where examples are texts."""
+    return {"tokens": count, "tokens_per_s": round(count / seconds, 2)} if count else {}
 
 
 def _reset_peak(run: Runtime) -> None:

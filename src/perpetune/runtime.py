@@ -23,14 +23,15 @@ class Checkpoints(Protocol):
 
     seconds: float
     images: int
+    tokens: int
     every: int  # steps between two checkpoints
 
     def begin(self, phase: str, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> int | None:
         """Restore what is known of `phase`: the number of steps done, or None when it is finished."""
 
-    def step(self, done: int, total: int, images: int, *, force: bool) -> None:
-        """`done` steps of the open phase are complete, the last on `images` examples; writes a checkpoint
-        when one is due or forced."""
+    def step(self, done: int, total: int, images: int, tokens: int, *, force: bool) -> None:
+        """`done` steps of the open phase are complete, the last on `images` examples of so many tokens in all; writes
+        a checkpoint when one is due or forced."""
 
     def finish(self) -> None:
         """The open phase is complete."""

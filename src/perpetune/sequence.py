@@ -15,7 +15,7 @@ from perpetune.data.check import find_overlap
 from perpetune.data.reference import reference_pictures
 from perpetune.data.sources import Source, guess_source
 from perpetune.data.stream import Stream, StreamOptions, single_task
-from perpetune.data.tasks import ImageSet, TaskData
+from perpetune.data.tasks import ImageSet, TableSet, TaskData
 from perpetune.data.text import several
 from perpetune.errors import DataError, UsageError
 from perpetune.models.backbone import Backbone
@@ -31,11 +31,11 @@ STREAM = "stream"  # and of a run: the recipe's stream
 
 
 class TaskSequence:
-    """Prepares tasks for `perpetune.run`; images are checked when a task is asked for, once.
+    """Prepares tasks for `perpetune.run`; examples are checked when a task is asked for, once.
 
     Args:
         recipe: its `data:` and `stream:` sections say where tasks come from and how they are cut.
-        backbone: says how pictures are prepared.
+        backbone: says how pictures or texts are prepared.
         runtime: handed on with every task; told of everything that is left out.
         keeps_data: whether tasks bring all earlier ones along, as the upper bounds need.
     """
@@ -109,7 +109,8 @@ class TaskSequence:
     def whole(self, data: str | Path | Source) -> Task:
         """All of `data` as something to evaluate on: its test split, or everything where there is none."""
         source = data if isinstance(data, Source) else _source(origin_of(data))
-        everything = {"validation": 0.0, "train_per_class": None, "test_per_class": None, "augment": "none"}
+        limits = dict.fromkeys(("train_per_class", "test_per_class", "train_per_task", "test_per_task"))
+        everything = {"validation": 0.0, **limits, "augment": "none"}
         found = self._single(source, 0, "given", 0.0, self.recipe.stream.model_copy(update=everything))
         task = self._as_task(self._checked(found, found.classes if found.test else None))
         return dataclasses.replace(task, test=task.test or task.train)
@@ -148,12 +149,13 @@ class TaskSequence:
         found = []
         for other in others if self.recipe.stream.check != "none" else []:
             train, test = task.train, other.test
-            if isinstance(train, ImageSet) and isinstance(test, ImageSet):
+            if isinstance(train, TableSet) and isinstance(test, TableSet):
                 pairs = find_overlap(train.table, test.table, True, train_rows=train.rows, test_rows=test.rows)
                 found += [f"{train.table.name(a)} = {test.table.name(b)} (task {other.name})" for a, b in pairs]
         if not found:
             return []
-        return [f"task {task.name} trains on {len(found)} test pictures of earlier tasks: {several(found)}"]
+        what = {"pictures": "pictures", "texts": "examples"}[self.backbone.takes]
+        return [f"task {task.name} trains on {len(found)} test {what} of earlier tasks: {several(found)}"]
 
     def _of_stream(self, index: int) -> Task:
         if index not in self._tasks:
@@ -192,7 +194,8 @@ class TaskSequence:
         return data
 
     def _as_task(self, data: TaskData) -> Task:
-        return Task(data.index, data.name, data.classes, data.train, data.validation, data.test, runtime=self.runtime)
+        sets = {"train": data.train, "validation": data.validation, "test": data.test}
+        return Task(data.index, data.name, data.classes, **sets, score=data.score, runtime=self.runtime)
 
 
 def _document(

@@ -324,6 +324,8 @@ class MidTask:
         """Time that earlier, interrupted attempts at this task had spent by their last checkpoint."""
         self.images = 0
         """Examples trained on so far, earlier attempts included."""
+        self.tokens = 0
+        """And their tokens, where they are texts."""
         self._began = time.perf_counter()
         self._cure = f"delete {folder}, and the task begins again"
         header = {"task": task[0], "name": task[1], "data": task[2]}
@@ -339,6 +341,7 @@ class MidTask:
         if newest is not None:
             position = json.loads(self._read(newest)["position.json"])
             self.seconds, self.images = float(position["seconds"]), int(position["images"])
+            self.tokens = int(position.get("tokens", 0))
 
     def begin(self, phase: str, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> int | None:
         self.phase, self.optimizer, self.accelerator = phase, optimizer, accelerator
@@ -358,8 +361,9 @@ class MidTask:
             accelerator.scaler.load_state_dict(place["scaler"])
         return int(place["done"])
 
-    def step(self, done: int, total: int, images: int, *, force: bool) -> None:
+    def step(self, done: int, total: int, images: int, tokens: int, *, force: bool) -> None:
         self.images += images
+        self.tokens += tokens
         if self.writes and (force or (done % self.every == 0 and done < total)):
             self._save(self.folder / f"{self.position - 1:02d}-{self.phase}-step-{done:09d}", done)
 
@@ -375,6 +379,7 @@ class MidTask:
             "done": done,
             "seconds": self.seconds + time.perf_counter() - self._began,
             "images": self.images,
+            "tokens": self.tokens,
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
         files = {**snapshot(self.method, memory=False), "position.json": to_json(place)}

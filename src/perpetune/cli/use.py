@@ -3,36 +3,63 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from perpetune.cli.learn import Device, Json, StateFolder
 
+if TYPE_CHECKING:
+    from perpetune.learner import Learner
+
 
 def predict(
     state: StateFolder,
-    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Image files, or folders of them.")],
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="INPUT...",
+            help="Image files or folders of them. For a language model: prompts, .txt files with one on each line, or "
+            ".jsonl files with `prompt` or `messages`; - reads lines from standard input.",
+        ),
+    ],
     top: Annotated[int, typer.Option(min=1, help="Names to print for each image.")] = 3,
+    options: Annotated[
+        str | None, typer.Option(help="Answers a language model chooses among, with commas between them.")
+    ] = None,
     device: Device = None,
     json: Json = False,
     csv: Annotated[bool, typer.Option("--csv", help="Print CSV: image, then name and probability by rank.")] = False,
 ) -> None:
-    """Print names and probabilities for images."""
+    """Print names and probabilities for images, or a language model's answers."""
+    from perpetune.errors import UsageError
+    from perpetune.learner import Learner
+
+    if json and csv:
+        raise UsageError("--json and --csv: choose one of them")
+    learner = Learner.load(state, device=device)
+    if learner.backbone.takes == "texts":
+        if csv:
+            raise UsageError("--csv is for images: use --json for answers")
+        _answer(learner, inputs, options, json)
+        return
+    if options is not None:
+        raise UsageError("--options is for language models: an image classifier knows its classes")
+    _classify(learner, inputs, top, json, csv)
+
+
+def _classify(learner: Learner, inputs: list[str], top: int, json: bool, csv: bool) -> None:
     import csv as csv_writer
     import sys
 
     from perpetune.cli.common import print_json
     from perpetune.data.pictures import picture_files
     from perpetune.data.text import several
-    from perpetune.errors import DataError, UsageError
-    from perpetune.learner import Learner
+    from perpetune.errors import DataError
 
-    if json and csv:
-        raise UsageError("--json and --csv: choose one of them")
-    files = picture_files(inputs)
+    files = picture_files([Path(given) for given in inputs])
     unreadable: list[str] = []
-    found = Learner.load(state, device=device).predict(files, top=top, unreadable=unreadable)
+    found = learner.predict(files, top=top, unreadable=unreadable)
     if json:
         print_json(
             [{"image": p.image, "classes": [{"name": n, "probability": v} for n, v in p.classes]} for p in found]
@@ -49,6 +76,21 @@ def predict(
         raise DataError(f"{len(unreadable)} of {len(files)} pictures cannot be read: {several(unreadable)}")
 
 
+def _answer(learner: Learner, inputs: list[str], options: str | None, json: bool) -> None:
+    from perpetune.cli.common import print_json
+    from perpetune.data.texts import read_prompts
+
+    chosen = [option.strip() for option in options.split(",") if option.strip()] if options else None
+    found = learner.answer(read_prompts(inputs), options=chosen)
+    if json:
+        shown = [{"prompt": a.prompt, "answer": a.text, "options": dict(a.options)} for a in found]
+        print_json([{k: v for k, v in entry.items() if k != "options" or v} for entry in shown])
+        return
+    for a in found:
+        shares = f"  ({', '.join(f'{name} {value:.3f}' for name, value in a.options)})" if a.options else ""
+        print(f"{a.text}{shares}")
+
+
 def evaluate(
     state: StateFolder,
     data: Annotated[str | None, typer.Option(help="Labelled data; by default the test data of every task.")] = None,
@@ -58,6 +100,7 @@ def evaluate(
     """Print the accuracy on test data."""
     from perpetune.cli.common import print_json
     from perpetune.learner import Learner
+    from perpetune.report import form
 
     cells = Learner.load(state, device=device).evaluate(data)
     if json:
@@ -66,12 +109,16 @@ def evaluate(
     rows = list(cells.items())
     known = [c for c in cells.values() if c is not None]
     if len(known) > 1:
-        rows.append(("all", {key: sum(c[key] for c in known) for key in ("correct", "total")}))
+        scores = {c.get("score") for c in known}  # of several, the sum is of no one score
+        totals = {key: sum(c[key] for c in known) for key in ("correct", "total")}
+        rows.append(("all", {**totals, "score": scores.pop() if len(scores) == 1 else None}))
     width = max(len(name) for name, _ in rows)
     for name, cell in rows:
         right = "no test data"
         if cell is not None:
-            right = f"{cell['correct'] / cell['total']:.4f}  {cell['correct']}/{cell['total']}"
+            counted = f"{form.right(cell['correct'])}/{form.count(cell['total'])}"
+            score = f"  {cell['score']}" if cell.get("score") else ""
+            right = f"{cell['correct'] / cell['total']:.4f}  {counted}{score}"
         print(f"{name:<{width}}  {right}")
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from perpetune.data.columns import class_names, group_column, named
-from perpetune.data.sources import Source, Table, existing
+from perpetune.data.sources import PictureTable, Source, existing
 from perpetune.data.text import natural, printable, several
 from perpetune.errors import DataError, MissingExtra
 
@@ -24,7 +24,7 @@ class Columns:
     group: str | None = None
 
 
-class ArrowTable(Table):
+class ArrowTable(PictureTable):
     """Pictures in an arrow column, as bytes or as `{bytes, path}`; a row may hold a path alone.
 
     Args:
@@ -145,7 +145,7 @@ class ParquetSource(Source):
 
     def _table(self, files: Sequence[str], train: Sequence[str]) -> ArrowTable:
         parts = [(printable(file), _read(file, self.columns)) for file in files]
-        return arrow_table(parts, self.columns, class_names(_schema(train[0]), self.columns.label))
+        return arrow_table(parts, self.columns, class_names(read_schema(train[0]), self.columns.label))
 
     def _files(self) -> tuple[list[str], list[str]]:
         """Files of the training and of the test pictures."""
@@ -166,13 +166,18 @@ def _listed(paths: str | list[str]) -> list[str]:
     return files
 
 
-def _schema(file: str) -> Any:
-    """The arrow schema of a parquet file."""
+def read_schema(file: str, what: str = "parquet") -> Any:
+    """The arrow schema of a parquet file.
+
+    Raises:
+        MissingExtra: pyarrow is not there for the data source `what`.
+        DataError: it is not a parquet file.
+    """
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
-        raise MissingExtra("data: parquet", "data") from None
+        raise MissingExtra(f"data: {what}", "data") from None
     try:
         return pq.read_schema(file)
     except (pa.ArrowException, OSError) as error:
@@ -181,11 +186,15 @@ def _schema(file: str) -> Any:
 
 def _read(file: str, columns: Columns) -> Any:
     """The columns of a file that are of use; others may be large."""
-    names, _ = _present(_schema(file).names, columns, printable(file))
+    return read_columns(file, _present(read_schema(file).names, columns, printable(file))[0])
+
+
+def read_columns(file: str, names: Sequence[str]) -> Any:
+    """Columns of a parquet file as a `pyarrow.Table`; DataError when it cannot be read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        return pq.read_table(file, columns=names, partitioning=None)
+        return pq.read_table(file, columns=list(names), partitioning=None)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{printable(file)}: not a readable parquet file: {str(error).splitlines()[0]}") from error

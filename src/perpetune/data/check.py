@@ -1,4 +1,4 @@
-"""Looking at every picture before a task trains on it: which cannot be read, and which are in two splits."""
+"""Looking at every example before a task trains on it: which cannot be used, and which are in two splits."""
 
 from __future__ import annotations
 
@@ -8,25 +8,38 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Literal, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 from perpetune.data.sources import Table
 from perpetune.data.text import several
 from perpetune.errors import DataError
 
 Depth = Literal["decode", "header", "none"]
-Report = Callable[[int, int], None]  # pictures looked at, and of how many
+Report = Callable[[int, int], None]  # examples looked at, and of how many
 
 _THREADS = min(8, os.cpu_count() or 1)
-_CHUNK = 32  # pictures that a thread takes at a time
+_CHUNK = 32  # examples that a thread takes at a time
 
 T = TypeVar("T")
 
 
+class Rows(Protocol):
+    """Some rows of a table, and how each is looked at."""
+
+    @property
+    def table(self) -> Table: ...
+
+    @property
+    def rows(self) -> Sequence[int]: ...
+
+    def look(self, row: int, depth: Literal["decode", "header"]) -> None:
+        """DataError, which names it, when that row of the table cannot be used."""
+
+
 def find_bad(
-    parts: Sequence[tuple[Table, Sequence[int]]], depth: Depth, max_bad: int, where: str, report: Report | None = None
+    parts: Sequence[Rows | None], depth: Depth, max_bad: int, where: str, report: Report | None = None
 ) -> list[dict[int, str]]:
-    """The rows of each part whose picture cannot be read, with the reason, which names it.
+    """The rows of each part that cannot be used, with the reason, which names it.
 
     Raises:
         DataError: there are more than `max_bad`.
@@ -34,25 +47,30 @@ def find_bad(
     bad: list[dict[int, str]] = [{} for _ in parts]
     if depth == "none":
         return bad
-    total, done = sum(len(rows) for _, rows in parts), 0
+    total, done = sum(len(part.rows) for part in parts if part is not None), 0
     reasons: list[str] = []
-    for found, (table, rows) in zip(bad, parts, strict=True):
-        look = table.open if depth == "decode" else table.probe
-        for row, reason in zip(rows, in_threads(partial(_fault, look), rows), strict=True):
+    for found, part in zip(bad, parts, strict=True):
+        if part is None:
+            continue
+        look = partial(_fault, part, depth)
+        faults = in_threads(look, part.rows) if part.table.threads else map(look, part.rows)
+        for row, reason in zip(part.rows, faults, strict=True):
             done += 1
             if reason is not None:
                 found[row] = reason
                 reasons.append(reason)
             if len(reasons) > max_bad:
-                raise DataError(f"{where}: more than {max_bad} pictures are bad (stream.max_bad): {several(reasons)}")
+                raise DataError(
+                    f"{where}: more than {max_bad} {part.table.noun}s are bad (stream.max_bad): {several(reasons)}"
+                )
             if report is not None and (done % _CHUNK == 0 or done == total):
                 report(done, total)
     return bad
 
 
-def _fault(look: Callable[[int], object], i: int) -> str | None:
+def _fault(part: Rows, depth: Literal["decode", "header"], row: int) -> str | None:
     try:
-        look(i)
+        part.look(row, depth)
     except DataError as error:
         return str(error)
     return None
@@ -129,14 +147,7 @@ def _values(table: Table, rows: Iterable[int], step: Callable[[Table, int], obje
 
 
 def _identity(table: Table, i: int) -> tuple[int, int] | None:
-    path = table.encoded(i) if table.files else b""
-    if isinstance(path, bytes):
-        return None
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):  # reported by find_bad
-        return None
-    return status.st_dev, status.st_ino
+    return table.identity(i)
 
 
 def _size(table: Table, i: int) -> int | None:

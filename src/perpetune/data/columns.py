@@ -4,13 +4,35 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, Literal
 
-from perpetune.data.text import label_of, several
+from perpetune.data.text import label_of, printable, several
 from perpetune.errors import DataError, UsageError
 
+Split = Literal["train", "test", "validation"]
 
-def group_column(columns: Collection[str], asked: str | None, where: str) -> str | None:
+SPLITS: dict[str, Split] = {
+    "train": "train",
+    "training": "train",
+    "test": "test",
+    "testing": "test",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "dev": "validation",
+    "eval": "validation",
+}
+
+
+def split_of(value: Any, at: str) -> Split:
+    """The split that a cell names; DataError where it names none."""
+    name = str(value or "").strip().lower()
+    if name not in SPLITS:
+        raise DataError(f"{at}: split '{printable(name)}' is not one of train, test, val")
+    return SPLITS[name]
+
+
+def group_column(columns: Collection[str], asked: str | None, where: str, option: str = "group_column") -> str | None:
     """The column with the task or domain: the one asked for, else `task` or `domain`, whichever is there."""
     if asked is not None:
         if asked not in columns:
@@ -18,7 +40,7 @@ def group_column(columns: Collection[str], asked: str | None, where: str) -> str
         return asked
     there = [name for name in ("task", "domain") if name in columns]
     if len(there) > 1:
-        raise UsageError(f"{where}: has a column task and a column domain; set group_column to one of them")
+        raise UsageError(f"{where}: has a column task and a column domain; set {option} to one of them")
     return there[0] if there else None
 
 

@@ -6,26 +6,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
 
-from perpetune.data.columns import group_column
+from perpetune.data.columns import Split, group_column, split_of
 from perpetune.data.rows import cell_text, read_rows
 from perpetune.data.sources import FileTable, Source, existing
 from perpetune.data.text import label_of, natural, printable, several
 from perpetune.errors import DataError, closest
-
-Split = Literal["train", "test", "validation"]
-
-_SPLITS: dict[str, Split] = {
-    "train": "train",
-    "training": "train",
-    "test": "test",
-    "testing": "test",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "dev": "validation",
-}
 
 
 @dataclass(frozen=True)
@@ -109,7 +95,7 @@ class ManifestSource(Source):
         if split is not None or choice is None:
             splits: list[Split] = [split or "train"] * len(rows)
         else:
-            splits = [_split(row.get(choice), at) for at, row in rows]
+            splits = [split_of(row.get(choice), at) for at, row in rows]
         records = [
             _Record(
                 at,
@@ -156,10 +142,3 @@ class ManifestSource(Source):
             [r.group for r in kept] if grouped else None,
             [f"{printable(path)}: {repeated} rows repeat an earlier one and are left out"] if repeated else [],
         )
-
-
-def _split(value: Any, at: str) -> Split:
-    name = str(value or "").strip().lower()
-    if name not in _SPLITS:
-        raise DataError(f"{at}: split '{printable(name)}' is not one of train, test, val")
-    return _SPLITS[name]

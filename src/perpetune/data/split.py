@@ -60,15 +60,29 @@ def hold_out(
 
 
 def limit(
-    rows: Iterable[int], labels: Sequence[str], key: Key, *, per_class: int | None, seed: int, purpose: str
+    rows: Iterable[int],
+    labels: Sequence[str],
+    key: Key,
+    *,
+    per_class: int | None,
+    seed: int,
+    purpose: str,
+    in_all: int | None = None,
 ) -> list[int]:
-    """At most `per_class` rows of each label, drawn by the seed, in the order given."""
+    """At most `per_class` rows of each label and `in_all` together, drawn by the seed, in the order given.
+
+    What `in_all` leaves is balanced over the labels. A larger limit takes what a smaller one takes, and more.
+    """
     rows = list(rows)
-    if per_class is None:
+    if per_class is None and in_all is None:
         return rows
-    chosen: set[int] = set()
+    turns: list[tuple[int, int]] = []  # round by round: the first of each label, the second of each, …
     for members in by_label(rows, labels).values():
-        chosen.update(_ranked(members, key, seed, purpose)[:per_class])
+        turns += enumerate(_ranked(members, key, seed, purpose)[:per_class])
+    if in_all is not None:
+        drawn = {row: seed_of(seed, purpose, "round", key(row)) for _, row in turns}
+        turns = sorted(turns, key=lambda turn: (turn[0], drawn[turn[1]], turn[1]))[:in_all]
+    chosen = {row for _, row in turns}
     return [r for r in rows if r in chosen]
 
 

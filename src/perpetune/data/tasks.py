@@ -1,47 +1,49 @@
-"""The pictures of one task, checked when the task is about to begin."""
+"""The examples of one task, checked when the task is about to begin."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
 from perpetune.data.check import Depth, Report, find_bad
-from perpetune.data.sources import Table
+from perpetune.data.sources import PictureTable, Table
 from perpetune.data.text import several
-from perpetune.errors import DataError
+from perpetune.data.texts import TextTable
+from perpetune.errors import DataError, UsageError
 from perpetune.models.preprocess import Augment, Preprocess
+from perpetune.models.texts import Encoded, Text, TextView
+from perpetune.tasks import Collate
+
+View = Preprocess | TextView
+Purpose = Literal["training", "validation", "test"]
+S = TypeVar("S", bound="TableSet")
 
 
-class ImageSet:
+class TableSet(ABC):
     """Some rows of a table as `perpetune.tasks.Examples`.
 
     Args:
         rows: the rows of `table`.
-        classes: the task's classes; the label of every row is among them.
-        view: from picture to pixels; with `augment` where an example is loaded with a seed.
+        classes: the task's classes; the label of every row is among them, or the table is one that has others.
     """
 
-    def __init__(
-        self, table: Table, rows: Sequence[int], classes: Sequence[str], view: Preprocess, augment: Augment = "none"
-    ):
+    def __init__(self, table: Table, rows: Sequence[int], classes: Sequence[str]):
         position = {name: i for i, name in enumerate(classes)}
         self.table = table
         self.rows = rows
-        self.view = view
-        self.augment = augment
-        self._targets = [position[table.labels[row]] for row in rows]
+        self._classes = classes
+        labels = [table.labels[row] for row in rows]
+        self._targets = [position.get(label, 0) if table.free else position[label] for label in labels]
 
     @property
     def targets(self) -> Sequence[int]:
         return self._targets
-
-    @property
-    def deterministic(self) -> bool:
-        return self.augment == "none"
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -50,15 +52,168 @@ class ImageSet:
         """The example as messages call it: its path, or file and row."""
         return self.table.name(self.rows[index])
 
+    def look(self, row: int, depth: Literal["decode", "header"]) -> None:
+        """DataError, which names it, when that row of the table cannot be used."""
+        self.table.check(row, depth)
+
+    def notes(self) -> list[str]:
+        """What is to be said of examples that are used, but not as they are; after `look`."""
+        return []
+
+    def within(self: S, classes: Sequence[str], without: Collection[int]) -> S:
+        """The rows that have a place among `classes` and are not in `without`."""
+        known = set(classes)
+        rows = [row for row in self.rows if row not in without and self.table.fits(row, known)]
+        return self._of(rows, classes)
+
+    @abstractmethod
+    def _of(self: S, rows: Sequence[int], classes: Sequence[str]) -> S:
+        """Other rows of the same table, seen in the same way."""
+
+    @abstractmethod
+    def load(self, index: int, seed: int | None) -> Any:
+        """Example `index` as the model reads it; DataError naming it when it cannot be used any more."""
+
+
+class ImageSet(TableSet):
+    """Pictures of a task.
+
+    Args:
+        view: from picture to pixels; with `augment` where an example is loaded with a seed.
+    """
+
+    table: PictureTable
+
+    def __init__(
+        self,
+        table: PictureTable,
+        rows: Sequence[int],
+        classes: Sequence[str],
+        view: Preprocess,
+        augment: Augment = "none",
+    ):
+        super().__init__(table, rows, classes)
+        self.view = view
+        self.augment = augment
+
+    @property
+    def deterministic(self) -> bool:
+        return self.augment == "none"
+
     def load(self, index: int, seed: int | None) -> Tensor:
         """uint8 `(3, S, S)`; DataError naming the picture if it cannot be read any more."""
         return self.view(self.table.open(self.rows[index]), self.augment, seed)
 
-    def within(self, classes: Sequence[str], without: dict[int, str]) -> ImageSet:
-        """The rows whose label is in `classes` and that are not in `without`."""
-        known = set(classes)
-        rows = [r for r in self.rows if r not in without and self.table.labels[r] in known]
+    def _of(self, rows: Sequence[int], classes: Sequence[str]) -> ImageSet:
         return ImageSet(self.table, rows, classes, self.view, self.augment)
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """An example in tokens: all of them, those of the answer, and those that were cut off."""
+
+    length: int
+    answer: int
+    cut: int
+
+
+class TextSet(TableSet):
+    """Texts of a task: with their answers, or for the test as questions.
+
+    Args:
+        view: from text to tokens.
+        purpose: what for; those of the test are questions.
+    """
+
+    table: TextTable
+    deterministic = True
+
+    def __init__(self, table: TextTable, rows: Sequence[int], classes: Sequence[str], view: TextView, purpose: Purpose):
+        super().__init__(table, rows, classes)
+        self.view = view
+        self.purpose: Purpose = purpose
+        self._measures: dict[int, _Measure] = {}  # by row of the table
+
+    @property
+    def collate(self) -> Collate:
+        """Makes a batch of examples that were loaded."""
+        return self.view.collate
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each example."""
+        return [self._measure(row).length for row in self.rows]
+
+    @cached_property
+    def weights(self) -> list[int] | None:
+        """Tokens of each answer, with its end; None of questions."""
+        return None if self.purpose == "test" else [self._measure(row).answer for row in self.rows]
+
+    def questions(self) -> TextSet:
+        """The same without their answers, as they are asked at prediction."""
+        return TextSet(self.table, self.rows, self._classes, self.view, "test")
+
+    def text(self, index: int) -> Text:
+        """Example `index` as people wrote it."""
+        return self.table.text(self.rows[index])
+
+    def load(self, index: int, seed: int | None) -> Encoded:
+        """Prompt and answer as tokens, of the test the prompt alone; the seed changes nothing."""
+        return self._encoded(self.rows[index])
+
+    def look(self, row: int, depth: Literal["decode", "header"]) -> None:
+        super().look(row, depth)
+        if depth == "decode":
+            self._measure(row)
+
+    def notes(self) -> list[str]:
+        cuts = [m.cut for row in self.rows if (m := self._measures.get(row)) is not None and m.cut]
+        if not cuts:
+            return []
+        room = ", with room for an answer," if self.purpose == "test" else ""
+        return [
+            f"{len(cuts)} of {len(self.rows)} {self.purpose} prompts{room} are longer than the model's "
+            f"{self.view.max_length} tokens and were cut on the left (the longest by {max(cuts)})"
+        ]
+
+    def _of(self, rows: Sequence[int], classes: Sequence[str]) -> TextSet:
+        found = TextSet(self.table, rows, classes, self.view, self.purpose)
+        found._measures = self._measures
+        return found
+
+    def _encoded(self, row: int) -> Encoded:
+        text = self.table.text(row)
+        try:
+            return self.view.question(text) if self.purpose == "test" else self.view.sequence(text)
+        except DataError as error:
+            raise DataError(f"{self.table.name(row)}: {error}") from error
+
+    def _measure(self, row: int) -> _Measure:
+        if row not in self._measures:
+            found = self._encoded(row)
+            answer = 0 if found.answer is None else int(found.answer.sum())
+            self._measures[row] = _Measure(len(found), answer, found.cut)
+        return self._measures[row]
+
+
+def table_set(
+    table: Table,
+    rows: Sequence[int],
+    classes: Sequence[str],
+    view: View,
+    purpose: Purpose,
+    augment: Augment = "none",
+) -> ImageSet | TextSet:
+    """Rows of a table as the backbone takes them.
+
+    Raises:
+        UsageError: it takes another kind of data.
+    """
+    if isinstance(table, PictureTable) and isinstance(view, Preprocess):
+        return ImageSet(table, rows, classes, view, augment)
+    if isinstance(table, TextTable) and isinstance(view, TextView):
+        return TextSet(table, rows, classes, view, purpose)
+    raise UsageError(f"data: these are {table.gives}, and the backbone takes {view.takes}")
 
 
 @dataclass
@@ -68,19 +223,22 @@ class TaskData:
     Attributes:
         index: position in the stream, from 0.
         name: unique in the stream; letters, digits, `.`, `_` and `-` only.
-        classes: labels that occur in the training data; targets are positions in it.
-        train, validation, test: the pictures; validation and test are None where there are none.
+        classes: of pictures the labels that occur in the training data, of texts the answers that stand to choice;
+            targets are positions in it. Empty where answers are free text.
+        train, validation, test: the examples; validation and test are None where there are none.
+        score: how answers in text are scored, a name of `numerics.text_scores`; None is right or wrong.
         depth, max_bad: how `check` looks at them, and how many bad ones it tolerates.
         warnings: one line each.
-        bad: `name: reason` of each picture that `check` left out.
+        bad: `name: reason` of each example that `check` left out.
     """
 
     index: int
     name: str
     classes: tuple[str, ...]
-    train: ImageSet
-    validation: ImageSet | None = None
-    test: ImageSet | None = None
+    train: ImageSet | TextSet
+    validation: ImageSet | TextSet | None = None
+    test: ImageSet | TextSet | None = None
+    score: str | None = None
     depth: Depth = "decode"
     max_bad: int = 10
     warnings: list[str] = field(default_factory=list)
@@ -91,79 +249,79 @@ class TaskData:
         self._given = (self.classes, self.train, self.validation, self.test)
 
     def check(self, report: Report | None = None) -> None:
-        """Look at each picture, in threads, and leave out those that cannot be read; a second call does nothing.
+        """Look at each example, and leave out those that cannot be used; a second call does nothing.
 
-        A class that is left without a training picture goes, with a warning.
+        A class that is left without a training picture goes, with a warning. Of texts it is said how many were cut.
 
         Args:
-            report: called now and then with the number of pictures looked at and the number there are.
+            report: called now and then with the number of examples looked at and the number there are.
 
         Raises:
-            DataError: more than `max_bad` pictures are bad, or no training picture is good.
+            DataError: more than `max_bad` examples are bad, or no training example is good.
         """
         if self.checked:
             return
+        table = self.train.table
         parts = [self.train, self.validation, self.test]
-        looked = [(p.table, p.rows) if p is not None else (self.train.table, []) for p in parts]
-        found = find_bad(looked, self.depth, self.max_bad, f"task {self.name}", report)
+        found = find_bad(parts, self.depth, self.max_bad, f"task {self.name}", report)
         bad = [reason for reasons in found for reason in reasons.values()]
-        labels = self.train.table.labels
-        used = {labels[row] for row in self.train.rows if row not in found[0]}
+        good = [row for row in self.train.rows if row not in found[0]]
+        none = f"no training {table.noun} can be {table.use}"
+        if not good:
+            raise DataError(f"task {self.name}: {none}: {several(bad)}")
+        used = table.classes(good)
         lost = [c for c in self.classes if c not in used]
-        if not used:
-            raise DataError(f"task {self.name}: no training picture can be read: {several(bad)}")
         if bad:
-            self.warnings.append(_unreadable(self.name, bad))
+            self.warnings.append(_unusable(self.name, table, bad))
         if lost:
-            self.warnings.append(f"task {self.name}: left out, for no training picture can be read: {several(lost)}")
+            self.warnings.append(f"task {self.name}: left out, for {none}: {several(lost)}")
         self.bad = bad
         self.classes = tuple(c for c in self.classes if c in used)
         self.train = self.train.within(self.classes, found[0])
         self.validation = self.validation and (self.validation.within(self.classes, found[1]) or None)
         self.test = self.test and (self.test.within(self.classes, found[2]) or None)
+        for part in (self.train, self.validation, self.test):
+            self.warnings += [f"task {self.name}: {note}" for note in (part.notes() if part is not None else [])]
         self.checked = True
 
     def for_testing(self, classes: Sequence[str]) -> TaskData:
-        """The task with its test pictures checked alone; those of training are not looked at, and nobody should.
+        """The task with its test examples checked alone; those of training are not looked at, and nobody should.
 
         Args:
             classes: those that were learned.
 
         Raises:
-            DataError: more than `max_bad` test pictures are bad.
+            DataError: more than `max_bad` test examples are bad.
         """
-        train, test = self.train.within(classes, {}), self.test
-        if test is None:
-            return replace(self, classes=tuple(classes), train=train, validation=None, warnings=[], checked=True)
-        (found,) = find_bad([(test.table, test.rows)], self.depth, self.max_bad, f"task {self.name}")
+        (found,) = find_bad([self.test], self.depth, self.max_bad, f"task {self.name}")
+        test = self.test and (self.test.within(classes, found) or None)
+        warnings = [_unusable(self.name, self.train.table, list(found.values()))] if found else []
+        warnings += [f"task {self.name}: {note}" for note in (test.notes() if test is not None else [])]
         return replace(
             self,
             classes=tuple(classes),
-            train=train,
+            train=self.train.within(classes, {}),
             validation=None,
-            test=test.within(classes, found) or None,
-            warnings=[_unreadable(self.name, list(found.values()))] if found else [],
+            test=test,
+            warnings=warnings,
             bad=list(found.values()),
             checked=True,
         )
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the task as it was before `check`: of each part the keys, labels and sizes of the
-        pictures, and the contents of those that are not files of their own."""
+        """SHA-256 of the task as it was before `check`: of each part what makes its examples what they are; of files
+        only keys, labels and sizes."""
         classes, *parts = self._given
         digest = hashlib.sha256(repr(classes).encode())
         for part in parts:
             digest.update(b"\x1d")
             if part is None:
                 continue
-            table = part.table
             for row in part.rows:
-                digest.update(repr((table.key(row), table.labels[row], table.size(row))).encode())
-                if not table.files:
-                    digest.update(table.content(row))
+                digest.update(part.table.digest(row))
         return digest.hexdigest()
 
 
-def _unreadable(task: str, bad: Sequence[str]) -> str:
-    return f"task {task}: {len(bad)} pictures cannot be read and are left out: {several(bad)}"
+def _unusable(task: str, table: Table, bad: Sequence[str]) -> str:
+    return f"task {task}: {len(bad)} {table.noun}s cannot be {table.use} and are left out: {several(bad)}"

@@ -6,15 +6,16 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from perpetune.errors import UsageError
 from perpetune.heads.base import Head
 from perpetune.models.base import Model
 from perpetune.pets import using
 from perpetune.protection.protection import Protection
-from perpetune.tasks import Task
+from perpetune.tasks import Inputs, Task
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ class Answers:
     """What a method says of some inputs.
 
     Attributes:
-        scores: `(B, C)` over its classes: its answer.
-        others: other ways in which it could answer, by name, each `(B, C)`; reported beside the answer.
+        scores: `(B, C)` over its classes: its answer. Where answers are texts, what `Model.predict` says.
+        others: other ways in which it could answer, by name, each as `scores`; reported beside the answer.
         gauges: numbers `(B,)` that say how it came to the answer, by name; their means are reported.
     """
 
@@ -45,9 +46,14 @@ class Method(nn.Module, ABC):
     """
 
     needs_earlier_data: bool = False
+    fits: ClassVar[type[Model]] = Model  # type: ignore[type-abstract]
+    """The kind of model it can train."""
 
     def __init__(self, model: Model):
         super().__init__()
+        if not isinstance(model, self.fits):
+            own = type(self).__name__.lower()
+            raise UsageError(f"method {own} is for {self.fits.takes}, and {model.backbone.spec} takes {model.takes}")
         self.model = model
         self.pet: str | None = None
         """The set of pets that is in force at prediction; None is the frozen net."""
@@ -63,16 +69,16 @@ class Method(nn.Module, ABC):
     def learn(self, task: Task) -> None:
         """Learn from `task`; called once per task, in order. Usually calls `perpetune.fit.fit`, inside `training`."""
 
-    def predict(self, inputs: Tensor) -> Tensor:
-        """Scores `(B, C)` over `classes` for images, uint8 `(B, 3, H, W)`."""
+    def predict(self, inputs: Inputs) -> Tensor:
+        """Scores `(B, C)` over `classes` for images, uint8 `(B, 3, H, W)`; for texts see `Model.predict`."""
         with using(self.model, self.pet):
             return self.model.predict(inputs)
 
-    def answers(self, inputs: Tensor) -> Answers:
+    def answers(self, inputs: Inputs) -> Answers:
         """`predict`, with what else is worth measuring of it."""
         return Answers(self.predict(inputs))
 
-    def features(self, inputs: Tensor) -> Tensor:
+    def features(self, inputs: Inputs) -> Tensor:
         """Features `(B, D)` as at prediction, by which their drift is measured."""
         with using(self.model, self.pet):
             return self.model.features(inputs)
@@ -82,9 +88,10 @@ class Method(nn.Module, ABC):
         heads = {name: m for name, m in self.named_modules() if isinstance(m, Head)}
         return {name: facts for name, m in heads.items() if (facts := m.facts())}
 
-    def observe(self, inputs: Tensor) -> None:
+    def observe(self, inputs: Inputs) -> None:
         """One pass of the model as at prediction, so that what protection watches is seen."""
-        self.predict(inputs)
+        with using(self.model, self.pet):
+            self.model.observe(inputs)
 
 
 @contextlib.contextmanager

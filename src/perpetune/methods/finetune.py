@@ -10,8 +10,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from perpetune.errors import UsageError
 from perpetune.fit import FitConfig, fit
 from perpetune.methods.base import Method, training
+from perpetune.models.base import Model
 from perpetune.models.classifier import ImageClassifier, Mask
 from perpetune.pets import copy_set, parameters, pets, remove, slots, using
 from perpetune.tasks import Batch, Task
@@ -39,7 +41,7 @@ class FineTune(Method):
 
     def __init__(
         self,
-        model: ImageClassifier,
+        model: Model,
         *,
         train: FitConfig,
         mask: Mask = "task",
@@ -48,8 +50,11 @@ class FineTune(Method):
         merge_epochs: Annotated[int, Field(ge=1)] | None = None,
     ):
         super().__init__(model)
-        self.model: ImageClassifier = model
-        self.train_config, model.mask = train, mask
+        self.train_config = train
+        if isinstance(model, ImageClassifier):
+            model.mask = mask
+        elif merge:
+            raise UsageError("method finetune: merge is for image classifiers; leave it out for texts")
         self.head_first, self.merge, self.merge_epochs = head_first, merge, merge_epochs
         self.pet = "default" if any("default" in slot.pets for _, slot in slots(model)) else None
 
@@ -57,7 +62,7 @@ class FineTune(Method):
         self.model.grow(task)
         config, later = self.train_config, task.index > 0
         pet = parameters(self.model, self.pet) if self.pet else []
-        head = list(self.model.head.parameters())
+        head = self.model.trained()
         both = [(pet, config.lr), (head, config.head_lr or config.lr)]
         alone = round(config.epochs * self.head_first) if later else 0
         before = [p.detach().clone() for p in pet]
@@ -97,6 +102,7 @@ class FineTune(Method):
 
     def _free_loss(self, task: Task, batch: Batch) -> Tensor:
         """The free copy's loss: its features stay near the protected copy's."""
+        assert isinstance(self.model, ImageClassifier)
         with torch.no_grad(), using(self.model, PROTECTED):
             wanted = self.model.features(batch.inputs)
         with using(self.model, self.pet):

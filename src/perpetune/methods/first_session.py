@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from perpetune.errors import UsageError
 from perpetune.fit import FitConfig, fit
 from perpetune.methods.base import Method, training
+from perpetune.models.base import Model
 from perpetune.models.classifier import ImageClassifier, learn_statistics
 from perpetune.pets import parameters, slots, using
-from perpetune.tasks import Batch, Task
+from perpetune.tasks import Batch, Inputs, Task
 
 
 class FirstSession(Method):
@@ -27,6 +30,8 @@ class FirstSession(Method):
     Raises:
         UsageError: there is no pet, or the head can only be trained by gradient.
     """
+
+    fits: ClassVar[type[Model]] = ImageClassifier
 
     def __init__(self, model: ImageClassifier, *, train: FitConfig, concat: bool = False):
         super().__init__(model)
@@ -52,14 +57,14 @@ class FirstSession(Method):
         with using(self.model, self.pet):
             return self.model.loss(task, batch)
 
-    def features(self, inputs: Tensor) -> Tensor:
+    def features(self, inputs: Inputs) -> Tensor:
         tuned = super().features(inputs)
         if not self.concat:
             return tuned
         with using(self.model, None):
             return torch.cat([self.model.features(inputs), tuned], dim=-1)
 
-    def predict(self, inputs: Tensor) -> Tensor:
+    def predict(self, inputs: Inputs) -> Tensor:
         scores: Tensor = self.model.head(self.features(inputs))
         return scores.float()
 

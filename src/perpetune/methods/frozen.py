@@ -1,9 +1,10 @@
-"""No training: features of the pretrained model as they are, a head learned from statistics."""
+"""No training: the pretrained model as it is, and for pictures a head learned from statistics."""
 
 from __future__ import annotations
 
 from perpetune.errors import UsageError
 from perpetune.methods.base import Method
+from perpetune.models.base import Model
 from perpetune.models.classifier import ImageClassifier
 from perpetune.pets import using
 from perpetune.tasks import Task
@@ -12,6 +13,8 @@ from perpetune.tasks import Task
 class Frozen(Method):
     """Trains nothing, so its head is one of statistics: with `ncm` this is SimpleCIL, arXiv:2303.07338.
 
+    A language model answers as it does without any tuning (zero-shot).
+
     Args:
         batch_size: images per forward pass.
 
@@ -19,9 +22,9 @@ class Frozen(Method):
         UsageError: the head can only be trained by gradient.
     """
 
-    def __init__(self, model: ImageClassifier, *, batch_size: int = 64):
+    def __init__(self, model: Model, *, batch_size: int = 64):
         super().__init__(model)
-        if not model.head.statistics:
+        if isinstance(model, ImageClassifier) and not model.head.statistics:
             raise UsageError(
                 f"method: frozen trains nothing, so head {type(model.head).__name__.lower()} would stay random: use "
                 "head: ncm, or method: finetune with pet: none to train the head alone"

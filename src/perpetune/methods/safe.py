@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -17,11 +17,12 @@ from perpetune.fit import FitConfig, fit
 from perpetune.heads import Cosine, Head
 from perpetune.methods.base import Answers, Method, training
 from perpetune.methods.first_session import need_statistics
+from perpetune.models.base import Model
 from perpetune.models.classifier import ImageClassifier, Mask, learn_statistics
 from perpetune.numerics.alignment import correlation_losses, cosine_distance
 from perpetune.numerics.mixing import mix
 from perpetune.pets import copy_set, parameters, pets, using
-from perpetune.tasks import Batch, Task, deterministic, evaluation_batches
+from perpetune.tasks import Batch, Inputs, Task, deterministic, evaluation_batches
 
 FAST, SLOW = "default", "slow"  # two sets of pets around one backbone
 
@@ -56,6 +57,8 @@ class Safe(Method):
     Raises:
         UsageError: there is no pet, or no head of statistics with a probe.
     """
+
+    fits: ClassVar[type[Model]] = ImageClassifier
 
     def __init__(
         self,
@@ -196,10 +199,10 @@ class Safe(Method):
 
     # -- prediction -------------------------------------------------------------------------------------
 
-    def predict(self, inputs: Tensor) -> Tensor:
+    def predict(self, inputs: Inputs) -> Tensor:
         return self.answers(inputs).scores
 
-    def answers(self, inputs: Tensor) -> Answers:
+    def answers(self, inputs: Inputs) -> Answers:
         """The mixture, the answers of each learner, and the weight of the fast one."""
         with using(self.model, FAST):
             fast = self.model.predict(inputs)
@@ -210,7 +213,7 @@ class Safe(Method):
         mixed, share = mix(fast, slow, self.sharpness)
         return Answers(mixed, {"slow": slow, "fast": fast}, {"weight of the fast learner": share})
 
-    def observe(self, inputs: Tensor) -> None:
+    def observe(self, inputs: Inputs) -> None:
         self.features(inputs)  # what protection watches are the pets that are trained
 
     def facts(self) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""A frozen pretrained network that turns pixels into features."""
+"""A frozen pretrained network that turns pixels or tokens into features."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 from perpetune.errors import UsageError
 from perpetune.models import families
 from perpetune.models.preprocess import Preprocess
-from perpetune.pets.base import frozen, slots
+from perpetune.models.texts import TextView
+from perpetune.pets.base import Slot, frozen, walk
 
-Forward = Callable[[nn.Module, Tensor], Tensor]
+Forward = Callable[..., Tensor]
+"""`(net, inputs)` to features; that of a language model also takes keywords such as `attention_mask`."""
 
 
 def call(net: nn.Module, pixels: Tensor) -> Tensor:
@@ -30,12 +33,20 @@ class Backbone(nn.Module):
             follow `train()` and `eval()` as usual.
         spec: how a recipe names it.
         dim: width of the features.
-        preprocess: how pictures become its input.
-        forward: features `(B, dim)` from the net and normalised pixels `(B, 3, H, W)`; None when the
-            net gives them itself.
+        preprocess: how pictures, or texts, become its input.
+        forward: features `(B, dim)` from the net and normalised pixels `(B, 3, H, W)`, or `(B, N, dim)` from the net
+            and tokens `(B, N)`; None when the net gives them itself.
     """
 
-    def __init__(self, net: nn.Module, *, spec: str, dim: int, preprocess: Preprocess, forward: Forward | None = None):
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        spec: str,
+        dim: int,
+        preprocess: Preprocess | TextView,
+        forward: Forward | None = None,
+    ):
         super().__init__()
         families.call_linears(net)
         self.net = net.requires_grad_(False).eval()
@@ -43,16 +54,33 @@ class Backbone(nn.Module):
         self.quantised_from: str | None = None  # fingerprint of the float weights, set by whoever quantises
         self._features = forward or call
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Features `(B, dim)` of normalised pixels `(B, 3, H, W)`."""
-        return self._features(self.net, pixels)
+    @property
+    def takes(self) -> Literal["pictures", "texts"]:
+        """What goes in."""
+        return "texts" if isinstance(self.preprocess, TextView) else "pictures"
+
+    def forward(self, inputs: Tensor, **options: Any) -> Tensor:
+        """Features `(B, dim)` of normalised pixels `(B, 3, H, W)`, or `(B, N, dim)` of tokens `(B, N)`.
+
+        Args:
+            options: for a language model, such as `attention_mask`.
+        """
+        return self._features(self.net, inputs, **options)
 
     def train(self, mode: bool = True) -> Backbone:
-        """Sets the mode of the PETs; the frozen net stays in evaluation mode."""
+        """Sets the mode of the PETs; the frozen net stays in evaluation mode.
+
+        Blocks that are to be computed again in the backward pass are the exception, for transformers does that only
+        in a block that is in training mode. Nothing else may depend on that mode: `models.language` loads nets
+        without dropout.
+        """
         super().train(mode)
         self.net.eval()
-        for _, slot in slots(self.net):
-            slot.pets.train(mode)
+        for _, module in walk(self.net):
+            if isinstance(module, Slot):
+                module.pets.train(mode)
+            elif getattr(module, "gradient_checkpointing", False):
+                module.training = mode
         return self
 
     def roles(self) -> tuple[str, ...]:
@@ -74,7 +102,9 @@ class Backbone(nn.Module):
         return digest.hexdigest()
 
     def extra_repr(self) -> str:
-        return f"spec={self.spec!r}, dim={self.dim}, size={self.preprocess.size}"
+        view = self.preprocess
+        size = f"max_length={view.max_length}" if isinstance(view, TextView) else f"size={view.size}"
+        return f"spec={self.spec!r}, dim={self.dim}, {size}"
 
 
 def triple(spec: str, values: object) -> tuple[float, float, float]:

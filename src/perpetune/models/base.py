@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from perpetune.tasks import Batch, Task
+from perpetune.errors import UsageError
+from perpetune.models.backbone import Backbone
+from perpetune.tasks import Batch, Inputs, Task
 
 
 class Model(nn.Module, ABC):
-    """The interface that methods see, the same for image classifiers and language models."""
+    """The interface that methods see, the same for image classifiers and language models.
+
+    Raises:
+        UsageError: the backbone takes other inputs than this model gives it.
+    """
+
+    takes: ClassVar[Literal["pictures", "texts"]]
+    nothing: int = 0
+    """Stands in answers where there is no token."""
+
+    def __init__(self, backbone: Backbone):
+        super().__init__()
+        if backbone.takes != self.takes:
+            own = "lm" if backbone.takes == "texts" else "linear"
+            raise UsageError(f"{backbone.spec} takes {backbone.takes}: use `head: {own}` or another that goes with it")
+        self.backbone = backbone
 
     @property
     @abstractmethod
     def classes(self) -> list[str]:
-        """Names of the columns of `predict`, in order."""
+        """Names of the columns of `predict`, in order; none where answers are texts."""
 
     @abstractmethod
     def grow(self, task: Task) -> None:
@@ -23,16 +43,37 @@ class Model(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, task: Task, batch: Batch) -> Tensor:
-        """Mean training loss of a batch of `task`, a scalar."""
+        """Mean training loss of a batch of `task`, a scalar; the mean is by the weights of the examples."""
 
     @abstractmethod
-    def features(self, inputs: Tensor) -> Tensor:
+    def features(self, inputs: Inputs) -> Tensor:
         """Features `(B, D)` of inputs, by the pet that is active."""
 
     @abstractmethod
-    def predict(self, inputs: Tensor) -> Tensor:
-        """Scores `(B, C)` over `classes`."""
+    def predict(self, inputs: Inputs) -> Tensor:
+        """Scores `(B, C)` over `classes`. Where answers are texts: scores `(B, K)` of the options of each question, -inf
+        where it has fewer; or the tokens `(B, M)` of the answers, int64, where there are no options."""
 
     @abstractmethod
     def summarise(self, task: Task, batch_size: int) -> None:
         """One pass over the task's training data for what is learned from statistics, if anything is."""
+
+    def observe(self, inputs: Inputs) -> None:
+        """One pass as at prediction, for those who watch what flows through the model."""
+        self.predict(inputs)
+
+    def trained(self) -> list[nn.Parameter]:
+        """What is trained by gradient beside the pets."""
+        return []
+
+    @contextlib.contextmanager
+    def resting(self, task: Task) -> Iterator[None]:
+        """Inside the model is trained on `task`; what it has for other tasks alone ends as it began."""
+        yield
+
+    def reset(self) -> None:
+        """Forget all that was learned, but for the pets."""
+
+    def read(self, answer: Tensor) -> Any:
+        """One row of `predict` as people read it, where answers are texts."""
+        raise UsageError(f"{type(self).__name__} answers with scores of classes, not with texts")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perpetune.heads.base import Head
 from perpetune.models.backbone import Backbone
 from perpetune.models.base import Model
-from perpetune.tasks import Batch, Task
+from perpetune.tasks import Batch, Inputs, Task
 
 Mask = Literal["task", "seen", "none"]
 
@@ -27,12 +27,13 @@ class ImageClassifier(Model):
             the head, the same as `seen` unless the head was given rows ahead of its tasks.
     """
 
+    takes: ClassVar[Literal["pictures", "texts"]] = "pictures"
     mean: Tensor
     std: Tensor
 
     def __init__(self, backbone: Backbone, head: Head, *, mask: Mask = "task"):
-        super().__init__()
-        self.backbone, self.head, self.mask = backbone, head, mask
+        super().__init__(backbone)
+        self.head, self.mask = head, mask
         self.seen: list[str] = []
         for name in ("mean", "std"):
             values = torch.tensor(getattr(backbone.preprocess, name)).view(1, 3, 1, 1)
@@ -60,8 +61,15 @@ class ImageClassifier(Model):
             for p, values in zip(self.head.per_class(), before, strict=True):
                 p[others] = values
 
-    def features(self, inputs: Tensor) -> Tensor:
+    def trained(self) -> list[nn.Parameter]:
+        return list(self.head.parameters())
+
+    def reset(self) -> None:
+        self.head.reset()
+
+    def features(self, inputs: Inputs) -> Tensor:
         """Features `(B, D)` of uint8 pixels `(B, 3, H, W)`, by the pet that is active."""
+        assert isinstance(inputs, Tensor)
         pixels = (inputs.to(self.mean.dtype) / 255 - self.mean) / self.std
         features: Tensor = self.backbone(pixels)
         return features
@@ -80,7 +88,7 @@ class ImageClassifier(Model):
         columns = self.head.rows(self.seen, logits.device)
         return F.cross_entropy(logits[:, columns], torch.searchsorted(columns, rows[targets]))
 
-    def predict(self, inputs: Tensor) -> Tensor:
+    def predict(self, inputs: Inputs) -> Tensor:
         scores: Tensor = self.head(self.features(inputs))
         return scores.float()
 

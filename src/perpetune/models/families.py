@@ -1,12 +1,14 @@
-"""What each family of vision transformers calls its parts: the only place that knows.
+"""What each family of transformers calls its parts: the only place that knows.
 
 A row names where each role is found: most relative to a block, some relative to the net. Where a family has
 variants (fused or separate qkv, plain or gated MLP) a role lists its alternatives, and the first that is there counts.
+Vision transformers are known by their class. Language models are known by what is where, for most new ones name their
+parts as one of a few old ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -26,16 +28,18 @@ __all__ = [
     "family_of",
     "places",
     "roles",
+    "widths",
 ]
 
-LINEAR_ROLES = ("q", "k", "v", "proj", "fc1", "gate", "fc2")
+# `qkv` is there only where the rows of q, k and v are mixed in one layer, so that none of them can be had alone.
+LINEAR_ROLES = ("q", "k", "v", "qkv", "proj", "fc1", "gate", "fc2")
 # Roles that stand for a whole submodule whose input and output are tokens.
 MODULE_ROLES = ("attn", "mlp", "block")
 NORM_ROLES = ("norm1", "norm2", "norm")
 OPERATIONS = "operations"
 """Stands for all roles of a net that are one operation each: its linear layers, norms and the patch embedding."""
 
-# A path in the block, and which third of its output rows when the linear is a fused qkv.
+# A path in the block, and where one linear does the work of several, which of them: of q, k, v or of gate and up.
 Where = tuple[str, int | None]
 
 
@@ -45,11 +49,12 @@ class Family:
 
     Attributes:
         name: as users know it.
-        classes: names of the net's class, one of which it or a base class of it has.
+        classes: names of the net's class, one of which it or a base class of it has; none where `known_by` decides.
         blocks: path of the sequence of transformer blocks.
         roles: for each role, where it is found in a block; the first alternative that is there counts.
         once: as `roles`, for what the net has once, relative to it: the convolution that embeds patches, and the
             norm behind the last block.
+        known_by: roles that one of the blocks has to have for the net to be of the family.
     """
 
     name: str
@@ -57,6 +62,7 @@ class Family:
     blocks: str
     roles: Mapping[str, tuple[Where, ...]]
     once: Mapping[str, tuple[Where, ...]]
+    known_by: tuple[str, ...] = ()
 
 
 _TIMM: dict[str, tuple[Where, ...]] = {
@@ -100,6 +106,79 @@ _TRANSFORMERS_ONCE: dict[str, tuple[Where, ...]] = {
     "norm": (("layernorm", None), ("norm", None)),
 }
 
+# In Gemma the norm before the MLP is not the one that the others have under its old name.
+_LLAMA: dict[str, tuple[Where, ...]] = {
+    "q": (("self_attn.q_proj", None), ("self_attn.qkv_proj", 0)),
+    "k": (("self_attn.k_proj", None), ("self_attn.qkv_proj", 1)),
+    "v": (("self_attn.v_proj", None), ("self_attn.qkv_proj", 2)),
+    "proj": (("self_attn.o_proj", None), ("self_attn.dense", None), ("self_attn.out_proj", None)),
+    "fc1": (
+        ("mlp.up_proj", None),
+        ("mlp.gate_up_proj", 1),
+        ("mlp.fc1", None),
+        ("mlp.c_fc", None),
+        ("feed_forward.w3", None),
+    ),
+    "gate": (("mlp.gate_proj", None), ("mlp.gate_up_proj", 0), ("feed_forward.w1", None)),
+    "fc2": (("mlp.down_proj", None), ("mlp.fc2", None), ("mlp.c_proj", None), ("feed_forward.w2", None)),
+    "attn": (("self_attn", None),),
+    "mlp": (("mlp", None), ("feed_forward", None)),
+    "block": (("", None),),
+    "norm1": (("input_layernorm", None), ("operator_norm", None)),
+    "norm2": (("pre_feedforward_layernorm", None), ("post_attention_layernorm", None), ("ffn_norm", None)),
+}
+
+_LLAMA_ONCE: dict[str, tuple[Where, ...]] = {
+    "norm": (("norm", None), ("final_layernorm", None), ("embedding_norm", None)),
+}
+
+_OPT: dict[str, tuple[Where, ...]] = {
+    "q": (("self_attn.q_proj", None),),
+    "k": (("self_attn.k_proj", None),),
+    "v": (("self_attn.v_proj", None),),
+    "proj": (("self_attn.out_proj", None),),
+    "fc1": (("fc1", None),),
+    "fc2": (("fc2", None),),
+    "attn": (("self_attn", None),),
+    "block": (("", None),),
+    "norm1": (("self_attn_layer_norm", None),),
+    "norm2": (("final_layer_norm", None),),
+}
+
+_GPT: dict[str, tuple[Where, ...]] = {
+    "q": (("attn.c_attn", 0), ("attn.q_proj", None), ("attn.attention.q_proj", None)),
+    "k": (("attn.c_attn", 1), ("attn.k_proj", None), ("attn.attention.k_proj", None)),
+    "v": (("attn.c_attn", 2), ("attn.v_proj", None), ("attn.attention.v_proj", None)),
+    "proj": (("attn.c_proj", None), ("attn.out_proj", None), ("attn.attention.out_proj", None)),
+    "fc1": (("mlp.c_fc", None), ("mlp.fc_in", None)),
+    "fc2": (("mlp.c_proj", None), ("mlp.fc_out", None)),
+    "attn": (("attn", None),),
+    "mlp": (("mlp", None),),
+    "block": (("", None),),
+    "norm1": (("ln_1", None),),
+    "norm2": (("ln_2", None),),
+}
+
+# One layer gives q, k and v of the first head, then those of the second, and so on.
+_BY_HEAD: dict[str, tuple[Where, ...]] = {
+    "qkv": tuple(
+        (path, None)
+        for path in ("attention.query_key_value", "self_attention.query_key_value", "self_attn.query_key_value")
+    ),
+    "proj": (("attention.dense", None), ("self_attention.dense", None), ("self_attn.dense", None)),
+    "fc1": (("mlp.dense_h_to_4h", None),),
+    "fc2": (("mlp.dense_4h_to_h", None),),
+    "attn": (("attention", None), ("self_attention", None), ("self_attn", None)),
+    "mlp": (("mlp", None),),
+    "block": (("", None),),
+    "norm1": (("input_layernorm", None), ("ln_attn", None)),
+    "norm2": (("post_attention_layernorm", None), ("ln_mlp", None)),
+}
+
+_GPT_ONCE: dict[str, tuple[Where, ...]] = {
+    "norm": (("ln_f", None), ("final_layer_norm", None), ("final_layernorm", None)),
+}
+
 FAMILIES = (
     Family("timm VisionTransformer", ("VisionTransformer", "VisionTransformerRelPos"), "blocks", _TIMM, _TIMM_ONCE),
     Family("timm Eva", ("Eva",), "blocks", _TIMM, _TIMM_ONCE),
@@ -114,6 +193,19 @@ FAMILIES = (
         _TRANSFORMERS_ONCE,
     ),
     Family("transformers DINOv3", ("DINOv3ViTModel",), "model.layer", _TRANSFORMERS, _TRANSFORMERS_ONCE),
+    # Its fused layer is a linear one that looks like GPT-2's and may be mixed by head.
+    Family(
+        "GPT-BigCode",
+        ("GPTBigCodeModel",),
+        "h",
+        {"qkv": (("attn.c_attn", None),), **{r: at for r, at in _GPT.items() if r not in ("q", "k", "v")}},
+        _GPT_ONCE,
+    ),
+    Family("GPT-NeoX", (), "layers", _BY_HEAD, _GPT_ONCE, ("qkv", "proj")),
+    Family("Bloom and Falcon", (), "h", _BY_HEAD, _GPT_ONCE, ("qkv", "proj")),
+    Family("OPT", (), "layers", _OPT, _GPT_ONCE, ("q", "proj", "fc1", "fc2")),
+    Family("Llama and its kin", (), "layers", _LLAMA, _LLAMA_ONCE, ("q", "proj")),
+    Family("GPT-2 and its kin", (), "h", _GPT, _GPT_ONCE, ("q", "proj")),
 )
 
 
@@ -127,9 +219,18 @@ class LinearLike(Protocol):
 
 @runtime_checkable
 class NormLike(Protocol):
-    """What counts as a norm over the width of the tokens: torch's, timm's, anybody's."""
+    """What counts as a norm over the width of the tokens: torch's, timm's, anybody's; `_norm_width` knows others."""
 
     normalized_shape: Sequence[int]
+
+
+def widths(module: nn.Module) -> tuple[int, int] | None:
+    """Widths of input and output of a linear layer, GPT-2's `Conv1D` among them; None for what is none."""
+    if isinstance(module, LinearLike):
+        return module.in_features, module.out_features
+    if type(module).__name__ == "Conv1D" and isinstance(weight := getattr(module, "weight", None), nn.Parameter):
+        return weight.shape[0], weight.shape[1]
+    return None
 
 
 def family_of(net: nn.Module) -> tuple[str, Family]:
@@ -141,16 +242,16 @@ def family_of(net: nn.Module) -> tuple[str, Family]:
     for path, module in _bare_modules(net):
         bases = {base.__name__ for base in type(module).__mro__}
         for family in FAMILIES:
-            if bases.intersection(family.classes):
+            if bases.intersection(family.classes) or (family.known_by and _looks_like(module, family)):
                 return path, family
     known = ", ".join(family.name for family in FAMILIES)
     raise UsageError(f"{type(net).__name__} is of no family whose parts are known by role: {known}")
 
 
 def roles(net: nn.Module) -> tuple[str, ...]:
-    """The roles that the blocks of `net` have, then those of the net itself; UsageError for an unknown family."""
+    """The roles that any block of `net` has, then those of the net itself; UsageError for an unknown family."""
     _, blocks, family = _blocks(net)
-    return (*_has(blocks[0], family.roles), *_has(_transformer(net)[1], family.once))
+    return (*_has(blocks, family.roles), *_has([_transformer(net)[1]], family.once))
 
 
 def places(net: nn.Module, roles: Sequence[str], blocks: Sequence[int] | None = None) -> list[Place]:
@@ -158,27 +259,29 @@ def places(net: nn.Module, roles: Sequence[str], blocks: Sequence[int] | None = 
 
     Roles that share one linear layer share one place with several parts. Negative block numbers
     count from the end. What the net has once comes last, whatever `blocks` are asked for; its block is -1.
-    The role `operations` stands for every linear layer, norm and patch embedding that the net has.
+    The role `operations` stands for every linear layer, norm and patch embedding that the net has. Where blocks are
+    of several kinds (with and without attention, with and without experts) those that lack a role are passed over.
 
     Raises:
-        UsageError: a net of unknown family, a role it lacks, or a block it does not have.
+        UsageError: a net of unknown family, a role that none of the blocks has, or a block that is not there.
     """
     start, modules, family = _blocks(net)
     path, transformer = _transformer(net)
+    asked = list(range(len(modules))) if blocks is None else _checked(blocks, len(modules))
+    there = (*_has([modules[block] for block in asked], family.roles), *_has([transformer], family.once))
     if OPERATIONS in roles:
-        there = (*_has(modules[0], family.roles), *_has(transformer, family.once))
         roles = [*(r for r in roles if r != OPERATIONS), *(r for r in there if r not in MODULE_ROLES)]
     once = [r for r in family.once if r in roles]
     roles = [r for r in roles if r not in once]
+    for role in roles:
+        if asked and role not in there:
+            raise UsageError(f"{family.name}: block {asked[0]} has no role {role!r}; it has {', '.join(there)}")
     found: list[Place] = []
-    for block in range(len(modules)) if blocks is None else _checked(blocks, len(modules)):
+    for block in asked:
         at: dict[str, list[tuple[str, int | None, nn.Module]]] = {}
-        for role in [r for r in family.roles if r in roles] + [r for r in roles if r not in family.roles]:
-            where = _find(modules[block], family.roles, role)
-            if where is None:
-                has = (*_has(modules[block], family.roles), *_has(transformer, family.once))
-                raise UsageError(f"{family.name}: block {block} has no role {role!r}; it has {', '.join(has)}")
-            at.setdefault(where[0], []).append((role, *where[1:]))
+        for role in [r for r in family.roles if r in roles]:
+            if (where := _find(modules[block], family.roles, role)) is not None:
+                at.setdefault(where[0], []).append((role, *where[1:]))
         for inner, played in at.items():
             full = f"{start}.{block}.{inner}" if inner else f"{start}.{block}"
             found.append(_place(full, played, block, modules, family))
@@ -221,53 +324,99 @@ def _transformer(net: nn.Module) -> tuple[str, nn.Module]:
     return path, module
 
 
+def _looks_like(module: nn.Module, family: Family) -> bool:
+    """Whether `module` has blocks where the family has them, one of which has the roles it is known by."""
+    sequence = submodule(module, family.blocks)
+    if not isinstance(sequence, nn.ModuleList):
+        return False
+    blocks = (submodule(sequence, str(i)) for i in range(len(sequence)))
+    return any(b is not None and all(_find(b, family.roles, role) for role in family.known_by) for b in blocks)
+
+
 def _find(
     module: nn.Module, table: Mapping[str, tuple[Where, ...]], role: str
 ) -> tuple[str, int | None, nn.Module] | None:
-    for path, third in table.get(role, ()):
+    for path, nth in table.get(role, ()):
         found = submodule(module, path)
         if found is not None and _fits(found, role):
-            return path, third, found
+            return path, nth, found
     return None
 
 
-def _has(module: nn.Module, table: Mapping[str, tuple[Where, ...]]) -> tuple[str, ...]:
-    return tuple(role for role in table if _find(module, table, role) is not None)
+def _has(modules: Iterable[nn.Module], table: Mapping[str, tuple[Where, ...]]) -> tuple[str, ...]:
+    """The roles that any of `modules` has."""
+    return tuple(role for role in table if any(_find(module, table, role) is not None for module in modules))
 
 
 def _fits(module: nn.Module, role: str) -> bool:
     """Whether it is of the kind that plays the role: a family may have `Identity` where another has a norm."""
     if role in NORM_ROLES:
-        return isinstance(module, NormLike)
+        return _norm_width(module) is not None
     if role == "patch":
         return isinstance(module, nn.Conv2d)
-    return role in MODULE_ROLES or isinstance(module, LinearLike)
+    return role in MODULE_ROLES or widths(module) is not None
+
+
+def _norm_width(module: nn.Module) -> int | None:
+    """Width of the tokens that a norm takes, None for what is none.
+
+    RMSNorm has no one class: each model brings its own, which says its width by its weight alone.
+    """
+    if isinstance(module, NormLike):
+        return module.normalized_shape[-1]
+    weight = getattr(module, "weight", None)
+    named = type(module).__name__.endswith("Norm") and not list(module.children())
+    return len(weight) if named and isinstance(weight, nn.Parameter) and weight.dim() == 1 else None
 
 
 def _place(
     path: str, played: list[tuple[str, int | None, nn.Module]], block: int, modules: list[nn.Module], family: Family
 ) -> Place:
-    """The place at `path` of one module and the roles it plays, each with the third it has."""
-    names, module = tuple(role for role, _, _ in played), played[0][2]
+    """The place at `path` of one module and the roles it plays, each with which part of it it has."""
+    module, names = played[0][2], tuple(role for role, _, _ in played)
     if names[0] in MODULE_ROLES:
         width = _width(modules[block], family)
         return Place(path, module, names, (), block, width, width, _heads(modules[block], family), len(modules))
     if isinstance(module, nn.Conv2d):
         return Place(path, module, names, (), block, module.in_channels, module.out_channels)
-    if isinstance(module, NormLike):
-        width = module.normalized_shape[-1]
+    if (linear := widths(module)) is None:
+        width = _norm_width(module) or 0
         return Place(path, module, names, (), block, width, width)
-    assert isinstance(module, LinearLike)
-    rows, third = module.out_features, module.out_features // 3
-    parts = sorted((0, rows) if nth is None else (nth * third, (nth + 1) * third) for _, nth, _ in played)
-    return Place(path, module, names, tuple(parts), block, module.in_features, rows)
+    parts = {role: _rows(role, nth, linear[1], modules[block], family) for role, nth, _ in played}
+    names = tuple(sorted(names, key=lambda role: parts[role]))
+    return Place(path, module, names, tuple(parts[role] for role in names), block, *linear)
+
+
+def _rows(role: str, nth: int | None, rows: int, block: nn.Module, family: Family) -> tuple[int, int]:
+    """From which to which row of a linear layer's output the role goes, where it is the `nth` in it."""
+    if nth is None:
+        return 0, rows
+    sizes = _qkv(rows, block, family) if role in ("q", "k", "v") else (rows // 2, rows // 2)
+    return sum(sizes[:nth]), sum(sizes[: nth + 1])
+
+
+def _qkv(rows: int, block: nn.Module, family: Family) -> tuple[int, int, int]:
+    """Rows of q, k and v in one layer: k and v have fewer where they have fewer heads than q."""
+    found = _find(block, family.roles, "attn")
+    config = getattr(found[2], "config", None) if found is not None else None
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int):
+        return rows // 3, rows // 3, rows // 3
+    pairs = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // heads
+    if (heads + 2 * pairs) * width != rows:
+        raise UsageError(
+            f"{family.name}: a fused qkv has {rows} rows, and {heads} + 2 * {pairs} heads of width {width} are "
+            f"{(heads + 2 * pairs) * width}; use roles such as proj, fc1, fc2"
+        )
+    return heads * width, pairs * width, pairs * width
 
 
 def _width(block: nn.Module, family: Family) -> int:
     """Width of the tokens that the block, its attention and its MLP take in and give out."""
-    for role in ("q", "fc1"):
-        if (found := _find(block, family.roles, role)) is not None and isinstance(found[2], LinearLike):
-            return found[2].in_features
+    for role in ("q", "qkv", "fc1"):
+        if (found := _find(block, family.roles, role)) is not None and (linear := widths(found[2])) is not None:
+            return linear[0]
     raise UsageError(f"{family.name}: the block has neither a q nor an fc1 that is a linear layer")
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,13 @@ KNOWN = (
     "facebook/vit-msn-base",
     "facebook/dinov3-vits16-pretrain-lvd1689m",
     "facebook/dinov3-vitb16-pretrain-lvd1689m",
+    "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "Qwen/Qwen3-0.6B",
+    "meta-llama/Llama-3.2-1B",
+    "google/gemma-3-1b-it",
+    "EleutherAI/pythia-160m",
+    "openai-community/gpt2",
+    "facebook/opt-125m",
 )
 
 # Tensors of heads that a checkpoint may hold and a feature extractor has no use for.
@@ -57,16 +65,22 @@ PREPROCESSOR = "preprocessor_config.json"
 FILTERS: dict[int, Interpolation] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
-def load(spec: str, source: str, *, pretrained: bool, image_size: int | None) -> Backbone:
-    """The model at `source`, a folder or an id on the hub; safetensors only.
+def load(spec: str, source: str, config: Any = None, *, pretrained: bool, image_size: int | None) -> Backbone:
+    """The vision transformer at `source`, a folder or an id on the hub; safetensors only.
+
+    Args:
+        config: what `config_of` has read there, where that was done already.
 
     Raises:
         UsageError: there is no such model, or it is of a family whose features are not defined here.
         PerpetuneError: the tensors in the checkpoint are not those of the model; names them.
     """
-    config = _config(spec, source)
+    config = config or config_of(spec, source)
     if config.model_type not in FAMILIES:
-        raise UsageError(f"{spec}: a {config.model_type!r} model cannot be used; one of {', '.join(FAMILIES)} can")
+        raise UsageError(
+            f"{spec}: a {config.model_type!r} model cannot be used; one of {', '.join(FAMILIES)} can, and causal "
+            "language models"
+        )
     preprocess = _preprocess(spec, source, config, image_size)
     net = _pretrained(spec, source, config) if pretrained else _random(config)
     told = FAMILIES[config.model_type] and preprocess.size != _side(spec, config.image_size)
@@ -80,16 +94,25 @@ def class_token(net: nn.Module, pixels: Tensor, **options: Any) -> Tensor:
     return tokens[:, 0]
 
 
-def _config(spec: str, source: str) -> Any:
+def config_of(spec: str, source: str, **where: str) -> Any:
+    """The config of the model at `source`, a folder or an id on the hub.
+
+    Args:
+        where: `gguf_file`, where it is such a file in the folder or repository.
+
+    Raises:
+        UsageError: there is none, or transformers cannot read it.
+    """
     from transformers import AutoConfig
 
     if not Path(source).is_dir() and source.count("/") != 1:
         raise UsageError(f"{spec}: no such folder, and an id on the hub is OWNER/NAME; {closest(source, KNOWN)}")
     try:
-        return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
+        return AutoConfig.from_pretrained(source, **where)
+    except (OSError, ValueError, KeyError, IndexError, struct.error) as error:  # the last two: torn GGUF files
         if Path(source).is_dir():
-            raise UsageError(f"{spec}: {one_line(error)}") from error
+            said = "the file is torn: " if isinstance(error, IndexError | struct.error) else ""
+            raise UsageError(f"{spec}: {said}{one_line(error)}") from error
         reason = one_line(error).partition(". ")[0]
         raise UsageError(
             f"{spec}: no such folder, and not to be had from the hub or its cache ({reason}); {closest(source, KNOWN)}"
@@ -112,7 +135,7 @@ def _pretrained(spec: str, source: str, config: Any) -> nn.Module:
     from transformers import AutoModel
 
     try:
-        with _quiet():
+        with quiet():
             net, report = AutoModel.from_pretrained(
                 source,
                 config=config,
@@ -126,20 +149,33 @@ def _pretrained(spec: str, source: str, config: Any) -> nn.Module:
         raise PerpetuneError(f"{spec}: its safetensors file cannot be read: {one_line(error)}") from error
     except (OSError, ValueError, RuntimeError) as error:
         raise PerpetuneError(f"{spec}: {one_line(error)}") from error
+    check_report(spec, report, HEADS)
+    loaded: nn.Module = net
+    return loaded
+
+
+def check_report(spec: str, report: Mapping[str, Any], ignored: tuple[str, ...] = ()) -> None:
+    """Raise what transformers has noted while it loaded tensors.
+
+    Args:
+        report: its `output_loading_info`.
+        ignored: what the names of tensors begin with that may be there beside those of the model.
+
+    Raises:
+        PerpetuneError: the checkpoint has too few tensors, too many or others; names up to eight of each.
+    """
     faults = {
         "missing": sorted(report["missing_keys"]),
-        "unexpected": sorted(name for name in report["unexpected_keys"] if not name.startswith(HEADS)),
+        "unexpected": sorted(name for name in report["unexpected_keys"] if not name.startswith(ignored)),
         "of another shape": sorted(str(entry[0]) for entry in report["mismatched_keys"]),
     }
     if any(faults.values()):
         said = "; ".join(f"{what}: {', '.join(names[:8])}" for what, names in faults.items() if names)
         raise PerpetuneError(f"{spec}: the checkpoint does not hold this model's tensors; {said}")
-    loaded: nn.Module = net
-    return loaded
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bar and no loading report from transformers: what is wrong is raised instead."""
     from transformers.utils import logging
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ class Preprocess:
         crop: share of the resized picture that the centre crop keeps; None squeezes the whole
             picture into the square without a crop.
     """
+
+    takes: ClassVar[Literal["pictures"]] = "pictures"
 
     size: int
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)

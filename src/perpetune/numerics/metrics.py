@@ -11,13 +11,20 @@ a mean over nothing is None.
 Sources: Lopez-Paz & Ranzato 2017 (arXiv 1706.08840) for the matrix and both transfers; Chaudhry et
 al. 2018 (arXiv 1801.10112) for forgetting; Rebuffi et al. 2017 (arXiv 1611.07725) for the average of
 the accuracies after each task, called average incremental accuracy.
+
+Where answers are not right or wrong but scored in [0, 1] (`numerics.text_scores`), an accuracy is the mean score.
+
+TRACE (Wang et al. 2023, arXiv 2310.06762) and TreeLoRA call the mean of row n overall performance, OP_n: this is
+`final_accuracy` after n tasks, `over_time(final_accuracy, A)` for every n, and its mean over n is `average_accuracy`.
+Their BWT is `backward_transfer(A, divisor="all")`: see there for signs and variants.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal
 
-from typing_extensions import TypedDict  # pydantic reads no other before Python 3.12
+from typing_extensions import NotRequired, TypedDict  # pydantic reads no other before Python 3.12
 
 Matrix = Sequence[Sequence["float | None"]]
 
@@ -26,13 +33,16 @@ class Cell(TypedDict):
     """The answers on one task's test data after one task: what an accuracy is made of.
 
     Attributes:
-        correct, total: number of right answers and of test examples.
+        correct, total: number of right answers and of test examples. Where answers are not right or wrong, `correct`
+            is the sum of their scores, each in [0, 1].
         per_class: the same two numbers, `[correct, total]`, for each class name.
+        score: name of the score of each answer (`numerics.text_scores`); absent where a class is asked for.
     """
 
-    correct: int
+    correct: float
     total: int
-    per_class: Mapping[str, Sequence[int]]
+    per_class: Mapping[str, Sequence[float]]
+    score: NotRequired[str]
 
 
 Cells = Sequence[Sequence["Cell | None"]]
@@ -84,13 +94,26 @@ def task_forgetting(A: Matrix, j: int) -> float | None:
     return max(before) - now if before and now is not None else None
 
 
-def backward_transfer(A: Matrix) -> float | None:
-    """What later tasks did to earlier ones: `mean_{j < T} (A[T][j] - A[j][j])`, not clipped at zero.
+def backward_transfer(
+    A: Matrix, *, divisor: Literal["earlier", "all"] = "earlier", clipped: bool = False
+) -> float | None:
+    """What later tasks did to earlier ones: `mean_{j < T} (A[T][j] - A[j][j])`; below zero is forgetting.
 
-    None with fewer than two tasks. A task counts when both of its cells are measured.
+    A task counts when both of its cells are measured. None where no task counts: with the divisor `earlier` also with
+    fewer than two tasks.
+
+    The sign is that of Lopez-Paz & Ranzato and TRACE. The TreeLoRA paper prints the opposite, and its released code has
+    `divisor="all", clipped=True`, which hides every gain.
+
+    Args:
+        A: the accuracy matrix.
+        divisor: over how many tasks the mean is. `earlier`: the `T` before the last (Lopez-Paz & Ranzato). `all`: the
+            last task too, which can only add 0 (TRACE; TreeLoRA, section 2); the figure is `T / (T + 1)` of the other.
+        clipped: what improved counts as 0.
     """
     last = len(A) - 1
-    return _mean(_difference(_at(A, last, j), _at(A, j, j)) for j in range(last))
+    changes = (_difference(_at(A, last, j), _at(A, j, j)) for j in range(last + (divisor == "all")))
+    return _mean(min(change, 0.0) if clipped and change is not None else change for change in changes)
 
 
 def forward_transfer(A: Matrix, classes: Sequence[int]) -> float | None:
@@ -118,19 +141,19 @@ def over_time(metric: Callable[[Matrix], float | None], A: Matrix) -> list[float
 
 
 def pooled_accuracy(cells: Cells) -> float | None:
-    """Share of right answers over the test examples of all tasks learned, after the last one:
+    """Share of right answers (mean score) over the test examples of all tasks learned, after the last one:
     `sum_{j <= T} correct[T][j] / sum_{j <= T} total[T][j]`, over measured cells."""
     row = seen_cells(cells)
     return _ratio(sum(c["correct"] for c in row), sum(c["total"] for c in row))
 
 
-def per_class_counts(cells: Iterable[Cell]) -> dict[str, tuple[int, int]]:
+def per_class_counts(cells: Iterable[Cell]) -> dict[str, tuple[float, int]]:
     """(correct, total) of each class over the cells given; a class met in several tasks is summed."""
-    counts: dict[str, tuple[int, int]] = {}
+    counts: dict[str, tuple[float, int]] = {}
     for cell in cells:
         for name, (correct, total) in cell["per_class"].items():
             so_far = counts.get(name, (0, 0))
-            counts[name] = (so_far[0] + correct, so_far[1] + total)
+            counts[name] = (so_far[0] + correct, so_far[1] + int(total))
     return counts
 
 
@@ -180,7 +203,7 @@ def _difference(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None else a - b
 
 
-def _ratio(correct: int, total: int) -> float | None:
+def _ratio(correct: float, total: int) -> float | None:
     return correct / total if total else None
 
 

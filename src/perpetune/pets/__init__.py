@@ -18,9 +18,11 @@ from perpetune.pets.base import (
     using,
     walk,
 )
+from perpetune.pets.lora import LoRA
 
 __all__ = [
     "PET",
+    "LoRA",
     "Place",
     "Slot",
     "copy_set",

@@ -2,7 +2,7 @@
 
 A `Slot` stands where a frozen submodule stood. The active PET decides how that submodule is called,
 so a PET is a few lines and knows nothing of the net. A net can carry several named sets of PETs;
-`using` says which one is in force, and none is unless it says so.
+`using` says which one is in force, or which several, and none is unless it says so.
 
 Paths in this module name a submodule as if no slot were there: `blocks.0.attn.qkv`, wrapped or not.
 """
@@ -15,6 +15,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, TypeGuard, TypeVar
 
 import torch
@@ -25,6 +26,8 @@ from perpetune.numerics.projection import Operand
 
 Conditions = Literal["exact", "paper"]
 Module = TypeVar("Module", bound=nn.Module)
+Active = str | tuple[str, ...] | None
+"""The PETs in force in a slot: one, several of which the last is the outermost, or none."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,8 @@ class _TypeOnly:
 class Slot(nn.Module):
     """Stands where `base` stood; calls it through the active PET, or plainly when there is none.
 
+    Of several active PETs each calls the one before it as its base, the first the frozen submodule itself.
+
     It does not pass on attributes such as `weight`: code that reads them instead of calling the
     module would silently leave the PET out, and fails loudly this way. The `weight` of a convolution tells
     its type and no more, for transformers asks the patch embedding which type its input has to be of.
@@ -146,12 +151,20 @@ class Slot(nn.Module):
         super().__init__()
         self.base = base
         self.pets = nn.ModuleDict()
-        self.active: str | None = None
+        self.active: Active = None
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.active is None:
-            return self.base(x, *args, **kwargs)
-        return self.pets[self.active](self.base, x, *args, **kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not args and "hidden_states" in kwargs:  # so transformers calls the attention of most language models
+            args = (kwargs.pop("hidden_states"),)
+        active = self.active
+        if active is None:
+            return self.base(*args, **kwargs)
+        if isinstance(active, str):
+            return self.pets[active](self.base, *args, **kwargs)
+        call: Callable[..., Any] = self.base
+        for name in active:
+            call = partial(self.pets[name], call)
+        return call(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight" and isinstance(base := self._modules.get("base"), nn.Conv2d):
@@ -167,6 +180,12 @@ class Slot(nn.Module):
         pet = self.pets[name]
         assert isinstance(pet, PET)
         return pet
+
+    def activate(self, names: Active) -> None:
+        """Put in force those of the PETs named that are here."""
+        given = (names,) if isinstance(names, str) else names or ()
+        here = tuple(name for name in given if name in self.pets)
+        self.active = here if len(here) > 1 else here[0] if here else None
 
 
 def inject(root: nn.Module, places: Sequence[Place], make: Callable[[Place], PET], name: str = "default") -> list[PET]:
@@ -260,7 +279,7 @@ def remove(root: nn.Module, name: str) -> None:
     _known(root, name)
     for path, slot in [found for found in slots(root) if name in found[1].pets]:
         del slot.pets[name]
-        slot.active = None if slot.active == name else slot.active
+        slot.activate(slot.active)
         if not slot.pets:
             _set_at(root, path, slot.base)
 
@@ -297,22 +316,27 @@ def fold(root: nn.Module, name: str) -> int:
 
 
 @contextlib.contextmanager
-def using(root: nn.Module, name: str | None) -> Iterator[None]:
-    """Inside, the PETs of the set `name` are in force and no others; None: the bare frozen net.
+def using(root: nn.Module, names: str | Sequence[str] | None) -> Iterator[None]:
+    """Inside, the PETs of a set are in force and no others; None: the bare frozen net.
+
+    Of several sets all are in force. Where more than one has a PET around the same submodule, the PET of the later set
+    calls that of the earlier as its base, so updates that are added, such as LoRA's, add up. A PET that asks of which
+    kind its base is (a prompt in attention) has to be of the first.
 
     Raises:
         UsageError: there is no such set; names those there are.
     """
-    if name is not None:
+    wanted = names if names is None or isinstance(names, str) else tuple(names)
+    for name in (wanted,) if isinstance(wanted, str) else wanted or ():
         _known(root, name)
     before = [(slot, slot.active) for _, slot in slots(root)]
     try:
         for slot, _ in before:
-            slot.active = name if name is not None and name in slot.pets else None
+            slot.activate(wanted)
         yield
     finally:
         for slot, active in before:
-            slot.active = active if active is not None and active in slot.pets else None
+            slot.activate(active)
 
 
 def submodule(root: nn.Module, path: str) -> nn.Module | None:

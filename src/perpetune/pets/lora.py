@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perpetune.errors import UsageError
+from perpetune.numerics.lowrank import Factors
 from perpetune.numerics.projection import Operand
 from perpetune.pets.base import PET, Conditions, Place, Site, is_plain, with_values
 
@@ -20,6 +22,11 @@ class LoRA(PET):
     `A` is `(P r, d_in)` and `B` `(d_out, P r)`. `P` is the number of parts of the layer that are tuned: 1
     for a linear of its own, 2 for q and v in a fused qkv. Each part has its own `r` rows of `A` and its
     own block of `B`; rows of the output that belong to no part stay as they are. `B` starts at zero.
+
+    `A` and `B` are float32 whatever the frozen layer is, for a step of the optimizer may be smaller than bfloat16 can
+    tell. Products are taken in the type of the input, as under autocast. PEFT keeps the same type and, without
+    autocast, also multiplies in it, which takes a float32 copy of every input; its result differs in the last bits of
+    a half-precision output.
 
     Args:
         rank: `r`, of each part.
@@ -56,20 +63,23 @@ class LoRA(PET):
         self.rank, self.dropout, self.d_out, self.parts = rank, dropout, place.d_out, place.parts
         self.scale = alpha / (math.sqrt(rank) if rslora else rank)
         self.down = nn.Parameter(torch.empty(len(place.parts) * rank, place.d_in))
-        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5), generator=generator)
-        self.up = nn.ParameterList([torch.zeros(stop - start, rank) for start, stop in place.parts])
+        self.up = nn.ParameterList([torch.empty(stop - start, rank) for start, stop in place.parts])
+        self.restart(generator)
 
     def forward(self, base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y: Tensor = base(x, *args, **kwargs)  # (..., d_out)
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        down = F.linear(x, self.down)  # (..., P r)
+        down = F.linear(x, self.down.to(x.dtype))  # (..., P r)
         if self.watch is not None:
             self.seen("down", x)
             for i, rows in enumerate(down.split(self.rank, dim=-1)):
                 self.seen(f"up.{i}", rows)
         # One pass over the wide output: the scale and the sum are part of the product.
         flat: Tensor = torch.addmm(
-            y.reshape(-1, self.d_out), down.reshape(-1, len(self.down)), self.up_matrix().t(), alpha=self.scale
+            y.reshape(-1, self.d_out),
+            down.reshape(-1, len(self.down)).to(y.dtype),
+            self.up_matrix().t().to(y.dtype),
+            alpha=self.scale,
         )
         return flat.view(y.shape)
 
@@ -86,11 +96,47 @@ class LoRA(PET):
         rows.append(self.down.new_zeros(self.d_out - end, len(self.down)))
         return torch.cat(rows)
 
+    def factors(self) -> list[Factors]:
+        """`B (rows, r)` and `A (r, d_in)` of each part; `s B A` is what it adds to the layer's weight."""
+        return list(zip(self.up, self.down.split(self.rank), strict=True))
+
+    @torch.no_grad()
+    def set_factors(self, factors: Sequence[Factors]) -> None:
+        """Overwrite them."""
+        for (up, down), (new_up, new_down) in zip(self.factors(), factors, strict=True):
+            up.copy_(new_up)
+            down.copy_(new_down)
+
+    @torch.no_grad()
+    def restart(self, generator: torch.Generator) -> None:
+        """Values as newly made: `A` drawn, `B` zero; the generator is one of the CPU."""
+        drawn = torch.empty(self.down.shape)
+        nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+        self.down.copy_(drawn)
+        for up in self.up:
+            up.zero_()
+
+    @torch.no_grad()
+    def resize(self, rank: int) -> None:
+        """Make room for another rank at the same scale: values are zero then, to be set.
+
+        Where it has that rank already, nothing is done.
+        """
+        if rank == self.rank:
+            return
+        trained = self.down.requires_grad
+        self.down = nn.Parameter(self.down.new_zeros(len(self.parts) * rank, self.down.shape[1]), trained)
+        self.up = nn.ParameterList([nn.Parameter(up.new_zeros(len(up), rank), trained) for up in self.up])
+        self.rank = rank
+
     def fold(self, base: nn.Module) -> nn.Module | None:
-        """A linear layer of weight `W + s B A`; dropout is for training only."""
-        if not is_plain(base, nn.Linear):
-            return None
-        return with_values(base, base.weight + self.scale * (self.up_matrix() @ self.down), base.bias)
+        """A linear layer of weight `W + s B A`, or GPT-2's `Conv1D` of its transpose; dropout is for training only."""
+        update = self.scale * (self.up_matrix() @ self.down)
+        if is_plain(base, nn.Linear):
+            return with_values(base, base.weight + update, base.bias)
+        if f"{type(base).__module__}.{type(base).__name__}" == "transformers.pytorch_utils.Conv1D":
+            return with_values(base, base.get_parameter("weight") + update.t(), base.get_parameter("bias"))
+        return None
 
     def sites(self, conditions: Conditions = "exact") -> list[Site]:
         """`A` by the inputs `x`, `B` by `A x`: `(B + ΔB)(A + ΔA) x = B A x`; PEGP eq. 13, 14, which are exact here."""

@@ -158,6 +158,8 @@ class Watch:
             rows = rows.transpose(1, 2)  # (B, N, groups, width)
         if self.mask is not None and rows.dim() > 2 and rows.shape[:2] == self.mask.shape:
             rows = rows[self.mask]
+        elif self.mask is not None and rows.dim() == 2 and self.mask.shape[1] > 1 and len(rows) == self.mask.numel():
+            rows = rows[self.mask.flatten()]  # some nets (OPT's MLP) take the tokens of all texts as one
         elif rows.dim() == 4:
             rows = rows.flatten(0, 1)
         rows = rows.transpose(0, 1) if groups else rows.reshape(-1, rows.shape[-1])

@@ -11,11 +11,11 @@ from perpetune.report import form
 from perpetune.report.results_schema import Results
 
 MEANING = (
-    "The method can answer in several ways; each was tried on the same test images. The first is its answer, of which "
+    "The method can answer in several ways; each was tried on the same test data. The first is its answer, of which "
     "all other figures here are."
 )
 GAUGES = (
-    "How the answer came about: the mean over the test images of the task just learned, and of the earlier tasks "
+    "How the answer came about: the mean over the test data of the task just learned, and of the earlier tasks "
     "(each task counts alike), after each task."
 )
 
@@ -96,14 +96,17 @@ def gauges_told(results: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _others(cell: Mapping[str, Any]) -> Mapping[str, int]:
-    others: Mapping[str, int] = cell.get("others", {})
+def _others(cell: Mapping[str, Any]) -> Mapping[str, float]:
+    others: Mapping[str, float] = cell.get("others", {})
     return others
 
 
 def _cell(cell: Mapping[str, Any], name: str) -> Cell | None:
     right = _others(cell).get(name)
-    return None if right is None else {"correct": right, "total": cell["total"], "per_class": {}}
+    if right is None:
+        return None
+    answered: Cell = {"correct": right, "total": cell["total"], "per_class": {}}
+    return {**answered, "score": cell["score"]} if "score" in cell else answered
 
 
 def _mean(cells: list[dict[str, float]], name: str) -> float | None:

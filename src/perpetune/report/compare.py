@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 from perpetune.errors import UsageError
 from perpetune.report import answers, drift, form, protected, tables
 from perpetune.report.effects import Effect, answer_effect, effects
-from perpetune.report.results_schema import Results, checked
+from perpetune.report.results_schema import Results, TaskInfo, checked
 from perpetune.report.spread import Spread, spread
 
 # Settings that name a run or say where it happens; they change no figure that is compared here.
@@ -67,9 +67,11 @@ class Comparison(TypedDict):
         best: for each figure the numbers of the best rows; empty where rows cannot be ranked.
         effects: of each setting in which rows differ and differ alone, what it changes.
         notes: reasons why rows should not be read against each other as they stand.
+        measure: `score` where the answers of any run are scored, else `accuracy`.
     """
 
     format: int
+    measure: str
     rows: list[ComparisonRow]
     settings: list[str]
     best: dict[str, list[int]]
@@ -123,6 +125,7 @@ def compare(runs: Sequence[Mapping[str, Any]], names: Sequence[str] | None = Non
     best = {key: _best(rows, key) if rankable and len(rows) > 1 else [] for key in rows[0]["metrics"]}
     return {
         "format": 1,
+        "measure": "score" if any(tables.measure(run) == "score" for run in results) else "accuracy",
         "rows": rows,
         "settings": settings,
         "best": best,
@@ -171,7 +174,7 @@ def _identity(run: Results) -> str:
     if _given(run):
         data = _data(run)
     else:  # the seed orders the classes and draws the examples
-        data = [sorted(_classes(run)), len(tasks), sum(task["train"] for task in tasks), _examples(run)]
+        data = [sorted(_content(run)), len(tasks), sum(task["train"] for task in tasks), _examples(run)]
     return json.dumps([run["setting"], _flat(run["recipe"]), len(run["cells"]), data], sort_keys=True)
 
 
@@ -268,6 +271,15 @@ def _classes(run: Results) -> set[str]:
     return {name for task in run["tasks"] for name in task["classes"]}
 
 
+def _parts(task: TaskInfo) -> set[str]:
+    """What a task is of: its classes, or itself where its answers are free text."""
+    return set(task["classes"]) or {task["name"]}
+
+
+def _content(run: Results) -> set[str]:
+    return {part for task in run["tasks"] for part in _parts(task)}
+
+
 def _notes(results: Sequence[Results], names: Sequence[str]) -> tuple[list[str], bool]:
     """What to know before reading rows against each other, and whether ranking them makes sense."""
     apart = [
@@ -280,8 +292,9 @@ def _notes(results: Sequence[Results], names: Sequence[str]) -> tuple[list[str],
     for run, name in zip(results[1:], names[1:], strict=True):
         if run["setting"] != first["setting"]:
             apart.append(f"{name} is {run['setting']}-incremental, {reference} is {first['setting']}-incremental")
-        if _classes(run) != _classes(first):
-            apart.append(f"{name} has other classes than {reference}: {_sizes(run)} against {_sizes(first)}")
+        what = "classes" if _classes(run) or _classes(first) else "tasks"
+        if _content(run) != _content(first):
+            apart.append(f"{name} has other {what} than {reference}: {_sizes(run)} against {_sizes(first)}")
         elif len(run["tasks"]) != len(first["tasks"]):
             apart.append(
                 f"{name} cuts the classes into {len(run['tasks'])} tasks, {reference} into {len(first['tasks'])}"
@@ -290,11 +303,11 @@ def _notes(results: Sequence[Results], names: Sequence[str]) -> tuple[list[str],
             apart.append(f"{name} is tested on {_examples(run)} examples, {reference} on {_examples(first)}")
         elif _given(run) and _given(first) and _fingerprints(run) != _fingerprints(first):
             apart.append(f"{name} learned other data than {reference}")
-        elif [set(t["classes"]) for t in run["tasks"]] != [set(t["classes"]) for t in first["tasks"]]:
+        elif list(map(_parts, run["tasks"])) != list(map(_parts, first["tasks"])):
             reordered.append(name)
     if reordered:
-        verb = "has" if len(reordered) == 1 else "have"
-        another = f"{form.several(reordered, 3)} {verb} the classes of {reference} in another order"
+        verb, what = "has" if len(reordered) == 1 else "have", "classes" if _classes(first) else "tasks"
+        another = f"{form.several(reordered, 3)} {verb} the {what} of {reference} in another order"
         return [*apart, another], not apart
     return apart, not apart
 
@@ -304,4 +317,5 @@ def _examples(run: Results) -> int:
 
 
 def _sizes(run: Results) -> str:
-    return f"{len(_classes(run))} classes in {len(run['tasks'])} tasks"
+    tasks = form.plural(len(run["tasks"]), "task")
+    return f"{len(_classes(run))} classes in {tasks}" if _classes(run) else tasks

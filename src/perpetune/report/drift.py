@@ -1,4 +1,4 @@
-"""How far the features of earlier tasks' test images have moved: as a table, a figure and a sentence."""
+"""How far the features of earlier tasks' test data have moved: as a table, a figure and a sentence."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from perpetune.report.matrix import LARGE, READABLE, ROOMY, MatrixCell
 from perpetune.report.palette import heat_level
 
 MEANING = (
-    "How far the features of each earlier task’s test images (columns; a few of each) lie from where they were when "
-    "the task was learned, after each task (rows): the mean distance of features of length 1, so that 0 is where they "
-    "were and 2 is the opposite side."
+    "How far the features of each earlier task’s test data (columns; a few examples of each) lie from where they were "
+    "when the task was learned, after each task (rows): the mean distance of features of length 1, so that 0 is where "
+    "they were and 2 is the opposite side."
 )
 CERTIFIED = (
     "Beside it is the certificate of protection: how far the outputs of the sites, inside the net, have moved on the "

@@ -51,6 +51,11 @@ def count(value: float | None) -> str:
     return ABSENT if value is None else f"{value:,.0f}"
 
 
+def right(value: float) -> str:
+    """Right answers as `count` writes them, `37`; a sum of scores with two decimals, `37.42`."""
+    return count(value) if float(value).is_integer() else f"{value:,.2f}"
+
+
 def thousandths(value: float | None) -> str:
     """A weight or a distance with three decimals: `0.620`; what is more than nothing is not shown as nothing."""
     if value is None:

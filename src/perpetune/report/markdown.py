@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from perpetune.report import answers, drift, form, protected, solved, tables, view
+from perpetune.report import answers, drift, form, protected, solved, tables, tree, view
 from perpetune.report.compare import Comparison
 from perpetune.report.matrix import matrix_table
 from perpetune.report.results_schema import Results
@@ -13,22 +13,23 @@ from perpetune.report.results_schema import Results
 
 def report(results: Results) -> str:
     """`report.md` of one run."""
-    chosen = tables.choices(results["recipe"])
+    chosen, measure = tables.choices(results["recipe"]), tables.measure(results).capitalize()
     parts = [
         f"# {plain(results['name'])}",
         _intro(results, chosen),
         _figures(results),
-        "## Accuracy matrix",
-        "Accuracy in % on each task's test data (columns) after each task was learned (rows).",
+        f"## {measure} matrix",
+        f"{measure} in % on each task's test data (columns) after each task was learned (rows).",
+        *([plain(scored)] if (scored := view.measured(results)) else []),
         _matrix(results),
         *_answers(results),
         *_heads(results),
+        *_tree(results),
         *_protection(results),
         *_drift(results),
         "## Tasks",
         _tasks(results),
-        "## Classes",
-        _classes(results),
+        *(["## Classes", _classes(results)] if tables.classed(results) else []),
         "## Storage",
         _storage(results),
         "## Time and memory",
@@ -45,7 +46,7 @@ def report(results: Results) -> str:
 
 def comparison(compared: Comparison) -> str:
     """`compare.md` of several runs."""
-    figures = [(key, label) for key, label, _, _ in view.FIGURES]
+    figures = [(key, label) for key, label, _, _ in view.figures(compared["measure"])]
     beside = view.beside_figures(compared["rows"])
     heads = [
         "run",
@@ -72,7 +73,11 @@ def comparison(compared: Comparison) -> str:
         table(heads, rows),
     ]
     if compared["effects"]:
-        parts += ["## What each setting changes", bullets(view.effect_lines(compared["effects"])), _effects(compared)]
+        parts += [
+            "## What each setting changes",
+            bullets(view.effect_lines(compared["effects"], compared["measure"])),
+            _effects(compared),
+        ]
     if compared["notes"]:
         parts += ["## Read with care", bullets(compared["notes"])]
     parts += ["## Runs", table(["row", "runs", "seeds", *map(plain, compared["settings"])], _members(compared))]
@@ -110,7 +115,7 @@ def _intro(results: Results, chosen: dict[str, str]) -> str:
 
 def _figures(results: Results) -> str:
     rows: list[list[str]] = []
-    for key, label, note, signed in view.FIGURES:
+    for key, label, note, signed in view.figures(tables.measure(results)):
         value = results["metrics"][key]  # type: ignore[literal-required]
         rows.append([label, f"{view.figure(value, signed)} {view.unit(key)}", note])
         if value is None:
@@ -150,7 +155,8 @@ def _protection(results: Results) -> list[str]:
 def _answers(results: Results) -> list[str]:
     ways, gauges, parts = answers.ways(results), answers.gauge_rows(results), []
     if ways:
-        heads = ["way", "final accuracy, %", "average accuracy, %", "forgetting, points"]
+        what = tables.measure(results)
+        heads = ["way", f"final {what}, %", f"average {what}, %", "forgetting, points"]
         parts += [answers.MEANING, table(heads, ([plain(name), *texts] for name, *texts in view.way_texts(ways)))]
     if gauges:
         names = [plain(name) for name in answers.gauge_names(results)]
@@ -181,6 +187,45 @@ def _heads(results: Results) -> list[str]:
     return ["## Heads solved from statistics", plain(solved.MEANING), table(heads, rows)]
 
 
+def _tree(results: Results) -> list[str]:
+    found = tree.grown(results)
+    if not found:
+        return []
+    nodes = [
+        "  " * level + "- " + plain(": ".join(filter(None, (node.name, tree.described(node)))))
+        for level, node in tree.walk(found[-1].root)
+    ]
+    grown = ([f"{entry.number} {plain(entry.task)}", plain(tree.outline(entry.root))] for entry in found)
+    parts = ["## Similar tasks", plain(tree.MEANING), "\n".join(nodes), table(["after", "tree"], grown)]
+    helped, similar = tree.helped_table(results), tree.similarity_table(results)
+    if helped is not None:
+        rows = (
+            [f"{number} {plain(task)}", plain(row.group), row.steps, *(cell.text if cell else "" for cell in row.cells)]
+            for number, task, groups in helped.tasks
+            for row in groups
+        )
+        heads = ["task", "modules", "steps", *map(plain, helped.names)]
+        parts += ["### Who helped whom", plain(tree.HELPED), table(heads, rows)]
+    if similar is not None:
+        rows = ([plain(name), *(cell.text if cell else "" for cell in cells)] for _, name, cells in similar.rows)
+        about = plain(tree.SIMILAR.partition(" Colours")[0])
+        parts += ["### Similarity", about, table(["", *map(plain, similar.names)], rows)]
+    heads = ["after", "started from", "adapters", "bytes", "merged", "a task's signature", "all"]
+    kept = (
+        [
+            f"{row.number} {plain(row.task)}",
+            plain(row.start),
+            row.adapters,
+            row.size,
+            plain(row.merged),
+            row.signature,
+            row.total,
+        ]
+        for row in tree.storage_rows(results)
+    )
+    return [part for part in [*parts, "### Adapters kept", plain(tree.STORED), table(heads, kept)] if part]
+
+
 def _drift(results: Results) -> list[str]:
     if not drift.moved(results):
         return []
@@ -202,20 +247,23 @@ def _drift(results: Results) -> list[str]:
 
 
 def _tasks(results: Results) -> str:
-    heads = ["task", "classes", "train", "test", "when learned, %", "now, %", "forgotten, points"]
+    rows, scored, classed = tables.task_rows(results), any(tables.scores(results)), tables.classed(results)
+    beside = [*(["score"] if scored else []), *(["classes"] if classed else [])]
+    heads = ["task", *beside, "train", "test", "when learned, %", "now, %", "forgotten, points"]
     return table(
         heads,
         (
             [
                 f"{row.number} {plain(row.name)}",
-                ", ".join(map(plain, row.classes)),
+                *([plain(row.score)] if scored else []),
+                *([", ".join(map(plain, row.classes))] if classed else []),
                 form.count(row.train),
                 form.count(row.test),
                 form.percent(row.learned),
                 form.percent(row.now),
                 form.percent(row.forgotten),
             ]
-            for row in tables.task_rows(results)
+            for row in rows
         ),
     )
 
@@ -228,8 +276,8 @@ def _classes(results: Results) -> str:
             [
                 plain(row.name),
                 ", ".join(map(str, row.tasks)),
-                row.correct,
-                row.total,
+                form.right(row.correct),
+                form.count(row.total),
                 form.percent(row.learned),
                 form.percent(row.now),
                 form.points(row.change),
@@ -247,8 +295,10 @@ def _storage(results: Results) -> str:
 
 
 def _timings(results: Results) -> str:
+    what, tokens = tables.examples(results), any("tokens" in t for t in results["timings"])
+    speeds = [what, f"{what}/s", *(["tokens", "tokens/s"] if tokens else [])]
     return table(
-        ["task", "learning", "evaluation", "images", "images/s", "peak memory"],
+        ["task", "learning", "evaluation", *speeds, "peak memory"],
         (
             [
                 plain(results["tasks"][t["task"]]["name"]),
@@ -256,6 +306,7 @@ def _timings(results: Results) -> str:
                 form.duration(t["evaluate_s"]),
                 form.count(t["images"]),
                 form.count(t["images_per_s"]),
+                *([form.count(t.get("tokens")), form.count(t.get("tokens_per_s"))] if tokens else []),
                 form.size(t["peak_memory_bytes"]),
             ]
             for t in results["timings"]
@@ -281,7 +332,7 @@ def _task_name(results: Results, index: int | None) -> str:
 
 
 def _effects(compared: Comparison) -> str:
-    figures = [(key, label) for key, label, _, _ in view.FIGURES]
+    figures = [(key, label) for key, label, _, _ in view.figures(compared["measure"])]
     rows = []
     for effect in compared["effects"]:
         texts = view.effect_cells(effect)

@@ -63,7 +63,8 @@ def _cell(results: Results, A: list[list[float | None]], i: int, j: int, digits:
     if value is None or counts is None:
         return None
     names = [task["name"] for task in results["tasks"]]
-    title = f"{names[j]} after {names[i]}: {counts['correct']} of {counts['total']} right"
+    counted = f"{form.right(counts['correct'])} of {form.count(counts['total'])} {counts.get('score', 'right')}"
+    title = f"{names[j]} after {names[i]}: {counted}"
     before = A[i - 1][j] if i > j and j < len(A[i - 1]) else None
     if before is not None:
         title += f", {form.points(value - before)} points since {names[i - 1]}"

@@ -90,6 +90,7 @@ def _environment() -> jinja2.Environment:
         form.size,
         form.duration,
         form.count,
+        form.right,
         form.relative,
         form.setting,
         form.plural,

@@ -15,7 +15,8 @@ FORMAT = 1
 
 
 class TaskInfo(TypedDict):
-    """One task: `train` and `test` are numbers of examples, `fingerprint` is of its data."""
+    """One task: `train` and `test` are numbers of examples, `fingerprint` is of its data. Without `classes` its answers
+    are free text."""
 
     index: int
     name: str
@@ -29,16 +30,17 @@ class AnsweredCell(Cell):
     """Counts on one task, as `Cell`.
 
     Attributes:
-        others: right answers of other ways in which the method could have answered, by name.
+        others: right answers (or the sum of scores) of other ways in which the method could have answered, by name.
         gauges: means of numbers that say how it came to its answer, by name.
     """
 
-    others: NotRequired[dict[str, int]]
+    others: NotRequired[dict[str, float]]
     gauges: NotRequired[dict[str, float]]
 
 
 class Facts(TypedDict):
-    """What heads tell of their solution after one task, by the name of the head; see `report.solved`."""
+    """What heads tell of their solution after one task, by the name of the head (`report.solved`), and a method of its
+    tree of tasks (`report.tree`)."""
 
     task: int
     of: dict[str, dict[str, Any]]
@@ -47,7 +49,7 @@ class Facts(TypedDict):
 class Moved(TypedDict):
     """How far the features of earlier tasks had moved after one task, by the earlier task's name.
 
-    The mean distance of the normalised features of a few test images: 0 where they were, at most 2.
+    The mean distance of the normalised features of a few test examples: 0 where they were, at most 2.
     """
 
     task: int
@@ -55,8 +57,8 @@ class Moved(TypedDict):
 
 
 class Timing(TypedDict):
-    """Time and memory of one task: seconds, of which `protect_s` went into protecting it, images trained on (all
-    epochs), bytes."""
+    """Time and memory of one task: seconds, of which `protect_s` went into protecting it, images or other examples
+    trained on (all epochs), their tokens where they are texts, bytes."""
 
     task: int
     learn_s: float
@@ -64,6 +66,8 @@ class Timing(TypedDict):
     evaluate_s: float
     images: int
     images_per_s: float | None
+    tokens: NotRequired[int]
+    tokens_per_s: NotRequired[float]
     peak_memory_bytes: int | None
 
 
@@ -178,6 +182,18 @@ def checked(document: Mapping[str, Any], where: str = "results") -> Results:
     return results
 
 
+def _check_cell(cell: AnsweredCell, where: str) -> None:
+    if any(len(counts) != 2 for counts in cell["per_class"].values()):
+        raise StateError(f"{where}.per_class must hold [correct, total] for each class")
+    if "score" in cell:
+        return
+    right = {"correct": cell["correct"], **{f"others.{name}": n for name, n in cell.get("others", {}).items()}}
+    right |= {f"per_class.{name}": counts[0] for name, counts in cell["per_class"].items()}
+    for name, n in right.items():
+        if not float(n).is_integer():
+            raise StateError(f"{where}.{name}: {n} right answers are no integer, and no score is named")
+
+
 def _check_sizes(results: Results, where: str) -> None:
     columns = len(results["tasks"])
     if len(results["cells"]) > columns:
@@ -186,8 +202,8 @@ def _check_sizes(results: Results, where: str) -> None:
         if len(row) > columns:
             raise StateError(f"{where}: cells.{i} has {len(row)} columns for {columns} tasks")
         for j, cell in enumerate(row):
-            if cell and any(len(counts) != 2 for counts in cell["per_class"].values()):
-                raise StateError(f"{where}: cells.{i}.{j}.per_class must hold [correct, total] for each class")
+            if cell:
+                _check_cell(cell, f"{where}: cells.{i}.{j}")
     indices = [task["index"] for task in results["tasks"]]
     if indices != list(range(columns)):
         raise StateError(f"{where}: tasks must be numbered 0 to {columns - 1} in order, not {indices}")

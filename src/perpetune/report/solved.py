@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from perpetune.report import form
+from perpetune.report import form, tree
 
 MEANING = (
     "What the heads that are computed from sums over examples, not trained, say of themselves after each task. A share "
@@ -43,7 +43,12 @@ class HeadRow:
 def entries(results: Mapping[str, Any]) -> list[tuple[int, str, Mapping[str, Any]]]:
     """(index of the task, name of the head, its facts) of each head that tells any, after each task."""
     listed = sorted(results.get("facts", []), key=lambda entry: entry["task"])
-    return [(entry["task"], name, facts) for entry in listed for name, facts in entry["of"].items() if facts]
+    return [
+        (entry["task"], name, facts)
+        for entry in listed
+        for name, facts in entry["of"].items()
+        if facts and not tree.is_tree(facts)
+    ]
 
 
 def headings(results: Mapping[str, Any]) -> list[str]:

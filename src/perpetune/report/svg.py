@@ -1,12 +1,14 @@
-"""Two drawings as inline SVG, coloured by the page's style sheet, so that both screens, light and dark, fit.
+"""Drawings as inline SVG, coloured by the page's style sheet, so that both screens, light and dark, fit.
 
 Text stays text; nothing is scripted; every mark has a `<title>` that browsers show on hover.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -68,6 +70,148 @@ def heat_overview(matrix: Sequence[Sequence[float | None]], columns: int, label:
     return Markup('<svg class="overview" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
         columns * side, max(len(matrix), 1) * side, label, Markup("").join(cells)
     )
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A node of a tree and what is below it.
+
+    Attributes:
+        name: of a leaf, beside it.
+        title: shown on hover.
+        notes: two short texts at a node that has children, above and below the line that leads to it.
+        style: CSS classes.
+        square: how a leaf is marked, instead of by a disc.
+        children: none of a leaf.
+    """
+
+    name: str
+    title: str
+    notes: tuple[str, str] = ("", "")
+    style: str = ""
+    square: bool = False
+    children: Sequence[Branch] = ()
+
+
+def tree(root: Branch, label: str) -> Markup:
+    """A tree from left to right, each leaf on a line of its own with its name, in drawing units that are pixels.
+
+    Args:
+        root: may be a leaf itself.
+        label: what the drawing shows, for screen readers.
+    """
+    return _tree(root, label, _Room(row=26, letter=6.9, names=380, columns=(96, 210), width=1044, style="chart tree"))
+
+
+def small_tree(root: Branch, label: str) -> Markup:
+    """The same for one of many: without notes, and without names where there are too many leaves for them."""
+    many = _leaves(root) > 30
+    room = _Room(
+        row=6 if many else 15,
+        letter=6.2,
+        names=0 if many else 150,
+        columns=(6, 34),
+        width=246,
+        style="chart tree small",
+    )
+    return _tree(root, label, room)
+
+
+@dataclass(frozen=True)
+class _Room:
+    """Sizes in a drawing of a tree: of a leaf's line, a letter, the longest name, a level (least and most), and of the
+    whole, if the levels allow. Levels under 60 have no notes."""
+
+    row: int
+    letter: float
+    names: int
+    columns: tuple[int, int]
+    width: int
+    style: str
+
+
+def _tree(root: Branch, label: str, room: _Room) -> Markup:
+    levels, leaves = _levels(root), _leaves(root)
+    names = min(room.names, room.letter * max(_breadth(leaf.name) for leaf in _ends(root)) + 14)
+    least, most = room.columns
+    column = min(most, max(least, int((room.width - names - 24) / levels))) if levels else 0
+    width, height = round(8 + column * levels + 16 + names + 4), leaves * room.row + 8
+    end, lines = 8 + column * levels + 12, itertools.count()
+
+    def drawn(node: Branch, level: int) -> tuple[float, Markup]:
+        """Its height in the drawing, and itself."""
+        if not node.children:
+            y = 4 + room.row * (next(lines) + 0.5)
+            return y, _leaf(node, end, y, names, room)
+        x = 8 + column * (level + 1)
+        below = [drawn(child, level + 1) for child in node.children]
+        y = (below[0][0] + below[-1][0]) / 2
+        ways = " ".join(
+            f"M{x} {y:g}V{at:g}H{end if not child.children else x + column}"
+            for child, (at, _) in zip(node.children, below, strict=True)
+        )
+        parts = [Markup('<path d="{}"/>').format(ways), *(part for _, part in below)]
+        parts.append(_inner(node, x, y, column, room))
+        return y, Markup("").join(parts)
+
+    middle, parts = drawn(root, 0)
+    stub = Markup('<path d="M8 {}H{}"/>').format(f"{middle:g}", 8 + column if root.children else end)
+    return Markup(
+        '<svg class="{}" viewBox="0 0 {} {}" width="{}" height="{}" role="img" aria-label="{}">{}{}</svg>'
+    ).format(room.style, width, height, width, height, label, stub, parts)
+
+
+def _leaf(node: Branch, x: float, y: float, names: float, room: _Room) -> Markup:
+    text = _cut(node.name, (names - 14) / room.letter) if names > 14 else ""
+    r = 4 if room.row > 20 else 2.5
+    mark = (
+        Markup('<rect x="{}" y="{:g}" width="{}" height="{}"/>').format(x - r, y - r, 2 * r, 2 * r)
+        if node.square
+        else Markup('<circle cx="{}" cy="{:g}" r="{}"/>').format(x, y, r)
+    )
+    return Markup('<g class="leaf {}"><title>{}</title>{}<text x="{}" y="{:g}">{}</text></g>').format(
+        node.style, node.title, mark, x + 10, y + 4, text
+    )
+
+
+def _inner(node: Branch, x: float, y: float, column: int, room: _Room) -> Markup:
+    texts = node.notes if column >= 60 else ("", "")
+    notes = [
+        Markup('<text x="{}" y="{:g}" text-anchor="end">{}</text>').format(x - 9, at, _cut(text, (column - 16) / 6.6))
+        for text, at in zip(texts, (y - 6, y + 15), strict=True)
+        if text
+    ]
+    return Markup('<g class="node {}"><title>{}</title><circle cx="{}" cy="{:g}" r="{}"/>{}</g>').format(
+        node.style, node.title, x, y, 3.5 if room.row > 20 else 2, Markup("").join(notes)
+    )
+
+
+def _levels(node: Branch) -> int:
+    return max((_levels(child) + 1 for child in node.children), default=0)
+
+
+def _ends(node: Branch) -> Iterator[Branch]:
+    if not node.children:
+        yield node
+    for child in node.children:
+        yield from _ends(child)
+
+
+def _leaves(node: Branch) -> int:
+    return sum(1 for _ in _ends(node))
+
+
+def _breadth(text: str) -> int:
+    """How many letters' room a text takes; Chinese and Japanese ones take two."""
+    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
+
+
+def _cut(text: str, room: float) -> str:
+    """As much of a text as has room, with an ellipsis where it is cut."""
+    if _breadth(text) <= room:
+        return text
+    breadths = itertools.accumulate(map(_breadth, text))
+    return text[: sum(1 for breadth in breadths if breadth <= room - 1)] + "…"
 
 
 @dataclass(frozen=True)

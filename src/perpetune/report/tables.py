@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from perpetune.numerics.metrics import (
     accuracies,
@@ -24,7 +24,8 @@ AXES = ("backbone", "method", "pet", "protect", "head")
 
 @dataclass(frozen=True)
 class TaskRow:
-    """One task: accuracy right after it was learned, now, and lost since it was best (shares)."""
+    """One task: accuracy right after it was learned, now, and lost since it was best (shares). `score` is what it is
+    measured by where answers are not right or wrong."""
 
     number: int
     name: str
@@ -34,16 +35,17 @@ class TaskRow:
     learned: float | None
     now: float | None
     forgotten: float | None
+    score: str
 
 
 @dataclass(frozen=True)
 class ClassRow:
-    """One class over all tasks learned that have it: right answers and test examples now, accuracy
-    right after learning, accuracy now, and the difference."""
+    """One class over all tasks learned that have it: right answers (or the sum of scores) and test
+    examples now, accuracy right after learning, accuracy now, and the difference."""
 
     name: str
     tasks: list[int]
-    correct: int
+    correct: float
     total: int
     learned: float | None
     now: float | None
@@ -76,14 +78,14 @@ def curves(results: Results) -> Curves:
 
 
 def task_rows(results: Results) -> list[TaskRow]:
-    A = accuracies(results["cells"])
+    A, measured = accuracies(results["cells"]), scores(results)
     rows = []
     for j, task in enumerate(results["tasks"]):
         seen = [row[j] if j < len(row) else None for row in A[j:]]
         learned, now = (seen[0], seen[-1]) if seen else (None, None)
         lost = task_forgetting(A, j) if len(seen) > 1 else None
-        row = TaskRow(j + 1, task["name"], task["classes"], task["train"], task["test"], learned, now, lost)
-        rows.append(row)
+        about = (j + 1, task["name"], task["classes"], task["train"], task["test"])
+        rows.append(TaskRow(*about, learned, now, lost, measured[j]))
     return rows
 
 
@@ -131,11 +133,34 @@ def peak_memory(results: Results) -> int | None:
     return max((m for t in results["timings"] if (m := t["peak_memory_bytes"]) is not None), default=None)
 
 
-def images_per_second(results: Results) -> float | None:
-    """Training throughput over the whole run, of the tasks that trained on images."""
-    timed = [(t["learn_s"], speed) for t in results["timings"] if (speed := t["images_per_s"]) is not None]
+def per_second(results: Results, key: Literal["images_per_s", "tokens_per_s"]) -> float | None:
+    """Training throughput over the whole run, of the tasks that trained on images (or other examples), or on tokens."""
+    timed = [(t["learn_s"], speed) for t in results["timings"] if (speed := t.get(key)) is not None]
     seconds = sum(s for s, _ in timed)
     return sum(s * speed for s, speed in timed) / seconds if seconds else None
+
+
+def examples(results: Mapping[str, Any]) -> str:
+    """What the run learns from: `images`, or `examples` where its head makes text."""
+    head = results["recipe"].get("head")
+    name = head.get("name") if isinstance(head, Mapping) else head
+    return "examples" if name == "lm" else "images"
+
+
+def scores(results: Mapping[str, Any]) -> list[str]:
+    """What scores each task's answers; empty where they are right or wrong, or nothing is measured."""
+    rows, columns = results["cells"], range(len(results["tasks"]))
+    return [next((row[j].get("score", "") for row in rows if j < len(row) and row[j]), "") for j in columns]
+
+
+def classed(results: Mapping[str, Any]) -> bool:
+    """Whether any task has classes; where none has, all answers are free text."""
+    return any(task["classes"] for task in results["tasks"])
+
+
+def measure(results: Mapping[str, Any]) -> str:
+    """What the figures are: `score` where any task has one, else `accuracy`."""
+    return "score" if any(scores(results)) else "accuracy"
 
 
 def choices(recipe: Mapping[str, Any]) -> dict[str, str]:
@@ -158,5 +183,5 @@ def recipe_yaml(recipe: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=100)
 
 
-def _share(correct: int, total: int) -> float | None:
+def _share(correct: float, total: int) -> float | None:
     return correct / total if total else None

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from perpetune.numerics.metrics import accuracies, final_accuracy
-from perpetune.report import answers, drift, form, protected, solved, view
+from perpetune.report import answers, drift, form, protected, solved, tables, tree, view
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -105,12 +105,14 @@ def protection_line(results: Mapping[str, Any]) -> Text | None:
 
 
 def detail_lines(results: Mapping[str, Any], heads: bool = True) -> list[Text]:
-    """What else the run has to tell after its last task: ways to answer and gauges, heads, protection, drift."""
+    """What else the run has to tell after its last task: ways to answer and gauges, heads, tree of tasks, protection,
+    drift."""
     from rich.text import Text
 
     run = cast("Results", results)
     told = [*([f"answers: {ways}"] if (ways := answers.told(run)) else []), *answers.gauges_told(run)]
     told += [f"head {line}" for line in solved.told(run)] if heads else []
+    told += [f"tree: {line}"] if (line := tree.told(run)) else []
     lines, protection = [Text(f"  {line}", "dim") for line in told], protection_line(results)
     lines += [protection] if protection is not None else []
     return [*lines, *([Text(f"  drift: {moved}", "dim")] if (moved := drift.told(run)) else [])]
@@ -120,7 +122,7 @@ def effects_text(comparison: Mapping[str, Any]) -> Text:
     """What each setting changes, a line for each."""
     from rich.text import Text
 
-    lines = view.effect_lines(comparison["effects"])
+    lines = view.effect_lines(comparison["effects"], comparison["measure"])
     more = len(lines) - SENTENCES
     return Text(
         "\n".join([*lines[:SENTENCES], *([f"… and {more} more changes: see --out, --json"] if more > 0 else [])])
@@ -132,7 +134,7 @@ def figures_line(results: Mapping[str, Any]) -> Text:
     from rich.text import Text
 
     line = Text()
-    for key, label, _, signed in view.FIGURES:
+    for key, label, _, signed in view.figures(tables.measure(results)):
         value = results["metrics"][key]
         if value is not None:
             text = f"{view.figure(value, signed)} {view.unit(key)}"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from perpetune.numerics.metrics import accuracies
-from perpetune.report import answers, drift, form, protected, solved, svg, tables
+from perpetune.report import answers, drift, form, protected, solved, svg, tables, tree
 from perpetune.report.compare import Comparison, ComparisonRow
 from perpetune.report.effects import Effect
 from perpetune.report.matrix import READABLE, matrix_table
@@ -16,10 +16,10 @@ from perpetune.report.results_schema import Results
 SETTINGS = {"class": "class-incremental", "domain": "domain-incremental", "task": "task-incremental"}
 
 FIGURES = (  # key, label, what it says, whether its sign is always shown
-    ("final_accuracy", "Final accuracy", "mean over tasks, after the last one", False),
+    ("final_accuracy", "Final accuracy", "mean over tasks, after the last one: overall performance, OP", False),
     ("average_accuracy", "Average accuracy", "on the tasks seen, mean over the run", False),
     ("forgetting", "Forgetting", "lost per task since it was best", False),
-    ("backward_transfer", "Backward transfer", "change per task since it was learned", True),
+    ("backward_transfer", "Backward transfer", "change since learned, mean over all tasks but the last: BWT", True),
     ("forward_transfer", "Forward transfer", "above chance before a task is learned", True),
     ("pooled_accuracy", "Pooled accuracy", "over all test examples, after the last task", False),
 )
@@ -31,8 +31,14 @@ ABSENT = {  # why a figure may be missing
 }
 
 
+def figures(measure: str) -> list[tuple[str, str, str, bool]]:
+    """`FIGURES` with labels of what is measured, `accuracy` or `score`."""
+    return [(key, label.replace("accuracy", measure), note, signed) for key, label, note, signed in FIGURES]
+
+
 def report(results: Results) -> dict[str, Any]:
     """Values for `report.html`."""
+    measure = tables.measure(results)
     return {
         "run": results,
         "setting": SETTINGS.get(results["setting"], results["setting"]),
@@ -45,9 +51,13 @@ def report(results: Results) -> dict[str, Any]:
                 ABSENT.get(key, "no task is measured yet") if value is None else note,
                 value is None,
             )
-            for key, label, note, signed in FIGURES
+            for key, label, note, signed in figures(measure)
             for value in (results["metrics"][key],)  # type: ignore[literal-required]
         ],
+        "measure": measure,
+        "measured": measured(results),
+        "examples": tables.examples(results),
+        "tokens": any("tokens" in timing for timing in results["timings"]),
         "facts": facts(results),
         "matrix": matrix_table(results),
         "overview": _overview(results),
@@ -55,10 +65,13 @@ def report(results: Results) -> dict[str, Any]:
         "legend": _legend(results),
         "answers": _answers(results),
         "heads": _heads(results),
+        "tree": _tree(results),
         "protection": _protection(results),
         "drift": _drift(results),
         "tasks": tables.task_rows(results),
         "classes": tables.class_rows(results),
+        "classed": tables.classed(results),
+        "scored": measure == "score",
         "storage": tables.storage_rows(results),
         "stored": tables.stored_bytes(results),
         "backbone": tables.backbone_bytes(results),
@@ -72,6 +85,21 @@ def figure(value: float | None, signed: bool) -> str:
     return form.points(value) if signed else form.percent(value)
 
 
+def measured(results: Results) -> str:
+    """What the figures of tasks are where answers are not right or wrong: `The score is rouge_l for a, b; …`."""
+    by_score: dict[str, list[str]] = {}
+    for task, score in zip(results["tasks"], tables.scores(results), strict=True):
+        by_score.setdefault(score, []).append(task["name"])
+    if list(by_score) in ([], [""]):
+        return ""
+    if len(by_score) == 1:
+        return f"The score is {next(iter(by_score))}, from 0 to 100, mean over the examples."
+    other = by_score.pop("", [])
+    parts = [f"{score} for {form.several(names, 6)}" for score, names in by_score.items()]
+    parts += [f"the share of right answers for {form.several(other, 6)}"] if other else []
+    return f"The score is {'; '.join(parts)}; from 0 to 100, mean over the examples."
+
+
 def unit(key: str) -> str:
     """Accuracies are in per cent, their differences in percentage points."""
     return "%" if key.endswith("accuracy") else "points"
@@ -80,14 +108,16 @@ def unit(key: str) -> str:
 def facts(results: Results) -> list[tuple[str, str, str]]:
     """The small figures below the headline: label, value, what it is relative to."""
     trained, backbone = results["trainable_parameters"], results["backbone_parameters"]
-    stored, speed = tables.stored_bytes(results), tables.images_per_second(results)
+    stored, units = tables.stored_bytes(results), (tables.examples(results), "tokens")
+    speeds = [tables.per_second(results, "images_per_s"), tables.per_second(results, "tokens_per_s")]
+    speed = ", ".join(f"{value:,.0f} {what}/s" for what, value in zip(units, speeds, strict=True) if value)
     share = (
         f"{form.relative(trained, backbone)} of the backbone’s {form.count(backbone)}" if trained is not None else ""
     )
     return [
         ("Trained parameters", form.count(trained), share),
         ("Stored", form.size(stored), f"backbone as float32: {form.size(tables.backbone_bytes(results))}"),
-        ("Learning time", form.duration(tables.learn_seconds(results)), f"{speed:.0f} images/s" if speed else ""),
+        ("Learning time", form.duration(tables.learn_seconds(results)), speed),
         ("Peak memory", form.size(tables.peak_memory(results)), f"on {results['device']}"),
     ]
 
@@ -98,9 +128,8 @@ def requirements(versions: dict[str, str]) -> str:
 
 
 def _overview(results: Results) -> str:
-    return svg.heat_overview(
-        accuracies(results["cells"]), len(results["tasks"]), "Accuracy matrix: a row after each task, a column per task"
-    )
+    label = f"{tables.measure(results).capitalize()} matrix: a row after each task, a column per task"
+    return svg.heat_overview(accuracies(results["cells"]), len(results["tasks"]), label)
 
 
 def _charts(results: Results) -> dict[str, str]:
@@ -109,11 +138,11 @@ def _charts(results: Results) -> dict[str, str]:
     lines = [svg.Line(names[j], v, f"{_line_style(j, len(names))} {weight}") for j, v in enumerate(shown.tasks)]
     mean = svg.Line("mean over tasks seen", shown.accuracy, "strong")
     lost = svg.Line("forgetting", shown.forgetting, "strong")
-    half, full = {"width": 540, "height": 300}, {"width": 1104, "height": 380}
+    half, full, what = {"width": 540, "height": 300}, {"width": 1104, "height": 380}, tables.measure(results)
     return {
-        "accuracy": svg.line_chart([mean], "Mean accuracy on the tasks seen, after each task", floor=0, top=1, **half),
+        "accuracy": svg.line_chart([mean], f"Mean {what} on the tasks seen, after each task", floor=0, top=1, **half),
         "forgetting": svg.line_chart([lost], "Mean forgetting after each task", floor=0, top=0.1, **half),
-        "tasks": svg.line_chart(lines, "Accuracy of each task over the run", floor=0, top=1, **full),
+        "tasks": svg.line_chart(lines, f"{what.capitalize()} of each task over the run", floor=0, top=1, **full),
     }
 
 
@@ -143,7 +172,7 @@ def _answers(results: Results) -> dict[str, Any] | None:
         return None
     styles = ["strong", *(f"l{i % len(LIGHT_LINES)}" for i in range(1, len(ways)))]
     lines = [svg.Line(way.name, way.curve, style) for way, style in zip(ways, styles, strict=False)]
-    label = "Mean accuracy on the tasks seen, by each way to answer"
+    label = f"Mean {tables.measure(results)} on the tasks seen, by each way to answer"
     return {
         "meaning": answers.MEANING if ways else "",
         "ways": [(style, *texts) for style, texts in zip(styles, way_texts(ways), strict=False)],
@@ -178,6 +207,49 @@ def _heads(results: Results) -> dict[str, Any] | None:
     return {"meaning": solved.MEANING, "headings": headings, "rows": rows, "more": any(row.more for row in rows)}
 
 
+def _tree(results: Results) -> dict[str, Any] | None:
+    """What the section on the tree of similar tasks shows; None without one."""
+    found = tree.grown(results)
+    if not found:
+        return None
+    last, label = found[-1], "The tree after task {} {}: {}"
+    top = _branch(last.root, last.task)
+    text = label.format(last.number, last.task, tree.outline(last.root))
+    small = []
+    for entry in found[:-1]:
+        branch = _branch(entry.root, entry.task)
+        if branch is not None:
+            told = label.format(entry.number, entry.task, form.plural(len(entry.names), "task"))
+            small.append((entry.number, entry.task, svg.small_tree(branch, told)))
+    return {
+        "told": tree.told(results),
+        "meaning": tree.MEANING,
+        "helped_meaning": tree.HELPED,
+        "similar_meaning": tree.SIMILAR,
+        "stored_meaning": tree.STORED,
+        "last": last,
+        "large": svg.tree(top, text) if top else None,
+        "small": small,
+        "nodes": [(level, node.name, node.split, node.radius, node.spread) for level, node in tree.walk(last.root)],
+        "outlines": [(e.number, e.task, tree.outline(e.root)) for e in found],
+        "helped": tree.helped_table(results),
+        "similar": tree.similarity_table(results),
+        "storage": tree.storage_rows(results),
+    }
+
+
+def _branch(node: tree.Node | None, newest: str) -> svg.Branch | None:
+    """A node as it is drawn; the leaf of the newest task stands out."""
+    if node is None:
+        return None
+    about = tree.described(node)
+    title = f"{node.name}: {about}" if about else node.name
+    radius = f"radius {form.thousandths(node.radius)}" if node.radius is not None else ""
+    below = [branch for child in node.children if (branch := _branch(child, newest))]
+    style = "newest" if newest in node.tasks and not below else ""
+    return svg.Branch(node.name, title, (node.split, radius), style, node.merged, below)
+
+
 def _drift(results: Results) -> dict[str, Any] | None:
     """What the section on the drift of features shows; None where none was measured."""
     if not drift.moved(results):
@@ -201,26 +273,27 @@ def _legend(results: Results) -> list[tuple[str, str]]:
 
 def comparison(compared: Comparison) -> dict[str, Any]:
     """Values for `compare.html`."""
-    rows = compared["rows"]
+    rows, what = compared["rows"], compared["measure"]
     return {
         "rows": rows,
         "recipes": sum(row["way"] is None for row in rows),
         "runs": sum(len(row["runs"]) for row in rows if row["way"] is None),
         "notes": compared["notes"],
         "effects": compared["effects"],
-        "told": effect_lines(compared["effects"]),
+        "measure": what,
+        "told": effect_lines(compared["effects"], what),
         "changes": [effect_cells(effect) for effect in compared["effects"]],
         "beside": beside_figures(rows),
         "ways": WAYS if any(row["way"] is not None for row in rows) else "",
         "settings": compared["settings"],
         "figures": [
-            (key, label, note) for key, label, note, _ in FIGURES if any(row["metrics"][key]["n"] for row in rows)
+            (key, label, note) for key, label, note, _ in figures(what) if any(row["metrics"][key]["n"] for row in rows)
         ],
         "units": {key: unit(key) for key, _, _, _ in FIGURES},
         "cells": [comparison_cells(row) for row in rows],
         "best": compared["best"],
         "charts": {
-            "accuracy": _overlay(rows, "average_accuracy_curve", "Mean accuracy on the tasks seen", 1.0),
+            "accuracy": _overlay(rows, "average_accuracy_curve", f"Mean {what} on the tasks seen", 1.0),
             "forgetting": _overlay(rows, "forgetting_curve", "Mean forgetting", 0.1),
         },
         "legend": [(_line_style(i, max(len(rows), 2)), row["label"]) for i, row in enumerate(rows)],
@@ -231,7 +304,7 @@ WAYS = "A row such as “safe: slow” is what the row before it would be if its
 BESIDE = (  # columns of a comparison that only some runs have: key, heading in pages, note
     ("moved", "moved, worst site, %", "how far old outputs had moved at the end, at the worst site"),
     ("room", "room, %", "share of directions still free at the end"),
-    ("drift", "drift, 0 to 2", "how far the features of earlier tasks’ test images had moved at the end"),
+    ("drift", "drift, 0 to 2", "how far the features of earlier tasks’ test data had moved at the end"),
 )
 
 
@@ -261,7 +334,7 @@ def effect_cells(effect: Effect) -> dict[str, str]:
     }
 
 
-def effect_lines(effects: Sequence[Effect]) -> list[str]:
+def effect_lines(effects: Sequence[Effect], measure: str = "accuracy") -> list[str]:
     """A sentence for each change of a setting: `head ncm instead of linear: final accuracy +4.1 ± 0.9 points`."""
     changes: dict[tuple[str, str, str], list[Effect]] = {}
     for effect in effects:
@@ -273,7 +346,7 @@ def effect_lines(effects: Sequence[Effect]) -> list[str]:
             beside = " and ".join(f"{key} {value}" for key, value in effect["beside"].items())
             unit = " points" if not parts else ""
             parts.append(effect_cells(effect)["final_accuracy"] + unit + (f" with {beside}" if beside else ""))
-        lines.append(f"{setting} {after} instead of {before}: final accuracy {', '.join(parts)}")
+        lines.append(f"{setting} {after} instead of {before}: final {measure} {', '.join(parts)}")
     return lines
 
 

@@ -1,0 +1,260 @@
+"""What TreeLoRA's search costs and how well it searches (treelora.md §6.1).
+
+    OMP_NUM_THREADS=1 python benchmarks/treelora.py search
+
+`search`, on one thread: the time of one step (`select`, the distance of the current signature to the selected task's,
+`observe`) and of an exact `nearest` by the number of stored tasks, memory per task, and V5 to V9: recall of the greedy
+descent, and regret over 4000 steps, on clusters of four tasks whose distances within are .3 of those between.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perpetune.numerics.signature import distance, normalised
+from perpetune.numerics.similarity_tree import LowerConfidenceSearch, Node, SimilarityTree
+from perpetune.seeding import generator, numpy_generator
+
+MODULES, SIZE = 64, 256
+STEPS, EARLY = 4000, 500
+NOISE, GAP, RATIO = 0.1, 0.1, 0.3
+
+
+def clustered(count: int, clusters: int, modules: int, size: int, *purpose: int | str) -> Tensor:
+    """Raw signatures `(count, modules, size)`."""
+    rng = generator("benchmark", "clusters", *purpose)
+    inside = RATIO / math.sqrt(1 - RATIO**2)
+    centres = torch.randn(clusters, modules, size, generator=rng)
+    return centres[torch.arange(count) % clusters] + inside * torch.randn(count, modules, size, generator=rng)
+
+
+def near(raw: Tensor, task: int, noise: float, *purpose: int | str) -> Tensor:
+    """A query near a task."""
+    return normalised(raw[task] + noise * torch.randn(raw[task].shape, generator=generator("benchmark", *purpose)))
+
+
+def groups(count: int) -> list[list[int]]:
+    """`MODULES` modules in `count` groups."""
+    each = MODULES // count
+    return [list(range(i * each, (i + 1) * each)) for i in range(count)]
+
+
+def seconds(call: Callable[[int], Any], times: int) -> float:
+    """The median time of a call, of which each gets its number."""
+    spent = []
+    for i in range(times):
+        began = time.perf_counter()
+        call(i)
+        spent.append(time.perf_counter() - began)
+    return statistics.median(spent)
+
+
+def slope(counts: list[int], times: list[float]) -> float:
+    """Of the line through logarithms."""
+    x, y = [math.log(c) for c in counts], [math.log(t) for t in times]
+    return statistics.linear_regression(x, y).slope
+
+
+def stored(tree: SimilarityTree) -> dict[str, float]:
+    """Bytes per task: its signature, means of nodes, and rows of the table of distances."""
+    points, means = sum(tree.point(task).nbytes for task in tree.ids), 0
+    means = sum(node.mean.nbytes for node in tree if len(node.tasks) > 1)
+    parts = {"signature": points, "means": means, "distances": tree.distances.nbytes}
+    return {name: part / len(tree) for name, part in (*parts.items(), ("all", sum(parts.values())))}
+
+
+def cost(counts: list[int], steps: int) -> dict[str, Any]:
+    """Times by number of tasks."""
+    rows: list[dict[str, Any]] = []
+    for count in counts:
+        raw = clustered(count, -(-count // 4), MODULES, SIZE, count)
+        points = normalised(raw)
+        began = time.perf_counter()
+        tree = SimilarityTree.build(points, groups(8))
+        built = time.perf_counter() - began
+        queries = [near(raw, i % count, 0.1, "query", i) for i in range(20)]
+        search, most = LowerConfidenceSearch(tree), 0
+
+        def step(i: int) -> None:
+            nonlocal most
+            task = search.select()  # noqa: B023 called before the next turn
+            most = max(most, search.evaluations)  # noqa: B023
+            search.observe(task, float(distance(queries[0], tree.point(task))))  # noqa: B023
+
+        for i in range(count * 2):
+            step(i)  # all branches were visited once: no ties, the usual state
+        took = seconds(step, steps)
+        alone = seconds(lambda _: search.observe(search.select(), 0.5), steps)  # noqa: B023
+        found = [tree.nearest(query) for query in queries]
+        exact = seconds(lambda i: tree.nearest(queries[i % 20]), min(steps, 200))  # noqa: B023
+        brute = seconds(lambda i: distance(points, queries[i % 20]).argmin(), min(steps, 50))  # noqa: B023
+        extra, memory = near(raw, 0, 0.3, "extra"), stored(tree)
+        rows.append(
+            {
+                "tasks": count,
+                "step_ms": took * 1e3,
+                "step_without_distance_ms": alone * 1e3,
+                "evaluations": most,
+                "evaluations_bound": 2 * math.ceil(math.log2(count)) + 2,
+                "nearest_ms": exact * 1e3,
+                "nearest_evaluated": statistics.mean(one.evaluated for one in found),
+                "brute_force_ms": brute * 1e3,
+                "build_s": built,
+                "insert_ms": seconds(lambda _: tree.insert(extra), 5) * 1e3,  # noqa: B023
+                "bytes_per_task": memory,
+            }
+        )
+    return {
+        "rows": rows,
+        "step_slope": slope(counts, [row["step_ms"] for row in rows]),
+        "nearest_slope": slope(counts, [row["nearest_ms"] for row in rows]),
+        "brute_force_slope": slope(counts, [row["brute_force_ms"] for row in rows]),
+    }
+
+
+def recall(seeds: int) -> list[dict[str, Any]]:
+    """V4, V5: the greedy descent and the pruned search against brute force."""
+    rows = []
+    for count, clusters in ((32, 8), (64, 64), (128, 32), (100, 25), (100, 10)):
+        hits, exact, visited = [], [], []
+        for seed in range(seeds):
+            raw = clustered(count, clusters, 16, SIZE, count, seed)
+            points = normalised(raw)
+            tree = SimilarityTree.build(points, [[2 * i, 2 * i + 1] for i in range(8)])
+            for i in range(50):
+                query = near(raw, i * count // 50, 0.1, "recall", seed, i)
+                true, found = int(distance(points, query).argmin()), tree.nearest(query)
+                hits.append(tree.descend(query) == true)
+                exact.append(found.id == true)
+                visited.append(found.evaluated)
+        rows.append(
+            {
+                "tasks": count,
+                "clusters": clusters,
+                "descend": statistics.mean(hits),
+                "nearest": statistics.mean(exact),
+                "nearest_evaluated": statistics.mean(visited),
+            }
+        )
+    return rows
+
+
+def problem(count: int, seed: int, scaled: bool) -> tuple[SimilarityTree, list[float], float]:
+    """A tree, the true value of each task, whose gap is at least `GAP`, and what distances were divided by."""
+    for attempt in range(100):
+        raw = clustered(count, count // 4, 1, SIZE, "bandit", count, seed, attempt)
+        points = normalised(raw)
+        values = distance(points, near(raw, seed % count, NOISE, "bandit", seed, attempt)).tolist()
+        least, most = min(values), max(values)
+        if scaled:
+            values = [(value - least) / (most - least) for value in values]
+        if sorted(values)[1] - min(values) >= GAP:
+            return SimilarityTree.build(points), values, most - least if scaled else 1.0
+    raise RuntimeError(f"no problem of {count} tasks with a gap of {GAP}")
+
+
+def oracle(values: list[float]) -> Callable[[Node], float]:
+    """How far apart the true values in a node are."""
+
+    def delta(node: Node) -> float:
+        inside = [values[task] for task in node.tasks]
+        return max(inside) - min(inside)
+
+    return delta
+
+
+def run(kind: str, count: int, seed: int, scaled: bool) -> dict[str, float]:
+    """One search of `STEPS` steps."""
+    tree, values, unit = problem(count, seed, scaled)
+    deltas: dict[str, float | Callable[[Node], float]] = {
+        "radius": lambda node: node.spread / unit,
+        "zero": 0.0,
+        "oracle": oracle(values),
+    }
+    if kind == "flat":
+        points = torch.stack([tree.point(task) for task in tree.ids])
+        tree = SimilarityTree.build(points, max_depth=0)
+    search = LowerConfidenceSearch(tree, seed=seed, delta=deltas.get(kind, 0.0))
+    rng = numpy_generator("benchmark", "noise", count, seed)
+    noise, arms = rng.normal(0, NOISE, STEPS).tolist(), rng.integers(count, size=STEPS).tolist()
+    sign = -1 if kind == "farthest" else 1  # what the released code does
+    best, regret, early, most = min(values), 0.0, 0.0, 0
+    for t in range(STEPS):
+        task = arms[t] if kind == "random" else search.select()
+        seen = min(1.0, max(0.0, values[task] + noise[t]))
+        search.observe(task, seen if sign > 0 else 1 - seen)
+        regret += values[task] - best
+        most = max(most, search.evaluations)
+        early = regret if t == EARLY - 1 else early
+    pulls = search.pulls()
+    return {
+        "regret": regret,
+        "early": early,
+        "uniform": STEPS * (statistics.mean(values) - best),
+        "found": float(max(pulls, key=pulls.__getitem__) == values.index(best)),
+        "share": pulls[values.index(best)] / STEPS,
+        "evaluations": most,
+    }
+
+
+def bandit(seeds: int, fewer: int) -> list[dict[str, Any]]:
+    """V6 to V9; distances are also reported as they are, not scaled to [0, 1]."""
+    rows = []
+    for scaled in (True, False):
+        for count in (8, 32, 128):
+            for kind in ("radius", "zero", "oracle", "flat", "random", "farthest"):
+                runs = [run(kind, count, seed, scaled) for seed in range(seeds if kind == "radius" else fewer)]
+                mean = {name: statistics.mean(one[name] for one in runs) for name in runs[0]}
+                rows.append(
+                    {
+                        "values": "scaled" if scaled else "distances",
+                        "tasks": count,
+                        "search": kind,
+                        "seeds": len(runs),
+                        "found": mean["found"],
+                        "regret": mean["regret"],
+                        "of_uniform": mean["regret"] / mean["uniform"],
+                        "growth": mean["regret"] / mean["early"],
+                        "share_of_nearest": mean["share"],
+                        "evaluations": max(one["evaluations"] for one in runs),
+                    }
+                )
+    return rows
+
+
+def search_part(given: argparse.Namespace) -> dict[str, Any]:
+    """Everything about the search."""
+    counts = [1, 10, 100, 1000]
+    made = cost(counts, given.steps)
+    return {
+        **made,
+        "bars": {"step_slope": 0.2, "step_ms_at_100": 0.3},
+        "recall": recall(4),
+        "bandit": bandit(given.seeds, min(given.seeds, 20)) if given.seeds else [],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parts = parser.add_subparsers(dest="part", required=True)
+    search = parts.add_parser("search", help="time, memory and regret of the search")
+    search.add_argument("--steps", type=int, default=2000, help="timed, of each size")
+    search.add_argument("--seeds", type=int, default=200, help="of the regret with δ from the tree; 0 leaves it out")
+    search.set_defaults(measure=search_part)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    made = given.measure(given)
+    print(json.dumps({"part": given.part, "torch": torch.__version__, **made}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

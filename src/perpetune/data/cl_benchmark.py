@@ -1,0 +1,155 @@
+"""The text classification tasks that O-LoRA was measured on, in its layout (Wang et al. 2023, arXiv:2310.14152)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from perpetune.data.records import Record, read_records
+from perpetune.data.sources import existing
+from perpetune.data.text import label_of, natural, printable, several
+from perpetune.data.text_files import Item, TextSource, list_texts, split_files
+from perpetune.data.texts import Row, key_of, text_in
+from perpetune.errors import DataError, UsageError, closest
+from perpetune.models.texts import Text
+
+LABELS = "labels.json"
+INSTRUCTIONS = {
+    "SC": "What is the sentiment of the following paragraph? Choose one from the option.",
+    "TC": "What is the topic of the following paragraph? Choose one from the option.",
+    "QQP": 'Whether the "first sentence" and the "second sentence" have the same meaning? Choose one from the option.',
+    "BoolQA": "According to the following passage, is the question true or false? Choose one from the option.",
+    "NLI": 'What is the logical relationship between the "sentence 1" and the "sentence 2"? '
+    "Choose one from the option.",
+    "MultiRC": "According to the following passage and question, is the candidate answer true or false? "
+    "Choose one from the option.",
+    "WiC": "Given a word and two sentences, whether the word is used with the same sense in both sentence? "
+    "Choose one from the option.",
+}
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A task's folder, and what it is called."""
+
+    group: str
+    task: str
+    folder: str
+
+
+class ClBenchmarkSource(TextSource):
+    """The O-LoRA benchmark: arrays of `{sentence, label}` in `PATH/GROUP/TASK/train.json`, `test.json`; `labels.json`.
+
+    The prompt is the group's instruction, the options, the sentence and `Answer:`; the answer is the label. Scored by
+    exact match. `dev.json` is the test where there is no other; beside one it is not used, for it is published as a
+    copy of it.
+
+    Args:
+        path: the folder of the groups, of one group, or of one task.
+        tasks: which of them, in this order; default: all, by name.
+        instructions: other instructions, by group or by task. Groups that are built in: SC, TC, QQP, BoolQA, NLI,
+            MultiRC, WiC.
+    """
+
+    def __init__(self, *, path: str, tasks: list[str] | None = None, instructions: dict[str, str] | None = None):
+        self.path, self.tasks, self.instructions = path, tasks, instructions or {}
+
+    def _items(self) -> Iterator[Item]:
+        for place in self._places:
+            options = _labels(os.path.join(place.folder, LABELS))
+            opening = f"{self._instruction(place)}\nOption: {', '.join(options)}\n\n"
+            files = split_files(place.folder)
+            if "train" not in files:
+                raise DataError(f"{printable(place.folder)}: no train.json beside {LABELS}")
+            test = files.get("test") or files.get("validation") or []
+            for file in files["train"]:
+                yield from (Item("train", place.task, _row(r, opening, options)) for r in read_records(file))
+            for file in test:
+                yield from (Item("test", place.task, _row(r, opening, options)) for r in read_records(file))
+
+    def _order(self, tasks: Sequence[str]) -> Sequence[str]:
+        return self.tasks or ()
+
+    def _instruction(self, place: _Place) -> str:
+        known: Mapping[str, str] = {**INSTRUCTIONS, **self.instructions}
+        for name in (place.task, place.group):
+            if name in self.instructions or (name == place.group and name in known):
+                return known[name]
+        raise UsageError(
+            f"data.instructions: none is known for the group '{place.group}' of task {place.task}; "
+            f"set data.instructions: {{{place.group}: ...}}"
+        )
+
+    @cached_property
+    def _places(self) -> list[_Place]:
+        """The folders of the tasks that were asked for."""
+        places = _places(existing(self.path, "folder"))
+        there: dict[str, _Place] = {}
+        for place in places:
+            before = there.setdefault(place.task, place)
+            if before is not place:
+                raise DataError(f"task {place.task} is in two groups: {before.group} and {place.group}")
+        if not places:
+            raise DataError(f"{printable(self.path)}: expected GROUP/TASK/train.json with {LABELS} beside it")
+        for task in self.tasks or ():
+            if task not in there:
+                raise UsageError(f"data.tasks: there is no task '{task}'; {closest(task, there)}")
+        names = there.keys() | {place.group for place in places}
+        for name in self.instructions:
+            if name not in names:
+                raise UsageError(f"data.instructions: there is no group or task '{name}'; {closest(name, names)}")
+        return [there[task] for task in self.tasks] if self.tasks is not None else places
+
+
+def has_labels(path: str) -> bool:
+    """Whether the folder `path` has this layout."""
+    return bool(_places(path))
+
+
+def _places(path: str) -> list[_Place]:
+    """The folders of tasks: `path` itself, or those in it, or those in these."""
+    whole = os.path.abspath(path)
+    group = os.path.basename(os.path.dirname(whole))
+    found = [
+        _Place(label_of(group), label_of(os.path.basename(whole)), path),
+        *(_Place(label_of(os.path.basename(whole)), label_of(t), os.path.join(path, t)) for t in list_texts(path)[1]),
+        *(
+            _Place(label_of(g), label_of(t), os.path.join(path, g, t))
+            for g in list_texts(path)[1]
+            for t in list_texts(os.path.join(path, g))[1]
+        ),
+    ]
+    return [p for p in found if os.path.exists(os.path.join(p.folder, LABELS)) and split_files(p.folder)]
+
+
+def _labels(path: str) -> tuple[str, ...]:
+    """The options of a task, in their order."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            found = json.load(file)
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{printable(path)}: not a JSON array of labels: {error}") from error
+    if not isinstance(found, list) or not found or not all(isinstance(x, str) and x.strip() for x in found):
+        raise DataError(f"{printable(path)}: expected a JSON array of labels")
+    labels = tuple(label.strip() for label in found)
+    twice = natural({label for label in labels if labels.count(label) > 1})
+    if twice:
+        raise DataError(f"{printable(path)}: label named twice: {several(twice)}")
+    return labels
+
+
+def _row(record: Record, opening: str, options: tuple[str, ...]) -> Row:
+    if record.fault:
+        return Row(record.at, key_of(record.raw.decode(errors="backslashreplace")), None, record.fault)
+    sentence, label = record.value.get("sentence"), record.value.get("label")
+    key = key_of(sentence, label)
+    try:
+        told = text_in(sentence, "sentence").strip()
+        if not told:
+            raise DataError("the sentence is empty")
+        return Row(record.at, key, Text(f"{opening}{told}\nAnswer:", text_in(label, "label").strip(), options))
+    except DataError as error:
+        return Row(record.at, key, None, str(error))

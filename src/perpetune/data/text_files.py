@@ -1,0 +1,407 @@
+"""Texts in JSONL, JSON and parquet files, and how such files lie in folders."""
+
+from __future__ import annotations
+
+import os
+import re
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from perpetune.data.arrow import read_schema
+from perpetune.data.columns import SPLITS, Split, group_column, split_of
+from perpetune.data.records import SUFFIXES, Record, read_records
+from perpetune.data.sources import Source, existing
+from perpetune.data.text import label_of, natural, printable, several
+from perpetune.data.texts import Row, TextTable, chat_in, common_options, key_of, text_in
+from perpetune.errors import DataError, MissingExtra, UsageError, closest
+from perpetune.models.texts import Messages, Text
+from perpetune.numerics.text_scores import score_of
+
+_ORDER: tuple[Split, ...] = ("train", "validation", "test")
+_SHARD = re.compile(r"(.+)-\d+-of-\d+")  # train-00000-of-00002, as data sets are saved
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """A file of texts, the split that it belongs to, and its task; None where its rows may say it."""
+
+    path: str
+    split: Split | None
+    task: str | None
+
+
+@dataclass(frozen=True)
+class Item:
+    """A row, and where it belongs."""
+
+    split: Split
+    task: str
+    row: Row
+
+
+class TextSource(Source):
+    """Texts out of files: what the readers of all layouts have in common.
+
+    A task that has validation examples and none for the test is tested on those.
+    """
+
+    gives = "texts"
+
+    @abstractmethod
+    def _items(self) -> Iterator[Item]:
+        """Every row there is, in order."""
+
+    def _scoring(self, tasks: Sequence[str]) -> Mapping[str, str]:
+        """How each task is scored; those that are not there are scored by exact match."""
+        return {}
+
+    def _order(self, tasks: Sequence[str]) -> Sequence[str]:
+        """The tasks in the order they come where nobody says otherwise."""
+        return ()
+
+    def _warnings(self) -> list[str]:
+        """What was left out on the way."""
+        return []
+
+    def train(self) -> TextTable:
+        table = self._tables.get("train")
+        if table is None:
+            raise DataError("there are no training examples")
+        return table
+
+    def validation(self) -> TextTable | None:
+        return self._tables.get("validation")
+
+    def test(self) -> TextTable | None:
+        return self._tables.get("test")
+
+    @cached_property
+    def _tables(self) -> dict[Split, TextTable]:
+        items = list(self._items())
+        tested = {item.task for item in items if item.split == "test"}
+        parts: dict[Split, list[Item]] = {}
+        for item in items:
+            spare = item.split == "validation" and item.task not in tested
+            parts.setdefault("test" if spare else item.split, []).append(item)
+        declared = common_options((item.task, item.row) for item in items)
+        tasks = natural({item.task for item in items})
+        scoring, order = self._scoring(tasks), self._order(tasks)
+        return {
+            split: TextTable(
+                [item.row for item in part],
+                [item.task for item in part],
+                declared,
+                scoring,
+                order,
+                self._warnings() if split == "train" else (),
+            )
+            for split, part in parts.items()
+        }
+
+
+class FileSource(TextSource):
+    """Texts in a `.jsonl`, `.json` or `.parquet` file, or in a folder of such.
+
+    A folder holds `TASK.jsonl` files, or `TASK/train.jsonl` with `TASK/test.jsonl` and `TASK/validation.jsonl` (or
+    `eval`, `dev`) where there are such, or `train.jsonl` and `test.jsonl` of one task; each may be `.json` or
+    `.parquet`. A row holds a prompt and an answer, or the messages of a chat whose last is the answer; where it has
+    both, the messages count.
+
+    Args:
+        path: the file or folder.
+        test: file or folder of the test examples; default: the test split inside `path`, if any.
+        prompt_column, answer_column, messages_column: what the columns are called.
+        task_column: the column with the task; default: `task` or `domain`, whichever is there. Where files are named by
+            their task, a column counts only if it is named here.
+        split_column: the column that says train, validation or test; default: `split`, if it is there and files do
+            not say it.
+        options: the answers that stand to choice: the same for every row, or the column that holds a list of them.
+        instruction: text put before each prompt, on a line of its own; in a chat, before the first message of the user.
+        score: how answers are scored, by the name of the score, or names by task. Default: exact_match.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        test: str | None = None,
+        prompt_column: str = "prompt",
+        answer_column: str = "answer",
+        messages_column: str = "messages",
+        task_column: str | None = None,
+        split_column: str | None = None,
+        options: str | list[str] | None = None,
+        instruction: str | None = None,
+        score: str | dict[str, str] | None = None,
+    ):
+        self.path, self.test_path = path, test
+        self.prompt_column, self.answer_column, self.messages_column = prompt_column, answer_column, messages_column
+        self.task_column, self.split_column = task_column, split_column
+        self.options, self.instruction, self.score = options, instruction, score
+        for name in score.values() if isinstance(score, dict) else [score] if score else []:
+            score_of(name)
+
+    def _items(self) -> Iterator[Item]:
+        for file in self._found[0]:
+            yield from self._rows(file)
+        if self.test_path is not None:
+            for file in text_files(existing(self.test_path, "file or folder of texts"), "test")[0]:
+                yield from self._rows(file)
+
+    def _scoring(self, tasks: Sequence[str]) -> Mapping[str, str]:
+        if isinstance(self.score, dict):
+            for task in self.score:
+                if task not in tasks:
+                    raise UsageError(f"data.score: there is no task '{task}'; {closest(task, tasks)}")
+            return self.score
+        return dict.fromkeys(tasks, self.score) if self.score else {}
+
+    def _warnings(self) -> list[str]:
+        return self._found[1]
+
+    @cached_property
+    def _found(self) -> tuple[list[TextFile], list[str]]:
+        files, warnings = text_files(existing(self.path, "file or folder of texts"), "train")
+        if self.test_path is not None:
+            unused = [printable(f.path) for f in files if f.split == "test"]
+            files = [f for f in files if f.split != "test"]
+            warnings += [f"not used beside data.test: {several(unused)}"] if unused else []
+        return files, warnings
+
+    def _rows(self, file: TextFile) -> Iterator[Item]:
+        """The rows of a file. What cannot be read has the task of the row before it, or of the first that can be."""
+        records, here = read_records(file.path), printable(file.path)
+        columns = list(dict.fromkeys(c for record in records for c in record.value))
+        self._need_columns(columns, here)
+        named = parts = None
+        if (file.task is None or self.task_column is not None) and columns:
+            named = group_column(columns, self.task_column, here, "task_column")
+        if file.split is None and self.test_path is None:
+            parts = self.split_column or ("split" if "split" in columns else None)
+        tasks = [_task(record, named) if named else file.task or _stem(self.path) for record in records]
+        task = next(filter(None, tasks), None) or file.task or _stem(self.path)
+        for record, own in zip(records, tasks, strict=True):
+            task, split, row = own or task, file.split or "train", self._row(record)
+            if not record.fault:
+                try:
+                    if parts is not None:
+                        split = split_of(record.value.get(parts), f"column '{parts}'")
+                    if own is None:
+                        raise DataError(f"no task (column '{named}')")
+                except DataError as error:
+                    row = Row(row.at, row.key, None, str(error))
+            yield Item(split, task, row)
+
+    def _need_columns(self, columns: Sequence[str], here: str) -> None:
+        """DataError when a column is in no row of a file; rows that lack one are bad rows."""
+        if not columns:
+            return
+        if self.messages_column not in columns:
+            for column in (self.prompt_column, self.answer_column):
+                if column not in columns:
+                    raise DataError(
+                        f"{here}: no column '{column}' and no column '{self.messages_column}'; "
+                        f"found: {several([printable(c) for c in columns], 20)}"
+                    )
+        for asked in (self.split_column, self.options):
+            if isinstance(asked, str) and asked not in columns:
+                raise DataError(f"{here}: no column '{asked}'; found: {several([printable(c) for c in columns], 20)}")
+
+    def _row(self, record: Record) -> Row:
+        if record.fault:
+            return Row(record.at, key_of(record.raw.decode(errors="backslashreplace")), None, record.fault)
+        value = record.value
+        prompt, answer, messages = (
+            value.get(c) for c in (self.prompt_column, self.answer_column, self.messages_column)
+        )
+        key = key_of(messages) if messages is not None else key_of(prompt, answer)
+        try:
+            told: str | Messages
+            if messages is not None:
+                told, said = chat_in(messages)
+            else:
+                told = text_in(prompt, f"prompt (column '{self.prompt_column}')")
+                said = text_in(answer, f"answer (column '{self.answer_column}')")
+            options = self._options(value)
+            if said.strip() in options:  # space at its ends does not make it another one
+                said = said.strip()
+        except DataError as error:
+            return Row(record.at, key, None, str(error))
+        return Row(record.at, key, Text(self._instructed(told), said, options))
+
+    def _options(self, value: Mapping[str, Any]) -> tuple[str, ...]:
+        if self.options is None:
+            return ()
+        found = value.get(self.options) if isinstance(self.options, str) else self.options
+        if not isinstance(found, list):
+            kind = "nothing" if found is None else type(found).__name__
+            raise DataError(f"the options (column '{self.options}') hold {kind}; expected a list of texts")
+        return tuple(text_in(option, "option").strip() for option in found)
+
+    def _instructed(self, prompt: str | Messages) -> str | Messages:
+        """The prompt behind the instruction; an empty one stays empty, so that it is found."""
+        if self.instruction is None:
+            return prompt
+        if isinstance(prompt, str):
+            return f"{self.instruction}\n{prompt}" if prompt.strip() else prompt
+        first = next((n for n, (role, _) in enumerate(prompt) if role == "user"), None)
+        return tuple(
+            (role, f"{self.instruction}\n{content}" if n == first else content)
+            for n, (role, content) in enumerate(prompt)
+        )
+
+
+def text_files(path: str, wanted: Literal["train", "test"]) -> tuple[list[TextFile], list[str]]:
+    """The files of texts at `path`, a file or a folder, and warnings.
+
+    Args:
+        wanted: `test` for the test alone, `train` for all there is.
+
+    Raises:
+        DataError: there is none, or a split is there twice.
+    """
+    if not os.path.isdir(path):
+        return [TextFile(path, "test" if wanted == "test" else None, None)], []
+    here, files, folders = printable(path), *list_texts(path)
+    splits = split_files(path, files)
+    if wanted in splits or (wanted == "test" and "validation" in splits):
+        unused = [f for f in files if _split_named(f) is None] + [
+            f"{f}/" for f in folders if split_files(os.path.join(path, f))
+        ]
+        warnings = [f"{here}: not used beside {wanted}: {several([printable(f) for f in unused])}"] if unused else []
+        return _of_splits(splits, None, wanted), warnings
+    found: list[TextFile] = []
+    entries: dict[str, list[str]] = {}  # what there is of each task
+    lacking = []
+    for name in natural([*files, *folders]):
+        inside = os.path.join(path, name)
+        task = label_of(_stem(name) if name in files else name)
+        parts = {} if name in files else split_files(inside)
+        if name in files and _split_named(name) is None:
+            entries.setdefault(task, []).append(name)
+            found.append(TextFile(inside, "test" if wanted == "test" else None, task))
+        elif wanted in parts or (wanted == "test" and "validation" in parts):
+            entries.setdefault(task, []).append(f"{name}/")
+            found += _of_splits(parts, task, wanted)
+        elif name in folders and list_texts(inside)[0]:
+            lacking.append(f"{printable(name)}/")
+    twice = [", ".join(printable(name) for name in names) for names in entries.values() if len(names) > 1]
+    if twice:
+        raise DataError(f"{here}: one task in several places: {several(twice)}")
+    if not found:
+        there = several([printable(name) for name in natural([*files, *lacking])]) or "no file of texts"
+        raise DataError(
+            f"{here}: expected {wanted}.jsonl, TASK.jsonl or TASK/{wanted}.jsonl (or .json, .parquet); found: {there}"
+        )
+    return found, [f"{here}: no {wanted} file in {several(lacking)}"] if lacking else []
+
+
+def split_files(folder: str, files: Sequence[str] | None = None) -> dict[Split, list[str]]:
+    """The files in `folder` that are named by a split, several where one is stored in parts.
+
+    Raises:
+        DataError: two files of one split.
+    """
+    found: dict[Split, list[str]] = {}
+    for name in list_texts(folder)[0] if files is None else files:
+        split = _split_named(name)
+        if split is not None:
+            found.setdefault(split, []).append(name)
+    for split, names in found.items():
+        if len(names) > 1 and not all(_SHARD.fullmatch(_stem(n)) for n in names):
+            raise DataError(f"{printable(folder)}: several files of the {split} split: {several(names)}")
+    return {split: [os.path.join(folder, name) for name in names] for split, names in found.items()}
+
+
+def _task(record: Record, column: str) -> str | None:
+    """The task that a row names, None where it names none."""
+    try:
+        return label_of(text_in(record.value.get(column), "task")) or None
+    except DataError:
+        return None
+
+
+def _of_splits(splits: Mapping[Split, Sequence[str]], task: str | None, wanted: str) -> list[TextFile]:
+    """The files of one task; for the test alone those of its test, or else of its validation."""
+    if wanted == "test":
+        splits = {"test": splits.get("test") or splits["validation"]}
+    return [TextFile(path, split, task) for split in _ORDER for path in splits.get(split, ())]
+
+
+def _split_named(file: str) -> Split | None:
+    """The split that a file's name says."""
+    stem = _stem(file)
+    shard = _SHARD.fullmatch(stem)
+    return SPLITS.get((shard[1] if shard else stem).lower())
+
+
+def list_texts(folder: str) -> tuple[list[str], list[str]]:
+    """Names of the files of texts in a folder, and of the folders in it; hidden ones are left out.
+
+    Raises:
+        DataError: the folder cannot be read.
+    """
+    files, folders = [], []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    folders.append(entry.name)
+                elif entry.name.lower().endswith(SUFFIXES):
+                    files.append(entry.name)
+    except OSError as error:
+        raise DataError(f"{printable(folder)}: {(error.strerror or str(error)).lower()}") from error
+    return natural(files), natural(folders)
+
+
+def _stem(path: str) -> str:
+    """The last part of a path, without the suffix of a file of texts."""
+    name = os.path.basename(os.path.abspath(path))
+    stem, suffix = os.path.splitext(name)
+    return stem if suffix.lower() in SUFFIXES else name
+
+
+def guess_texts(path: str) -> tuple[str, dict[str, Any]] | None:
+    """Name and options of the source of texts that fits what is at `path`; None where it holds none.
+
+    A `.json` file is one of texts; others are where their beginning names a column `prompt` or `messages`.
+    """
+    from perpetune.data.cl_benchmark import has_labels
+    from perpetune.data.trace import TASKS
+
+    if not os.path.isdir(path):
+        texts = path.lower().endswith(".json") or (path.lower().endswith(SUFFIXES) and _holds_texts(path))
+        return ("text", {"path": path}) if texts else None
+    if has_labels(path):
+        return "cl_benchmark", {"path": path}
+    files, folders = list_texts(path)
+    if not files and not folders:
+        return None
+    inner = {f: [os.path.join(path, f, n) for n in list_texts(os.path.join(path, f))[0]] for f in folders}
+    trained = {f: next((n for n in names if _split_named(n) == "train"), None) for f, names in inner.items()}
+    found = [os.path.join(path, f) for f in files] + [n for n in trained.values() if n is not None]
+    if not any(map(_holds_texts, found)):
+        return None
+    own = any(_split_named(f) == "train" for f in files) and _stem(path) in TASKS
+    return "trace" if own or (not files and TASKS & trained.keys()) else "text", {"path": path}
+
+
+def _holds_texts(path: str, looked: int = 1 << 16) -> bool:
+    """Whether the beginning of a file names a column of texts."""
+    if path.lower().endswith(".parquet"):
+        try:
+            return bool({"prompt", "messages"} & set(read_schema(path).names))
+        except (DataError, MissingExtra):  # said by the source that is taken for it
+            return False
+    try:
+        with open(path, "rb") as file:
+            start = file.read(looked)
+    except OSError:
+        return False
+    first = start if path.lower().endswith(".json") else start.lstrip(b"\xef\xbb\xbf\r\n").partition(b"\n")[0]
+    return re.search(rb'"(prompt|messages)"\s*:', first) is not None

@@ -1,0 +1,275 @@
+"""Tables of texts: prompts with their answers, each with the place it comes from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from perpetune.data.records import SUFFIXES, Record, read_records
+from perpetune.data.sources import Table
+from perpetune.data.text import natural, printable, several
+from perpetune.errors import DataError, UsageError
+from perpetune.models.texts import ASSISTANT, Messages, Text
+
+ROLES = ("system", "user", ASSISTANT)
+FREE = ""  # the label of an answer in free text
+SCORE = "exact_match"  # of tasks whose source names no other
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example and where it stands.
+
+    Attributes:
+        at: for messages: file and line, item or row.
+        key: what identifies it wherever the file lies; seeded choices depend on it alone.
+        text: None where there is none to be had.
+        fault: why not.
+    """
+
+    at: str
+    key: str
+    text: Text | None
+    fault: str = ""
+
+
+class TextTable(Table):
+    """The texts of one split.
+
+    A bad row keeps its place in its task until `check` names it. A task is scored in one way. Its classes are the
+    answers that stand to choice in all its examples; where they differ from one to the next, and where answers are free
+    text, it has none.
+
+    Args:
+        rows: the examples.
+        groups: the task of each.
+        declared: the answers to choose from, by task; tasks of free text are not there.
+        scoring: how a task is scored, by its name: names of `numerics.text_scores`.
+        order: tasks in the order they come where nobody says otherwise.
+        warnings: one line each.
+    """
+
+    gives = "texts"
+    noun = "example"
+    use = "used"
+    threads = False  # tokenizers are not made for it, and there is no disk to wait for
+    free = True
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        groups: Sequence[str],
+        declared: Mapping[str, Collection[str]] | None = None,
+        scoring: Mapping[str, str] | None = None,
+        order: Sequence[str] = (),
+        warnings: Iterable[str] = (),
+    ):
+        self.rows = rows
+        self.declared = declared or {}
+        self.scoring = scoring or {}
+        self.order = order
+        self.faults = [row.fault or (fault_of(row.text) if row.text else "no text") for row in rows]
+        labels = [
+            row.text.answer if row.text and not fault and row.text.answer in self.declared.get(group, ()) else FREE
+            for row, fault, group in zip(rows, self.faults, groups, strict=True)
+        ]
+        super().__init__(labels, groups, warnings)
+        self.tasks = groups
+
+    def text(self, i: int) -> Text:
+        """Example `i`; DataError naming it when it is bad."""
+        text = self.rows[i].text
+        if text is None or self.faults[i]:
+            raise DataError(f"{self.name(i)}: {self.faults[i]}")
+        return text
+
+    def check(self, i: int, depth: Literal["decode", "header"]) -> None:
+        self.text(i)
+
+    def name(self, i: int) -> str:
+        return self.rows[i].at
+
+    def key(self, i: int) -> str:
+        return self.rows[i].key
+
+    def size(self, i: int) -> int | None:
+        return None if self.faults[i] else len(self.content(i))
+
+    def content(self, i: int, limit: int = -1) -> bytes:
+        """Prompt and answer as bytes; of a bad row its key."""
+        text = self.rows[i].text
+        whole = self.key(i).encode() if text is None or self.faults[i] else _plain([text.prompt, text.answer])
+        return whole if limit < 0 else whole[:limit]
+
+    def digest(self, i: int) -> bytes:
+        text = self.rows[i].text
+        return super().digest(i) + _plain(text.options if text else ())
+
+    def classes(self, rows: Iterable[int]) -> set[str]:
+        tasks = {self.tasks[row] for row in rows}
+        return {answer for task in tasks for answer in self.declared.get(task, ())}
+
+    def fits(self, i: int, classes: Collection[str]) -> bool:
+        return True
+
+    def score(self, rows: Iterable[int]) -> str:
+        """The one score of these rows; UsageError where their tasks have several."""
+        ways: dict[str, str] = {}
+        for row in rows:
+            ways.setdefault(self.scoring.get(self.tasks[row], SCORE), self.tasks[row])
+        if len(ways) > 1:
+            said = several([f"{way} ({ways[way]})" for way in natural(ways)])
+            raise UsageError(f"these data are scored in several ways: {said}; give one task at a time")
+        return next(iter(ways), SCORE)
+
+
+def fault_of(text: Text) -> str:
+    """Why `text` is no example to learn from, in a few words; empty where it is one."""
+    if isinstance(text.prompt, str):
+        if not text.prompt.strip():
+            return "the prompt is empty"
+        parts = [text.prompt]
+    else:
+        if not text.prompt:
+            return "there is no message before the answer"
+        for number, (role, _) in enumerate(text.prompt, 1):
+            if role not in ROLES:
+                return f"message {number} has the role {_short(role)}; expected one of {', '.join(ROLES)}"
+        parts = [content for _, content in text.prompt]
+    if not text.answer.strip():
+        return "the answer is empty"
+    if text.options and text.answer not in text.options:
+        return f"the answer {_short(text.answer)} is not among the options {several([_short(o) for o in text.options])}"
+    for what, part in (*(("prompt", part) for part in parts), ("answer", text.answer)):
+        try:
+            part.encode()
+        except UnicodeEncodeError as error:
+            return f"the {what} holds half a character (a lone surrogate) at {error.start}"
+    return ""
+
+
+def common_options(rows: Iterable[tuple[str, Row]]) -> dict[str, tuple[str, ...]]:
+    """By task the answers that stand to choice, where they are the same in all its examples: (task, row)."""
+    found: dict[str, tuple[str, ...]] = {}
+    for task, row in rows:
+        if row.text is None:
+            continue
+        before = found.setdefault(task, row.text.options)
+        if set(before) != set(row.text.options):
+            found[task] = ()
+    return {task: options for task, options in found.items() if options}
+
+
+def key_of(*values: Any) -> str:
+    """A name for an example that depends on what it says and not on where it stands."""
+    return hashlib.sha256(_plain(values)).hexdigest()[:32]
+
+
+def text_in(value: Any, what: str) -> str:
+    """A cell as text; whole numbers are fine, for answers are often numbers.
+
+    Raises:
+        DataError: there is none, or it is of another type.
+    """
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if value is None:
+        raise DataError(f"no {what}")
+    raise DataError(f"the {what} holds {type(value).__name__}; expected text")
+
+
+def messages_in(value: Any) -> Messages:
+    """The messages of a list of `{role, content}`; DataError where it is something else."""
+    if not isinstance(value, list):
+        raise DataError(f"the messages hold {type(value).__name__}; expected a list of {{role, content}}")
+    if not value:
+        raise DataError("there are no messages")
+    messages = []
+    for number, message in enumerate(value, 1):
+        if not isinstance(message, dict):
+            raise DataError(f"message {number} is {type(message).__name__}; expected {{role, content}}")
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                kind = type(message[key]).__name__ if message.get(key) is not None else "nothing"
+                raise DataError(f"message {number}: the {key} holds {kind}; expected text")
+        messages.append((message["role"], message["content"]))
+    return tuple(messages)
+
+
+def chat_in(value: Any) -> tuple[Messages, str]:
+    """The messages up to the answer, and the answer, out of a list of `{role, content}`.
+
+    Raises:
+        DataError: it is something else, or the last message is not the assistant's.
+    """
+    *before, (role, answer) = messages_in(value)
+    if role != ASSISTANT:
+        raise DataError(f"the last message is by {_short(role)}; expected the {ASSISTANT}'s, which is the answer")
+    return tuple(before), answer
+
+
+def read_prompts(inputs: Iterable[str]) -> list[str | Messages]:
+    """Prompts as a command is given them.
+
+    Args:
+        inputs: each is a prompt; or a `.txt` file with one on each line, a `.jsonl`, `.json` or `.parquet` file with
+            `prompt` or `messages` (an answer at their end is left out), or `-` for the lines of standard input.
+
+    Raises:
+        DataError: a file cannot be read, a row holds no prompt, or there is none at all.
+    """
+    found: list[str | Messages] = []
+    for given in inputs:
+        is_file = given.lower().endswith((".txt", *SUFFIXES)) and (len(given.split()) == 1 or os.path.exists(given))
+        if given == "-":
+            found += [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
+        elif not is_file:
+            found.append(given)
+        elif not os.path.isfile(given):
+            raise DataError(f"{printable(given)}: no such file")
+        elif given.lower().endswith(".txt"):
+            try:
+                with open(given, encoding="utf-8-sig") as file:
+                    found += [line.rstrip("\n") for line in file if line.strip()]
+            except (OSError, UnicodeDecodeError) as error:
+                raise DataError(f"{printable(given)}: cannot be read as UTF-8 text: {error}") from error
+        else:
+            found += [_prompt_in(record) for record in read_records(given)]
+    if not any(found):
+        raise DataError("no prompt is given")
+    return found
+
+
+def _prompt_in(record: Record) -> str | Messages:
+    try:
+        if record.fault:
+            raise DataError(record.fault)
+        if record.value.get("messages") is None:
+            prompt: str | Messages = text_in(record.value.get("prompt"), "prompt")
+        else:
+            prompt = messages_in(record.value["messages"])
+            if prompt[-1][0] == ASSISTANT:
+                prompt = prompt[:-1]
+        fault = fault_of(Text(prompt, "?"))
+        if fault:
+            raise DataError(fault)
+    except DataError as error:
+        raise DataError(f"{record.at}: {error}") from error
+    return prompt
+
+
+def _plain(value: Any) -> bytes:
+    """Any cell as bytes, the same wherever it was read from."""
+    return json.dumps(value, sort_keys=True, default=repr).encode()
+
+
+def _short(text: str, length: int = 40) -> str:
+    plain = printable(text)
+    return f"'{plain}'" if len(plain) <= length else f"'{plain[:length]}…'"

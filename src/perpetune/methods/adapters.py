@@ -1,0 +1,208 @@
+"""LoRAs kept for earlier tasks: stored as sets on the same net, merged when there are too many, used by inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perpetune.models.base import Model
+from perpetune.numerics.lowrank import Factors, cosine, merged
+from perpetune.numerics.similarity_tree import SimilarityTree
+from perpetune.pets import LoRA, copy_set, pets, remove, slots, using
+from perpetune.tasks import Inputs, chosen
+
+ELSEWHERE = 1e4  # taken from the log-probability of a class that no task of the chosen adapter has
+
+
+@dataclass
+class Kept:
+    """One adapter: its number, the tasks that it is of, their classes, and on how many examples it was trained."""
+
+    slot: int
+    tasks: list[str]
+    classes: list[str]
+    weight: int
+
+
+class AdapterBank(nn.Module):
+    """The adapters of earlier tasks, each a set of LoRAs on the net, named by its number in the similarity tree.
+
+    Args:
+        model: with the set `working` of LoRAs, which is the one that is trained.
+        working: its name.
+        budget: adapters that are kept; None is all.
+    """
+
+    def __init__(self, model: Model, working: str, budget: int | None):
+        super().__init__()
+        self._models = (model,)  # not as a submodule: it is the method's already
+        self.working, self.budget = working, budget
+        self.kept: dict[int, Kept] = {}
+        self.merged: str | None = None
+        """The name of the set that all are merged into, where that was done."""
+        self._made = [_copied(pet.factors()) for pet in self._loras(working)]
+        self._target: list[tuple[list[tuple[int, int]], Factors]] = []
+
+    @property
+    def model(self) -> Model:
+        return self._models[0]
+
+    @property
+    def newest(self) -> int | None:
+        """The adapter of the last task."""
+        return max(self.kept, default=None)
+
+    def called(self, slot: int) -> str:
+        """The tasks an adapter is of."""
+        return " + ".join(self.kept[slot].tasks)
+
+    def weight(self, slot: int) -> int:
+        return self.kept[slot].weight
+
+    def slot_of(self, task: str) -> int:
+        """The adapter that holds what was learned of a task."""
+        return next(slot for slot, kept in self.kept.items() if task in kept.tasks)
+
+    # -- the working set ------------------------------------------------------------------------------
+
+    def load(self, slot: int) -> None:
+        """Start from an adapter."""
+        copy_set(self.model, _name(slot), self.working)
+
+    def reset(self) -> None:
+        """Start as if newly made."""
+        for pet, factors in zip(self._loras(self.working), self._made, strict=True):
+            pet.set_factors(factors)
+
+    def keep(self, slot: int, task: str, classes: Sequence[str], weight: int) -> None:
+        """Store the working set as a task's adapter."""
+        copy_set(self.model, self.working, _name(slot))
+        self.kept[slot] = Kept(slot, [task], list(classes), weight)
+
+    # -- drawn towards another task's -----------------------------------------------------------------
+
+    @torch.no_grad()
+    def draw_to(self, helpers: Mapping[int, int]) -> None:
+        """What `alignment` compares with from now on: for each module (in the order of places and parts) an adapter."""
+        by_slot = {slot: self._flat(_name(slot)) for slot in set(helpers.values())}
+        shapes: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+        for module, slot in sorted(helpers.items()):
+            b, a = by_slot[slot][module]
+            shapes.setdefault((*b.shape, *a.shape), []).append((module, slot))
+        self._target = [
+            (
+                group,
+                (
+                    torch.stack([by_slot[slot][module][0] for module, slot in group]),
+                    torch.stack([by_slot[slot][module][1] for module, slot in group]),
+                ),
+            )
+            for group in shapes.values()
+        ]
+
+    def alignment(self) -> Tensor:
+        """The mean over modules of `cos(ΔW, ΔW')` between the working set and what it is drawn to, in [-1, 1]."""
+        own = self._flat(self.working)
+        total, count = None, 0
+        for group, target in self._target:
+            now = (torch.stack([own[m][0] for m, _ in group]), torch.stack([own[m][1] for m, _ in group]))
+            with torch.autocast(now[0].device.type, enabled=False):
+                part = cosine(now, target).sum()
+            total, count = (part if total is None else total + part), count + len(group)
+        assert total is not None
+        return total / count
+
+    # -- merging --------------------------------------------------------------------------------------
+
+    def over(self, tree: SimilarityTree) -> tuple[int, int] | None:
+        """The two adapters to merge: those of the nearest tasks; None while there are not too many."""
+        if self.budget is None or len(self.kept) <= self.budget:
+            return None
+        distances = tree.distances.clone().fill_diagonal_(torch.inf)
+        first, second = divmod(int(distances.argmin()), len(distances))
+        return tree.ids[min(first, second)], tree.ids[max(first, second)]
+
+    def merge(self, kept: int, gone: int) -> None:
+        """Make two adapters one, their mean by the examples each was trained on, at the same rank."""
+        self._mean([kept, gone], _name(kept))
+        one, other = self.kept[kept], self.kept.pop(gone)
+        classes = list(dict.fromkeys(one.classes + other.classes))
+        self.kept[kept] = Kept(kept, one.tasks + other.tasks, classes, one.weight + other.weight)
+        remove(self.model, _name(gone))
+
+    def merge_all(self, name: str) -> None:
+        """The mean of all adapters as a set of its own."""
+        if name not in {n for _, slot in slots(self.model) for n in slot.pets}:
+            copy_set(self.model, self.working, name)
+        self.merged = name
+        self._mean(list(self.kept), name)
+
+    @torch.no_grad()
+    def _mean(self, among: Sequence[int], name: str) -> None:
+        weights = [float(self.kept[slot].weight) for slot in among]
+        sets = [self._loras(_name(slot)) for slot in among]
+        for place, into in enumerate(self._loras(name)):
+            parts = [list(loras[place].factors()) for loras in sets]
+            into.set_factors([merged(same, weights, into.rank) for same in zip(*parts, strict=True)])
+
+    # -- predicting -----------------------------------------------------------------------------------
+
+    def routed(self, inputs: Inputs, chosen_slots: Sequence[int]) -> Tensor:
+        """The prediction for each input by the adapter chosen for it.
+
+        Where there are classes, those of the adapter's tasks come before all others.
+        """
+        parts: list[tuple[list[int], Tensor]] = []
+        for slot in sorted(set(chosen_slots)):
+            rows = [i for i, s in enumerate(chosen_slots) if s == slot]
+            with using(self.model, _name(slot)):
+                found = self.model.predict(chosen(inputs, rows))
+            if self.model.classes:
+                own = set(self.kept[slot].classes)
+                away = torch.tensor([c not in own for c in self.model.classes], device=found.device)
+                found = found.log_softmax(-1) - ELSEWHERE * away
+            parts.append((rows, found))
+        width = max(found.shape[1] for _, found in parts)
+        first = parts[0][1]
+        pad = -torch.inf if first.is_floating_point() else self.model.nothing
+        whole = first.new_full((len(chosen_slots), width), pad)
+        for rows, found in parts:
+            whole[rows, : found.shape[1]] = found
+        return whole
+
+    # -- telling and storing --------------------------------------------------------------------------
+
+    def facts(self) -> list[dict[str, Any]]:
+        size = sum(p.numel() * p.element_size() for pet in self._loras(self.working) for p in pet.parameters())
+        return [{"tasks": kept.tasks, "bytes": size} for kept in self.kept.values()]
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"kept": [asdict(kept) for kept in self.kept.values()], "merged": self.merged}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.kept = {entry["slot"]: Kept(**entry) for entry in state["kept"]}
+        self.merged = state["merged"]
+        wanted = {_name(slot) for slot in self.kept} | ({self.merged} if self.merged is not None else set())
+        there = {name for _, slot in slots(self.model) for name in slot.pets} - {self.working}
+        for name in sorted(there - wanted):
+            remove(self.model, name)
+        for name in sorted(wanted - there):
+            copy_set(self.model, self.working, name)
+
+    def _loras(self, name: str) -> list[LoRA]:
+        return [pet for pet in pets(self.model, name) if isinstance(pet, LoRA)]
+
+    def _flat(self, name: str) -> list[Factors]:
+        return [factors for pet in self._loras(name) for factors in pet.factors()]
+
+
+def _name(slot: int) -> str:
+    return f"task-{slot}"
+
+
+def _copied(factors: Sequence[Factors]) -> list[Factors]:
+    return [(b.detach().clone(), a.detach().clone()) for b, a in factors]

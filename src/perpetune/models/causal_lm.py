@@ -1,0 +1,167 @@
+"""A causal language model: texts to texts, by the pretrained model's own output layer."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from perpetune.models.backbone import Backbone
+from perpetune.models.base import Model
+from perpetune.models.texts import TextView
+from perpetune.tasks import IGNORED, Batch, Inputs, Task, Tokens
+
+AT_ONCE = 256  # options that are scored at a time: each needs a copy of what attention remembers of its question
+
+
+class CausalLM(Model):
+    """The language model's own output layer: answers are generated, or chosen among the options that a question has.
+
+    The loss is that of the answer's tokens and its end; those of the prompt are not learned. The probability of an
+    option is that of its tokens and the end, so `negative` and `very negative` are told apart by more than a start.
+
+    Args:
+        backbone: a language model.
+        eval: `generate` the answer greedily, or score the `options` where there are any.
+        max_new_tokens: the longest answer that is generated.
+    """
+
+    takes: ClassVar[Literal["pictures", "texts"]] = "texts"
+    statistics: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        eval: Literal["options", "generate"] = "options",
+        max_new_tokens: Annotated[int, Field(ge=1)] = 64,
+    ):
+        super().__init__(backbone)
+        assert isinstance(backbone.preprocess, TextView)
+        self.view, self.max_new_tokens = backbone.preprocess, max_new_tokens
+        self.nothing = self.view.pad
+        self.view.room, self.view.chooses = max_new_tokens, eval != "generate"
+        known = inspect.signature(backbone.net.forward).parameters
+        self._places = "position_ids" in known  # models that tell order by attention alone have none
+        self._keeps = "logits_to_keep" in known
+        # What the checkpoint asks for (sampling, penalties) is filled in wherever a call leaves something open.
+        net: Any = backbone.net
+        net.generation_config = self._greedy(net.generation_config.eos_token_id)
+
+    @property
+    def classes(self) -> list[str]:
+        return []
+
+    def grow(self, task: Task) -> None:
+        """Any text can be said already."""
+
+    def summarise(self, task: Task, batch_size: int) -> None:
+        """Nothing is learned from statistics."""
+
+    def loss(self, task: Task, batch: Batch) -> Tensor:
+        assert isinstance(batch.inputs, Tokens) and batch.inputs.labels is not None
+        labels = batch.inputs.labels[:, 1:]  # what token i + 1 is, is said at token i
+        first = int((labels != IGNORED).any(0).to(torch.uint8).argmax())
+        logits = self._logits(batch.inputs, keep=labels.shape[1] - first + 1)[:, :-1]
+        said: Tensor = F.cross_entropy(
+            logits.flatten(0, 1).float(), labels[:, first:].flatten(), ignore_index=IGNORED, reduction="mean"
+        )
+        return said
+
+    def features(self, inputs: Inputs) -> Tensor:
+        """The mean over tokens of the last hidden state, `(B, D)`; at prediction those of the question alone."""
+        assert isinstance(inputs, Tokens)
+        body: Any = self.backbone.net.base_model
+        states = body(**self._asked(inputs), use_cache=False).last_hidden_state  # (B, N, D)
+        mask = inputs.mask.unsqueeze(-1)
+        summed: Tensor = states.float().masked_fill(~mask, 0).sum(1)
+        return summed / mask.sum(1)
+
+    def observe(self, inputs: Inputs) -> None:
+        self.features(inputs)
+
+    @torch.no_grad()
+    def predict(self, inputs: Inputs) -> Tensor:
+        assert isinstance(inputs, Tokens)
+        if inputs.options is not None:
+            return self._scored(inputs, inputs.options)
+        return self._generated(inputs)
+
+    def read(self, answer: Tensor) -> str:
+        return self.view.decode(answer)
+
+    def _asked(self, inputs: Tokens) -> dict[str, Any]:
+        asked: dict[str, Any] = {"input_ids": inputs.ids, "attention_mask": inputs.mask.long()}
+        if self._places:
+            asked["position_ids"] = _positions(inputs.mask)
+        return asked
+
+    def _logits(self, inputs: Tokens, *, keep: int) -> Tensor:
+        """Logits `(B, keep, V)` at the last tokens: the output layer is wide, and few of them are learned."""
+        more = {"logits_to_keep": keep} if self._keeps else {}
+        logits: Tensor = self.backbone.net(**self._asked(inputs), **more, use_cache=False).logits
+        return logits[:, -keep:]
+
+    def _generated(self, inputs: Tokens) -> Tensor:
+        """The likeliest token after each other, `(B, M)`, padded behind the end."""
+        net: Any = self.backbone.net
+        whole: Tensor = net.generate(input_ids=inputs.ids, attention_mask=inputs.mask.long())
+        return whole[:, inputs.ids.shape[1] :]
+
+    def _greedy(self, ends: int | list[int] | None) -> Any:
+        """How answers are generated; `ends`: tokens that the model ends with, beside the tokenizer's."""
+        from transformers import GenerationConfig
+
+        known = [ends] if isinstance(ends, int) else ends or []
+        return GenerationConfig(
+            do_sample=False,
+            max_new_tokens=self.max_new_tokens,
+            pad_token_id=self.view.pad,
+            eos_token_id=sorted({end for end in (self.view.end, *known) if end is not None}) or None,
+            bos_token_id=self.view.tokenizer.bos_token_id,
+        )
+
+    def _scored(self, inputs: Tokens, options: Tensor) -> Tensor:
+        """Log-probabilities `(B, K)` of the options, -inf for those there are not."""
+        net: Any = self.backbone.net
+        more = {"logits_to_keep": 1} if self._keeps else {}
+        asked = net(**self._asked(inputs), **more, use_cache=True)
+        scores = torch.full(options.shape[:2], -torch.inf, device=options.device)
+        there = (options != IGNORED).any(-1)
+        first = asked.logits[:, -1].float().log_softmax(-1)  # (B, V)
+        said = first.gather(1, options[..., 0].clamp(min=0))  # (B, K)
+        size = max(1, AT_ONCE // len(options))
+        for start in range(0, options.shape[1], size):
+            part = options[:, start : start + size]
+            rest = self._continued(inputs, part, asked.past_key_values) if part.shape[-1] > 1 else 0
+            scores[:, start : start + size] = said[:, start : start + size] + rest
+        return scores.masked_fill(~there, -torch.inf)
+
+    def _continued(self, inputs: Tokens, options: Tensor, memory: Any) -> Tensor:
+        """Log-probabilities `(B, K)` of all tokens of the options but the first.
+
+        Args:
+            memory: keys and values of the questions; left as they are.
+        """
+        count, k, _ = options.shape
+        flat = options.flatten(0, 1)  # (B K, M)
+        given, wanted = flat[:, :-1], flat[:, 1:]
+        mask = torch.cat([inputs.mask.repeat_interleave(k, 0), given != IGNORED], 1)
+        memory = copy.deepcopy(memory)
+        memory.batch_repeat_interleave(k)
+        asked: dict[str, Any] = {"input_ids": given.clamp(min=0), "attention_mask": mask.long()}
+        if self._places:
+            asked["position_ids"] = _positions(mask)[:, -given.shape[1] :]
+        logits = self.backbone.net(**asked, past_key_values=memory, use_cache=True).logits.float()
+        said = -F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="none")
+        return said.view(count, k, -1).sum(-1)
+
+
+def _positions(mask: Tensor) -> Tensor:
+    """The place of each token among those that count, `(B, N)`; 0 at padding before them."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)

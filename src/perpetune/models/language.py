@@ -1,0 +1,326 @@
+"""Causal language models that transformers builds: an id on the hub, a local folder in its layout, a GGUF file."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from perpetune.errors import MissingExtra, PerpetuneError, UsageError, closest
+from perpetune.models.backbone import Backbone
+from perpetune.models.from_transformers import check_report, config_of, quiet
+from perpetune.models.hub import hub_file, one_line
+from perpetune.models.texts import TextView
+from perpetune.pets.base import Slot, slots
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+GGUF = ".gguf"
+ROTATION = "rope_freqs.weight"  # what a GGUF file divides the frequencies of rotary positions by
+
+# Where neither the model nor its tokenizer says how many tokens it takes.
+SOME_LENGTH = 2048
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is.
+
+    Attributes:
+        place: a folder or an id on the hub.
+        file: the GGUF file in it; None for transformers' layout.
+    """
+
+    place: str
+    file: str | None = None
+
+    @property
+    def where(self) -> dict[str, str]:
+        """What transformers calls the file."""
+        return {} if self.file is None else {"gguf_file": self.file}
+
+
+def is_gguf(rest: str) -> bool:
+    """Whether what a recipe names behind the colon is a GGUF file."""
+    return rest.lower().endswith(GGUF)
+
+
+def gguf_source(spec: str, rest: str, *, hub: bool) -> Source:
+    """The GGUF file at a local path or, with `hub`, as `OWNER/NAME/FILE` on the hub.
+
+    Raises:
+        UsageError: there is no such file.
+        MissingExtra: the package that reads such files is not installed.
+    """
+    if find_spec("gguf") is None:
+        raise MissingExtra(spec, "lm")
+    path = Path(rest).expanduser()
+    if path.is_file():
+        return Source(str(path.parent), path.name)
+    owner, _, rest_of_it = rest.partition("/")
+    name, _, file = rest_of_it.partition("/")
+    if hub and owner and name and file and not path.parent.is_dir():
+        return Source(f"{owner}/{name}", file)
+    beside = [p.name for p in path.parent.glob(f"*{GGUF}")] if path.parent.is_dir() else []
+    also = "; on the hub it is OWNER/NAME/FILE.gguf" if hub else ""
+    raise UsageError(f"{spec}: there is no such file; in {path.parent}: {closest(path.name, beside)}{also}")
+
+
+def is_causal(config: Any) -> bool:
+    """Whether transformers has a causal language model for `config` that is one by its nature.
+
+    It has such a head for BERT too, whose tokens look both ways unless its config says otherwise.
+    """
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or getattr(config, "is_encoder_decoder", False):
+        return False
+    return config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or bool(getattr(config, "is_decoder", False))
+
+
+def load(
+    spec: str,
+    source: Source,
+    config: Any = None,
+    *,
+    pretrained: bool = True,
+    dtype: Dtype = "float32",
+    max_length: int | None = None,
+    chat: bool = False,
+    gradient_checkpointing: bool = False,
+) -> Backbone:
+    """The language model at `source` with its tokenizer, without dropout; safetensors or GGUF only.
+
+    Its features are the hidden states `(B, N, dim)` behind the last norm; its logits are those of `backbone.net`.
+
+    Args:
+        config: what `config_of` has read there, where that was done already.
+        dtype: of the frozen weights.
+        max_length: tokens of a text; None is what the model and its tokenizer take.
+        chat: whether plain prompts are put into the form of a chat too.
+        gradient_checkpointing: keep only what goes into each block while PETs are trained, and compute the rest again.
+
+    Raises:
+        UsageError: there is no such model or tokenizer, or an option that does not fit it.
+        PerpetuneError: the tensors in the checkpoint are not those of the model; names them.
+    """
+    if dtype not in get_args(Dtype):
+        raise UsageError(f"{spec}: dtype is {dtype!r}; one of {', '.join(get_args(Dtype))} is expected")
+    config = config or config_of(spec, source.place, **source.where)
+    if not is_causal(config):
+        raise UsageError(f"{spec}: a {config.model_type!r} model is no causal language model")
+    if source.file is not None:
+        _check_positions(spec, source.place, source.file, config)
+    _without_dropout(config)
+    tokenizer = _tokenizer(spec, source)
+    if chat and not tokenizer.chat_template:
+        raise UsageError(f"{spec}: its tokenizer has no chat template; leave chat out, or name a model made for chats")
+    length = _max_length(spec, config, tokenizer, max_length)
+    try:
+        with _silent() if source.file else quiet():
+            net = _pretrained(spec, source, config, dtype) if pretrained else _random(config, dtype)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise PerpetuneError(f"{spec}: {one_line(error)}") from error
+    if gradient_checkpointing:
+        _checkpointing(spec, net)
+    embeddings = net.get_input_embeddings().weight
+    _padding(spec, tokenizer, len(embeddings))
+    return Backbone(
+        net,
+        spec=spec,
+        dim=config.get_text_config().hidden_size,
+        preprocess=TextView(tokenizer, max_length=length, chat=chat),
+        forward=hidden_states,
+    )
+
+
+def hidden_states(net: nn.Module, tokens: Tensor, **options: Any) -> Tensor:
+    """Hidden states `(B, N, D)` behind the last norm, of tokens `(B, N)`."""
+    inner: Any = net
+    states: Tensor = inner.base_model(input_ids=tokens, use_cache=False, **options).last_hidden_state
+    return states
+
+
+def _check_positions(spec: str, place: str, file: str, config: Any) -> None:
+    """Refuse a GGUF file whose rotary positions are scaled by a tensor, as those of Llama 3.1 and later are.
+
+    Transformers passes over that tensor without a word, and the model would be another one than was trained.
+    """
+    from gguf import GGUFReader
+
+    path = Path(place, file) if Path(place).is_dir() else hub_file(spec, place, file)
+    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if path is not None and kind == "default" and any(t.name == ROTATION for t in GGUFReader(path).tensors):
+        raise UsageError(
+            f"{spec}: its rotary positions are scaled ({ROTATION}), which transformers does not read from a GGUF file; "
+            "load the model's safetensors instead"
+        )
+
+
+def _without_dropout(config: Any) -> None:
+    """Every probability of dropping something set to 0: tuned is what stands beside the frozen net."""
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        for name, value in vars(part).items():
+            if "drop" in name and isinstance(value, float | int) and not isinstance(value, bool):
+                setattr(part, name, 0.0)
+
+
+def _attention(config: Any) -> str:
+    """`sdpa` where the model has it: PETs inside attention go through that one function."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM._model_mapping[type(config)]
+    return "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
+
+
+def _random(config: Any, dtype: Dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation=_attention(config))
+
+
+def _pretrained(spec: str, source: Source, config: Any, dtype: Dtype) -> Any:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    how: dict[str, Any] = {"use_safetensors": True} if source.file is None else {**source.where, **_unpacked()}
+    model: Any = AutoModelForCausalLM
+    try:
+        net, report = model.from_pretrained(
+            source.place,
+            config=config,
+            dtype=getattr(torch, dtype),
+            attn_implementation=_attention(config),
+            ignore_mismatched_sizes=True,  # so that the report names them
+            output_loading_info=True,
+            **how,
+        )
+    except SafetensorError as error:
+        raise PerpetuneError(f"{spec}: its safetensors file cannot be read: {one_line(error)}") from error
+    check_report(spec, report)
+    if source.file is not None:
+        _plain(net)
+    return net
+
+
+def _unpacked() -> dict[str, Any]:
+    """Have transformers make plain tensors of what a GGUF file packs: packed ones give no gradient to what is before.
+
+    Older versions always unpack and have no word for it.
+    """
+    import transformers
+
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
+
+
+def _plain(net: Any) -> None:
+    """Take off the mark of a quantised model, which an unpacked GGUF file is not, and by which others refuse it."""
+    net.is_quantized = False
+    for owner, name in ((net, "hf_quantizer"), (net.config, "quantization_config")):
+        if name in vars(owner):
+            delattr(owner, name)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """As `quiet`; the reader of GGUF files also has a bar of its own, which nothing but another stderr keeps away."""
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def _tokenizer(spec: str, source: Source) -> Any:
+    """The model's tokenizer; it has to be a fast one, for only those say which characters a token covers."""
+    from transformers import AutoTokenizer
+
+    try:
+        with _silent() if source.file else quiet():
+            tokenizer = AutoTokenizer.from_pretrained(source.place, **source.where)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise UsageError(f"{spec}: its tokenizer cannot be loaded: {one_line(error)}") from error
+    if not len(tokenizer):
+        raise UsageError(f"{spec}: it has no tokenizer: tokenizer.json is expected beside config.json")
+    if not tokenizer.is_fast:
+        raise UsageError(f"{spec}: its tokenizer has no fast version (tokenizer.json), which offsets need")
+    return tokenizer
+
+
+def _padding(spec: str, tokenizer: Any, rows: int) -> None:
+    """A pad token for a tokenizer that has none, or one that the model has no embedding for.
+
+    Args:
+        rows: of the model's embedding.
+    """
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id < rows:
+        return
+    for token in (tokenizer.eos_token, tokenizer.unk_token):
+        if token is not None and tokenizer.convert_tokens_to_ids(token) < rows:
+            tokenizer.pad_token = token  # which one does not matter: padding is masked
+            return
+    raise UsageError(f"{spec}: its tokenizer has no pad, eos or unk token among the {rows} that the model knows")
+
+
+def _max_length(spec: str, config: Any, tokenizer: Any, asked: int | None) -> int:
+    """Tokens of a text: those asked for, or as many as model and tokenizer take."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if asked is None:
+        # A tokenizer that does not know has a number of 30 digits.
+        known = [n for n in (positions, tokenizer.model_max_length) if isinstance(n, int) and 1 < n < 10**9]
+        return min(known, default=SOME_LENGTH)
+    if asked < 2:
+        raise UsageError(f"{spec}: max_length is {asked}; a number of tokens from 2 is expected")
+    if isinstance(positions, int) and asked > positions:
+        raise UsageError(f"{spec}: max_length is {asked}, and the model has {positions} positions")
+    return asked
+
+
+def _checkpointing(spec: str, net: nn.Module) -> None:
+    """Have each block computed again in the backward pass; `Backbone.train` says when.
+
+    Transformers has a method that sets the same, whose name has changed. Blocks have a function of their own here, for
+    a block computed again has to have the PETs in force that it had the first time: by then the loss is made and
+    nobody is `using` them any more.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    blocks: list[Any] = [module for module in net.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not blocks:
+        raise UsageError(
+            f"{spec}: {type(net).__name__} has no gradient checkpointing; leave gradient_checkpointing out"
+        )
+    for block in blocks:
+        block._gradient_checkpointing_func = partial(
+            checkpoint, use_reentrant=False, context_fn=partial(_same_pets, block)
+        )
+        block.gradient_checkpointing = True
+
+
+def _same_pets(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """What to compute a block in the first time, and what again: with the PETs that are in force now."""
+    return nullcontext(), _in_force([(slot, slot.active) for _, slot in slots(block)])
+
+
+@contextlib.contextmanager
+def _in_force(active: list[tuple[Slot, Active]]) -> Iterator[None]:
+    """Inside, each slot has the PETs that are given for it."""
+    before = [(slot, slot.active) for slot, _ in active]
+    try:
+        for slot, name in active:
+            slot.active = name
+        yield
+    finally:
+        for slot, name in before:
+            slot.active = name

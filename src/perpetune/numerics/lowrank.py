@@ -1,0 +1,47 @@
+"""Matrices of low rank as their factors: `W = B A`, `B (o, r)` and `A (r, d)`. `W` itself is never made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Factors = tuple[Tensor, Tensor]  # B (..., o, r) and A (..., r, d)
+
+
+def inner(left: Factors, right: Factors) -> Tensor:
+    """`⟨B A, B' A'⟩ = tr((Bᵀ B')(A' Aᵀ))`, the inner product of all entries, `(...)`; ranks may differ."""
+    (b, a), (b2, a2) = left, right
+    return ((b.mT @ b2) * (a @ a2.mT)).sum((-2, -1))
+
+
+def cosine(left: Factors, right: Factors, least: float = 1e-8) -> Tensor:
+    """`⟨W, W'⟩ / (‖W‖ ‖W'‖)`, `(...)`, in [-1, 1]; 0 where a norm is 0.
+
+    Args:
+        least: norms are taken as at least this, so that the gradient stays bounded near zero.
+    """
+    square = (inner(left, left) * inner(right, right)).clamp(min=least**4)
+    return inner(left, right) / square.sqrt()
+
+
+def merged(parts: Sequence[Factors], weights: Sequence[float], rank: int) -> Factors:
+    """Factors of rank `rank` nearest to the mean `Σ w_i B_i A_i / Σ w_i`, in the sum of squares of all entries.
+
+    By the singular value decomposition of the small matrix between the orthonormal bases of all `B_i` and all `A_i`;
+    the two factors get the roots of the singular values. In float64, returned in the type of the first.
+    """
+    total = sum(weights)
+    b = torch.cat([w / total * b.double() for w, (b, _) in zip(weights, parts, strict=True)], dim=-1)  # (o, Σ r)
+    a = torch.cat([a.double() for _, a in parts], dim=-2)  # (Σ r, d)
+    left, small_left = torch.linalg.qr(b)
+    right, small_right = torch.linalg.qr(a.mT)
+    u, values, v = torch.linalg.svd(small_left @ small_right.mT)
+    kept = min(rank, len(values))
+    roots = values[:kept].sqrt()
+    new_b, new_a = (left @ u[:, :kept]) * roots, (v[:kept] @ right.mT) * roots.unsqueeze(-1)
+    if kept < rank:  # fewer directions than asked for
+        new_b = torch.nn.functional.pad(new_b, (0, rank - kept))
+        new_a = torch.nn.functional.pad(new_a, (0, 0, 0, rank - kept))
+    return new_b.to(parts[0][0]), new_a.to(parts[0][1])

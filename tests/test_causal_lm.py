@@ -1,0 +1,158 @@
+"""A language model's loss, features and answers against plain computations, whatever stands beside an example."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from perpetune.errors import UsageError
+from perpetune.models.backbone import Backbone
+from perpetune.models.backbones import load_backbone
+from perpetune.models.causal_lm import CausalLM
+from perpetune.models.classifier import ImageClassifier
+from perpetune.models.texts import Text, TextView
+from perpetune.heads.linear import Linear
+from perpetune.tasks import Batch, Task, Tokens, weight
+from tests.tiny import tiny_language_model
+
+KINDS = ("llama", "gpt2", "gpt_neox", "opt")
+TEXTS = (
+    Text("What is it?", "a cat"),
+    Text("hi", "no"),
+    Text((("user", "one"), ("assistant", "two"), ("user", "and a much longer question")), "four"),
+)
+OPTIONS = ("a cat", "no", "a much longer answer than the others", "yes")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def backbone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    folder = tiny_language_model(tmp_path_factory.mktemp(request.param), request.param)
+    return load_backbone(f"hf:{folder}")
+
+
+def view_of(backbone: Backbone) -> TextView:
+    assert isinstance(backbone.preprocess, TextView)
+    return backbone.preprocess
+
+
+def sequences(backbone: Backbone, *texts: Text) -> Batch:
+    view = view_of(backbone)
+    return view.collate([(view.sequence(t), 0, i) for i, t in enumerate(texts)])
+
+
+def questions(backbone: Backbone, *texts: Text) -> Tokens:
+    view = view_of(backbone)
+    inputs = view.collate([(view.question(t), 0, i) for i, t in enumerate(texts)]).inputs
+    assert isinstance(inputs, Tokens)
+    return inputs
+
+
+def plain(backbone: Backbone, ids: Tensor) -> Any:
+    """The net on one text, without padding, mask or memory."""
+    return backbone.net(input_ids=ids.unsqueeze(0), use_cache=False, output_hidden_states=True)
+
+
+def task() -> Task:
+    return Task(0, "t", (), train=[])  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def test_the_loss_is_the_mean_over_the_tokens_of_the_answers(backbone: Backbone) -> None:
+    batch = sequences(backbone, *TEXTS)
+    losses = []
+    for text in TEXTS:
+        encoded = view_of(backbone).sequence(text)
+        assert encoded.answer is not None
+        logits = plain(backbone, encoded.ids).logits[0]
+        each = F.cross_entropy(logits[:-1], encoded.ids[1:], reduction="none")
+        losses.append(each[encoded.answer[1:]])
+    wanted = torch.cat(losses).mean()
+    torch.testing.assert_close(CausalLM(backbone).loss(task(), batch), wanted, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_micro_batches_by_their_weights_are_the_batch(backbone: Backbone) -> None:
+    class Set:
+        weights = [int(view_of(backbone).sequence(t).answer.sum()) for t in TEXTS]  # type: ignore[union-attr]
+
+    model = CausalLM(backbone)
+    whole = weight(Set(), [0, 1, 2])  # type: ignore[arg-type]
+    parts = [
+        model.loss(task(), sequences(backbone, TEXTS[i])) * weight(Set(), [i]) / whole  # type: ignore[arg-type]
+        for i in range(3)
+    ]
+    torch.testing.assert_close(sum(parts), model.loss(task(), sequences(backbone, *TEXTS)), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_features_are_the_mean_state_of_the_tokens_alone(backbone: Backbone) -> None:
+    model = CausalLM(backbone)
+    found = model.features(questions(backbone, *TEXTS))
+    for row, text in zip(found, TEXTS, strict=True):
+        ids = view_of(backbone).question(text).ids
+        states = backbone.net.base_model(input_ids=ids.unsqueeze(0)).last_hidden_state[0]  # type: ignore[union-attr,operator]
+        torch.testing.assert_close(row, states.mean(0), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_an_option_scores_what_its_tokens_and_the_end_are_likely(backbone: Backbone) -> None:
+    texts = [Text(t.prompt, t.answer, OPTIONS[: 4 - i]) for i, t in enumerate(TEXTS)]
+    scores = CausalLM(backbone).predict(questions(backbone, *texts))
+    assert scores.shape == (3, 4)
+    for row, text in zip(scores, texts, strict=True):
+        question = view_of(backbone).question(text)
+        for k, option in enumerate(question.options):
+            ids = torch.cat([question.ids, option])
+            said = plain(backbone, ids).logits[0].log_softmax(-1)[len(question) - 1 : -1]
+            torch.testing.assert_close(row[k], said.gather(1, option.unsqueeze(1)).sum(), atol=1e-4, rtol=1e-4)
+        assert bool((row[len(text.options) :] == -torch.inf).all())
+
+
+@torch.no_grad()
+def test_many_options_are_scored_in_parts(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = questions(backbone, *(Text(t.prompt, options=OPTIONS) for t in TEXTS))
+    at_once = CausalLM(backbone).predict(inputs)
+    monkeypatch.setattr("perpetune.models.causal_lm.AT_ONCE", 3)
+    torch.testing.assert_close(CausalLM(backbone).predict(inputs), at_once)
+
+
+@torch.no_grad()
+def test_answers_are_the_likeliest_token_after_each_other(backbone: Backbone) -> None:
+    model = CausalLM(backbone, max_new_tokens=6)
+    found = model.predict(questions(backbone, *TEXTS))
+    for row, text in zip(found, TEXTS, strict=True):
+        ids, start = view_of(backbone).question(text).ids, len(view_of(backbone).question(text))
+        for _ in range(6):
+            ids = torch.cat([ids, plain(backbone, ids).logits[0, -1].argmax().view(1)])
+        assert model.read(row) == view_of(backbone).decode(ids[start:])
+
+
+@torch.no_grad()
+def test_options_are_not_looked_at_when_answers_are_generated(backbone: Backbone) -> None:
+    model = CausalLM(backbone, eval="generate", max_new_tokens=3)
+    texts = [Text(t.prompt, options=OPTIONS) for t in TEXTS]
+    assert not model.predict(questions(backbone, *texts)).is_floating_point()
+
+
+def test_the_gradient_does_not_feel_the_padding(backbone: Backbone) -> None:
+    weights = [p.requires_grad_(True) for p in backbone.net.parameters()]
+    try:
+        alone = torch.autograd.grad(CausalLM(backbone).loss(task(), sequences(backbone, TEXTS[1])), weights)
+        batch = sequences(backbone, TEXTS[1], TEXTS[2])
+        assert isinstance(batch.inputs, Tokens) and batch.inputs.labels is not None
+        batch.inputs.labels[1] = -100
+        beside = torch.autograd.grad(CausalLM(backbone).loss(task(), batch), weights)
+    finally:
+        backbone.net.requires_grad_(False)
+    for a, b in zip(alone, beside, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
+
+
+def test_a_head_of_classes_does_not_go_with_texts(backbone: Backbone) -> None:
+    with pytest.raises(UsageError, match="takes texts: use `head: lm`"):
+        ImageClassifier(backbone, Linear(backbone.dim))

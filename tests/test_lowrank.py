@@ -1,0 +1,59 @@
+"""Low-rank arithmetic against the matrices themselves, in float64."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from perpetune.numerics.lowrank import Factors, cosine, inner, merged
+from perpetune.seeding import generator
+
+
+def factors(seed: int, o: int, d: int, r: int) -> Factors:
+    rng = generator("lowrank", seed)
+    return (
+        torch.randn(o, r, generator=rng, dtype=torch.float64),
+        torch.randn(r, d, generator=rng, dtype=torch.float64),
+    )
+
+
+sizes = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.integers(1, 4))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 99), sizes)
+def test_inner_products_and_cosines_are_those_of_the_matrices(seed: int, size: tuple[int, int, int, int]) -> None:
+    o, d, r, r2 = size
+    left, right = factors(seed, o, d, r), factors(seed + 1000, o, d, r2)
+    w, w2 = left[0] @ left[1], right[0] @ right[1]
+    torch.testing.assert_close(inner(left, right), (w * w2).sum())
+    torch.testing.assert_close(cosine(left, right), (w * w2).sum() / (w.norm() * w2.norm()))
+    assert cosine(left, left) <= 1 + 1e-12
+
+
+def test_the_cosine_with_nothing_is_zero_and_its_gradient_finite() -> None:
+    b, a = factors(0, 5, 4, 2)
+    zero = torch.zeros_like(b).requires_grad_()
+    value = cosine((zero, a), (b, a))
+    value.backward()
+    assert value == 0 and zero.grad is not None and bool(torch.isfinite(zero.grad).all())
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 99), sizes, st.integers(1, 6))
+def test_merged_is_the_best_of_its_rank(seed: int, size: tuple[int, int, int, int], rank: int) -> None:
+    o, d, r, r2 = size
+    parts, weights = [factors(seed, o, d, r), factors(seed + 1000, o, d, r2)], [3.0, 1.0]
+    mean = (3 * parts[0][0] @ parts[0][1] + parts[1][0] @ parts[1][1]) / 4
+    b, a = merged(parts, weights, rank)
+    assert b.shape == (o, rank) and a.shape == (rank, d)
+    u, values, v = torch.linalg.svd(mean, full_matrices=False)
+    best = (u[:, :rank] * values[:rank]) @ v[:rank]  # Eckart and Young
+    torch.testing.assert_close((mean - b @ a).norm(), (mean - best).norm(), atol=1e-10, rtol=1e-6)
+
+
+def test_one_alone_stays_what_it_is() -> None:
+    b, a = factors(3, 6, 5, 2)
+    new_b, new_a = merged([(b, a)], [7.0], 2)
+    torch.testing.assert_close(new_b @ new_a, b @ a)
