@@ -101,7 +101,7 @@ def reports(folder: Path) -> set[str]:
 def test_run(shell: Shell, world: Path, tmp_path: Path) -> None:
     said = shell("run", world / "my.yaml")
     folder = Path("runs/tiny")  # the recipe's name
-    assert said.lines[0] == "task 1 cat-dog  2 classes, 12 training images"
+    assert said.lines[0] == "task 1 cat-dog  2 classes, 12 training examples"
     assert any(line.startswith("after 2 fox-owl: mean ") for line in said.lines)
     matrix = [line.split() for line in said.lines if line.strip().startswith(("after ", "1 ", "2 "))][-3:]
     assert matrix[0] == ["after", "mean", "cat-dog", "fox-owl"]
@@ -130,7 +130,7 @@ def test_init_and_update(shell: Shell, world: Path, tmp_path: Path) -> None:
     assert shell("resume", "mine").lines == ["nothing to resume: no tasks learned, and none is open"]
 
     said = shell("update", "mine", "--data", world / "images")
-    assert said.lines[0] == "task 1 images  4 classes, 24 training images"
+    assert said.lines[0] == "task 1 images  4 classes, 24 training examples"
     assert reports(Path("mine")) == {"report.html", "report.md", "report.json"}
     results = shell.json("update", "mine", "--data", world / "more", "--name", "birds", "--holdout", "0.4")
     assert [(t["name"], t["classes"], t["train"], t["test"]) for t in results["tasks"]] == [
@@ -164,7 +164,7 @@ def test_resume(shell: Shell, world: Path, state: Path) -> None:
         learner.run()
     said = shell("resume", "half")
     assert "nothing to resume" not in said.out
-    assert said.lines[0] == "task 2 fox-owl  2 classes, 12 training images"
+    assert said.lines[0] == "task 2 fox-owl  2 classes, 12 training examples"
     assert shell.json("evaluate", "half") == shell.json("evaluate", state)
 
 
@@ -176,7 +176,7 @@ def test_rollback(shell: Shell, state: Path) -> None:
     assert shell("rollback", state, "--to", "0000-cat-dog").lines == [f"nothing to drop; {state} has cat-dog"]
     assert shell.json("rollback", state, "--to", "start") == {"dropped": ["cat-dog"], "kept": []}
     said = shell("resume", state)
-    assert said.lines[0] == "task 1 cat-dog  2 classes, 12 training images"
+    assert said.lines[0] == "task 1 cat-dog  2 classes, 12 training examples"
 
 
 # -- several runs -------------------------------------------------------------------------------------------

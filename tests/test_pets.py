@@ -31,6 +31,7 @@ from perpetune.pets import (
 )
 from perpetune.pets.lora import LoRA
 from perpetune.pets.prompt import Prompt
+from perpetune.pets.ssf import SSF
 from perpetune.seeding import generator, own_global_state
 
 PIXELS = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -252,6 +253,83 @@ def test_several_sets_are_independent_and_using_restores() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["timm vit", "hf vit", "timm eva fused"])
+def test_several_sets_act_together(name: str) -> None:
+    """Each adds its update, at the places it is at; so does one set of their matrices side by side."""
+    backbone = backbone_of(name)
+    inject(backbone.net, places(backbone.net, ["q", "v", "fc1"]), lora, "a")
+    shake(backbone, "a", 1)
+    copy_set(backbone.net, "a", "b")
+    shake(backbone, "b", 2)
+    inject(backbone.net, places(backbone.net, ["v", "fc2"], [-1]), lora, "c")
+    shake(backbone, "c", 3)
+    found = {}
+    for names in (None, (), "a", ("a",), ("a", "b"), ["b", "a"], ("a", "c"), ("a", "b", "c")):
+        with using(backbone, names):
+            found[str(names)] = backbone(PIXELS)
+            assert all(isinstance(s.active, tuple) is (len(s.pets.keys() & set(names or ())) > 1)
+                       for _, s in slots(backbone) if not isinstance(names, str))  # fmt: skip
+    assert all(slot.active is None for _, slot in slots(backbone))
+    assert torch.equal(found["()"], found["None"])
+    assert torch.equal(found["('a',)"], found["a"])
+    torch.testing.assert_close(found["['b', 'a']"], found["('a', 'b')"], rtol=1e-4, atol=1e-5)
+    different = [found[key] for key in ("None", "a", "('a', 'b')", "('a', 'c')", "('a', 'b', 'c')")]
+    assert not any(torch.allclose(x, y, atol=1e-3) for i, x in enumerate(different) for y in different[:i])
+
+    for one, other in zip(pets(backbone, "a"), pets(backbone, "b"), strict=True):
+        assert isinstance(one, LoRA)
+        assert isinstance(other, LoRA)
+        pairs = list(zip(one.factors(), other.factors(), strict=True))
+        one.resize(6)
+        one.set_factors([(torch.cat([b, b2], 1), torch.cat([a, a2])) for (b, a), (b2, a2) in pairs])
+    with using(backbone, "a"):
+        torch.testing.assert_close(backbone(PIXELS), found["('a', 'b')"], rtol=1e-4, atol=1e-5)
+    with using(backbone, ("a", "c")):
+        torch.testing.assert_close(backbone(PIXELS), found["('a', 'b', 'c')"], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_later_of_several_sets_stands_around_the_earlier() -> None:
+    backbone = backbone_of("timm vit")
+    (place,) = places(backbone.net, ["fc1"], [0])
+    inject(backbone.net, [place], lora, "a")
+    inject(backbone.net, [place], lambda p: SSF(p, generator("ssf")), "b")
+    shake(backbone, "a", 1)
+    shake(backbone, "b", 2)
+    ((_, slot),) = slots(backbone.net)
+    x = torch.randn(5, 24, generator=generator("x"))
+    one, other = slot.pet("a"), slot.pet("b")
+    with using(backbone, ("a", "b")):
+        torch.testing.assert_close(slot(x), slot(hidden_states=x))
+        inner = slot(x)
+        with using(backbone, ("b", "a")):
+            outer = slot(x)
+            with using(backbone, "a"):
+                assert torch.equal(slot(x), one(slot.base, x))
+            assert torch.equal(slot(x), outer)
+        assert torch.equal(slot(x), inner)
+        assert torch.equal(inner, other(lambda rows: one(slot.base, rows), x))
+        assert torch.equal(outer, one(lambda rows: other(slot.base, rows), x))
+        assert not torch.allclose(inner, outer)
+        remove(backbone, "b")  # what is left stays in force
+        assert torch.equal(slot(x), one(slot.base, x))
+        with pytest.raises(UsageError, match="no set of pets called 'b'; one of a"), using(backbone, ("a", "b")):
+            pass
+        assert torch.equal(slot(x), one(slot.base, x))
+
+
+def test_the_gradient_reaches_all_sets_in_force() -> None:
+    backbone = backbone_of("timm vit").train()
+    for number, name in enumerate("abc"):
+        inject(backbone.net, places(backbone.net, ["q", "v"]), lora, name)
+        shake(backbone, name, number)
+    with using(backbone, ("a", "b")):
+        backbone(PIXELS).square().sum().backward()
+    for name in "abc":
+        assert all((p.grad is not None) is (name != "c") for p in parameters(backbone, name))
+
+
+@torch.no_grad()
 def test_a_set_becomes_a_copy_of_another() -> None:
     backbone = backbone_of("timm vit")
     inject(backbone.net, places(backbone.net, ["q", "v"]), lora, "a")
@@ -400,6 +478,34 @@ def test_lora_options() -> None:
     (block,) = places(timm_net("vit"), ["block"], [0])
     with pytest.raises(UsageError, match=r"blocks.0 \(block\) is no linear layer"):
         lora(block)
+
+
+@torch.no_grad()
+def test_lora_takes_another_rank_and_starts_anew() -> None:
+    (place,) = places(timm_net("vit"), ["q", "v"], [0])
+    pet, rng = LoRA(place, generator("test"), rank=3, alpha=6.0), generator("test")
+    first = [p.clone() for p in pet.parameters()]
+    kept = list(pet.parameters())
+    pet.resize(3)
+    assert all(a is b for a, b in zip(pet.parameters(), kept, strict=True))
+    pet.resize(5)
+    assert [tuple(p.shape) for p in pet.parameters()] == [(10, 24), (24, 5), (24, 5)]
+    assert not any(p.any() for p in pet.parameters())
+    assert (pet.rank, pet.scale) == (5, 2.0)
+    x = torch.randn(4, 24, generator=generator("x"))
+    pet.set_factors([(torch.ones_like(b), torch.ones_like(a)) for b, a in pet.factors()])
+    assert not torch.equal(pet(place.module, x), place.module(x))
+    pet.requires_grad_(False).resize(3)
+    assert not any(p.requires_grad for p in pet.parameters())
+    pet.restart(rng)
+    assert all(torch.equal(a, b) for a, b in zip(pet.parameters(), first, strict=True))
+    assert torch.equal(pet(place.module, x), place.module(x))
+    pet.restart(rng)
+    assert not torch.equal(pet.down, first[0])
+    fresh = LoRA(place, generator("test"), rank=5, alpha=10.0)
+    fresh.load_state_dict({name: torch.zeros_like(v) for name, v in fresh.state_dict().items()})
+    pet.resize(5)
+    assert pet.state_dict().keys() == fresh.state_dict().keys()
 
 
 @torch.no_grad()

@@ -39,9 +39,11 @@ def evaluate(method: Method, task: Task, *, setting: Setting, batch_size: int) -
     per_class = torch.zeros(2, max(1, len(task.classes)), dtype=exact, device=run.device)
     others: dict[str, Tensor] = {}
     gauges: dict[str, Tensor] = {}
+    way: str | None = None
     for batch in evaluation_batches(task.test, batch_size, run):
         with run.autocast():
             answers = method.answers(batch.inputs)
+        way = answers.name
         for row, values in enumerate((judge(answers.scores, batch), torch.ones_like(batch.targets))):
             per_class[row].index_add_(0, batch.targets, values.to(exact))
         for name, scores in answers.others.items():
@@ -51,14 +53,17 @@ def evaluate(method: Method, task: Task, *, setting: Setting, batch_size: int) -
         signum = run.stop_requested(due=False)
         if signum is not None:
             raise Interrupted(f"stopped while task {task.name} was evaluated", signum)
+    # The first process always has a batch; one without any does not know the names, and has nothing to add.
+    *names, way = run.of_first((list(others), list(gauges), way))
     correct, totals = run.sum(per_class).tolist()
     total = int(sum(totals))
     cell: dict[str, Any] = {"correct": _count(sum(correct)), "total": total}
     cell["per_class"] = {c: [_count(correct[i]), int(totals[i])] for i, c in enumerate(task.classes) if totals[i]}
+    if way is not None:
+        cell["way"] = way
     if judge.score is not None:
         cell["score"] = judge.score
-    # The first process always has a batch; one without any does not know the names, and has nothing to add.
-    names, zero = run.of_first((list(others), list(gauges))), torch.zeros((), dtype=exact, device=run.device)
+    zero = torch.zeros((), dtype=exact, device=run.device)
     if names[0]:
         cell["others"] = {name: _count(float(run.sum(others.get(name, zero)))) for name in names[0]}
     if names[1]:

@@ -63,7 +63,8 @@ class Live:
         self.console.print(Text(f"note: {message}", style="yellow"))
 
     def task(self, index: int, name: str, classes: int, examples: int) -> None:
-        facts = f"  {classes} class{'es' if classes != 1 else ''}, {examples} training images"
+        known = f"{classes} class{'es' if classes != 1 else ''}, " if classes else ""
+        facts = f"  {known}{examples} training examples"
         self.console.print(Text.assemble((f"task {index + 1} {name}", "bold"), facts))
 
     def phase(self, phase: str, steps: int, epochs: int, done: int) -> None:
@@ -75,7 +76,7 @@ class Live:
         if loss is not None:
             self.loss = f"loss {loss:.3f}  "
         speed = self.images / max(1e-9, time.perf_counter() - self.started)
-        facts = f"epoch {epoch + 1}/{self.epochs}  {self.loss}{speed:.0f} images/s"
+        facts = f"epoch {epoch + 1}/{self.epochs}  {self.loss}{speed:.0f} examples/s"
         self.bars.update(self.bar, completed=done, facts=facts)
 
     def results(self, results: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -44,28 +44,25 @@ class AdapterBank(nn.Module):
         self.kept: dict[int, Kept] = {}
         self.merged: str | None = None
         """The name of the set that all are merged into, where that was done."""
+        self._sets: dict[str, list[LoRA]] = {}  # found already: to look for them goes through the whole net
         self._made = [_copied(pet.factors()) for pet in self._loras(working)]
-        self._target: list[tuple[list[tuple[int, int]], Factors]] = []
+        self._target: list[tuple[list[int], Factors]] = []  # modules of one shape, and what they are drawn to
 
     @property
     def model(self) -> Model:
         return self._models[0]
-
-    @property
-    def newest(self) -> int | None:
-        """The adapter of the last task."""
-        return max(self.kept, default=None)
 
     def called(self, slot: int) -> str:
         """The tasks an adapter is of."""
         return " + ".join(self.kept[slot].tasks)
 
     def weight(self, slot: int) -> int:
+        """On how many examples an adapter was trained."""
         return self.kept[slot].weight
 
-    def slot_of(self, task: str) -> int:
-        """The adapter that holds what was learned of a task."""
-        return next(slot for slot, kept in self.kept.items() if task in kept.tasks)
+    def by_task(self) -> dict[str, int]:
+        """The adapter that holds what was learned of each task."""
+        return {task: slot for slot, kept in self.kept.items() for task in kept.tasks}
 
     # -- the working set ------------------------------------------------------------------------------
 
@@ -89,32 +86,20 @@ class AdapterBank(nn.Module):
     def draw_to(self, helpers: Mapping[int, int]) -> None:
         """What `alignment` compares with from now on: for each module (in the order of places and parts) an adapter."""
         by_slot = {slot: self._flat(_name(slot)) for slot in set(helpers.values())}
-        shapes: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+        shapes: dict[tuple[int, ...], list[int]] = {}
         for module, slot in sorted(helpers.items()):
             b, a = by_slot[slot][module]
-            shapes.setdefault((*b.shape, *a.shape), []).append((module, slot))
+            shapes.setdefault((*b.shape, *a.shape), []).append(module)
         self._target = [
-            (
-                group,
-                (
-                    torch.stack([by_slot[slot][module][0] for module, slot in group]),
-                    torch.stack([by_slot[slot][module][1] for module, slot in group]),
-                ),
-            )
-            for group in shapes.values()
+            (modules, _stacked([by_slot[helpers[module]][module] for module in modules])) for modules in shapes.values()
         ]
 
     def alignment(self) -> Tensor:
         """The mean over modules of `cos(ΔW, ΔW')` between the working set and what it is drawn to, in [-1, 1]."""
         own = self._flat(self.working)
-        total, count = None, 0
-        for group, target in self._target:
-            now = (torch.stack([own[m][0] for m, _ in group]), torch.stack([own[m][1] for m, _ in group]))
-            with torch.autocast(now[0].device.type, enabled=False):
-                part = cosine(now, target).sum()
-            total, count = (part if total is None else total + part), count + len(group)
-        assert total is not None
-        return total / count
+        with torch.autocast(own[0][0].device.type, enabled=False):
+            each = [cosine(_stacked([own[module] for module in modules]), target) for modules, target in self._target]
+            return torch.cat(each).mean()
 
     # -- merging --------------------------------------------------------------------------------------
 
@@ -132,7 +117,7 @@ class AdapterBank(nn.Module):
         one, other = self.kept[kept], self.kept.pop(gone)
         classes = list(dict.fromkeys(one.classes + other.classes))
         self.kept[kept] = Kept(kept, one.tasks + other.tasks, classes, one.weight + other.weight)
-        remove(self.model, _name(gone))
+        self._remove(_name(gone))
 
     def merge_all(self, name: str) -> None:
         """The mean of all adapters as a set of its own."""
@@ -151,25 +136,36 @@ class AdapterBank(nn.Module):
 
     # -- predicting -----------------------------------------------------------------------------------
 
-    def routed(self, inputs: Inputs, chosen_slots: Sequence[int]) -> Tensor:
-        """The prediction for each input by the adapter chosen for it.
+    def predict(self, inputs: Inputs, by: Sequence[int]) -> Tensor:
+        """The prediction for each input by the adapter chosen for it, one of `by (B,)`.
 
         Where there are classes, those of the adapter's tasks come before all others.
         """
+
+        def ask(slot: int, some: Inputs) -> Tensor:
+            found = self.model.predict(some)
+            if not self.model.classes:
+                return found
+            own = set(self.kept[slot].classes)
+            away = torch.tensor([c not in own for c in self.model.classes], device=found.device)
+            return found.log_softmax(-1) - ELSEWHERE * away
+
+        return self._asked(inputs, by, ask)
+
+    def features(self, inputs: Inputs, by: Sequence[int]) -> Tensor:
+        """Features of each input by the adapter chosen for it."""
+        return self._asked(inputs, by, lambda slot, some: self.model.features(some))
+
+    def _asked(self, inputs: Inputs, by: Sequence[int], ask: Callable[[int, Inputs], Tensor]) -> Tensor:
+        """What `ask(slot, inputs)` says with each adapter in force; narrower rows are filled up."""
         parts: list[tuple[list[int], Tensor]] = []
-        for slot in sorted(set(chosen_slots)):
-            rows = [i for i, s in enumerate(chosen_slots) if s == slot]
+        for slot in sorted(set(by)):
+            rows = [i for i, s in enumerate(by) if s == slot]
             with using(self.model, _name(slot)):
-                found = self.model.predict(chosen(inputs, rows))
-            if self.model.classes:
-                own = set(self.kept[slot].classes)
-                away = torch.tensor([c not in own for c in self.model.classes], device=found.device)
-                found = found.log_softmax(-1) - ELSEWHERE * away
-            parts.append((rows, found))
-        width = max(found.shape[1] for _, found in parts)
-        first = parts[0][1]
-        pad = -torch.inf if first.is_floating_point() else self.model.nothing
-        whole = first.new_full((len(chosen_slots), width), pad)
+                parts.append((rows, ask(slot, chosen(inputs, rows))))
+        width, first = max(found.shape[1] for _, found in parts), parts[0][1]
+        fill = -torch.inf if first.is_floating_point() else self.model.nothing
+        whole = first.new_full((len(by), width), fill)
         for rows, found in parts:
             whole[rows, : found.shape[1]] = found
         return whole
@@ -189,12 +185,18 @@ class AdapterBank(nn.Module):
         wanted = {_name(slot) for slot in self.kept} | ({self.merged} if self.merged is not None else set())
         there = {name for _, slot in slots(self.model) for name in slot.pets} - {self.working}
         for name in sorted(there - wanted):
-            remove(self.model, name)
+            self._remove(name)
         for name in sorted(wanted - there):
             copy_set(self.model, self.working, name)
 
+    def _remove(self, name: str) -> None:
+        remove(self.model, name)
+        self._sets.pop(name, None)
+
     def _loras(self, name: str) -> list[LoRA]:
-        return [pet for pet in pets(self.model, name) if isinstance(pet, LoRA)]
+        if name not in self._sets:
+            self._sets[name] = [pet for pet in pets(self.model, name) if isinstance(pet, LoRA)]
+        return self._sets[name]
 
     def _flat(self, name: str) -> list[Factors]:
         return [factors for pet in self._loras(name) for factors in pet.factors()]
@@ -202,6 +204,10 @@ class AdapterBank(nn.Module):
 
 def _name(slot: int) -> str:
     return f"task-{slot}"
+
+
+def _stacked(factors: Sequence[Factors]) -> Factors:
+    return torch.stack([b for b, _ in factors]), torch.stack([a for _, a in factors])
 
 
 def _copied(factors: Sequence[Factors]) -> list[Factors]:

@@ -25,12 +25,14 @@ class Answers:
     Attributes:
         scores: `(B, C)` over its classes: its answer. Where answers are texts, what `Model.predict` says.
         others: other ways in which it could answer, by name, each as `scores`; reported beside the answer.
+        name: what the answer is called beside the others.
         gauges: numbers `(B,)` that say how it came to the answer, by name; their means are reported.
     """
 
     scores: Tensor
     others: Mapping[str, Tensor] = field(default_factory=dict)
     gauges: Mapping[str, Tensor] = field(default_factory=dict)
+    name: str | None = None
 
 
 class Method(nn.Module, ABC):

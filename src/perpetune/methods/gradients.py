@@ -45,7 +45,9 @@ class GradientSketch:
         for path, slot in found:
             pet = slot.pet(name)
             if not isinstance(pet, LoRA):
-                raise UsageError(f"signatures of tasks are made of LoRA's gradients, and {path} has {type(pet).__name__}")
+                raise UsageError(
+                    f"signatures of tasks are made of LoRA's gradients, and {path} has {type(pet).__name__}"
+                )
             d_in, rank = pet.down.shape[1], pet.rank
             basis = torch.randn(rank, d_in, generator=generator(seed, "signature", path)) * (pet.scale / d_in**0.5)
             self.rows.append(range(len(self._shapes), len(self._shapes) + len(pet.parts)))
@@ -58,6 +60,8 @@ class GradientSketch:
         sizes = {rows * rank for rows, rank in self._shapes}
         self._sketches = {n: Sketch(n, size, seed_of(seed, "signature", n) % 2**31) for n in sorted(sizes)}
         self._sums: list[Tensor | None] = [None] * len(self._shapes)
+        self.listening = True
+        """Whether passes add to what is collected."""
 
     @contextlib.contextmanager
     def on(self) -> Iterator[None]:
@@ -92,12 +96,14 @@ class GradientSketch:
         return value.flatten()
 
     def _forward(self, index: int, slot: nn.Module, args: tuple[Any, ...], y: Any) -> None:
-        if not (torch.is_grad_enabled() and isinstance(y, Tensor) and y.requires_grad):
+        if not (self.listening and torch.is_grad_enabled() and isinstance(y, Tensor) and y.requires_grad):
             return
         x = args[0].detach()
         if self._bases[index].device != x.device:
             self._bases[index] = self._bases[index].to(x.device)
         seen = x.flatten(0, -2) @ self._bases[index].to(x.dtype).T  # (tokens, rank)
+        if seen.dtype == torch.float16:  # a sum over tokens of what a GradScaler has scaled could overflow
+            seen = seen.float()
         y.register_hook(partial(self._backward, index, seen))
 
     def _backward(self, index: int, seen: Tensor, grad: Tensor) -> None:

@@ -211,7 +211,7 @@ class Safe(Method):
             with using(self.model, SLOW):
                 slow = self.slow(self.model.features(inputs)).float()
         mixed, share = mix(fast, slow, self.sharpness)
-        return Answers(mixed, {"slow": slow, "fast": fast}, {"weight of the fast learner": share})
+        return Answers(mixed, {"slow": slow, "fast": fast}, {"weight of the fast learner": share}, name="mixed")
 
     def observe(self, inputs: Inputs) -> None:
         self.features(inputs)  # what protection watches are the pets that are trained

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perpetune.models.backbone import Backbone
@@ -51,6 +51,7 @@ class CausalLM(Model):
         self._keeps = "logits_to_keep" in known
         # What the checkpoint asks for (sampling, penalties) is filled in wherever a call leaves something open.
         net: Any = backbone.net
+        net.get_output_embeddings().register_forward_pre_hook(_whole)
         net.generation_config = self._greedy(net.generation_config.eos_token_id)
 
     @property
@@ -160,6 +161,12 @@ class CausalLM(Model):
         logits = self.backbone.net(**asked, past_key_values=memory, use_cache=True).logits.float()
         said = -F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="none")
         return said.view(count, k, -1).sum(-1)
+
+
+def _whole(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The states of a few tokens are a slice, and of a slice torch makes one product for each text, with a copy of the
+    layer for each: several times slower than the rest of the net."""
+    return tuple(arg.contiguous() for arg in args)
 
 
 def _positions(mask: Tensor) -> Tensor:

@@ -16,25 +16,28 @@ def inner(left: Factors, right: Factors) -> Tensor:
     return ((b.mT @ b2) * (a @ a2.mT)).sum((-2, -1))
 
 
-def cosine(left: Factors, right: Factors, least: float = 1e-8) -> Tensor:
-    """`⟨W, W'⟩ / (‖W‖ ‖W'‖)`, `(...)`, in [-1, 1]; 0 where a norm is 0.
+def cosine(left: Factors, right: Factors, least: float = 0.1) -> Tensor:
+    """`⟨W, W'⟩ / (max(‖W‖, least ‖W'‖) ‖W'‖)`, `(...)`, in [-1, 1]: the cosine, but for a `W` much smaller than `W'`.
 
-    Args:
-        least: norms are taken as at least this, so that the gradient stays bounded near zero.
+    There it grows linearly from 0 at `W = 0`, with a gradient of norm `1 / (least ‖W'‖)` at most; that of the cosine
+    itself has no bound, and one step near zero would spoil what an optimizer remembers. 0 where `W'` is 0.
     """
-    square = (inner(left, left) * inner(right, right)).clamp(min=least**4)
-    return inner(left, right) / square.sqrt()
+    own, other = inner(left, left), inner(right, right)
+    tiny = torch.finfo(own.dtype).tiny
+    size = torch.maximum(own, least**2 * other).clamp(min=tiny).sqrt()
+    return inner(left, right) / (size * other.clamp(min=tiny).sqrt())
 
 
 def merged(parts: Sequence[Factors], weights: Sequence[float], rank: int) -> Factors:
     """Factors of rank `rank` nearest to the mean `Σ w_i B_i A_i / Σ w_i`, in the sum of squares of all entries.
 
     By the singular value decomposition of the small matrix between the orthonormal bases of all `B_i` and all `A_i`;
-    the two factors get the roots of the singular values. In float64, returned in the type of the first.
+    the two factors get the roots of the singular values. In float64 on the CPU, for Apple's GPUs have no such numbers;
+    returned in the type and place of the first.
     """
-    total = sum(weights)
-    b = torch.cat([w / total * b.double() for w, (b, _) in zip(weights, parts, strict=True)], dim=-1)  # (o, Σ r)
-    a = torch.cat([a.double() for _, a in parts], dim=-2)  # (Σ r, d)
+    total, exact = sum(weights), ("cpu", torch.float64)
+    b = torch.cat([w / total * b.to(*exact) for w, (b, _) in zip(weights, parts, strict=True)], dim=-1)  # (o, Σ r)
+    a = torch.cat([a.to(*exact) for _, a in parts], dim=-2)  # (Σ r, d)
     left, small_left = torch.linalg.qr(b)
     right, small_right = torch.linalg.qr(a.mT)
     u, values, v = torch.linalg.svd(small_left @ small_right.mT)

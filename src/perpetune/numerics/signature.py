@@ -7,6 +7,7 @@ divided by its L1 norm, so that distances lie in [0, 1] whatever the loss is sca
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,8 @@ class Sketch:
 
 class RunningMean(nn.Module):
     """The weighted mean of tensors that come one by one, as Welford 1962 updates it: no sum that grows, and
-    micro-batches with their numbers of examples as weights give the mean of the whole batch. Float64 inside.
+    micro-batches with their numbers of examples as weights give the mean of the whole batch. Float64 inside, and on the
+    CPU wherever the rest of a model goes: Apple's GPUs have no float64.
 
     A module, so that it is stored with what holds it and goes on bit for bit.
 
@@ -81,8 +83,11 @@ class RunningMean(nn.Module):
         self.weight = 0.0
         """Of all that was seen."""
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RunningMean:
+        return self
+
     def update(self, values: Tensor, weight: float = 1) -> None:
-        """Add `values`, the mean of `weight` examples. Whether they are finite is not looked at: a GPU would wait.
+        """Add `values`, the mean of `weight` examples. Whether they are finite is not looked at.
 
         Raises:
             UsageError: another shape, or a weight that is not a number ≥ 0. With weight 0 nothing is added.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -237,7 +238,11 @@ class SimilarityTree:
             UsageError: no such task.
         """
         self.point(task)
-        return [node for node in self if task in node.tasks]
+        assert self.root is not None
+        path = [self.root]
+        while children := path[-1].children:
+            path.append(next(child for child in children if _holds(child, task)))
+        return path
 
     def nodes(self) -> dict[str, Any] | None:
         """The tree for drawing, JSON-able: `{tasks, depth, group, cut, radius, spread, children: [...]}`, nested."""
@@ -421,6 +426,11 @@ class SimilarityTree:
             node = Node(tasks, depth, self._points[tasks[0]] if len(tasks) == 1 else self._mean(tasks), 0.0, 0.0)
         node.cut, node.radius, node.spread = stored["cut"], stored["radius"], stored["spread"]
         return node
+
+
+def _holds(node: Node, task: int) -> bool:
+    place = bisect_left(node.tasks, task)
+    return place < len(node.tasks) and node.tasks[place] == task
 
 
 def _parent(depth: int, group: int | None, children: Sequence[Node]) -> Node:

@@ -1,0 +1,203 @@
+"""O-LoRA: a new LoRA for each task, held orthogonal to those of earlier tasks, which all act together.
+
+Wang et al., Findings of EMNLP 2023, arXiv:2310.14152.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from perpetune.errors import UsageError
+from perpetune.fit import FitConfig, fit
+from perpetune.methods.base import Method, training
+from perpetune.models.base import Model
+from perpetune.models.classifier import ImageClassifier, Mask
+from perpetune.numerics.lowrank import Factors
+from perpetune.pets import LoRA, copy_set, parameters, pets, remove, slots, using
+from perpetune.protection.protection import Protection
+from perpetune.tasks import Batch, Task
+
+DEFAULT = "default"  # the set that acts at prediction: the LoRAs of all tasks as one
+NEW = "new"  # the one that is trained, from the second task on
+
+Weight = Annotated[float, Field(ge=0)]
+Weights = Weight | Annotated[list[Weight], Field(min_length=1)]
+
+
+class OLoRA(Method):
+    """Trains a new LoRA for each task, orthogonal to the frozen ones of earlier tasks, and adds it to them.
+
+    With `W + s Σ_{i≤t} B_i A_i` in every module, task `t` trains `A_t`, drawn anew, and `B_t`, from zero, on
+
+        task loss + λ1 Σ_modules Σ_{i<t} Σ_{jk} |(A_i A_tᵀ)_jk| + λ2 Σ_modules (‖A_t‖ + ‖B_t‖).
+
+    The paper writes the squares of the entries; its released code, by which its `λ1` and its tables are made, sums
+    absolute values, and so does this. `λ2` is that code's, which sums the norms of the matrices, not their squares.
+    A part of a fused layer (q of qkv) counts as a module. The frozen LoRAs act without dropout.
+
+    Args:
+        model: with LoRA injected under the name `default`; its rank is that of each task's.
+        train: how each task is trained.
+        mask: for classifiers; see `ImageClassifier`.
+        orthogonality: `λ1`; several are for one task each, and the last for all that follow.
+        shrink: `λ2`, likewise.
+
+    Raises:
+        UsageError: a pet that is no LoRA, or none; protection, whose sites would change their shape.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        train: FitConfig,
+        mask: Mask = "task",
+        orthogonality: Weights = 0.5,
+        shrink: Weights = 0.0,
+    ):
+        super().__init__(model)
+        found = pets(model, DEFAULT) if any(DEFAULT in slot.pets for _, slot in slots(model)) else []
+        if foreign := sorted({type(pet).__name__.lower() for pet in found if not isinstance(pet, LoRA)}):
+            raise UsageError(f"method olora tunes LoRA, and the recipe has {foreign[0]}: use `pet: lora`")
+        if not found:
+            raise UsageError("method olora tunes LoRA, and the recipe has no pet: use `pet: lora`")
+        if isinstance(model, ImageClassifier):
+            model.mask = mask
+        self.train_config, self.orthogonality, self.shrink = train, orthogonality, shrink
+        self.pet = DEFAULT
+        self.tasks: list[str] = []
+        """Those whose LoRAs are in the set `default`, in the order of its rows of `A`, part by part."""
+        self.told: dict[str, Any] = {}
+        self._ranks = [pet.rank for pet in self._loras(DEFAULT)]
+        self._old: list[tuple[list[int], Tensor]] = []
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, Protection):
+            raise UsageError("method olora trains a new LoRA for each task, which protect: cannot hold: use finetune")
+        super().__setattr__(name, value)
+
+    # -- learning -------------------------------------------------------------------------------------
+
+    def learn(self, task: Task) -> None:
+        self.model.grow(task)
+        config, trained = self.train_config, NEW if self.tasks else DEFAULT
+        if trained == NEW:
+            self._begin(task)
+        try:
+            groups = [(parameters(self.model, trained), config.lr), (self.model.trained(), config.head_lr or config.lr)]
+            with training(self.model), self.model.resting(task):
+                for frozen in pets(self.model, DEFAULT) if trained == NEW else ():
+                    frozen.eval()
+                fit(self.loss, groups, task, config)
+            self.told = self._said()
+            if trained == NEW:
+                self._add()
+        finally:  # else the last commit could not be loaded into a model that was stopped here
+            self._old = []
+            if trained == NEW:
+                remove(self.model, NEW)
+        self.tasks = [*self.tasks, task.name]
+        with using(self.model, DEFAULT):
+            self.model.summarise(task, config.batch_size)
+
+    def loss(self, task: Task, batch: Batch) -> Tensor:
+        with using(self.model, (DEFAULT, NEW) if self.tasks else DEFAULT):
+            loss = self.model.loss(task, batch)
+        if self._old and (weight := self._weight(self.orthogonality)):
+            loss = loss + weight * self.overlap()
+        if weight := self._weight(self.shrink):
+            loss = loss + weight * self.size()
+        return loss
+
+    def overlap(self) -> Tensor:
+        """`Σ |A_i A_tᵀ|` over modules, earlier tasks and entries, a scalar; 0 while the first task is learned."""
+        new = self._parts(NEW if self.tasks else DEFAULT)
+        total = new[0][1].new_zeros(())
+        with torch.autocast(total.device.type, enabled=False):
+            for modules, old in self._old:
+                total = total + torch.bmm(old, torch.stack([new[m][1] for m in modules]).mT).abs().sum()
+        return total
+
+    def size(self) -> Tensor:
+        """`Σ ‖A_t‖ + ‖B_t‖` over modules, a scalar."""
+        matrices = [matrix for factors in self._parts(NEW if self.tasks else DEFAULT) for matrix in factors]
+        norms = [
+            torch.linalg.vector_norm(torch.stack([matrices[i] for i in group]), dim=(1, 2)).sum()
+            for group in _alike(matrices)
+        ]
+        return torch.stack(norms).sum()
+
+    def _weight(self, given: float | list[float]) -> float:
+        """The weight for the task at hand."""
+        return given[min(len(self.tasks), len(given) - 1)] if isinstance(given, list) else given
+
+    def _begin(self, task: Task) -> None:
+        """Put a fresh LoRA beside the old ones, and lay out what it is held orthogonal to."""
+        copy_set(self.model, DEFAULT, NEW)
+        drawn = task.generator("lora")
+        for pet, rank in zip(self._loras(NEW), self._ranks, strict=True):
+            pet.resize(rank)
+            pet.restart(drawn)
+        old = [a.detach() for _, a in self._parts(DEFAULT)]
+        self._old = [(group, torch.stack([old[m] for m in group])) for group in _alike(old)]
+
+    @torch.no_grad()
+    def _add(self) -> None:
+        """Make the new LoRA one with the old ones: `B A + B_t A_t = [B B_t] [A; A_t]`."""
+        for all_, new in zip(self._loras(DEFAULT), self._loras(NEW), strict=True):
+            pairs = list(zip(all_.factors(), new.factors(), strict=True))
+            all_.resize(all_.rank + new.rank)
+            all_.set_factors([(torch.cat([b, b2], dim=1), torch.cat([a, a2])) for (b, a), (b2, a2) in pairs])
+
+    # -- telling and storing --------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _said(self) -> dict[str, Any]:
+        """What became of the new LoRA, before it is one with the others."""
+        if not self._old:
+            return {"overlap": None, "mean_cosine": None}
+        new = self._parts(NEW)
+        cosines = [_cosines(old, torch.stack([new[m][1] for m in modules])).flatten() for modules, old in self._old]
+        return {"overlap": float(self.overlap()), "mean_cosine": float(torch.cat(cosines).mean())}
+
+    def facts(self) -> dict[str, Any]:
+        """Of `olora`: how many LoRAs there are; `Σ |A_i A_tᵀ|` as the last task left it, and the mean cosine of the
+        principal angles between the rows of its `A` and of all earlier ones; the bytes of all LoRAs."""
+        size = sum(p.numel() * p.element_size() for p in parameters(self.model, DEFAULT))
+        own = {"kind": "orthogonal adapters", "loras": len(self.tasks), **self.told, "adapter_bytes": size}
+        return {**super().facts(), "olora": own}
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"tasks": self.tasks, "told": self.told}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.tasks, self.told = list(state["tasks"]), dict(state["told"])
+        for pet, rank in zip(self._loras(DEFAULT), self._ranks, strict=True):
+            pet.resize(rank * max(1, len(self.tasks)))
+
+    def _loras(self, name: str) -> list[LoRA]:
+        return [pet for pet in pets(self.model, name) if isinstance(pet, LoRA)]
+
+    def _parts(self, name: str) -> list[Factors]:
+        """`B` and `A` of every module of a set."""
+        return [factors for pet in self._loras(name) for factors in pet.factors()]
+
+
+def _alike(matrices: Iterable[Tensor]) -> list[list[int]]:
+    """The positions of the matrices of each shape."""
+    shapes: dict[torch.Size, list[int]] = {}
+    for position, matrix in enumerate(matrices):
+        shapes.setdefault(matrix.shape, []).append(position)
+    return list(shapes.values())
+
+
+def _cosines(old: Tensor, new: Tensor) -> Tensor:
+    """Cosines of the principal angles between the spaces of the rows of `old (M, R, d)` and `new (M, r, d)`."""
+    one, other = (torch.linalg.qr(rows.float().mT).Q for rows in (old, new))
+    cosines: Tensor = torch.linalg.svdvals(one.mT @ other)
+    return cosines.clamp(max=1)
