@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from tests.tiny import tiny_language_model
 from torch import Tensor
 from torch.nn import functional as F
 
 from perpetune.errors import UsageError
+from perpetune.heads.linear import Linear
 from perpetune.models.backbone import Backbone
 from perpetune.models.backbones import load_backbone
 from perpetune.models.causal_lm import CausalLM
 from perpetune.models.classifier import ImageClassifier
 from perpetune.models.texts import Text, TextView
-from perpetune.heads.linear import Linear
 from perpetune.tasks import Batch, Task, Tokens, weight
-from tests.tiny import tiny_language_model
 
 KINDS = ("llama", "gpt2", "gpt_neox", "opt")
 TEXTS = (
@@ -77,15 +77,11 @@ def test_the_loss_is_the_mean_over_the_tokens_of_the_answers(backbone: Backbone)
 
 @torch.no_grad()
 def test_micro_batches_by_their_weights_are_the_batch(backbone: Backbone) -> None:
-    class Set:
-        weights = [int(view_of(backbone).sequence(t).answer.sum()) for t in TEXTS]  # type: ignore[union-attr]
-
+    encoded = [view_of(backbone).sequence(t) for t in TEXTS]
+    examples: Any = SimpleNamespace(weights=[int(e.answer.sum()) for e in encoded if e.answer is not None])
     model = CausalLM(backbone)
-    whole = weight(Set(), [0, 1, 2])  # type: ignore[arg-type]
-    parts = [
-        model.loss(task(), sequences(backbone, TEXTS[i])) * weight(Set(), [i]) / whole  # type: ignore[arg-type]
-        for i in range(3)
-    ]
+    whole = weight(examples, [0, 1, 2])
+    parts = [model.loss(task(), sequences(backbone, TEXTS[i])) * weight(examples, [i]) / whole for i in range(3)]
     torch.testing.assert_close(sum(parts), model.loss(task(), sequences(backbone, *TEXTS)), atol=1e-5, rtol=1e-5)
 
 
@@ -144,7 +140,8 @@ def test_the_gradient_does_not_feel_the_padding(backbone: Backbone) -> None:
     try:
         alone = torch.autograd.grad(CausalLM(backbone).loss(task(), sequences(backbone, TEXTS[1])), weights)
         batch = sequences(backbone, TEXTS[1], TEXTS[2])
-        assert isinstance(batch.inputs, Tokens) and batch.inputs.labels is not None
+        assert isinstance(batch.inputs, Tokens)
+        assert batch.inputs.labels is not None
         batch.inputs.labels[1] = -100
         beside = torch.autograd.grad(CausalLM(backbone).loss(task(), batch), weights)
     finally:

@@ -23,7 +23,7 @@ from perpetune.models.base import Model
 from perpetune.recipe import make_recipe
 from perpetune.runtime import Runtime
 from perpetune.seeding import generator
-from perpetune.tasks import Batch, part, Task
+from perpetune.tasks import Batch, Task, part
 
 SETTINGS: tuple[Setting, ...] = ("class", "domain", "task")
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.tiny import tiny_tokenizer
 
 from perpetune.errors import DataError
 from perpetune.models.texts import Encoded, Text, TextView
 from perpetune.tasks import IGNORED, Tokens
-from tests.tiny import tiny_tokenizer
 
 VIEW = TextView(tiny_tokenizer(), max_length=128)
 words = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=30)
@@ -50,12 +50,13 @@ def test_a_long_prompt_loses_its_start_and_keeps_the_answer() -> None:
     view = TextView(VIEW.tokenizer, max_length=20)
     encoded = view.sequence(Text("x" * 50, "yes"))
     whole = VIEW.sequence(Text("x" * 50, "yes"))
-    assert len(encoded) == 20 and encoded.cut == len(whole) - 20
+    assert len(encoded) == 20
+    assert encoded.cut == len(whole) - 20
     assert said(encoded, view) == " yes<eos>"
 
 
 def test_an_answer_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(DataError, match="the answer alone has .* tokens"):
+    with pytest.raises(DataError, match=r"the answer alone has .* tokens"):
         TextView(VIEW.tokenizer, max_length=8).sequence(Text("hi", "y" * 40))
 
 
@@ -63,7 +64,8 @@ def test_a_question_leaves_room_for_its_answer() -> None:
     view = TextView(VIEW.tokenizer, max_length=30)
     view.room = 10
     encoded = view.question(Text("x" * 80))
-    assert len(encoded) == 20 and encoded.cut == len(VIEW.question(Text("x" * 80))) - 20
+    assert len(encoded) == 20
+    assert encoded.cut == len(VIEW.question(Text("x" * 80))) - 20
 
 
 def test_a_question_with_options_leaves_room_for_the_longest() -> None:
@@ -72,7 +74,8 @@ def test_a_question_with_options_leaves_room_for_the_longest() -> None:
     asked = view.question(text)
     assert len(asked) == 30 - max(len(option) for option in asked.options)
     view.chooses = False
-    assert len(view.question(text)) == 5 and view.question(text).options == ()
+    assert len(view.question(text)) == 5
+    assert view.question(text).options == ()
 
 
 def test_the_question_is_what_stands_before_the_answer() -> None:
@@ -86,8 +89,12 @@ def test_messages_take_the_chat_template_and_every_turn_of_the_assistant_is_lear
     text = Text((("user", "one"), ("assistant", "two"), ("user", "three")), "four")
     encoded = VIEW.sequence(text)
     whole, learned = VIEW.tokenizer.decode(encoded.ids), said(encoded)
-    assert "one" in whole and "three" in whole
-    assert "two" in learned and "four" in learned and "one" not in learned and "three" not in learned
+    assert "one" in whole
+    assert "three" in whole
+    assert "two" in learned
+    assert "four" in learned
+    assert "one" not in learned
+    assert "three" not in learned
 
 
 def test_chat_puts_plain_prompts_into_messages() -> None:
@@ -104,12 +111,13 @@ def test_a_template_that_drops_earlier_answers_still_finds_the_last() -> None:
     )
     view = TextView(tokenizer, max_length=128)
     learned = said(view.sequence(Text((("user", "one"), ("assistant", "two"), ("user", "three")), "four")), view)
-    assert "four" in learned and "three" not in learned
+    assert "four" in learned
+    assert "three" not in learned
 
 
 def test_messages_without_a_template_are_refused_in_one_line() -> None:
     view = TextView(tiny_tokenizer(chat=False), max_length=128)
-    with pytest.raises(DataError, match="no chat template.*prompt and answer"):
+    with pytest.raises(DataError, match=r"no chat template.*prompt and answer"):
         view.sequence(Text((("user", "hi"),), "yes"))
 
 
@@ -126,26 +134,34 @@ def test_without_pad_token_the_end_stands_there_and_is_masked() -> None:
     view = TextView(tokenizer, max_length=128)
     assert view.pad == tokenizer.eos_token_id
     batch = view.collate([(view.sequence(Text("a", "b")), 0, 0), (view.sequence(Text("a long one", "b")), 0, 1)])
-    assert isinstance(batch.inputs, Tokens) and not batch.inputs.mask[0, 0]
+    assert isinstance(batch.inputs, Tokens)
+    assert not batch.inputs.mask[0, 0]
 
 
 def test_batches_end_together_and_hold_what_was_put_in() -> None:
     items = [VIEW.sequence(Text("a", "b")), VIEW.sequence(Text("a longer one", "yes"))]
     batch = VIEW.collate([(item, k, 7 + k) for k, item in enumerate(items)])
     inputs = batch.inputs
-    assert isinstance(inputs, Tokens) and inputs.labels is not None and inputs.options is None
+    assert isinstance(inputs, Tokens)
+    assert inputs.labels is not None
+    assert inputs.options is None
     for row, item in enumerate(items):
         assert torch.equal(inputs.ids[row][inputs.mask[row]], item.ids)
-        assert inputs.mask[row].sum() == len(item) and bool(inputs.mask[row, -1])
+        assert inputs.mask[row].sum() == len(item)
+        assert bool(inputs.mask[row, -1])
         assert torch.equal(inputs.labels[row][inputs.labels[row] != IGNORED], item.ids[item.answer])
-    assert batch.targets.tolist() == [0, 1] and batch.numbers is not None and batch.numbers.tolist() == [7, 8]
+    assert batch.targets.tolist() == [0, 1]
+    assert batch.numbers is not None
+    assert batch.numbers.tolist() == [7, 8]
 
 
 def test_options_are_padded_over_the_batch() -> None:
     items = [VIEW.question(Text("a", options=("x", "much longer"))), VIEW.question(Text("b", options=("y",)))]
     inputs = VIEW.collate([(item, 0, 0) for item in items]).inputs
-    assert isinstance(inputs, Tokens) and inputs.options is not None
-    assert inputs.options.shape[:2] == (2, 2) and bool((inputs.options[1, 1] == IGNORED).all())
+    assert isinstance(inputs, Tokens)
+    assert inputs.options is not None
+    assert inputs.options.shape[:2] == (2, 2)
+    assert bool((inputs.options[1, 1] == IGNORED).all())
 
 
 def test_decoding_stops_at_the_first_end() -> None:

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from tests.tiny import recipe, split_folder, vit_folder
 from torch import Tensor
 
 from perpetune.learner import Learner
 from perpetune.methods.finetune import FineTune
 from perpetune.methods.treelora import TreeLoRA
 from perpetune.pets import pets
-from tests.tiny import recipe, split_folder, vit_folder
 
 CLASSES = ["a", "b", "c", "d", "e", "f"]
 

@@ -34,7 +34,8 @@ def evaluate(method: Method, task: Task, *, setting: Setting, batch_size: int) -
     if task.test is None or len(task.test) == 0:
         return None
     run = task.runtime
-    judge: _Choices | _Texts = _Texts(method, task) if method.model.takes == "texts" else _Choices(method, task, setting)
+    texts = method.model.takes == "texts"
+    judge: _Choices | _Texts = _Texts(method, task) if texts else _Choices(method, task, setting)
     exact = torch.float32 if run.device.type == "mps" else torch.float64  # Apple's GPUs have no other
     per_class = torch.zeros(2, max(1, len(task.classes)), dtype=exact, device=run.device)
     others: dict[str, Tensor] = {}
@@ -97,7 +98,7 @@ class _Texts:
     def __init__(self, method: Method, task: Task):
         text: Callable[[int], Text] | None = getattr(task.test, "text", None)
         if text is None:
-            raise UsageError(f"task {task.name}: {method.model.backbone.spec} is asked texts, and its test data are none")
+            raise UsageError(f"task {task.name}: {method.model.backbone.spec} takes texts, and its test data are none")
         self.model, self.text = method.model, text
         self.judge = score_of(task.score or "exact_match")
         self.score: str | None = task.score

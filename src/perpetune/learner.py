@@ -322,9 +322,7 @@ class Learner:
         return found
 
     @torch.no_grad()
-    def answer(
-        self, prompts: str | Sequence[str | Messages], *, options: Sequence[str] | None = None
-    ) -> list[Answer]:
+    def answer(self, prompts: str | Sequence[str | Messages], *, options: Sequence[str] | None = None) -> list[Answer]:
         """What the tuned language model says to prompts: generated, or the likeliest of some options.
 
         Args:

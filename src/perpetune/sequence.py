@@ -194,8 +194,8 @@ class TaskSequence:
         return data
 
     def _as_task(self, data: TaskData) -> Task:
-        sets = {"train": data.train, "validation": data.validation, "test": data.test}
-        return Task(data.index, data.name, data.classes, **sets, score=data.score, runtime=self.runtime)
+        sets = (data.train, data.validation, data.test)
+        return Task(data.index, data.name, data.classes, *sets, score=data.score, runtime=self.runtime)
 
 
 def _document(

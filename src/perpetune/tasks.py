@@ -15,7 +15,6 @@ from perpetune.errors import DataError
 from perpetune.runtime import Runtime
 from perpetune.seeding import generator, seed_of
 
-
 IGNORED = -100  # where a label would stand and there is none: torch's and transformers' word for it
 
 

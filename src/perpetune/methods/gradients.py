@@ -101,9 +101,9 @@ class GradientSketch:
         x = args[0].detach()
         if self._bases[index].device != x.device:
             self._bases[index] = self._bases[index].to(x.device)
-        seen = x.flatten(0, -2) @ self._bases[index].to(x.dtype).T  # (tokens, rank)
-        if seen.dtype == torch.float16:  # a sum over tokens of what a GradScaler has scaled could overflow
-            seen = seen.float()
+        exact = torch.promote_types(x.dtype, torch.float32)  # over tokens gradients cancel, and what is rounded does not
+        with torch.autocast(x.device.type, enabled=False):
+            seen = x.flatten(0, -2).to(exact) @ self._bases[index].to(exact).T  # (tokens, rank)
         y.register_hook(partial(self._backward, index, seen))
 
     def _backward(self, index: int, seen: Tensor, grad: Tensor) -> None:

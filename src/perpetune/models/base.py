@@ -51,8 +51,8 @@ class Model(nn.Module, ABC):
 
     @abstractmethod
     def predict(self, inputs: Inputs) -> Tensor:
-        """Scores `(B, C)` over `classes`. Where answers are texts: scores `(B, K)` of the options of each question, -inf
-        where it has fewer; or the tokens `(B, M)` of the answers, int64, where there are no options."""
+        """Scores `(B, C)` over `classes`. Where answers are texts: scores `(B, K)` of each question's options,
+        -inf where it has fewer; or the tokens `(B, M)` of the answers, int64, where there are no options."""
 
     @abstractmethod
     def summarise(self, task: Task, batch_size: int) -> None:

@@ -38,7 +38,7 @@ class CausalLM(Model):
         self,
         backbone: Backbone,
         *,
-        eval: Literal["options", "generate"] = "options",
+        eval: Literal["options", "generate"] = "options",  # noqa: A002  # what the key in a recipe is called
         max_new_tokens: Annotated[int, Field(ge=1)] = 64,
     ):
         super().__init__(backbone)

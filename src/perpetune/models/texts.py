@@ -197,8 +197,8 @@ class TextView:
     def _chat(self, messages: Sequence[tuple[str, str]], *, asking: bool) -> str:
         if not self.tokenizer.chat_template:
             raise DataError(
-                "this model's tokenizer has no chat template, and messages need one: give rows of prompt and answer, or "
-                "name a tokenizer folder that has one"
+                "this model's tokenizer has no chat template, and messages need one: give rows of prompt and answer, "
+                "or put a chat_template.jinja beside the tokenizer"
             )
         from jinja2 import TemplateError
 
