@@ -1,10 +1,17 @@
-"""What TreeLoRA's search costs and how well it searches (treelora.md §6.1).
+"""What TreeLoRA's search costs and how well it searches, and what its step costs (treelora.md §6.1).
 
     OMP_NUM_THREADS=1 python benchmarks/treelora.py search
+    OMP_NUM_THREADS=1 python benchmarks/treelora.py step
+    OMP_NUM_THREADS=1 python benchmarks/treelora.py step --backbone hf:FOLDER --dtype bfloat16
 
 `search`, on one thread: the time of one step (`select`, the distance of the current signature to the selected task's,
 `observe`) and of an exact `nearest` by the number of stored tasks, memory per task, and V5 to V9: recall of the greedy
 descent, and regret over 4000 steps, on clusters of four tasks whose distances within are .3 of those between.
+
+`step`: the time of the same training of one task by `treelora` and by `finetune`, through the product's own loop, in
+one process and in turns, with earlier tasks in the tree. `ratio` is the median over the turns, each against the mean of
+the `finetune` before and after it; `cpu_ratio` is of seconds of this process's CPU, which others on the machine disturb
+less. Images and texts are random.
 """
 
 from __future__ import annotations
@@ -13,6 +20,7 @@ import argparse
 import json
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,9 +28,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from perpetune.build import build_method
+from perpetune.fit import fit
+from perpetune.models.backbones import load_backbone
+from perpetune.models.texts import Encoded, TextView
 from perpetune.numerics.signature import distance, normalised
 from perpetune.numerics.similarity_tree import LowerConfidenceSearch, Node, SimilarityTree
+from perpetune.recipe import make_recipe
 from perpetune.seeding import generator, numpy_generator
+from perpetune.tasks import Task
 
 MODULES, SIZE = 64, 256
 STEPS, EARLY = 4000, 500
@@ -243,6 +257,103 @@ def search_part(given: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+class Images:
+    """Random pictures of two classes, held in memory."""
+
+    def __init__(self, count: int, size: int):
+        rng = generator("pictures", count, size)
+        self.pixels = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=rng)
+        self.targets = [i % 2 for i in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def load(self, index: int, seed: int | None) -> Any:
+        return self.pixels[index]
+
+
+class Texts:
+    """Random tokens, of which the last three are learned to be said."""
+
+    def __init__(self, count: int, length: int, view: TextView):
+        rng = generator("texts", count, length)
+        ids = torch.randint(0, len(view.tokenizer), (count, length), generator=rng)
+        said = torch.arange(length) >= length - 3
+        self.encoded = [Encoded(row, said) for row in ids]
+        self.targets, self.weights, self.lengths = [0] * count, [3] * count, [length] * count
+        self.collate = view.collate
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def load(self, index: int, seed: int | None) -> Any:
+        return self.encoded[index]
+
+
+class Trainer:
+    """A method with earlier tasks, and the time that its calls of `fit` take."""
+
+    def __init__(self, name: str, given: argparse.Namespace):
+        options = {"dtype": given.dtype} if given.dtype else {}
+        backbone = load_backbone(given.backbone, **options)
+        view = backbone.preprocess
+        recipe = make_recipe(
+            {
+                "backbone": given.backbone,
+                "pet": {"name": "lora", "rank": 8},
+                "method": {"name": name, **({"probe": 1, "every": given.every} if name == "treelora" else {})},
+                "head": "lm" if isinstance(view, TextView) else "linear",
+                "train": {"epochs": 1, "batch_size": given.batch_size, "lr": 1e-4},
+            }
+        )
+        self.method, self.tasks, self.spent = build_method(recipe, backbone), 0, (0.0, 0.0)
+        few, many = given.batch_size, given.batch_size * given.steps
+        self.few: Any = Texts(few, given.length, view) if isinstance(view, TextView) else Images(few, view.size)
+        self.many: Any = Texts(many, given.length, view) if isinstance(view, TextView) else Images(many, view.size)
+        vars(sys.modules[type(self.method).__module__])["fit"] = self.fit
+        for _ in range(given.tasks):
+            self.learn(self.few)
+
+    def fit(self, *args: Any, **options: Any) -> None:
+        began, cpu = time.perf_counter(), time.process_time()
+        fit(*args, **options)
+        self.spent = time.perf_counter() - began, time.process_time() - cpu
+
+    def learn(self, examples: Any) -> tuple[float, float]:
+        """Learn one more task; the seconds of `fit`, of the clock and of the CPU."""
+        classes = () if isinstance(examples, Texts) else ("a", "b")
+        self.method.learn(Task(self.tasks, f"task-{self.tasks}", classes, examples))
+        self.tasks += 1
+        return self.spent
+
+
+def step_part(given: argparse.Namespace) -> dict[str, Any]:
+    """One training by two methods, in turns."""
+    plain, tree = Trainer("finetune", given), Trainer("treelora", given)
+    plain.learn(plain.many)
+    tree.learn(tree.many)
+    before, ratios, times = plain.learn(plain.many), [], []
+    for _ in range(given.turns):
+        took = tree.learn(tree.many)
+        after = plain.learn(plain.many)
+        ratios.append([2 * t / (b + a) for t, b, a in zip(took, before, after, strict=True)])
+        times.append((took[0] / given.steps, after[0] / given.steps))
+        before = after
+    clock, cpu = zip(*ratios, strict=True)
+    return {
+        **{k: v for k, v in vars(given).items() if k not in ("measure", "part")},
+        "stored": tree.tasks,
+        "modules": len(tree.method.gradients.names),
+        "ratio": statistics.median(clock),
+        "cpu_ratio": statistics.median(cpu),
+        "bar": 1.05,
+        "all": clock,
+        "all_cpu": cpu,
+        "treelora_ms": 1e3 * statistics.median(t for t, _ in times),
+        "finetune_ms": 1e3 * statistics.median(f for _, f in times),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parts = parser.add_subparsers(dest="part", required=True)
@@ -250,6 +361,16 @@ def main() -> None:
     search.add_argument("--steps", type=int, default=2000, help="timed, of each size")
     search.add_argument("--seeds", type=int, default=200, help="of the regret with δ from the tree; 0 leaves it out")
     search.set_defaults(measure=search_part)
+    step = parts.add_parser("step", help="time of a training step, of finetune's")
+    step.add_argument("--backbone", default="perpetune:micro")
+    step.add_argument("--dtype", choices=["float32", "bfloat16"])
+    step.add_argument("--batch-size", type=int, default=32)
+    step.add_argument("--length", type=int, default=128, help="tokens of a text")
+    step.add_argument("--steps", type=int, default=8, help="of a training")
+    step.add_argument("--tasks", type=int, default=8, help="earlier ones")
+    step.add_argument("--every", type=int, default=1, help="steps from one look at the gradient to the next")
+    step.add_argument("--turns", type=int, default=9)
+    step.set_defaults(measure=step_part)
     given = parser.parse_args()
     torch.set_num_threads(1)
     made = given.measure(given)

@@ -35,6 +35,8 @@ METHODS = [
     ("first_session", ("head=ncm", "concat=true", "pet=adapter")),
     ("safe", ("head.name=ridge", "head.projection=40")),
     ("safe", ("head=ncm", "pet=adapter", "protect=true")),
+    ("treelora", ()),
+    ("treelora", ("head=ncm", "protect=true", "start=fresh", "search=random", "answer=merged", "budget=1", "every=2")),
     ("joint", ()),
     ("joint", ("head=ncm",)),
     ("joint", ("head.name=ridge", "head.projection=40")),

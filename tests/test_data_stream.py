@@ -130,6 +130,8 @@ def test_domain_tasks():
     ]
     ordered = stream_of(train, by="task", order=["p10", "p9"])
     assert [t.name for t in ordered.tasks] == ["p10", "p9"]
+    drawn = {tuple(t.name for t in stream_of(train, by="task", order="seeded", seed=s).tasks) for s in range(20)}
+    assert drawn == {("p9", "p10"), ("p10", "p9")}
     with pytest.raises(UsageError, match=r"stream.order: 'p1' is not among the tasks"):
         stream_of(train, by="task", order=["p1"])
 

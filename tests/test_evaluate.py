@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import picture_folder, recipe, vit_folder
-from torch import Tensor
+from torch import Tensor, nn
 
 from perpetune.check import Checker, Pictures, tiny_stream
 from perpetune.errors import Interrupted
@@ -31,8 +31,10 @@ SETTINGS: tuple[Setting, ...] = ("class", "domain", "task")
 class Known(Model):
     """A model that knows some classes and nothing else."""
 
+    takes = "pictures"
+
     def __init__(self, classes: Sequence[str]):
-        super().__init__()
+        nn.Module.__init__(self)  # it has no backbone
         self.names = list(classes)
 
     @property

@@ -264,7 +264,7 @@ def test_blocks_computed_again_give_the_same(folders: dict[str, Path]) -> None:
     plain = collected(model, loss)
     again, loss = language(folders["llama"], gradient_checkpointing=True)
     ran: list[int] = []
-    block = dict(again.backbone.net.named_modules())["model.layers.0"]
+    block = dict(again.backbone.net.named_modules())["model.layers.0.mlp"]
     block.register_forward_pre_hook(lambda *_: ran.append(1))
     assert off(collected(again.train(), loss), plain) == 0
     assert len(ran) == 2, "once more on the way back"
@@ -416,6 +416,12 @@ def test_what_a_grad_scaler_scales_is_taken_out() -> None:
     assert torch.equal(plain.mean.mean, scaled.mean.mean)
     assert bool(torch.isfinite(spoiled.mean.mean).all())
     assert spoiled.mean.weight == 38 - 8
+
+
+def test_the_mean_stays_what_and_where_it_is_when_the_model_moves() -> None:
+    method = treelora()
+    method.to("meta")
+    assert (method.mean.mean.dtype, method.mean.mean.device.type) == (torch.float64, "cpu")
 
 
 @pytest.mark.parametrize("every", [2, 4])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,12 +33,36 @@ def test_inner_products_and_cosines_are_those_of_the_matrices(seed: int, size: t
     assert cosine(left, left) <= 1 + 1e-12
 
 
-def test_the_cosine_with_nothing_is_zero_and_its_gradient_finite() -> None:
-    b, a = factors(0, 5, 4, 2)
-    zero = torch.zeros_like(b).requires_grad_()
-    value = cosine((zero, a), (b, a))
+@pytest.mark.parametrize("least", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_cosine_with_nothing_is_zero_and_its_gradient_finite(least: float, dtype: torch.dtype) -> None:
+    b, a = (t.to(dtype) for t in factors(0, 5, 4, 2))
+    for left, right in ((torch.zeros_like(b), b), (b.clone(), torch.zeros_like(b)), (torch.zeros_like(b),) * 2):
+        own = left.clone().requires_grad_()
+        value = cosine((own, a), (right, a), least)
+        value.backward()
+        assert value == 0
+        assert own.grad is not None
+        assert bool(torch.isfinite(own.grad).all())
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 99), sizes, st.floats(1e-6, 10), st.floats(1e-6, 10))
+def test_below_a_norm_it_shrinks_and_its_slope_is_bounded(
+    seed: int, size: tuple[int, int, int, int], small: float, other: float
+) -> None:
+    o, d, r, r2 = size
+    left, right = factors(seed, o, d, r), factors(seed + 1000, o, d, r2)
+    w, w2 = left[0] @ left[1], right[0] @ right[1]
+    left, right = (left[0] * small / w.norm(), left[1]), (right[0] * other / w2.norm(), right[1])
+    plain = float((w * w2).sum() / (w.norm() * w2.norm()))
+    wanted = plain * min(1.0, small / 0.5) * min(1.0, other / 0.5)
+    up = left[0].clone().requires_grad_()
+    value = cosine((up, left[1]), right, 0.5)
+    assert float(value.detach()) == pytest.approx(wanted, rel=1e-6, abs=1e-12)
     value.backward()
-    assert value == 0 and zero.grad is not None and bool(torch.isfinite(zero.grad).all())
+    assert up.grad is not None
+    assert float(up.grad.norm()) <= float(torch.linalg.matrix_norm(left[1], 2)) * 2 / 0.5
 
 
 @settings(max_examples=50, deadline=None)
@@ -47,7 +72,7 @@ def test_merged_is_the_best_of_its_rank(seed: int, size: tuple[int, int, int, in
     parts, weights = [factors(seed, o, d, r), factors(seed + 1000, o, d, r2)], [3.0, 1.0]
     mean = (3 * parts[0][0] @ parts[0][1] + parts[1][0] @ parts[1][1]) / 4
     b, a = merged(parts, weights, rank)
-    assert b.shape == (o, rank) and a.shape == (rank, d)
+    assert (b.shape, a.shape) == ((o, rank), (rank, d))
     u, values, v = torch.linalg.svd(mean, full_matrices=False)
     best = (u[:, :rank] * values[:rank]) @ v[:rank]  # Eckart and Young
     torch.testing.assert_close((mean - b @ a).norm(), (mean - best).norm(), atol=1e-10, rtol=1e-6)

@@ -39,8 +39,8 @@ def build_method(recipe: Recipe, backbone: Backbone) -> Method:
         model = _build_model(recipe, backbone)
         method: Method = registry.find("methods", recipe.method.name)(model, **recipe.method_options())
     if recipe.protect is not None:
-        if method.needs_earlier_data:
-            raise UsageError(f"method: {recipe.method.name} keeps all data, so there is nothing for protect: to keep")
+        if method.unprotectable:
+            raise UsageError(f"method: {recipe.method.name} {method.unprotectable}")
         method.protection = build_protection(recipe, method)
     return method.requires_grad_(False).eval()
 

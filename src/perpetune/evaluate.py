@@ -13,7 +13,7 @@ from perpetune.errors import Interrupted, UsageError
 from perpetune.methods.base import Method
 from perpetune.models.texts import Messages, Text
 from perpetune.numerics.text_scores import score_of
-from perpetune.tasks import Batch, Task, evaluation_batches, load_batches
+from perpetune.tasks import Batch, Task, evaluation_batches, load_batches, questions
 
 Setting = Literal["class", "domain", "task"]
 PROBE = 32  # test images of a task by which the drift of its features is measured
@@ -21,7 +21,7 @@ PROBE = 32  # test images of a task by which the drift of its features is measur
 
 @torch.no_grad()
 def evaluate(method: Method, task: Task, *, setting: Setting, batch_size: int) -> dict[str, Any] | None:
-    """Counts of right predictions on the task's test data, None when it has none.
+    """Counts of right predictions on the task's test data, asked without their answers; None when it has none.
 
     Only with `setting="task"` are the scores of classes outside the task left out, and this is done
     here, after the method has answered.
@@ -41,7 +41,7 @@ def evaluate(method: Method, task: Task, *, setting: Setting, batch_size: int) -
     others: dict[str, Tensor] = {}
     gauges: dict[str, Tensor] = {}
     way: str | None = None
-    for batch in evaluation_batches(task.test, batch_size, run):
+    for batch in evaluation_batches(questions(task.test), batch_size, run):
         with run.autocast():
             answers = method.answers(batch.inputs)
         way = answers.name
@@ -134,7 +134,7 @@ def probe(method: Method, task: Task) -> Tensor | None:
         return None
     count = min(PROBE, len(task.test))
     numbers = [i * len(task.test) // count for i in range(count)]
-    batch = next(load_batches(task.test, [[(i, None) for i in numbers]], task.runtime))
+    batch = next(load_batches(questions(task.test), [[(i, None) for i in numbers]], task.runtime))
     with task.runtime.autocast():
         features = method.features(batch.inputs)
     return F.normalize(features.float(), dim=-1).cpu()

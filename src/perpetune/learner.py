@@ -20,6 +20,7 @@ from perpetune.data.pictures import as_rgb, load_picture
 from perpetune.data.sources import Source
 from perpetune.data.stream import Stream
 from perpetune.data.text import safe_name, task_names
+from perpetune.data.texts import prompt_in
 from perpetune.errors import DataError, Interrupted, StateError, UsageError
 from perpetune.evaluate import evaluate
 from perpetune.models.preprocess import Preprocess
@@ -35,6 +36,10 @@ from perpetune.state import START, State
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+Prompt = str | Sequence[tuple[str, str]] | Sequence[dict[str, str]]
+"""What a language model is asked: a text, or the messages of a chat."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +62,13 @@ class Answer:
         prompt: as it was given.
         text: the answer.
         options: where there was a choice: each option with its probability among them, the likeliest first.
+        cut: how many tokens of the prompt were cut off on its left, for the model takes no more.
     """
 
     prompt: str | Messages
     text: str
     options: list[tuple[str, float]]
+    cut: int = 0
 
 
 class Learner:
@@ -322,33 +329,44 @@ class Learner:
         return found
 
     @torch.no_grad()
-    def answer(self, prompts: str | Sequence[str | Messages], *, options: Sequence[str] | None = None) -> list[Answer]:
+    def answer(self, prompts: str | Sequence[Prompt], *, options: Sequence[str] | None = None) -> list[Answer]:
         """What the tuned language model says to prompts: generated, or the likeliest of some options.
 
         Args:
-            prompts: one text, or several; each a text, or the messages of a chat as (role, content).
+            prompts: one text, or several; each a text, or the messages of a chat as (role, content) or
+                `{"role": …, "content": …}`.
             options: the answers that stand to choice; None generates the answer.
 
         Raises:
             StateError: nothing is learned yet.
-            DataError: a prompt cannot be put into the model's form.
+            UsageError: the options are none, or one is empty or stands twice.
+            DataError: a prompt cannot be put into the model's form; says which.
         """
         self._need_learned("texts")
         view, found = self.backbone.preprocess, []
         assert isinstance(view, TextView)
-        asked = [Text(p, options=tuple(options or ())) for p in ([prompts] if isinstance(prompts, str) else prompts)]
+        chosen = tuple(option.strip() for option in options or ())
+        if options is not None and (not all(chosen) or len(set(chosen)) < max(1, len(chosen))):
+            raise UsageError(f"options {list(options)}: different texts are expected, none of them empty")
+        asked = []
+        for number, prompt in enumerate([prompts] if isinstance(prompts, str) else prompts, 1):
+            try:
+                text = Text(prompt_in(prompt), options=chosen)
+                asked.append((text, view.question(text, choose=True)))
+            except DataError as error:
+                raise DataError(f"prompt {number}: {error}") from error
         for start in range(0, len(asked), self.recipe.evaluate.batch_size):
-            texts = asked[start : start + self.recipe.evaluate.batch_size]
-            inputs = view.collate([(view.question(text), 0, i) for i, text in enumerate(texts)]).to(self.runtime.device)
+            some = asked[start : start + self.recipe.evaluate.batch_size]
+            batch = view.collate([(question, 0, i) for i, (_, question) in enumerate(some)]).to(self.runtime.device)
             with self.runtime.autocast():
-                rows = self.method.predict(inputs.inputs)
-            for text, row in zip(texts, rows, strict=True):
+                rows = self.method.predict(batch.inputs)
+            for (text, question), row in zip(some, rows, strict=True):
                 if not row.is_floating_point():
-                    found.append(Answer(text.prompt, self.method.model.read(row), []))
+                    found.append(Answer(text.prompt, self.method.model.read(row), [], question.cut))
                     continue
                 shares = row.float().softmax(0).tolist()
                 pairs = sorted(zip(text.options, shares, strict=True), key=lambda pair: -pair[1])
-                found.append(Answer(text.prompt, pairs[0][0], pairs))
+                found.append(Answer(text.prompt, pairs[0][0], pairs, question.cut))
         return found
 
     def _pixels(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,6 +19,7 @@ from perpetune.runtime import Precision
 
 Setting = Literal["class", "domain", "task"]
 PATH_KEYS = {"path", "train", "test"}  # options of a data source that may be paths
+CHOICES = {"pet", "method", "head", "data"}  # sections whose options belong to what they name
 
 
 class Section(BaseModel):
@@ -101,7 +102,12 @@ class RunSection(Section):
 
 
 class Recipe(Section):
-    """Everything that decides a run."""
+    """Everything that decides a run.
+
+    In a file there may also be `extends: RECIPE`, a packaged recipe or a file beside it: this one is put on top of that
+    one, section by section and key by key. Another pet, method, head or source of data brings none of the old one's
+    options along.
+    """
 
     name: str = "run"
     description: str = ""
@@ -242,14 +248,69 @@ def load_recipe(name: str | Path, changes: Sequence[str] = ()) -> Recipe:
         UsageError: no such recipe, not YAML, or a key or value that is not a recipe's.
     """
     path = packaged().get(str(name), Path(name))
+    content = _plain(_text(str(name), path), str(name))
+    return _changed(_extended(content, str(name), [path]), str(name), changes)
+
+
+def _text(name: str, path: Path) -> str:
+    """What the recipe `name`, which is at `path`, says."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        if isinstance(error, FileNotFoundError) and "/" not in str(name) and not str(name).endswith((".yaml", ".yml")):
-            raise UsageError(f"there is no recipe {str(name)!r}; {closest(str(name), packaged())}") from None
+        if isinstance(error, FileNotFoundError) and "/" not in name and not name.endswith((".yaml", ".yml")):
+            raise UsageError(f"there is no recipe {name!r}; {closest(name, packaged())}") from None
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UsageError(f"cannot read the recipe {str(path)!r}: {reason}") from None
-    return parse_recipe(text, str(name), changes)
+
+
+def _extended(content: dict[str, Any], where: str, chain: Sequence[Path]) -> dict[str, Any]:
+    """`content` on top of the recipe that its key `extends` names, if it has one.
+
+    Args:
+        where: names `content` in errors.
+        chain: the file of `content` and those that extend it, the last one first; none for what is no file.
+
+    Raises:
+        UsageError: there is no such recipe, or it extends this one.
+    """
+    if "extends" not in content:
+        return content
+    content = dict(content)
+    name = content.pop("extends")
+    if not isinstance(name, str) or not name:
+        raise UsageError(f"recipe {where}: extends is {name!r}; the name or the file of a recipe is expected")
+    folder = chain[0].parent if chain else Path()
+    path = packaged().get(name, folder / name)
+    if path.resolve() in [p.resolve() for p in chain]:
+        raise UsageError(f"recipe {where}: extends {name!r}, which extends this one in turn")
+    try:
+        base = _extended(_plain(_text(name, path), name), name, [path, *chain])
+    except UsageError as error:
+        raise UsageError(f"{error} (recipe {where} extends it)") from None
+    return _on_top(base, content, CHOICES)
+
+
+def _on_top(base: dict[str, Any], own: dict[str, Any], choices: Collection[str] = ()) -> dict[str, Any]:
+    """`base` with what `own` says: mappings key by key, everything else replaced as a whole.
+
+    Args:
+        choices: keys below which nothing is kept where `own` names another thing, for options are that thing's.
+    """
+    merged = dict(base)
+    for key, value in own.items():
+        before, given = merged.get(key), value
+        if key in choices:
+            before, given = _long(before), _long(given)
+        merged[key] = value
+        if isinstance(before, dict) and isinstance(given, dict):
+            other = key in choices and given.get("name", before.get("name")) != before.get("name")
+            merged[key] = value if other else _on_top(before, given)
+    return merged
+
+
+def _long(choice: Any) -> Any:
+    """`lora` as `{name: lora}`."""
+    return {"name": choice} if isinstance(choice, str) else choice
 
 
 class _Loader(yaml.SafeLoader):
@@ -265,6 +326,11 @@ class _Loader(yaml.SafeLoader):
 
 def parse_recipe(text: str, where: str, changes: Sequence[str] = ()) -> Recipe:
     """A recipe from YAML text; `where` names it in errors."""
+    return _changed(_extended(_plain(text, where), where, ()), where, changes)
+
+
+def _plain(text: str, where: str) -> dict[str, Any]:
+    """The mapping that YAML text holds."""
     try:
         content = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, RecursionError) as error:
@@ -275,6 +341,10 @@ def parse_recipe(text: str, where: str, changes: Sequence[str] = ()) -> Recipe:
         raise UsageError(f"recipe {where} is empty: a mapping of keys is expected")
     if not isinstance(content, dict):
         raise UsageError(f"recipe {where}: a mapping of keys is expected, got {type(content).__name__}")
+    return content
+
+
+def _changed(content: dict[str, Any], where: str, changes: Sequence[str]) -> Recipe:
     for change in changes:
         apply_change(content, change)
     return make_recipe(content, where)
@@ -282,6 +352,7 @@ def parse_recipe(text: str, where: str, changes: Sequence[str] = ()) -> Recipe:
 
 def make_recipe(content: dict[str, Any], where: str = "given") -> Recipe:
     """A recipe from plain values, checked down to the options of every choice."""
+    content = _extended(content, where, ())
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:

@@ -13,7 +13,7 @@ from perpetune import registry
 from perpetune.build import build_data
 from perpetune.data.check import find_overlap
 from perpetune.data.reference import reference_pictures
-from perpetune.data.sources import Source, guess_source
+from perpetune.data.sources import Kind, Source, guess_source
 from perpetune.data.stream import Stream, StreamOptions, single_task
 from perpetune.data.tasks import ImageSet, TableSet, TaskData
 from perpetune.data.text import several
@@ -71,7 +71,7 @@ class TaskSequence:
             fingerprint = hashlib.sha256(repr(list(task.train.targets)).encode()).hexdigest()
             document = _document(task, {"name": None}, fingerprint, [], [])
         else:
-            origin: Origin = data if isinstance(data, dict) else {} if isinstance(data, Source) else origin_of(data)
+            origin: Origin = data if isinstance(data, dict) else {} if isinstance(data, Source) else self._origin(data)
             origin = {**origin, "holdout": holdout}
             source = data if isinstance(data, Source) else _source(origin)
             found = self._checked(self._single(source, index, name, holdout))
@@ -108,7 +108,7 @@ class TaskSequence:
 
     def whole(self, data: str | Path | Source) -> Task:
         """All of `data` as something to evaluate on: its test split, or everything where there is none."""
-        source = data if isinstance(data, Source) else _source(origin_of(data))
+        source = data if isinstance(data, Source) else _source(self._origin(data))
         limits = dict.fromkeys(("train_per_class", "test_per_class", "train_per_task", "test_per_task"))
         everything = {"validation": 0.0, **limits, "augment": "none"}
         found = self._single(source, 0, "given", 0.0, self.recipe.stream.model_copy(update=everything))
@@ -165,6 +165,9 @@ class TaskSequence:
             task = dataclasses.replace(task, earlier=tuple(self._of_stream(i) for i in range(index)))
         return task
 
+    def _origin(self, data: str | Path) -> Origin:
+        return origin_of(data, self.backbone.takes)
+
     def _place(self, origin: Origin | str) -> str:
         """Where data came from, for messages."""
         if isinstance(origin, dict):
@@ -213,13 +216,13 @@ def _document(
     }
 
 
-def origin_of(data: str | Path) -> Origin:
+def origin_of(data: str | Path, wanted: Kind | None = None) -> Origin:
     """The data section for a path or id; a path is made absolute, so that a later call finds it."""
     if not str(data):
         raise UsageError("data: the path is empty; a folder, manifest, parquet file or data set id is expected")
     path = Path(data).expanduser()
     place = str(path.resolve() if path.exists() else data)
-    name, options = guess_source(place)
+    name, options = guess_source(place, wanted)
     return {"name": name, **options}
 
 

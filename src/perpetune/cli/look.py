@@ -109,9 +109,9 @@ def methods(json: Json = False) -> None:
 HEADINGS = {
     "methods": ("method", "how the tasks are learned, one after the other"),
     "pets": ("pet", "the small parameters that are added to the frozen model; `pet: none` adds none"),
-    "heads": ("head", "from features to classes known by name"),
+    "heads": ("head", "from features to classes known by name; `lm` for language models"),
     "backbones": ("backbone", "the frozen pretrained model, named PREFIX:NAME, with these options"),
-    "data": ("data", "where the images come from; `stream:` cuts them into tasks"),
+    "data": ("data", "where the images or texts come from; `stream:` cuts them into tasks"),
 }
 FITS = """\
 Under each choice stand its options and their defaults. Whatever the lines above do not rule out fits together:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from perpetune.cli.learn import Device, Json, StateFolder
 
 if TYPE_CHECKING:
-    from perpetune.learner import Learner
+    from perpetune.learner import Answer, Learner
 
 
 def predict(
@@ -77,18 +77,37 @@ def _classify(learner: Learner, inputs: list[str], top: int, json: bool, csv: bo
 
 
 def _answer(learner: Learner, inputs: list[str], options: str | None, json: bool) -> None:
+    import sys
+
     from perpetune.cli.common import print_json
     from perpetune.data.texts import read_prompts
+    from perpetune.models.texts import TextView
 
-    chosen = [option.strip() for option in options.split(",") if option.strip()] if options else None
-    found = learner.answer(read_prompts(inputs), options=chosen)
+    found = learner.answer(read_prompts(inputs), options=None if options is None else options.split(","))
+    cut = [a.cut for a in found if a.cut]
+    if cut:
+        view = learner.backbone.preprocess
+        assert isinstance(view, TextView)
+        print(
+            f"perpetune: {len(cut)} of {len(found)} prompts, with room for an answer, are longer than the model's "
+            f"{view.max_length} tokens and were cut on the left (the longest by {max(cut)})",
+            file=sys.stderr,
+        )
     if json:
-        shown = [{"prompt": a.prompt, "answer": a.text, "options": dict(a.options)} for a in found]
-        print_json([{k: v for k, v in entry.items() if k != "options" or v} for entry in shown])
+        print_json([_shown(a) for a in found])
         return
     for a in found:
         shares = f"  ({', '.join(f'{name} {value:.3f}' for name, value in a.options)})" if a.options else ""
         print(f"{a.text}{shares}")
+
+
+def _shown(answer: Answer) -> dict[str, Any]:
+    """An answer as plain values; what does not apply to it is left out."""
+    asked: Any = answer.prompt
+    if not isinstance(asked, str):
+        asked = [{"role": role, "content": content} for role, content in asked]
+    more = {"options": dict(answer.options), "cut": answer.cut}
+    return {"prompt": asked, "answer": answer.text, **{key: value for key, value in more.items() if value}}
 
 
 def evaluate(

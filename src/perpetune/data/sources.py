@@ -222,10 +222,13 @@ def existing(path: str, what: str) -> str:
     return path
 
 
-def guess_source(path: str) -> tuple[str, dict[str, Any]]:
+def guess_source(path: str, wanted: Kind | None = None) -> tuple[str, dict[str, Any]]:
     """Name and options of the source that fits what is at `path`.
 
     What is not there may be the word `digits`, or the id of a data set on the Hugging Face hub.
+
+    Args:
+        wanted: what it should be, where that is known: a file may look like either.
 
     Raises:
         UsageError: nothing fits.
@@ -233,7 +236,7 @@ def guess_source(path: str) -> tuple[str, dict[str, Any]]:
     from perpetune.data.text_files import guess_texts  # it is a source itself
 
     lower = path.lower()
-    if os.path.exists(path) and (texts := guess_texts(path)) is not None:
+    if os.path.exists(path) and (texts := guess_texts(path, sure=wanted == "texts")) is not None:
         return texts
     if os.path.isdir(path):
         if any(os.path.exists(os.path.join(path, f)) for f in ("dataset_dict.json", "dataset_info.json")):

@@ -90,9 +90,9 @@ def _ranked(rows: Iterable[int], key: Key, seed: int, purpose: str) -> list[int]
     return sorted(rows, key=lambda row: (seed_of(seed, purpose, key(row)), row))
 
 
-def seeded_order(names: Iterable[str], seed: int) -> list[str]:
+def seeded_order(names: Iterable[str], seed: int, purpose: str = "class order") -> list[str]:
     """A permutation of `names` that depends on the seed, not on the order they come in."""
-    return sorted(names, key=lambda name: (seed_of(seed, "class order", name), name))
+    return sorted(names, key=lambda name: (seed_of(seed, purpose, name), name))
 
 
 def given_order(order: Sequence[str], names: Iterable[str], where: str, what: str) -> tuple[list[str], list[str]]:

@@ -30,7 +30,8 @@ class StreamOptions(BaseModel):
         class_order: drawn by the seed, sorted by name, or the names themselves; names that are missing are
             left out. A draw is the same for the classes that stay when others come or go. Tasks that are not
             cut by class list their classes by name, or in the order named here.
-        order: of domains or tasks; default: that of a benchmark, else by name. Names that are missing are left out.
+        order: of domains or tasks: the names themselves (those that are missing are left out), or drawn by the seed;
+            default: that of a benchmark, else by name.
         validation: share of the training examples of each class that is cut off for validation: for methods
             that choose something by it (`task.validation`); those built in do not. A source that sets examples
             apart for it, as TRACE does, is not cut.
@@ -53,7 +54,7 @@ class StreamOptions(BaseModel):
     by: Literal["class", "domain", "task"] | None = None
     classes_per_task: PositiveInt | Annotated[list[PositiveInt], Field(min_length=1)] | None = None
     class_order: Literal["seeded", "sorted"] | list[str] = "seeded"
-    order: list[str] | None = None
+    order: Literal["seeded"] | list[str] | None = None
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.0
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     train_per_class: PositiveInt | None = None
@@ -132,7 +133,7 @@ def build_stream(source: Source, options: StreamOptions, view: View, *, seed: in
     options = options.fitted(source.gives)
     tables, warnings = _tables(source, options, view)
     test = tables.test
-    parts, more = _by_class(tables, options, seed) if options.by == "class" else _by_group(tables, options)
+    parts, more = _by_class(tables, options, seed) if options.by == "class" else _by_group(tables, options, seed)
     warnings += more
     if test is None and not options.holdout:
         warnings.append(f"there are no test {tables.noun}s, so nothing is evaluated; set data.test or stream.holdout")
@@ -231,7 +232,7 @@ def _by_class(tables: _Tables, options: StreamOptions, seed: int) -> tuple[list[
     return parts, warnings + more + _foreign(natural(set(tests) - known))
 
 
-def _by_group(tables: _Tables, options: StreamOptions) -> tuple[list[_Part], list[str]]:
+def _by_group(tables: _Tables, options: StreamOptions, seed: int) -> tuple[list[_Part], list[str]]:
     train, by = tables.train, options.by or "task"
     rows, held, tests = (
         by_label(range(len(table)), _groups(table, by)) if table is not None else {}
@@ -239,7 +240,9 @@ def _by_group(tables: _Tables, options: StreamOptions) -> tuple[list[_Part], lis
     )
     classes, warnings = _sorted_classes(train, options)
     order = [*(name for name in train.order if name in rows), *natural(rows.keys() - set(train.order))]
-    if options.order is not None:
+    if options.order == "seeded":
+        order = seeded_order(rows, seed, f"{by} order")
+    elif options.order is not None:
         order, more = given_order(options.order, rows, "stream.order", f"{by}s")
         warnings += more
     strangers = natural(set(tests) - set(rows))

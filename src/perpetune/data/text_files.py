@@ -20,6 +20,7 @@ from perpetune.errors import DataError, MissingExtra, UsageError, closest
 from perpetune.models.texts import Messages, Text
 from perpetune.numerics.text_scores import score_of
 
+OPTIONS = "options"  # the column with the answers that stand to choice, where nobody names one
 _ORDER: tuple[Split, ...] = ("train", "validation", "test")
 _SHARD = re.compile(r"(.+)-\d+-of-\d+")  # train-00000-of-00002, as data sets are saved
 
@@ -119,6 +120,7 @@ class FileSource(TextSource):
         split_column: the column that says train, validation or test; default: `split`, if it is there and files do
             not say it.
         options: the answers that stand to choice: the same for every row, or the column that holds a list of them.
+            Default: the column `options`, if it holds lists; `[]` is none.
         instruction: text put before each prompt, on a line of its own; in a chat, before the first message of the user.
         score: how answers are scored, by the name of the score, or names by task. Default: exact_match.
     """
@@ -141,6 +143,7 @@ class FileSource(TextSource):
         self.prompt_column, self.answer_column, self.messages_column = prompt_column, answer_column, messages_column
         self.task_column, self.split_column = task_column, split_column
         self.options, self.instruction, self.score = options, instruction, score
+        self._unused: list[str] = []
         for name in score.values() if isinstance(score, dict) else [score] if score else []:
             score_of(name)
 
@@ -160,7 +163,7 @@ class FileSource(TextSource):
         return dict.fromkeys(tasks, self.score) if self.score else {}
 
     def _warnings(self) -> list[str]:
-        return self._found[1]
+        return self._found[1] + self._unused
 
     @cached_property
     def _found(self) -> tuple[list[TextFile], list[str]]:
@@ -183,8 +186,9 @@ class FileSource(TextSource):
             parts = self.split_column or ("split" if "split" in columns else None)
         tasks = [_task(record, named) if named else file.task or _stem(self.path) for record in records]
         task = next(filter(None, tasks), None) or file.task or _stem(self.path)
+        options = self._options_of(records, here)
         for record, own in zip(records, tasks, strict=True):
-            task, split, row = own or task, file.split or "train", self._row(record)
+            task, split, row = own or task, file.split or "train", self._row(record, options)
             if not record.fault:
                 try:
                     if parts is not None:
@@ -210,7 +214,7 @@ class FileSource(TextSource):
             if isinstance(asked, str) and asked not in columns:
                 raise DataError(f"{here}: no column '{asked}'; found: {several([printable(c) for c in columns], 20)}")
 
-    def _row(self, record: Record) -> Row:
+    def _row(self, record: Record, column: str | list[str]) -> Row:
         if record.fault:
             return Row(record.at, key_of(record.raw.decode(errors="backslashreplace")), None, record.fault)
         value = record.value
@@ -225,21 +229,23 @@ class FileSource(TextSource):
             else:
                 told = text_in(prompt, f"prompt (column '{self.prompt_column}')")
                 said = text_in(answer, f"answer (column '{self.answer_column}')")
-            options = self._options(value)
+            options = _options(value, column)
             if said.strip() in options:  # space at its ends does not make it another one
                 said = said.strip()
         except DataError as error:
             return Row(record.at, key, None, str(error))
         return Row(record.at, key, Text(self._instructed(told), said, options))
 
-    def _options(self, value: Mapping[str, Any]) -> tuple[str, ...]:
-        if self.options is None:
-            return ()
-        found = value.get(self.options) if isinstance(self.options, str) else self.options
-        if not isinstance(found, list):
-            kind = "nothing" if found is None else type(found).__name__
-            raise DataError(f"the options (column '{self.options}') hold {kind}; expected a list of texts")
-        return tuple(text_in(option, "option").strip() for option in found)
+    def _options_of(self, records: Sequence[Record], here: str) -> str | list[str]:
+        """The answers that stand to choice in every row of a file, or the column that holds those of each."""
+        if self.options is not None:
+            return self.options
+        held = [record.value[OPTIONS] for record in records if record.value.get(OPTIONS) is not None]
+        if any(isinstance(value, list) for value in held):
+            return OPTIONS
+        if held:
+            self._unused.append(f"{here}: the column '{OPTIONS}' holds no lists and is not used")
+        return []
 
     def _instructed(self, prompt: str | Messages) -> str | Messages:
         """The prompt behind the instruction; an empty one stays empty, so that it is found."""
@@ -252,6 +258,19 @@ class FileSource(TextSource):
             (role, f"{self.instruction}\n{content}" if n == first else content)
             for n, (role, content) in enumerate(prompt)
         )
+
+
+def _options(value: Mapping[str, Any], column: str | list[str]) -> tuple[str, ...]:
+    """The answers that stand to choice in a row: those given, or those in the column.
+
+    Raises:
+        DataError: the column holds no list of texts.
+    """
+    found = value.get(column) if isinstance(column, str) else column
+    if not isinstance(found, list):
+        kind = "nothing" if found is None else type(found).__name__
+        raise DataError(f"the options (column '{column}') hold {kind}; expected a list of texts")
+    return tuple(text_in(option, "option").strip() for option in found)
 
 
 def text_files(path: str, wanted: Literal["train", "test"]) -> tuple[list[TextFile], list[str]]:
@@ -366,16 +385,20 @@ def _stem(path: str) -> str:
     return stem if suffix.lower() in SUFFIXES else name
 
 
-def guess_texts(path: str) -> tuple[str, dict[str, Any]] | None:
+def guess_texts(path: str, *, sure: bool = False) -> tuple[str, dict[str, Any]] | None:
     """Name and options of the source of texts that fits what is at `path`; None where it holds none.
 
     A `.json` file is one of texts; others are where their beginning names a column `prompt` or `messages`.
+
+    Args:
+        sure: whether texts are expected there, so that what is wrong with them is said by their source.
     """
     from perpetune.data.cl_benchmark import has_labels
     from perpetune.data.trace import TASKS
 
     if not os.path.isdir(path):
-        texts = path.lower().endswith(".json") or (path.lower().endswith(SUFFIXES) and _holds_texts(path))
+        lower = path.lower()
+        texts = lower.endswith(".json") or (lower.endswith(SUFFIXES) and (sure or _holds_texts(path)))
         return ("text", {"path": path}) if texts else None
     if has_labels(path):
         return "cl_benchmark", {"path": path}
@@ -385,7 +408,7 @@ def guess_texts(path: str) -> tuple[str, dict[str, Any]] | None:
     inner = {f: [os.path.join(path, f, n) for n in list_texts(os.path.join(path, f))[0]] for f in folders}
     trained = {f: next((n for n in names if _split_named(n) == "train"), None) for f, names in inner.items()}
     found = [os.path.join(path, f) for f in files] + [n for n in trained.values() if n is not None]
-    if not any(map(_holds_texts, found)):
+    if not any(map(_holds_texts, found)) and not (sure and found):
         return None
     own = any(_split_named(f) == "train" for f in files) and _stem(path) in TASKS
     return "trace" if own or (not files and TASKS & trained.keys()) else "text", {"path": path}

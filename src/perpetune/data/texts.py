@@ -73,7 +73,11 @@ class TextTable(Table):
         self.declared = declared or {}
         self.scoring = scoring or {}
         self.order = order
-        self.faults = [row.fault or (fault_of(row.text) if row.text else "no text") for row in rows]
+        chosen = {group for row, group in zip(rows, groups, strict=True) if row.text and row.text.options}
+        self.faults = [
+            row.fault or (_fault(row.text, group in chosen) if row.text else "no text")
+            for row, group in zip(rows, groups, strict=True)
+        ]
         labels = [
             row.text.answer if row.text and not fault and row.text.answer in self.declared.get(group, ()) else FREE
             for row, fault, group in zip(rows, self.faults, groups, strict=True)
@@ -128,6 +132,13 @@ class TextTable(Table):
         return next(iter(ways), SCORE)
 
 
+def _fault(text: Text, chosen: bool) -> str:
+    """As `fault_of`; `chosen`: whether answers stand to choice in other examples of its task."""
+    if chosen and not text.options:
+        return "it has no options, and other examples of its task have"
+    return fault_of(text)
+
+
 def fault_of(text: Text) -> str:
     """Why `text` is no example to learn from, in a few words; empty where it is one."""
     if isinstance(text.prompt, str):
@@ -143,6 +154,11 @@ def fault_of(text: Text) -> str:
         parts = [content for _, content in text.prompt]
     if not text.answer.strip():
         return "the answer is empty"
+    for number, option in enumerate(text.options):
+        if not option.strip():
+            return "an option is empty"
+        if option in text.options[:number]:
+            return f"the option {_short(option)} stands twice"
     if text.options and text.answer not in text.options:
         return f"the answer {_short(text.answer)} is not among the options {several([_short(o) for o in text.options])}"
     for what, part in (*(("prompt", part) for part in parts), ("answer", text.answer)):
@@ -215,6 +231,26 @@ def chat_in(value: Any) -> tuple[Messages, str]:
     return tuple(before), answer
 
 
+def prompt_in(value: Any) -> str | Messages:
+    """A prompt as people write it: a text, or the messages of a chat as `{role, content}` or (role, content).
+
+    Raises:
+        DataError: it is something else, empty, or holds what cannot be encoded.
+    """
+    if isinstance(value, list | tuple):
+        pairs = [isinstance(m, list | tuple) and len(m) == 2 for m in value]
+        value = messages_in(
+            [{"role": m[0], "content": m[1]} if pair else m for m, pair in zip(value, pairs, strict=True)]
+        )
+    elif not isinstance(value, str):
+        raise DataError(f"a prompt is {type(value).__name__}; expected text, or a list of messages")
+    fault = fault_of(Text(value, "?"))
+    if fault:
+        raise DataError(fault)
+    prompt: str | Messages = value
+    return prompt
+
+
 def read_prompts(inputs: Iterable[str]) -> list[str | Messages]:
     """Prompts as a command is given them.
 
@@ -257,9 +293,7 @@ def _prompt_in(record: Record) -> str | Messages:
             prompt = messages_in(record.value["messages"])
             if prompt[-1][0] == ASSISTANT:
                 prompt = prompt[:-1]
-        fault = fault_of(Text(prompt, "?"))
-        if fault:
-            raise DataError(fault)
+        prompt = prompt_in(prompt)
     except DataError as error:
         raise DataError(f"{record.at}: {error}") from error
     return prompt

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from perpetune.models.base import Model
-from perpetune.numerics.lowrank import Factors, cosine, merged
+from perpetune.numerics.lowrank import Factors, cosine, inner, merged
 from perpetune.numerics.similarity_tree import SimilarityTree
 from perpetune.pets import LoRA, copy_set, pets, remove, slots, using
 from perpetune.tasks import Inputs, chosen
 
+LEAST = 0.1  # of the root mean square of an update's norms: where a module has less, its direction means little
 ELSEWHERE = 1e4  # taken from the log-probability of a class that no task of the chosen adapter has
 
 
@@ -47,6 +48,7 @@ class AdapterBank(nn.Module):
         self._sets: dict[str, list[LoRA]] = {}  # found already: to look for them goes through the whole net
         self._made = [_copied(pet.factors()) for pet in self._loras(working)]
         self._target: list[tuple[list[int], Factors]] = []  # modules of one shape, and what they are drawn to
+        self._least = torch.zeros(())  # norms in `alignment` are taken as at least this
 
     @property
     def model(self) -> Model:
@@ -93,12 +95,19 @@ class AdapterBank(nn.Module):
         self._target = [
             (modules, _stacked([by_slot[helpers[module]][module] for module in modules])) for modules in shapes.values()
         ]
+        self._least = LEAST * torch.cat([inner(target, target) for _, target in self._target]).mean().sqrt()
 
     def alignment(self) -> Tensor:
-        """The mean over modules of `cos(ΔW, ΔW')` between the working set and what it is drawn to, in [-1, 1]."""
+        """The mean over modules of `cos(ΔW, ΔW')` between the working set and what it is drawn to, in [-1, 1].
+
+        A norm counts as at least a tenth of what those of `ΔW'` are in the root mean square over modules.
+        """
         own = self._flat(self.working)
         with torch.autocast(own[0][0].device.type, enabled=False):
-            each = [cosine(_stacked([own[module] for module in modules]), target) for modules, target in self._target]
+            each = [
+                cosine(_stacked([own[module] for module in modules]), target, self._least)
+                for modules, target in self._target
+            ]
             return torch.cat(each).mean()
 
     # -- merging --------------------------------------------------------------------------------------

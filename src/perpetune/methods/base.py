@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -43,18 +44,20 @@ class Method(nn.Module, ABC):
     size, `set_extra_state` makes them the size that is about to be loaded.
 
     Options in the recipe are the keyword-only arguments of `__init__`; one of type `FitConfig` starts
-    from the recipe's `train:` section. `needs_earlier_data` is for upper bounds only: such a method
+    from the recipe's `train:` section. `unprotectable` says why `protect:` cannot go with it, where it
+    cannot. `needs_earlier_data` is for upper bounds only: such a method
     cannot take part in `update`, where earlier data are gone.
     """
 
     needs_earlier_data: bool = False
+    unprotectable: str = ""
     fits: ClassVar[type[Model]] = Model  # type: ignore[type-abstract]
     """The kind of model it can train."""
 
     def __init__(self, model: Model):
         super().__init__()
         if not isinstance(model, self.fits):
-            own = type(self).__name__.lower()
+            own = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower()
             raise UsageError(f"method {own} is for {self.fits.takes}, and {model.backbone.spec} takes {model.takes}")
         self.model = model
         self.pet: str | None = None

@@ -37,6 +37,9 @@ class FineTune(Method):
             held near the protected copy's, and the pet becomes `(1 - merge)` of the protected and `merge` of the free
             one. `falling` is `1 / (t + 1)` with `t` tasks learned before.
         merge_epochs: epochs of the free copy; None is as many as the protected one has.
+
+    Raises:
+        UsageError: there is nothing to train, or `merge` for texts.
     """
 
     def __init__(
@@ -57,6 +60,8 @@ class FineTune(Method):
             raise UsageError("method finetune: merge is for image classifiers; leave it out for texts")
         self.head_first, self.merge, self.merge_epochs = head_first, merge, merge_epochs
         self.pet = "default" if any("default" in slot.pets for _, slot in slots(model)) else None
+        if self.pet is None and model.takes == "texts":
+            raise UsageError("pet: none leaves nothing to train in a language model: use pet: lora, or method: frozen")
 
     def learn(self, task: Task) -> None:
         self.model.grow(task)

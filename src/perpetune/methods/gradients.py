@@ -101,7 +101,7 @@ class GradientSketch:
         x = args[0].detach()
         if self._bases[index].device != x.device:
             self._bases[index] = self._bases[index].to(x.device)
-        exact = torch.promote_types(x.dtype, torch.float32)  # over tokens gradients cancel, and what is rounded does not
+        exact = torch.promote_types(x.dtype, torch.float32)  # gradients cancel over tokens, rounding does not
         with torch.autocast(x.device.type, enabled=False):
             seen = x.flatten(0, -2).to(exact) @ self._bases[index].to(exact).T  # (tokens, rank)
         y.register_hook(partial(self._backward, index, seen))

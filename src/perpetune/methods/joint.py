@@ -25,6 +25,7 @@ class Joint(Method):
     """
 
     needs_earlier_data = True
+    unprotectable = "keeps all data, so there is nothing for protect: to keep"
 
     def __init__(self, model: Model, *, train: FitConfig):
         super().__init__(model)

@@ -19,7 +19,6 @@ from perpetune.models.base import Model
 from perpetune.models.classifier import ImageClassifier, Mask
 from perpetune.numerics.lowrank import Factors
 from perpetune.pets import LoRA, copy_set, parameters, pets, remove, slots, using
-from perpetune.protection.protection import Protection
 from perpetune.tasks import Batch, Task
 
 DEFAULT = "default"  # the set that acts at prediction: the LoRAs of all tasks as one
@@ -48,8 +47,10 @@ class OLoRA(Method):
         shrink: `λ2`, likewise.
 
     Raises:
-        UsageError: a pet that is no LoRA, or none; protection, whose sites would change their shape.
+        UsageError: a pet that is no LoRA, or none.
     """
+
+    unprotectable = "trains a new LoRA for each task, which protect: cannot hold: use finetune"
 
     def __init__(
         self,
@@ -75,11 +76,6 @@ class OLoRA(Method):
         self.told: dict[str, Any] = {}
         self._ranks = [pet.rank for pet in self._loras(DEFAULT)]
         self._old: list[tuple[list[int], Tensor]] = []
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, Protection):
-            raise UsageError("method olora trains a new LoRA for each task, which protect: cannot hold: use finetune")
-        super().__setattr__(name, value)
 
     # -- learning -------------------------------------------------------------------------------------
 

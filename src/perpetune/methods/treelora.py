@@ -40,8 +40,8 @@ class TreeLoRA(Method):
     (`GradientSketch`). Signatures stand in a tree whose levels are groups of layers. At each step a search by lower
     confidence bounds picks an earlier task; the loss gets `λ mean_l (1 − cos(ΔW_l, ΔW'_l))`, which draws the update of
     each module towards that of the picked task, in shallow layers towards one that stands for its whole branch. It is
-    in [0, 2λ], whatever the loss is; of a `ΔW` much smaller than `ΔW'` see `lowrank.cosine`. With `regularise: 0` and
-    `start: last` this is `finetune`, bit for bit.
+    in [0, 2λ], whatever the loss is; modules with hardly an update count less (`AdapterBank.alignment`). With
+    `regularise: 0` and `start: last` this is `finetune`, bit for bit.
 
     Args:
         model: with LoRA injected under the name `default`.

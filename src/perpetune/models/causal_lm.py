@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from perpetune.errors import UsageError
 from perpetune.models.backbone import Backbone
 from perpetune.models.base import Model
 from perpetune.models.texts import TextView
@@ -29,6 +30,9 @@ class CausalLM(Model):
         backbone: a language model.
         eval: `generate` the answer greedily, or score the `options` where there are any.
         max_new_tokens: the longest answer that is generated.
+
+    Raises:
+        UsageError: such an answer leaves no room for a question.
     """
 
     takes: ClassVar[Literal["pictures", "texts"]] = "texts"
@@ -45,6 +49,11 @@ class CausalLM(Model):
         assert isinstance(backbone.preprocess, TextView)
         self.view, self.max_new_tokens = backbone.preprocess, max_new_tokens
         self.nothing = self.view.pad
+        if max_new_tokens >= self.view.max_length:
+            raise UsageError(
+                f"head.max_new_tokens is {max_new_tokens}, and {backbone.spec} takes {self.view.max_length} tokens, "
+                "prompt and answer together: lower it, or raise backbone.max_length"
+            )
         self.view.room, self.view.chooses = max_new_tokens, eval != "generate"
         known = inspect.signature(backbone.net.forward).parameters
         self._places = "position_ids" in known  # models that tell order by attention alone have none
@@ -118,12 +127,12 @@ class CausalLM(Model):
         """How answers are generated; `ends`: tokens that the model ends with, beside the tokenizer's."""
         from transformers import GenerationConfig
 
-        known = [ends] if isinstance(ends, int) else ends or []
+        self.view.ends |= set([ends] if isinstance(ends, int) else ends or [])
         return GenerationConfig(
             do_sample=False,
             max_new_tokens=self.max_new_tokens,
             pad_token_id=self.view.pad,
-            eos_token_id=sorted({end for end in (self.view.end, *known) if end is not None}) or None,
+            eos_token_id=sorted(self.view.ends) or None,
             bos_token_id=self.view.tokenizer.bos_token_id,
         )
 

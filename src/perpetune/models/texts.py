@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from perpetune.tasks import IGNORED, Batch, Tokens
 
 Messages = tuple[tuple[str, str], ...]  # (role, content), in the order they were said
 ASSISTANT = "assistant"
+SOME_ANSWER = "a"  # stands where an answer is to come
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,55 @@ class Encoded:
         return len(self.ids)
 
 
+@dataclass(frozen=True)
+class _Span:
+    """Characters that are learned to be said.
+
+    Attributes:
+        start: where they begin; what is between it and `content` is space.
+        content: where the answer itself begins.
+        stop: where they end.
+    """
+
+    start: int
+    content: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class _Token:
+    """A token, from which to which character it goes, and whether the tokenizer has `added` it to the text."""
+
+    id: int
+    start: int
+    stop: int
+    added: bool
+
+    def within(self, span: _Span) -> bool:
+        """Whether it is one of the span's; one that only joins the space before an answer to the prompt is not.
+
+        A token of space may be said to go from a place to the same place.
+        """
+        return not self.added and self.start < span.stop and (self.stop > span.content or self.start >= span.start)
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A text in tokens.
+
+    Attributes:
+        ids: int64 `(N,)`.
+        said: bool `(N,)`, true at those that are learned to be said.
+        last: where the last answer begins.
+        opening: how many open every text.
+    """
+
+    ids: Tensor
+    said: Tensor
+    last: int
+    opening: int
+
+
 class TextView:
     """Texts to tokens and back.
 
@@ -74,6 +125,8 @@ class TextView:
         """Whether the answers of questions with options are chosen among them; else they are generated too."""
         self.end: int | None = tokenizer.eos_token_id
         """The token that ends an answer; None where the model has none."""
+        self.ends: set[int] = set() if self.end is None else {self.end}
+        """Tokens at which a generated answer ends."""
         self.pad = next((t for t in (tokenizer.pad_token_id, self.end, tokenizer.unk_token_id) if t is not None), 0)
         """Stands where there is no token; what it is does not matter, for it is masked."""
 
@@ -84,29 +137,45 @@ class TextView:
             DataError: the answer alone is longer than the model takes, or the messages cannot be put into the model's
                 chat form.
         """
-        ids, answer = self._whole(text)
-        over = len(ids) - self.max_length
+        whole = self._whole(text)
+        over, last = len(whole.ids) - self.max_length, len(whole.ids) - whole.last
         if over <= 0:
-            return Encoded(ids, answer)
-        if int(answer.sum()) >= self.max_length:
+            return Encoded(whole.ids, whole.said)
+        if last >= self.max_length:
             raise DataError(
-                f"the answer alone has {int(answer.sum())} tokens, and prompt and answer together may have "
-                f"{self.max_length}"
+                f"the answer alone has {last} tokens, and prompt and answer together may have {self.max_length}"
             )
-        kept = _without(ids, over, self._opening(text))
-        return Encoded(ids[kept], answer[kept], cut=over)
+        kept = _without(whole.ids, over, whole.opening)
+        said = whole.said[kept]
+        said[0] = False  # of an earlier answer in a chat that was cut: nothing stands before it any more
+        return Encoded(whole.ids[kept], said, cut=over)
 
-    def question(self, text: Text) -> Encoded:
-        """The prompt alone, and the tokens of each option as its answer."""
-        ids = torch.tensor(self._tokens(self._prompt(text.prompt), text.prompt)[0], dtype=torch.int64)
-        given = text.options if self.chooses else ()
-        options = tuple(self._answer(Text(text.prompt, option)) for option in given)
+    def question(self, text: Text, *, choose: bool | None = None) -> Encoded:
+        """The prompt alone, and the tokens of each option as its answer.
+
+        Tokens are those that the prompt has in front of an answer, which may be others than those that it has alone:
+        two line breaks are one token at the end of a text, and two before a word.
+
+        Args:
+            choose: whether the answer is chosen among the text's options; None is what `chooses` says.
+
+        Raises:
+            DataError: the prompt is empty, no room is left for an answer, or the messages cannot be put into the
+                model's chat form.
+        """
+        given = text.options if (self.chooses if choose is None else choose) else ()
+        wholes = [self._whole(Text(text.prompt, option)) for option in given] or [self._asked(text.prompt)]
+        first = _shared(wholes)
+        if not first:
+            raise DataError("the prompt is empty")
+        ids = wholes[0].ids[:first]
+        options = tuple(whole.ids[first:] for whole in wholes) if given else ()
         most = self.max_length - max((len(o) for o in options), default=self.room)
         if most < 1:
             raise DataError(f"an answer takes {self.max_length - most} tokens, and the model {self.max_length} in all")
         over = len(ids) - most
         if over > 0:
-            ids = ids[_without(ids, over, self._opening(text))]
+            ids = ids[_without(ids, over, wholes[0].opening)]
         return Encoded(ids, options=options, cut=max(0, over))
 
     def collate(self, items: Sequence[tuple[Encoded, int, int]]) -> Batch:
@@ -139,37 +208,44 @@ class TextView:
 
     def decode(self, ids: Tensor) -> str:
         """The text of generated tokens `(N,)`, up to the first end."""
-        tokens = ids.tolist()
-        if self.end in tokens:
-            tokens = tokens[: tokens.index(self.end)]
-        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        tokens = list(itertools.takewhile(lambda token: token not in self.ends, ids.tolist()))
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text.strip()
 
-    def _whole(self, text: Text) -> tuple[Tensor, Tensor]:
-        """Tokens `(N,)` of prompt and answer, and which of them are learned to be said."""
-        whole, spans = self._rendered(text)
-        tokens, offsets = self._tokens(whole, text.prompt)
-        said = [any(start < stop and stop > a and start < b for a, b in spans) for start, stop in offsets]
-        if self.end is not None and (not tokens or tokens[-1] != self.end):
-            tokens, said = [*tokens, self.end], [*said, True]
-        elif tokens:
-            said[-1] = True  # the end that the tokenizer or the chat form puts there
-        if said:
-            said[0] = False  # nothing stands before it that could say it
-        return torch.tensor(tokens, dtype=torch.int64), torch.tensor(said, dtype=torch.bool)
+    def _whole(self, text: Text) -> _Whole:
+        """Prompt and answer with its end, in tokens."""
+        rendered, spans = self._rendered(text)
+        tokens = self._tokens(rendered, text.prompt)
+        while tokens and tokens[-1].added:  # the end that a tokenizer puts there; ours takes its place
+            tokens.pop()
+        said = [any(token.within(span) for span in spans) for token in tokens]
+        last = next((i for i, token in enumerate(tokens) if token.within(spans[-1])), len(tokens))
+        ids = [token.id for token in tokens]
+        if self.end is not None and (not ids or ids[-1] != self.end):
+            ids, said = [*ids, self.end], [*said, True]
+        elif ids:
+            said[-1] = True  # the end that the chat form puts there
+        said[0] = False  # nothing stands before it that could say it
+        opening = self._opening(tokens)
+        return _Whole(torch.tensor(ids, dtype=torch.int64), torch.tensor(said), max(1, last), opening)
 
-    def _answer(self, text: Text) -> Tensor:
-        ids, answer = self._whole(text)
-        first = int(answer.nonzero()[0])
-        return ids[first:]
+    def _asked(self, prompt: str | Messages) -> _Whole:
+        """The prompt and the beginning of some answer, in tokens."""
+        asked = self._prompt(prompt)
+        text = asked + ("" if self._is_chat(prompt) else _gap(asked)) + SOME_ANSWER
+        span = _Span(len(asked), len(text) - len(SOME_ANSWER), len(text))
+        tokens = self._tokens(text, prompt)
+        last = next((i for i, token in enumerate(tokens) if token.within(span)), len(tokens))
+        ids = torch.tensor([token.id for token in tokens], dtype=torch.int64)
+        return _Whole(ids, torch.zeros(len(ids), dtype=torch.bool), last, self._opening(tokens))
 
-    def _rendered(self, text: Text) -> tuple[str, list[tuple[int, int]]]:
-        """The whole text, and from which to which character what is learned to be said goes."""
+    def _rendered(self, text: Text) -> tuple[str, list[_Span]]:
+        """The whole text, and where in it stands what is learned to be said, the answer last."""
         if not self._is_chat(text.prompt):
             prompt = self._prompt(text.prompt)
-            gap = "" if prompt.endswith("\n") or not prompt else " "
-            whole = prompt + gap + text.answer.strip(" ")
-            return whole, [(len(prompt), len(whole))]
+            opened = prompt + _gap(prompt)
+            whole = opened + text.answer.strip(" ")
+            return whole, [_Span(len(prompt), len(opened), len(whole))]
         messages = [*_messages(text.prompt), (ASSISTANT, text.answer)]
         whole = self._chat(messages, asking=False).rstrip()
         spans = []
@@ -179,12 +255,15 @@ class TextView:
             before, after = self._chat(messages[:turn], asking=True), self._chat(messages[: turn + 1], asking=False)
             # Some forms drop what earlier answers held (their reasoning): those are not learned then.
             if whole.startswith(before) and whole.startswith(after.rstrip()):
-                spans.append((len(before), len(after.rstrip())))
-        if not spans or spans[-1][1] != len(whole):
-            at = whole.rfind(text.answer.strip())
-            if at < 0:
+                spans.append(_Span(len(before), len(before), len(after.rstrip())))
+        if not spans or spans[-1].stop != len(whole):  # what it asks with is not what it puts before an answer
+            other = "0" if not text.answer.strip().startswith("0") else "1"
+            changed = self._chat([*messages[:-1], (ASSISTANT, other)], asking=False).rstrip()
+            if whole == changed:
                 raise DataError("the chat template leaves the answer out: another template or tokenizer is needed")
-            spans.append((at, len(whole)))
+            pairs = enumerate(zip(whole, changed, strict=False))
+            at = next((i for i, (one, another) in pairs if one != another), min(len(whole), len(changed)))
+            spans.append(_Span(at, at, len(whole)))
         return whole, spans
 
     def _prompt(self, prompt: str | Messages) -> str:
@@ -209,21 +288,39 @@ class TextView:
             raise DataError(f"the model's chat template refuses the messages: {error}") from error
         return text
 
-    def _tokens(self, text: str, prompt: str | Messages) -> tuple[list[int], list[tuple[int, int]]]:
-        """Tokens, and from which to which character each goes; a chat form brings its special tokens itself."""
+    def _tokens(self, text: str, prompt: str | Messages) -> list[_Token]:
+        """The tokens of a text; a chat form brings its special tokens itself."""
         found = self.tokenizer(
-            text, add_special_tokens=not self._is_chat(prompt), return_offsets_mapping=True, verbose=False
+            text,
+            add_special_tokens=not self._is_chat(prompt),
+            return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+            verbose=False,
         )
-        return list(found["input_ids"]), [(int(a), int(b)) for a, b in found["offset_mapping"]]
+        columns = (found["input_ids"], found["offset_mapping"], found["special_tokens_mask"])
+        return [_Token(int(i), int(a), int(b), bool(added)) for i, (a, b), added in zip(*columns, strict=True)]
 
-    def _opening(self, text: Text) -> bool:
-        """Whether the first token is one that the tokenizer opens every text with."""
-        return not self._is_chat(text.prompt) and self.tokenizer.bos_token_id is not None
+    def _opening(self, tokens: Sequence[_Token]) -> int:
+        """How many tokens every text opens with, whatever it says."""
+        put = sum(1 for _ in itertools.takewhile(lambda token: token.added, tokens))
+        return max(put, int(bool(tokens) and tokens[0].id == self.tokenizer.bos_token_id))
 
 
-def _without(ids: Tensor, count: int, opening: bool) -> Tensor:
-    """Positions that are left when `count` tokens are cut off on the left, behind the opening one."""
-    first = 1 if opening and len(ids) > count + 1 else 0
+def _shared(wholes: Sequence[_Whole]) -> int:
+    """How many tokens stand before the answers of all of `wholes`, and are the same in all."""
+    first = min(whole.last for whole in wholes)
+    same = [len(set(column)) == 1 for column in zip(*(whole.ids[:first].tolist() for whole in wholes), strict=True)]
+    return [*same, False].index(False)
+
+
+def _gap(prompt: str) -> str:
+    """What stands between a plain prompt and its answer."""
+    return "" if prompt.endswith("\n") or not prompt else " "
+
+
+def _without(ids: Tensor, count: int, opening: int) -> Tensor:
+    """Positions that are left when `count` tokens are cut off on the left, behind the `opening` ones."""
+    first = opening if len(ids) > count + opening else 0
     return torch.cat([torch.arange(first), torch.arange(first + count, len(ids))])
 
 

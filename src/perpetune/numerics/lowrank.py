@@ -16,16 +16,15 @@ def inner(left: Factors, right: Factors) -> Tensor:
     return ((b.mT @ b2) * (a @ a2.mT)).sum((-2, -1))
 
 
-def cosine(left: Factors, right: Factors, least: float = 0.1) -> Tensor:
-    """`⟨W, W'⟩ / (max(‖W‖, least ‖W'‖) ‖W'‖)`, `(...)`, in [-1, 1]: the cosine, but for a `W` much smaller than `W'`.
+def cosine(left: Factors, right: Factors, least: Tensor | float = 0.0) -> Tensor:
+    """`⟨W, W'⟩ / (max(‖W‖, least) max(‖W'‖, least))`, `(...)`, in [-1, 1]; 0 where one is 0.
 
-    There it grows linearly from 0 at `W = 0`, with a gradient of norm `1 / (least ‖W'‖)` at most; that of the cosine
-    itself has no bound, and one step near zero would spoil what an optimizer remembers. 0 where `W'` is 0.
+    The cosine where norms are at least `least`. Below, the result shrinks with the norm, and its gradient is at most
+    `1 / least`: that of the cosine itself has no bound at zero, where rounding alone would decide on the direction.
     """
-    own, other = inner(left, left), inner(right, right)
-    tiny = torch.finfo(own.dtype).tiny
-    size = torch.maximum(own, least**2 * other).clamp(min=tiny).sqrt()
-    return inner(left, right) / (size * other.clamp(min=tiny).sqrt())
+    tiny = torch.finfo(left[0].dtype).tiny ** 0.5  # so that not even the product of both slopes overflows
+    own, other = (inner(one, one).clamp(min=least**2).clamp(min=tiny).sqrt() for one in (left, right))
+    return inner(left, right) / own / other
 
 
 def merged(parts: Sequence[Factors], weights: Sequence[float], rank: int) -> Factors:
