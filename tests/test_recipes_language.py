@@ -222,6 +222,18 @@ def test_a_miniature_of_an_order_runs(kind: str, model: Path, tmp_path: Path) ->
     check(kind, learner.run(), tasks)
 
 
+def test_a_state_for_texts_is_fed_month_by_month(model: Path, tmp_path: Path) -> None:
+    learner = small("update-lm", model, tmp_path, "data=null", "head.max_new_tokens=4")
+    for month in ("2026-10", "2026-11"):
+        rows = [{"prompt": f"{month}: what is {i}?", "answer": str(i)} for i in range(8)]
+        path = tmp_path / f"{month}.jsonl"
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+        results = learner.learn(str(path))
+    assert [task["name"] for task in results["tasks"]] == ["2026-10", "2026-11"]
+    assert [c["consolidated"] for c in results["protection"]] == [0, 1]
+    assert learner.answer("good or bad?", options=["good", "bad"])[0].text in ("good", "bad")
+
+
 @pytest.mark.parametrize("kind", METHODS)
 def test_a_miniature_of_trace_runs(kind: str, model: Path, tmp_path: Path) -> None:
     tasks = ("C-STANCE", "MeetingBank", "20Minuten")

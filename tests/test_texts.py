@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.tiny import tiny_tokenizer
+from tests.tiny import CHAT, tiny_tokenizer
 
 from perpetune.errors import DataError
 from perpetune.models.texts import Encoded, Text, TextView
 from perpetune.tasks import IGNORED, Tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 VIEW = TextView(tiny_tokenizer(), max_length=128)
 words = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=30)
@@ -167,3 +174,183 @@ def test_options_are_padded_over_the_batch() -> None:
 def test_decoding_stops_at_the_first_end() -> None:
     ids = VIEW.tokenizer(" yes")["input_ids"]
     assert VIEW.decode(torch.tensor([*ids, VIEW.end, *ids, VIEW.pad])) == "yes"
+
+
+# -- other tokenizers -------------------------------------------------------------------------------------
+
+
+def pieces(split: bool, ends: bool = True) -> PreTrainedTokenizerFast:
+    """A tokenizer of the kind that sentencepiece makes: spaces are `▁`, what is unknown falls to bytes, and it puts
+    `<s>`, and with `ends` also `</s>`, around every text.
+
+    Args:
+        split: whether a token holds no space but at its start; else `:▁` is one.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    space = pre_tokenizers.Metaspace(prepend_scheme="first", split=split)
+    learner = Tokenizer(models.BPE(unk_token="<unk>"))
+    learner.pre_tokenizer = space
+    trained = trainers.BpeTrainer(
+        vocab_size=100, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=list("(),.'"), show_progress=False
+    )
+    learner.train_from_iterator(["What is it? Answer: yes no", "Answer: yes it is a cat"] * 5, trained)
+    model = json.loads(learner.to_str())["model"]
+    vocabulary = model["vocab"] | {f"<0x{byte:02X}>": len(model["vocab"]) + byte for byte in range(256)}
+    merges = [tuple(pair) for pair in model["merges"]]
+    bpe = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>"))
+    bpe.pre_tokenizer = space
+    back = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    bpe.decoder = decoders.Sequence(back)
+    bpe.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>" if ends else "<s> $A", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>", clean_up_tokenization_spaces=True
+    )
+
+
+def trimmed() -> PreTrainedTokenizerFast:
+    """Byte-level BPE that says of a space that it goes from a place to the same place."""
+    from tokenizers import processors
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    return tokenizer
+
+
+KINDS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
+    "bytes": tiny_tokenizer,
+    "trimmed": trimmed,
+    "pieces": lambda: pieces(split=True),
+    "pieces across spaces": lambda: pieces(split=False),
+    "no end": lambda: pieces(split=True, ends=False),
+}
+PROMPTS = (
+    "Answer:",
+    "Answer:\n",
+    "Answer:\n\n",
+    "Answer:\n\n\n\n",
+    "Answer:\r\n",
+    "Answer:\t",
+    "Answer:      ",
+    "Answer:\n   ",
+    "سؤال: ما هذا؟",  # right to left
+    "问题：这是什么？",
+    "Is it 😀",
+    "e\u0301 and ü",
+    "x" * 300,
+    "a <eos> in it",
+)
+ANSWERS = ("yes", "5", "😀", "👩‍👩‍👧 family", "\nyes", "نعم", "(A)", "- a\n- b", "yes\r\nno", "ü", "  yes  ", "x" * 100)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("chat", [False, True])
+def test_whatever_the_tokenizer_the_answer_is_learned_and_the_question_is_what_is_before_it(
+    kind: str, chat: bool
+) -> None:
+    tokenizer = KINDS[kind]()
+    tokenizer.chat_template = CHAT
+    view = TextView(tokenizer, max_length=10_000, chat=chat)
+    assert view.end is not None
+    for prompt in PROMPTS:
+        for answer in ANSWERS:
+            whole = view.sequence(Text(prompt, answer))
+            assert whole.answer is not None
+            learned = whole.ids[whole.answer]
+            assert int((learned == view.end).sum()) >= 1
+            assert learned[-1] == view.end
+            assert whole.cut == 0
+            assert view.decode(learned) == answer.strip(), (prompt, answer)
+            asked = view.question(Text(prompt))
+            chosen = view.question(Text(prompt, options=(answer.strip(), "no", "yes it is")))
+            alone = view.question(Text(prompt, options=(answer.strip(),)))
+            assert asked.answer is None
+            assert int(asked.ids[-1]) not in view.ends or chat
+            # A line break may be one token with the one before it, and a word with what is before the space.
+            if not answer.startswith("\n") and kind != "pieces across spaces":
+                assert torch.equal(whole.ids[: len(asked)], asked.ids), (prompt, answer)
+                assert torch.equal(chosen.ids, asked.ids)
+                assert torch.equal(torch.cat([alone.ids, alone.options[0]]), whole.ids)
+            for option, text in zip(chosen.options, (answer.strip(), "no", "yes it is"), strict=True):
+                assert torch.equal(torch.cat([chosen.ids, option]), view.sequence(Text(prompt, text)).ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_opening_and_one_end_stand_in_a_text(kind: str) -> None:
+    tokenizer = KINDS[kind]()
+    view = TextView(tokenizer, max_length=1000)
+    whole, asked = view.sequence(Text("What is it?", "yes")), view.question(Text("What is it?"))
+    opens = int("pieces" in kind or kind == "no end")
+    for encoded in (whole, asked):
+        assert int((encoded.ids == tokenizer.bos_token_id).sum()) == opens
+    assert int((whole.ids == view.end).sum()) == 1
+    assert int((asked.ids == view.end).sum()) == 0
+    short = TextView(tokenizer, max_length=12)
+    for encoded in (short.sequence(Text("x" * 50, "yes")), short.question(Text("x" * 50))):
+        assert (int(encoded.ids[0]) == tokenizer.bos_token_id) == bool(opens)
+        assert len(encoded) == 12
+        assert set(encoded.ids[opens : opens + 3].tolist()) == set(tokenizer.encode("xx")[-1 - (kind[0] == "p") :][:1])
+
+
+def test_a_cut_chat_keeps_the_last_answer_and_learns_nothing_that_nothing_precedes() -> None:
+    turns = [("user", "one two"), ("assistant", "y" * 60)] * 3
+    text = Text((*turns, ("user", "three")), "four")
+    whole = TextView(VIEW.tokenizer, max_length=1000).sequence(text)
+    assert whole.answer is not None
+    assert int(whole.answer.sum()) > 180  # more than is left below
+    for length in range(20, 60):
+        view = TextView(VIEW.tokenizer, max_length=length)
+        encoded = view.sequence(text)
+        assert encoded.answer is not None
+        assert len(encoded) == length
+        assert not encoded.answer[0]
+        assert said(encoded, view).endswith("four<eos>")
+    with pytest.raises(DataError, match="the answer alone has"):
+        TextView(VIEW.tokenizer, max_length=5).sequence(text)
+
+
+def test_options_of_a_chat_with_several_turns_follow_its_last_question() -> None:
+    prompt = (("user", "one"), ("assistant", "two"), ("user", "three"))
+    asked = VIEW.question(Text(prompt, options=("four", "five")))
+    assert torch.equal(asked.ids, VIEW.question(Text(prompt)).ids)
+    assert [VIEW.tokenizer.decode(option) for option in asked.options] == ["four<eos>", "five<eos>"]
+
+
+def test_options_that_begin_alike_one_and_many() -> None:
+    options = ("a", "a b", "a b c")
+    asked = VIEW.question(Text("choose", options=options))
+    assert [VIEW.tokenizer.decode(o) for o in asked.options] == [" a<eos>", " a b<eos>", " a b c<eos>"]
+    (only,) = VIEW.question(Text("choose", options=("a b",))).options
+    assert VIEW.tokenizer.decode(only) == " a b<eos>"
+    many = VIEW.question(Text("choose", options=tuple(f"option {n}" for n in range(200))))
+    assert len(many.options) == 200
+    assert torch.equal(many.ids, asked.ids)
+
+
+def test_an_empty_prompt_asks_nothing() -> None:
+    for prompt in ("", "   "):
+        with pytest.raises(DataError, match="the prompt is empty"):
+            VIEW.question(Text(prompt))
+
+
+def test_a_template_that_asks_in_other_words_than_it_tells() -> None:
+    """Where the answer stands is then found by what changes with it, not by what it says: `e` is in `end`, too."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}[end]{% endfor %}"
+        "{% if add_generation_prompt %}<think>{% endif %}"
+    )
+    view = TextView(tokenizer, max_length=128)
+    for answer in ("e", "d]", "0", "01", "yes"):
+        assert said(view.sequence(Text((("user", "hi"),), answer)), view) == f"{answer}[end]<eos>"
+
+
+def test_decoding_ends_at_any_end_and_leaves_spaces_as_they_are() -> None:
+    view = TextView(pieces(split=True), max_length=100)
+    ids = view.tokenizer("f ( a , b ) . n't", add_special_tokens=False)["input_ids"]
+    assert view.decode(torch.tensor(ids)) == "f ( a , b ) . n't"
+    view.ends |= {ids[-1]}
+    assert view.decode(torch.tensor([*ids, *ids])) == "f ( a , b ) . n'"

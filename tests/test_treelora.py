@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -158,7 +159,9 @@ def test_without_its_regulariser_and_from_the_last_adapter_it_is_plain_training(
     assert isinstance(ours.method, TreeLoRA)
     assert same(weights(plain.method), weights(ours.method))
     assert same(list(plain.method.model.trained()), list(ours.method.model.trained()))
-    cells = {name: {k: v for k, v in (c or {}).items() if k != "others"} for name, c in ours.evaluate().items()}
+    cells = {
+        name: {k: v for k, v in (c or {}).items() if k not in ("others", "way")} for name, c in ours.evaluate().items()
+    }
     assert plain.evaluate() == cells
     if case == "protect":
         one, other = (learner.method.protection for learner in (plain, ours))
@@ -573,6 +576,43 @@ def test_no_epoch_and_no_lora() -> None:
 
 
 # -- prediction ---------------------------------------------------------------------------------------
+
+
+def test_a_task_answers_as_it_did_whatever_was_learned_of_its_classes_since() -> None:
+    """The rows of the head are kept with the adapter; the control without them answers otherwise."""
+    first, *later = domains([0, 1, 2])
+    inputs = torch.stack([first.train.load(i, None) for i in range(len(first.train))])
+    method = taught(treelora(start="last"), [first])
+    slots_of = [0] * len(inputs)
+    before = method.bank.predict(inputs, slots_of)
+    current = [p.clone() for p in method.model.per_class()]
+    for task in later:
+        method.learn(task)
+    assert not same(current, list(method.model.per_class()))
+    now = [p.clone() for p in method.model.per_class()]
+    torch.testing.assert_close(method.bank.predict(inputs, slots_of), before, atol=1e-6, rtol=1e-6)
+    assert same(now, list(method.model.per_class()))  # put back
+    other = treelora(start="last")
+    restore(other, snapshot(method), "here")
+    torch.testing.assert_close(other.bank.predict(inputs, slots_of), before, atol=1e-6, rtol=1e-6)
+    method.bank._rows.clear()
+    assert (method.bank.predict(inputs, slots_of) - before).abs().max() > 1e-3
+
+
+def test_a_class_of_two_merged_tasks_has_the_mean_of_its_rows() -> None:
+    tasks = domains([0, 1], each=4) + domains([2], classes="bc", each=12)
+    tasks[2] = dataclasses.replace(tasks[2], index=2, name="t2")
+    method, rows = treelora(start="last"), []
+    for task in tasks:
+        method.learn(task)
+        rows.append({c: method.bank._row(c) for c in task.classes})
+    found = method.bank._stored_rows("merged")
+    assert set(found) == {"a", "b", "c"}
+    sizes = [len(task.train) for task in tasks]
+    for name, where in (("a", (0, 1)), ("b", (0, 1, 2)), ("c", (2,))):
+        for k, value in enumerate(found[name]):
+            mean = sum(sizes[i] * rows[i][name][k] for i in where) / sum(sizes[i] for i in where)
+            torch.testing.assert_close(value, mean)
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,10 @@
-"""LoRAs kept for earlier tasks: stored as sets on the same net, merged when there are too many, used by inputs."""
+"""What earlier tasks have learned: LoRAs stored as sets on the same net, and the rows of the head that go with them;
+merged when there are too many, used by inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,7 +32,8 @@ class Kept:
 
 
 class AdapterBank(nn.Module):
-    """The adapters of earlier tasks, each a set of LoRAs on the net, named by its number in the similarity tree.
+    """The adapters of earlier tasks, each a set of LoRAs on the net, named by its number in the similarity tree, and the
+    rows that the head had for the classes of its tasks: a later task that brings a class again changes its row.
 
     Args:
         model: with the set `working` of LoRAs, which is the one that is trained.
@@ -45,6 +48,7 @@ class AdapterBank(nn.Module):
         self.kept: dict[int, Kept] = {}
         self.merged: str | None = None
         """The name of the set that all are merged into, where that was done."""
+        self._rows: dict[str, list[str]] = {}  # the classes whose rows are stored with a set
         self._sets: dict[str, list[LoRA]] = {}  # found already: to look for them goes through the whole net
         self._made = [_copied(pet.factors()) for pet in self._loras(working)]
         self._target: list[tuple[list[int], Factors]] = []  # modules of one shape, and what they are drawn to
@@ -71,6 +75,7 @@ class AdapterBank(nn.Module):
     def load(self, slot: int) -> None:
         """Start from an adapter."""
         copy_set(self.model, _name(slot), self.working)
+        self._swap(_name(slot))
 
     def reset(self) -> None:
         """Start as if newly made."""
@@ -81,6 +86,7 @@ class AdapterBank(nn.Module):
         """Store the working set as a task's adapter."""
         copy_set(self.model, self.working, _name(slot))
         self.kept[slot] = Kept(slot, [task], list(classes), weight)
+        self._store_rows(_name(slot), {c: self._row(c) for c in classes} if self.model.per_class() else {})
 
     # -- drawn towards another task's -----------------------------------------------------------------
 
@@ -142,6 +148,55 @@ class AdapterBank(nn.Module):
         for place, into in enumerate(self._loras(name)):
             parts = [list(loras[place].factors()) for loras in sets]
             into.set_factors([merged(same, weights, into.rank) for same in zip(*parts, strict=True)])
+        found: dict[str, list[tuple[float, list[Tensor]]]] = {}
+        for slot, share in zip(among, weights, strict=True):
+            for c, row in self._stored_rows(_name(slot)).items():
+                found.setdefault(c, []).append((share, row))
+        self._store_rows(name, {c: _weighted(rows) for c, rows in found.items()})
+
+    # -- the head's rows ------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def acting(self, name: str) -> Iterator[None]:
+        """Inside, a set of LoRAs is in force, and so are the rows of the head that go with it."""
+        before = self._swap(name)
+        try:
+            with using(self.model, name):
+                yield
+        finally:
+            self._set_rows(self._rows.get(name, []), before)
+
+    def _swap(self, name: str) -> list[Tensor]:
+        """Put in the rows that are stored with a set; returns what was there."""
+        classes = self._rows.get(name, [])
+        index = [self.model.classes.index(c) for c in classes]
+        before = [p.detach()[index].clone() for p in self.model.per_class()] if classes else []
+        self._set_rows(classes, [getattr(self, key) for key in self._keys(name)] if classes else [])
+        return before
+
+    @torch.no_grad()
+    def _set_rows(self, classes: Sequence[str], values: Sequence[Tensor]) -> None:
+        index = [self.model.classes.index(c) for c in classes]
+        for p, rows in zip(self.model.per_class(), values, strict=False):
+            p[index] = rows
+
+    def _row(self, name: str) -> list[Tensor]:
+        """What the head has for a class at present."""
+        at = self.model.classes.index(name)
+        return [p.detach()[at].clone() for p in self.model.per_class()]
+
+    def _stored_rows(self, name: str) -> dict[str, list[Tensor]]:
+        tensors = [getattr(self, key) for key in self._keys(name)] if self._rows.get(name) else []
+        return {c: [t[i] for t in tensors] for i, c in enumerate(self._rows.get(name, []))}
+
+    def _store_rows(self, name: str, rows: Mapping[str, Sequence[Tensor]]) -> None:
+        self._rows[name] = list(rows)
+        for key, same in zip(self._keys(name), zip(*rows.values(), strict=True), strict=False):
+            self.register_buffer(key, torch.stack(list(same)))
+
+    def _keys(self, name: str) -> list[str]:
+        """The buffers that hold a set's rows, one for each parameter of the head."""
+        return [f"{name}-rows-{i}" for i in range(len(self.model.per_class()))]
 
     # -- predicting -----------------------------------------------------------------------------------
 
@@ -170,7 +225,7 @@ class AdapterBank(nn.Module):
         parts: list[tuple[list[int], Tensor]] = []
         for slot in sorted(set(by)):
             rows = [i for i, s in enumerate(by) if s == slot]
-            with using(self.model, _name(slot)):
+            with self.acting(_name(slot)):
                 parts.append((rows, ask(slot, chosen(inputs, rows))))
         width, first = max(found.shape[1] for _, found in parts), parts[0][1]
         fill = -torch.inf if first.is_floating_point() else self.model.nothing
@@ -186,7 +241,8 @@ class AdapterBank(nn.Module):
         return [{"tasks": kept.tasks, "bytes": size} for kept in self.kept.values()]
 
     def get_extra_state(self) -> dict[str, Any]:
-        return {"kept": [asdict(kept) for kept in self.kept.values()], "merged": self.merged}
+        rows = {name: classes for name, classes in self._rows.items() if classes}
+        return {"kept": [asdict(kept) for kept in self.kept.values()], "merged": self.merged, "rows": rows}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.kept = {entry["slot"]: Kept(**entry) for entry in state["kept"]}
@@ -197,10 +253,22 @@ class AdapterBank(nn.Module):
             self._remove(name)
         for name in sorted(wanted - there):
             copy_set(self.model, self.working, name)
+        for name in list(self._rows):
+            self._forget_rows(name)
+        for name, classes in state["rows"].items():
+            shapes = [p.shape[1:] for p in self.model.per_class()]
+            self._store_rows(name, {c: [torch.zeros(shape) for shape in shapes] for c in classes})
+
+    def _forget_rows(self, name: str) -> None:
+        self._rows.pop(name)
+        for key in self._keys(name):
+            self._buffers.pop(key, None)
 
     def _remove(self, name: str) -> None:
         remove(self.model, name)
         self._sets.pop(name, None)
+        if name in self._rows:
+            self._forget_rows(name)
 
     def _loras(self, name: str) -> list[LoRA]:
         if name not in self._sets:
@@ -217,6 +285,15 @@ def _name(slot: int) -> str:
 
 def _stacked(factors: Sequence[Factors]) -> Factors:
     return torch.stack([b for b, _ in factors]), torch.stack([a for _, a in factors])
+
+
+def _weighted(rows: Sequence[tuple[float, Sequence[Tensor]]]) -> list[Tensor]:
+    """The mean of the rows of one class, by their weights."""
+    whole = sum(share for share, _ in rows)
+    return [
+        torch.stack([share / whole * row for (share, _), row in zip(rows, same, strict=True)]).sum(0)
+        for same in zip(*(row for _, row in rows), strict=True)
+    ]
 
 
 def _copied(factors: Sequence[Factors]) -> list[Factors]:

@@ -233,27 +233,26 @@ class TreeLoRA(Method):
 
     def answers(self, inputs: Inputs) -> Answers:
         others: dict[str, Tensor] = {mode: self._by(mode, inputs) for mode in MODES if mode != self.answer}
-        return Answers(self.predict(inputs), others)
+        return Answers(self.predict(inputs), others, name=self.answer)
 
     def features(self, inputs: Inputs) -> Tensor:
         if self.answer == "routed":
             return self.bank.features(inputs, self._routes(inputs))
-        with using(self.model, DEFAULT if self.answer == "last" else MERGED):
+        with self.bank.acting(DEFAULT if self.answer == "last" else MERGED):
             return self.model.features(inputs)
 
     def _by(self, mode: Mode, inputs: Inputs) -> Tensor:
         if mode == "routed":
             return self.bank.predict(inputs, self._routes(inputs))
-        with using(self.model, DEFAULT if mode == "last" else MERGED):
+        with self.bank.acting(DEFAULT if mode == "last" else MERGED):
             return self.model.predict(inputs)
 
     def _routes(self, inputs: Inputs) -> list[int]:
         """The adapter of the task that each input seems to be of."""
         with using(self.model, None):
             features = self.model.features(inputs)
-        with torch.autocast(
-            features.device.type, enabled=False
-        ):  # tasks can be nearer to each other than bf16 can tell
+        # Tasks can be nearer to each other than bf16 can tell.
+        with torch.autocast(features.device.type, enabled=False):
             nearest = self.router(features.float()).argmax(1)
         slot_of = self.bank.by_task()
         return [slot_of[self.router.classes[row].partition(OF)[0]] for row in nearest.tolist()]

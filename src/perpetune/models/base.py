@@ -66,6 +66,10 @@ class Model(nn.Module, ABC):
         """What is trained by gradient beside the pets."""
         return []
 
+    def per_class(self) -> list[nn.Parameter]:
+        """Those of them that have a row for each class, in the order of `classes`."""
+        return []
+
     @contextlib.contextmanager
     def resting(self, task: Task) -> Iterator[None]:
         """Inside the model is trained on `task`; what it has for other tasks alone ends as it began."""

@@ -64,6 +64,9 @@ class ImageClassifier(Model):
     def trained(self) -> list[nn.Parameter]:
         return list(self.head.parameters())
 
+    def per_class(self) -> list[nn.Parameter]:
+        return self.head.per_class()
+
     def reset(self) -> None:
         self.head.reset()
 

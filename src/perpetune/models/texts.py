@@ -241,12 +241,13 @@ class TextView:
 
     def _rendered(self, text: Text) -> tuple[str, list[_Span]]:
         """The whole text, and where in it stands what is learned to be said, the answer last."""
+        answer = text.answer.strip(" ")
         if not self._is_chat(text.prompt):
             prompt = self._prompt(text.prompt)
             opened = prompt + _gap(prompt)
-            whole = opened + text.answer.strip(" ")
+            whole = opened + answer
             return whole, [_Span(len(prompt), len(opened), len(whole))]
-        messages = [*_messages(text.prompt), (ASSISTANT, text.answer)]
+        messages = [*_messages(text.prompt), (ASSISTANT, answer)]
         whole = self._chat(messages, asking=False).rstrip()
         spans = []
         for turn, (role, _) in enumerate(messages):
@@ -257,7 +258,7 @@ class TextView:
             if whole.startswith(before) and whole.startswith(after.rstrip()):
                 spans.append(_Span(len(before), len(before), len(after.rstrip())))
         if not spans or spans[-1].stop != len(whole):  # what it asks with is not what it puts before an answer
-            other = "0" if not text.answer.strip().startswith("0") else "1"
+            other = "0" if not answer.strip().startswith("0") else "1"
             changed = self._chat([*messages[:-1], (ASSISTANT, other)], asking=False).rstrip()
             if whole == changed:
                 raise DataError("the chat template leaves the answer out: another template or tokenizer is needed")
