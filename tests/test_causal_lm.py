@@ -153,3 +153,50 @@ def test_the_gradient_does_not_feel_the_padding(backbone: Backbone) -> None:
 def test_a_head_of_classes_does_not_go_with_texts(backbone: Backbone) -> None:
     with pytest.raises(UsageError, match="takes texts: use `head: lm`"):
         ImageClassifier(backbone, Linear(backbone.dim))
+
+
+@torch.no_grad()
+def test_any_number_of_options(backbone: Backbone) -> None:
+    model = CausalLM(backbone)
+    options = (*OPTIONS, *(f"option {n}" for n in range(200)))
+    many = model.predict(questions(backbone, Text("which", options=options), TEXTS[1]))
+    assert many.shape == (2, 204)
+    few = model.predict(questions(backbone, Text("which", options=options[:3])))
+    one = model.predict(questions(backbone, Text("which", options=options[:1])))
+    torch.testing.assert_close(many[0, :3], few[0], atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(many[0, :1], one[0], atol=1e-4, rtol=1e-5)
+    assert bool(torch.isfinite(many[0]).all())
+
+
+@torch.no_grad()
+def test_an_option_that_begins_another_is_less_than_its_beginning(backbone: Backbone) -> None:
+    """The end counts: `no` is not as likely as all that begins with it."""
+    (row,) = CausalLM(backbone).predict(questions(backbone, Text("which", options=("no", "no cat", "no cat at all"))))
+    assert float(row.exp().sum()) < 1
+    assert len(set(row.tolist())) == 3
+
+
+@torch.no_grad()
+def test_an_answer_ends_at_each_end_that_the_checkpoint_names(backbone: Backbone) -> None:
+    """As instruction-tuned models have them: the end of a turn beside that of a text."""
+    free = CausalLM(backbone, max_new_tokens=6)
+    asked = questions(backbone, *TEXTS)
+    first = free.predict(asked)[:, 0].tolist()
+    net: Any = backbone.net
+    kept = net.generation_config
+    try:
+        net.generation_config.eos_token_id = [*free.view.ends, first[0]]
+        model = CausalLM(backbone, max_new_tokens=6)
+        assert model.view.ends >= {first[0]}
+        found = model.predict(asked)
+        for row, token in zip(found, first, strict=True):
+            assert int(row[0]) == token
+            assert (model.read(row) == "") == (token == first[0] or free.read(row) == "")
+    finally:
+        net.generation_config = kept
+        view_of(backbone).ends = {view_of(backbone).end or 0}
+
+
+def test_the_longest_answer_has_to_fit(backbone: Backbone) -> None:
+    with pytest.raises(UsageError, match=r"head\.max_new_tokens is 128, and hf:.* takes 128 tokens, prompt and answer"):
+        CausalLM(backbone, max_new_tokens=128)

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from perpetune.check import Checker
 from perpetune.errors import PerpetuneError, StateError, UsageError
 from perpetune.export import export_learned, read_peft, write_peft
+from perpetune.methods.treelora import TreeLoRA
 from perpetune.models.backbone import Backbone
 from perpetune.models.backbones import load_backbone
 from perpetune.models.families import places
 from perpetune.models.from_transformers import class_token
 from perpetune.models.preprocess import Preprocess
-from perpetune.pets import PET, Place, inject, parameters, slots, using
+from perpetune.pets import PET, Place, inject, parameters, pets, remove, slots, using
 from perpetune.pets.lora import LoRA
 from perpetune.recipe import make_recipe
 from perpetune.seeding import generator, own_global_state
@@ -301,6 +302,27 @@ def test_several_sets_of_pets_have_no_place_in_pefts_format(tmp_path: Path) -> N
     with pytest.raises(UsageError, match="more than one set of pets"):
         export_learned(checker.learned(), checker.backbone, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("answer", ["last", "merged", "routed"])
+def test_adapters_that_can_be_used_by_themselves_get_a_folder_each(answer: str, tmp_path: Path) -> None:
+    recipe = {"method": {"name": "treelora", "answer": answer}, "train": {"epochs": 1, "batch_size": 8}}
+    checker = Checker(make_recipe({**recipe, "pet": {"name": "lora", "rank": 2}}))
+    method = checker.learned()
+    export_learned(method, checker.backbone, tmp_path / "out")
+    assert isinstance(method, TreeLoRA)
+    folders = {"": method.exported()[""]} if answer != "routed" else method.exported()
+    assert len(folders) == (1 if answer != "routed" else 1 + len(method.bank.kept))
+    for folder, name in folders.items():
+        assert (tmp_path / "out" / folder / "head.safetensors").is_file()
+        read_peft(checker.backbone, tmp_path / "out" / folder, "back")
+        for own, back in zip(pets(checker.backbone.net, name), pets(checker.backbone.net, "back"), strict=True):
+            assert isinstance(own, LoRA)
+            assert isinstance(back, LoRA)
+            torch.testing.assert_close(
+                back.scale * back.up_matrix() @ back.down, own.scale * own.up_matrix() @ own.down
+            )
+        remove(checker.backbone.net, "back")
 
 
 IDS = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(0))

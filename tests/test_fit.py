@@ -70,6 +70,13 @@ def task_of(examples: Points | None = None, **runtime: Any) -> Task:
     return Task(3, "points", ("a", "b", "c"), train, runtime=Runtime(seed=7, **runtime))
 
 
+def test_epochs_can_be_given_for_each_task_and_the_last_go_on() -> None:
+    config = FitConfig(epochs=[1, 0, 4, 2], batch_size=8)
+    assert [config.epochs_of(i) for i in range(6)] == [1, 0, 4, 2, 2, 2]
+    by_task, plain = trained(config), trained(FitConfig(epochs=2, batch_size=8))  # the task is number 3
+    assert torch.equal(by_task.body, plain.body)
+
+
 def trained(config: FitConfig, task: Task | None = None, dtype: torch.dtype = torch.float32) -> Net:
     net = Net(dtype)
     fit(net.loss, [([net.body], config.lr), ([net.head], config.head_lr or config.lr)], task or task_of(), config)
@@ -86,7 +93,7 @@ def by_hand(config: FitConfig, dtype: torch.dtype = torch.float32) -> Net:
         optimizer: Any = torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
     else:
         optimizer = torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay)
-    total = config.epochs * math.ceil(N / config.batch_size)
+    total = config.epochs_of(3) * math.ceil(N / config.batch_size)
     warm = config.warmup * total
 
     def factor(step: int) -> float:
@@ -96,7 +103,7 @@ def by_hand(config: FitConfig, dtype: torch.dtype = torch.float32) -> Net:
         return {"constant": 1.0, "linear": left, "cosine": (1 + math.cos(math.pi * (1 - left))) / 2}[config.schedule]
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    for epoch in range(config.epochs):
+    for epoch in range(config.epochs_of(3)):
         rng = torch.Generator().manual_seed(seed_of(7, "task", 3, "train", "order", epoch))
         for rows in torch.randperm(N, generator=rng).split(config.batch_size):
             value = net.value(data.x[rows], torch.tensor(data.targets)[rows])

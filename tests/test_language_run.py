@@ -14,7 +14,8 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from test_distributed import assert_same, finish, start
+from test_distributed import finish, start
+from test_distributed import tensors as tensors_of
 from tests.tiny import tiny_language_model
 
 from perpetune.cli import call
@@ -256,9 +257,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_stop_inside_a_task_changes_no_bit(
-    change: str, folders: dict[str, Path], data: Path, tmp_path: Path
-) -> None:
+def test_a_stop_inside_a_task_changes_no_bit(change: str, folders: dict[str, Path], data: Path, tmp_path: Path) -> None:
     content = recipe(folders["llama"], data, stream={"order": ["colors", "stories"]}, **CHANGES[change])
     content["run"] = {**content["run"], "checkpoint_every": 2}
     whole = Learner(content, tmp_path / "whole")
@@ -454,12 +453,19 @@ def test_two_processes_are_one(folders: dict[str, Path], data: Path, tmp_path: P
     launched = start(["-m", "perpetune"], "run", tmp_path / "recipe.yaml", "--out", tmp_path / "two", "-q")
     Learner(content, tmp_path / "one").run()
     finish(launched)
-    assert_same(tmp_path / "two", tmp_path / "one")
-    counts = [[m["cells"] for m in state_metrics(tmp_path / folder)] for folder in ("one", "two")]
-    assert [[{k: c and c["total"] for k, c in cells.items()} for cells in m] for m in counts][0] == [
-        {"colors": 5}, {"colors": 5, "stories": 5},
-    ]  # fmt: skip
-    assert counts[0] == counts[1]
+    two, one = tensors_of(tmp_path / "two"), tensors_of(tmp_path / "one")
+    assert two.keys() == one.keys()
+    for name, value in one.items():
+        found, wanted = two[name], value
+        if name.endswith(".vectors"):  # a basis: the subspace counts
+            found, wanted = found @ found.mT, wanted @ wanted.mT
+        scale = max(1.0, float(wanted.abs().max())) if wanted.numel() else 1.0
+        # Sums over all tokens are of large numbers, which add up in another order; what is learned is not.
+        share = 1e-4 if "protect" in name else 1e-5
+        torch.testing.assert_close(found, wanted, rtol=0, atol=share * scale, msg=name)
+    cells = [[m["cells"] for m in state_metrics(tmp_path / folder)] for folder in ("one", "two")]
+    assert cells[0] == cells[1]
+    assert [[cell["total"] for cell in row.values()] for row in cells[0]] == [[5], [5, 5]]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -69,13 +69,14 @@ def test_it_trains_as_long_as_the_others_and_says_what_the_papers_say(name: str)
     train = recipe.train
     assert (train.batch_size, train.accumulate, train.lr, train.betas) == (32, 8, 1e-4, (0.9, 0.95))
     assert (train.optimizer, train.weight_decay, train.schedule, train.clip) == ("adamw", 0, "constant", 1)
-    assert train.epochs == (5 if benchmark == "trace" else 1)
+    assert train.epochs == ([5, 3, 7, 5, 3, 5, 5, 7] if benchmark == "trace" else 1)
     assert recipe.data is not None
     assert recipe.head.options["eval"] == "generate"
     assert recipe.backbone.max_length == (1024 + 512 if benchmark == "trace" else 512 + 50)
     if benchmark == "trace":
         assert (recipe.data.name, recipe.data.options["tasks"]) == ("trace", None)  # the reader knows the order
-        assert sum([5, 3, 7, 5, 3, 5, 5, 7]) == len(ORDER) * train.epochs
+        assert isinstance(train.epochs, list)
+        assert len(train.epochs) == len(ORDER)
     else:
         tasks = recipe.data.options["tasks"]
         assert (recipe.data.name, tasks) == ("cl_benchmark", ORDERS[int(benchmark[-1])].split())

@@ -251,10 +251,11 @@ def _exceptions(config: Mapping[str, Any], pattern: str, default: str) -> Callab
 
 
 def export_learned(method: Method, backbone: Backbone, folder: Path) -> list[Path]:
-    """Write what a method has learned for use elsewhere: the set `default` as PEFT's LoRA, and the head.
+    """Write what a method has learned for use elsewhere: its LoRA in PEFT's format, and the head.
 
     Beside PEFT's two files stand `head.safetensors` and `head.json` with the head's kind and the class names in
-    the order of its rows; a language model answers by its own output layer and has neither.
+    the order of its rows; a language model answers by its own output layer and has neither. A method that keeps
+    several adapters which can be used by themselves gets a folder for each.
 
     Returns:
         The files written.
@@ -262,19 +263,20 @@ def export_learned(method: Method, backbone: Backbone, folder: Path) -> list[Pat
     Raises:
         UsageError: the pets are not LoRA or several sets, or there is something at `folder`.
     """
-    if not any("default" in slot.pets for _, slot in slots(backbone.net)):
-        raise UsageError("there is no LoRA to export: the recipe has `pet: none`, so the head alone was trained")
-    if others := {name for _, slot in slots(backbone.net) for name in slot.pets} - {"default"}:
-        raise UsageError(
-            f"{type(method).__name__} answers with more than one set of pets (also {', '.join(sorted(others))}), and "
-            "PEFT's format holds one: use the state itself"
-        )
-    write_peft(backbone, "default", folder)
-    head = next((m for m in method.modules() if isinstance(m, Head)), None)
-    if head is None:
-        return sorted(folder.iterdir())
-    tensors = {name: t.detach().cpu().contiguous() for name, t in head.needed().items()}
-    save_file(tensors, folder / "head.safetensors", metadata={"format": "pt"})
-    about = {"head": type(head).__name__, "classes": head.classes}
-    (folder / "head.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    written: list[Path] = []
+    for name, own in method.exported().items():
+        with method.acting(own):
+            written += _export_set(method, backbone, own, folder / name)
+    return written
+
+
+def _export_set(method: Method, backbone: Backbone, name: str, folder: Path) -> list[Path]:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    write_peft(backbone, name, folder)
+    head = next((m for m in method.model.modules() if isinstance(m, Head)), None)
+    if head is not None:
+        tensors = {n: t.detach().cpu().contiguous() for n, t in head.needed().items()}
+        save_file(tensors, folder / "head.safetensors", metadata={"format": "pt"})
+        about = {"head": type(head).__name__, "classes": head.classes}
+        (folder / "head.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return sorted(folder.iterdir())

@@ -31,7 +31,8 @@ class FitConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    epochs: Annotated[int, Field(ge=0)] = 5
+    epochs: Annotated[int, Field(ge=0)] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = 5
+    """A number, or one for each task; the last of them holds for all further tasks."""
     batch_size: Annotated[int, Field(ge=1)] = 32
     """Examples per optimizer step, over all processes."""
     accumulate: Annotated[int, Field(ge=1)] = 1
@@ -53,6 +54,10 @@ class FitConfig(BaseModel):
     """Share of the steps over which the learning rate rises linearly from zero."""
     clip: Annotated[float, Field(gt=0)] | None = None
     """Largest norm of the gradient over all trained parameters."""
+
+    def epochs_of(self, task: int) -> int:
+        """Epochs for the task of that index."""
+        return self.epochs if isinstance(self.epochs, int) else self.epochs[min(task, len(self.epochs) - 1)]
 
 
 def fit(
@@ -87,7 +92,8 @@ def fit(
     groups = [{"params": list(p), "lr": lr, "peak": lr} for p, lr in _grouped(parameters, config.lr) if len(p) > 0]
     trained: list[nn.Parameter] = [p for g in groups for p in g["params"]]  # type: ignore[attr-defined]
     per_epoch = math.ceil(len(task.train) / config.batch_size)
-    total = per_epoch * config.epochs
+    epochs = config.epochs_of(task.index)
+    total = per_epoch * epochs
     if not trained or total == 0:
         return
     with contextlib.ExitStack() as stack:
@@ -98,7 +104,7 @@ def fit(
         done = run.checkpoints.begin(phase, optimizer, run.accelerator) if run.checkpoints else 0
         if done is None:
             return
-        run.progress.phase(phase, total, config.epochs, done)
+        run.progress.phase(phase, total, epochs, done)
         stack.enter_context(run.guard(optimizer) if guarded else contextlib.nullcontext())
         for step, shares, images, tokens in _steps(task, config, phase, done):
             for group in optimizer.param_groups:
@@ -171,7 +177,7 @@ def _steps(
     processes), from step `done` on."""
     run, n, sizes = task.runtime, len(task.train), lengths(task.train)
     per_epoch = math.ceil(n / config.batch_size)
-    for epoch in range(done // per_epoch, config.epochs):
+    for epoch in range(done // per_epoch, config.epochs_of(task.index)):
         order = _order(task, config, task.generator(phase, "order", epoch))
         first = done % per_epoch if epoch == done // per_epoch else 0
         requests: list[list[tuple[int, int | None]]] = []

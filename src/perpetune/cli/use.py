@@ -156,7 +156,7 @@ def export(
     if json:
         print_json({"files": [str(p) for p in written]})
     else:
-        print(f"{folder}: {', '.join(p.name for p in written)}")
+        print(f"{folder}: {', '.join(str(p.relative_to(folder)) for p in written)}")
 
 
 VERBS = (predict, evaluate, export)

@@ -41,7 +41,7 @@ class _Place:
 
 
 class ClBenchmarkSource(TextSource):
-    """The O-LoRA benchmark: `PATH/GROUP/TASK/train.json`, `test.json` of `{sentence, label}`, and `labels.json`.
+    """The O-LoRA benchmark: `PATH/GROUP/TASK/train.json`, `test.json` of `{sentence, label}`; `labels.json`.
 
     The prompt is the group's instruction, the options, the sentence and `Answer:`; the answer is the label. Scored by
     exact match. `dev.json` is the test where there is no other; beside one it is not used, for it is published as a

@@ -74,8 +74,8 @@ class AdapterBank(nn.Module):
 
     def load(self, slot: int) -> None:
         """Start from an adapter."""
-        copy_set(self.model, _name(slot), self.working)
-        self._swap(_name(slot))
+        copy_set(self.model, set_name(slot), self.working)
+        self._swap(set_name(slot))
 
     def reset(self) -> None:
         """Start as if newly made."""
@@ -84,16 +84,16 @@ class AdapterBank(nn.Module):
 
     def keep(self, slot: int, task: str, classes: Sequence[str], weight: int) -> None:
         """Store the working set as a task's adapter."""
-        copy_set(self.model, self.working, _name(slot))
+        copy_set(self.model, self.working, set_name(slot))
         self.kept[slot] = Kept(slot, [task], list(classes), weight)
-        self._store_rows(_name(slot), {c: self._row(c) for c in classes} if self.model.per_class() else {})
+        self._store_rows(set_name(slot), {c: self._row(c) for c in classes} if self.model.per_class() else {})
 
     # -- drawn towards another task's -----------------------------------------------------------------
 
     @torch.no_grad()
     def draw_to(self, helpers: Mapping[int, int]) -> None:
         """What `alignment` compares with from now on: for each module (in the order of places and parts) an adapter."""
-        by_slot = {slot: self._flat(_name(slot)) for slot in set(helpers.values())}
+        by_slot = {slot: self._flat(set_name(slot)) for slot in set(helpers.values())}
         shapes: dict[tuple[int, ...], list[int]] = {}
         for module, slot in sorted(helpers.items()):
             b, a = by_slot[slot][module]
@@ -128,11 +128,11 @@ class AdapterBank(nn.Module):
 
     def merge(self, kept: int, gone: int) -> None:
         """Make two adapters one, their mean by the examples each was trained on, at the same rank."""
-        self._mean([kept, gone], _name(kept))
+        self._mean([kept, gone], set_name(kept))
         one, other = self.kept[kept], self.kept.pop(gone)
         classes = list(dict.fromkeys(one.classes + other.classes))
         self.kept[kept] = Kept(kept, one.tasks + other.tasks, classes, one.weight + other.weight)
-        self._remove(_name(gone))
+        self._remove(set_name(gone))
 
     def merge_all(self, name: str) -> None:
         """The mean of all adapters as a set of its own."""
@@ -144,13 +144,13 @@ class AdapterBank(nn.Module):
     @torch.no_grad()
     def _mean(self, among: Sequence[int], name: str) -> None:
         weights = [float(self.kept[slot].weight) for slot in among]
-        sets = [self._loras(_name(slot)) for slot in among]
+        sets = [self._loras(set_name(slot)) for slot in among]
         for place, into in enumerate(self._loras(name)):
             parts = [list(loras[place].factors()) for loras in sets]
             into.set_factors([merged(same, weights, into.rank) for same in zip(*parts, strict=True)])
         found: dict[str, list[tuple[float, list[Tensor]]]] = {}
         for slot, share in zip(among, weights, strict=True):
-            for c, row in self._stored_rows(_name(slot)).items():
+            for c, row in self._stored_rows(set_name(slot)).items():
                 found.setdefault(c, []).append((share, row))
         self._store_rows(name, {c: _weighted(rows) for c, rows in found.items()})
 
@@ -225,7 +225,7 @@ class AdapterBank(nn.Module):
         parts: list[tuple[list[int], Tensor]] = []
         for slot in sorted(set(by)):
             rows = [i for i, s in enumerate(by) if s == slot]
-            with self.acting(_name(slot)):
+            with self.acting(set_name(slot)):
                 parts.append((rows, ask(slot, chosen(inputs, rows))))
         width, first = max(found.shape[1] for _, found in parts), parts[0][1]
         fill = -torch.inf if first.is_floating_point() else self.model.nothing
@@ -247,7 +247,7 @@ class AdapterBank(nn.Module):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.kept = {entry["slot"]: Kept(**entry) for entry in state["kept"]}
         self.merged = state["merged"]
-        wanted = {_name(slot) for slot in self.kept} | ({self.merged} if self.merged is not None else set())
+        wanted = {set_name(slot) for slot in self.kept} | ({self.merged} if self.merged is not None else set())
         there = {name for _, slot in slots(self.model) for name in slot.pets} - {self.working}
         for name in sorted(there - wanted):
             self._remove(name)
@@ -279,7 +279,8 @@ class AdapterBank(nn.Module):
         return [factors for pet in self._loras(name) for factors in pet.factors()]
 
 
-def _name(slot: int) -> str:
+def set_name(slot: int) -> str:
+    """What the set of LoRAs of an adapter is called on the net."""
     return f"task-{slot}"
 
 

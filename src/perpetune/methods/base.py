@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from perpetune.errors import UsageError
 from perpetune.heads.base import Head
 from perpetune.models.base import Model
-from perpetune.pets import using
+from perpetune.pets import slots, using
 from perpetune.protection.protection import Protection
 from perpetune.tasks import Inputs, Task
 
@@ -92,6 +92,26 @@ class Method(nn.Module, ABC):
         """What is worth reporting of the task just learned, in JSON's types: by default that of its heads, by name."""
         heads = {name: m for name, m in self.named_modules() if isinstance(m, Head)}
         return {name: facts for name, m in heads.items() if (facts := m.facts())}
+
+    def acting(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Inside, a set of pets is in force, with all that goes with it."""
+        return using(self.model, name)
+
+    def exported(self) -> dict[str, str]:
+        """Sets of pets that can be used by themselves elsewhere, by the folder each is written to; `""` for one alone.
+
+        Raises:
+            UsageError: there is none, or the answer is made of several.
+        """
+        found = {name for _, slot in slots(self.model) for name in slot.pets}
+        if not found:
+            raise UsageError("there is no LoRA to export: the recipe has `pet: none`, so the head alone was trained")
+        if others := sorted(found - {self.pet}):
+            raise UsageError(
+                f"{type(self).__name__} answers with more than one set of pets (also {', '.join(others)}), and "
+                "PEFT's format holds one: use the state itself"
+            )
+        return {"": found.pop()}
 
     def observe(self, inputs: Inputs) -> None:
         """One pass of the model as at prediction, so that what protection watches is seen."""

@@ -69,11 +69,12 @@ class FineTune(Method):
         pet = parameters(self.model, self.pet) if self.pet else []
         head = self.model.trained()
         both = [(pet, config.lr), (head, config.head_lr or config.lr)]
-        alone = round(config.epochs * self.head_first) if later else 0
+        epochs = config.epochs_of(task.index)
+        alone = round(epochs * self.head_first) if later else 0
         before = [p.detach().clone() for p in pet]
         with training(self.model), self.model.resting(task):
             fit(self.loss, both[1:], task, config.model_copy(update={"epochs": alone}), phase="head")
-            fit(self.loss, both, task, config.model_copy(update={"epochs": config.epochs - alone}))
+            fit(self.loss, both, task, config.model_copy(update={"epochs": epochs - alone}))
             if later and pet and self.merge:
                 self._merge(task, self.pet or "", before, both)
         with using(self.model, self.pet):
@@ -89,7 +90,7 @@ class FineTune(Method):
     ) -> None:
         """Train a free copy from where the task began, and average it with the protected one."""
         share = 1 / (task.index + 1) if self.merge == "falling" else self.merge
-        epochs = self.merge_epochs or self.train_config.epochs
+        epochs = self.merge_epochs or self.train_config.epochs_of(task.index)
         copy_set(self.model, pet, PROTECTED)
         for copied in pets(self.model, PROTECTED):
             copied.eval()  # what features are held near is without dropout

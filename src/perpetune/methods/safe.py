@@ -97,7 +97,7 @@ class Safe(Method):
 
     def _learn_slow(self, task: Task) -> None:
         config = self.train_config
-        keep = deterministic(task.train) and config.epochs > 1
+        keep = deterministic(task.train) and config.epochs_of(task.index) > 1
         table = self._table(task, None, config.batch_size) if keep else None
         with training(self.model):
             fit(partial(self.slow_loss, table=table), self._trained(config), task, config, phase="slow")

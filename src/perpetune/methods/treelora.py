@@ -5,6 +5,7 @@ Qian et al., ICML 2025, arXiv:2506.10355, as the paper means it: docs/design.md 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from typing import Annotated, Any, Literal
@@ -16,7 +17,7 @@ from torch import Tensor
 from perpetune.errors import UsageError
 from perpetune.fit import FitConfig, fit
 from perpetune.heads.ncm import NCM
-from perpetune.methods.adapters import AdapterBank
+from perpetune.methods.adapters import AdapterBank, set_name
 from perpetune.methods.base import Answers, Method, training
 from perpetune.methods.gradients import GradientSketch, in_groups
 from perpetune.methods.resemblance import Kind, Search, TaskTree
@@ -34,7 +35,7 @@ OF = "/"  # between a task's name, which has none, and the class of a prototype
 
 
 class TreeLoRA(Method):
-    """Trains a LoRA for each task and keeps it; the tasks that resemble the one at hand, found layer by layer, hold it.
+    """Trains a LoRA for each task and keeps it; earlier tasks that resemble the one at hand hold it.
 
     Every task has a signature: the mean of its gradients with respect to LoRA's `B` in a fixed basis, sketched
     (`GradientSketch`). Signatures stand in a tree whose levels are groups of layers. At each step a search by lower
@@ -256,6 +257,16 @@ class TreeLoRA(Method):
             nearest = self.router(features.float()).argmax(1)
         slot_of = self.bank.by_task()
         return [slot_of[self.router.classes[row].partition(OF)[0]] for row in nearest.tolist()]
+
+    def acting(self, name: str) -> contextlib.AbstractContextManager[None]:
+        return self.bank.acting(name)
+
+    def exported(self) -> dict[str, str]:
+        """The working set or the merged one; where answers are routed, each task's by the task's name, and the merged
+        one."""
+        if self.answer == "routed":
+            return {**{"+".join(kept.tasks): set_name(slot) for slot, kept in self.bank.kept.items()}, MERGED: MERGED}
+        return {"": DEFAULT if self.answer == "last" else MERGED}
 
     # -- telling and storing --------------------------------------------------------------------------
 

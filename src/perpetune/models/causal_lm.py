@@ -21,7 +21,7 @@ AT_ONCE = 256  # options that are scored at a time: each needs a copy of what at
 
 
 class CausalLM(Model):
-    """The language model's own output layer: answers are generated, or chosen among the options that a question has.
+    """The language model's own output layer: answers are generated, or chosen among a question's options.
 
     The loss is that of the answer's tokens and its end; those of the prompt are not learned. The probability of an
     option is that of its tokens and the end, so `negative` and `very negative` are told apart by more than a start.
