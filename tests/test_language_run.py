@@ -198,7 +198,7 @@ def test_prompts_in_every_form(done: Learner) -> None:
         ([told], "prompt 1: a prompt is dict; expected text, or a list of messages"),
         ([[{"role": "boss", "content": "x"}]], "prompt 1: message 1 has the role 'boss'"),
         ([[{"content": "x"}]], "prompt 1: message 1: the role holds nothing"),
-        ([[]], "prompt 1: there are no messages"),
+        ([[]], "prompt 1: there is no message before the answer"),
         (["half \ud83d"], "prompt 1: the prompt holds half a character"),
     ):
         with pytest.raises(DataError, match=reason):
@@ -316,6 +316,7 @@ def test_zero_shot_is_the_same_after_every_task(folders: dict[str, Path], data: 
         cells = [row[column] for row in results["cells"] if row[column] is not None]
         assert all(cell == cells[0] for cell in cells)
     assert results["trainable_parameters"] == 0
+    assert results["backbone_parameters"] == sum(p.numel() for p in learner.backbone.net.parameters())  # tied ones once
     assert "tokens" not in results["timings"][0]
 
 

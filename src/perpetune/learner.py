@@ -154,10 +154,12 @@ class Learner:
 
     def _model_document(self) -> dict[str, Any]:
         pets = [m for m in self.method.modules() if isinstance(m, PET)]
+        # A language model's output layer is often its embedding: one tensor under two names.
+        distinct = {(t.data_ptr(), t.numel()): t.numel() for t in frozen(self.backbone.net).values()}
         return {
             "spec": self.backbone.spec,
             "fingerprint": self._fingerprint,
-            "parameters": sum(t.numel() for t in frozen(self.backbone.net).values()),
+            "parameters": sum(distinct.values()),
             "trainable_parameters": sum(p.numel() for pet in pets for p in pet.parameters()),
         }
 

@@ -239,9 +239,8 @@ def prompt_in(value: Any) -> str | Messages:
     """
     if isinstance(value, list | tuple):
         pairs = [isinstance(m, list | tuple) and len(m) == 2 for m in value]
-        value = messages_in(
-            [{"role": m[0], "content": m[1]} if pair else m for m, pair in zip(value, pairs, strict=True)]
-        )
+        told = [{"role": m[0], "content": m[1]} if pair else m for m, pair in zip(value, pairs, strict=True)]
+        value = messages_in(told) if told else ()
     elif not isinstance(value, str):
         raise DataError(f"a prompt is {type(value).__name__}; expected text, or a list of messages")
     fault = fault_of(Text(value, "?"))

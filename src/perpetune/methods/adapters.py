@@ -32,8 +32,8 @@ class Kept:
 
 
 class AdapterBank(nn.Module):
-    """The adapters of earlier tasks, each a set of LoRAs on the net, named by its number in the similarity tree, and the
-    rows that the head had for the classes of its tasks: a later task that brings a class again changes its row.
+    """The adapters of earlier tasks: each a set of LoRAs on the net, named by its number in the similarity tree, and
+    the rows that the head had for the classes of its tasks, for a later task that brings a class again changes its row.
 
     Args:
         model: with the set `working` of LoRAs, which is the one that is trained.
