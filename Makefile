@@ -25,7 +25,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # A stamp is newer than pyproject.toml once its install is complete. The test install holds the core one too.
 $(VENV)/.installed-core: $(ABOUT) | $(BIN)/pip
