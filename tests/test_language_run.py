@@ -336,6 +336,8 @@ def test_zero_shot_is_the_same_after_every_task(folders: dict[str, Path], data: 
         ({"stream": {"augment": "flip"}}, r"stream\.augment: flip is for pictures"),
         ({"stream": {"order": ["colours"]}}, r"stream\.order: 'colours' is not among the tasks"),
         ({"protect": True, "method": "joint"}, "joint keeps all data"),
+        ({"pet": "prompt"}, "pet: prompt adds tokens, which have no place in the order of a text"),
+        ({"pet": "prefix"}, "pet: prefix adds tokens"),
     ],
 )
 def test_what_does_not_go_together_is_said_in_one_line(
@@ -534,6 +536,26 @@ def test_a_bad_line_is_named_and_counted(
     assert re.search(reason, bad["reason"]), bad["reason"]
     assert any("1 examples cannot be used and are left out" in line for line in results["warnings"])
     assert err == ""
+
+
+def test_keys_of_the_data_section_can_be_given_with_an_update(
+    state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"question": f"say {n}", "reply": "the lazy fox"} for n in range(8)]
+    path = write(tmp_path / "new.jsonl", rows)
+    keys = ["prompt_column=question", "answer_column=reply", "score=rouge_l"]
+    update = ["update", str(state), "--data", str(path), *(word for key in keys for word in ("--set", key))]
+    assert call(["export", str(state), str(tmp_path / "adapter")]) == 1
+    assert "has learned nothing yet" in capsys.readouterr().err
+    assert call([*update, "--set", "scores=f1"]) == 2
+    assert "scores is not an option; closest: score" in capsys.readouterr().err
+    assert call(update) == 0
+    (cell,) = Learner.load(state).evaluate().values()
+    assert cell is not None
+    assert cell["score"] == "rouge_l"
+    learner = Learner.load(state)
+    with pytest.raises(UsageError, match="options are for data that are a path or an id"):
+        learner.learn({"name": "text", "path": str(path)}, options={"score": "f1"})
 
 
 def test_more_than_max_bad_stop_it(state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,6 +33,10 @@ def build_method(recipe: Recipe, backbone: Backbone) -> Method:
     if recipe.pet is not None:
         kind, rng = registry.find("pets", recipe.pet.name), generator(recipe.seed, "pet")
         options = registry.options("pets", recipe.pet.name, recipe.pet.options)
+        if kind.adds_tokens and backbone.takes == "texts":
+            raise UsageError(
+                f"pet: {recipe.pet.name} adds tokens, which have no place in the order of a text: use lora or adapter"
+            )
         at = kind.default_at if recipe.pet.at is None else recipe.pet.at
         inject(backbone.net, places(backbone.net, at, recipe.pet.blocks), lambda place: kind(place, rng, **options))
     with own_global_state(recipe.seed, "method"):

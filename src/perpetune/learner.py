@@ -7,7 +7,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -182,7 +182,14 @@ class Learner:
             run(self.method, steps, self.state)
         return read_results(self.state)
 
-    def learn(self, data: Data, *, name: str | None = None, holdout: float = 0.2) -> dict[str, Any]:
+    def learn(
+        self,
+        data: Data,
+        *,
+        name: str | None = None,
+        holdout: float = 0.2,
+        options: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """Learn one more batch of data as one task; returns the results document.
 
         Args:
@@ -191,6 +198,7 @@ class Learner:
                 earlier tasks that are still where they were, which are evaluated.
             name: of the task; by default that of the folder or file, else `task-N`.
             holdout: share kept for testing where the data bring no test split.
+            options: further keys of the data section that a path or id stands for, such as `score` or `label_column`.
         """
         if self.method.needs_earlier_data:
             raise UsageError(
@@ -204,6 +212,10 @@ class Learner:
                 f"finish them first with `perpetune resume {self.state.folder}`"
             )
         name = self._name(data, name, index)
+        if options:
+            if not isinstance(data, (str, Path)):
+                raise UsageError("options are for data that are a path or an id; put them into the data section itself")
+            data = {**self._tasks.origin(data), **options}
         task, document = self._tasks.given(data, index, name, holdout)
         with self._writing():
             run(self.method, [self._tasks.of_update(task, document, self.state.committed)], self.state)

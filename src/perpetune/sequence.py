@@ -71,7 +71,7 @@ class TaskSequence:
             fingerprint = hashlib.sha256(repr(list(task.train.targets)).encode()).hexdigest()
             document = _document(task, {"name": None}, fingerprint, [], [])
         else:
-            origin: Origin = data if isinstance(data, dict) else {} if isinstance(data, Source) else self._origin(data)
+            origin: Origin = data if isinstance(data, dict) else {} if isinstance(data, Source) else self.origin(data)
             origin = {**origin, "holdout": holdout}
             source = data if isinstance(data, Source) else _source(origin)
             found = self._checked(self._single(source, index, name, holdout))
@@ -108,7 +108,7 @@ class TaskSequence:
 
     def whole(self, data: str | Path | Source) -> Task:
         """All of `data` as something to evaluate on: its test split, or everything where there is none."""
-        source = data if isinstance(data, Source) else _source(self._origin(data))
+        source = data if isinstance(data, Source) else _source(self.origin(data))
         limits = dict.fromkeys(("train_per_class", "test_per_class", "train_per_task", "test_per_task"))
         everything = {"validation": 0.0, **limits, "augment": "none"}
         found = self._single(source, 0, "given", 0.0, self.recipe.stream.model_copy(update=everything))
@@ -165,7 +165,8 @@ class TaskSequence:
             task = dataclasses.replace(task, earlier=tuple(self._of_stream(i) for i in range(index)))
         return task
 
-    def _origin(self, data: str | Path) -> Origin:
+    def origin(self, data: str | Path) -> Origin:
+        """The data section that a path or id stands for."""
         return origin_of(data, self.backbone.takes)
 
     def _place(self, origin: Origin | str) -> str:

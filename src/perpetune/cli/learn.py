@@ -186,16 +186,24 @@ def update(
     holdout: Annotated[
         float, typer.Option(min=0.0, max=0.9, help="Share kept for testing if there is no test split.")
     ] = 0.2,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A key of its data section, such as score=rouge_l."),
+    ] = None,
     device: Device = None,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Learn one more batch of data: new classes, new images of known ones, or both."""
+    """Learn one more batch of data: new images, classes or texts."""
     from perpetune.learner import Learner
+    from perpetune.recipe import apply_change
 
     with _watch(quiet or json) as view:
         learner = Learner.load(state, device=device, progress=view)
-        results = learner.learn(data, name=name, holdout=holdout)
+        options: dict[str, Any] = {}
+        for change in changes or ():
+            apply_change(options, change)
+        results = learner.learn(data, name=name, holdout=holdout, options=options)
     _finish(learner, results, json)
 
 

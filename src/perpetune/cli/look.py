@@ -114,8 +114,8 @@ HEADINGS = {
     "data": ("data", "where the images or texts come from; `stream:` cuts them into tasks"),
 }
 FITS = """\
-Under each choice stand its options and their defaults. Whatever the lines above do not rule out fits together:
-any pet with any method, head and backbone; with `pet: none` the head alone is trained.
+Under each choice stand its options and their defaults. Whatever the lines above do not rule out fits together;
+what does not is told before anything is learned. With `pet: none` the head alone is trained.
 
 Change one choice with --set:   perpetune run demo --set head=ncm --set pet.rank=4
 See a whole recipe:             perpetune show demo

@@ -148,10 +148,13 @@ def export(
 ) -> None:
     """Write the tuned LoRA in PEFT's format, with the head and the class names beside it."""
     from perpetune.cli.common import print_json
+    from perpetune.errors import StateError
     from perpetune.export import export_learned
     from perpetune.learner import Learner
 
     learner = Learner.load(state, device="cpu")
+    if not learner.state.committed:
+        raise StateError(f"{state} has learned nothing yet: `perpetune update` or `run` it first")
     written = export_learned(learner.method, learner.backbone, folder)
     if json:
         print_json({"files": [str(p) for p in written]})

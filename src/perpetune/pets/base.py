@@ -88,6 +88,7 @@ class PET(nn.Module, ABC):
     """
 
     default_at: ClassVar[tuple[str, ...]] = ()  # the roles it goes to unless told otherwise
+    adds_tokens: ClassVar[bool] = False  # whether it puts tokens beside those of its input
     watch: Callable[[str, Tensor], None] | None = None  # who is told of the rows at the sites, if anybody
 
     @abstractmethod

@@ -28,6 +28,7 @@ class Prefix(PET):
     """
 
     default_at: ClassVar[tuple[str, ...]] = ("attn",)
+    adds_tokens: ClassVar[bool] = True
 
     def __init__(self, place: Place, generator: torch.Generator, *, length: int = 10, std: float = 0.02):
         super().__init__()

@@ -33,6 +33,7 @@ class Prompt(PET):
     """
 
     default_at: ClassVar[tuple[str, ...]] = ("attn",)
+    adds_tokens: ClassVar[bool] = True
     tokens: nn.Parameter | None
 
     def __init__(

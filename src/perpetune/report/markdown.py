@@ -106,7 +106,7 @@ def _fenced(text: str, language: str) -> str:
 
 
 def _intro(results: Results, chosen: dict[str, str]) -> str:
-    setting = view.SETTINGS.get(results["setting"], results["setting"])
+    setting = view.setting(results)
     learned = form.plural(len(results["cells"]), "task")
     progress = learned if results["complete"] else f"**not complete: {learned} learned so far**"
     what = " × ".join(plain(name) for name in chosen.values())

@@ -36,12 +36,19 @@ def figures(measure: str) -> list[tuple[str, str, str, bool]]:
     return [(key, label.replace("accuracy", measure), note, signed) for key, label, note, signed in FIGURES]
 
 
+def setting(results: Results) -> str:
+    """What is known when; a language model is told no task, and its answers are no classes."""
+    if tables.examples(results) == "images":
+        return SETTINGS.get(results["setting"], results["setting"])
+    return "task after task"
+
+
 def report(results: Results) -> dict[str, Any]:
     """Values for `report.html`."""
     measure = tables.measure(results)
     return {
         "run": results,
-        "setting": SETTINGS.get(results["setting"], results["setting"]),
+        "setting": setting(results),
         "choices": tables.choices(results["recipe"]),
         "figures": [
             (
