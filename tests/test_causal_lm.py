@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from perpetune.errors import UsageError
 from perpetune.heads.linear import Linear
+from perpetune.models import causal_lm
 from perpetune.models.backbone import Backbone
 from perpetune.models.backbones import load_backbone
 from perpetune.models.causal_lm import CausalLM
@@ -20,7 +21,7 @@ from perpetune.models.classifier import ImageClassifier
 from perpetune.models.texts import Text, TextView
 from perpetune.tasks import Batch, Task, Tokens, weight
 
-KINDS = ("llama", "gpt2", "gpt_neox", "opt")
+KINDS = ("llama", "gpt2", "gpt_neox", "opt", "lfm2")
 TEXTS = (
     Text("What is it?", "a cat"),
     Text("hi", "no"),
@@ -109,12 +110,26 @@ def test_an_option_scores_what_its_tokens_and_the_end_are_likely(backbone: Backb
         assert bool((row[len(text.options) :] == -torch.inf).all())
 
 
+@pytest.mark.parametrize("limit", ["AT_ONCE", "SPACE"])
 @torch.no_grad()
-def test_many_options_are_scored_in_parts(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_options_are_scored_in_parts(limit: str, backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = questions(backbone, *(Text(t.prompt, options=OPTIONS) for t in TEXTS))
     at_once = CausalLM(backbone).predict(inputs)
-    monkeypatch.setattr("perpetune.models.causal_lm.AT_ONCE", 3)
+    monkeypatch.setattr(f"perpetune.models.causal_lm.{limit}", 3)
     torch.testing.assert_close(CausalLM(backbone).predict(inputs), at_once)
+
+
+def test_what_recurrent_layers_remember_is_not_repeated() -> None:
+    """Of layers that have keys beside such a state transformers would repeat the keys alone."""
+
+    def layer(**states: Any) -> Any:
+        return SimpleNamespace(batch_repeat_interleave=lambda repeats: None, **states)
+
+    memory = SimpleNamespace(layers=[layer(), layer()])
+    assert causal_lm._repeatable(memory) is memory
+    assert causal_lm._repeatable(None) is None
+    for layers in ([], [SimpleNamespace()], [layer(), layer(conv_states={})]):
+        assert causal_lm._repeatable(SimpleNamespace(layers=layers)) is None
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from tiny import picture_folder, recipe, split_folder, vit_folder
 
@@ -96,6 +97,16 @@ def reports(folder: Path) -> set[str]:
 
 
 # -- learning -----------------------------------------------------------------------------------------------
+
+
+def test_memory_that_is_too_small_is_one_line(shell: Shell, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore is known.")
+
+    monkeypatch.setattr(Learner, "load", full)
+    said = shell("evaluate", world / "done", code=1)
+    assert "Tried to allocate 2 GiB: lower evaluate.batch_size" in said.err
+    assert len(said.err.splitlines()) == 1
 
 
 def test_run(shell: Shell, world: Path, tmp_path: Path) -> None:

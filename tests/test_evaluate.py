@@ -20,6 +20,7 @@ from perpetune.evaluate import PROBE, Setting, evaluate, probe
 from perpetune.learner import Learner
 from perpetune.methods.base import Answers, Method
 from perpetune.models.base import Model
+from perpetune.models.texts import Text
 from perpetune.recipe import make_recipe
 from perpetune.runtime import Runtime
 from perpetune.seeding import generator
@@ -253,6 +254,16 @@ def test_other_ways_to_answer_are_counted_beside_the_answer(
     assert found["others"] == {"mirrored": mirrored}
     assert found["gauges"] == {"sure": round((9 + 9 + 9 + 6 + 7) / 9 / 5, 6), "one": 1.0}
     assert {type(n) for n in (*found["others"].values(), found["total"])} == {int}
+
+
+@pytest.mark.parametrize(("best", "correct"), [(0, 1), (1, 0)])
+def test_an_option_is_right_or_wrong_whatever_the_score_makes_of_it(best: int, correct: int) -> None:
+    """To `exact_match`, which leaves punctuation out, `A+` and `A-` are the same."""
+    test: Any = Written([[1 - best, best]], [0])
+    test.text = lambda index: Text("How good is it?", "A+", ("A+", "A-"))
+    method = Reads(["A+", "A-"])
+    method.model.takes = "texts"  # type: ignore[misc]
+    assert count(method, ["A+", "A-"], test)["correct"] == correct
 
 
 def test_a_cell_is_as_before_where_there_is_nothing_else_to_tell() -> None:

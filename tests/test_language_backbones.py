@@ -202,6 +202,19 @@ def test_blocks_of_several_kinds(folders: dict[str, Path]) -> None:
     assert len(places(net, ["operations"])) == 4 + 3 + 2 * 2 + 1
 
 
+def test_a_tower_for_pictures_is_passed_over() -> None:
+    """It comes before the language model, and its blocks are named alike."""
+    from transformers import AutoModelForCausalLM, Gemma3Config
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": 32, "num_key_value_heads": 1, "head_dim": 8}
+    vision = {**sizes, "image_size": 28, "patch_size": 14}
+    net = AutoModelForCausalLM.from_config(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4))
+    assert [p.path for p in places(net, ["q"])] == ["model.language_model.layers.0.self_attn.q_proj"]
+    inject(net, places(net, ["q"]), lora)
+    assert family_of(net)[0] == "model.language_model"
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(dtype: str, folders: dict[str, Path]) -> None:
     backbone = load_backbone(f"hf:{folders['llama']}", dtype=dtype)  # type: ignore[arg-type]

@@ -338,6 +338,7 @@ def test_zero_shot_is_the_same_after_every_task(folders: dict[str, Path], data: 
         ({"protect": True, "method": "joint"}, "joint keeps all data"),
         ({"pet": "prompt"}, "pet: prompt adds tokens, which have no place in the order of a text"),
         ({"pet": "prefix"}, "pet: prefix adds tokens"),
+        ({"method": {"name": "finetune", "head_first": 0.6}}, "head_first is for image classifiers"),
     ],
 )
 def test_what_does_not_go_together_is_said_in_one_line(

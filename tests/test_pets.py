@@ -329,6 +329,15 @@ def test_the_gradient_reaches_all_sets_in_force() -> None:
         assert all((p.grad is not None) is (name != "c") for p in parameters(backbone, name))
 
 
+def test_to_use_a_set_does_not_go_through_the_names_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is done at every step, and there may be a set for each of a thousand tasks."""
+    backbone = backbone_of("timm vit")
+    inject(backbone.net, places(backbone.net, ["q", "v"]), lora, "a")
+    monkeypatch.setattr("perpetune.pets.base._names", lambda root: pytest.fail("all names were asked for"))
+    with using(backbone, "a"), using(backbone, ("a",)), using(backbone, None):
+        pass
+
+
 @torch.no_grad()
 def test_a_set_becomes_a_copy_of_another() -> None:
     backbone = backbone_of("timm vit")

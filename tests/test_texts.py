@@ -104,6 +104,14 @@ def test_messages_take_the_chat_template_and_every_turn_of_the_assistant_is_lear
     assert "three" not in learned
 
 
+def test_what_opens_a_chat_is_no_answer() -> None:
+    told = (("assistant", "hello there"), ("user", "one"), ("assistant", "two"), ("user", "three"))
+    learned = said(VIEW.sequence(Text(told, "four")))
+    assert "two" in learned
+    assert "four" in learned
+    assert "hello" not in learned
+
+
 def test_chat_puts_plain_prompts_into_messages() -> None:
     view = TextView(VIEW.tokenizer, max_length=128, chat=True)
     assert torch.equal(view.sequence(Text("hi", "yes")).ids, VIEW.sequence(Text((("user", "hi"),), "yes")).ids)
@@ -128,10 +136,14 @@ def test_messages_without_a_template_are_refused_in_one_line() -> None:
         view.sequence(Text((("user", "hi"),), "yes"))
 
 
-def test_what_the_template_refuses_is_told() -> None:
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [("{{ raise_exception('roles must alternate') }}", "roles must alternate"), ("{{ bos_token + 1 }}", "concatenate")],
+)
+def test_what_the_template_refuses_is_told(template: str, told: str) -> None:
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(DataError, match="roles must alternate"):
+    tokenizer.chat_template = template
+    with pytest.raises(DataError, match=told):
         TextView(tokenizer, max_length=128).sequence(Text((("user", "hi"),), "yes"))
 
 

@@ -804,6 +804,17 @@ def test_loading_makes_and_takes_away_adapters() -> None:
         restore(method, {**states[1], "pet.safetensors": states[3]["pet.safetensors"]}, "memory")
 
 
+def test_rows_of_the_head_are_made_where_the_head_is() -> None:
+    """A state that is loaded on a GPU has them there, as those of tasks learned since."""
+    tasks = domains([0])
+    stored = taught(treelora(), tasks).bank.get_extra_state()
+    method = treelora()
+    method.model.grow(tasks[0])
+    method.model.to("meta")
+    method.bank.set_extra_state(stored)
+    assert [tensor.device.type for tensor in method.bank.buffers()] == ["meta"] * 2 * len(method.model.per_class())
+
+
 def test_what_is_told_is_what_the_report_reads(whole: dict[str, Path]) -> None:
     from perpetune.results import read_results
 

@@ -90,6 +90,7 @@ _LANGUAGE: dict[str, dict[str, Any]] = {
     "gemma": {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 12},
     "gemma3_text": {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8},
     "phi3": {"intermediate_size": 48, "num_key_value_heads": 2},
+    "lfm2": {"intermediate_size": 48, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
     "gpt_neox": {"intermediate_size": 64},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
@@ -105,7 +106,7 @@ def tiny_language_model(folder: Path, kind: str = "llama", chat: bool = True, se
 
     Args:
         folder: written into; made where it is not there.
-        kind: a `model_type` of transformers: llama, qwen3, gemma, gemma3_text, phi3, gpt2, gpt_neox or opt.
+        kind: a `model_type` of transformers: llama, qwen3, gemma, gemma3_text, phi3, lfm2, gpt2, gpt_neox or opt.
         chat: whether the tokenizer has a chat template.
         seed: draws the weights.
         config: further entries of the model's config, or other values.

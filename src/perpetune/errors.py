@@ -54,3 +54,11 @@ def closest(name: str, known: Iterable[str], n: int = 3) -> str:
         return f"one of {', '.join(names)}" if names else "there is none"
     near = difflib.get_close_matches(name, names, n=n, cutoff=0.0)
     return f"closest: {', '.join(near)}"
+
+
+def out_of_memory(error: RuntimeError) -> str:
+    """What to say where the memory of the device was too small; empty where that is not what is wrong."""
+    if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for it
+        return ""
+    cure = "lower evaluate.batch_size or backbone.max_length, raise train.accumulate, or take a smaller backbone.dtype"
+    return f"{str(error).splitlines()[0].rstrip('.')}: {cure}"

@@ -108,8 +108,10 @@ class _Texts:
         values = []
         for row, number in zip(scores, batch.numbers.tolist(), strict=True):
             text = self.text(number)
-            said = text.options[int(row.argmax())] if row.is_floating_point() else self.model.read(row)
-            values.append(self.judge(said, text.answer, _asked(text.prompt)))
+            if row.is_floating_point():  # not by the score, for which `A+` and `A-` may be the same
+                values.append(float(text.options[int(row.argmax())] == text.answer))
+            else:
+                values.append(self.judge(self.model.read(row), text.answer, _asked(text.prompt)))
         return torch.tensor(values, device=scores.device)
 
 

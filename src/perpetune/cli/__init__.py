@@ -13,7 +13,7 @@ from typing import Any
 import typer
 
 from perpetune.cli import learn, look, use
-from perpetune.errors import PerpetuneError, closest
+from perpetune.errors import PerpetuneError, closest, out_of_memory
 
 app = typer.Typer(
     name="perpetune",
@@ -66,6 +66,11 @@ def call(arguments: list[str]) -> int:
     except ArgumentError as error:
         _say(_usage(error))
         return int(error.exit_code)
+    except RuntimeError as error:
+        if os.environ.get("PERPETUNE_DEBUG") or not out_of_memory(error):
+            raise
+        _say(out_of_memory(error))
+        return 1
     except typer.Abort:
         return 130
     except BrokenPipeError:  # whoever read our output has gone

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from perpetune.errors import Interrupted, PerpetuneError, UsageError
+from perpetune.errors import Interrupted, PerpetuneError, UsageError, out_of_memory
 
 if TYPE_CHECKING:
     from perpetune.recipe import Recipe
@@ -266,6 +266,11 @@ def _answer(line: str, said: TextIO) -> int:
             raise
         emit("failed", message=" ".join(str(error).split()))
         return error.exit_code
+    except RuntimeError as error:
+        if os.environ.get("PERPETUNE_DEBUG") or not out_of_memory(error):
+            raise
+        emit("failed", message=out_of_memory(error))
+        return 1
     except BrokenPipeError:
         raise
     except OSError as error:

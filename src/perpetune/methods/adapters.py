@@ -256,8 +256,7 @@ class AdapterBank(nn.Module):
         for name in list(self._rows):
             self._forget_rows(name)
         for name, classes in state["rows"].items():
-            shapes = [p.shape[1:] for p in self.model.per_class()]
-            self._store_rows(name, {c: [torch.zeros(shape) for shape in shapes] for c in classes})
+            self._store_rows(name, {c: [p.new_zeros(p.shape[1:]) for p in self.model.per_class()] for c in classes})
 
     def _forget_rows(self, name: str) -> None:
         self._rows.pop(name)

@@ -39,7 +39,7 @@ class FineTune(Method):
         merge_epochs: epochs of the free copy; None is as many as the protected one has.
 
     Raises:
-        UsageError: there is nothing to train, or `merge` for texts.
+        UsageError: there is nothing to train, or `merge` or `head_first` for texts.
     """
 
     def __init__(
@@ -56,8 +56,9 @@ class FineTune(Method):
         self.train_config = train
         if isinstance(model, ImageClassifier):
             model.mask = mask
-        elif merge:
-            raise UsageError("method finetune: merge is for image classifiers; leave it out for texts")
+        elif merge or head_first:
+            name = "merge" if merge else "head_first"
+            raise UsageError(f"method finetune: {name} is for image classifiers; leave it out for texts")
         self.head_first, self.merge, self.merge_epochs = head_first, merge, merge_epochs
         self.pet = "default" if any("default" in slot.pets for _, slot in slots(model)) else None
         if self.pet is None and model.takes == "texts":

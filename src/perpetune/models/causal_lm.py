@@ -17,7 +17,8 @@ from perpetune.models.base import Model
 from perpetune.models.texts import TextView
 from perpetune.tasks import IGNORED, Batch, Inputs, Task, Tokens
 
-AT_ONCE = 256  # options that are scored at a time: each needs a copy of what attention remembers of its question
+AT_ONCE = 256  # options that are scored at a time
+SPACE = 2 << 30  # bytes that they may take: each needs a copy of what attention remembers of its question
 
 
 class CausalLM(Model):
@@ -86,8 +87,8 @@ class CausalLM(Model):
     def features(self, inputs: Inputs) -> Tensor:
         """The mean over tokens of the last hidden state, `(B, D)`; at prediction those of the question alone."""
         assert isinstance(inputs, Tokens)
-        body: Any = self.backbone.net.base_model
-        states = body(**self._asked(inputs), use_cache=False).last_hidden_state  # (B, N, D)
+        asked = self._asked(inputs)
+        states: Tensor = self.backbone(asked.pop("input_ids"), **asked)  # (B, N, D)
         mask = inputs.mask.unsqueeze(-1)
         summed: Tensor = states.float().masked_fill(~mask, 0).sum(1)
         return summed / mask.sum(1)
@@ -141,14 +142,15 @@ class CausalLM(Model):
         net: Any = self.backbone.net
         more = {"logits_to_keep": 1} if self._keeps else {}
         asked = net(**self._asked(inputs), **more, use_cache=True)
+        memory = _repeatable(getattr(asked, "past_key_values", None))
         scores = torch.full(options.shape[:2], -torch.inf, device=options.device)
         there = (options != IGNORED).any(-1)
         first = asked.logits[:, -1].float().log_softmax(-1)  # (B, V)
         said = first.gather(1, options[..., 0].clamp(min=0))  # (B, K)
-        size = max(1, AT_ONCE // len(options))
+        size = _at_a_time(options, memory, first.shape[-1])
         for start in range(0, options.shape[1], size):
             part = options[:, start : start + size]
-            rest = self._continued(inputs, part, asked.past_key_values) if part.shape[-1] > 1 else 0
+            rest = self._continued(inputs, part, memory) if part.shape[-1] > 1 else 0
             scores[:, start : start + size] = said[:, start : start + size] + rest
         return scores.masked_fill(~there, -torch.inf)
 
@@ -156,18 +158,24 @@ class CausalLM(Model):
         """Log-probabilities `(B, K)` of all tokens of the options but the first.
 
         Args:
-            memory: keys and values of the questions; left as they are.
+            memory: keys and values of the questions, left as they are; None has the questions read once more.
         """
         count, k, _ = options.shape
         flat = options.flatten(0, 1)  # (B K, M)
         given, wanted = flat[:, :-1], flat[:, 1:]
         mask = torch.cat([inputs.mask.repeat_interleave(k, 0), given != IGNORED], 1)
-        memory = copy.deepcopy(memory)
-        memory.batch_repeat_interleave(k)
-        asked: dict[str, Any] = {"input_ids": given.clamp(min=0), "attention_mask": mask.long()}
+        ids, length = given.clamp(min=0), given.shape[1]
+        asked: dict[str, Any] = {"attention_mask": mask.long(), "use_cache": memory is not None}
+        if memory is None:
+            ids = torch.cat([inputs.ids.repeat_interleave(k, 0), ids], 1)
+        else:
+            asked["past_key_values"] = copy.deepcopy(memory)
+            asked["past_key_values"].batch_repeat_interleave(k)
         if self._places:
-            asked["position_ids"] = _positions(mask)[:, -given.shape[1] :]
-        logits = self.backbone.net(**asked, past_key_values=memory, use_cache=True).logits.float()
+            asked["position_ids"] = _positions(mask)[:, -ids.shape[1] :]
+        if self._keeps:
+            asked["logits_to_keep"] = length
+        logits = self.backbone.net(input_ids=ids, **asked).logits[:, -length:].float()
         said = -F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="none")
         return said.view(count, k, -1).sum(-1)
 
@@ -176,6 +184,32 @@ def _whole(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The states of a few tokens are a slice, and of a slice torch makes one product for each text, with a copy of the
     layer for each: several times slower than the rest of the net."""
     return tuple(arg.contiguous() for arg in args)
+
+
+def _repeatable(memory: Any) -> Any:
+    """What a net remembers of questions, if that can be repeated for several options of each; else None.
+
+    The states of recurrent layers and convolutions cannot: transformers repeats keys and values alone, and some layers
+    have both.
+    """
+    layers = getattr(memory, "layers", None) or ()
+    known = all(hasattr(layer, "batch_repeat_interleave") and not hasattr(layer, "conv_states") for layer in layers)
+    return memory if layers and known else None
+
+
+def _at_a_time(options: Tensor, memory: Any, words: int) -> int:
+    """Of how many options `(B, K, M)` of each question the rest is scored together.
+
+    Args:
+        memory: keys and values of the questions; None where they are read once more for each option.
+        words: of the vocabulary.
+    """
+    if memory is None:
+        return 1
+    kept: list[Tensor | None] = [t for layer in memory.layers for t in (layer.keys, layer.values)]
+    held = sum(t.nbytes for t in kept if t is not None)
+    said = 12 * len(options) * options.shape[-1] * words  # logits, and their logarithms, in float32
+    return max(1, min(AT_ONCE // len(options), SPACE // max(1, held + said)))
 
 
 def _positions(mask: Tensor) -> Tensor:

@@ -239,7 +239,7 @@ def family_of(net: nn.Module) -> tuple[str, Family]:
     Raises:
         UsageError: no row fits; names the class and the families there are.
     """
-    for path, module in _bare_modules(net):
+    for path, module in _text_first(net):
         bases = {base.__name__ for base in type(module).__mro__}
         for family in FAMILIES:
             if bases.intersection(family.classes) or (family.known_by and _looks_like(module, family)):
@@ -435,6 +435,17 @@ def _checked(blocks: Sequence[int], count: int) -> list[int]:
         if not -count <= block < count:
             raise UsageError(f"block {block} is out of range: the net has {count} blocks, 0 to {count - 1}")
     return sorted({block % count for block in blocks})
+
+
+def _text_first(net: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every module with its path; those of the part that reads texts first.
+
+    A model that takes pictures too has a tower for them whose blocks are named like those of a language model.
+    """
+    found, asked = list(_bare_modules(net)), getattr(net, "get_decoder", None)
+    decoder = asked() if callable(asked) else net
+    start = next((path for path, module in found if module is decoder), "")
+    return sorted(found, key=lambda entry: not entry[0].startswith(start))  # in their order otherwise
 
 
 def _bare_modules(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -149,8 +149,9 @@ def load(
 
 def hidden_states(net: nn.Module, tokens: Tensor, **options: Any) -> Tensor:
     """Hidden states `(B, N, D)` behind the last norm, of tokens `(B, N)`."""
-    inner: Any = net
-    states: Tensor = inner.base_model(input_ids=tokens, use_cache=False, **options).last_hidden_state
+    outer: Any = net
+    inner = outer.base_model if outer.base_model is not outer else outer.model  # Llama 4 does not say where it is
+    states: Tensor = inner(input_ids=tokens, use_cache=False, **options).last_hidden_state
     return states
 
 

@@ -251,7 +251,7 @@ class TextView:
         whole = self._chat(messages, asking=False).rstrip()
         spans = []
         for turn, (role, _) in enumerate(messages):
-            if role != ASSISTANT:
+            if role != ASSISTANT or not turn:  # what opens a chat answers nothing
                 continue
             before, after = self._chat(messages[:turn], asking=True), self._chat(messages[: turn + 1], asking=False)
             # Some forms drop what earlier answers held (their reasoning): those are not learned then.
@@ -285,7 +285,7 @@ class TextView:
         told = [{"role": role, "content": content} for role, content in messages]
         try:
             text: str = self.tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=asking)
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError) as error:
             raise DataError(f"the model's chat template refuses the messages: {error}") from error
         return text
 

@@ -405,5 +405,5 @@ def _names(root: nn.Module) -> list[str]:
 
 
 def _known(root: nn.Module, name: str) -> None:
-    if name not in (names := _names(root)):
-        raise UsageError(f"there is no set of pets called {name!r}; {closest(name, names)}")
+    if not any(name in slot.pets for _, slot in slots(root)):  # asked at every step, and there may be many sets
+        raise UsageError(f"there is no set of pets called {name!r}; {closest(name, _names(root))}")
