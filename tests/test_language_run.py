@@ -336,6 +336,7 @@ def test_zero_shot_is_the_same_after_every_task(folders: dict[str, Path], data: 
         ({"stream": {"augment": "flip"}}, r"stream\.augment: flip is for pictures"),
         ({"stream": {"order": ["colours"]}}, r"stream\.order: 'colours' is not among the tasks"),
         ({"protect": True, "method": "joint"}, "joint keeps all data"),
+        ({"protect": True, "method": "treelora"}, "start: nearest; protect: needs start: last"),
         ({"pet": "prompt"}, "pet: prompt adds tokens, which have no place in the order of a text"),
         ({"pet": "prefix"}, "pet: prefix adds tokens"),
         ({"method": {"name": "finetune", "head_first": 0.6}}, "head_first is for image classifiers"),
@@ -349,6 +350,12 @@ def test_what_does_not_go_together_is_said_in_one_line(
         Learner(content, tmp_path / "state")
     assert "\n" not in str(told.value)
     assert not (tmp_path / "state").exists()
+
+
+def test_float16_needs_a_scaled_loss(folders: dict[str, Path]) -> None:
+    backbone = {"name": f"hf:{folders['llama']}", "dtype": "float16"}
+    with pytest.raises(UsageError, match="use it with run.precision: fp16, or dtype bfloat16"):
+        Learner(recipe(folders["llama"], backbone=backbone))
 
 
 # -- protection ---------------------------------------------------------------------------------------------

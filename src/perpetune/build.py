@@ -42,6 +42,11 @@ def build_method(recipe: Recipe, backbone: Backbone) -> Method:
     with own_global_state(recipe.seed, "method"):
         model = _build_model(recipe, backbone)
         method: Method = registry.find("methods", recipe.method.name)(model, **recipe.method_options())
+    if recipe.backbone.dtype == "float16" and recipe.run.precision != "fp16":
+        raise UsageError(
+            "backbone.dtype: float16 is trained with a scaled loss, else small gradients become zero: use it with "
+            "run.precision: fp16, or dtype bfloat16"
+        )
     if recipe.protect is not None:
         if method.unprotectable:
             raise UsageError(f"method: {recipe.method.name} {method.unprotectable}")

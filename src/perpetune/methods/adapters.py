@@ -83,7 +83,8 @@ class AdapterBank(nn.Module):
             pet.set_factors(factors)
 
     def keep(self, slot: int, task: str, classes: Sequence[str], weight: int) -> None:
-        """Store the working set as a task's adapter."""
+        """Store the working set as a task's adapter; what it was drawn to is let go."""
+        self._target = []
         copy_set(self.model, self.working, set_name(slot))
         self.kept[slot] = Kept(slot, [task], list(classes), weight)
         self._store_rows(set_name(slot), {c: self._row(c) for c in classes} if self.model.per_class() else {})

@@ -89,6 +89,8 @@ class TreeLoRA(Method):
         if isinstance(model, ImageClassifier):
             model.mask = mask
         self.train_config, self.regularise, self.start, self.answer = train, regularise, start, answer
+        if start != "last":  # protection holds one set of pets where it is
+            self.unprotectable = f"starts tasks from other adapters with start: {start}; protect: needs start: last"
         self.kind, self.confidence, self.probe, self.every = search, confidence, probe, every
         self.pet = DEFAULT
         self.gradients = GradientSketch(model, DEFAULT, size=size)
@@ -265,7 +267,8 @@ class TreeLoRA(Method):
         """The working set or the merged one; where answers are routed, each task's by the task's name, and the merged
         one."""
         if self.answer == "routed":
-            return {**{"+".join(kept.tasks): set_name(slot) for slot, kept in self.bank.kept.items()}, MERGED: MERGED}
+            own = {"+".join(kept.tasks): set_name(slot) for slot, kept in self.bank.kept.items()}
+            return {**own, MERGED if MERGED not in own else f"all-{MERGED}": MERGED}
         return {"": DEFAULT if self.answer == "last" else MERGED}
 
     # -- telling and storing --------------------------------------------------------------------------

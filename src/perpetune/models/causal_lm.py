@@ -61,8 +61,11 @@ class CausalLM(Model):
         self._keeps = "logits_to_keep" in known
         # What the checkpoint asks for (sampling, penalties) is filled in wherever a call leaves something open.
         net: Any = backbone.net
-        net.get_output_embeddings().register_forward_pre_hook(_whole)
-        net.generation_config = self._greedy(net.generation_config.eos_token_id)
+        output = net.get_output_embeddings()
+        if output is None:
+            raise UsageError(f"{backbone.spec} has no output layer, so it says nothing: another model is needed")
+        output.register_forward_pre_hook(_whole)
+        net.generation_config = self._greedy(getattr(net.generation_config, "eos_token_id", None))
 
     @property
     def classes(self) -> list[str]:
