@@ -354,7 +354,7 @@ def test_what_does_not_go_together_is_said_in_one_line(
 
 def test_float16_needs_a_scaled_loss(folders: dict[str, Path]) -> None:
     backbone = {"name": f"hf:{folders['llama']}", "dtype": "float16"}
-    with pytest.raises(UsageError, match="use it with run.precision: fp16, or dtype bfloat16"):
+    with pytest.raises(UsageError, match=r"use it with run.precision: fp16, or dtype bfloat16"):
         Learner(recipe(folders["llama"], backbone=backbone))
 
 
