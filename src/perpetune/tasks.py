@@ -28,12 +28,14 @@ class Tokens:
         labels: int64 `(B, N)`: the tokens that are learned to be said, -100 elsewhere; None for questions.
         options: int64 `(B, K, M)`: the tokens of each answer that stands to choice, -100 after its end and where a
             question has fewer; None where answers are free.
+        said: how many of the last columns hold all labels, known without a look at the device.
     """
 
     ids: Tensor
     mask: Tensor
     labels: Tensor | None = None
     options: Tensor | None = None
+    said: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -41,7 +43,7 @@ class Tokens:
     def each(self, act: Callable[[Tensor], Tensor]) -> Tokens:
         """The same with `act` done to every tensor."""
         labels, options = (t if t is None else act(t) for t in (self.labels, self.options))
-        return Tokens(act(self.ids), act(self.mask), labels, options)
+        return Tokens(act(self.ids), act(self.mask), labels, options, self.said)
 
 
 Inputs = Tensor | Tokens

@@ -79,13 +79,12 @@ class CausalLM(Model):
 
     def loss(self, task: Task, batch: Batch) -> Tensor:
         assert isinstance(batch.inputs, Tokens) and batch.inputs.labels is not None
-        labels = batch.inputs.labels[:, 1:]  # what token i + 1 is, is said at token i
-        first = int((labels != IGNORED).any(0).to(torch.uint8).argmax())
-        logits = self._logits(batch.inputs, keep=labels.shape[1] - first + 1)[:, :-1]
-        said: Tensor = F.cross_entropy(
-            logits.flatten(0, 1).float(), labels[:, first:].flatten(), ignore_index=IGNORED, reduction="mean"
+        said = batch.inputs.said
+        logits = self._logits(batch.inputs, keep=said + 1)[:, :-1]  # what token i + 1 is, is said at token i
+        loss: Tensor = F.cross_entropy(
+            logits.flatten(0, 1).float(), batch.inputs.labels[:, -said:].flatten(), ignore_index=IGNORED
         )
-        return said
+        return loss
 
     def features(self, inputs: Inputs) -> Tensor:
         """The mean over tokens of the last hidden state, `(B, D)`; at prediction those of the question alone."""

@@ -190,9 +190,11 @@ class TextView:
             ids[row, start:], mask[row, start:] = e.ids, True
             if labels is not None and e.answer is not None:
                 labels[row, start:] = torch.where(e.answer, e.ids, IGNORED)
+        learned = (labels != IGNORED).any(0) if labels is not None else torch.zeros(0)
+        said = longest - int(learned.to(torch.uint8).argmax()) if learned.any() else 0
         targets = torch.tensor([t for _, t, _ in items], dtype=torch.int64)
         numbers = torch.tensor([n for _, _, n in items], dtype=torch.int64)
-        return Batch(Tokens(ids, mask, labels, self._options(encoded)), targets, numbers)
+        return Batch(Tokens(ids, mask, labels, self._options(encoded), said), targets, numbers)
 
     def _options(self, encoded: Sequence[Encoded]) -> Tensor | None:
         """The options of each question, `(B, K, M)`, with -100 after each and for those there are not."""
