@@ -145,17 +145,17 @@ class TaskSequence:
         return self._tests[index]
 
     def _leaks(self, task: Task, others: Sequence[Task]) -> list[str]:
-        """A warning where pictures that `task` trains on are among the test pictures of the others."""
-        found = []
+        """A warning where examples that `task` trains on are among the test examples of the others."""
+        found, noun = [], ""
         for other in others if self.recipe.stream.check != "none" else []:
             train, test = task.train, other.test
             if isinstance(train, TableSet) and isinstance(test, TableSet):
                 pairs = find_overlap(train.table, test.table, True, train_rows=train.rows, test_rows=test.rows)
+                noun = train.table.noun
                 found += [f"{train.table.name(a)} = {test.table.name(b)} (task {other.name})" for a, b in pairs]
         if not found:
             return []
-        what = {"pictures": "pictures", "texts": "examples"}[self.backbone.takes]
-        return [f"task {task.name} trains on {len(found)} test {what} of earlier tasks: {several(found)}"]
+        return [f"task {task.name} trains on {len(found)} test {noun}s of earlier tasks: {several(found)}"]
 
     def _of_stream(self, index: int) -> Task:
         if index not in self._tasks:

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from perpetune.errors import UsageError
 from perpetune.fit import FitConfig, fit
 from perpetune.methods.base import Method, training
-from perpetune.models.base import Model
-from perpetune.models.classifier import ImageClassifier, Mask
+from perpetune.models.base import Mask, Model
+from perpetune.models.classifier import ImageClassifier
 from perpetune.pets import copy_set, parameters, pets, remove, slots, using
 from perpetune.tasks import Batch, Task
 
@@ -54,9 +54,8 @@ class FineTune(Method):
     ):
         super().__init__(model)
         self.train_config = train
-        if isinstance(model, ImageClassifier):
-            model.mask = mask
-        elif merge or head_first:
+        model.compare(mask)
+        if model.takes == "texts" and (merge or head_first):
             name = "merge" if merge else "head_first"
             raise UsageError(f"method finetune: {name} is for image classifiers; leave it out for texts")
         self.head_first, self.merge, self.merge_epochs = head_first, merge, merge_epochs

@@ -15,8 +15,7 @@ from torch import Tensor
 from perpetune.errors import UsageError
 from perpetune.fit import FitConfig, fit
 from perpetune.methods.base import Method, training
-from perpetune.models.base import Model
-from perpetune.models.classifier import ImageClassifier, Mask
+from perpetune.models.base import Mask, Model
 from perpetune.numerics.lowrank import Factors
 from perpetune.pets import LoRA, copy_set, parameters, pets, remove, slots, using
 from perpetune.tasks import Batch, Task
@@ -67,8 +66,7 @@ class OLoRA(Method):
             raise UsageError(f"method olora tunes LoRA, and the recipe has {foreign[0]}: use `pet: lora`")
         if not found:
             raise UsageError("method olora tunes LoRA, and the recipe has no pet: use `pet: lora`")
-        if isinstance(model, ImageClassifier):
-            model.mask = mask
+        model.compare(mask)
         self.train_config, self.orthogonality, self.shrink = train, orthogonality, shrink
         self.pet = DEFAULT
         self.tasks: list[str] = []

@@ -17,8 +17,8 @@ from perpetune.fit import FitConfig, fit
 from perpetune.heads import Cosine, Head
 from perpetune.methods.base import Answers, Method, training
 from perpetune.methods.first_session import need_statistics
-from perpetune.models.base import Model
-from perpetune.models.classifier import ImageClassifier, Mask, learn_statistics
+from perpetune.models.base import Mask, Model
+from perpetune.models.classifier import ImageClassifier, learn_statistics
 from perpetune.numerics.alignment import correlation_losses, cosine_distance
 from perpetune.numerics.mixing import mix
 from perpetune.pets import copy_set, parameters, pets, using

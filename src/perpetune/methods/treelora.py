@@ -21,8 +21,8 @@ from perpetune.methods.adapters import AdapterBank, set_name
 from perpetune.methods.base import Answers, Method, training
 from perpetune.methods.gradients import GradientSketch, in_groups
 from perpetune.methods.resemblance import Kind, Search, TaskTree
-from perpetune.models.base import Model
-from perpetune.models.classifier import ImageClassifier, Mask, learn_statistics
+from perpetune.models.base import Mask, Model
+from perpetune.models.classifier import learn_statistics
 from perpetune.numerics.signature import RunningMean, normalised
 from perpetune.pets import parameters, slots, using
 from perpetune.seeding import own_global_state
@@ -86,8 +86,7 @@ class TreeLoRA(Method):
         super().__init__(model)
         if not any(DEFAULT in slot.pets for _, slot in slots(model)):
             raise UsageError("method treelora tunes LoRA, and the recipe has no pet: use `pet: lora`")
-        if isinstance(model, ImageClassifier):
-            model.mask = mask
+        model.compare(mask)
         self.train_config, self.regularise, self.start, self.answer = train, regularise, start, answer
         if start != "last":  # protection holds one set of pets where it is
             self.unprotectable = f"starts tasks from other adapters with start: {start}; protect: needs start: last"

@@ -13,6 +13,8 @@ from perpetune.errors import UsageError
 from perpetune.models.backbone import Backbone
 from perpetune.tasks import Batch, Inputs, Task
 
+Mask = Literal["task", "seen", "none"]
+
 
 class Model(nn.Module, ABC):
     """The interface that methods see, the same for image classifiers and language models.
@@ -40,6 +42,9 @@ class Model(nn.Module, ABC):
     @abstractmethod
     def grow(self, task: Task) -> None:
         """Make room for the classes of `task`."""
+
+    def compare(self, among: Mask) -> None:
+        """From now on the training loss compares classes of the task, or of all seen, or all; texts have none."""
 
     @abstractmethod
     def loss(self, task: Task, batch: Batch) -> Tensor:

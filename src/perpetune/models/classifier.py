@@ -12,10 +12,8 @@ from torch.nn import functional as F
 
 from perpetune.heads.base import Head
 from perpetune.models.backbone import Backbone
-from perpetune.models.base import Model
+from perpetune.models.base import Mask, Model
 from perpetune.tasks import Batch, Inputs, Task
-
-Mask = Literal["task", "seen", "none"]
 
 
 class ImageClassifier(Model):
@@ -60,6 +58,9 @@ class ImageClassifier(Model):
         with torch.no_grad():
             for p, values in zip(self.head.per_class(), before, strict=True):
                 p[others] = values
+
+    def compare(self, among: Mask) -> None:
+        self.mask = among
 
     def trained(self) -> list[nn.Parameter]:
         return list(self.head.parameters())
