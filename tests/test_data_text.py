@@ -728,6 +728,28 @@ def test_examples_as_tokens(tmp_path):
     assert int((batch.inputs.labels >= 0).sum()) == train.weights[0] + train.weights[3]
 
 
+def test_tokens_are_found_once_and_stay_what_they_are(tmp_path, monkeypatch):
+    root = tmp_path / "t"
+    write(root / "train.jsonl", choices(5))
+    write(root / "test.jsonl", choices(3, start=50))
+    task = checked(FileSource(path=str(root), options=["a", "b"]))
+    for examples, view in ((task.train, VIEW.sequence), (task.test, VIEW.question)):
+        expected = [view(examples.text(i)) for i in range(len(examples))]
+        monkeypatch.setattr(TextView, "_tokens", lambda *_: pytest.fail("texts were cut into tokens once more"))
+        for i, e in enumerate(expected):
+            found = examples.load(i, 0)
+            assert found.ids.dtype == e.ids.dtype
+            assert found.ids.tolist() == e.ids.tolist()
+            assert found.cut == e.cut
+            assert (found.answer is None) == (e.answer is None)
+            if e.answer is not None:
+                assert found.answer.tolist() == e.answer.tolist()
+            assert [o.tolist() for o in found.options] == [o.tolist() for o in e.options]
+        monkeypatch.undo()
+    first, second = (task.test.load(i, None).options for i in range(2))
+    assert [a is b for a, b in zip(first, second, strict=True)] == [True, True], "equal options are held once"
+
+
 def test_prompts_that_were_cut_are_counted(tmp_path):
     root = tmp_path / "t"
     long = "x" * 100

@@ -42,7 +42,7 @@ from perpetune.report.tree import grown
 from perpetune.run import learn_protected
 from perpetune.runtime import Runtime, Silent
 from perpetune.seeding import generator
-from perpetune.snapshot import restore, snapshot
+from perpetune.snapshot import EARLIER, restore, snapshot
 from perpetune.state import State
 from perpetune.tasks import Batch, Task
 
@@ -742,7 +742,12 @@ def test_stopped_and_resumed_is_never_stopped(
     with pytest.raises(Interrupted):
         Learner(content, tmp_path / "state", progress=StopsAt(task, step)).run()
     assert len(State(tmp_path / "state").committed) == task
-    assert any(p.name.startswith("00-train-step") for p in (tmp_path / "state" / "resume").iterdir())
+    (open_,) = [p for p in (tmp_path / "state" / "resume").iterdir() if p.name.startswith("00-train-step")]
+    held = [tensor for file in open_.glob("*.safetensors") for tensor in load_file(file)]
+    assert any("pets.default" in tensor for tensor in held)
+    assert not [tensor for tensor in held if "pets.task-" in tensor or "pets.merged" in tensor or "rows" in tensor]
+    for committed in State(tmp_path / "state").committed:
+        assert any("pets.task-" in tensor for tensor in load_file(committed.folder / EARLIER))
     Learner.load(tmp_path / "state").resume()
     assert files(tmp_path / "state") == files(whole[name])
 
@@ -801,7 +806,7 @@ def test_loading_makes_and_takes_away_adapters() -> None:
         assert snapshot(method) == states[number]
     assert method.facts() == facts
     with pytest.raises(StateError):
-        restore(method, {**states[1], "pet.safetensors": states[3]["pet.safetensors"]}, "memory")
+        restore(method, {**states[1], EARLIER: states[3][EARLIER]}, "memory")
 
 
 def test_rows_of_the_head_are_made_where_the_head_is() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from perpetune.errors import StateError
 from perpetune.numerics.metrics import summarise
-from perpetune.snapshot import FILES, MEMORY, SUMS
+from perpetune.snapshot import FILES, FIXED
 from perpetune.state import State
 
 DOCUMENTS = ("task.json", "metrics.json", "timings.json")
@@ -45,7 +45,7 @@ def read_results(state: State) -> dict[str, Any]:
             facts.append({"task": committed.index, "of": metrics.get("facts", {})})
             drift.append({"task": committed.index, "of": metrics.get("drift", {})})
             timings.append({"task": committed.index, **json.loads(files["timings.json"])})
-            storage.append({"task": committed.index, **{n: sizes[n] for n in (*FILES, SUMS, MEMORY) if n in sizes}})
+            storage.append({"task": committed.index, **{n: sizes[n] for n in (*FILES, *FIXED) if n in sizes}})
             bad += [{"task": committed.index, **_file_and_reason(entry)} for entry in task["bad"]]
             warnings += task["warnings"]
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -23,7 +23,8 @@ EXTRA = "extra.json"
 FILES = ("pet.safetensors", "head.safetensors", "method.safetensors")
 MEMORY = "protect.safetensors"  # what protection keeps; only where the recipe has it
 SUMS = "statistics.safetensors"  # what heads sum up over examples; only where they do
-FIXED = (MEMORY, SUMS)  # what no step of an optimizer changes
+EARLIER = "earlier.safetensors"  # what was learned of earlier tasks and rests; only where a method has it
+FIXED = (MEMORY, SUMS, EARLIER)  # what no step of an optimizer changes
 
 
 def tensors(method: Method) -> dict[str, dict[str, Tensor]]:
@@ -33,12 +34,13 @@ def tensors(method: Method) -> dict[str, dict[str, Tensor]]:
     frozen = _owned(method, Backbone) - pets
     heads = _owned(method, Head)
     sums = {id(t) for m in method.modules() if isinstance(m, Head) for t in m.additive()}
-    own = [name for name, owned in ((MEMORY, memory), (SUMS, sums)) if owned]
+    earlier = {id(t) for t in method.earlier()}
+    own = [name for name, owned in ((MEMORY, memory), (SUMS, sums), (EARLIER, earlier)) if owned]
     found: dict[str, dict[str, Tensor]] = {name: {} for name in (*FILES, *own)}
     for name, tensor in _persistent(method).items():
         if id(tensor) in frozen:
             continue
-        owners = ((pets, FILES[0]), (sums, SUMS), (heads, FILES[1]), (memory, MEMORY))
+        owners = ((earlier, EARLIER), (pets, FILES[0]), (sums, SUMS), (heads, FILES[1]), (memory, MEMORY))
         file = next((file for owner, file in owners if id(tensor) in owner), FILES[2])
         found[file][name] = tensor
     return found
@@ -165,8 +167,17 @@ def _owned(method: Method, kind: type[nn.Module]) -> set[int]:
 
 
 def _with_extra(method: Method, memory: bool) -> dict[str, nn.Module]:
-    """Modules with extra state, by name; without `memory` none of protection's, for setting it empties tensors."""
-    kept = set() if memory else {m for p in method.modules() if isinstance(p, Protection) for m in p.modules()}
+    """Modules with extra state, by name; without `memory` none of protection's and none that has tensors of earlier
+    tasks, for setting it empties tensors."""
+    kept: set[nn.Module] = set()
+    if not memory:
+        kept = {m for p in method.modules() if isinstance(p, Protection) for m in p.modules()}
+        rest = {id(t) for t in method.earlier()}
+        kept |= {
+            m
+            for m in method.modules()
+            if any(id(t) in rest for t in [*m.parameters(recurse=False), *m.buffers(recurse=False)])
+        }
     found = {n: m for n, m in method.named_modules() if m not in kept}
     return {n: m for n, m in found.items() if type(m).get_extra_state is not nn.Module.get_extra_state}
 

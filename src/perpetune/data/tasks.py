@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
+import torch
 from torch import Tensor
 
 from perpetune.data.check import Depth, Report, find_bad
@@ -109,12 +110,34 @@ class ImageSet(TableSet):
 
 
 @dataclass(frozen=True)
-class _Measure:
-    """An example in tokens: all of them, those of the answer, and those that were cut off."""
+class _Kept:
+    """An example in tokens, small enough to be kept: to find tokens anew takes as long as to learn from them on a GPU.
 
-    length: int
-    answer: int
+    Attributes:
+        tokens: int32 `(N,)`; where an answer is learned, `~token`.
+        asks: whether it is a question, without an answer.
+        options: as in `Encoded`.
+        cut: tokens that were cut off.
+    """
+
+    tokens: Tensor
+    asks: bool
+    options: tuple[Tensor, ...]
     cut: int
+
+    def encoded(self) -> Encoded:
+        """The example as a model takes it."""
+        said = self.tokens < 0
+        ids = torch.where(said, ~self.tokens, self.tokens).long()
+        return Encoded(ids, None if self.asks else said, self.options, self.cut)
+
+
+def _kept(found: Encoded, options: dict[tuple[int, ...], Tensor]) -> _Kept:
+    """`found`, with the same tensors for the same options, which all questions of a task may have."""
+    ids, asks = found.ids.int(), found.answer is None
+    tokens = ids if found.answer is None else torch.where(found.answer, ~ids, ids)
+    shared = tuple(options.setdefault(tuple(option.tolist()), option) for option in found.options)
+    return _Kept(tokens, asks, shared, found.cut)
 
 
 class TextSet(TableSet):
@@ -132,7 +155,8 @@ class TextSet(TableSet):
         super().__init__(table, rows, classes)
         self.view = view
         self.purpose: Purpose = purpose
-        self._measures: dict[int, _Measure] = {}  # by row of the table
+        self._found: dict[int, _Kept] = {}  # by row of the table
+        self._options: dict[tuple[int, ...], Tensor] = {}
 
     @property
     def collate(self) -> Collate:
@@ -142,12 +166,12 @@ class TextSet(TableSet):
     @cached_property
     def lengths(self) -> list[int]:
         """Tokens of each example."""
-        return [self._measure(row).length for row in self.rows]
+        return [len(self._tokens(row).tokens) for row in self.rows]
 
     @cached_property
     def weights(self) -> list[int] | None:
         """Tokens of each answer, with its end; None of questions."""
-        return None if self.purpose == "test" else [self._measure(row).answer for row in self.rows]
+        return None if self.purpose == "test" else [int((self._tokens(row).tokens < 0).sum()) for row in self.rows]
 
     def questions(self) -> TextSet:
         """The same without their answers, as they are asked at prediction."""
@@ -159,15 +183,15 @@ class TextSet(TableSet):
 
     def load(self, index: int, seed: int | None) -> Encoded:
         """Prompt and answer as tokens, of the test the prompt alone; the seed changes nothing."""
-        return self._encoded(self.rows[index])
+        return self._tokens(self.rows[index]).encoded()
 
     def look(self, row: int, depth: Literal["decode", "header"]) -> None:
         super().look(row, depth)
         if depth == "decode":
-            self._measure(row)
+            self._tokens(row)
 
     def notes(self) -> list[str]:
-        cuts = [m.cut for row in self.rows if (m := self._measures.get(row)) is not None and m.cut]
+        cuts = [kept.cut for row in self.rows if (kept := self._found.get(row)) is not None and kept.cut]
         if not cuts:
             return []
         room = ", with room for an answer," if self.purpose == "test" else ""
@@ -178,7 +202,7 @@ class TextSet(TableSet):
 
     def _of(self, rows: Sequence[int], classes: Sequence[str]) -> TextSet:
         found = TextSet(self.table, rows, classes, self.view, self.purpose)
-        found._measures = self._measures
+        found._found, found._options = self._found, self._options
         return found
 
     def _encoded(self, row: int) -> Encoded:
@@ -188,12 +212,10 @@ class TextSet(TableSet):
         except DataError as error:
             raise DataError(f"{self.table.name(row)}: {error}") from error
 
-    def _measure(self, row: int) -> _Measure:
-        if row not in self._measures:
-            found = self._encoded(row)
-            answer = 0 if found.answer is None else int(found.answer.sum())
-            self._measures[row] = _Measure(len(found), answer, found.cut)
-        return self._measures[row]
+    def _tokens(self, row: int) -> _Kept:
+        if row not in self._found:
+            self._found[row] = _kept(self._encoded(row), self._options)
+        return self._found[row]
 
 
 def table_set(

@@ -241,6 +241,13 @@ class AdapterBank(nn.Module):
         size = sum(p.numel() * p.element_size() for pet in self._loras(self.working) for p in pet.parameters())
         return [{"tasks": kept.tasks, "bytes": size} for kept in self.kept.values()]
 
+    def earlier(self) -> Iterator[Tensor]:
+        """All that is kept beside the working set."""
+        for name in [*map(set_name, self.kept), *([self.merged] if self.merged is not None else [])]:
+            for pet in self._loras(name):
+                yield from (*pet.parameters(), *pet.buffers())
+        yield from self.buffers()
+
     def get_extra_state(self) -> dict[str, Any]:
         rows = {name: classes for name, classes in self._rows.items() if classes}
         return {"kept": [asdict(kept) for kept in self.kept.values()], "merged": self.merged, "rows": rows}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -92,6 +92,10 @@ class Method(nn.Module, ABC):
         """What is worth reporting of the task just learned, in JSON's types: by default that of its heads, by name."""
         heads = {name: m for name, m in self.named_modules() if isinstance(m, Head)}
         return {name: facts for name, m in heads.items() if (facts := m.facts())}
+
+    def earlier(self) -> Iterable[Tensor]:
+        """What was learned of earlier tasks and stays as it is while `fit` runs: its checkpoints leave it out."""
+        return ()
 
     def acting(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Inside, a set of pets is in force, with all that goes with it."""

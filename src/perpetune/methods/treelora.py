@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import torch
@@ -258,6 +259,9 @@ class TreeLoRA(Method):
             nearest = self.router(features.float()).argmax(1)
         slot_of = self.bank.by_task()
         return [slot_of[self.router.classes[row].partition(OF)[0]] for row in nearest.tolist()]
+
+    def earlier(self) -> Iterable[Tensor]:
+        return [*self.bank.earlier(), *self.similar.buffers()]
 
     def acting(self, name: str) -> contextlib.AbstractContextManager[None]:
         return self.bank.acting(name)
