@@ -769,6 +769,25 @@ def test_prompts_that_were_cut_are_counted(tmp_path):
     assert again.warnings == task.warnings[1:]
 
 
+def test_answers_that_the_chat_template_drops_are_counted(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.content if loop.last or m.role == 'user' else '-' }}]{% endfor %}"
+        "{% if add_generation_prompt %}[{% endif %}"
+    )
+    turns = [{"role": role, "content": "hi"} for role in ("user", "assistant", "user", "assistant", "user")]
+    rows = [{"messages": [*turns, {"role": "assistant", "content": f"yes {i}"}]} for i in range(2)]
+    rows += [{"messages": [turns[0], {"role": "assistant", "content": "yes"}]}]
+    (task,) = stream_of(
+        FileSource(path=str(write(tmp_path / "x.jsonl", rows))), TextView(tokenizer, max_length=64)
+    ).tasks
+    task.check()
+    assert task.warnings == [
+        "task x: 4 earlier answers in 2 of 3 training chats are not learned, for the model's chat template writes them "
+        "otherwise than at the end of a chat"
+    ]
+
+
 def test_each_example_is_encoded_once(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(

@@ -381,6 +381,11 @@ def online_with_epochs(p: Place) -> list[str]:
     return p.run(online=True, train={"epochs": 5})
 
 
+@case(2, "online: true trains on each example once", "train.epochs is [1, 2]")
+def online_with_epochs_by_task(p: Place) -> list[str]:
+    return p.run(online=True, train={"epochs": [1, 2]})
+
+
 @case(2, "online: true trains on each example once", "method.train.epochs is 3")
 def online_with_epochs_of_the_method(p: Place) -> list[str]:
     return p.run(online=True, train={}, method={"name": "finetune", "train": {"epochs": 3}})

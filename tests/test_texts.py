@@ -23,6 +23,13 @@ VIEW = TextView(tiny_tokenizer(), max_length=128)
 words = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=30)
 
 
+DROPS = (
+    "{% for m in messages %}{% if m.role == 'assistant' and not loop.last %}[a]-[/a]{% else %}"
+    "[{{ m.role[0] }}]{{ m.content }}[/{{ m.role[0] }}]{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[a]{% endif %}"
+)
+
+
 def said(encoded: Encoded, view: TextView = VIEW) -> str:
     assert encoded.answer is not None
     return view.tokenizer.decode(encoded.ids[encoded.answer])
@@ -118,16 +125,19 @@ def test_chat_puts_plain_prompts_into_messages() -> None:
 
 
 def test_a_template_that_drops_earlier_answers_still_finds_the_last() -> None:
+    """And how many it drops is told; the words that open a chat are no answer."""
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}{% if m.role == 'assistant' and not loop.last %}[a]-[/a]{% else %}"
-        "[{{ m.role[0] }}]{{ m.content }}[/{{ m.role[0] }}]{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}[a]{% endif %}"
-    )
+    tokenizer.chat_template = DROPS
     view = TextView(tokenizer, max_length=128)
-    learned = said(view.sequence(Text((("user", "one"), ("assistant", "two"), ("user", "three")), "four")), view)
+    chat = (("user", "one"), ("assistant", "two"), ("user", "three"))
+    encoded = view.sequence(Text(chat, "four"))
+    learned = said(encoded, view)
     assert "four" in learned
     assert "three" not in learned
+    assert encoded.dropped == 1
+    assert view.sequence(Text((("assistant", "hello"), *chat), "four")).dropped == 1
+    assert view.sequence(Text(chat[:1], "four")).dropped == 0
+    assert VIEW.sequence(Text(chat, "four")).dropped == 0
 
 
 def test_messages_without_a_template_are_refused_in_one_line() -> None:

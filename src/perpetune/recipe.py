@@ -147,7 +147,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _online(self) -> Recipe:
-        if self.online and self.train.epochs != 1:
+        if self.online and not _once(self.train.epochs):
             if "epochs" in self.train.model_fields_set:
                 raise ValueError(f"online: true trains on each example once, and train.epochs is {self.train.epochs}")
             object.__setattr__(self, "train", self.train.model_copy(update={"epochs": 1}))
@@ -195,7 +195,7 @@ class Recipe(Section):
         given = self.method.options
         for name in self._configs(self.method):
             own = given.get(name, {})
-            if self.online and isinstance(own, dict) and own.get("epochs", 1) != 1:
+            if self.online and isinstance(own, dict) and not _once(own.get("epochs", 1)):
                 raise UsageError(
                     f"online: true trains on each example once, and method.{name}.epochs is {own['epochs']}"
                 )
@@ -208,6 +208,11 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _once(epochs: Any) -> bool:
+    """Whether `train.epochs` is one for every task."""
+    return set(epochs) == {1} if isinstance(epochs, list) else bool(epochs == 1)
 
 
 def _complete(kind: registry.Kind, choice: Choice, skip: Sequence[str] = ()) -> Choice:

@@ -116,20 +116,20 @@ class _Kept:
     Attributes:
         tokens: int32 `(N,)`; where an answer is learned, `~token`.
         asks: whether it is a question, without an answer.
-        options: as in `Encoded`.
-        cut: tokens that were cut off.
+        options, cut, dropped: as in `Encoded`.
     """
 
     tokens: Tensor
     asks: bool
     options: tuple[Tensor, ...]
     cut: int
+    dropped: int
 
     def encoded(self) -> Encoded:
         """The example as a model takes it."""
         said = self.tokens < 0
         ids = torch.where(said, ~self.tokens, self.tokens).long()
-        return Encoded(ids, None if self.asks else said, self.options, self.cut)
+        return Encoded(ids, None if self.asks else said, self.options, self.cut, self.dropped)
 
 
 def _kept(found: Encoded, options: dict[tuple[int, ...], Tensor]) -> _Kept:
@@ -137,7 +137,7 @@ def _kept(found: Encoded, options: dict[tuple[int, ...], Tensor]) -> _Kept:
     ids, asks = found.ids.int(), found.answer is None
     tokens = ids if found.answer is None else torch.where(found.answer, ~ids, ids)
     shared = tuple(options.setdefault(tuple(option.tolist()), option) for option in found.options)
-    return _Kept(tokens, asks, shared, found.cut)
+    return _Kept(tokens, asks, shared, found.cut, found.dropped)
 
 
 class TextSet(TableSet):
@@ -191,14 +191,22 @@ class TextSet(TableSet):
             self._tokens(row)
 
     def notes(self) -> list[str]:
-        cuts = [kept.cut for row in self.rows if (kept := self._found.get(row)) is not None and kept.cut]
-        if not cuts:
-            return []
-        room = ", with room for an answer," if self.purpose == "test" else ""
-        return [
-            f"{len(cuts)} of {len(self.rows)} {self.purpose} prompts{room} are longer than the model's "
-            f"{self.view.max_length} tokens and were cut on the left (the longest by {max(cuts)})"
-        ]
+        known = [kept for row in self.rows if (kept := self._found.get(row)) is not None]
+        cuts = [kept.cut for kept in known if kept.cut]
+        dropped = [kept.dropped for kept in known if kept.dropped]
+        notes = []
+        if cuts:
+            room = ", with room for an answer," if self.purpose == "test" else ""
+            notes.append(
+                f"{len(cuts)} of {len(self.rows)} {self.purpose} prompts{room} are longer than the model's "
+                f"{self.view.max_length} tokens and were cut on the left (the longest by {max(cuts)})"
+            )
+        if dropped:
+            notes.append(
+                f"{sum(dropped)} earlier answers in {len(dropped)} of {len(self.rows)} {self.purpose} chats are not "
+                "learned, for the model's chat template writes them otherwise than at the end of a chat"
+            )
+        return notes
 
     def _of(self, rows: Sequence[int], classes: Sequence[str]) -> TextSet:
         found = TextSet(self.table, rows, classes, self.view, self.purpose)

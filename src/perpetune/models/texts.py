@@ -42,12 +42,15 @@ class Encoded:
         answer: bool `(N,)`, true at the tokens that are learned to be said; None for a question.
         options: the tokens of each option, int64, as they follow the question, with the end.
         cut: how many tokens of the prompt were cut off on its left, for the model takes no more.
+        dropped: how many earlier answers of a chat are not learned, for the chat form writes them otherwise in the
+            middle of a chat than at its end.
     """
 
     ids: Tensor
     answer: Tensor | None = None
     options: tuple[Tensor, ...] = ()
     cut: int = 0
+    dropped: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -94,12 +97,14 @@ class _Whole:
         said: bool `(N,)`, true at those that are learned to be said.
         last: where the last answer begins.
         opening: how many open every text.
+        dropped: earlier answers that are not learned.
     """
 
     ids: Tensor
     said: Tensor
     last: int
     opening: int
+    dropped: int = 0
 
 
 class TextView:
@@ -140,7 +145,7 @@ class TextView:
         whole = self._whole(text)
         over, last = len(whole.ids) - self.max_length, len(whole.ids) - whole.last
         if over <= 0:
-            return Encoded(whole.ids, whole.said)
+            return Encoded(whole.ids, whole.said, dropped=whole.dropped)
         if last >= self.max_length:
             raise DataError(
                 f"the answer alone has {last} tokens, and prompt and answer together may have {self.max_length}"
@@ -148,7 +153,7 @@ class TextView:
         kept = _without(whole.ids, over, whole.opening)
         said = whole.said[kept]
         said[0] = False  # of an earlier answer in a chat that was cut: nothing stands before it any more
-        return Encoded(whole.ids[kept], said, cut=over)
+        return Encoded(whole.ids[kept], said, cut=over, dropped=whole.dropped)
 
     def question(self, text: Text, *, choose: bool | None = None) -> Encoded:
         """The prompt alone, and the tokens of each option as its answer.
@@ -216,7 +221,7 @@ class TextView:
 
     def _whole(self, text: Text) -> _Whole:
         """Prompt and answer with its end, in tokens."""
-        rendered, spans = self._rendered(text)
+        rendered, spans, dropped = self._rendered(text)
         tokens = self._tokens(rendered, text.prompt)
         while tokens and tokens[-1].added:  # the end that a tokenizer puts there; ours takes its place
             tokens.pop()
@@ -229,7 +234,7 @@ class TextView:
             said[-1] = True  # the end that the chat form puts there
         said[0] = False  # nothing stands before it that could say it
         opening = self._opening(tokens)
-        return _Whole(torch.tensor(ids, dtype=torch.int64), torch.tensor(said), max(1, last), opening)
+        return _Whole(torch.tensor(ids, dtype=torch.int64), torch.tensor(said), max(1, last), opening, dropped)
 
     def _asked(self, prompt: str | Messages) -> _Whole:
         """The prompt and the beginning of some answer, in tokens."""
@@ -241,20 +246,20 @@ class TextView:
         ids = torch.tensor([token.id for token in tokens], dtype=torch.int64)
         return _Whole(ids, torch.zeros(len(ids), dtype=torch.bool), last, self._opening(tokens))
 
-    def _rendered(self, text: Text) -> tuple[str, list[_Span]]:
-        """The whole text, and where in it stands what is learned to be said, the answer last."""
+    def _rendered(self, text: Text) -> tuple[str, list[_Span], int]:
+        """The whole text, where in it stands what is learned to be said, the answer last, and how many earlier answers
+        are not learned."""
         answer = text.answer.strip(" ")
         if not self._is_chat(text.prompt):
             prompt = self._prompt(text.prompt)
             opened = prompt + _gap(prompt)
             whole = opened + answer
-            return whole, [_Span(len(prompt), len(opened), len(whole))]
+            return whole, [_Span(len(prompt), len(opened), len(whole))], 0
         messages = [*_messages(text.prompt), (ASSISTANT, answer)]
         whole = self._chat(messages, asking=False).rstrip()
         spans = []
-        for turn, (role, _) in enumerate(messages):
-            if role != ASSISTANT or not turn:  # what opens a chat answers nothing
-                continue
+        answers = [turn for turn, (role, _) in enumerate(messages) if role == ASSISTANT and turn]  # opening, it is none
+        for turn in answers:
             before, after = self._chat(messages[:turn], asking=True), self._chat(messages[: turn + 1], asking=False)
             # Some forms drop what earlier answers held (their reasoning): those are not learned then.
             if whole.startswith(before) and whole.startswith(after.rstrip()):
@@ -267,7 +272,7 @@ class TextView:
             pairs = enumerate(zip(whole, changed, strict=False))
             at = next((i for i, (one, another) in pairs if one != another), min(len(whole), len(changed)))
             spans.append(_Span(at, at, len(whole)))
-        return whole, spans
+        return whole, spans, len(answers) - len(spans)
 
     def _prompt(self, prompt: str | Messages) -> str:
         """What the model is asked, up to where the answer begins."""
