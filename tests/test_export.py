@@ -325,6 +325,24 @@ def test_adapters_that_can_be_used_by_themselves_get_a_folder_each(answer: str, 
         remove(checker.backbone.net, "back")
 
 
+def test_an_export_that_fails_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = {"method": "treelora", "pet": {"name": "lora", "rank": 2}, "train": {"epochs": 1, "batch_size": 8}}
+    checker = Checker(make_recipe(recipe))
+    method, written = checker.learned(), []
+
+    def fails(backbone: Backbone, name: str, folder: Path) -> None:
+        if written:
+            raise OSError("no space left on device")
+        written.append(folder)
+        write_peft(backbone, name, folder)
+
+    monkeypatch.setattr("perpetune.export.write_peft", fails)
+    with pytest.raises(OSError, match="no space"):
+        export_learned(method, checker.backbone, tmp_path / "out")
+    assert written
+    assert not list(tmp_path.iterdir())
+
+
 IDS = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(0))
 LANGUAGE = {
     "llama": (["q", "v"], ["self_attn.q_proj", "self_attn.v_proj"]),

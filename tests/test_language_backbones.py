@@ -282,6 +282,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "shape": ("hf:{shape}", {}, "of another shape: model.layers.0.mlp.up_proj.weight"),
     "cut": ("hf:{cut}", {}, "safetensors file cannot be read"),
     "pickle": ("hf:{pickle}", {}, "safetensors"),
+    "rope": ("hf:{rope}", {}, "cannot be .*: .*longest"),
 }
 
 
@@ -290,7 +291,7 @@ def test_what_cannot_be_loaded_is_said_in_one_line(case: str, folders: dict[str,
     spec, options, message = CASES[case]
     made = {"vit": vit_folder(tmp_path / "vit"), "torn": tmp_path / "torn.gguf"}
     made["torn"].write_bytes(b"GGUF\3\0\0\0torn")
-    for change in ("mute", "missing", "unexpected", "shape", "cut", "pickle"):
+    for change in ("mute", "missing", "unexpected", "shape", "cut", "pickle", "rope"):
         made[change] = broken(folders["llama"], tmp_path / change, change)
     with pytest.raises(PerpetuneError, match=message) as error:
         load_backbone(spec.format(**{**folders, **made}), **options)
@@ -302,6 +303,10 @@ def broken(good: Path, folder: Path, change: str) -> Path:
     for file in good.iterdir():
         if change != "mute" or "token" not in file.name:
             (folder / file.name).write_bytes(file.read_bytes())
+    if change == "rope":  # a kind of positions that this version of transformers does not know
+        config = json.loads((folder / "config.json").read_text())
+        config["rope_parameters"] = {**(config.get("rope_parameters") or {}), "rope_type": "longest"}
+        (folder / "config.json").write_text(json.dumps(config))
     weights, name = folder / "model.safetensors", "model.layers.0.mlp.up_proj.weight"
     tensors = load_file(weights)
     if change == "missing":

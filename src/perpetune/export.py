@@ -7,13 +7,14 @@ The format as PEFT 0.21 writes it: `A` and `B` of the linear at PATH are called
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,19 +63,29 @@ def write_peft(backbone: Backbone, name: str, folder: Path) -> None:
         raise UsageError(f"only LoRA has a place in PEFT's format; the set {name!r} holds {', '.join(foreign)}")
     wrapped = {path: slot.pet(name) for path, slot in slots(backbone.net) if name in slot.pets}
     adapters = {path: pet for path, pet in wrapped.items() if isinstance(pet, LoRA)}
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder} is there already and not empty; name a new folder")
-
     tensors: dict[str, Tensor] = {}
     for path, lora in adapters.items():
         tensors[f"{PREFIX}{path}{A}"] = lora.down.detach().cpu().contiguous()
         tensors[f"{PREFIX}{path}{B}"] = lora.up_matrix().detach().cpu().contiguous()
-    aside = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
-    aside.mkdir(parents=True)
-    try:
+    with _aside(folder) as aside:
         save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
         config = json.dumps(_config(backbone, adapters), indent=2, sort_keys=True, allow_nan=False)
         (aside / CONFIG).write_text(f"{config}\n")
+
+
+@contextlib.contextmanager
+def _aside(folder: Path) -> Iterator[Path]:
+    """An empty folder that becomes `folder` when all in it is written, and goes where that fails.
+
+    Raises:
+        UsageError: there is something at `folder`.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} is there already and not empty; name a new folder")
+    aside = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
+    aside.mkdir(parents=True)
+    try:
+        yield aside
         os.replace(aside, folder)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
@@ -255,7 +266,7 @@ def export_learned(method: Method, backbone: Backbone, folder: Path) -> list[Pat
 
     Beside PEFT's two files stand `head.safetensors` and `head.json` with the head's kind and the class names in
     the order of its rows; a language model answers by its own output layer and has neither. A method that keeps
-    several adapters which can be used by themselves gets a folder for each.
+    several adapters which can be used by themselves gets a folder for each. All is written aside and renamed.
 
     Returns:
         The files written.
@@ -263,15 +274,15 @@ def export_learned(method: Method, backbone: Backbone, folder: Path) -> list[Pat
     Raises:
         UsageError: the pets are not LoRA or several sets, or there is something at `folder`.
     """
-    written: list[Path] = []
-    for name, own in method.exported().items():
-        with method.acting(own):
-            written += _export_set(method, backbone, own, folder / name)
-    return written
+    sets = method.exported()
+    with _aside(folder) as aside:
+        for name, own in sets.items():
+            with method.acting(own):
+                _export_set(method, backbone, own, aside / name)
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def _export_set(method: Method, backbone: Backbone, name: str, folder: Path) -> list[Path]:
-    folder.parent.mkdir(parents=True, exist_ok=True)
+def _export_set(method: Method, backbone: Backbone, name: str, folder: Path) -> None:
     write_peft(backbone, name, folder)
     head = next((m for m in method.model.modules() if isinstance(m, Head)), None)
     if head is not None:
@@ -279,4 +290,3 @@ def _export_set(method: Method, backbone: Backbone, name: str, folder: Path) -> 
         save_file(tensors, folder / "head.safetensors", metadata={"format": "pt"})
         about = {"head": type(head).__name__, "classes": head.classes}
         (folder / "head.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return sorted(folder.iterdir())

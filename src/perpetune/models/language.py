@@ -132,8 +132,8 @@ def load(
     try:
         with _silent() if source.file else quiet():
             net = _pretrained(spec, source, config, dtype) if pretrained else _random(config, dtype)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise PerpetuneError(f"{spec}: {one_line(error)}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+        raise PerpetuneError(f"{spec}: the model cannot be built or loaded: {one_line(error)}") from error
     if gradient_checkpointing:
         _checkpointing(spec, net)
     embeddings = net.get_input_embeddings().weight
