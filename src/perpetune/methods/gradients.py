@@ -60,6 +60,7 @@ class GradientSketch:
         sizes = {rows * rank for rows, rank in self._shapes}
         self._sketches = {n: Sketch(n, size, seed_of(seed, "signature", n) % 2**31) for n in sorted(sizes)}
         self._sums: list[Tensor | None] = [None] * len(self._shapes)
+        self._read: tuple[Tensor, int, Tensor] | None = None  # the last input, its version, and it made exact
         self.listening = True
         """Whether passes add to what is collected."""
 
@@ -72,7 +73,7 @@ class GradientSketch:
         finally:
             for hook in hooks:
                 hook.remove()
-            self._sums = [None] * len(self._shapes)
+            self._sums, self._read = [None] * len(self._shapes), None
 
     def gradients(self) -> list[Tensor | None]:
         """What was collected so far, `(rows, rank)` float32 for each part; None where nothing came back."""
@@ -87,7 +88,7 @@ class GradientSketch:
             rows = [i for i, s in enumerate(self._sums) if s is not None and s.numel() == numbers]
             if rows:
                 found[rows] = sketch(torch.stack([self._flat(i) for i in rows]))
-        self._sums = [None] * len(self._shapes)
+        self._sums, self._read = [None] * len(self._shapes), None
         return found
 
     def _flat(self, row: int) -> Tensor:
@@ -98,18 +99,28 @@ class GradientSketch:
     def _forward(self, index: int, slot: nn.Module, args: tuple[Any, ...], y: Any) -> None:
         if not (self.listening and torch.is_grad_enabled() and isinstance(y, Tensor) and y.requires_grad):
             return
-        x = args[0].detach()
+        x = self._exact(args[0])
         if self._bases[index].device != x.device:
             self._bases[index] = self._bases[index].to(x.device)
-        exact = torch.promote_types(x.dtype, torch.float32)  # gradients cancel over tokens, rounding does not
         with torch.autocast(x.device.type, enabled=False):
-            seen = x.flatten(0, -2).to(exact) @ self._bases[index].to(exact).T  # (tokens, rank)
+            seen = x @ self._bases[index].to(x.dtype).T  # (tokens, rank)
         y.register_hook(partial(self._backward, index, seen))
+
+    def _exact(self, x: Tensor) -> Tensor:
+        """Inputs `(tokens, d_in)` in float32 or better: gradients cancel over tokens, and rounding does not.
+
+        q, k and v read the same tensor, which is converted once.
+        """
+        if self._read is None or self._read[0] is not x or self._read[1] != x._version:
+            flat = x.detach().flatten(0, -2)
+            self._read = x, x._version, flat.to(torch.promote_types(x.dtype, torch.float32))
+        return self._read[2]
 
     def _backward(self, index: int, seen: Tensor, grad: Tensor) -> None:
         flat = grad.detach().flatten(0, -2)
         for row, (start, stop) in zip(self.rows[index], self.parts[index], strict=True):
-            value = (flat[:, start:stop].mT.to(seen.dtype) @ seen).float()
+            # In this order the wide matrix is read as it lies: twice as fast as the other on a CPU.
+            value = (seen.mT @ flat[:, start:stop].to(seen.dtype)).mT.float().contiguous()
             held = self._sums[row]
             self._sums[row] = value if held is None else held + value
 
