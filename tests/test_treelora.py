@@ -790,6 +790,12 @@ def test_states_reload_roll_back_and_take_updates(whole: dict[str, Path], tmp_pa
     assert back.method.facts() == Learner.load(whole["nearest"]).method.facts()
 
 
+@pytest.mark.parametrize(("prototypes", "counts"), [(None, [12, 12]), (2000, [12, 12]), (6, [3, 3])])
+def test_prototypes_are_made_of_so_many_examples(prototypes: int | None, counts: list[int]) -> None:
+    method = taught(treelora(prototypes=prototypes), domains([0, 1]))
+    assert method.router.counts.tolist() == counts * 2
+
+
 def test_loading_makes_and_takes_away_adapters() -> None:
     """One object through states of more, fewer and merged adapters."""
     tasks = domains([0, 1, 2])

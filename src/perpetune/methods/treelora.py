@@ -58,6 +58,7 @@ class TreeLoRA(Method):
             `farthest` are controls.
         confidence: the factor `c` of the bounds.
         probe: batches whose gradients say at the start which task is nearest.
+        prototypes: examples of a task, balanced over its classes, whose features make its prototypes; None is all.
         every: steps from one look at the gradient to the next.
         size: numbers of a signature for each module.
         groups: groups of layers, shallow to deep, that the tree's levels go by.
@@ -79,6 +80,7 @@ class TreeLoRA(Method):
         search: Kind = "lcb",
         confidence: Annotated[float, Field(ge=0)] = 0.3,
         probe: Annotated[int, Field(ge=1)] = 8,
+        prototypes: Annotated[int, Field(ge=1)] | None = 2000,
         every: Annotated[int, Field(ge=1)] = 1,
         size: Annotated[int, Field(ge=1)] = 256,
         groups: Annotated[int, Field(ge=1)] = 4,
@@ -92,6 +94,7 @@ class TreeLoRA(Method):
         if start != "last":  # protection holds one set of pets where it is
             self.unprotectable = f"starts tasks from other adapters with start: {start}; protect: needs start: last"
         self.kind, self.confidence, self.probe, self.every = search, confidence, probe, every
+        self.prototypes = prototypes
         self.pet = DEFAULT
         self.gradients = GradientSketch(model, DEFAULT, size=size)
         blocks = [int(found[1]) if (found := re.search(r"\.(\d+)(\.|$)", n)) else -1 for n in self.gradients.names]
@@ -226,7 +229,9 @@ class TreeLoRA(Method):
             with using(self.model, None):
                 return self.model.features(batch.inputs)
 
-        asked = dataclasses.replace(task, classes=names, train=questions(task.train))
+        count = len(task.train) if self.prototypes is None else self.prototypes
+        some = balanced(questions(task.train), count, task.generator("prototypes"))
+        asked = dataclasses.replace(task, classes=names, train=some)
         learn_statistics(asked, self.train_config.batch_size, [(self.router, bare)])
 
     # -- predicting -----------------------------------------------------------------------------------
