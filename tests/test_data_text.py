@@ -389,6 +389,11 @@ def test_a_folder_of_task_folders(tmp_path):
         ["b", 4, 0, 2],  # where there is no test, validation is it
     ]
     assert stream.warnings == [f"{tmp_path}: no train file in c/"]
+    write(tmp_path / "a" / "more.jsonl", pairs(3, "a", 40))
+    write(tmp_path / "test.jsonl", pairs(3, "a", 50))
+    assert FileSource(path=str(tmp_path)).train().warnings[1:] == [
+        f"{tmp_path}: not used beside the tasks there: a/more.jsonl, test.jsonl"
+    ]
     alone = FileSource(path=str(tmp_path / "a" / "train.jsonl"), test=str(tmp_path / "a"))
     assert len(alone.test()) == 1
 
@@ -746,6 +751,7 @@ def test_tokens_are_found_once_and_stay_what_they_are(tmp_path, monkeypatch):
                 assert found.answer.tolist() == e.answer.tolist()
             assert [o.tolist() for o in found.options] == [o.tolist() for o in e.options]
         monkeypatch.undo()
+    assert task.test.questions() is task.test, "else all tokens would be found anew at each evaluation"
     first, second = (task.test.load(i, None).options for i in range(2))
     assert [a is b for a, b in zip(first, second, strict=True)] == [True, True], "equal options are held once"
 
@@ -788,6 +794,16 @@ def test_answers_that_the_chat_template_drops_are_counted(tmp_path):
     ]
 
 
+def test_what_nobody_looked_at_is_told(tmp_path):
+    rows = [*pairs(3), {"prompt": "x" * 100, "answer": "b"}]
+    (task,) = stream_of(FileSource(path=str(write(tmp_path / "x.jsonl", rows))), check="none").tasks
+    task.check()
+    assert task.warnings == [
+        "task x: how many training prompts are cut is not known, for stream.check has not looked at 4 of 4"
+    ]
+    assert len(task.train.lengths) == 4
+
+
 def test_each_example_is_encoded_once(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(
@@ -798,6 +814,7 @@ def test_each_example_is_encoded_once(tmp_path, monkeypatch):
     task.check(lambda done, total: seen.append((done, total)))
     assert (len(calls), seen) == (4, [(4, 4)])
     assert sum(task.train.lengths) > sum(task.train.weights) > 0
+    assert task.train.questions() is not task.train
     assert len(calls) == 4
     (lazy,) = stream_of(FileSource(path=str(tmp_path / "x.jsonl")), check="header").tasks
     lazy.check()

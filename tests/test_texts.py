@@ -300,6 +300,26 @@ def test_whatever_the_tokenizer_the_answer_is_learned_and_the_question_is_what_i
                 assert torch.equal(torch.cat([chosen.ids, option]), view.sequence(Text(prompt, text)).ids)
 
 
+def test_two_openings_leave_the_answer_whole() -> None:
+    """As GLM's `[gMASK]<sop>`."""
+    from tokenizers import processors
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> <pad> $A", special_tokens=[("<pad>", 0), ("<bos>", 1)]
+    )
+    text, refused = Text("a long question", "yes no maybe"), 0
+    for length in range(4, 30):
+        view = TextView(tokenizer, max_length=length)
+        try:
+            encoded = view.sequence(text)
+        except DataError:
+            refused += 1
+            continue
+        assert said(encoded, view) == " yes no maybe<eos>"
+    assert 0 < refused < 26
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_opening_and_one_end_stand_in_a_text(kind: str) -> None:
     tokenizer = KINDS[kind]()

@@ -136,6 +136,7 @@ def tree(method: TreeLoRA) -> dict[str, Any]:
 
 # -- the plain training inside (V12) ------------------------------------------------------------------
 
+V12_TREE: dict[str, Any] = {"name": "treelora", "regularise": 0.0, "start": "last", "answer": "last"}
 V12: dict[str, dict[str, Any]] = {
     "adamw": {},
     "sgd": {
@@ -154,7 +155,7 @@ def test_without_its_regulariser_and_from_the_last_adapter_it_is_plain_training(
     """V12: bit for bit, after 24 updates."""
     changes = {"train": {"epochs": 4, "batch_size": 8, "lr": 0.01}, **V12[case]}
     plain = learned(vit, data, {"name": "finetune"}, **changes)
-    ours = learned(vit, data, {"name": "treelora", "regularise": 0.0, "start": "last", "answer": "last"}, **changes)
+    ours = learned(vit, data, V12_TREE, **changes)
     assert isinstance(plain.method, FineTune)
     assert isinstance(ours.method, TreeLoRA)
     assert same(weights(plain.method), weights(ours.method))
@@ -920,33 +921,52 @@ def test_two_processes_pick_what_one_picks(case: str, vit: Path, tmp_path: Path)
 # -- language -----------------------------------------------------------------------------------------
 
 
-def test_a_language_model_learns_reloads_and_answers_in_three_ways(tmp_path: Path) -> None:
-    model = tiny_language_model(tmp_path / "lm")
+def questions(root: Path) -> dict[str, Any]:
+    """A recipe for three tasks of texts."""
+    model = tiny_language_model(root / "lm")
     for name, words in {"sky": ("blue", "grey"), "sum": ("one", "two"), "say": ("yes", "no way")}.items():
         rows = [
             {"prompt": f"{name} {i % 2}: which is it {i}?", "answer": words[i % 2], "options": list(words)}
             for i in range(12)
         ]
         for split, some in (("train", rows[:8]), ("test", rows[8:])):
-            path = tmp_path / "data" / name / f"{split}.jsonl"
+            path = root / "data" / name / f"{split}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(json.dumps(row) + "\n" for row in some))
-    content = {
+    return {
         "name": "lm",
         "backbone": f"hf:{model}",
         "pet": {"name": "lora", "rank": 2},
         "head": "lm",
         "method": {"name": "treelora", "budget": 2},
         "train": {"epochs": 2, "batch_size": 4, "lr": 0.01, "accumulate": 2},
-        "data": {"name": "text", "path": str(tmp_path / "data")},
+        "data": {"name": "text", "path": str(root / "data")},
         "run": {"device": "cpu"},
     }
+
+
+def test_for_texts_too_it_is_plain_training_without_its_regulariser(tmp_path: Path) -> None:
+    """V12: bit for bit, after 24 updates."""
+    content, found = questions(tmp_path), []
+    for name, method in (("plain", "finetune"), ("ours", V12_TREE), ("drawn", {**V12_TREE, "regularise": 0.1})):
+        learner = Learner({**content, "method": method, "train": {**content["train"], "epochs": 4}}, tmp_path / name)
+        learner.run()
+        found.append(weights(learner.method))
+    assert same(found[0], found[1])
+    assert not same(found[0], found[2])
+
+
+def test_a_language_model_learns_reloads_and_answers_in_three_ways(tmp_path: Path) -> None:
+    """V17: stopped and resumed, it has the bits of one that was not."""
+    content = questions(tmp_path)
+    Learner(content, tmp_path / "whole").run()
     with pytest.raises(Interrupted):
         Learner(content, tmp_path / "state", progress=StopsAt(2, 2)).run()
     resumed = Learner.load(tmp_path / "state")
     resumed.resume()
     learner = Learner.load(tmp_path / "state")
     assert snapshot(learner.method) == snapshot(resumed.method)
+    assert files(tmp_path / "state") == files(tmp_path / "whole")
     cell = learner.evaluate()["sky"]
     assert cell is not None
     assert set(cell["others"]) == {"last", "merged"}

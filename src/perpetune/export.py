@@ -86,6 +86,8 @@ def _aside(folder: Path) -> Iterator[Path]:
     aside.mkdir(parents=True)
     try:
         yield aside
+        if folder.is_dir():
+            folder.rmdir()  # Windows replaces no folder, not even an empty one
         os.replace(aside, folder)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)

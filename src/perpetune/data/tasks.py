@@ -175,6 +175,8 @@ class TextSet(TableSet):
 
     def questions(self) -> TextSet:
         """The same without their answers, as they are asked at prediction."""
+        if self.purpose == "test":
+            return self
         return TextSet(self.table, self.rows, self._classes, self.view, "test")
 
     def text(self, index: int) -> Text:
@@ -195,6 +197,11 @@ class TextSet(TableSet):
         cuts = [kept.cut for kept in known if kept.cut]
         dropped = [kept.dropped for kept in known if kept.dropped]
         notes = []
+        if len(known) < len(self.rows):
+            notes.append(
+                f"how many {self.purpose} prompts are cut is not known, for stream.check has not looked at "
+                f"{len(self.rows) - len(known)} of {len(self.rows)}"
+            )
         if cuts:
             room = ", with room for an answer," if self.purpose == "test" else ""
             notes.append(

@@ -294,18 +294,22 @@ def text_files(path: str, wanted: Literal["train", "test"]) -> tuple[list[TextFi
         return _of_splits(splits, None, wanted), warnings
     found: list[TextFile] = []
     entries: dict[str, list[str]] = {}  # what there is of each task
-    lacking = []
+    lacking, unused = [], []
     for name in natural([*files, *folders]):
         inside = os.path.join(path, name)
         task = label_of(_stem(name) if name in files else name)
-        parts = {} if name in files else split_files(inside)
+        within = [] if name in files else list_texts(inside)[0]
+        parts = split_files(inside, within)
         if name in files and _split_named(name) is None:
             entries.setdefault(task, []).append(name)
             found.append(TextFile(inside, "test" if wanted == "test" else None, task))
+        elif name in files:
+            unused += [name] if wanted == "train" else []  # a test that nothing is trained for
         elif wanted in parts or (wanted == "test" and "validation" in parts):
             entries.setdefault(task, []).append(f"{name}/")
             found += _of_splits(parts, task, wanted)
-        elif name in folders and list_texts(inside)[0]:
+            unused += [f"{name}/{file}" for file in within if _split_named(file) is None]
+        elif within:
             lacking.append(f"{printable(name)}/")
     twice = [", ".join(printable(name) for name in names) for names in entries.values() if len(names) > 1]
     if twice:
@@ -315,7 +319,10 @@ def text_files(path: str, wanted: Literal["train", "test"]) -> tuple[list[TextFi
         raise DataError(
             f"{here}: expected {wanted}.jsonl, TASK.jsonl or TASK/{wanted}.jsonl (or .json, .parquet); found: {there}"
         )
-    return found, [f"{here}: no {wanted} file in {several(lacking)}"] if lacking else []
+    warnings = [f"{here}: no {wanted} file in {several(lacking)}"] if lacking else []
+    if unused:
+        warnings.append(f"{here}: not used beside the tasks there: {several([printable(name) for name in unused])}")
+    return found, warnings
 
 
 def split_files(folder: str, files: Sequence[str] | None = None) -> dict[Split, list[str]]:

@@ -1,6 +1,6 @@
 """TreeLoRA: an adapter for each task, and a tree that finds the earlier tasks that resemble the one at hand.
 
-Qian et al., ICML 2025, arXiv:2506.10355, as the paper means it: docs/design.md says where its released code differs.
+Qian et al., ICML 2025, arXiv:2506.10355, as the paper means it: docs/treelora.md says where its released code differs.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ class TextView:
         over, last = len(whole.ids) - self.max_length, len(whole.ids) - whole.last
         if over <= 0:
             return Encoded(whole.ids, whole.said, dropped=whole.dropped)
-        if last >= self.max_length:
+        if last > self.max_length - max(1, whole.opening):
             raise DataError(
                 f"the answer alone has {last} tokens, and prompt and answer together may have {self.max_length}"
             )
