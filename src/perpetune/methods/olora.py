@@ -41,7 +41,7 @@ class OLoRA(Method):
     Args:
         model: with LoRA injected under the name `default`; its rank is that of each task's.
         train: how each task is trained.
-        mask: for classifiers; see `ImageClassifier`.
+        mask: for classifiers; see `Classifier`.
         orthogonality: `λ1`; several are for one task each, and the last for all that follow.
         shrink: `λ2`, likewise.
 

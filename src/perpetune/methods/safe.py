@@ -18,7 +18,7 @@ from perpetune.heads import Cosine, Head
 from perpetune.methods.base import Answers, Method, training
 from perpetune.methods.first_session import need_statistics
 from perpetune.models.base import Mask, Model
-from perpetune.models.classifier import ImageClassifier, learn_statistics
+from perpetune.models.classifier import Classifier, learn_statistics
 from perpetune.numerics.alignment import correlation_losses, cosine_distance
 from perpetune.numerics.mixing import mix
 from perpetune.pets import copy_set, parameters, pets, using
@@ -52,17 +52,17 @@ class Safe(Method):
             at batch size 48 is 48 here.
         cross: weight of the two cross-classification losses.
         sharpness: γ of the mixture; 0 is the plain mean of the scores.
-        mask: the classes among which the fast learner's loss compares; see `ImageClassifier`.
+        mask: the classes among which the fast learner's loss compares; see `Classifier`.
 
     Raises:
         UsageError: there is no pet, or no head of statistics with a probe.
     """
 
-    fits: ClassVar[type[Model]] = ImageClassifier
+    fits: ClassVar[type[Model]] = Classifier
 
     def __init__(
         self,
-        model: ImageClassifier,
+        model: Classifier,
         *,
         train: FitConfig,
         later: FitConfig,
@@ -74,7 +74,7 @@ class Safe(Method):
         mask: Mask = "seen",
     ):
         super().__init__(model)
-        self.model: ImageClassifier = model
+        self.model: Classifier = model
         need_statistics("safe", model)
         self._probe(model.head)
         self.train_config, self.later, model.mask = train, later, mask

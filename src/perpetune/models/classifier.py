@@ -1,23 +1,26 @@
-"""An image classifier: a frozen backbone and a head that grows by class name."""
+"""A classifier: a frozen backbone and a head that grows by class name."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from perpetune.errors import UsageError
 from perpetune.heads.base import Head
 from perpetune.models.backbone import Backbone
 from perpetune.models.base import Mask, Model
-from perpetune.tasks import Batch, Inputs, Task
+from perpetune.tasks import Batch, Inputs, Task, questions
 
 
-class ImageClassifier(Model):
-    """Pixels to class scores.
+class Classifier(Model):
+    """Pictures, or texts, to scores of classes.
+
+    A text's classes are the answers that stand to choice in its task; it is read without its answer.
 
     Args:
         mask: the classes among which the training loss compares. `task`: those of the task at hand,
@@ -25,23 +28,27 @@ class ImageClassifier(Model):
             the head, the same as `seen` unless the head was given rows ahead of its tasks.
     """
 
-    takes: ClassVar[Literal["pictures", "texts"]] = "pictures"
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, backbone: Backbone, head: Head, *, mask: Mask = "task"):
         super().__init__(backbone)
         self.head, self.mask = head, mask
         self.seen: list[str] = []
-        for name in ("mean", "std"):
-            values = torch.tensor(getattr(backbone.preprocess, name)).view(1, 3, 1, 1)
-            self.register_buffer(name, values, persistent=False)
 
     @property
     def classes(self) -> list[str]:
         return self.head.classes
 
+    def posed(self, task: Task) -> Task:
+        if self.takes == "pictures":
+            return task
+        earlier = None if task.earlier is None else tuple(self.posed(one) for one in task.earlier)
+        return dataclasses.replace(task, train=questions(task.train), earlier=earlier)
+
     def grow(self, task: Task) -> None:
+        if not task.classes:
+            raise UsageError(
+                f"task {task.name}: head {type(self.head).__name__.lower()} chooses among classes, and this task's "
+                "answers are free text, or its options differ from question to question: use head: lm"
+            )
         self.seen += [c for c in task.classes if c not in self.seen]
         self.head.grow(task.classes, task.generator("head"))
 
@@ -72,11 +79,8 @@ class ImageClassifier(Model):
         self.head.reset()
 
     def features(self, inputs: Inputs) -> Tensor:
-        """Features `(B, D)` of uint8 pixels `(B, 3, H, W)`, by the pet that is active."""
-        assert isinstance(inputs, Tensor)
-        pixels = (inputs.to(self.mean.dtype) / 255 - self.mean) / self.std
-        features: Tensor = self.backbone(pixels)
-        return features
+        """Features `(B, D)` of uint8 pixels `(B, 3, H, W)` or of texts, by the pet that is active."""
+        return self.backbone.features(inputs)
 
     def loss(self, task: Task, batch: Batch) -> Tensor:
         return self.head_loss(task, self.features(batch.inputs), batch.targets)
