@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perpetune.errors import PerpetuneError, UsageError
-from perpetune.heads.base import Head, alone
+from perpetune.heads.base import Head, alone, carry_facts
 from perpetune.heads.cosine import Cosine
+from perpetune.numerics import carry as carrying
 from perpetune.numerics import ridge
 from perpetune.seeding import generator
 
@@ -49,6 +50,8 @@ class Ridge(Head):
         penalty: `λ` as a share of `tr G / M`, which makes it free of scale; `chosen` by leaving out.
         balance: examples weigh in inverse proportion to their class's number of examples in their task, so that
             frequent classes do not win by number.
+        carry: after training, the sums of old examples are moved as the new task's features have moved
+            (`numerics.carry`); only where left-out classes say that this is better than to leave them.
         scale: factor on the scores, the inverse temperature of the probabilities that users see and of mixtures;
             `calibrated` on the exact leave-one-out scores of up to 256 training examples of the last task. Which class
             wins does not depend on it.
@@ -82,6 +85,7 @@ class Ridge(Head):
         sums: Literal["float64", "float32"] = "float64",
         penalty: Annotated[float, Field(gt=0)] | Literal["chosen"] = "chosen",
         balance: bool = False,
+        carry: bool = False,
         scale: Annotated[float, Field(gt=0)] | Literal["calibrated"] = "calibrated",
         probe_scale: Annotated[float, Field(gt=0)] = 16.0,
         learn_scale: bool = False,
@@ -89,7 +93,7 @@ class Ridge(Head):
         super().__init__(dim)
         self.projection, self.kind, self.penalty, self.balance = projection, kind, penalty, balance
         self.standardise = standardise if standardise is not None else not (projection and kind == "relu")
-        self.given_scale, self._type = scale, getattr(torch, sums)
+        self.given_scale, self.carry, self._type = scale, carry, getattr(torch, sums)
         self.probe = Cosine(dim, scale=probe_scale, learn_scale=learn_scale)
         self.seed: int | None = None
         for name in (*SUMS, "chosen", *SOLVED):
@@ -169,6 +173,7 @@ class Ridge(Head):
         self.projected = torch.empty(0, device=device)
         self._clear()
         self._facts: dict[str, Any] = {}
+        self._carried: dict[str, Any] = {}
 
     def _draw(self, seed: int) -> None:
         self.seed = seed
@@ -209,6 +214,29 @@ class Ridge(Head):
         super().set_extra_state(state)
 
     # -- statistics -----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def follow(self, before: Tensor, after: Tensor, targets: Tensor) -> None:
+        if not int(self.counts.sum()):
+            return
+        first, then = (self._rows(features.to(self.cross)) for features in (before, after))
+        standard = ridge.Standard.of(self.packed, self.cross) if self.standardise else None
+        if standard is None:
+            square = ridge.diagonal(self.packed, self.rank) / self.mass
+            scale, centre = torch.where(square > 0, square.rsqrt(), 0.0), None
+        else:
+            scale, centre = F.pad(standard.inverse, (0, 1), value=1.0), standard.mean
+        found = carrying.follow(first, then, targets.to(first.device), scale, centre)
+        self._carried = carry_facts(found)
+        if found:
+            gram = found.of_gram(ridge.dense(self.packed, self.rank))
+            ridge.pack(gram, self.packed)
+            self.cross = found.of_rows(self.cross.mT).mT.contiguous()
+
+    def _rows(self, features: Tensor) -> Tensor:
+        """Rows `h (B, rank)` that are summed up, in the features' type."""
+        rows = self.expand(features)
+        return F.pad(rows, (0, 1), value=1.0) if self.standardise else rows
 
     def additive(self) -> list[Tensor]:
         return [self.packed, self.cross, self.counts, self.mass]
@@ -263,8 +291,7 @@ class Ridge(Head):
             return
         features, targets = torch.cat(self._features), torch.cat(self._targets)
         new, of = features[-self._waiting :], targets[-self._waiting :]
-        rows, weights = self.expand(new.to(self.cross)), self._row_weights[of]
-        rows = F.pad(rows, (0, 1), value=1.0) if self.standardise else rows
+        rows, weights = self._rows(new.to(self.cross)), self._row_weights[of]
         ridge.add_gram(self.packed, rows, weights if self.balance else None)
         self.cross.index_add_(1, of, (rows * weights[:, None]).mT)
         self.counts += torch.bincount(of, minlength=len(self.counts))
@@ -341,6 +368,7 @@ class Ridge(Head):
             "factorisations": tries,
             "bytes": sum(t.numel() * t.element_size() for t in self.additive()),
             "warning": self._warning(count),
+            **self._carried,
         }
         self._clear()
 

@@ -72,7 +72,8 @@ class FineTune(Method):
         epochs = config.epochs_of(task.index)
         alone = round(epochs * self.head_first) if later else 0
         before = [p.detach().clone() for p in pet]
-        with training(self.model), self.model.resting(task):
+        following = self.model.following(task, config.batch_size, self.features)
+        with following, training(self.model), self.model.resting(task):
             fit(self.loss, both[1:], task, config.model_copy(update={"epochs": alone}), phase="head")
             fit(self.loss, both, task, config.model_copy(update={"epochs": epochs - alone}))
             if later and pet and self.merge:

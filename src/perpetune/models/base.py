@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -80,6 +80,11 @@ class Model(nn.Module, ABC):
     @abstractmethod
     def summarise(self, task: Task, batch_size: int) -> None:
         """One pass over the task's training data for what is learned from statistics, if anything is."""
+
+    @contextlib.contextmanager
+    def following(self, task: Task, batch_size: int, features: Callable[[Inputs], Tensor]) -> Iterator[None]:
+        """Inside `features` are trained on `task`; what is known of earlier ones from sums may follow them."""
+        yield
 
     def observe(self, inputs: Inputs) -> None:
         """One pass as at prediction, for those who watch what flows through the model."""

@@ -14,7 +14,10 @@ from perpetune.errors import UsageError
 from perpetune.heads.base import Head
 from perpetune.models.backbone import Backbone
 from perpetune.models.base import Mask, Model
-from perpetune.tasks import Batch, Inputs, Task, questions
+from perpetune.runtime import Runtime
+from perpetune.tasks import Batch, Examples, Inputs, Task, balanced, evaluation_batches, questions
+
+SEEN_TWICE = 1000  # examples of a task by which sums of old ones follow the features
 
 
 class Classifier(Model):
@@ -104,11 +107,52 @@ class Classifier(Model):
         if self.head.statistics:
             learn_statistics(task, batch_size, [(self.head, lambda batch: self.features(batch.inputs))])
 
+    @contextlib.contextmanager
+    def following(self, task: Task, batch_size: int, features: Callable[[Inputs], Tensor]) -> Iterator[None]:
+        with following(self.head, task, batch_size, features):
+            yield
+
     def get_extra_state(self) -> dict[str, list[str]]:
         return {"seen": self.seen}
 
     def set_extra_state(self, state: dict[str, list[str]]) -> None:
         self.seen = list(state["seen"])
+
+
+@contextlib.contextmanager
+def following(head: Head, task: Task, batch_size: int, features: Callable[[Inputs], Tensor]) -> Iterator[None]:
+    """Inside `features` are trained on `task`; the sums of `head` follow them afterwards, where it wants to carry them.
+
+    The features of some examples, balanced over their classes, are looked at before and after.
+    """
+    if not (head.carry and task.index):
+        yield
+        return
+    some = balanced(task.train, SEEN_TWICE, task.generator("carry"))
+    before = feature_table(some, batch_size, task.runtime, features)
+    yield
+    after = feature_table(some, batch_size, task.runtime, features)
+    head.follow(before, after, torch.tensor(some.targets))
+
+
+@torch.no_grad()
+def feature_table(examples: Examples, batch_size: int, run: Runtime, features: Callable[[Inputs], Tensor]) -> Tensor:
+    """Features `(N, D)`, float32, of all `examples` as they look at evaluation, on every process.
+
+    They are made in one fixed order, so that a resumed run has the same bits.
+    """
+    table: Tensor | None = None
+    for batch in evaluation_batches(examples, batch_size, run):
+        assert batch.numbers is not None
+        with run.autocast():
+            rows = features(batch.inputs).float()
+        if table is None:
+            table = rows.new_zeros(len(examples), rows.shape[1])
+        table[batch.numbers.to(table.device)] = rows
+    width: int = run.of_first(0 if table is None else table.shape[1])  # the first process always has a batch
+    if table is None:
+        table = torch.zeros(len(examples), width, device=run.device)
+    return run.sum(table)  # each process has filled in its share
 
 
 @torch.no_grad()

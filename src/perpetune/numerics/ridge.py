@@ -95,6 +95,12 @@ def dense(packed: Tensor, m: int) -> Tensor:
     return matrix
 
 
+def pack(matrix: Tensor, packed: Tensor) -> None:
+    """Write a symmetric `matrix (m, m)` into `packed`."""
+    for start, stop, block in block_rows(packed, len(matrix)):
+        block.copy_(matrix[start:stop, :stop])
+
+
 def diagonal(packed: Tensor, m: int) -> Tensor:
     """The diagonal `(m,)`."""
     return torch.cat([block[:, start:].diagonal() for start, _, block in block_rows(packed, m)]).double()
