@@ -127,8 +127,8 @@ def test_the_search_equals_brute_force() -> None:
         missed = 0.0
         for fold in range(5):
             out = NEW[1] == fold
-            kernel = x[~out] @ x[~out].mT
-            map_ = x[~out].mT @ torch.linalg.solve(kernel + share * unit * torch.eye(len(kernel)), d[~out])
+            square = x[~out].mT @ x[~out] + share * unit * torch.eye(D)
+            map_ = torch.linalg.solve(square, x[~out].mT @ d[~out])
             missed += float(((x[out] @ map_ - d[out]) * scale).square().sum())
         best.append(missed / float((d * scale).square().sum()))
     assert found.unexplained == pytest.approx(min(best), rel=1e-6)

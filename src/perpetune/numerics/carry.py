@@ -84,8 +84,8 @@ def follow(before: Tensor, after: Tensor, groups: Tensor, scale: Tensor, centre:
     for out in folds:
         missed += _missed(kernel, movement, out, unit)
     shares = missed / float(movement.trace())
-    best = int(shares.argmin())
-    unexplained = float(shares[best])
+    best = int((shares <= shares.min() + 1e-9).int().argmax())  # of those that rounding alone tells apart the smallest
+    unexplained = max(0.0, float(shares[best]))
     if not unexplained < SURE:
         return _nothing(before, moved)
     share = PENALTIES[best]
