@@ -41,6 +41,14 @@ def run(
         str | None, typer.Option(metavar="N|A,B,…", help="Run each recipe with seeds 0 to N-1, or with those named.")
     ] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="How many of several runs go on at a time.")] = None,
+    oracle: Annotated[
+        bool,
+        typer.Option(
+            "--oracle",
+            help="Also report the head solved on all old data, as a diagnosis of the features. After each task this "
+            "costs a pass over the training data of all tasks so far; --set evaluate.oracle=last: after the last alone.",
+        ),
+    ] = False,
     device: Device = None,
     change: Set = None,
     quiet: Quiet = False,
@@ -56,6 +64,7 @@ def run(
     changes = list(change or [])
     changes += [f"seed={seed}"] if seed is not None else []
     changes += [f"run.device={device}"] if device is not None else []
+    changes += ["evaluate.oracle=true"] if oracle else []
     if not recipes:
         seeds = DEMO_SEEDS if seeds is None and seed is None else seeds
         jobs = jobs or min(4, os.cpu_count() or 1)
