@@ -46,7 +46,8 @@ def run(
         typer.Option(
             "--oracle",
             help="Also report the head solved on all old data, as a diagnosis of the features. After each task this "
-            "costs a pass over the training data of all tasks so far; --set evaluate.oracle=last: after the last alone.",
+            "costs a pass over the training data of all tasks so far; after the last task alone: "
+            "--set evaluate.oracle=last.",
         ),
     ] = False,
     device: Device = None,
@@ -94,7 +95,7 @@ def _run_several(
 ) -> None:
     from perpetune.cli.common import print_json
     from perpetune.cli.jobs import finished, plan, run_all
-    from perpetune.cli.live import RunLines, show_comparison
+    from perpetune.cli.live import RunLines, show_comparison, show_headroom
     from perpetune.report import compare, write_comparison
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -126,6 +127,7 @@ def _run_several(
         else:
             show_comparison(table)
             print(f"comparison: {written[0]}")
+            show_headroom(table["headroom"])
     failed = [job for job in planned if job.failure is not None]
     for job in failed:
         print(f"perpetune: {job.folder}: {job.failure}", file=sys.stderr)
