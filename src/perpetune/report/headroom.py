@@ -275,7 +275,8 @@ def _base(part: Part, rows: Sequence[_Row]) -> _Row:
     """The row whose recipe a missing part is made from: for joint one that trains a pet, else one that trains none."""
     frozen = [row for row in rows if row.role in ("control", "frozen taps")]
     if part == "joint":
-        return next((row for row in rows if row.recipe.get("pet") is not None), rows[0])
+        trained = [row for row in rows if row.recipe.get("pet") is not None]
+        return next((row for row in trained if row.role == "method"), (trained or rows)[0])
     return frozen[0] if frozen else rows[0]
 
 
