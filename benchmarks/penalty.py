@@ -22,7 +22,7 @@ from torch import Tensor
 
 from perpetune.build import build_backbone, build_data
 from perpetune.heads.ridge import Ridge
-from perpetune.models.classifier import ImageClassifier
+from perpetune.models.classifier import Classifier
 from perpetune.numerics import ridge
 from perpetune.recipe import load_recipe
 from perpetune.runtime import Runtime, pick_device
@@ -74,7 +74,7 @@ def case(train: tuple[Tensor, Tensor], held: tuple[Tensor, Tensor], width: int, 
     }
 
 
-def features(parts: Sequence[Examples], model: ImageClassifier, runtime: Runtime) -> tuple[Tensor, Tensor]:
+def features(parts: Sequence[Examples], model: Classifier, runtime: Runtime) -> tuple[Tensor, Tensor]:
     """`(n, D)` on the CPU, and the targets, counted on from part to part."""
     found, targets, first = [], [], 0
     with torch.inference_mode():
@@ -99,7 +99,7 @@ def main() -> None:
     changes = [f"stream.train_per_class={most * 3 // 2}", "stream.validation=0.333"]
     recipe = load_recipe(given.recipe, changes)
     backbone, runtime = build_backbone(recipe), Runtime(device=pick_device("auto"))
-    model = ImageClassifier(backbone, Ridge(backbone.dim)).to(runtime.device)
+    model = Classifier(backbone, Ridge(backbone.dim)).to(runtime.device)
     tasks = build_data(recipe, backbone).tasks
     train = features([task.train for task in tasks], model, runtime)
     held = features([task.validation for task in tasks if task.validation is not None], model, runtime)

@@ -32,7 +32,7 @@ import perpetune.state
 from perpetune.cli import main
 from perpetune.fit import FitConfig, fit
 from perpetune.methods.finetune import FineTune
-from perpetune.models.classifier import ImageClassifier
+from perpetune.models.classifier import Classifier
 from perpetune.pets import parameters, using
 from perpetune.protection.protection import Protection
 from perpetune.seeding import own_global_state
@@ -59,7 +59,7 @@ RECIPE: dict[str, Any] = {
 class TwoPhases(FineTune):
     """Trains the head, then pet and head together, then shows a statistics head the data: two calls of `fit`."""
 
-    def __init__(self, model: ImageClassifier, *, train: FitConfig, first: FitConfig):
+    def __init__(self, model: Classifier, *, train: FitConfig, first: FitConfig):
         super().__init__(model, train=train)
         self.first = first
 

@@ -17,7 +17,7 @@ from perpetune.models import causal_lm
 from perpetune.models.backbone import Backbone
 from perpetune.models.backbones import load_backbone
 from perpetune.models.causal_lm import CausalLM
-from perpetune.models.classifier import ImageClassifier
+from perpetune.models.classifier import Classifier
 from perpetune.models.texts import Text, TextView
 from perpetune.tasks import Batch, Task, Tokens, weight
 
@@ -167,7 +167,7 @@ def test_the_gradient_does_not_feel_the_padding(backbone: Backbone) -> None:
 
 def test_a_head_of_classes_does_not_go_with_texts(backbone: Backbone) -> None:
     with pytest.raises(UsageError, match="takes texts: use `head: lm`"):
-        ImageClassifier(backbone, Linear(backbone.dim))
+        Classifier(backbone, Linear(backbone.dim))
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from perpetune.check import check_method
 from perpetune.errors import UsageError
 from perpetune.fit import FitConfig
 from perpetune.methods.finetune import FineTune
-from perpetune.models.classifier import ImageClassifier
+from perpetune.models.classifier import Classifier
 from perpetune.tasks import Task
 
 METHODS = [
@@ -60,7 +60,7 @@ def test_what_protection_cannot_hold_is_told_before_any_rule() -> None:
 class Breaker(FineTune):
     """Plain fine-tuning whose subclasses each break one rule."""
 
-    def __init__(self, model: ImageClassifier, *, train: FitConfig):
+    def __init__(self, model: Classifier, *, train: FitConfig):
         super().__init__(model, train=train)
 
 
@@ -94,7 +94,7 @@ class IsNotRepeatable(Breaker):
 
 
 class HidesMemory(Breaker):
-    def __init__(self, model: ImageClassifier, *, train: FitConfig):
+    def __init__(self, model: Classifier, *, train: FitConfig):
         super().__init__(model, train=train)
         self.factor = 1.0  # not a buffer, so no checkpoint has it
 
@@ -137,7 +137,7 @@ class NeedsTwoClasses(Breaker):
 class ForgetsItsPhase(Breaker):
     """Learns from how often `loss` was called, which a resumed phase does not repeat."""
 
-    def __init__(self, model: ImageClassifier, *, train: FitConfig):
+    def __init__(self, model: Classifier, *, train: FitConfig):
         super().__init__(model, train=train)
         self.calls = 0
 

@@ -24,7 +24,7 @@ from perpetune.methods.treelora import TreeLoRA
 from perpetune.models.backbones import load_backbone
 from perpetune.models.base import Model
 from perpetune.models.causal_lm import CausalLM
-from perpetune.models.classifier import ImageClassifier
+from perpetune.models.classifier import Classifier
 from perpetune.models.families import places
 from perpetune.models.texts import Text, TextView
 from perpetune.numerics.signature import RunningMean
@@ -90,7 +90,7 @@ def _used(root: nn.Module, loss: Loss) -> Tensor:
 def classifier(backbone: Any) -> tuple[Model, Loss]:
     """Pictures of two classes through a vision transformer with LoRA on q and v."""
     head = Linear(backbone.dim)
-    model = ImageClassifier(backbone, head)
+    model = Classifier(backbone, head)
     tuned(model.backbone.net, places(backbone.net, ("q", "v")))
     head.grow("ab", generator("head"))
     with torch.no_grad():

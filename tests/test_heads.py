@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from perpetune.check import tiny_backbone
 from perpetune.heads import NCM, Cosine, Head, Linear
 from perpetune.methods.base import Method
-from perpetune.models.classifier import ImageClassifier
+from perpetune.models.classifier import Classifier
 from perpetune.seeding import generator
 from perpetune.snapshot import restore, snapshot
 from perpetune.tasks import Task
@@ -313,7 +313,7 @@ class Holder(Method):
     """A method that is nothing but its head."""
 
     def __init__(self, head: Head):
-        super().__init__(ImageClassifier(tiny_backbone(), head))
+        super().__init__(Classifier(tiny_backbone(), head))
 
     def learn(self, task: Task) -> None:
         raise NotImplementedError

@@ -804,7 +804,7 @@ def state_with_tensors_that_are_none(p: Place) -> list[str]:
     return p.predict(state)
 
 
-@case(1, "extra.json", "'model'", "ImageClassifier")
+@case(1, "extra.json", "'model'", "Classifier")
 def state_with_extra_state_of_another_form(p: Place) -> list[str]:
     state = p.state()
     rewrite(last_task(state), "extra.json", lambda content: json.dumps({n: {} for n in json.loads(content)}).encode())

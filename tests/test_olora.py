@@ -26,7 +26,7 @@ from perpetune.methods.base import Method
 from perpetune.methods.finetune import FineTune
 from perpetune.methods.olora import NEW, OLoRA
 from perpetune.models.backbone import Backbone
-from perpetune.models.classifier import ImageClassifier
+from perpetune.models.classifier import Classifier
 from perpetune.models.families import places
 from perpetune.models.preprocess import Preprocess
 from perpetune.pets import LoRA, inject, parameters, pets, slots, using
@@ -70,7 +70,7 @@ def on(backbone: Backbone, roles: Sequence[str] = ("q", "v", "fc2"), **options: 
     """The method by hand, on layers of several shapes."""
     options = {"train": FitConfig(**TRAIN), **options}
     inject(backbone.net, places(backbone.net, roles), lambda p: LoRA(p, generator(p.path), rank=RANK, dropout=0.2))
-    method = OLoRA(ImageClassifier(backbone, Linear(backbone.dim)), **options)
+    method = OLoRA(Classifier(backbone, Linear(backbone.dim)), **options)
     method.requires_grad_(False).eval()
     return method
 
@@ -218,7 +218,7 @@ def test_with_one_task_it_is_plain_tuning(options: dict[str, Any]) -> None:
 def test_old_loras_the_backbone_and_rows_of_the_head_stay_as_they_are(make: Any) -> None:
     method, tasks = on(make(), train=FitConfig(**TRAIN, weight_decay=0.1)), tiny_stream(Runtime())
     fingerprint = method.model.backbone.fingerprint()
-    assert isinstance(method.model, ImageClassifier)
+    assert isinstance(method.model, Classifier)
     kept: list[list[tuple[Tensor, Tensor]]] = []
     rows = method.model.head.get_parameter("weight").clone()
     for count, task in enumerate(tasks, 1):

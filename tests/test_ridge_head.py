@@ -18,7 +18,7 @@ from perpetune.errors import PerpetuneError
 from perpetune.heads import Ridge
 from perpetune.heads import ridge as module
 from perpetune.methods.frozen import Frozen
-from perpetune.models.classifier import ImageClassifier, learn_statistics
+from perpetune.models.classifier import Classifier, learn_statistics
 from perpetune.numerics import ridge
 from perpetune.runtime import Runtime
 from perpetune.seeding import generator
@@ -99,13 +99,13 @@ def close(found: Tensor, wanted: Tensor, share: float) -> None:
 
 
 TEN = [task_of(i, ALPHABET[2 * i : 2 * i + 2]) for i in range(10)]
-KINDS = [{"projection": 20}, {"projection": 64}, {"projection": 0}]
+KINDS = [{"projection": 20}, {"projection": 64}, {"projection": 0, "standardise": False}]
 every_kind = pytest.mark.parametrize("options", KINDS, ids=lambda kind: f"M={kind['projection']}")
 
 
 def test_golden_value() -> None:
     """safe.md §5.2."""
-    head = Ridge(2, projection=0, penalty=1 / 3.5)  # of tr G / M = 7 / 2
+    head = Ridge(2, standardise=False, penalty=1 / 3.5)  # of tr G / M = 7 / 2
     train: Any = Rows(torch.tensor([[1.0, 0], [1, 1], [0, 2]]), [0, 1, 1])
     head.grow("abc", generator("golden"))
     learn_statistics(Task(0, "golden", ("a", "b"), train), 2, [(head, lambda batch: batch.inputs)])
@@ -313,7 +313,7 @@ def test_more_processes_than_examples() -> None:
 
 
 def method_of(**options: Any) -> Frozen:
-    method = Frozen(ImageClassifier(tiny_backbone(), Ridge(32, **options)))
+    method = Frozen(Classifier(tiny_backbone(), Ridge(32, **options)))
     method.requires_grad_(False).eval()
     return method
 

@@ -12,7 +12,7 @@ from perpetune.methods.base import Method
 from perpetune.models.backbone import Backbone
 from perpetune.models.backbones import load_backbone
 from perpetune.models.base import Model
-from perpetune.models.classifier import ImageClassifier
+from perpetune.models.classifier import Classifier
 from perpetune.models.families import places
 from perpetune.pets import inject
 from perpetune.protection.protection import Protection
@@ -61,7 +61,7 @@ def _build_model(recipe: Recipe, backbone: Backbone) -> Model:
     if issubclass(head, Model):
         model: Model = head(backbone, **options)
         return model
-    return ImageClassifier(backbone, head(backbone.dim, **options))
+    return Classifier(backbone, head(backbone.dim, **options))
 
 
 def build_protection(recipe: Recipe, method: Method) -> Protection:

@@ -38,8 +38,8 @@ def evaluate(
     if task.test is None or len(task.test) == 0:
         return None
     run = task.runtime
-    texts = method.model.takes == "texts"
-    judge: _Choices | _Texts = _Texts(method, task) if texts else _Choices(method, task, setting)
+    chooses = method.model.chooses
+    judge: _Choices | _Texts = _Choices(method, task, setting) if chooses else _Texts(method, task)
     exact = torch.float32 if run.device.type == "mps" else torch.float64  # Apple's GPUs have no other
     per_class = torch.zeros(2, max(1, len(task.classes)), dtype=exact, device=run.device)
     others: dict[str, Tensor] = {}

@@ -14,6 +14,7 @@ from perpetune import registry
 from perpetune.data.stream import StreamOptions
 from perpetune.errors import UsageError, closest
 from perpetune.fit import FitConfig
+from perpetune.models.taps import Read
 from perpetune.protection.config import ProtectConfig
 from perpetune.runtime import Precision
 
@@ -62,11 +63,23 @@ class BackboneSection(Section):
     """Whether a language model is asked plain prompts in its chat form too."""
     gradient_checkpointing: bool | None = None
     """Whether a language model's blocks are computed again on the way back, to save memory."""
+    taps: Annotated[int, Field(ge=1)] | None = None
+    """Features are read behind so many of the last blocks; None reads the model's own feature alone."""
+    tokens: Read | None = None
+    """Which tokens the taps read: `class`, `mean` of the others, or `both`; None is both."""
 
     @model_validator(mode="before")
     @classmethod
     def _short_form(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _read_at_taps(self) -> BackboneSection:
+        if self.tokens is not None and self.taps is None:
+            raise ValueError(
+                f"tokens: {self.tokens} says what taps read, and there are none: set taps, such as taps: 7"
+            )
+        return self
 
 
 class PetSection(Choice):

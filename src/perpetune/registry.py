@@ -211,7 +211,7 @@ def summary(kind: Kind, name: str) -> dict[str, Any]:
     if kind == "methods" and target.needs_earlier_data:
         fits = "Needs the data of all tasks: for `perpetune run`, not for `perpetune update`."
     if kind == "heads" and issubclass(target, load_dotted(MODEL)):
-        fits = f"A whole model: for backbones that take {target.takes}."
+        fits = f"A whole model: for backbones that take {target.reads[0]}."
     elif kind == "heads":
         statistics = "Learned from statistics of the features: for any method."
         fits = statistics if target.statistics else "Trained by gradient: for methods that train."

@@ -123,6 +123,7 @@ def learn_protected(
     Returns:
         The certificates of these passes; none without protection.
     """
+    task = method.model.posed(task)
     certificates = _protect(method, task, reference, batch_size) if reference else []
     task.runtime.guard = method.protection.guard if method.protection is not None else unguarded
     method.learn(task)

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from perpetune.numerics.carry import Carry
+
 
 def alone(value: Tensor) -> Tensor:
     """The sum over processes where there is one."""
@@ -26,6 +28,8 @@ class Head(nn.Module, ABC):
     """
 
     statistics: ClassVar[bool] = False
+    carry: bool = False
+    """Whether what it sums up follows the features where training moves them."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -64,6 +68,14 @@ class Head(nn.Module, ABC):
     def flush(self) -> None:
         """All examples of this process have been observed: nothing may be missing in `additive` any more."""
 
+    def follow(self, before: Tensor, after: Tensor, targets: Tensor) -> None:
+        """Training has moved the features of the new task's examples: move what is known of old ones accordingly.
+
+        Args:
+            before, after: features `(n, D)` of the same examples, on every process the same.
+            targets: int64 `(n,)`: which of them are of one class.
+        """
+
     def per_class(self) -> list[nn.Parameter]:
         """The parameters that have one row for each class, in the order of `classes`."""
         return []
@@ -101,6 +113,11 @@ class Head(nn.Module, ABC):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.classes = list(state["classes"])
         self.resize(len(self.classes), torch.Generator())
+
+
+def carry_facts(carry: Carry) -> dict[str, Any]:
+    """What is reported of sums that followed their features: how far those moved, and what the map misses of it."""
+    return {"moved": carry.moved, "carried": bool(carry), "unexplained": carry.unexplained}
 
 
 def grow_rows(old: Tensor, rows: int, generator: torch.Generator, std: float) -> Tensor:

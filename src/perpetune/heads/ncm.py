@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perpetune.heads.base import Head, alone
+from perpetune.heads.base import Head, alone, carry_facts
 from perpetune.heads.cosine import Cosine
+from perpetune.numerics import carry as carrying
 
 
 class NCM(Head):
@@ -19,13 +20,15 @@ class NCM(Head):
     Kept are the sum of features and the count of each class, in float64, so a class that comes back
     (domain-incremental) goes on from where it stood. While features stay what they are, the result is
     exact under any order of batches and tasks; where a method moves them, the means of earlier classes
-    stay behind in the old feature space, and nothing here can follow. While features are trained, a cosine probe
+    stay behind in the old feature space, unless they `carry`. While features are trained, a cosine probe
     gives the logits; it takes no part in the prediction. Mensink et al. 2013; SimpleCIL,
     arXiv:2303.07338, is this head on frozen features with `metric: cosine`.
 
     Args:
         metric: `cosine` (scores are `σ cos(f, μ_c)`) or `euclidean` (scores are `−σ ‖f − μ_c‖² / D`).
         scale: σ; it changes the probabilities shown, never which class wins.
+        carry: after training, sums of old classes are moved as the new task's features have moved
+            (`numerics.carry`); only where left-out classes say that this is better than to leave them.
     """
 
     statistics: ClassVar[bool] = True
@@ -33,9 +36,12 @@ class NCM(Head):
     counts: Tensor
     means: Tensor
 
-    def __init__(self, dim: int, *, metric: Literal["cosine", "euclidean"] = "cosine", scale: float = 16.0):
+    def __init__(
+        self, dim: int, *, metric: Literal["cosine", "euclidean"] = "cosine", scale: float = 16.0, carry: bool = False
+    ):
         super().__init__(dim)
-        self.metric, self.scale = metric, scale
+        self.metric, self.scale, self.carry = metric, scale, carry
+        self._carried: dict[str, Any] = {}
         self.probe = Cosine(dim, scale=scale)
         self.register_buffer("sums", torch.zeros(0, dim, dtype=torch.float64))
         self.register_buffer("counts", torch.zeros(0, dtype=torch.int64))
@@ -75,6 +81,24 @@ class NCM(Head):
     def observe(self, features: Tensor, rows: Tensor) -> None:
         self.sums.index_add_(0, rows.to(self.sums.device), features.to(self.sums))
         self.counts += torch.bincount(rows, minlength=len(self.counts))
+
+    @torch.no_grad()
+    def follow(self, before: Tensor, after: Tensor, targets: Tensor) -> None:
+        if not int(self.counts.sum()):
+            return
+        first, then = (F.pad(rows.to(self.sums), (0, 1), value=1.0) for rows in (before, after))
+        deviation = first.std(0)
+        scale = torch.where(deviation > 0, 1 / deviation, 0.0)
+        scale[-1] = 1.0
+        found = carrying.follow(first, then, targets.to(first.device), scale, first[:, :-1].mean(0))
+        self._carried = carry_facts(found)
+        if found:
+            self.sums = found.of_rows(torch.cat([self.sums, self.counts.to(self.sums)[:, None]], 1))[
+                :, :-1
+            ].contiguous()
+
+    def facts(self) -> dict[str, Any]:
+        return {"kind": "ncm", **self._carried} if self._carried else {}
 
     def additive(self) -> list[Tensor]:
         return [self.sums, self.counts]

@@ -12,9 +12,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perpetune.errors import PerpetuneError
-from perpetune.heads.base import Head, alone
+from perpetune.errors import PerpetuneError, UsageError
+from perpetune.heads.base import Head, alone, carry_facts
 from perpetune.heads.cosine import Cosine
+from perpetune.numerics import carry as carrying
 from perpetune.numerics import ridge
 from perpetune.seeding import generator
 
@@ -24,10 +25,11 @@ ENOUGH = 64  # examples of a task that may move the penalty freely
 FAR = 4  # examples per random feature from which on the error needs no correction
 SCALES = tuple(10 ** (i / 20) for i in range(61))  # 1 to 1000
 SUMS = ("packed", "cross", "counts", "mass")
+SOLVED = ("weight", "centre", "offset", "scale")
 
 
 class Ridge(Head):
-    """Linear regression of one-hot classes on random features `relu(f P)`, with an L2 penalty.
+    """Linear regression of one-hot classes on features, with an L2 penalty, from sums.
 
     Kept are the matrices `G = Σ h hᵀ (M, M)` and `Q = Σ h yᵀ (M, C)` in float64; the weights solve
     `(G + λI) W = Q` after every task. With features that stay what they are the result is that of a regression on all
@@ -37,11 +39,19 @@ class Ridge(Head):
     the prediction.
 
     Args:
-        projection: `M`, the number of random features; 0 takes the features themselves. Its matrix is drawn from a
-            seed, which is all that is stored of it. `G` takes `4 M²` bytes on disk.
+        projection: `M`, the number of columns that features are turned into; 0 takes the features themselves. The
+            matrix is drawn from a seed, which is all that is stored of it. `G` takes `4 M²` bytes on disk.
+        kind: `relu` makes random features `relu(f P)` of normal `P`, as RanPAC does; `orthogonal` makes `f P` with
+            orthonormal columns, fewer than the features have, which only saves space.
+        standardise: each column is centred and divided by its deviation over all examples so far, exactly, from the
+            sums, and an intercept is added. None does so unless there are `relu` features.
+        sums: the type in which `G` is kept; `float32` takes half the space, `2 M²` bytes, and rounds the sums once for
+            every 512 examples.
         penalty: `λ` as a share of `tr G / M`, which makes it free of scale; `chosen` by leaving out.
         balance: examples weigh in inverse proportion to their class's number of examples in their task, so that
             frequent classes do not win by number.
+        carry: after training, the sums of old examples are moved as the new task's features have moved
+            (`numerics.carry`); only where left-out classes say that this is better than to leave them.
         scale: factor on the scores, the inverse temperature of the probabilities that users see and of mixtures;
             `calibrated` on the exact leave-one-out scores of up to 256 training examples of the last task. Which class
             wins does not depend on it.
@@ -59,34 +69,47 @@ class Ridge(Head):
     cross: Tensor
     counts: Tensor
     mass: Tensor
-    weight: Tensor
     chosen: Tensor
+    weight: Tensor
+    centre: Tensor
+    offset: Tensor
     scale: Tensor
 
     def __init__(
         self,
         dim: int,
         *,
-        projection: Annotated[int, Field(ge=0)] = 2000,
+        projection: Annotated[int, Field(ge=0)] = 0,
+        kind: Literal["relu", "orthogonal"] = "relu",
+        standardise: bool | None = None,
+        sums: Literal["float64", "float32"] = "float64",
         penalty: Annotated[float, Field(gt=0)] | Literal["chosen"] = "chosen",
         balance: bool = False,
+        carry: bool = False,
         scale: Annotated[float, Field(gt=0)] | Literal["calibrated"] = "calibrated",
         probe_scale: Annotated[float, Field(gt=0)] = 16.0,
         learn_scale: bool = False,
     ):
         super().__init__(dim)
-        self.projection, self.penalty, self.balance, self.given_scale = projection, penalty, balance, scale
+        self.projection, self.kind, self.penalty, self.balance = projection, kind, penalty, balance
+        self.standardise = standardise if standardise is not None else not (projection and kind == "relu")
+        self.given_scale, self.carry, self._type = scale, carry, getattr(torch, sums)
         self.probe = Cosine(dim, scale=probe_scale, learn_scale=learn_scale)
         self.seed: int | None = None
-        for name in (*SUMS, "weight", "chosen", "scale"):
-            self.register_buffer(name, torch.empty(0))
+        for name in (*SUMS, "chosen", *SOLVED):
+            self.register_buffer(name, torch.empty(0), persistent=self.standardise or name not in ("centre", "offset"))
         self.register_buffer("projected", torch.empty(0), persistent=False)
         self._forget()
 
     @property
     def width(self) -> int:
-        """`M`: of the rows that are regressed on."""
+        """`M`: of the rows that are regressed on, without the constant 1 of an intercept."""
         return self.projection or self.dim
+
+    @property
+    def rank(self) -> int:
+        """Rows of `G`."""
+        return self.width + self.standardise
 
     # -- scores ---------------------------------------------------------------------------------------
 
@@ -94,12 +117,18 @@ class Ridge(Head):
         if not self.classes:  # the projection is drawn with the first of them
             return torch.empty(len(features), 0, device=features.device)
         with torch.autocast(features.device.type, enabled=False):
-            scores = self.scale * (self.expand(features.float()) @ self.weight)
+            rows = self.expand(features.float())
+            # What is subtracted may be large beside what is left, so it is not put into the offset.
+            scores = (rows - self.centre) @ self.weight + self.offset if self.standardise else rows @ self.weight
+            scores = self.scale * scores
         return scores.masked_fill((self.counts == 0).to(scores.device), -torch.inf)
 
     def expand(self, features: Tensor) -> Tensor:
         """Rows `(B, M)` of features `(B, D)`, in their type: float64 for sums, float32 for scores."""
-        return F.relu(features @ self.projected.to(features)) if self.projection else features
+        if not self.projection:
+            return features
+        turned = features @ self.projected.to(features)
+        return F.relu(turned) if self.kind == "relu" else turned
 
     def logits(self, features: Tensor) -> Tensor:
         logits: Tensor = self.probe(features)
@@ -126,31 +155,44 @@ class Ridge(Head):
         self.cross = F.pad(self.cross, (0, more))
         self.counts = F.pad(self.counts, (0, more))
         self.weight = F.pad(self.weight, (0, more))
+        self.offset = F.pad(self.offset, (0, more))
         self.probe.resize(rows, generator)
 
     def _forget(self) -> None:
         device = self.probe.weight.device
         self.seed = None
-        self.packed = torch.zeros(0, dtype=torch.float64, device=device)  # made when there is something to sum
-        self.cross = torch.zeros(self.width, 0, dtype=torch.float64, device=device)
+        self.packed = torch.zeros(0, dtype=self._type, device=device)  # made when there is something to sum
+        self.cross = torch.zeros(self.rank, 0, dtype=torch.float64, device=device)
         self.counts = torch.zeros(0, dtype=torch.int64, device=device)
         self.mass = torch.zeros((), dtype=torch.float64, device=device)
         self.weight = torch.zeros(self.width, 0, device=device)
+        self.centre = torch.zeros(self.width if self.standardise else 0, device=device)
+        self.offset = torch.zeros(0, device=device)
         self.chosen = torch.zeros((), dtype=torch.float64, device=device)
         self.scale = torch.tensor(1.0 if isinstance(self.given_scale, str) else self.given_scale, device=device)
         self.projected = torch.empty(0, device=device)
         self._clear()
         self._facts: dict[str, Any] = {}
+        self._carried: dict[str, Any] = {}
 
     def _draw(self, seed: int) -> None:
         self.seed = seed
-        if self.projection:
-            drawn = torch.randn(self.dim, self.width, generator=generator("ridge", seed)) / math.sqrt(self.dim)
-            self.projected = drawn.to(self.probe.weight.device)
+        if not self.projection:
+            return
+        drawn = torch.randn(self.dim, self.width, generator=generator("ridge", seed)) / math.sqrt(self.dim)
+        if self.kind == "orthogonal":
+            if self.width >= self.dim:
+                raise UsageError(
+                    f"head: ridge: an orthogonal projection to {self.width} columns saves nothing, for the features "
+                    f"have {self.dim}: set projection to 0, or below {self.dim}"
+                )
+            q, r = torch.linalg.qr(drawn.double())
+            drawn = (q * r.diagonal().sign()).float()  # the signs would be the library's choice
+        self.projected = drawn.to(self.probe.weight.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Ridge:
         # All keep their type and go where the rest goes; but Apple's GPUs have no float64, so sums stay off them.
-        kept = {name: self._buffers.pop(name) for name in (*SUMS, "chosen", "weight", "scale", "projected")}
+        kept = {name: self._buffers.pop(name) for name in (*SUMS, "chosen", *SOLVED, "projected")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = self.probe.weight.device
         for name, tensor in kept.items():
@@ -168,10 +210,33 @@ class Ridge(Head):
         if state["seed"] is not None and self.seed is None:
             self._draw(int(state["seed"]))
         if bool(state["summed"]) != bool(len(self.packed)):
-            self.packed = self.packed.new_zeros(ridge.packed_size(self.width) if state["summed"] else 0)
+            self.packed = self.packed.new_zeros(ridge.packed_size(self.rank) if state["summed"] else 0)
         super().set_extra_state(state)
 
     # -- statistics -----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def follow(self, before: Tensor, after: Tensor, targets: Tensor) -> None:
+        if not int(self.counts.sum()):
+            return
+        first, then = (self._rows(features.to(self.cross)) for features in (before, after))
+        standard = ridge.Standard.of(self.packed, self.cross) if self.standardise else None
+        if standard is None:
+            square = ridge.diagonal(self.packed, self.rank) / self.mass
+            scale, centre = torch.where(square > 0, square.rsqrt(), 0.0), None
+        else:
+            scale, centre = F.pad(standard.inverse, (0, 1), value=1.0), standard.mean
+        found = carrying.follow(first, then, targets.to(first.device), scale, centre)
+        self._carried = carry_facts(found)
+        if found:
+            gram = found.of_gram(ridge.dense(self.packed, self.rank))
+            ridge.pack(gram, self.packed)
+            self.cross = found.of_rows(self.cross.mT).mT.contiguous()
+
+    def _rows(self, features: Tensor) -> Tensor:
+        """Rows `h (B, rank)` that are summed up, in the features' type."""
+        rows = self.expand(features)
+        return F.pad(rows, (0, 1), value=1.0) if self.standardise else rows
 
     def additive(self) -> list[Tensor]:
         return [self.packed, self.cross, self.counts, self.mass]
@@ -194,7 +259,7 @@ class Ridge(Head):
         total, present = int(counts.sum()), int((counts > 0).sum())
         self._expected = total
         if not len(self.packed):
-            self.packed = self.packed.new_zeros(ridge.packed_size(self.width))
+            self.packed = self.packed.new_zeros(ridge.packed_size(self.rank))
         # Alone and few, rows are solved as they are: a decomposition of their kernel costs less than factors of G.
         self._whole = int(self.counts.sum()) == 0 and 0 < total <= self.width // 3
         self._every = max(1, math.ceil(total / SAMPLE))
@@ -226,7 +291,7 @@ class Ridge(Head):
             return
         features, targets = torch.cat(self._features), torch.cat(self._targets)
         new, of = features[-self._waiting :], targets[-self._waiting :]
-        rows, weights = self.expand(new.to(self.cross)), self._row_weights[of]
+        rows, weights = self._rows(new.to(self.cross)), self._row_weights[of]
         ridge.add_gram(self.packed, rows, weights if self.balance else None)
         self.cross.index_add_(1, of, (rows * weights[:, None]).mT)
         self.counts += torch.bincount(of, minlength=len(self.counts))
@@ -242,12 +307,11 @@ class Ridge(Head):
         if count == 0:
             self._clear()
             return
-        unit = ridge.trace(self.packed, self.width) / self.width
+        standard = ridge.Standard.of(self.packed, self.cross) if self.standardise else None
+        unit = ridge.trace(self.packed, self.width) / self.width if standard is None else standard.unit
         if unit == 0:
-            raise PerpetuneError(
-                f"head: ridge: the features of all {count} examples so far are zero, so no class can be told from "
-                "another: look at the backbone and at what it is fed"
-            )
+            self._cannot_tell(count, standard)
+            return
         dual = None
         features, of = self._sampled()
         device = self.probe.weight.device
@@ -260,7 +324,13 @@ class Ridge(Head):
         # With many rows each is a small part of the sums, and their weights say nothing else: there is no need then.
         few = self.balance or count < FAR * self.width
         solve: Callable[[float], ridge.Fit] = functools.partial(
-            ridge.primal, self.packed, self.cross, count, float(self.mass), sample=sample if few else None
+            ridge.primal,
+            self.packed,
+            self.cross,
+            count,
+            float(self.mass),
+            sample=sample if few else None,
+            standard=standard,
         )
         held = sum(map(len, self._features)) == count
         # Processes have to go the same way: the sum over them is (how many there are, how many hold all examples).
@@ -269,7 +339,7 @@ class Ridge(Head):
             targets = torch.cat(self._targets)
             weights = self._row_weights[targets] if self.balance else None
             rows = self.expand(torch.cat(self._features).to(self.cross))
-            dual = ridge.Dual(rows, targets, len(self.counts), weights)
+            dual = ridge.Dual(rows, targets, len(self.counts), weights, standard)
             solve = dual.fit
         if self.penalty == "chosen":
             start = float(self.chosen)
@@ -281,10 +351,10 @@ class Ridge(Head):
                 fit, tries = solve(damped), tries + 1
         else:
             fit, tries = solve(self.penalty * unit), 1
-        self.weight = fit.weights.to(self.weight)
+        self._solved(fit.weights, standard)
         self.chosen.fill_(fit.penalty)
         if self.given_scale == "calibrated":
-            self._calibrate(fit, dual, sample, total)
+            self._calibrate(fit, dual, sample, total, standard)
         self._facts = {
             "kind": "ridge",
             "rows": count,
@@ -298,8 +368,32 @@ class Ridge(Head):
             "factorisations": tries,
             "bytes": sum(t.numel() * t.element_size() for t in self.additive()),
             "warning": self._warning(count),
+            **self._carried,
         }
         self._clear()
+
+    def _solved(self, weights: Tensor, standard: ridge.Standard | None) -> None:
+        """Predict by `weights (M, C)` of standardised rows, or of rows as they are."""
+        if standard is None:
+            self.weight = weights.to(self.weight)
+            return
+        self.weight = (standard.inverse[:, None] * weights).to(self.weight)
+        self.centre, self.offset = standard.mean.to(self.centre), standard.target.to(self.offset)
+
+    def _cannot_tell(self, count: int, standard: ridge.Standard | None) -> None:
+        """The features of all examples so far are the same.
+
+        Raises:
+            PerpetuneError: they are zero, or there is more than one example.
+        """
+        self._clear()
+        zero = standard is None or not bool(standard.mean.any())
+        if zero or count > 1:
+            raise PerpetuneError(
+                f"head: ridge: the features of all {count} examples so far are {'zero' if zero else 'the same'}, so no "
+                "class can be told from another: look at the backbone and at what it is fed"
+            )
+        self._solved(self.cross.new_zeros(self.width, len(self.counts)), standard)
 
     def facts(self) -> dict[str, Any]:
         return self._facts
@@ -321,7 +415,12 @@ class Ridge(Head):
         return torch.cat([f for f, _ in self._sample]), torch.cat([t for _, t in self._sample])
 
     def _calibrate(
-        self, fit: ridge.Fit, dual: ridge.Dual | None, sample: ridge.Sample, total: Callable[[Tensor], Tensor]
+        self,
+        fit: ridge.Fit,
+        dual: ridge.Dual | None,
+        sample: ridge.Sample,
+        total: Callable[[Tensor], Tensor],
+        standard: ridge.Standard | None,
     ) -> None:
         """The scale at which scores that examples would get if they alone had not been learned are likeliest.
 
@@ -331,7 +430,7 @@ class Ridge(Head):
             held_out = dual.leave_one_out(fit.penalty)[:: self._every]
         elif fit.factor is not None and len(sample.rows):
             weights = sample.weights if self.balance else None
-            held_out = ridge.leave_one_out(fit.factor, fit.weights, sample.rows, sample.targets, weights)
+            held_out = ridge.leave_one_out(fit.factor, fit.weights, sample.rows, sample.targets, weights, standard)
         else:
             held_out = fit.weights.new_empty(0, len(self.counts))
         known = self.counts > 0

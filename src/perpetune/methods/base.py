@@ -58,7 +58,8 @@ class Method(nn.Module, ABC):
         super().__init__()
         if not isinstance(model, self.fits):
             own = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower()
-            raise UsageError(f"method {own} is for {self.fits.takes}, and {model.backbone.spec} takes {model.takes}")
+            kind = "classes: use head: ridge or another of classes" if self.fits.reads != ("texts",) else "head: lm"
+            raise UsageError(f"method {own} is for a head of {kind}")
         self.model = model
         self.pet: str | None = None
         """The set of pets that is in force at prediction; None is the frozen net."""

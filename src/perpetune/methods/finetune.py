@@ -14,7 +14,7 @@ from perpetune.errors import UsageError
 from perpetune.fit import FitConfig, fit
 from perpetune.methods.base import Method, training
 from perpetune.models.base import Mask, Model
-from perpetune.models.classifier import ImageClassifier
+from perpetune.models.classifier import Classifier
 from perpetune.pets import copy_set, parameters, pets, remove, slots, using
 from perpetune.tasks import Batch, Task
 
@@ -30,7 +30,7 @@ class FineTune(Method):
     Args:
         model: with a pet injected under the name `default`, or with none (then only the head learns).
         train: how each task is trained.
-        mask: the classes among which the loss compares; see `ImageClassifier`.
+        mask: the classes among which the loss compares; see `Classifier`.
         head_first: share of the epochs, from the second task on, in which the head is trained alone, before the rest
             train both; PEGP on vision transformers: 0.6.
         merge: from the second task on a second copy is trained from the same start without protection, its features
@@ -55,12 +55,12 @@ class FineTune(Method):
         super().__init__(model)
         self.train_config = train
         model.compare(mask)
-        if model.takes == "texts" and (merge or head_first):
+        if not model.chooses and (merge or head_first):
             name = "merge" if merge else "head_first"
-            raise UsageError(f"method finetune: {name} is for image classifiers; leave it out for texts")
+            raise UsageError(f"method finetune: {name} is for a head of classes; leave it out with head: lm")
         self.head_first, self.merge, self.merge_epochs = head_first, merge, merge_epochs
         self.pet = "default" if any("default" in slot.pets for _, slot in slots(model)) else None
-        if self.pet is None and model.takes == "texts":
+        if self.pet is None and not model.chooses:
             raise UsageError("pet: none leaves nothing to train in a language model: use pet: lora, or method: frozen")
 
     def learn(self, task: Task) -> None:
@@ -72,7 +72,8 @@ class FineTune(Method):
         epochs = config.epochs_of(task.index)
         alone = round(epochs * self.head_first) if later else 0
         before = [p.detach().clone() for p in pet]
-        with training(self.model), self.model.resting(task):
+        following = self.model.following(task, config.batch_size, self.features)
+        with following, training(self.model), self.model.resting(task):
             fit(self.loss, both[1:], task, config.model_copy(update={"epochs": alone}), phase="head")
             fit(self.loss, both, task, config.model_copy(update={"epochs": epochs - alone}))
             if later and pet and self.merge:
@@ -108,7 +109,7 @@ class FineTune(Method):
 
     def _free_loss(self, task: Task, batch: Batch) -> Tensor:
         """The free copy's loss: its features stay near the protected copy's."""
-        assert isinstance(self.model, ImageClassifier)
+        assert isinstance(self.model, Classifier)
         with torch.no_grad(), using(self.model, PROTECTED):
             wanted = self.model.features(batch.inputs)
         with using(self.model, self.pet):

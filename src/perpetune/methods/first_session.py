@@ -11,7 +11,7 @@ from perpetune.errors import UsageError
 from perpetune.fit import FitConfig, fit
 from perpetune.methods.base import Method, training
 from perpetune.models.base import Model
-from perpetune.models.classifier import ImageClassifier, learn_statistics
+from perpetune.models.classifier import Classifier, learn_statistics
 from perpetune.pets import parameters, slots, using
 from perpetune.tasks import Batch, Inputs, Task
 
@@ -31,11 +31,11 @@ class FirstSession(Method):
         UsageError: there is no pet, or the head can only be trained by gradient.
     """
 
-    fits: ClassVar[type[Model]] = ImageClassifier
+    fits: ClassVar[type[Model]] = Classifier
 
-    def __init__(self, model: ImageClassifier, *, train: FitConfig, concat: bool = False):
+    def __init__(self, model: Classifier, *, train: FitConfig, concat: bool = False):
         super().__init__(model)
-        self.model: ImageClassifier = model
+        self.model: Classifier = model
         need_statistics("first_session", model)
         self.train_config, self.concat, self.pet = train, concat, "default"
         if concat:
@@ -69,7 +69,7 @@ class FirstSession(Method):
         return scores.float()
 
 
-def need_statistics(method: str, model: ImageClassifier) -> None:
+def need_statistics(method: str, model: Classifier) -> None:
     """UsageError unless the model has a pet called `default` and a head that learns from statistics."""
     if not any("default" in slot.pets for _, slot in slots(model)):
         raise UsageError(f"method: {method} trains a pet, and there is none: name one, or use method: frozen")

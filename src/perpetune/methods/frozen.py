@@ -5,7 +5,7 @@ from __future__ import annotations
 from perpetune.errors import UsageError
 from perpetune.methods.base import Method
 from perpetune.models.base import Model
-from perpetune.models.classifier import ImageClassifier
+from perpetune.models.classifier import Classifier
 from perpetune.pets import using
 from perpetune.tasks import Task
 
@@ -24,7 +24,7 @@ class Frozen(Method):
 
     def __init__(self, model: Model, *, batch_size: int = 64):
         super().__init__(model)
-        if isinstance(model, ImageClassifier) and not model.head.statistics:
+        if isinstance(model, Classifier) and not model.head.statistics:
             raise UsageError(
                 f"method: frozen trains nothing, so head {type(model.head).__name__.lower()} would stay random: use "
                 "head: ncm, or method: finetune with pet: none to train the head alone"

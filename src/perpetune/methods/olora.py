@@ -18,7 +18,7 @@ from perpetune.methods.base import Method, training
 from perpetune.models.base import Mask, Model
 from perpetune.numerics.lowrank import Factors
 from perpetune.pets import LoRA, copy_set, parameters, pets, remove, slots, using
-from perpetune.tasks import Batch, Task
+from perpetune.tasks import Batch, Inputs, Task
 
 DEFAULT = "default"  # the set that acts at prediction: the LoRAs of all tasks as one
 NEW = "new"  # the one that is trained, from the second task on
@@ -41,7 +41,7 @@ class OLoRA(Method):
     Args:
         model: with LoRA injected under the name `default`; its rank is that of each task's.
         train: how each task is trained.
-        mask: for classifiers; see `ImageClassifier`.
+        mask: for classifiers; see `Classifier`.
         orthogonality: `λ1`; several are for one task each, and the last for all that follow.
         shrink: `λ2`, likewise.
 
@@ -84,7 +84,8 @@ class OLoRA(Method):
             self._begin(task)
         try:
             groups = [(parameters(self.model, trained), config.lr), (self.model.trained(), config.head_lr or config.lr)]
-            with training(self.model), self.model.resting(task):
+            following = self.model.following(task, config.batch_size, self._now)
+            with following, training(self.model), self.model.resting(task):
                 for frozen in pets(self.model, DEFAULT) if trained == NEW else ():
                     frozen.eval()
                 fit(self.loss, groups, task, config)
@@ -107,6 +108,11 @@ class OLoRA(Method):
         if weight := self._weight(self.shrink):
             loss = loss + weight * self.size()
         return loss
+
+    def _now(self, inputs: Inputs) -> Tensor:
+        """Features while the new LoRA is beside the old ones."""
+        with using(self.model, (DEFAULT, NEW) if self.tasks else DEFAULT):
+            return self.model.features(inputs)
 
     def overlap(self) -> Tensor:
         """`Σ |A_i A_tᵀ|` over modules, earlier tasks and entries, a scalar; 0 while the first task is learned."""

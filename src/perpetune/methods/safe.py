@@ -18,11 +18,11 @@ from perpetune.heads import Cosine, Head
 from perpetune.methods.base import Answers, Method, training
 from perpetune.methods.first_session import need_statistics
 from perpetune.models.base import Mask, Model
-from perpetune.models.classifier import ImageClassifier, learn_statistics
+from perpetune.models.classifier import Classifier, feature_table, learn_statistics
 from perpetune.numerics.alignment import correlation_losses, cosine_distance
 from perpetune.numerics.mixing import mix
 from perpetune.pets import copy_set, parameters, pets, using
-from perpetune.tasks import Batch, Inputs, Task, deterministic, evaluation_batches
+from perpetune.tasks import Batch, Inputs, Task, deterministic
 
 FAST, SLOW = "default", "slow"  # two sets of pets around one backbone
 
@@ -52,17 +52,17 @@ class Safe(Method):
             at batch size 48 is 48 here.
         cross: weight of the two cross-classification losses.
         sharpness: γ of the mixture; 0 is the plain mean of the scores.
-        mask: the classes among which the fast learner's loss compares; see `ImageClassifier`.
+        mask: the classes among which the fast learner's loss compares; see `Classifier`.
 
     Raises:
         UsageError: there is no pet, or no head of statistics with a probe.
     """
 
-    fits: ClassVar[type[Model]] = ImageClassifier
+    fits: ClassVar[type[Model]] = Classifier
 
     def __init__(
         self,
-        model: ImageClassifier,
+        model: Classifier,
         *,
         train: FitConfig,
         later: FitConfig,
@@ -74,7 +74,7 @@ class Safe(Method):
         mask: Mask = "seen",
     ):
         super().__init__(model)
-        self.model: ImageClassifier = model
+        self.model: Classifier = model
         need_statistics("safe", model)
         self._probe(model.head)
         self.train_config, self.later, model.mask = train, later, mask
@@ -111,7 +111,7 @@ class Safe(Method):
         slow = self._table(task, SLOW, config.batch_size)
         self._imprint(task, slow, known)
         table = slow if deterministic(task.train) else None
-        with training(self.model):
+        with self.model.following(task, config.batch_size, self.features), training(self.model):
             for pet in pets(self.model, SLOW):
                 pet.eval()  # a teacher is without dropout
             loss = partial(self.fast_loss, table=table, known=known)
@@ -163,17 +163,9 @@ class Safe(Method):
 
     @torch.no_grad()
     def _table(self, task: Task, pet: str | None, batch_size: int) -> Tensor:
-        """Features `(N, D)` of all training images of the task by one set of pets, as they look at evaluation.
-
-        They are made in one fixed order, so that a resumed run has the same bits.
-        """
-        run = task.runtime
-        table = torch.zeros(len(task.train), self.model.backbone.dim, device=run.device)
+        """Features `(N, D)` of all training images of the task by one set of pets, as they look at evaluation."""
         with using(self.model, pet):
-            for batch in evaluation_batches(task.train, batch_size, run):
-                with run.autocast():
-                    table[_numbers(batch)] = self.model.features(batch.inputs).float()
-        return run.sum(table)  # each process has filled in its share
+            return feature_table(task.train, batch_size, task.runtime, self.model.features)
 
     @torch.no_grad()
     def _imprint(self, task: Task, features: Tensor, known: int) -> None:

@@ -48,7 +48,7 @@ class TreeLoRA(Method):
     Args:
         model: with LoRA injected under the name `default`.
         train: how each task is trained.
-        mask: for classifiers; see `ImageClassifier`.
+        mask: for classifiers; see `Classifier`.
         regularise: `λ`; with 0 nothing is searched.
         start: what a task's adapter starts from: that of the `nearest` task, of the `last` one, or a `fresh` one.
         answer: how it predicts: with the adapter of the `last` task, with all of them `merged` into one, or `routed`:

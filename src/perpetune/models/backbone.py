@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 from perpetune.errors import UsageError
 from perpetune.models import families
 from perpetune.models.preprocess import Preprocess
+from perpetune.models.taps import Read, Taps, mean_token
 from perpetune.models.texts import TextView
 from perpetune.pets.base import Slot, frozen, walk
+from perpetune.tasks import IGNORED, Inputs, Tokens
 
 Forward = Callable[..., Tensor]
 """`(net, inputs)` to features; that of a language model also takes keywords such as `attention_mask`."""
@@ -36,7 +39,12 @@ class Backbone(nn.Module):
         preprocess: how pictures, or texts, become its input.
         forward: features `(B, dim)` from the net and normalised pixels `(B, 3, H, W)`, or `(B, N, dim)` from the net
             and tokens `(B, N)`; None when the net gives them itself.
+        prefix: tokens of a picture before those of its patches.
+        class_token: whether the first of them is a class token.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
@@ -46,13 +54,32 @@ class Backbone(nn.Module):
         dim: int,
         preprocess: Preprocess | TextView,
         forward: Forward | None = None,
+        prefix: int = 1,
+        class_token: bool = True,
     ):
         super().__init__()
         families.call_linears(net)
         self.net = net.requires_grad_(False).eval()
         self.spec, self.dim, self.preprocess = spec, dim, preprocess
         self.quantised_from: str | None = None  # fingerprint of the float weights, set by whoever quantises
+        self.width, self.prefix, self.class_token = dim, prefix, class_token
+        self.taps: Taps | None = None
+        """Where features are read; None is the net's own feature alone."""
         self._features = forward or call
+        for name in ("mean", "std") if isinstance(preprocess, Preprocess) else ():
+            self.register_buffer(name, torch.tensor(getattr(preprocess, name)).view(1, 3, 1, 1), persistent=False)
+        places = "position_ids" in inspect.signature(net.forward).parameters
+        self.places = places and isinstance(preprocess, TextView)  # nets that tell order by attention alone have none
+
+    def tap(self, count: int | None, read: Read = "both") -> Backbone:
+        """Read features behind the last `count` blocks; None reads the net's own feature. Returns itself.
+
+        Raises:
+            UsageError: a net whose blocks are not known, or that has fewer of them or no class token to read.
+        """
+        self.taps = None if count is None else Taps(self, count, read)
+        self.dim = self.width * (1 if self.taps is None else self.taps.count * len(self.taps.kinds))
+        return self
 
     @property
     def takes(self) -> Literal["pictures", "texts"]:
@@ -66,6 +93,36 @@ class Backbone(nn.Module):
             options: for a language model, such as `attention_mask`.
         """
         return self._features(self.net, inputs, **options)
+
+    def features(self, inputs: Inputs) -> Tensor:
+        """Features `(B, dim)` of uint8 pixels `(B, 3, H, W)`, or of texts: all that reads features asks here.
+
+        Without taps they are the net's own feature of a picture, and of a text the mean over its tokens of the last
+        hidden state. With `tap` they are those of `Taps`. At training a text's answer is behind its question, and is
+        not read.
+        """
+        if isinstance(inputs, Tokens):
+            mask = inputs.mask if inputs.labels is None else inputs.mask & (inputs.labels == IGNORED)
+            asked = self.asked(inputs)
+            ids = asked.pop("input_ids")
+            return self._read(lambda: mean_token(self(ids, **asked), mask), mask)
+        pixels = (inputs.to(self.mean.dtype) / 255 - self.mean) / self.std
+        return self._read(lambda: self(pixels), None)
+
+    def _read(self, compute: Callable[[], Tensor], mask: Tensor | None) -> Tensor:
+        """What `compute` gives, or what is caught at the taps meanwhile."""
+        if self.taps is None:
+            return compute()
+        with self.taps.listening(self.net) as states:
+            compute()
+        return self.taps.features(states, mask)
+
+    def asked(self, inputs: Tokens) -> dict[str, Any]:
+        """What a language model is given of texts, by keywords."""
+        asked: dict[str, Any] = {"input_ids": inputs.ids, "attention_mask": inputs.mask.long()}
+        if self.places:
+            asked["position_ids"] = positions(inputs.mask)
+        return asked
 
     def train(self, mode: bool = True) -> Backbone:
         """Sets the mode of the PETs; the frozen net stays in evaluation mode.
@@ -105,6 +162,11 @@ class Backbone(nn.Module):
         view = self.preprocess
         size = f"max_length={view.max_length}" if isinstance(view, TextView) else f"size={view.size}"
         return f"spec={self.spec!r}, dim={self.dim}, {size}"
+
+
+def positions(mask: Tensor) -> Tensor:
+    """The place of each token among those that count, `(B, N)`; 0 at padding before them."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def triple(spec: str, values: object) -> tuple[float, float, float]:

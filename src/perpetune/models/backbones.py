@@ -21,6 +21,7 @@ from perpetune.models.backbone import Backbone
 from perpetune.models.families import LINEAR_ROLES, places, roles
 from perpetune.models.hub import one_line
 from perpetune.models.language import Dtype
+from perpetune.models.taps import Read
 from perpetune.seeding import own_global_state
 
 __all__ = ["LOADERS", "PACKAGED", "Backbone", "load_backbone"]
@@ -39,6 +40,8 @@ def load_backbone(
     max_length: int | None = None,
     chat: bool = False,
     gradient_checkpointing: bool = False,
+    taps: int | None = None,
+    tokens: Read = "both",
     seed: int = 0,
 ) -> Backbone:
     """The frozen model that `PREFIX:REST` names, on the CPU, in evaluation mode.
@@ -55,6 +58,8 @@ def load_backbone(
         max_length: tokens of a text, question and answer together; None is what the model takes.
         chat: whether plain prompts are put into the form of a chat too.
         gradient_checkpointing: keep only what goes into each block while PETs are trained, and compute the rest again.
+        taps: features are read behind so many of the last blocks; None reads the net's own feature alone.
+        tokens: which tokens the taps read.
 
     Raises:
         UsageError: an unknown prefix or name (with the closest three), or options that do not fit.
@@ -83,7 +88,7 @@ def load_backbone(
         )
         if image_size is not None and not load_in_4bit:
             _try(backbone, image_size)
-    return backbone
+    return backbone.tap(taps, tokens)
 
 
 def load_timm(

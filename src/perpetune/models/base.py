@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from perpetune.models.backbone import Backbone
 from perpetune.tasks import Batch, Inputs, Task
 
 Mask = Literal["task", "seen", "none"]
+Kind = Literal["pictures", "texts"]
 
 
 class Model(nn.Module, ABC):
@@ -23,21 +24,38 @@ class Model(nn.Module, ABC):
         UsageError: the backbone takes other inputs than this model gives it.
     """
 
-    takes: ClassVar[Literal["pictures", "texts"]]
+    reads: ClassVar[tuple[Kind, ...]] = ("pictures", "texts")
+    """The kinds of inputs it can be made for."""
     nothing: int = 0
     """Stands in answers where there is no token."""
 
     def __init__(self, backbone: Backbone):
         super().__init__()
-        if backbone.takes != self.takes:
-            own = "lm" if backbone.takes == "texts" else "linear"
-            raise UsageError(f"{backbone.spec} takes {backbone.takes}: use `head: {own}` or another that goes with it")
+        if backbone.takes not in self.reads:
+            raise UsageError(
+                f"{backbone.spec} takes {backbone.takes}, and this head is a model for {self.reads[0]}: use `head: "
+                "ridge` or another that goes with it"
+            )
         self.backbone = backbone
+
+    @property
+    def takes(self) -> Kind:
+        """What goes in."""
+        return self.backbone.takes
 
     @property
     @abstractmethod
     def classes(self) -> list[str]:
         """Names of the columns of `predict`, in order; none where answers are texts."""
+
+    @property
+    def chooses(self) -> bool:
+        """Whether answers are scores over `classes`; else they are texts."""
+        return True
+
+    def posed(self, task: Task) -> Task:
+        """The task as this model learns it."""
+        return task
 
     @abstractmethod
     def grow(self, task: Task) -> None:
@@ -62,6 +80,11 @@ class Model(nn.Module, ABC):
     @abstractmethod
     def summarise(self, task: Task, batch_size: int) -> None:
         """One pass over the task's training data for what is learned from statistics, if anything is."""
+
+    @contextlib.contextmanager
+    def following(self, task: Task, batch_size: int, features: Callable[[Inputs], Tensor]) -> Iterator[None]:
+        """Inside `features` are trained on `task`; what is known of earlier ones from sums may follow them."""
+        yield
 
     def observe(self, inputs: Inputs) -> None:
         """One pass as at prediction, for those who watch what flows through the model."""

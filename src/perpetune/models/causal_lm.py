@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perpetune.errors import UsageError
-from perpetune.models.backbone import Backbone
-from perpetune.models.base import Model
+from perpetune.models.backbone import Backbone, positions
+from perpetune.models.base import Kind, Model
 from perpetune.models.texts import TextView
 from perpetune.tasks import IGNORED, Batch, Inputs, Task, Tokens
 
@@ -36,7 +36,7 @@ class CausalLM(Model):
         UsageError: such an answer leaves no room for a question.
     """
 
-    takes: ClassVar[Literal["pictures", "texts"]] = "texts"
+    reads: ClassVar[tuple[Kind, ...]] = ("texts",)
     statistics: ClassVar[bool] = False
 
     def __init__(
@@ -56,9 +56,7 @@ class CausalLM(Model):
                 "prompt and answer together: lower it, or raise backbone.max_length"
             )
         self.view.room, self.view.chooses = max_new_tokens, eval != "generate"
-        known = inspect.signature(backbone.net.forward).parameters
-        self._places = "position_ids" in known  # models that tell order by attention alone have none
-        self._keeps = "logits_to_keep" in known
+        self._keeps = "logits_to_keep" in inspect.signature(backbone.net.forward).parameters
         # What the checkpoint asks for (sampling, penalties) is filled in wherever a call leaves something open.
         net: Any = backbone.net
         output = net.get_output_embeddings()
@@ -70,6 +68,10 @@ class CausalLM(Model):
     @property
     def classes(self) -> list[str]:
         return []
+
+    @property
+    def chooses(self) -> bool:
+        return False
 
     def grow(self, task: Task) -> None:
         """Any text can be said already."""
@@ -87,13 +89,8 @@ class CausalLM(Model):
         return loss
 
     def features(self, inputs: Inputs) -> Tensor:
-        """The mean over tokens of the last hidden state, `(B, D)`; at prediction those of the question alone."""
-        assert isinstance(inputs, Tokens)
-        asked = self._asked(inputs)
-        states: Tensor = self.backbone(asked.pop("input_ids"), **asked)  # (B, N, D)
-        mask = inputs.mask.unsqueeze(-1)
-        summed: Tensor = states.float().masked_fill(~mask, 0).sum(1)
-        return summed / mask.sum(1)
+        """Features `(B, D)` of the questions, as the backbone reads them."""
+        return self.backbone.features(inputs)
 
     def observe(self, inputs: Inputs) -> None:
         self.features(inputs)
@@ -108,16 +105,10 @@ class CausalLM(Model):
     def read(self, answer: Tensor) -> str:
         return self.view.decode(answer)
 
-    def _asked(self, inputs: Tokens) -> dict[str, Any]:
-        asked: dict[str, Any] = {"input_ids": inputs.ids, "attention_mask": inputs.mask.long()}
-        if self._places:
-            asked["position_ids"] = _positions(inputs.mask)
-        return asked
-
     def _logits(self, inputs: Tokens, *, keep: int) -> Tensor:
         """Logits `(B, keep, V)` at the last tokens: the output layer is wide, and few of them are learned."""
         more = {"logits_to_keep": keep} if self._keeps else {}
-        logits: Tensor = self.backbone.net(**self._asked(inputs), **more, use_cache=False).logits
+        logits: Tensor = self.backbone.net(**self.backbone.asked(inputs), **more, use_cache=False).logits
         return logits[:, -keep:]
 
     def _generated(self, inputs: Tokens) -> Tensor:
@@ -143,7 +134,7 @@ class CausalLM(Model):
         """Log-probabilities `(B, K)` of the options, -inf for those there are not."""
         net: Any = self.backbone.net
         more = {"logits_to_keep": 1} if self._keeps else {}
-        asked = net(**self._asked(inputs), **more, use_cache=True)
+        asked = net(**self.backbone.asked(inputs), **more, use_cache=True)
         memory = _repeatable(getattr(asked, "past_key_values", None))
         scores = torch.full(options.shape[:2], -torch.inf, device=options.device)
         there = (options != IGNORED).any(-1)
@@ -173,8 +164,8 @@ class CausalLM(Model):
         else:
             asked["past_key_values"] = copy.deepcopy(memory)
             asked["past_key_values"].batch_repeat_interleave(k)
-        if self._places:
-            asked["position_ids"] = _positions(mask)[:, -ids.shape[1] :]
+        if self.backbone.places:
+            asked["position_ids"] = positions(mask)[:, -ids.shape[1] :]
         if self._keeps:
             asked["logits_to_keep"] = length
         logits = self.backbone.net(input_ids=ids, **asked).logits[:, -length:].float()
@@ -212,8 +203,3 @@ def _at_a_time(options: Tensor, memory: Any, words: int) -> int:
     held = sum(t.nbytes for t in kept if t is not None)
     said = 12 * len(options) * options.shape[-1] * words  # logits, and their logarithms, in float32
     return max(1, min(AT_ONCE // len(options), SPACE // max(1, held + said)))
-
-
-def _positions(mask: Tensor) -> Tensor:
-    """The place of each token among those that count, `(B, N)`; 0 at padding before them."""
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)

@@ -1,23 +1,29 @@
-"""An image classifier: a frozen backbone and a head that grows by class name."""
+"""A classifier: a frozen backbone and a head that grows by class name."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from perpetune.errors import UsageError
 from perpetune.heads.base import Head
 from perpetune.models.backbone import Backbone
 from perpetune.models.base import Mask, Model
-from perpetune.tasks import Batch, Inputs, Task
+from perpetune.runtime import Runtime
+from perpetune.tasks import Batch, Examples, Inputs, Task, balanced, evaluation_batches, questions
+
+SEEN_TWICE = 1000  # examples of a task by which sums of old ones follow the features
 
 
-class ImageClassifier(Model):
-    """Pixels to class scores.
+class Classifier(Model):
+    """Pictures, or texts, to scores of classes.
+
+    A text's classes are the answers that stand to choice in its task; it is read without its answer.
 
     Args:
         mask: the classes among which the training loss compares. `task`: those of the task at hand,
@@ -25,23 +31,27 @@ class ImageClassifier(Model):
             the head, the same as `seen` unless the head was given rows ahead of its tasks.
     """
 
-    takes: ClassVar[Literal["pictures", "texts"]] = "pictures"
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, backbone: Backbone, head: Head, *, mask: Mask = "task"):
         super().__init__(backbone)
         self.head, self.mask = head, mask
         self.seen: list[str] = []
-        for name in ("mean", "std"):
-            values = torch.tensor(getattr(backbone.preprocess, name)).view(1, 3, 1, 1)
-            self.register_buffer(name, values, persistent=False)
 
     @property
     def classes(self) -> list[str]:
         return self.head.classes
 
+    def posed(self, task: Task) -> Task:
+        if self.takes == "pictures":
+            return task
+        earlier = None if task.earlier is None else tuple(self.posed(one) for one in task.earlier)
+        return dataclasses.replace(task, train=questions(task.train), earlier=earlier)
+
     def grow(self, task: Task) -> None:
+        if not task.classes:
+            raise UsageError(
+                f"task {task.name}: head {type(self.head).__name__.lower()} chooses among classes, and this task's "
+                "answers are free text, or its options differ from question to question: use head: lm"
+            )
         self.seen += [c for c in task.classes if c not in self.seen]
         self.head.grow(task.classes, task.generator("head"))
 
@@ -72,11 +82,8 @@ class ImageClassifier(Model):
         self.head.reset()
 
     def features(self, inputs: Inputs) -> Tensor:
-        """Features `(B, D)` of uint8 pixels `(B, 3, H, W)`, by the pet that is active."""
-        assert isinstance(inputs, Tensor)
-        pixels = (inputs.to(self.mean.dtype) / 255 - self.mean) / self.std
-        features: Tensor = self.backbone(pixels)
-        return features
+        """Features `(B, D)` of uint8 pixels `(B, 3, H, W)` or of texts, by the pet that is active."""
+        return self.backbone.features(inputs)
 
     def loss(self, task: Task, batch: Batch) -> Tensor:
         return self.head_loss(task, self.features(batch.inputs), batch.targets)
@@ -100,11 +107,52 @@ class ImageClassifier(Model):
         if self.head.statistics:
             learn_statistics(task, batch_size, [(self.head, lambda batch: self.features(batch.inputs))])
 
+    @contextlib.contextmanager
+    def following(self, task: Task, batch_size: int, features: Callable[[Inputs], Tensor]) -> Iterator[None]:
+        with following(self.head, task, batch_size, features):
+            yield
+
     def get_extra_state(self) -> dict[str, list[str]]:
         return {"seen": self.seen}
 
     def set_extra_state(self, state: dict[str, list[str]]) -> None:
         self.seen = list(state["seen"])
+
+
+@contextlib.contextmanager
+def following(head: Head, task: Task, batch_size: int, features: Callable[[Inputs], Tensor]) -> Iterator[None]:
+    """Inside `features` are trained on `task`; the sums of `head` follow them afterwards, where it wants to carry them.
+
+    The features of some examples, balanced over their classes, are looked at before and after.
+    """
+    if not (head.carry and task.index):
+        yield
+        return
+    some = balanced(task.train, SEEN_TWICE, task.generator("carry"))
+    before = feature_table(some, batch_size, task.runtime, features)
+    yield
+    after = feature_table(some, batch_size, task.runtime, features)
+    head.follow(before, after, torch.tensor(some.targets))
+
+
+@torch.no_grad()
+def feature_table(examples: Examples, batch_size: int, run: Runtime, features: Callable[[Inputs], Tensor]) -> Tensor:
+    """Features `(N, D)`, float32, of all `examples` as they look at evaluation, on every process.
+
+    They are made in one fixed order, so that a resumed run has the same bits.
+    """
+    table: Tensor | None = None
+    for batch in evaluation_batches(examples, batch_size, run):
+        assert batch.numbers is not None
+        with run.autocast():
+            rows = features(batch.inputs).float()
+        if table is None:
+            table = rows.new_zeros(len(examples), rows.shape[1])
+        table[batch.numbers.to(table.device)] = rows
+    width: int = run.of_first(0 if table is None else table.shape[1])  # the first process always has a batch
+    if table is None:
+        table = torch.zeros(len(examples), width, device=run.device)
+    return run.sum(table)  # each process has filled in its share
 
 
 @torch.no_grad()

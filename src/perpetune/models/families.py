@@ -24,8 +24,10 @@ __all__ = [
     "OPERATIONS",
     "Family",
     "Place",
+    "block_sequence",
     "call_linears",
     "family_of",
+    "last_norm",
     "places",
     "roles",
     "widths",
@@ -291,6 +293,27 @@ def places(net: nn.Module, roles: Sequence[str], blocks: Sequence[int] | None = 
             raise UsageError(f"{family.name}: {type(transformer).__name__} has no role {role!r} that a pet can go to")
         found.append(_place(f"{path}.{where[0]}" if path else where[0], [(role, *where[1:])], -1, modules, family))
     return found
+
+
+def block_sequence(net: nn.Module) -> tuple[str, int]:
+    """The path of the sequence of transformer blocks in `net`, and how many there are.
+
+    Raises:
+        UsageError: a net of unknown family.
+    """
+    path, blocks, _ = _blocks(net)
+    return path, len(blocks)
+
+
+def last_norm(net: nn.Module) -> str | None:
+    """The path of the norm behind the last block; None where the net has none.
+
+    Raises:
+        UsageError: a net of unknown family.
+    """
+    path, family = family_of(net)
+    found = _find(_transformer(net)[1], family.once, "norm")
+    return None if found is None else f"{path}.{found[0]}" if path else found[0]
 
 
 def call_linears(net: nn.Module) -> None:

@@ -126,7 +126,14 @@ def _wrap(timm: ModuleType, spec: str, net: Any, image_size: int | None) -> Back
         interpolation=FILTERS.get(config["interpolation"], "bilinear"),  # timm's `random` has no fixed filter
         crop=None if config["crop_mode"] == "squash" else config["crop_pct"],
     )
-    return Backbone(net.float(), spec=spec, dim=net.head_hidden_size, preprocess=preprocess)
+    return Backbone(
+        net.float(),
+        spec=spec,
+        dim=net.head_hidden_size,
+        preprocess=preprocess,
+        prefix=int(getattr(net, "num_prefix_tokens", 0)),  # registers among them
+        class_token=getattr(net, "cls_token", None) is not None,
+    )
 
 
 def _classes_in(spec: str, file: Path, classifier: str | tuple[str, ...] | None) -> int:

@@ -85,7 +85,8 @@ def load(spec: str, source: str, config: Any = None, *, pretrained: bool, image_
     net = _pretrained(spec, source, config) if pretrained else _random(config)
     told = FAMILIES[config.model_type] and preprocess.size != _side(spec, config.image_size)
     forward = partial(class_token, interpolate_pos_encoding=True) if told else class_token
-    return Backbone(net, spec=spec, dim=config.hidden_size, preprocess=preprocess, forward=forward)
+    prefix = 1 + getattr(config, "num_register_tokens", 0) + (config.model_type == "deit")  # a token to distill by
+    return Backbone(net, spec=spec, dim=config.hidden_size, preprocess=preprocess, forward=forward, prefix=prefix)
 
 
 def class_token(net: nn.Module, pixels: Tensor, **options: Any) -> Tensor:

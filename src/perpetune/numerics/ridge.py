@@ -4,6 +4,13 @@ Rows `h` are `M` wide, targets `y` are one-hot over `C` classes, `w` are the row
 
     G = Σ w h hᵀ,    Q = Σ w h yᵀ,    A = G + λI,    W = A⁻¹ Q.
 
+With an intercept rows are `h = [z, 1]`, so `G` holds the mean `m` and the deviation `s` of every column of all rows so
+far, and the regression is solved on `x = (z − m) / s`, exactly as if all rows had been there at once (`Standard`):
+
+    W = (Gₓ + λI)⁻¹ Qₓ,    Gₓ = Σ w x xᵀ,    Qₓ = Σ w x yᵀ,    scores = Wᵀx + ȳ.
+
+The intercept `ȳ`, the mean target, is not penalised.
+
 `G` is kept packed, half of a dense matrix, and is only ever made dense in the one workspace that Cholesky's
 factorisation then overwrites. Nothing here warns or knows of classes by name: that is `heads/ridge.py`.
 """
@@ -29,6 +36,7 @@ NEAR = 1.25  # rows per column up to which n − df is exact: it may be small be
 EVALUATIONS = 8
 DECADE = math.log(10)
 CLOSE = 0.025  # penalties that are nearer, in logarithms, are the same
+CONSTANT = 1e-10  # variance, as a share of the mean square, up to which a column is its rounding errors
 
 
 def packed_size(m: int) -> int:
@@ -57,7 +65,7 @@ def add_gram(packed: Tensor, rows: Tensor, weights: Tensor | None) -> None:
     """Add `Σ w h hᵀ` of `rows (B, M)` in place; products are in float64, so neither TF32 nor autocast matters.
 
     Args:
-        packed: packed `(M, M)`, float64.
+        packed: packed `(M, M)`, float64, or float32 for sums that are stored in half the space.
         rows: `(B, M)` of any floating type.
         weights: `(B,)`, None for 1.
 
@@ -67,16 +75,19 @@ def add_gram(packed: Tensor, rows: Tensor, weights: Tensor | None) -> None:
     if not torch.isfinite(rows).all():
         raise UsageError("a ridge regression got rows that are not finite; their sums would be lost for good")
     for first in range(0, len(rows), ROWS):
-        part = rows[first : first + ROWS].detach().to(packed)
-        left = part if weights is None else part * weights[first : first + ROWS, None].to(packed)
+        part = rows[first : first + ROWS].detach().to(packed.device, torch.float64)
+        left = part if weights is None else part * weights[first : first + ROWS, None].to(part)
         for start, stop, block in block_rows(packed, rows.shape[1]):
-            block.addmm_(left[:, start:stop].mT, part[:, :stop])
+            if packed.dtype == torch.float64:
+                block.addmm_(left[:, start:stop].mT, part[:, :stop])
+            else:  # rounded once for all of these rows
+                block.copy_(torch.addmm(block.double(), left[:, start:stop].mT, part[:, :stop]))
 
 
 def dense(packed: Tensor, m: int) -> Tensor:
     """The matrix `(m, m)`, exactly symmetric."""
-    matrix = packed.new_empty(m, m)
-    for start, stop, block in block_rows(packed, m):
+    matrix = packed.new_empty(m, m, dtype=torch.float64)
+    for start, stop, block in block_rows(packed.double(), m):
         lower = block[:, start:].tril()
         matrix[start:stop, :start] = block[:, :start]
         matrix[:start, start:stop] = block[:, :start].mT
@@ -84,14 +95,84 @@ def dense(packed: Tensor, m: int) -> Tensor:
     return matrix
 
 
+def pack(matrix: Tensor, packed: Tensor) -> None:
+    """Write a symmetric `matrix (m, m)` into `packed`."""
+    for start, stop, block in block_rows(packed, len(matrix)):
+        block.copy_(matrix[start:stop, :stop])
+
+
 def diagonal(packed: Tensor, m: int) -> Tensor:
     """The diagonal `(m,)`."""
-    return torch.cat([block[:, start:].diagonal() for start, _, block in block_rows(packed, m)])
+    return torch.cat([block[:, start:].diagonal() for start, _, block in block_rows(packed, m)]).double()
 
 
 def trace(packed: Tensor, m: int) -> float:
     """`tr G = Σ w ‖h‖²`."""
     return float(diagonal(packed, m).sum())
+
+
+@dataclass(frozen=True)
+class Standard:
+    """How rows `z (M,)` are standardised: `x = (z − m) / s`, from the sums alone."""
+
+    mean: Tensor
+    """`m (M,)`, float64."""
+    inverse: Tensor
+    """`1/s (M,)`; 0 where a column is the same in all rows, so that it takes no part."""
+    mass: float
+    """`Σ w`."""
+    target: Tensor
+    """`ȳ (C,)`, the mean of the one-hot targets."""
+
+    @classmethod
+    def of(cls, packed: Tensor, cross: Tensor) -> Standard:
+        """From the sums of rows `[z, 1]`.
+
+        Args:
+            packed: `G`, packed `(M + 1, M + 1)`.
+            cross: `Q (M + 1, C)`.
+
+        Raises:
+            UsageError: no rows yet.
+        """
+        width = len(cross)
+        *_, (_, _, block) = block_rows(packed, width)
+        last = block[-1].double()
+        mass = float(last[-1])
+        if not mass > 0:
+            raise UsageError(f"a ridge regression needs rows, got {mass:g} of them by weight")
+        mean, square = last[:-1] / mass, diagonal(packed, width)[:-1] / mass
+        variance = square - mean.square()
+        varies = variance > CONSTANT * square
+        return cls(mean, torch.where(varies, variance, 1.0).rsqrt() * varies, mass, cross[-1] / mass)
+
+    def rows(self, z: Tensor) -> Tensor:
+        """`x (B, M)` of `z (B, M)`, float64."""
+        return (z.to(self.mean) - self.mean) * self.inverse
+
+    def cross(self, cross: Tensor) -> Tensor:
+        """`Qₓ (M, C)` of `Q (M + 1, C)`."""
+        return (cross[:-1] - self.mean[:, None] * cross[-1]) * self.inverse[:, None]
+
+    @property
+    def energy(self) -> float:
+        """`Σ w ‖y − ȳ‖²`."""
+        return self.mass * float(1 - self.target.square().sum())
+
+    @property
+    def unit(self) -> float:
+        """`tr Gₓ / M`."""
+        return self.mass * float((self.inverse > 0).double().mean())
+
+    def fill(self, space: Tensor, packed: Tensor) -> None:
+        """Write the lower half of `Gₓ` into `space (M, M)`."""
+        m = len(self.mean)
+        for start, stop, block in block_rows(packed, m + 1):
+            end = min(stop, m)
+            rows = space[start:end, :end]
+            rows.copy_(block[: end - start, :end])
+            rows.addr_(self.mean[start:end], self.mean[:end], alpha=-self.mass)
+            rows.mul_(self.inverse[start:end, None]).mul_(self.inverse[:end])
 
 
 @dataclass(frozen=True)
@@ -142,10 +223,13 @@ class Factor:
         return total
 
 
-def factor(packed: Tensor, m: int, penalty: float) -> Factor:
+def factor(packed: Tensor, m: int, penalty: float, standard: Standard | None = None) -> Factor:
     """Cholesky's factor of `G + λI`, made in one dense workspace that becomes the factor.
 
     Where rounding has left the matrix not positive definite, `λ` is multiplied by ten, twelve times at most.
+
+    Args:
+        packed: packed `(m, m)`, or `(m + 1, m + 1)` with `standard`, where the factor is that of `Gₓ + λI`.
 
     Raises:
         UsageError: a penalty that is not a positive number.
@@ -153,11 +237,14 @@ def factor(packed: Tensor, m: int, penalty: float) -> Factor:
     """
     if not (penalty > 0 and math.isfinite(penalty)):
         raise UsageError(f"the penalty of a ridge regression is {penalty}; a positive number is expected")
-    space, info = packed.new_empty(m, m), torch.empty((), dtype=torch.int32, device=packed.device)
-    used = penalty
+    space = packed.new_empty(m, m, dtype=torch.float64)
+    info, used = torch.empty((), dtype=torch.int32, device=packed.device), penalty
     for _ in range(ESCALATIONS + 1):
-        for start, stop, block in block_rows(packed, m):
-            space[start:stop, :stop] = block
+        if standard is None:
+            for start, stop, block in block_rows(packed, m):
+                space[start:stop, :stop] = block
+        else:
+            standard.fill(space, packed)
         space.diagonal().add_(used)
         # LAPACK wants columns: the lower triangle of rows is the upper one of columns. Only `out` being the very
         # input, in this layout, is factored without a copy.
@@ -233,6 +320,7 @@ def primal(
     penalty: float,
     *,
     sample: Sample | None = None,
+    standard: Standard | None = None,
     probes: int = 48,
 ) -> Fit:
     """The fit from sums: one factorisation.
@@ -244,13 +332,17 @@ def primal(
     directions without rows, and the error of an estimate of that would be larger than what is left of `n ρ`: then
     `T` is computed. It cancels in the derivatives, which stay estimates, to some per cent.
 
+    With `standard` rows and targets are centred: all of the above is of `x` and `y − ȳ`, and the intercept takes one
+    degree of freedom, so `n ρ = n − 1 − M + λT`.
+
     Args:
-        packed: `G`, packed `(M, M)`.
-        cross: `Q (M, C)`, float64.
+        packed: `G`, packed `(M, M)`; with `standard` `(M + 1, M + 1)`.
+        cross: `Q (M, C)`, float64; with `standard` `(M + 1, C)`.
         count: `n`, the number of rows.
-        energy: `Σ w ‖y‖²`, the sum of the weights.
+        energy: `Σ w ‖y‖²`, the sum of the weights; with `standard` it says itself what it is.
         penalty: `λ`; escalated where `factor` does.
-        sample: rows by which the error is corrected.
+        sample: rows by which the error is corrected; `z`, not standardised.
+        standard: how rows are standardised; the weights are those of `x`.
         probes: vectors of signs.
 
     Raises:
@@ -259,8 +351,10 @@ def primal(
     """
     if not (count > 0 and energy > 0):
         raise UsageError(f"a ridge regression needs rows, got {count:g} of summed weight {energy:g}")
+    if standard is not None:
+        cross, energy = standard.cross(cross), standard.energy
     m, classes = cross.shape
-    made = factor(packed, m, penalty)
+    made = factor(packed, m, penalty, standard)
     used = made.penalty
     if m <= EXACT:
         signs, share = torch.eye(m, dtype=torch.float64), 1.0
@@ -278,9 +372,9 @@ def primal(
     third, inverse3 = _squares(more, classes, share)
     fourth = float(last.square().sum())
     exact = made.inverse_trace() if m > EXACT and count < NEAR * m else inverse
-    left = count - m + used * exact
+    left = count - (standard is not None) - m + used * exact
     freedom = count - left
-    if left < 1e-3 * count:
+    if left < 1e-3 * count or not energy > 0:  # one class alone leaves nothing to be told
         return Fit(weights, used, math.inf, -1.0, 0.0, min(freedom, 0.999 * count), made)
     missed = max(energy - explained, 1e-12 * energy)
     residual = max(missed - used * norm, 1e-12 * energy)
@@ -289,11 +383,13 @@ def primal(
     v = _curve(used, residual, 2 * used * third, 2 * third - 6 * used * fourth) / spared / spared
     odds = _odds(energy, u, v)
     if odds is not None and sample is not None:
-        odds = odds + _correction(made, weights, last, spared, sample)
+        odds = odds + _correction(made, weights, last, spared, sample, standard)
     return Fit(weights, used, *_error(odds), freedom, made)
 
 
-def _correction(made: Factor, weights: Tensor, inverse: Tensor, spared: _Curve, sample: Sample) -> _Curve:
+def _correction(
+    made: Factor, weights: Tensor, inverse: Tensor, spared: _Curve, sample: Sample, standard: Standard | None
+) -> _Curve:
     """Log odds of a sample's exact error less those of its approximate one; `inverse` is `A⁻¹ W`,
     `spared` is `ρ`.
 
@@ -301,18 +397,22 @@ def _correction(made: Factor, weights: Tensor, inverse: Tensor, spared: _Curve, 
     """
     rows, own = sample.rows, sample.weights[:, None]
     hot = _one_hot(sample.targets, weights.shape[1]).to(weights)
+    if standard is not None:
+        rows, hot = standard.rows(rows), hot - standard.target
     half = made.forward(rows.mT)
     full = made.backward(half)
     more = made.forward(full)
     powers = [part.square().sum(0)[:, None] for part in (half, full, more)]
     missed = _curve(made.penalty, hot - rows @ weights, rows @ inverse, -2 * full.mT @ inverse)
-    left = _curve(made.penalty, (1 - own * powers[0]).clamp(min=1e-12), own * powers[1], -2 * own * powers[2])
-    sums = [own.sum()[None]]
+    always = 0.0 if standard is None else 1 / standard.mass  # what the intercept takes from each row
+    kept = (1 - own * (powers[0] + always)).clamp(min=1e-12)
+    left = _curve(made.penalty, kept, own * powers[1], -2 * own * powers[2])
+    sums = [(own if standard is None else own * hot.square()).sum()[None]]
     for out in (missed / left, missed / spared):
         for curve in (out * hot, out * out):
             sums.append(torch.stack([(own * part).sum() for part in (curve.value, curve.first, curve.second)]))
     energy, *parts = sample.total(torch.cat(sums)).tolist()
-    if energy == 0:
+    if energy <= 0:
         return _Curve(0.0)
     exact, rough = (_odds(energy, _Curve(*parts[i : i + 3]), _Curve(*parts[i + 3 : i + 6])) for i in (0, 6))
     if exact is None or rough is None:
@@ -331,12 +431,15 @@ class Dual:
         targets: `(n,)`, int64, below `classes`.
         classes: `C`.
         weights: `(n,)`, positive; None for 1.
+        standard: how these rows are standardised; then targets are centred too, and weights are those of `x`.
 
     Raises:
         UsageError: no rows, rows that are not finite, a target out of range, or a weight that is not positive.
     """
 
-    def __init__(self, rows: Tensor, targets: Tensor, classes: int, weights: Tensor | None):
+    def __init__(
+        self, rows: Tensor, targets: Tensor, classes: int, weights: Tensor | None, standard: Standard | None = None
+    ):
         count = len(rows)
         if count == 0 or not torch.isfinite(rows).all():
             raise UsageError(
@@ -344,14 +447,19 @@ class Dual:
             )
         if weights is not None and not bool((weights > 0).all()):
             raise UsageError("a ridge regression needs positive weights")
-        self.rows = rows.detach()
+        self.rows, self.standard = rows.detach(), standard
         scale = (
             torch.ones(count, dtype=torch.float64, device=rows.device) if weights is None else weights.double().sqrt()
         )
         self.scale = scale[:, None]
         """`√w (n, 1)`."""
         self.targets = _one_hot(targets, classes).to(self.scale)
-        """`(n, C)`."""
+        """`(n, C)`; with an intercept `y − ȳ`."""
+        self.always = torch.zeros_like(self.scale)
+        """`(n, 1)`: the share that the intercept takes from each row."""
+        if standard is not None:
+            self.targets = self.targets - standard.target
+            self.always = self.scale.square() / standard.mass
         kernel = self.scale.new_zeros(count, count)
         for _, part in self._columns():
             kernel.addmm_(part, part.mT)
@@ -363,7 +471,8 @@ class Dual:
     def fit(self, penalty: float) -> Fit:
         """The fit for one penalty.
 
-        With `α = (K + λI)⁻¹ √w Y`: `√w q = α / diag (K + λI)⁻¹`, for every row exactly.
+        With `α = (K + λI)⁻¹ √w Y`: `√w q = α / diag (K + λI)⁻¹`, for every row exactly. With an intercept the
+        denominator is less by `w / (λ Σ w)`.
 
         Raises:
             UsageError: a penalty that is not a positive number.
@@ -371,18 +480,19 @@ class Dual:
         inverse = self._inverse(penalty)
         powers = [inverse, -(inverse**2), 2 * inverse**3]
         squares = self.vectors.square()
-        own = _curve(penalty, *((squares @ power)[:, None] for power in powers))
+        less = [self.always / penalty, -self.always / penalty**2, 2 * self.always / penalty**3]
+        sure = [(squares @ power)[:, None] - one for power, one in zip(powers, less, strict=True)]
+        own = _curve(penalty, sure[0].clamp(min=1e-12 / penalty), *sure[1:])
         alphas = _curve(penalty, *(self.vectors @ (power[:, None] * self.turned) for power in powers))
         alpha, missed = alphas.value, alphas / own
-        odds = _odds(
-            float(self.scale.square().sum()),
-            (missed * (self.scale * self.targets)).sum(),
-            (missed * missed).sum(),
-        )
+        energy = float(self.scale.square().sum()) if self.standard is None else self.standard.energy
+        told = energy > 1e-12 * float(self.scale.square().sum())  # one class alone leaves nothing to be told
+        odds = _odds(energy, (missed * (self.scale * self.targets)).sum(), (missed * missed).sum()) if told else None
         weights = alpha.new_empty(self.rows.shape[1], alpha.shape[1])
         for start, part in self._columns():
             weights[start : start + part.shape[1]] = part.mT @ alpha
-        return Fit(weights, penalty, *_error(odds), float((self.values * inverse).sum()))
+        freedom = float((self.values * inverse).sum()) + (self.standard is not None)
+        return Fit(weights, penalty, *_error(odds), freedom)
 
     def leave_one_out(self, penalty: float) -> Tensor:
         """What each row's scores `(n, C)` were if it alone had not been learned: exact (PRESS, Allen 1974).
@@ -392,9 +502,9 @@ class Dual:
         """
         inverse = self._inverse(penalty)
         alpha = self.vectors @ (inverse[:, None] * self.turned)
-        own = self.vectors.square() @ inverse
-        held_out: Tensor = self.targets - alpha / own[:, None] / self.scale
-        return held_out
+        own = (self.vectors.square() @ inverse)[:, None] - self.always / penalty
+        held_out: Tensor = self.targets - alpha / own.clamp(min=1e-12 / penalty) / self.scale
+        return held_out if self.standard is None else held_out + self.standard.target
 
     def _inverse(self, penalty: float) -> Tensor:
         """Eigenvalues `(n,)` of `(K + λI)⁻¹`."""
@@ -406,10 +516,21 @@ class Dual:
     def _columns(self) -> Iterator[tuple[int, Tensor]]:
         """`√w H` some columns at a time, float64, each with where it starts."""
         for start in range(0, self.rows.shape[1], ROWS):
-            yield start, self.rows[:, start : start + ROWS].to(self.scale) * self.scale
+            part = self.rows[:, start : start + ROWS].to(self.scale)
+            if self.standard is not None:
+                columns = slice(start, start + part.shape[1])
+                part = (part - self.standard.mean[columns]) * self.standard.inverse[columns]
+            yield start, part * self.scale
 
 
-def leave_one_out(factor: Factor, weights: Tensor, rows: Tensor, targets: Tensor, row_weights: Tensor | None) -> Tensor:
+def leave_one_out(
+    factor: Factor,
+    weights: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    row_weights: Tensor | None,
+    standard: Standard | None = None,
+) -> Tensor:
     """Scores `(B, C)` of rows that are part of the sums, as if each alone were not: `(z − s y) / (1 − s)` with
     `s = w hᵀA⁻¹h`, exact (PRESS, Allen 1974).
 
@@ -419,13 +540,18 @@ def leave_one_out(factor: Factor, weights: Tensor, rows: Tensor, targets: Tensor
         rows: `(B, M)` of any floating type.
         targets: `(B,)`, int64.
         row_weights: `(B,)`, None for 1.
+        standard: how rows are standardised, where weights are those of `x`; `s` is `w (xᵀA⁻¹x + 1/Σw)` then.
 
     Raises:
         UsageError: a target out of range.
     """
     hot = _one_hot(targets, weights.shape[1]).to(weights)
+    if standard is not None:
+        rows = standard.rows(rows)
     scores = torch.cat([part.to(weights) @ weights for part in rows.split(ROWS)])
     share = factor.leverage(rows)
+    if standard is not None:
+        scores, share = scores + standard.target, share + 1 / standard.mass
     if row_weights is not None:
         share = share * row_weights.to(share)
     share = share.clamp(max=1 - 1e-12)[:, None]

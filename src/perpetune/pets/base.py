@@ -379,12 +379,17 @@ def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
         yield from walk(child, f"{path}.{name}" if path else name)
 
 
-def _slot_at(root: nn.Module, path: str) -> Slot:
-    """The slot at `path`, made when there is none yet."""
+def outermost(root: nn.Module, path: str) -> nn.Module:
+    """What is called where `path` leads: the slot, where one stands there, else the submodule itself."""
     parent, _, leaf = path.rpartition(".")
     around = submodule(root, parent)
     assert around is not None
-    module = around.get_submodule(leaf)
+    return around.get_submodule(leaf)
+
+
+def _slot_at(root: nn.Module, path: str) -> Slot:
+    """The slot at `path`, made when there is none yet."""
+    module = outermost(root, path)
     if isinstance(module, Slot):
         return module
     slot = Slot(module).train(module.training)
