@@ -26,7 +26,8 @@ from perpetune.recipe import Recipe, load_recipe
 from perpetune.report import compare, write_comparison
 from perpetune.report.headroom import changes
 
-UNUSED = ("train={}", "online=false")  # by what trains nothing, so that such runs of several recipes are one
+# What trains nothing is the same for all recipes of one stream: the head's own defaults, and no settings of training.
+SAME = ("head=ridge", "head.projection=0", "train={}", "online=false")
 
 
 def variants(name: str, given: Sequence[str], taps: int | None) -> list[Recipe]:
@@ -37,8 +38,8 @@ def variants(name: str, given: Sequence[str], taps: int | None) -> list[Recipe]:
     def made(ending: str, made_by: Sequence[str]) -> Recipe:
         return load_recipe(name, [*given, *made_by, f"name={base.name}-{ending}"])
 
-    found = [made("control", [*changes("control", content, None), *UNUSED])]
-    found += [made("taps", [*changes("frozen taps", content, taps), *UNUSED])] if taps else []
+    found = [made("control", [*changes("control", content, None), *SAME])]
+    found += [made("taps", [*changes("frozen taps", content, taps), *SAME])] if taps else []
     found += [load_recipe(name, [*given, "evaluate.oracle=true"])]
     joint = changes("joint", content, None)
     own = [f"backbone.{key}=null" for key in ("tokens", "taps") if content["backbone"].get(key) is not None]
