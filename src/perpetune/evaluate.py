@@ -13,6 +13,7 @@ from perpetune.errors import Interrupted, UsageError
 from perpetune.methods.base import Method
 from perpetune.models.texts import Messages, Text
 from perpetune.numerics.text_scores import score_of
+from perpetune.oracle import Oracle
 from perpetune.tasks import Batch, Task, evaluation_batches, load_batches, questions
 
 Setting = Literal["class", "domain", "task"]
@@ -20,7 +21,9 @@ PROBE = 32  # test images of a task by which the drift of its features is measur
 
 
 @torch.no_grad()
-def evaluate(method: Method, task: Task, *, setting: Setting, batch_size: int) -> dict[str, Any] | None:
+def evaluate(
+    method: Method, task: Task, *, setting: Setting, batch_size: int, oracle: Oracle | None = None
+) -> dict[str, Any] | None:
     """Counts of right predictions on the task's test data, asked without their answers; None when it has none.
 
     Only with `setting="task"` are the scores of classes outside the task left out, and this is done
@@ -29,7 +32,8 @@ def evaluate(method: Method, task: Task, *, setting: Setting, batch_size: int) -
     Returns:
         `{"correct": int, "total": int, "per_class": {name: [correct, total]}}`, with `"others"`, right predictions of
         the method's other ways to answer, and `"gauges"`, means of its gauges, by name, where it has any. Where answers
-        are free texts, `correct` is the sum of their scores in [0, 1], and `"score"` names what scored them.
+        are free texts, `correct` is the sum of their scores in [0, 1], and `"score"` names what scored them. With an
+        `oracle` there is `"oracle"`, its right predictions and what kind of head it is.
     """
     if task.test is None or len(task.test) == 0:
         return None
@@ -41,6 +45,8 @@ def evaluate(method: Method, task: Task, *, setting: Setting, batch_size: int) -
     others: dict[str, Tensor] = {}
     gauges: dict[str, Tensor] = {}
     way: str | None = None
+    diagnosis = None if oracle is None else (oracle, _Choices(oracle, task, setting))
+    seen = torch.zeros((), dtype=exact, device=run.device)
     for batch in evaluation_batches(questions(task.test), batch_size, run):
         with run.autocast():
             answers = method.answers(batch.inputs)
@@ -51,6 +57,10 @@ def evaluate(method: Method, task: Task, *, setting: Setting, batch_size: int) -
             others[name] = judge(scores, batch).to(exact).sum() + others.get(name, 0)
         for name, values in answers.gauges.items():
             gauges[name] = values.to(exact).sum() + gauges.get(name, 0)
+        if diagnosis is not None:
+            with run.autocast():
+                scores = diagnosis[0](batch.inputs)
+            seen += diagnosis[1](scores, batch).to(exact).sum()
         signum = run.stop_requested(due=False)
         if signum is not None:
             raise Interrupted(f"stopped while task {task.name} was evaluated", signum)
@@ -70,6 +80,8 @@ def evaluate(method: Method, task: Task, *, setting: Setting, batch_size: int) -
     if names[1]:
         sums = {name: float(run.sum(gauges.get(name, zero))) for name in names[1]}
         cell["gauges"] = {name: round(value / total, 6) for name, value in sums.items()}
+    if oracle is not None:
+        cell["oracle"] = {"correct": _count(float(run.sum(seen))), "head": oracle.name}
     return cell
 
 
@@ -78,7 +90,7 @@ class _Choices:
 
     score: str | None = None
 
-    def __init__(self, method: Method, task: Task, setting: Setting):
+    def __init__(self, method: Method | Oracle, task: Task, setting: Setting):
         known, device = method.classes, task.runtime.device
         row = {name: i for i, name in enumerate(known)}
         self.rows = torch.tensor([row.get(name, -1) for name in task.classes], device=device)  # -1: never predicted

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from perpetune import oracle
 from perpetune.build import build_backbone, build_method, build_runtime
 from perpetune.data.pictures import as_rgb, load_picture
 from perpetune.data.sources import Source
@@ -96,6 +97,8 @@ class Learner:
         elif not isinstance(recipe, Recipe):
             recipe = load_recipe(recipe)
         recipe = recipe.anchored()
+        if recipe.evaluate.oracle and recipe.data is None:
+            raise UsageError(oracle.NO_OLD_DATA)
         self._temporary = None if folder else tempfile.TemporaryDirectory(prefix="perpetune-")
         path = Path(folder) if folder else Path(str(self._temporary and self._temporary.name)) / recipe.name
         self._build(recipe, progress)
@@ -146,6 +149,7 @@ class Learner:
         self.backbone = build_backbone(recipe)
         self._fingerprint = self.backbone.fingerprint()
         self.method = build_method(recipe, self.backbone).to(self.runtime.device)
+        self._oracle_note = oracle.check(recipe, self.method) if recipe.evaluate.oracle else None
         self._new = snapshot(self.method)
         self._learned = ""  # the last task folder that is part of `method`
         self._halfway = False  # whether `method` was left inside a task
@@ -177,6 +181,8 @@ class Learner:
         with self._writing(tasks=count):
             for warning in stream.warnings:
                 self.runtime.progress.note(warning)
+            if self._oracle_note:
+                self.runtime.progress.note(self._oracle_note)
             done = len(self.state.committed)
             steps = (self._tasks.of_stream(i, self.state.committed) for i in range(done, count))
             run(self.method, steps, self.state)
@@ -205,6 +211,8 @@ class Learner:
                 f"method: {self.recipe.method.name} needs the data of all tasks, and an update has only its own: use "
                 "`perpetune run`, or another method"
             )
+        if self.recipe.evaluate.oracle:
+            raise UsageError(oracle.NO_OLD_DATA)
         index = len(self.state.committed)
         if self.recipe.data is not None and index < (planned := self._planned()):
             raise UsageError(

@@ -99,6 +99,9 @@ class PetSection(Choice):
 
 class EvaluateSection(Section):
     batch_size: Annotated[int, Field(ge=1)] = 64
+    oracle: bool | Literal["last"] = False
+    """Also solve the head on all training data so far, a diagnosis of the features: after every task, or after the
+    last alone. It costs one more pass over all these data each time."""
 
 
 class RunSection(Section):

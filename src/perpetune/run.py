@@ -16,6 +16,7 @@ from safetensors.torch import save
 from perpetune.errors import Interrupted
 from perpetune.evaluate import Setting, evaluate, probe
 from perpetune.methods.base import Method
+from perpetune.oracle import Oracle, solve
 from perpetune.results import read_results
 from perpetune.runtime import Runtime, unguarded
 from perpetune.snapshot import read_tensors
@@ -35,12 +36,15 @@ class Step:
             accuracy before learning means something (forward transfer).
         document: what is stored of the task beside its name: sizes, data, fingerprint, bad files.
         reference: data without labels, protected before the task is learned; for the first task.
+        seen: all tasks so far, this one too, with their training data: what the oracle head is solved on afterwards
+            (`evaluate.oracle`), which the method never sees; empty without it.
     """
 
     task: Task
     others: Sequence[Task]
     document: Mapping[str, Any]
     reference: Examples | None = None
+    seen: Sequence[Task] = ()
 
 
 def run(method: Method, steps: Iterable[Step], state: State) -> None:
@@ -71,7 +75,9 @@ def learn_task(method: Method, step: Step, state: State) -> None:
     began = time.perf_counter()
     certificates = learn_protected(method, task, step.reference, recipe.evaluate.batch_size)
     learned = time.perf_counter()
-    cells = measure(method, [*step.others, task], recipe.setting, recipe.evaluate.batch_size)
+    oracle = solve(method, step.seen, recipe) if step.seen else None
+    solved = time.perf_counter()
+    cells = measure(method, [*step.others, task], recipe.setting, recipe.evaluate.batch_size, oracle)
     features, drift = _drift(method, step, state)
     evaluated = time.perf_counter()
     seconds = run.checkpoints.seconds + learned - began
@@ -79,6 +85,7 @@ def learn_task(method: Method, step: Step, state: State) -> None:
         "learn_s": round(seconds, 3),
         "protect_s": round(sum(c.pop("seconds") for c in certificates), 3),  # a part of `learn_s`
         "evaluate_s": round(evaluated - learned, 3),
+        **({"oracle_s": round(solved - learned, 3)} if oracle else {}),  # a part of `evaluate_s`
         "images": run.checkpoints.images,
         "images_per_s": round(run.checkpoints.images / seconds, 2) if run.checkpoints.images else None,
         **_tokens(run.checkpoints.tokens, seconds),
@@ -167,9 +174,11 @@ def _observe(method: Method, batch: Batch, run: Runtime) -> None:
         method.observe(batch.inputs)
 
 
-def measure(method: Method, tasks: Iterable[Task], setting: Setting, batch_size: int) -> dict[str, Any]:
+def measure(
+    method: Method, tasks: Iterable[Task], setting: Setting, batch_size: int, oracle: Oracle | None = None
+) -> dict[str, Any]:
     """Counts on the test data of each task, by its name; None where it has none."""
-    return {t.name: evaluate(method, t, setting=setting, batch_size=batch_size) for t in tasks}
+    return {t.name: evaluate(method, t, setting=setting, batch_size=batch_size, oracle=oracle) for t in tasks}
 
 
 def _drift(method: Method, step: Step, state: State) -> tuple[dict[str, bytes], dict[str, float]]:

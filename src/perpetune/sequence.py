@@ -62,7 +62,12 @@ class TaskSequence:
             others.append(self._of_stream(index + 1))  # its accuracy before it is learned: forward transfer
         warnings = self.stream.warnings if index == 0 else []
         document = _document(task, STREAM, data.fingerprint, data.bad, warnings)
-        return Step(task, others, document, self._first(index))
+        return Step(task, others, document, self._first(index), self._seen(index))
+
+    def _seen(self, index: int) -> list[Task]:
+        """The tasks up to `index` with their training data, where the oracle head is to be solved on them after it."""
+        wanted, last = self.recipe.evaluate.oracle, index + 1 == len(self.stream.tasks)
+        return [self._of_stream(i) for i in range(index + 1)] if wanted is True or (wanted and last) else []
 
     def given(self, data: Data, index: int, name: str, holdout: float) -> tuple[Task, dict[str, Any]]:
         """The task that an update brings, and what is stored of it; `data` and `holdout` as in `Learner.learn`."""

@@ -41,6 +41,15 @@ def run(
         str | None, typer.Option(metavar="N|A,B,…", help="Run each recipe with seeds 0 to N-1, or with those named.")
     ] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="How many of several runs go on at a time.")] = None,
+    oracle: Annotated[
+        bool,
+        typer.Option(
+            "--oracle",
+            help="Also report the head solved on all old data, as a diagnosis of the features. After each task this "
+            "costs a pass over the training data of all tasks so far; after the last task alone: "
+            "--set evaluate.oracle=last.",
+        ),
+    ] = False,
     device: Device = None,
     change: Set = None,
     quiet: Quiet = False,
@@ -56,6 +65,7 @@ def run(
     changes = list(change or [])
     changes += [f"seed={seed}"] if seed is not None else []
     changes += [f"run.device={device}"] if device is not None else []
+    changes += ["evaluate.oracle=true"] if oracle else []
     if not recipes:
         seeds = DEMO_SEEDS if seeds is None and seed is None else seeds
         jobs = jobs or min(4, os.cpu_count() or 1)
@@ -85,7 +95,7 @@ def _run_several(
 ) -> None:
     from perpetune.cli.common import print_json
     from perpetune.cli.jobs import finished, plan, run_all
-    from perpetune.cli.live import RunLines, show_comparison
+    from perpetune.cli.live import RunLines, show_comparison, show_headroom
     from perpetune.report import compare, write_comparison
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -117,6 +127,7 @@ def _run_several(
         else:
             show_comparison(table)
             print(f"comparison: {written[0]}")
+            show_headroom(table["headroom"])
     failed = [job for job in planned if job.failure is not None]
     for job in failed:
         print(f"perpetune: {job.folder}: {job.failure}", file=sys.stderr)

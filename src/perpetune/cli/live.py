@@ -13,6 +13,7 @@ from rich.text import Text
 
 from perpetune.report import form
 from perpetune.report.compare import Comparison
+from perpetune.report.headroom import Headroom, missing_lines
 from perpetune.report.protected import newly_full
 from perpetune.report.tables import learn_seconds
 from perpetune.report.terminal import (
@@ -20,6 +21,7 @@ from perpetune.report.terminal import (
     detail_lines,
     effects_text,
     figures_line,
+    headroom_table,
     matrix_table,
     row_line,
     short_line,
@@ -147,3 +149,19 @@ def show_comparison(comparison: Comparison) -> None:
         console.print(effects_text(comparison))
     for note in comparison["notes"]:
         console.print(Text(f"note: {note}", style="yellow"))
+
+
+def show_headroom(found: Sequence[Headroom]) -> None:
+    """What there was to win over doing nothing, which run is missing to know it, and in the last lines who won how
+    much."""
+    console = Console(highlight=False)
+    for one in found:
+        if one["headroom"]["n"]:
+            console.print(headroom_table(one))
+    for one in found:
+        for text, command in missing_lines(one):
+            console.print(Text(text + (":" if command else ""), style="yellow"))
+            if command:
+                print(f"  {command}")
+    for one in found:
+        console.print(Text(one["told"]))

@@ -14,20 +14,32 @@ from perpetune.cli.learn import Json, Set, StateFolder
 def report(
     state: StateFolder,
     out: Annotated[Path | None, typer.Option(help="Folder to write to; the state folder by default.")] = None,
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="RUN", help="Adds the headroom with this run, or all runs in this folder; may stand several times."
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Write report.html, report.md and report.json."""
     from perpetune.cli.common import print_json
-    from perpetune.report import write_report
+    from perpetune.report import headroom_beside, write_report
     from perpetune.results import read_results
     from perpetune.state import State
 
     results = read_results(State(state))
-    written = write_report(results, out or state)
+    others = [path for given in beside or () for path in _runs(given) if path.resolve() != state.resolve()]
+    found = headroom_beside((str(state), results), [(str(path), _results(path)) for path in others]) if beside else []
+    written = write_report(results, out or state, found)
     if json:
-        print_json(results)
-    else:
-        print("\n".join(str(path) for path in written))
+        print_json({**results, "headroom": found} if beside else results)
+        return
+    print("\n".join(str(path) for path in written))
+    if beside:
+        from perpetune.cli.live import show_headroom
+
+        show_headroom(found)
 
 
 def log(state: StateFolder, json: Json = False) -> None:
@@ -55,7 +67,7 @@ def compare(
     Comparisons that lie among them are passed over: FOLDER/* is all runs in FOLDER.
     """
     from perpetune.cli.common import print_json
-    from perpetune.cli.live import show_comparison
+    from perpetune.cli.live import show_comparison, show_headroom
     from perpetune.report import compare as compare_runs
     from perpetune.report import is_comparison, write_comparison
 
@@ -68,6 +80,7 @@ def compare(
         show_comparison(table)
         for path in written:
             print(path)
+        show_headroom(table["headroom"])
 
 
 def methods(json: Json = False) -> None:
@@ -188,6 +201,14 @@ def _facts(event: dict[str, Any]) -> str:
             value = " ".join(str(value[k]) for k in ("name", "path") if value.get(k)) or "Python"
         told.append(f"{key} {', '.join(value) if isinstance(value, list) else value}")
     return ", ".join(told)
+
+
+def _runs(path: Path) -> list[Path]:
+    """The run that `path` is, or the state folders in it."""
+    if path.is_file() or (path / "recipe.yaml").is_file():
+        return [path]
+    found = sorted(folder for folder in path.glob("*") if (folder / "recipe.yaml").is_file())
+    return found or [path]  # what is wrong with it is told where it is read
 
 
 def _results(path: Path) -> dict[str, Any]:

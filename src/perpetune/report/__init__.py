@@ -6,7 +6,7 @@ Everything here starts from one plain dict, the results document (`results_schem
 from __future__ import annotations
 
 from perpetune.report.compare import compare
-from perpetune.report.page import is_comparison, write_comparison, write_report
+from perpetune.report.page import headroom_beside, is_comparison, write_comparison, write_report
 from perpetune.report.results_schema import Results, checked
 
-__all__ = ["Results", "checked", "compare", "is_comparison", "write_comparison", "write_report"]
+__all__ = ["Results", "checked", "compare", "headroom_beside", "is_comparison", "write_comparison", "write_report"]

@@ -14,6 +14,12 @@ MEANING = (
     "The method can answer in several ways; each was tried on the same test data. The first is its answer, of which "
     "all other figures here are."
 )
+ORACLE = "oracle head (diagnosis)"
+ORACLE_MEANING = (
+    "The oracle head is a diagnosis and no result of the method: after training it was solved on the training data of "
+    "all tasks so far, which the method does not keep, with the features as they are now. What it gains over the "
+    "answer is what the method’s own head misses; what it gains over a frozen model is what tuned features are worth."
+)
 GAUGES = (
     "How the answer came about: the mean over the test data of the task just learned, and of the earlier tasks "
     "(each task counts alike), after each task."
@@ -39,14 +45,31 @@ class GaugeRow:
 
 
 def names(results: Mapping[str, Any]) -> list[str]:
-    """The ways to answer beside the answer itself, in the order in which they first occur."""
-    return list(dict.fromkeys(name for row in results["cells"] for cell in row if cell for name in _others(cell)))
+    """The ways to answer beside the answer itself, in the order in which they first occur; the oracle head last."""
+    found = dict.fromkeys(name for row in results["cells"] for cell in row if cell for name in _others(cell))
+    return sorted(found, key=lambda name: name == ORACLE)
+
+
+def meaning(results: Mapping[str, Any]) -> str:
+    """What the ways to answer are; empty where there is no other."""
+    found = names(results)
+    parts = [MEANING] if set(found) - {ORACLE} else []
+    if ORACLE in found:
+        own = oracle_head(results)
+        trained = f" Head {_head(results)} is trained, not solved: the oracle is head {own} with its default options."
+        parts += [ORACLE_MEANING + (trained if own != _head(results) else "")]
+    return " ".join(parts)
+
+
+def oracle_head(results: Mapping[str, Any]) -> str | None:
+    """The kind of the oracle head; None without one."""
+    return next((c["oracle"]["head"] for row in results["cells"] for c in row if c and "oracle" in c), None)
 
 
 def own_name(results: Mapping[str, Any]) -> str:
     """What the answer is called beside the others: as its method says, which older results do not tell."""
     told = next((cell["way"] for row in results["cells"] for cell in row if cell and cell.get("way")), None)
-    return told or ("mixed" if len(names(results)) > 1 else "answer")
+    return told or ("mixed" if len(set(names(results)) - {ORACLE}) > 1 else "answer")
 
 
 def answered(results: Results, name: str) -> Results:
@@ -99,7 +122,13 @@ def gauges_told(results: Mapping[str, Any]) -> list[str]:
 
 def _others(cell: Mapping[str, Any]) -> Mapping[str, float]:
     others: Mapping[str, float] = cell.get("others", {})
-    return others
+    return {**others, ORACLE: cell["oracle"]["correct"]} if "oracle" in cell else others
+
+
+def _head(results: Mapping[str, Any]) -> str:
+    """The recipe's choice of a head."""
+    head = results["recipe"].get("head")
+    return str(head.get("name") if isinstance(head, Mapping) else head)
 
 
 def _cell(cell: Mapping[str, Any], name: str) -> Cell | None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypedDict
 
 from perpetune.errors import UsageError
 from perpetune.report import answers, drift, form, protected, tables
 from perpetune.report.effects import Effect, answer_effect, effects
+from perpetune.report.headroom import Headroom, headrooms
 from perpetune.report.results_schema import Results, TaskInfo, checked
 from perpetune.report.spread import Spread, spread
 
@@ -66,6 +68,7 @@ class Comparison(TypedDict):
         settings: dotted keys of the settings in which the recipes differ.
         best: for each figure the numbers of the best rows; empty where rows cannot be ranked.
         effects: of each setting in which rows differ and differ alone, what it changes.
+        headroom: of each stream and backbone with a control or a joint run, what there is to win and who wins it.
         notes: reasons why rows should not be read against each other as they stand.
         measure: `score` where the answers of any run are scored, else `accuracy`.
     """
@@ -76,6 +79,7 @@ class Comparison(TypedDict):
     settings: list[str]
     best: dict[str, list[int]]
     effects: list[Effect]
+    headroom: list[Headroom]
     notes: list[str]
 
 
@@ -109,12 +113,15 @@ def compare(runs: Sequence[Mapping[str, Any]], names: Sequence[str] | None = Non
         for way in dict.fromkeys(name for run in runs_of_row for name in answers.names(run)):
             other = [answers.answered(run, way) for run in runs_of_row]
             rows.append(_way_row(_row(f"{label}: {way}", named, other, settings), way))
+            if way == answers.ORACLE:  # the method could not have answered so
+                continue
             ways, numbers = (way, answers.own_name(runs_of_row[0])), (len(rows) - 1, place)
             gain = answer_effect(ways, numbers, label if len(groups) > 1 else "", (other, runs_of_row))
             gains += [gain] if gain else []
     changes: list[Effect] = [
         {**effect, "rows": (places[effect["rows"][0]], places[effect["rows"][1]])} for effect in effects(members, flats)
     ]
+    sources = [_source(called[group[0]], results[group[0]]) for group in groups]
     counted = [i for i in range(len(results)) if i not in repeats]
     notes, rankable = _notes([results[i] for i in counted], [called[i] for i in counted])
     notes += [
@@ -130,8 +137,15 @@ def compare(runs: Sequence[Mapping[str, Any]], names: Sequence[str] | None = Non
         "settings": settings,
         "best": best,
         "effects": [*changes, *gains],
+        "headroom": headrooms(members, labels, [[called[i] for i in group] for group in groups], sources),
         "notes": notes,
     }
+
+
+def _source(called: str, run: Results) -> str:
+    """What `perpetune run` takes to run it again: the recipe in its state folder, or by its name."""
+    places = (Path(called) / "recipe.yaml", Path(called).parent / "recipe.yaml")
+    return next((str(place) for place in places if place.is_file()), str(run["recipe"].get("name", run["name"])))
 
 
 def _flat(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -260,7 +274,8 @@ def _pointwise(series: Sequence[Sequence[float | None]]) -> list[Spread]:
 
 def _best(rows: Sequence[ComparisonRow], key: str) -> list[int]:
     sign = -1 if key in LOWER_IS_BETTER else 1
-    means = [(sign * mean, i) for i, row in enumerate(rows) if (mean := row["metrics"][key]["mean"]) is not None]
+    results = [(i, row["metrics"][key]["mean"]) for i, row in enumerate(rows) if row["way"] != answers.ORACLE]
+    means = [(sign * mean, i) for i, mean in results if mean is not None]
     if len(means) < 2:
         return []
     top = max(means)[0]

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Sequence
 
 from perpetune.report import answers, drift, form, protected, solved, tables, tree, view
 from perpetune.report.compare import Comparison
+from perpetune.report.headroom import Headroom
 from perpetune.report.matrix import matrix_table
 from perpetune.report.results_schema import Results
 
 
-def report(results: Results) -> str:
-    """`report.md` of one run."""
+def report(results: Results, found: Sequence[Headroom] = ()) -> str:
+    """`report.md` of one run; the headroom is of runs that lie beside it."""
     chosen, measure = tables.choices(results["recipe"]), tables.measure(results).capitalize()
     parts = [
         f"# {plain(results['name'])}",
@@ -23,6 +24,7 @@ def report(results: Results) -> str:
         *([plain(scored)] if (scored := view.measured(results)) else []),
         _matrix(results),
         *_answers(results),
+        *_headroom(found),
         *_heads(results),
         *_tree(results),
         *_protection(results),
@@ -69,8 +71,9 @@ def comparison(compared: Comparison) -> str:
     parts = [
         "# Comparison",
         "Mean ± sample standard deviation over n runs that differ only in the seed."
-        + (f" {view.WAYS}" if any(row["way"] is not None for row in compared["rows"]) else ""),
+        + (f" {plain(ways)}" if (ways := view.ways_told(compared["rows"])) else ""),
         table(heads, rows),
+        *_headroom(compared["headroom"]),
     ]
     if compared["effects"]:
         parts += [
@@ -157,7 +160,10 @@ def _answers(results: Results) -> list[str]:
     if ways:
         what = tables.measure(results)
         heads = ["way", f"final {what}, %", f"average {what}, %", "forgetting, points"]
-        parts += [answers.MEANING, table(heads, ([plain(name), *texts] for name, *texts in view.way_texts(ways)))]
+        parts += [
+            plain(answers.meaning(results)),
+            table(heads, ([plain(name), *texts] for name, *texts in view.way_texts(ways))),
+        ]
     if gauges:
         names = [plain(name) for name in answers.gauge_names(results)]
         heads = ["after", *(f"{name}, {of}" for name in names for of in ("new task", "earlier tasks"))]
@@ -167,6 +173,23 @@ def _answers(results: Results) -> list[str]:
         )
         parts += [plain(answers.GAUGES), table(heads, rows)]
     return ["## Ways to answer", *parts] if parts else []
+
+
+def _headroom(found: Sequence[Headroom]) -> list[str]:
+    section = view.headroom_section(found)
+    if section is None:
+        return []
+    parts = ["## Headroom", plain(section["meaning"])]
+    heads = ["part", "run", "head", "n", "final accuracy, %", "recovered, %", "of what frozen taps leave, %"]
+    for stream in section["streams"]:
+        rows = (
+            [f"**{role}**" if counts else role, plain(label), plain(details), *texts]
+            for role, counts, label, details, *texts in stream["rows"]
+        )
+        parts += [plain(stream["told"]), table(heads, rows)]
+        for text, command in stream["missing"]:
+            parts += [plain(text) + (":" if command else "")] + ([_fenced(command, "sh")] if command else [])
+    return parts
 
 
 def _heads(results: Results) -> list[str]:

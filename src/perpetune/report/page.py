@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from perpetune.files import write_file
 from perpetune.report import form, markdown, palette, tables, view
 from perpetune.report.compare import compare
+from perpetune.report.headroom import Headroom
 from perpetune.report.results_schema import checked
 
 if TYPE_CHECKING:
     import jinja2
 
 
-def write_report(results: Mapping[str, Any], folder: Path) -> list[Path]:
+def write_report(results: Mapping[str, Any], folder: Path, found: Sequence[Headroom] = ()) -> list[Path]:
     """Write `report.html`, `report.json` and `report.md` into `folder`; the paths in that order.
 
     The page opens offline: styles, drawings and the few lines of script are inside it. Each file is
@@ -26,18 +27,34 @@ def write_report(results: Mapping[str, Any], folder: Path) -> list[Path]:
     Args:
         results: a results document, see `results_schema.Results`.
         folder: made when it is not there.
+        found: the headroom of the run's stream, with other runs beside it (`headroom_beside`).
 
     Raises:
         StateError: `results` is not a results document.
     """
     run = checked(results)
-    derived = {"curves": asdict(tables.curves(run)), "classes": [asdict(row) for row in tables.class_rows(run)]}
+    derived: dict[str, Any] = {"headroom": list(found)} if found else {}
+    derived |= {"curves": asdict(tables.curves(run)), "classes": [asdict(row) for row in tables.class_rows(run)]}
     files = {
-        "report.html": _environment().get_template("report.html").render(view.report(run)),
+        "report.html": _environment().get_template("report.html").render(view.report(run, found)),
         "report.json": _json({**run, **derived}),
-        "report.md": markdown.report(run),
+        "report.md": markdown.report(run, found),
     }
     return _write(files, folder)
+
+
+def headroom_beside(
+    run: tuple[str, Mapping[str, Any]], others: Sequence[tuple[str, Mapping[str, Any]]]
+) -> list[Headroom]:
+    """The headroom of the stream that `run` learned, with the `others` beside it; empty where it has none.
+
+    Args:
+        run: what the user calls it and its results document.
+        others: the same of other runs, of whatever stream.
+    """
+    named = [run, *others]
+    found = compare([results for _, results in named], [name for name, _ in named])["headroom"]
+    return [one for one in found if run[0] in one["runs"]]
 
 
 def write_comparison(runs: Sequence[tuple[str, Mapping[str, Any]]], folder: Path, name: str = "compare") -> list[Path]:

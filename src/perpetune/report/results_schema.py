@@ -26,16 +26,25 @@ class TaskInfo(TypedDict):
     fingerprint: NotRequired[str]
 
 
+class OracleCell(TypedDict):
+    """Right answers of the head solved on all data so far, a diagnosis; `head` is its kind."""
+
+    correct: float
+    head: str
+
+
 class AnsweredCell(Cell):
     """Counts on one task, as `Cell`.
 
     Attributes:
         others: right answers (or the sum of scores) of other ways in which the method could have answered, by name.
         gauges: means of numbers that say how it came to its answer, by name.
+        oracle: with `evaluate.oracle`. It has seen all old data, so it is none of the method's ways to answer.
     """
 
     others: NotRequired[dict[str, float]]
     gauges: NotRequired[dict[str, float]]
+    oracle: NotRequired[OracleCell]
 
 
 class Facts(TypedDict):
@@ -57,13 +66,14 @@ class Moved(TypedDict):
 
 
 class Timing(TypedDict):
-    """Time and memory of one task: seconds, of which `protect_s` went into protecting it, images or other examples
-    trained on (all epochs), their tokens where they are texts, bytes."""
+    """Time and memory of one task: seconds, of which `protect_s` went into protecting it and `oracle_s` into solving
+    the oracle head, images or other examples trained on (all epochs), their tokens where they are texts, bytes."""
 
     task: int
     learn_s: float
     protect_s: NotRequired[float]
     evaluate_s: float
+    oracle_s: NotRequired[float]
     images: int
     images_per_s: float | None
     tokens: NotRequired[int]
@@ -188,6 +198,7 @@ def _check_cell(cell: AnsweredCell, where: str) -> None:
     if "score" in cell:
         return
     right = {"correct": cell["correct"], **{f"others.{name}": n for name, n in cell.get("others", {}).items()}}
+    right |= {"oracle": cell["oracle"]["correct"]} if "oracle" in cell else {}
     right |= {f"per_class.{name}": counts[0] for name, counts in cell["per_class"].items()}
     for name, n in right.items():
         if not float(n).is_integer():

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from perpetune.numerics.metrics import accuracies, final_accuracy
-from perpetune.report import answers, drift, form, protected, solved, tables, tree, view
+from perpetune.report import answers, drift, form, headroom, protected, solved, tables, tree, view
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -127,6 +127,24 @@ def effects_text(comparison: Mapping[str, Any]) -> Text:
     return Text(
         "\n".join([*lines[:SENTENCES], *([f"… and {more} more changes: see --out, --json"] if more > 0 else [])])
     )
+
+
+def headroom_table(one: headroom.Headroom) -> Table:
+    """The parts of a headroom and what each recovers of it; what counts as a part is bold."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, header_style="dim")
+    table.add_column("headroom", overflow="fold")
+    table.add_column("run", overflow="fold")
+    table.add_column("head", overflow="fold")
+    for heading in ("n", "final", "recovered", "of what taps leave"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in one["rows"]:
+        about = (Text(row["role"], "bold" if row["counts"] else ""), Text(row["label"]), Text(row["details"]))
+        table.add_row(*about, str(len(row["seeds"])), *headroom.texts(row))
+    return table
 
 
 def figures_line(results: Mapping[str, Any]) -> Text:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from perpetune.numerics.metrics import accuracies
-from perpetune.report import answers, drift, form, protected, solved, svg, tables, tree
+from perpetune.report import answers, drift, form, headroom, protected, solved, svg, tables, tree
 from perpetune.report.compare import Comparison, ComparisonRow
 from perpetune.report.effects import Effect
 from perpetune.report.matrix import READABLE, matrix_table
@@ -43,8 +43,8 @@ def setting(results: Results) -> str:
     return "task after task"
 
 
-def report(results: Results) -> dict[str, Any]:
-    """Values for `report.html`."""
+def report(results: Results, found: Sequence[headroom.Headroom] = ()) -> dict[str, Any]:
+    """Values for `report.html`; the headroom is of runs that lie beside this one."""
     measure = tables.measure(results)
     return {
         "run": results,
@@ -71,6 +71,7 @@ def report(results: Results) -> dict[str, Any]:
         "charts": _charts(results),
         "legend": _legend(results),
         "answers": _answers(results),
+        "headroom": headroom_section(found),
         "heads": _heads(results),
         "tree": _tree(results),
         "protection": _protection(results),
@@ -181,7 +182,7 @@ def _answers(results: Results) -> dict[str, Any] | None:
     lines = [svg.Line(way.name, way.curve, style) for way, style in zip(ways, styles, strict=False)]
     label = f"Mean {tables.measure(results)} on the tasks seen, by each way to answer"
     return {
-        "meaning": answers.MEANING if ways else "",
+        "meaning": answers.meaning(results),
         "ways": [(style, *texts) for style, texts in zip(styles, way_texts(ways), strict=False)],
         # The answer comes last, and so on top.
         "chart": svg.line_chart(lines[::-1], label, width=540, height=300, floor=0, top=1) if ways else None,
@@ -291,7 +292,8 @@ def comparison(compared: Comparison) -> dict[str, Any]:
         "told": effect_lines(compared["effects"], what),
         "changes": [effect_cells(effect) for effect in compared["effects"]],
         "beside": beside_figures(rows),
-        "ways": WAYS if any(row["way"] is not None for row in rows) else "",
+        "ways": ways_told(rows),
+        "headroom": headroom_section(compared["headroom"]),
         "settings": compared["settings"],
         "figures": [
             (key, label, note) for key, label, note, _ in figures(what) if any(row["metrics"][key]["n"] for row in rows)
@@ -308,6 +310,36 @@ def comparison(compared: Comparison) -> dict[str, Any]:
 
 
 WAYS = "A row such as “safe: slow” is what the row before it would be if its method had answered in that other way."
+
+
+def ways_told(rows: Sequence[ComparisonRow]) -> str:
+    """What the rows of other ways to answer, and of oracle heads, are; empty where there is none."""
+    ways = {row["way"] for row in rows}
+    parts = [WAYS] if ways - {None, answers.ORACLE} else []
+    return " ".join([*parts, *([answers.ORACLE_MEANING] if answers.ORACLE in ways else [])])
+
+
+def headroom_section(found: Sequence[headroom.Headroom]) -> dict[str, Any] | None:
+    """What the section on headroom shows; None without any."""
+    if not found:
+        return None
+    return {
+        "meaning": headroom.MEANING,
+        "streams": [
+            {
+                "of": one["of"],
+                "told": one["told"],
+                "rows": [
+                    (row["role"], row["counts"], row["label"], row["details"], len(row["seeds"]), *headroom.texts(row))
+                    for row in one["rows"]
+                ],
+                "missing": headroom.missing_lines(one),
+            }
+            for one in found
+        ],
+    }
+
+
 BESIDE = (  # columns of a comparison that only some runs have: key, heading in pages, note
     ("moved", "moved, worst site, %", "how far old outputs had moved at the end, at the worst site"),
     ("room", "room, %", "share of directions still free at the end"),
