@@ -36,7 +36,8 @@ NEAR = 1.25  # rows per column up to which n − df is exact: it may be small be
 EVALUATIONS = 8
 DECADE = math.log(10)
 CLOSE = 0.025  # penalties that are nearer, in logarithms, are the same
-CONSTANT = 1e-10  # variance, as a share of the mean square, up to which a column is its rounding errors
+# Variance, as a share of the mean square, up to which a column is the rounding errors of its sums.
+CONSTANT = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
 def packed_size(m: int) -> int:
@@ -137,7 +138,7 @@ class Standard:
             raise UsageError(f"a ridge regression needs rows, got {mass:g} of them by weight")
         mean, square = last[:-1] / mass, diagonal(packed, width)[:-1] / mass
         variance = square - mean.square()
-        varies = variance > CONSTANT * square
+        varies = variance > CONSTANT[packed.dtype] * square
         return cls(mean, torch.where(varies, variance, 1.0).rsqrt() * varies, mass, cross[-1] / mass)
 
     def rows(self, z: Tensor) -> Tensor:
