@@ -80,9 +80,7 @@ class Sums:
         return ridge.trace(self.packed, self.width) / self.width if standard is None else standard.unit
 
     def fit(self, penalty: float, sample: ridge.Sample | None = None) -> Fit:
-        return primal(
-            self.packed, self.cross, self.count, self.energy, penalty, sample=sample, standard=self.standard
-        )
+        return primal(self.packed, self.cross, self.count, self.energy, penalty, sample=sample, standard=self.standard)
 
     def seen(self, rows: Tensor) -> Tensor:
         """Rows as the weights of a fit meet them."""
@@ -487,7 +485,9 @@ def test_traces_are_estimated_within_two_percent(count: int, tolerance: float, s
         assert fit.factor is not None
         freedom = standard + 1500 - fit.penalty * float(torch.cholesky_inverse(fit.factor.lower).trace())
         assert fit.freedom == pytest.approx(freedom, rel=tolerance)
-        assert fit.error == pytest.approx(brute_error(rows, targets, 10, fit.penalty, standard=sums.standard), rel=tolerance)
+        assert fit.error == pytest.approx(
+            brute_error(rows, targets, 10, fit.penalty, standard=sums.standard), rel=tolerance
+        )
 
 
 @pytest.mark.parametrize("width", [1, 256, 300, 700])

@@ -30,7 +30,9 @@ METHODS: list[tuple[str, tuple[str, ...]]] = [
     ("treelora", ("head=ncm",)),
     ("joint", ("head=ridge",)),
 ]
-every_method = pytest.mark.parametrize(("method", "changes"), METHODS, ids=lambda v: v if isinstance(v, str) else "+".join(v))
+every_method = pytest.mark.parametrize(
+    ("method", "changes"), METHODS, ids=lambda v: v if isinstance(v, str) else "+".join(v)
+)
 
 
 @pytest.fixture(autouse=True)

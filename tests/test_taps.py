@@ -89,9 +89,7 @@ def net_of(kind: str) -> Net:
         return Net(backbone, list(micro.layers), micro.layernorm, 1, True)
     net: Any = shaken(hf_model(kind))
     registers = {"deit": 1, "dinov2_with_registers": 4}.get(kind, getattr(net.config, "num_register_tokens", 0))
-    backbone = Backbone(
-        net, spec=kind, dim=24, preprocess=Preprocess(16), forward=class_token, prefix=1 + registers
-    )
+    backbone = Backbone(net, spec=kind, dim=24, preprocess=Preprocess(16), forward=class_token, prefix=1 + registers)
     blocks = net.encoder.layer if kind.startswith("dinov2") else net.model.layer if "v3" in kind else net.layers
     return Net(backbone, list(blocks), net.norm if "v3" in kind else net.layernorm, 1 + registers, True)
 

@@ -346,7 +346,10 @@ def test_free_texts_are_told_before_anything_is_learned(kind: str, model: Path, 
         ({"head": "linear"}, "frozen trains nothing, so head linear would stay random"),
         ({"method": "safe", "head": "lm", "pet": "lora"}, "method safe is for a head of classes: use head: ridge"),
         ({"method": "olora", "pet": "lora"}, None),
-        ({"pet": "prompt", "method": "finetune"}, "pet: prompt adds tokens, which have no place in the order of a text"),
+        (
+            {"pet": "prompt", "method": "finetune"},
+            "pet: prompt adds tokens, which have no place in the order of a text",
+        ),
     ],
 )
 def test_what_goes_together(change: dict[str, Any], reason: str | None, model: Path, data: Path) -> None:
