@@ -317,7 +317,7 @@ def test_golden_value_of_standardised_rows() -> None:
     torch.testing.assert_close(head.centre, torch.tensor([2.0]))
     torch.testing.assert_close(head.offset, torch.tensor([1 / 3, 2 / 3]))
     wanted = float(head.scale) * torch.tensor([[1 / 3, 2 / 3]])
-    torch.testing.assert_close(head(torch.tensor([[2.0]])), wanted), "at the mean only the intercept is left"
+    torch.testing.assert_close(head(torch.tensor([[2.0]])), wanted, msg="at the mean only the intercept is left")
 
 
 @pytest.mark.parametrize("penalty", [1e-2, "chosen"])
