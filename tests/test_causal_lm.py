@@ -165,9 +165,27 @@ def test_the_gradient_does_not_feel_the_padding(backbone: Backbone) -> None:
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
 
 
-def test_a_head_of_classes_does_not_go_with_texts(backbone: Backbone) -> None:
-    with pytest.raises(UsageError, match="takes texts: use `head: lm`"):
-        Classifier(backbone, Linear(backbone.dim))
+@torch.no_grad()
+def test_a_head_of_classes_reads_the_features_of_questions(backbone: Backbone) -> None:
+    """It asks nothing of the output layer, and the answers that a language model would keep room for are none."""
+    view = view_of(backbone)
+    kept = view.chooses, view.room
+    try:
+        CausalLM(backbone, max_new_tokens=7)
+        model = Classifier(backbone, Linear(backbone.dim))
+        assert (view.chooses, view.room) == (False, 0)
+        asked = questions(backbone, *(Text(t.prompt, options=OPTIONS) for t in TEXTS))
+        assert asked.options is None
+        model.head.grow("abc", torch.Generator())
+        assert model.predict(asked).shape == (3, 3)
+        torch.testing.assert_close(model.predict(asked), model.head(CausalLM(backbone).features(asked)))
+    finally:
+        view.chooses, view.room = kept
+
+
+def test_the_output_layer_does_not_go_with_pictures() -> None:
+    with pytest.raises(UsageError, match="takes pictures, and this head is a model for texts: use `head: ridge`"):
+        CausalLM(load_backbone("perpetune:micro"))
 
 
 @torch.no_grad()

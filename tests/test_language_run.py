@@ -325,11 +325,14 @@ def test_zero_shot_is_the_same_after_every_task(folders: dict[str, Path], data: 
     [
         ({"pet": "none"}, "pet: none leaves nothing to train in a language model: use pet: lora, or method: frozen"),
         ({"pet": "none", "method": "joint"}, "pet: none leaves nothing to train"),
-        ({"method": "safe"}, "method safe is for pictures, and hf:.* takes texts"),
-        ({"method": "first_session"}, "method first_session is for pictures, and hf:.* takes texts"),
-        ({"head": "linear"}, "takes texts: use `head: lm`"),
-        ({"head": "ridge"}, "takes texts: use `head: lm`"),
-        ({"backbone": "perpetune:micro"}, "perpetune:micro takes pictures: use `head: linear`"),
+        ({"method": "safe"}, "method safe is for a head of classes: use head: ridge or another of classes"),
+        ({"method": "first_session"}, "method first_session is for a head of classes: use head: ridge"),
+        ({"head": "linear"}, "task capitals: head linear chooses among classes, and this task's answers are free text"),
+        ({"head": "ridge"}, "task capitals: head ridge chooses among classes, .* or use head: lm"),
+        (
+            {"backbone": "perpetune:micro"},
+            "perpetune:micro takes pictures, and this head is a model for texts: use `head: ridge`",
+        ),
         ({"data": "digits"}, "these are pictures, and the backbone takes texts"),
         ({"stream": {"classes_per_task": 2}}, r"stream\.classes_per_task is for pictures"),
         ({"stream": {"by": "class"}}, r"stream\.by: class is for pictures"),
@@ -339,7 +342,10 @@ def test_zero_shot_is_the_same_after_every_task(folders: dict[str, Path], data: 
         ({"protect": True, "method": "treelora"}, "start: nearest; protect: needs start: last"),
         ({"pet": "prompt"}, "pet: prompt adds tokens, which have no place in the order of a text"),
         ({"pet": "prefix"}, "pet: prefix adds tokens"),
-        ({"method": {"name": "finetune", "head_first": 0.6}}, "head_first is for image classifiers"),
+        (
+            {"method": {"name": "finetune", "head_first": 0.6}},
+            "head_first is for a head of classes; leave it out with head: lm",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_said_in_one_line(

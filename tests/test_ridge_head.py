@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perpetune.check import tiny_backbone
-from perpetune.errors import PerpetuneError
+from perpetune.errors import PerpetuneError, UsageError
 from perpetune.heads import Ridge
 from perpetune.heads import ridge as module
 from perpetune.methods.frozen import Frozen
@@ -77,21 +77,62 @@ def everything(tasks: Sequence[Task], classes: Sequence[str]) -> tuple[Tensor, T
     return torch.cat([t.train.features for t in tasks]), torch.tensor(rows)  # type: ignore[attr-defined]
 
 
-def joint(head: Ridge, tasks: Sequence[Task], weights: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
-    """G, W and the penalty of a dense float64 regression on all examples of all tasks at once."""
-    found, targets = everything(tasks, head.classes)
+def rows_of(head: Ridge, found: Tensor) -> Tensor:
+    """Rows in float64, with the constant 1 of an intercept where there is one."""
     h = head.expand(found.double())
+    return F.pad(h, (0, 1), value=1.0) if head.standardise else h
+
+
+def standard_of(z: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of columns over rows that are there all at once."""
+    mean = (own[:, None] * z).sum(0) / own.sum()
+    deviation = ((own[:, None] * (z - mean).square()).sum(0) / own.sum()).sqrt()
+    return mean, deviation.masked_fill(deviation < 1e-9, torch.inf)  # a constant column takes no part
+
+
+def affine(weights: Tensor, mean: Tensor, deviation: Tensor, target: Tensor) -> Tensor:
+    """Weights `(M + 1, C)` of rows `[z, 1]`, from those of standardised rows."""
+    turned = weights / deviation[:, None]
+    return torch.cat([turned, (target - mean @ turned)[None]])
+
+
+def joint(head: Ridge, tasks: Sequence[Task], weights: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
+    """G, W and the penalty of a dense float64 regression on all examples of all tasks at once.
+
+    Of a head that standardises, W is that of rows `[z, 1]`: standardised in two passes, with an intercept that is not
+    penalised.
+    """
+    found, targets = everything(tasks, head.classes)
+    h = rows_of(head, found)
     own = torch.ones(len(h), dtype=torch.float64) if weights is None else weights
     gram = h.mT @ (own[:, None] * h)
     penalty = float(head.chosen)
     hot = F.one_hot(targets, len(head.classes)).double()
-    eye = torch.eye(len(gram), dtype=torch.float64)
-    return gram, torch.linalg.solve(gram + penalty * eye, h.mT @ (own[:, None] * hot)), penalty
+    ridged = penalty * torch.ones(h.shape[1], dtype=torch.float64)
+    if not head.standardise:
+        return gram, torch.linalg.solve(gram + ridged.diag(), h.mT @ (own[:, None] * hot)), penalty
+    mean, deviation = standard_of(h[:, :-1], own)
+    x = F.pad((h[:, :-1] - mean) / deviation, (0, 1), value=1.0)
+    ridged[-1] = 0
+    solved = torch.linalg.solve(x.mT @ (own[:, None] * x) + ridged.diag(), x.mT @ (own[:, None] * hot))
+    return gram, affine(solved[:-1], mean, deviation, solved[-1]), penalty
 
 
 def solution(head: Ridge) -> Tensor:
-    """W in float64, from what the head keeps."""
-    return ridge.factor(head.packed, head.width, float(head.chosen)).solve(head.cross)
+    """W in float64, from what the head keeps; as that of `joint`."""
+    if not head.standardise:
+        return ridge.factor(head.packed, head.width, float(head.chosen)).solve(head.cross)
+    standard = ridge.Standard.of(head.packed, head.cross)
+    made = ridge.factor(head.packed, head.width, float(head.chosen), standard)
+    return affine(made.solve(standard.cross(head.cross)), standard.mean, 1 / standard.inverse, standard.target)
+
+
+def kept_weights(head: Ridge) -> Tensor:
+    """W as the head predicts by it, in its float32."""
+    if not head.standardise:
+        return head.weight.double()
+    centre, weight = head.centre.double(), head.weight.double()
+    return torch.cat([weight, (head.offset.double() - centre @ weight)[None]])
 
 
 def close(found: Tensor, wanted: Tensor, share: float) -> None:
@@ -99,8 +140,16 @@ def close(found: Tensor, wanted: Tensor, share: float) -> None:
 
 
 TEN = [task_of(i, ALPHABET[2 * i : 2 * i + 2]) for i in range(10)]
-KINDS = [{"projection": 20}, {"projection": 64}, {"projection": 0, "standardise": False}]
-every_kind = pytest.mark.parametrize("options", KINDS, ids=lambda kind: f"M={kind['projection']}")
+KINDS: dict[str, dict[str, Any]] = {
+    "M=20": {"projection": 20},
+    "M=64": {"projection": 64},
+    "bare": {"standardise": False},
+    "standardised": {},
+    "M=20, standardised": {"projection": 20, "standardise": True},
+    "orthogonal": {"projection": 5, "kind": "orthogonal"},
+    "orthogonal, bare": {"projection": 5, "kind": "orthogonal", "standardise": False},
+}
+every_kind = pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
 
 
 def test_golden_value() -> None:
@@ -124,12 +173,13 @@ def test_after_ten_tasks_it_is_one_regression_on_all_features(options: dict[str,
     gram, weights, used = joint(head, TEN)
     assert len(head.classes) == 20
     if penalty != "chosen":
-        assert used == pytest.approx(1e-3 * float(gram.trace()) / head.width, rel=1e-9)
-    close(ridge.dense(head.packed, head.width), gram, 1e-10)
-    close(solution(head), weights, 1e-9)
-    torch.testing.assert_close(head.weight.double(), weights, rtol=1e-5, atol=1e-6)
+        unit = 120.0 if head.standardise else float(gram.trace()) / head.width  # each column's square is 1
+        assert used == pytest.approx(1e-3 * unit, rel=1e-9)
+    close(ridge.dense(head.packed, head.rank), gram, 1e-10)
+    close(solution(head), weights, 1e-8)
+    torch.testing.assert_close(kept_weights(head), weights, rtol=1e-5, atol=2e-6)
     new = torch.cat([features(c, 4, "new") for c in head.classes])
-    scores = head.expand(new.double()) @ weights
+    scores = rows_of(head, new) @ weights
     assert torch.equal(head(new).argmax(1), scores.argmax(1))
     torch.testing.assert_close(head(new).double(), float(head.scale) * scores, rtol=1e-4, atol=1e-4)
 
@@ -150,20 +200,21 @@ def test_order_of_tasks_and_size_of_batches_do_not_matter(options: dict[str, Any
     close(other.packed, one.packed, share)
     close(other.cross, one.cross[:, columns], share)
     assert torch.equal(other.counts, one.counts[columns])
-    close(solution(other), solution(one)[:, columns], 1e-9)
+    close(solution(other), solution(one)[:, columns], 1e-8)
     new = torch.cat([features(c, 4, "new") for c in one.classes])
     assert torch.equal(columns[other(new).argmax(1)], one(new).argmax(1))
 
 
-def test_classes_that_come_back_go_on_from_where_they_stood() -> None:
+@every_kind
+def test_classes_that_come_back_go_on_from_where_they_stood(options: dict[str, Any]) -> None:
     """Domain-incremental: three domains of the same classes, one of them without the last."""
     tasks = [task_of(0, "abc", part="real"), task_of(1, "ab", 5, part="sketch"), task_of(2, "cab", 4, part="clip")]
-    head = learned(tasks, projection=20)
+    head = learned(tasks, **options)
     assert head.classes == ["a", "b", "c"]
     assert head.counts.tolist() == [15, 15, 10]
     gram, weights, _ = joint(head, tasks)
-    close(ridge.dense(head.packed, 20), gram, 1e-10)
-    close(solution(head), weights, 1e-9)
+    close(ridge.dense(head.packed, head.rank), gram, 1e-10)
+    close(solution(head), weights, 1e-8)
 
 
 def test_sums_are_what_they_are_called() -> None:
@@ -197,19 +248,22 @@ def test_a_class_without_examples_is_never_the_answer() -> None:
     assert math.isfinite(float(head.scale)), "nor does it spoil the calibration"
 
 
+@every_kind
 @pytest.mark.parametrize("penalty", [1e-2, "chosen"])
-def test_balanced_classes_weigh_the_same(penalty: float | str) -> None:
+def test_balanced_classes_weigh_the_same(penalty: float | str, options: dict[str, Any]) -> None:
     """Each example in inverse proportion to its class's share of its task: the sum of weights stays."""
     tasks = [task_of(0, "ab", [20, 4]), task_of(1, "cad", [3, 9, 12])]
-    head = learned(tasks, projection=20, balance=True, penalty=penalty)
+    head = learned(tasks, balance=True, penalty=penalty, **options)
     weights = []
     for task in tasks:
         targets = torch.tensor(task.train.targets)
         counts = torch.bincount(targets)
         weights.append((len(targets) / len(counts) / counts.double())[targets])
     gram, wanted, _ = joint(head, tasks, torch.cat(weights))
-    close(ridge.dense(head.packed, 20), gram, 1e-10)
-    close(solution(head), wanted, 1e-9)
+    close(ridge.dense(head.packed, head.rank), gram, 1e-10)
+    close(solution(head), wanted, 1e-8)
+    even = joint(head, tasks)[1]
+    assert float((even - wanted).norm()) > 1e-3 * float(wanted.norm()), "the control: without weights"
     assert float(head.mass) == pytest.approx(48)
     assert head.counts.tolist() == [29, 4, 3, 12], "examples are counted as they are"
 
@@ -231,6 +285,212 @@ def test_large_tasks_are_added_in_parts(monkeypatch: pytest.MonkeyPatch) -> None
     close(other.packed, one.packed, 1e-10)
     assert torch.equal(other.counts, one.counts)
     assert other.facts()["penalty"] == pytest.approx(one.facts()["penalty"], rel=1e-3)
+
+
+# -- standardised exactly -----------------------------------------------------------------------------
+
+
+class Shown(Rows):
+    """Examples with given features."""
+
+
+def shown(found: Tensor, targets: Sequence[int], classes: str = "ab", index: int = 0) -> Task:
+    train: Any = Shown(found, targets)
+    return Task(index, f"task-{index}", tuple(classes), train)
+
+
+def mixed(tasks: Sequence[Task]) -> tuple[Tensor, list[int], str]:
+    """All examples of some tasks as those of one, with its classes."""
+    classes = "".join(dict.fromkeys(c for t in tasks for c in t.classes))
+    found, targets = everything(tasks, list(classes))
+    return found, targets.tolist(), classes
+
+
+def test_golden_value_of_standardised_rows() -> None:
+    """Three rows by hand: x has mean 2 and variance 2/3, so A = 3 + 1 and W = Σ x (y − ȳ) / 4."""
+    head = Ridge(1, penalty=1 / 3)  # of tr Gₓ / M = 3
+    teach(head, shown(torch.tensor([[1.0], [2.0], [3.0]]), [0, 1, 1]))
+    assert float(head.chosen) == pytest.approx(1)
+    deviation = math.sqrt(2 / 3)
+    slope = -1 / deviation / 4 / deviation  # of class a: Σ x y = −1 / s
+    torch.testing.assert_close(head.weight, torch.tensor([[slope, -slope]]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(head.centre, torch.tensor([2.0]))
+    torch.testing.assert_close(head.offset, torch.tensor([1 / 3, 2 / 3]))
+    wanted = float(head.scale) * torch.tensor([[1 / 3, 2 / 3]])
+    torch.testing.assert_close(head(torch.tensor([[2.0]])), wanted, msg="at the mean only the intercept is left")
+
+
+@pytest.mark.parametrize("penalty", [1e-2, "chosen"])
+def test_scale_and_shift_of_features_change_no_score(penalty: float | str) -> None:
+    tasks = TEN[:3]
+    stretch = 10 ** torch.linspace(-2, 2, D)
+    shift = torch.linspace(-3, 3, D) * stretch  # of the size of the deviation, or float32 cannot hold the features
+    new = torch.cat([features(c, 4, "new") for c in "abcdef"])
+    for standardise in (True, False):
+        plain = learned(tasks, penalty=penalty, standardise=standardise)
+        other = Ridge(D, penalty=penalty, standardise=standardise)
+        for task in tasks:
+            teach(other, shown(task.train.features * stretch + shift, task.train.targets, task.classes, task.index))  # type: ignore[arg-type,attr-defined]
+        one, two = plain(new) / plain.scale, other(new * stretch + shift) / other.scale
+        same = float((one - two).abs().max()) < 1e-5
+        assert same == standardise, "the control: without standardising they change"
+        if standardise:
+            # in float64, what the features' own rounding leaves
+            close(kept_weights(other)[:-1] * stretch[:, None], kept_weights(plain)[:-1], 1e-5)
+
+
+@pytest.mark.parametrize("sums", ["float64", "float32"])
+@pytest.mark.parametrize("value", [0.0, 1.0, 1234.567, 1e6, -0.1])
+def test_columns_that_are_constant_take_no_part(value: float, sums: str) -> None:
+    """Nothing blows up when they move afterwards; while they are the same, they change nothing."""
+    task = task_of(0, "abc", 40)
+    plain: Any = Ridge(D, sums=sums, penalty=0.01)
+    teach(plain, task)
+    found = torch.cat([task.train.features, torch.full((120, 1), value)], 1)  # type: ignore[attr-defined]
+    head: Any = Ridge(D + 1, sums=sums, penalty=0.01 * (D + 1) / D)  # a share of tr Gₓ / M, where it counts as none
+    teach(head, shown(found, task.train.targets, "abc"))
+    assert not head.weight[-1].any()
+    assert float(head.chosen) == pytest.approx(float(plain.chosen))
+    chosen: Any = Ridge(D + 1, sums=sums)
+    teach(chosen, shown(found, task.train.targets, "abc"))
+    assert not chosen.weight[-1].any()
+    new = torch.cat([features(c, 4, "new") for c in "abc"])
+    at, moved = (F.pad(new, (0, 1), value=v) for v in (value, value + 1000))
+    assert torch.equal(head(at), head(moved))
+    torch.testing.assert_close(head(at), plain(new), rtol=1e-4, atol=1e-5)
+    control = Ridge(D + 1, standardise=False, penalty=1e-9)
+    teach(control, shown(found, task.train.targets, "abc"))
+    if value and value != 1.0:
+        assert not torch.allclose(control(at), control(moved), atol=1e-3), "the control: bare rows do move"
+
+
+def test_a_column_that_begins_to_vary_takes_part() -> None:
+    """What was constant in the first task is not for ever: the sums know all rows."""
+    first, second = task_of(0, "ab", 20), task_of(1, "cd", 20)
+    for task in (first, second):
+        task.train.features[:, 0] = 5.0  # type: ignore[attr-defined]
+    second.train.features[torch.tensor(second.train.targets) == 1, 0] = 9.0  # type: ignore[attr-defined]
+    head = learned([first])
+    assert not head.weight[0].any()
+    teach(head, second)
+    assert head.weight[0].any()
+    _, wanted, _ = joint(head, [first, second])
+    close(solution(head), wanted, 1e-8)
+
+
+@every_kind
+def test_one_class_alone_is_the_answer(options: dict[str, Any]) -> None:
+    head = learned([task_of(0, "a", 30)], **options)
+    new = features("a", 4, "new")
+    assert torch.isfinite(head(new)).all()
+    assert torch.isfinite(head.weight).all()
+    assert math.isfinite(float(head.chosen))
+    assert float(head.chosen) > 0
+    teach(head, task_of(1, "b", 30))
+    assert head(features("b", 9, "new")).argmax(1).float().mean() > 0.8
+    _, wanted, _ = joint(head, [task_of(0, "a", 30), task_of(1, "b", 30)])
+    close(solution(head), wanted, 1e-8)
+
+
+@every_kind
+def test_one_example_alone(options: dict[str, Any]) -> None:
+    train: Any = Rows(features("a", 1), [0])
+    head = learned([Task(0, "one", ("a",), train)], **options)
+    assert torch.isfinite(head(features("a", 4, "new"))).all()
+    assert head(features("a", 4, "new")).argmax(1).tolist() == [0] * 4
+    teach(head, task_of(1, "bc", 30))
+    assert torch.isfinite(head(features("b", 4, "new"))).all()
+    assert head(features("b", 9, "new")).argmax(1).tolist().count(1) > 6
+
+
+def test_two_identical_examples_are_told() -> None:
+    """Of two classes: nothing tells them apart. Of one class too: there is nothing to standardise by."""
+    same = features("a", 1).repeat(2, 1)
+    for targets in ([0, 1], [0, 0]):
+        head = Ridge(D)
+        with pytest.raises(PerpetuneError, match="the features of all 2 examples so far are the same") as caught:
+            teach(head, shown(same, targets))
+        assert "\n" not in str(caught.value)
+        teach(head, task_of(1, "ab"))
+        assert torch.isfinite(head(features("a", 3))).all()
+    bare = Ridge(D, standardise=False)
+    teach(bare, shown(same, [0, 0]))
+    assert torch.isfinite(bare(same)[:, 0]).all()
+
+
+def test_float32_sums_are_half_as_many_bytes_and_near() -> None:
+    tasks = [task_of(i, ALPHABET[2 * i : 2 * i + 2], 300) for i in range(4)]
+    for options in ({}, {"projection": 20}, {"projection": 5, "kind": "orthogonal"}):
+        exact = learned(tasks, batch_size=64, penalty=1e-2, **options)  # type: ignore[arg-type]
+        small = learned(tasks, batch_size=64, penalty=1e-2, sums="float32", **options)  # type: ignore[arg-type]
+        assert small.packed.dtype == torch.float32
+        assert 2 * small.packed.nbytes == exact.packed.nbytes
+        assert small.cross.dtype == torch.float64
+        close(kept_weights(small), kept_weights(exact), 1e-5)
+        assert not torch.equal(small.packed.double(), exact.packed), "the control: they are rounded"
+        unlike = learned(tasks[:3], batch_size=64, penalty=1e-2, **options)  # type: ignore[arg-type]
+        assert float((kept_weights(unlike)[:, :6] - kept_weights(exact)[:, :6]).norm()) > 0.01
+
+
+def test_what_is_kept_of_another_order_is_the_same_in_float32_sums_too() -> None:
+    one = learned(TEN[:4], penalty=1e-2, sums="float32")
+    tasks = [task_of(i, TEN[k].classes) for i, k in enumerate((2, 0, 3, 1))]  # type: ignore[arg-type]
+    other = learned(tasks, 3, penalty=1e-2, sums="float32")
+    close(kept_weights(other), kept_weights(one)[:, one.rows(other.classes)], 1e-5)
+
+
+class TapRidge:
+    """The reference of features.md in words of our own: sums of `[z, 1]`, standardised by a change of basis.
+
+    The one difference is that the intercept is not penalised there.
+    """
+
+    def __init__(self, width: int, classes: int):
+        self.gram = torch.zeros(width + 1, width + 1, dtype=torch.float64)
+        self.cross = torch.zeros(width + 1, classes, dtype=torch.float64)
+
+    def add(self, z: Tensor, targets: Tensor) -> None:
+        h = F.pad(z.double(), (0, 1), value=1.0)
+        self.gram += h.T @ h
+        self.cross += h.T @ F.one_hot(targets, self.cross.shape[1]).double()
+
+    def solve(self, share: float) -> Tensor:
+        count, sums = self.gram[-1, -1], self.gram[-1, :-1]
+        mean = sums / count
+        deviation = (self.gram.diagonal()[:-1] / count - mean.square()).sqrt()
+        basis = torch.eye(len(self.gram), dtype=torch.float64)
+        basis[:-1, :-1] = torch.diag(1 / deviation)
+        basis[-1, :-1] = -mean / deviation
+        moved = basis.T @ self.gram @ basis
+        ridged = share * moved.diagonal().mean() * torch.ones(len(moved), dtype=torch.float64)
+        ridged[-1] = 0
+        return basis @ torch.linalg.solve(moved + ridged.diag(), basis.T @ self.cross)
+
+
+def test_it_is_the_reference_of_the_design_page() -> None:
+    """Of `c`, the mean diagonal, the 1 of the intercept is one: all are n."""
+    found, targets, classes = mixed(TEN)
+    reference = TapRidge(D, len(classes))
+    reference.add(found, torch.tensor(targets))
+    for share in (1e-4, 1e-2, 1.0):
+        head = learned(TEN, penalty=share)
+        close(solution(head), reference.solve(share), 1e-8)
+        assert head.classes == list(classes)
+
+
+def test_an_orthogonal_projection_keeps_lengths_in_its_span() -> None:
+    head = learned(TEN[:1], projection=5, kind="orthogonal")
+    eye = head.projected.double().T @ head.projected.double()
+    torch.testing.assert_close(eye, torch.eye(5, dtype=torch.float64), atol=1e-6, rtol=0)
+    again = learned(TEN[:1], projection=5, kind="orthogonal")
+    assert torch.equal(again.projected, head.projected)
+    other = learned([task_of(0, "ab", runtime=Runtime(seed=1))], projection=5, kind="orthogonal")
+    assert not torch.allclose(other.projected, head.projected)
+    assert (head.expand(features("a", 9)) < 0).any(), "no relu"
+    for width in (D, D + 3):
+        with pytest.raises(UsageError, match="saves nothing, for the features have 8: set projection to 0") as caught:
+            learned(TEN[:1], projection=width, kind="orthogonal")
+        assert "\n" not in str(caught.value)
 
 
 # -- several processes --------------------------------------------------------------------------------
@@ -283,13 +543,13 @@ def by_several(world: int, tasks: Sequence[tuple[int, str, int]], **options: Any
 
 
 @pytest.mark.parametrize("balance", [False, True])
-@pytest.mark.parametrize("projection", [0, 20, 80])
-def test_two_processes_sum_up_what_one_does(projection: int, balance: bool) -> None:
+@pytest.mark.parametrize("options", [*KINDS.values(), {"projection": 80}], ids=[*KINDS, "M=80"])
+def test_two_processes_sum_up_what_one_does(options: dict[str, Any], balance: bool) -> None:
     """What was there before counts once; every process ends with the same bits."""
     plan = [(0, "ab", 7), (1, "cde", 5), (2, "a", 3)]
-    one = learned([task_of(*t) for t in plan], projection=projection, balance=balance)
-    first, second = by_several(2, plan, projection=projection, balance=balance)
-    for name in (*module.SUMS, "weight", "chosen", "scale"):
+    one = learned([task_of(*t) for t in plan], balance=balance, **options)
+    first, second = by_several(2, plan, balance=balance, **options)
+    for name in (*module.SUMS, *module.SOLVED, "chosen"):
         assert torch.equal(getattr(first, name), getattr(second, name)), name
     assert torch.equal(first.counts, one.counts)
     # In float32 the projection rounds otherwise where a batch is of another size.
@@ -328,8 +588,10 @@ def test_the_projection_is_stored_as_its_seed() -> None:
     assert torch.equal(head.projected, drawn)
 
 
-def test_it_comes_back_from_files_and_goes_on() -> None:
-    method, other = method_of(projection=20), method_of(projection=20)
+@pytest.mark.parametrize("sums", ["float64", "float32"])
+@every_kind
+def test_it_comes_back_from_files_and_goes_on(options: dict[str, Any], sums: str) -> None:
+    method, other = method_of(sums=sums, **options), method_of(sums=sums, **options)
     head = method.model.head
     assert isinstance(head, Ridge)
     head.grow("ab", generator("seed"))
@@ -351,10 +613,38 @@ def test_it_comes_back_from_files_and_goes_on() -> None:
         one.settle()
     assert torch.equal(back(new), head(new))
     assert snapshot(method) == snapshot(other)
-    untouched = method_of(projection=20)
+    untouched = method_of(sums=sums, **options)
     restore(other, snapshot(untouched), "memory")
     assert snapshot(other) == snapshot(untouched), "back to a head that has learned nothing"
     assert other.model.head(new).shape == (5, 0)
+
+
+def test_a_state_without_a_centre_is_that_of_rows_as_they_are() -> None:
+    """As states were stored before rows could be standardised."""
+    head, back = learned(TEN[:2], projection=20), Ridge(D, projection=20)
+    stored = head.state_dict()
+    assert not {"centre", "offset"} & stored.keys()
+    back.set_extra_state(stored["_extra_state"])
+    back.probe.set_extra_state(stored["probe._extra_state"])
+    back.load_state_dict(stored)
+    assert torch.equal(back(features("a", 3)), head(features("a", 3)))
+    assert {"centre", "offset"} <= learned(TEN[:2]).state_dict().keys()
+
+
+@every_kind
+def test_what_prediction_needs_is_there_without_the_sums(options: dict[str, Any]) -> None:
+    """As it is exported."""
+    head = learned(TEN[:3], **options)
+    needed = head.needed()
+    assert not {"packed", "cross", "mass"} & needed.keys()
+    z = features("a", 5)
+    if head.projection:
+        z = z @ needed["projected"]
+        z = F.relu(z) if head.kind == "relu" else z
+    if head.standardise:
+        z = z - needed["centre"]
+    scores = needed["scale"] * (z @ needed["weight"] + needed.get("offset", torch.zeros(6)))
+    torch.testing.assert_close(head(features("a", 5)), scores, rtol=1e-4, atol=1e-4)
 
 
 def test_another_run_has_another_projection() -> None:
@@ -439,26 +729,32 @@ def test_features_that_are_all_zero_are_told() -> None:
 
 
 def left_out(head: Ridge, tasks: Sequence[Task], weights: Tensor, at: int) -> Tensor:
-    """Scores of one example of all, of a regression that has not seen it."""
+    """Scores of one example of all, of a regression that has not seen it; mean and scale of columns are held."""
     found, targets = everything(tasks, head.classes)
-    h = head.expand(found.double())
+    h, ridged = rows_of(head, found), float(head.chosen) * torch.ones(head.rank, dtype=torch.float64)
+    if head.standardise:
+        mean, deviation = standard_of(h[:, :-1], weights)
+        h[:, :-1] = (h[:, :-1] - mean) / deviation
+        ridged[-1] = 0
     kept = torch.arange(len(h)) != at
     own = weights[kept, None] * h[kept]
-    gram = own.mT @ h[kept] + float(head.chosen) * torch.eye(head.width, dtype=torch.float64)
+    gram = own.mT @ h[kept] + ridged.diag()
     hot = F.one_hot(targets[kept], len(head.classes)).double()
     return h[at] @ torch.linalg.solve(gram, own.mT @ hot)
 
 
+@pytest.mark.parametrize("standardise", [False, True])
 @pytest.mark.parametrize("sample", [256, 5])
 @pytest.mark.parametrize("balance", [False, True])
 @pytest.mark.parametrize("projection", [12, 200], ids=["primal", "dual"])
 def test_the_scale_makes_examples_likeliest_that_were_left_out(
-    projection: int, balance: bool, sample: int, monkeypatch: pytest.MonkeyPatch
+    projection: int, balance: bool, sample: int, standardise: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The best of `SCALES` by brute force: a regression without each row of the last task's sample."""
     monkeypatch.setattr(module, "SAMPLE", sample)
     tasks: list[Task] = []
-    head, weights = Ridge(D, projection=projection, balance=balance, penalty=0.05), torch.empty(0).double()
+    head = Ridge(D, projection=projection, balance=balance, penalty=0.05, standardise=standardise)
+    weights = torch.empty(0).double()
     for task in (task_of(0, "ab", [9, 4]), task_of(1, "cd", [6, 7])):
         teach(head, task)
         targets, before = torch.tensor(task.train.targets), len(weights)

@@ -54,14 +54,16 @@ def clusters(
 class Sums:
     """What a head keeps: G packed, Q, the number of rows and the sum of their weights."""
 
-    def __init__(self, width: int, classes: int):
-        self.width, self.classes = width, classes
-        self.packed = torch.zeros(ridge.packed_size(width), dtype=torch.float64)
-        self.cross = torch.zeros(width, classes, dtype=torch.float64)
+    def __init__(self, width: int, classes: int, standard: bool = False):
+        self.width, self.classes, self.standardises = width, classes, standard
+        self.packed = torch.zeros(ridge.packed_size(width + standard), dtype=torch.float64)
+        self.cross = torch.zeros(width + standard, classes, dtype=torch.float64)
         self.count, self.energy = 0, 0.0
 
     def add(self, rows: Tensor, targets: Tensor, weights: Tensor | None = None) -> Sums:
         own = torch.ones(len(rows), dtype=torch.float64) if weights is None else weights
+        if self.standardises:
+            rows = torch.nn.functional.pad(rows, (0, 1), value=1.0)
         ridge.add_gram(self.packed, rows, weights)
         self.cross += rows.double().mT @ (own[:, None] * hot(targets, self.classes))
         self.count += len(rows)
@@ -69,18 +71,56 @@ class Sums:
         return self
 
     @property
+    def standard(self) -> ridge.Standard | None:
+        return ridge.Standard.of(self.packed, self.cross) if self.standardises else None
+
+    @property
     def scale(self) -> float:
-        return ridge.trace(self.packed, self.width) / self.width
+        standard = self.standard
+        return ridge.trace(self.packed, self.width) / self.width if standard is None else standard.unit
 
     def fit(self, penalty: float, sample: ridge.Sample | None = None) -> Fit:
-        return primal(self.packed, self.cross, self.count, self.energy, penalty, sample=sample)
+        return primal(self.packed, self.cross, self.count, self.energy, penalty, sample=sample, standard=self.standard)
+
+    def seen(self, rows: Tensor) -> Tensor:
+        """Rows as the weights of a fit meet them."""
+        standard = self.standard
+        return rows if standard is None else standard.rows(rows)
 
 
-def joint(rows: Tensor, targets: Tensor, classes: int, penalty: float, weights: Tensor | None = None) -> Tensor:
-    """`W` by a dense solve over all rows."""
+def in_two_passes(rows: Tensor, targets: Tensor, classes: int, weights: Tensor | None) -> ridge.Standard:
+    """How rows are standardised, from the rows themselves."""
     own = torch.ones(len(rows), dtype=torch.float64) if weights is None else weights
-    gram = rows.mT @ (own[:, None] * rows) + penalty * torch.eye(rows.shape[1], dtype=torch.float64)
+    share = (own / own.sum())[:, None]
+    mean = (share * rows).sum(0)
+    deviation = (share * (rows - mean).square()).sum(0).sqrt()
+    inverse = torch.where(deviation > 1e-9, 1 / deviation, 0.0)
+    return ridge.Standard(mean, inverse, float(own.sum()), (share * hot(targets, classes)).sum(0))
+
+
+def joint(
+    rows: Tensor,
+    targets: Tensor,
+    classes: int,
+    penalty: float,
+    weights: Tensor | None = None,
+    standard: ridge.Standard | None = None,
+) -> Tensor:
+    """`W` by a dense solve over all rows.
+
+    With `standard` rows are standardised by it, and there is a last row: an intercept that is not penalised.
+    """
+    own = torch.ones(len(rows), dtype=torch.float64) if weights is None else weights
+    ridged = torch.full((rows.shape[1],), penalty, dtype=torch.float64)
+    if standard is not None:
+        rows = with_one((rows - standard.mean) * standard.inverse)
+        ridged = torch.cat([ridged, ridged.new_zeros(1)])
+    gram = rows.mT @ (own[:, None] * rows) + ridged.diag()
     return torch.linalg.solve(gram, rows.mT @ (own[:, None] * hot(targets, classes)))
+
+
+def with_one(rows: Tensor) -> Tensor:
+    return torch.nn.functional.pad(rows, (0, 1), value=1.0)
 
 
 def brute_error(
@@ -92,13 +132,21 @@ def brute_error(
     *,
     exact: bool = False,
     of: Tensor | None = None,
+    standard: ridge.Standard | None = None,
 ) -> float:
-    """What predictions for left-out rows (or those numbered `of`) miss at their best scale, from the hat matrix."""
+    """What predictions for left-out rows (or those numbered `of`) miss at their best scale, from the hat matrix.
+
+    With `standard` of targets without their mean, by standardised rows and an intercept that is not penalised.
+    """
     own = torch.ones(len(rows), dtype=torch.float64) if weights is None else weights
+    wanted, ridged = hot(targets, classes), torch.full((rows.shape[1],), penalty, dtype=torch.float64)
+    if standard is not None:
+        rows = with_one((rows - standard.mean) * standard.inverse)
+        wanted = wanted - standard.target
+        ridged = torch.cat([ridged, ridged.new_zeros(1)])
     turned = own.sqrt()[:, None] * rows
-    gram = turned.mT @ turned + penalty * torch.eye(rows.shape[1], dtype=torch.float64)
-    hat = turned @ torch.linalg.solve(gram, turned.mT)
-    wanted = own.sqrt()[:, None] * hot(targets, classes)
+    hat = turned @ torch.linalg.solve(turned.mT @ turned + ridged.diag(), turned.mT)
+    wanted = own.sqrt()[:, None] * wanted
     left = 1 - hat.diagonal()[:, None] if exact else 1 - float(hat.trace()) / len(rows)
     left_out = wanted - (wanted - hat @ wanted) / left
     if of is not None:
@@ -192,22 +240,28 @@ def test_golden_value() -> None:
         assert not fit.weights[:, 2].any()
 
 
-@given(seed=SEEDS, data=st.data())
+@given(seed=SEEDS, data=st.data(), standard=st.booleans())
 @settings(max_examples=15, deadline=None)
-def test_streamed_is_joint_in_any_order(seed: int, data: st.DataObject) -> None:
+def test_streamed_is_joint_in_any_order(seed: int, data: st.DataObject, standard: bool) -> None:
     """V1, V2, V4: ten tasks of two classes each, tasks and batches in any order, equal one solve over all rows."""
     rows, targets = clusters(300, 40, 20, dim=16, seed=seed)
     weights = positive(300, seed)
     batch = data.draw(st.sampled_from([1, 7, 64, 300]))
-    sums = Sums(40, 20)
+    sums = Sums(40, 20, standard)
     for task in data.draw(st.permutations(range(10))):
         chosen = (targets // 2 == task).nonzero()[:, 0]
         chosen = chosen[torch.randperm(len(chosen), generator=generator("order", seed, task))]
         for part in chosen.split(batch):
             sums.add(rows[part], targets[part], weights[part])
     penalty = 1e-3 * sums.scale
-    assert error(sums.fit(penalty).weights, joint(rows, targets, 20, penalty, weights)) < 1e-9
-    whole = Sums(40, 20).add(rows, targets, weights)
+    exactly = in_two_passes(rows, targets, 20, weights) if standard else None
+    wanted = joint(rows, targets, 20, penalty, weights, exactly)
+    assert error(sums.fit(penalty).weights, wanted[:40]) < 1e-8
+    if exactly is not None and sums.standard is not None:
+        for name in ("mean", "inverse", "target"):
+            assert error(getattr(sums.standard, name), getattr(exactly, name)) < 1e-10
+        torch.testing.assert_close(wanted[40], exactly.target, rtol=1e-8, atol=1e-10)
+    whole = Sums(40, 20, standard).add(rows, targets, weights)
     assert error(sums.packed, whole.packed) < 1e-10
     assert error(sums.cross, whole.cross) < 1e-10
 
@@ -315,42 +369,51 @@ def test_what_cannot_be_fitted_is_refused() -> None:
 # Dual, leave-one-out, the error of left-out rows.
 
 
+@pytest.mark.parametrize("standard", [False, True], ids=["bare", "standardised"])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(("count", "width"), [(1, 20), (30, 80), (60, 60), (90, 40)])
-def test_dual_is_primal(count: int, width: int, weighted: bool) -> None:
+def test_dual_is_primal(count: int, width: int, weighted: bool, standard: bool) -> None:
     """V6, for every penalty of the grid."""
     rows, targets = clusters(count, width, 5, seed=count)
     weights = positive(count) if weighted else None
-    sums, dual = Sums(width, 5).add(rows, targets, weights), Dual(rows, targets, 5, weights)
-    held_out = normal(15, width, seed=3)
+    if standard and count == 1:
+        pytest.skip("one row has no deviation")
+    sums = Sums(width, 5, standard).add(rows, targets, weights)
+    dual, held_out = Dual(rows, targets, 5, weights, sums.standard), normal(15, width, seed=3)
     for kappa in KAPPAS:
         one, two = sums.fit(kappa * sums.scale), dual.fit(kappa * sums.scale)
-        for asked in (rows, held_out):
+        for asked in (sums.seen(rows), sums.seen(held_out)):
             torch.testing.assert_close(asked @ one.weights, asked @ two.weights, rtol=1e-8, atol=1e-8)
         assert one.freedom == pytest.approx(two.freedom, rel=1e-7) or two.freedom > 0.998 * count
 
 
+@pytest.mark.parametrize("standard", [False, True], ids=["bare", "standardised"])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(("count", "width"), [(25, 40), (40, 40), (60, 20)])
-def test_the_error_is_that_of_the_hat_matrix(count: int, width: int, weighted: bool) -> None:
+def test_the_error_is_that_of_the_hat_matrix(count: int, width: int, weighted: bool, standard: bool) -> None:
     """Exact from rows, with the mean leverage from sums, and times the quotient of both on a sample with one."""
     rows, targets = clusters(count, width, 4, seed=5)
     weights = positive(count) if weighted else None
-    sums, dual = Sums(width, 4).add(rows, targets, weights), Dual(rows, targets, 4, weights)
+    sums = Sums(width, 4, standard).add(rows, targets, weights)
+    dual, exactly = Dual(rows, targets, 4, weights, sums.standard), sums.standard
     some = torch.arange(0, count, 2)
     own = torch.ones(count, dtype=torch.float64) if weights is None else weights
     sample = ridge.Sample(rows[some], targets[some], own[some], alone)
     for kappa in (1e-3, 1e-2, 1e-1, 1.0):
         penalty = kappa * sums.scale
-        exact = brute_error(rows, targets, 4, penalty, weights, exact=True)
-        rough = brute_error(rows, targets, 4, penalty, weights)
+        exact = brute_error(rows, targets, 4, penalty, weights, exact=True, standard=exactly)
+        rough = brute_error(rows, targets, 4, penalty, weights, standard=exactly)
         assert dual.fit(penalty).error == pytest.approx(exact, rel=1e-7)
         assert sums.fit(penalty).error == pytest.approx(rough, rel=1e-7)
-        parts = [odds(brute_error(rows, targets, 4, penalty, weights, exact=e, of=some)) for e in (True, False)]
+        parts = [
+            odds(brute_error(rows, targets, 4, penalty, weights, exact=e, of=some, standard=exactly))
+            for e in (True, False)
+        ]
         corrected = odds(rough) * parts[0] / parts[1]
         assert odds(sums.fit(penalty, sample).error) == pytest.approx(corrected, rel=1e-6)
 
 
+@pytest.mark.parametrize("standard", [False, True], ids=["bare", "standardised"])
 @pytest.mark.parametrize(
     ("make", "count", "width", "tolerance"),
     [
@@ -361,17 +424,19 @@ def test_the_error_is_that_of_the_hat_matrix(count: int, width: int, weighted: b
         ("primal", 80, 600, 0.04),
     ],
 )
-def test_slope_and_curvature_are_finite_differences(make: str, count: int, width: int, tolerance: float) -> None:
+def test_slope_and_curvature_are_finite_differences(
+    make: str, count: int, width: int, tolerance: float, standard: bool
+) -> None:
     """Of estimated traces too: the probes are the same for every penalty.
 
     With few rows the traces in the slope alone are estimated. It is the difference of the slopes of log residuals and
     of 2 log ρ, both near 2 there; 2 % of the latter are allowed.
     """
     rows, targets = clusters(count, width, 4, seed=7)
-    sums = Sums(width, 4).add(rows, targets)
+    sums = Sums(width, 4, standard).add(rows, targets)
     sample = ridge.Sample(rows[::3], targets[::3], torch.ones(len(rows[::3]), dtype=torch.float64), alone)
     fit = {
-        "dual": Dual(rows, targets, 4, None).fit,
+        "dual": Dual(rows, targets, 4, None, sums.standard).fit,
         "primal": sums.fit,
         "sample": functools.partial(sums.fit, sample=sample),
     }[make]
@@ -384,38 +449,45 @@ def test_slope_and_curvature_are_finite_differences(make: str, count: int, width
         assert at.curvature == pytest.approx(curvature, rel=0, abs=tolerance)
 
 
+@pytest.mark.parametrize("standard", [False, True], ids=["bare", "standardised"])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(("count", "width"), [(18, 30), (30, 12)])
-def test_leave_one_out_is_refitting(count: int, width: int, weighted: bool) -> None:
-    """V6: both shortcuts equal one refit per row."""
+def test_leave_one_out_is_refitting(count: int, width: int, weighted: bool, standard: bool) -> None:
+    """V6: both shortcuts equal one refit per row; mean and scale of columns are held."""
     rows, targets = clusters(count, width, 3, seed=11)
     weights = positive(count) if weighted else None
-    sums, dual = Sums(width, 3).add(rows, targets, weights), Dual(rows, targets, 3, weights)
+    sums = Sums(width, 3, standard).add(rows, targets, weights)
+    exactly = sums.standard
+    dual = Dual(rows, targets, 3, weights, exactly)
     for kappa in (1e-3, 1e-1, 10.0):
         penalty = kappa * sums.scale
         expected = torch.empty(count, 3, dtype=torch.float64)
         for i in range(count):
             rest = torch.arange(count) != i
             own = None if weights is None else weights[rest]
-            expected[i] = rows[i] @ joint(rows[rest], targets[rest], 3, penalty, own)
+            asked = rows[i] if exactly is None else with_one(exactly.rows(rows[i : i + 1]))[0]
+            expected[i] = asked @ joint(rows[rest], targets[rest], 3, penalty, own, exactly)
         fit = sums.fit(penalty)
         assert fit.factor is not None
-        short = ridge.leave_one_out(fit.factor, fit.weights, rows, targets, weights)
+        short = ridge.leave_one_out(fit.factor, fit.weights, rows, targets, weights, exactly)
         torch.testing.assert_close(short, expected, rtol=1e-8, atol=1e-8)
         torch.testing.assert_close(dual.leave_one_out(penalty), expected, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("standard", [False, True], ids=["bare", "standardised"])
 @pytest.mark.parametrize(("count", "tolerance"), [(500, 1e-6), (1500, 1e-6), (2000, 0.02)])
-def test_traces_are_estimated_within_two_percent(count: int, tolerance: float) -> None:
+def test_traces_are_estimated_within_two_percent(count: int, tolerance: float, standard: bool) -> None:
     """Hutchinson, M = 1500; where rows are few or near M, the degrees of freedom are exact."""
     rows, targets = clusters(count, 1500, 10)
-    sums = Sums(1500, 10).add(rows, targets)
+    sums = Sums(1500, 10, standard).add(rows, targets)
     for kappa in (1e-3, 1e-1):
         fit = sums.fit(kappa * sums.scale)
         assert fit.factor is not None
-        freedom = 1500 - fit.penalty * float(torch.cholesky_inverse(fit.factor.lower).trace())
+        freedom = standard + 1500 - fit.penalty * float(torch.cholesky_inverse(fit.factor.lower).trace())
         assert fit.freedom == pytest.approx(freedom, rel=tolerance)
-        assert fit.error == pytest.approx(brute_error(rows, targets, 10, fit.penalty), rel=tolerance)
+        assert fit.error == pytest.approx(
+            brute_error(rows, targets, 10, fit.penalty, standard=sums.standard), rel=tolerance
+        )
 
 
 @pytest.mark.parametrize("width", [1, 256, 300, 700])
@@ -438,20 +510,24 @@ PROBLEMS: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
 }
 
 
+@pytest.mark.parametrize("standard", [False, True], ids=["bare", "standardised"])
 @pytest.mark.parametrize("start", [None, 1e-8, 50.0], ids=str)
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_choose_is_near_the_best_of_a_grid(name: str, start: float | None) -> None:
+def test_choose_is_near_the_best_of_a_grid(name: str, start: float | None, standard: bool) -> None:
     """Within 1 % of the best error of 17 penalties, from the usual start and from either end."""
     rows, targets = PROBLEMS[name]()
     classes = int(targets.max()) + 1
-    sums, dual = Sums(rows.shape[1], classes).add(rows, targets), Dual(rows, targets, classes, None)
+    sums = Sums(rows.shape[1], classes, standard).add(rows, targets)
+    exactly = sums.standard
+    dual = Dual(rows, targets, classes, None, exactly)
     for fit in (sums.fit, dual.fit):
         tried = [fit(sums.scale * 10 ** (-9 + 11 * i / 16)) for i in range(17)]
         best = min(one.error for one in tried)
         chosen, evaluations = choose(fit, sums.scale, None if start is None else start * sums.scale)
         assert chosen.error <= 1.01 * best
         assert evaluations <= ridge.EVALUATIONS + 1
-        assert error(chosen.weights, joint(rows, targets, classes, chosen.penalty)) < 1e-5
+        wanted = joint(rows, targets, classes, chosen.penalty, None, exactly)[: rows.shape[1]]
+        assert error(chosen.weights, wanted) < 1e-5
 
 
 def test_a_stream_pays_one_factorisation() -> None:
@@ -493,6 +569,7 @@ def test_a_wrong_slope_is_found_out() -> None:
     assert abs(math.log(chosen.penalty)) < 1.2
 
 
+@pytest.mark.parametrize("standard", [False, True], ids=["bare", "standardised"])
 @pytest.mark.parametrize("start", [None, 1e-3, 1e-6])
 @pytest.mark.parametrize(
     ("count", "width", "dim", "classes", "noise", "seed"),
@@ -503,7 +580,7 @@ def test_a_wrong_slope_is_found_out() -> None:
     ],
 )  # fmt: skip
 def test_sums_of_few_rows_find_the_penalty_that_the_rows_find(
-    count: int, width: int, dim: int, classes: int, noise: float, seed: int, start: float | None
+    count: int, width: int, dim: int, classes: int, noise: float, seed: int, start: float | None, standard: bool
 ) -> None:
     """Between a third of M and M rows the search from sums has noisy slopes; it once stayed where it started."""
     drawn = torch.Generator().manual_seed(seed)
@@ -512,7 +589,8 @@ def test_sums_of_few_rows_find_the_penalty_that_the_rows_find(
     features = centres[targets] + noise * torch.randn(count, dim, generator=drawn)
     projection = torch.randn(dim, width, generator=torch.Generator().manual_seed(5))
     rows = (features @ projection / math.sqrt(dim)).relu().double()
-    sums, dual = Sums(width, classes).add(rows, targets), Dual(rows, targets, classes, None)
+    sums = Sums(width, classes, standard).add(rows, targets)
+    dual = Dual(rows, targets, classes, None, sums.standard)
     sample = ridge.Sample(rows[::2], targets[::2], torch.ones(len(rows[::2]), dtype=torch.float64), alone)
     grid = min(dual.fit(sums.scale * 10 ** (-6 + i / 5)).error for i in range(41))
     fit = functools.partial(sums.fit, sample=sample)
@@ -520,8 +598,11 @@ def test_sums_of_few_rows_find_the_penalty_that_the_rows_find(
     assert odds(dual.fit(chosen.penalty).error) < 1.05 * odds(grid)
 
 
+@pytest.mark.parametrize("standard", [False, True], ids=["bare", "standardised"])
 @pytest.mark.parametrize(("count", "width", "repeats", "noise"), [(250, 300, 25, 0.0), (250, 300, 20, 0.1)])
-def test_rows_that_are_there_twice_do_not_mislead(count: int, width: int, repeats: int, noise: float) -> None:
+def test_rows_that_are_there_twice_do_not_mislead(
+    count: int, width: int, repeats: int, noise: float, standard: bool
+) -> None:
     """Their leverage is a half, so the mean one says that all rows are free, and nothing seems to be missed."""
     made, names = clusters(count - repeats, 32, 10, spread=1.5)
     again = made[:repeats] + noise * normal(repeats, 32, seed=9)
@@ -529,8 +610,13 @@ def test_rows_that_are_there_twice_do_not_mislead(count: int, width: int, repeat
     projection = normal(32, width, seed=5)
     rows = (features @ projection).relu()
     asked, answers = clusters(2000, 32, 10, spread=1.5, part="test")
-    held_out = (asked @ projection).relu()
-    sums, dual = Sums(width, 10).add(rows, targets), Dual(rows, targets, 10, None)
+    sums = Sums(width, 10, standard).add(rows, targets)
+    held_out, offset = sums.seen((asked @ projection).relu()), 0.0 if sums.standard is None else sums.standard.target
+    dual = Dual(rows, targets, 10, None, sums.standard)
+
+    def accuracy(weights: Tensor, rows: Tensor, targets: Tensor) -> float:
+        return float(((rows @ weights + offset).argmax(1) == targets).double().mean())
+
     sample = ridge.Sample(rows[::2], targets[::2], torch.ones(len(rows[::2]), dtype=torch.float64), alone)
     best = max(accuracy(dual.fit(sums.scale * 10 ** (-5 + i / 2)).weights, held_out, answers) for i in range(15))
     tiny, good = 1e-6 * sums.scale, 0.3 * sums.scale

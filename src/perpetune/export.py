@@ -290,5 +290,7 @@ def _export_set(method: Method, backbone: Backbone, name: str, folder: Path) -> 
     if head is not None:
         tensors = {n: t.detach().cpu().contiguous() for n, t in head.needed().items()}
         save_file(tensors, folder / "head.safetensors", metadata={"format": "pt"})
-        about = {"head": type(head).__name__, "classes": head.classes}
+        about: dict[str, Any] = {"head": type(head).__name__, "classes": head.classes}
+        if (taps := backbone.taps) is not None:  # what its features are read at
+            about |= {"taps": taps.count, "tokens": taps.kinds}
         (folder / "head.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -20,9 +20,10 @@ from perpetune.build import build_backbone, build_method, build_runtime
 from perpetune.data.pictures import as_rgb, load_picture
 from perpetune.data.sources import Source
 from perpetune.data.stream import Stream
+from perpetune.data.tasks import TaskData
 from perpetune.data.text import safe_name, task_names
 from perpetune.data.texts import prompt_in
-from perpetune.errors import DataError, Interrupted, StateError, UsageError
+from perpetune.errors import DataError, Interrupted, StateError, UsageError, closest
 from perpetune.evaluate import evaluate
 from perpetune.models.preprocess import Preprocess
 from perpetune.models.texts import Messages, Text, TextView
@@ -34,6 +35,7 @@ from perpetune.runtime import Progress, Runtime, Silent
 from perpetune.sequence import STREAM, Data, TaskSequence
 from perpetune.snapshot import restore, snapshot
 from perpetune.state import START, State
+from perpetune.tasks import Task
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -106,7 +108,7 @@ class Learner:
             raise UsageError("several processes share one state folder: give `folder` a path that all of them see")
         # Before the folder is made, so that data that cannot be used leave none.
         if recipe.data is not None:
-            self.stream  # noqa: B018  read here
+            self._admit(self.stream.tasks)  # read here
         self._tasks.reference  # noqa: B018  and here
         if self.runtime.rank == 0:
             State.create(path, recipe, self._model_document())
@@ -225,9 +227,15 @@ class Learner:
                 raise UsageError("options are for data that are a path or an id; put them into the data section itself")
             data = {**self._tasks.origin(data), **options}
         task, document = self._tasks.given(data, index, name, holdout)
+        self._admit([task])
         with self._writing():
             run(self.method, [self._tasks.of_update(task, document, self.state.committed)], self.state)
         return read_results(self.state)
+
+    def _admit(self, tasks: Sequence[Task | TaskData]) -> None:
+        """UsageError where one of them is none for this model: before the first is begun."""
+        for task in tasks:
+            self.method.model.admits(task.name, task.classes)
 
     def _name(self, data: Data, asked: str | None, index: int) -> str:
         """The name of an update's task: the one asked for, made safe, or one that no task has yet."""
@@ -354,14 +362,17 @@ class Learner:
     def answer(self, prompts: str | Sequence[Prompt], *, options: Sequence[str] | None = None) -> list[Answer]:
         """What the tuned language model says to prompts: generated, or the likeliest of some options.
 
+        With a head of classes it is the likeliest of the classes that were learned.
+
         Args:
             prompts: one text, or several; each a text, or the messages of a chat as (role, content) or
                 `{"role": …, "content": …}`.
-            options: the answers that stand to choice; None generates the answer.
+            options: the answers that stand to choice; None generates the answer. With a head of classes they are some
+                of those, and None is all.
 
         Raises:
             StateError: nothing is learned yet.
-            UsageError: the options are none, or one is empty or stands twice.
+            UsageError: the options are none, or one is empty or stands twice, or is no class that was learned.
             DataError: a prompt cannot be put into the model's form; says which.
         """
         self._need_learned("texts")
@@ -370,11 +381,18 @@ class Learner:
         chosen = tuple(option.strip() for option in options or ())
         if options is not None and (not all(chosen) or len(set(chosen)) < max(1, len(chosen))):
             raise UsageError(f"options {list(options)}: different texts are expected, none of them empty")
+        known: dict[str, int] = {}
+        if self.method.model.chooses:
+            known = {name: row for row, name in enumerate(self.method.classes)}
+            chosen = chosen or tuple(known)
+            for option in chosen:
+                if option not in known:
+                    raise UsageError(f"options: {option!r} is no class that was learned; {closest(option, known)}")
         asked = []
         for number, prompt in enumerate([prompts] if isinstance(prompts, str) else prompts, 1):
             try:
                 text = Text(prompt_in(prompt), options=chosen)
-                asked.append((text, view.question(text, choose=True)))
+                asked.append((text, view.question(text, choose=not known)))
             except DataError as error:
                 raise DataError(f"prompt {number}: {error}") from error
         for start in range(0, len(asked), self.recipe.evaluate.batch_size):
@@ -382,11 +400,14 @@ class Learner:
             batch = view.collate([(question, 0, i) for i, (_, question) in enumerate(some)]).to(self.runtime.device)
             with self.runtime.autocast():
                 rows = self.method.predict(batch.inputs)
+            if known:
+                rows = rows[:, [known[option] for option in chosen]]
             for (text, question), row in zip(some, rows, strict=True):
                 if not row.is_floating_point():
                     found.append(Answer(text.prompt, self.method.model.read(row), [], question.cut))
                     continue
-                shares = row.float().softmax(0).tolist()
+                # of classes without an example the score is -inf; where there is no other, none is likely
+                shares = row.float().softmax(0).nan_to_num(0.0).tolist()
                 pairs = sorted(zip(text.options, shares, strict=True), key=lambda pair: -pair[1])
                 found.append(Answer(text.prompt, pairs[0][0], pairs, question.cut))
         return found

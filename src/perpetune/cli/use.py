@@ -23,9 +23,10 @@ def predict(
             ".jsonl files with `prompt` or `messages`; - reads lines from standard input.",
         ),
     ],
-    top: Annotated[int, typer.Option(min=1, help="Names to print for each image.")] = 3,
+    top: Annotated[int, typer.Option(min=1, help="Names to print for each image or text.")] = 3,
     options: Annotated[
-        str | None, typer.Option(help="Answers a language model chooses among, with commas between them.")
+        str | None,
+        typer.Option(help="Answers a language model chooses among, with commas; of a head of classes some of those."),
     ] = None,
     device: Device = None,
     json: Json = False,
@@ -41,7 +42,7 @@ def predict(
     if learner.backbone.takes == "texts":
         if csv:
             raise UsageError("--csv is for images: use --json for answers")
-        _answer(learner, inputs, options, json)
+        _answer(learner, inputs, top, options, json)
         return
     if options is not None:
         raise UsageError("--options is for language models: an image classifier knows its classes")
@@ -76,7 +77,8 @@ def _classify(learner: Learner, inputs: list[str], top: int, json: bool, csv: bo
         raise DataError(f"{len(unreadable)} of {len(files)} pictures cannot be read: {several(unreadable)}")
 
 
-def _answer(learner: Learner, inputs: list[str], options: str | None, json: bool) -> None:
+def _answer(learner: Learner, inputs: list[str], top: int, options: str | None, json: bool) -> None:
+    import dataclasses
     import sys
 
     from perpetune.cli.common import print_json
@@ -84,12 +86,15 @@ def _answer(learner: Learner, inputs: list[str], options: str | None, json: bool
     from perpetune.models.texts import TextView
 
     found = learner.answer(read_prompts(inputs), options=None if options is None else options.split(","))
+    if learner.method.model.chooses:  # among all classes; with the output layer, among the options of this call
+        found = [dataclasses.replace(a, options=a.options[:top]) for a in found]
     cut = [a.cut for a in found if a.cut]
     if cut:
         view = learner.backbone.preprocess
         assert isinstance(view, TextView)
+        room = ", with room for an answer," if view.answers else ""
         print(
-            f"perpetune: {len(cut)} of {len(found)} prompts, with room for an answer, are longer than the model's "
+            f"perpetune: {len(cut)} of {len(found)} prompts{room} are longer than the model's "
             f"{view.max_length} tokens and were cut on the left (the longest by {max(cut)})",
             file=sys.stderr,
         )

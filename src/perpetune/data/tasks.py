@@ -203,7 +203,7 @@ class TextSet(TableSet):
                 f"{len(self.rows) - len(known)} of {len(self.rows)}"
             )
         if cuts:
-            room = ", with room for an answer," if self.purpose == "test" else ""
+            room = ", with room for an answer," if self.purpose == "test" and self.view.answers else ""
             notes.append(
                 f"{len(cuts)} of {len(self.rows)} {self.purpose} prompts{room} are longer than the model's "
                 f"{self.view.max_length} tokens and were cut on the left (the longest by {max(cuts)})"

@@ -99,10 +99,10 @@ class Backbone(nn.Module):
 
         Without taps they are the net's own feature of a picture, and of a text the mean over its tokens of the last
         hidden state. With `tap` they are those of `Taps`. At training a text's answer is behind its question, and is
-        not read.
+        not read; earlier answers in a chat are part of the question.
         """
         if isinstance(inputs, Tokens):
-            mask = inputs.mask if inputs.labels is None else inputs.mask & (inputs.labels == IGNORED)
+            mask = inputs.mask if inputs.labels is None else inputs.mask & _before_answer(inputs.labels)
             asked = self.asked(inputs)
             ids = asked.pop("input_ids")
             return self._read(lambda: mean_token(self(ids, **asked), mask), mask)
@@ -167,6 +167,11 @@ class Backbone(nn.Module):
 def positions(mask: Tensor) -> Tensor:
     """The place of each token among those that count, `(B, N)`; 0 at padding before them."""
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def _before_answer(labels: Tensor) -> Tensor:
+    """`(B, N)`, true before the last answer of each text: there a token comes, or is one, that is not learned."""
+    return (labels == IGNORED).flip(1).cumsum(1).flip(1) > 0
 
 
 def triple(spec: str, values: object) -> tuple[float, float, float]:

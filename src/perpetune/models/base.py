@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -56,6 +56,9 @@ class Model(nn.Module, ABC):
     def posed(self, task: Task) -> Task:
         """The task as this model learns it."""
         return task
+
+    def admits(self, name: str, classes: Sequence[str]) -> None:
+        """UsageError where a task with that name and these classes is none for it: said before any training."""
 
     @abstractmethod
     def grow(self, task: Task) -> None:

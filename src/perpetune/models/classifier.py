@@ -14,6 +14,7 @@ from perpetune.errors import UsageError
 from perpetune.heads.base import Head
 from perpetune.models.backbone import Backbone
 from perpetune.models.base import Mask, Model
+from perpetune.models.texts import TextView
 from perpetune.runtime import Runtime
 from perpetune.tasks import Batch, Examples, Inputs, Task, balanced, evaluation_batches, questions
 
@@ -23,7 +24,8 @@ SEEN_TWICE = 1000  # examples of a task by which sums of old ones follow the fea
 class Classifier(Model):
     """Pictures, or texts, to scores of classes.
 
-    A text's classes are the answers that stand to choice in its task; it is read without its answer.
+    A text's classes are the answers that stand to choice in its task; it is read without its answer. Answers that are
+    written alike are one class, whatever task they are of.
 
     Args:
         mask: the classes among which the training loss compares. `task`: those of the task at hand,
@@ -35,6 +37,8 @@ class Classifier(Model):
         super().__init__(backbone)
         self.head, self.mask = head, mask
         self.seen: list[str] = []
+        if isinstance(view := backbone.preprocess, TextView):  # a question is read alone, and nothing is said after it
+            view.chooses, view.room = False, 0
 
     @property
     def classes(self) -> list[str]:
@@ -44,14 +48,19 @@ class Classifier(Model):
         if self.takes == "pictures":
             return task
         earlier = None if task.earlier is None else tuple(self.posed(one) for one in task.earlier)
-        return dataclasses.replace(task, train=questions(task.train), earlier=earlier)
+        held = None if task.validation is None else questions(task.validation)
+        return dataclasses.replace(task, train=questions(task.train), validation=held, earlier=earlier)
+
+    def admits(self, name: str, classes: Sequence[str]) -> None:
+        if not classes:
+            raise UsageError(
+                f"task {name}: head {type(self.head).__name__.lower()} chooses among classes, and this task's answers "
+                "are free text, or its options differ from question to question: give `options`, the answers that "
+                "stand to choice in all of it, or use head: lm"
+            )
 
     def grow(self, task: Task) -> None:
-        if not task.classes:
-            raise UsageError(
-                f"task {task.name}: head {type(self.head).__name__.lower()} chooses among classes, and this task's "
-                "answers are free text, or its options differ from question to question: use head: lm"
-            )
+        self.admits(task.name, task.classes)
         self.seen += [c for c in task.classes if c not in self.seen]
         self.head.grow(task.classes, task.generator("head"))
 

@@ -48,7 +48,12 @@ class Taps:
         spec, net = backbone.spec, backbone.net
         if read not in get_args(Read):
             raise UsageError(f"{spec}: tokens is {read!r}; one of {', '.join(get_args(Read))} is expected")
-        self.sequence, depth = families.block_sequence(net)
+        try:
+            self.sequence, depth = families.block_sequence(net)
+        except UsageError as error:
+            raise UsageError(
+                f"{spec}: taps are read behind the blocks of a transformer: leave taps out; {error}"
+            ) from error
         if not 1 <= count <= depth:
             raise UsageError(f"{spec}: taps is {count}, and the net has {depth} blocks: 1 to {depth} are expected")
         if read == "class" and not backbone.class_token:

@@ -135,6 +135,11 @@ class TextView:
         self.pad = next((t for t in (tokenizer.pad_token_id, self.end, tokenizer.unk_token_id) if t is not None), 0)
         """Stands where there is no token; what it is does not matter, for it is masked."""
 
+    @property
+    def answers(self) -> bool:
+        """Whether something is said after a question."""
+        return self.chooses or self.room > 0
+
     def sequence(self, text: Text) -> Encoded:
         """The prompt and the answer with its end.
 

@@ -36,7 +36,8 @@ NEAR = 1.25  # rows per column up to which n − df is exact: it may be small be
 EVALUATIONS = 8
 DECADE = math.log(10)
 CLOSE = 0.025  # penalties that are nearer, in logarithms, are the same
-CONSTANT = 1e-10  # variance, as a share of the mean square, up to which a column is its rounding errors
+# Variance, as a share of the mean square, up to which a column is the rounding errors of its sums.
+CONSTANT = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
 def packed_size(m: int) -> int:
@@ -143,7 +144,7 @@ class Standard:
             raise UsageError(f"a ridge regression needs rows, got {mass:g} of them by weight")
         mean, square = last[:-1] / mass, diagonal(packed, width)[:-1] / mass
         variance = square - mean.square()
-        varies = variance > CONSTANT * square
+        varies = variance > CONSTANT[packed.dtype] * square
         return cls(mean, torch.where(varies, variance, 1.0).rsqrt() * varies, mass, cross[-1] / mass)
 
     def rows(self, z: Tensor) -> Tensor:
@@ -463,6 +464,12 @@ class Dual:
         kernel = self.scale.new_zeros(count, count)
         for _, part in self._columns():
             kernel.addmm_(part, part.mT)
+        self.lift = 0.0
+        """What the direction `√w` is lifted by: centred rows have no part in it, and its eigenvalue, a rounding error,
+        would be divided by. Targets have none either, so that this changes no weights."""
+        if standard is not None:
+            self.lift = float(kernel.diagonal().mean())
+            kernel.addmm_(self.scale, self.scale.mT, alpha=self.lift / standard.mass)
         values, self.vectors = torch.linalg.eigh(kernel)
         self.values = values.clamp(min=0)
         self.turned = self.vectors.mT @ (self.scale * self.targets)
@@ -472,7 +479,7 @@ class Dual:
         """The fit for one penalty.
 
         With `α = (K + λI)⁻¹ √w Y`: `√w q = α / diag (K + λI)⁻¹`, for every row exactly. With an intercept the
-        denominator is less by `w / (λ Σ w)`.
+        denominator is that of `(K + λI)⁻¹` without its part `w / (λ Σ w)` along `√w`.
 
         Raises:
             UsageError: a penalty that is not a positive number.
@@ -480,7 +487,8 @@ class Dual:
         inverse = self._inverse(penalty)
         powers = [inverse, -(inverse**2), 2 * inverse**3]
         squares = self.vectors.square()
-        less = [self.always / penalty, -self.always / penalty**2, 2 * self.always / penalty**3]
+        along = self.lift + penalty
+        less = [self.always / along, -self.always / along**2, 2 * self.always / along**3]
         sure = [(squares @ power)[:, None] - one for power, one in zip(powers, less, strict=True)]
         own = _curve(penalty, sure[0].clamp(min=1e-12 / penalty), *sure[1:])
         alphas = _curve(penalty, *(self.vectors @ (power[:, None] * self.turned) for power in powers))
@@ -491,7 +499,9 @@ class Dual:
         weights = alpha.new_empty(self.rows.shape[1], alpha.shape[1])
         for start, part in self._columns():
             weights[start : start + part.shape[1]] = part.mT @ alpha
-        freedom = float((self.values * inverse).sum()) + (self.standard is not None)
+        freedom = float((self.values * inverse).sum())
+        if self.standard is not None:
+            freedom += 1 - self.lift / along
         return Fit(weights, penalty, *_error(odds), freedom)
 
     def leave_one_out(self, penalty: float) -> Tensor:
@@ -502,7 +512,7 @@ class Dual:
         """
         inverse = self._inverse(penalty)
         alpha = self.vectors @ (inverse[:, None] * self.turned)
-        own = (self.vectors.square() @ inverse)[:, None] - self.always / penalty
+        own = (self.vectors.square() @ inverse)[:, None] - self.always / (self.lift + penalty)
         held_out: Tensor = self.targets - alpha / own.clamp(min=1e-12 / penalty) / self.scale
         return held_out if self.standard is None else held_out + self.standard.target
 
