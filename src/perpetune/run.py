@@ -158,7 +158,7 @@ def _renew(method: Method, task: Task, batch_size: int) -> None:
         some = balanced(task.train, LEADING, task.generator("renew", "examples"))
         batches = _Pass(some, batch_size, run)
         run.progress.phase("renew", len(batches), 1, 0)
-    protection.renew(
+    protection.renew_pairs(
         task.generator("renew"),
         batches,
         lambda batch: _observe(method, batch, run),

@@ -88,6 +88,9 @@ class Pair(Protocol):
     def parts(self) -> Sequence[tuple[int, int]]:
         """The slices of output rows that have a `B` each; the rows of `A` are theirs, part by part, of one rank."""
 
+    def trained(self) -> list[nn.Parameter]:
+        """`A` and all `B`."""
+
     def product(self) -> Factors:
         """All that it adds to the layer's weight, what rests included: `B (o, k)`, of the rows of its parts, and
         `A (k, d_in)`, for any `k`."""

@@ -167,6 +167,9 @@ class LoRA(PET):
     def renewable(self) -> tuple[Site, Pair] | None:
         return Site("down", Operand(self.down)), self
 
+    def trained(self) -> list[nn.Parameter]:
+        return list(self.parameters())
+
     @torch.no_grad()
     def product(self) -> Factors:
         up, down = self.whole()

@@ -254,7 +254,7 @@ class Protection(nn.Module):
         """Whether pairs have to be renewed before the next step: what they hold now is old, and their `B` is free."""
         return self.config.renew and self.consolidated > self.renewed
 
-    def renew(
+    def renew_pairs(
         self,
         rng: torch.Generator,
         batches: Iterable[Item] = (),

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from perpetune.errors import UsageError
 from perpetune.numerics.lowrank import Factors, reduced, summed
 from perpetune.numerics.subspace import Subspace
+from perpetune.pets.base import is_plain
 
 NOTHING = 1e-6  # of a matrix's norm: what is left of it in the free directions is rounding
 
@@ -103,6 +104,11 @@ class Rest(nn.Module):
         inside = F.linear(x.to(self.down.dtype), self.down)
         return output + F.linear(inside, self.up).to(output.dtype)
 
+    def fits(self, up: Tensor, down: Tensor) -> bool:
+        """Whether these could be its tensors, of any one rank."""
+        shaped = up.dim() == down.dim() == 2 and up.shape[1] == len(down)
+        return shaped and len(up) == len(self.up) and down.shape[1] == self.down.shape[1]
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in ("up", "down"):
             value = state_dict.get(f"{prefix}{name}")
@@ -145,14 +151,12 @@ class PeftPair:
         self.parts = ((0, len(self.b.weight)),)
         self.rest = rest_of(layer, adapter, self.a.weight, len(self.b.weight))
 
-    @torch.no_grad()
-    def _pair(self) -> Factors:
-        scale = float(self.layer.scaling[self.adapter])
-        return scale * self.b.weight.detach(), self.a.weight.detach()
+    def trained(self) -> list[nn.Parameter]:
+        return [self.a.weight, self.b.weight]
 
     @torch.no_grad()
     def product(self) -> Factors:
-        pair = self._pair()
+        pair = float(self.layer.scaling[self.adapter]) * self.b.weight.detach(), self.a.weight.detach()
         return summed([pair, (self.rest.up.to(pair[0]), self.rest.down.to(pair[1]))])
 
     @torch.no_grad()
@@ -170,15 +174,35 @@ class PeftPair:
         self.a.weight.copy_(start)
         self.b.weight.zero_()
 
-    @torch.no_grad()
-    def merge(self) -> bool:
-        """Put what rests into the frozen weight; whether that can be done."""
+    @property
+    def mergeable(self) -> bool:
+        """Whether the frozen layer is a plain linear one, or GPT-2's, whose weight is the transpose."""
         base = self.layer.get_base_layer()
-        linear, conv = type(base) is nn.Linear, type(base).__name__ == "Conv1D" and hasattr(base, "nf")
-        if not (linear or conv) or not base.weight.is_floating_point():
-            return False
-        if not self.rest.merged:
-            update = self.rest.up @ self.rest.down
-            base.weight += (update if linear else update.mT).to(base.weight)
-            self.rest.merged = True
-        return True
+        plain = is_plain(base, nn.Linear) or (type(base).__name__ == "Conv1D" and hasattr(base, "nf"))
+        return bool(plain and base.weight.is_floating_point())
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Put what rests into the frozen weight."""
+        if self.rest.merged:
+            return
+        weight, update = self.layer.get_base_layer().weight, self.rest.up @ self.rest.down
+        weight += (update if isinstance(self.layer.get_base_layer(), nn.Linear) else update.mT).to(weight)
+        self.rest.merged = True
+
+
+@torch.no_grad()
+def forget(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+    """Take what an optimizer has gathered of these parameters from it: it is of the values they had before."""
+    if isinstance(optimizer, torch.optim.LBFGS):  # its whole history is of all parameters together
+        optimizer.state.clear()
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if not any(parameter is p for p in parameters):
+                continue
+            state = optimizer.state.pop(parameter, {})
+            if isinstance(optimizer, torch.optim.Adagrad):  # the one that makes its state when it is made itself
+                state["step"].zero_()
+                state["sum"].fill_(group["initial_accumulator_value"])
+                optimizer.state[parameter] = state
