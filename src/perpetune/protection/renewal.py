@@ -62,7 +62,8 @@ def leading_start(
     values, vectors = torch.linalg.eigh((inside + inside.mT) / 2)
     found = int((values > rounding * float(moments.trace())).sum())
     leading = free(vectors.flip(1).mT[: min(rank, found)])  # (k, dim)
-    leading = leading / leading.norm(dim=1, keepdim=True)
+    signs = leading.gather(1, leading.abs().argmax(1, keepdim=True)).sign()  # rounding decides which one eigh gives
+    leading = leading * signs / leading.norm(dim=1, keepdim=True)
     start = []
     for rows in drawn.split(rank):
         rest = free(rows[len(leading) :])
