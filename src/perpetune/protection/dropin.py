@@ -250,9 +250,10 @@ class DropIn(Protection):
         full = [name for name in certificate["full"] if name not in known]
         if full and self.config.directions == "features" and self.config.strength == "hard":
             chosen = [w for w in self.sites if self._chosen(w)]
+            cure = "" if self.config.renew else "a larger rank or "
             warnings.warn(
                 f"protect: {len(full)} of {len(chosen)} sites have no room left and stay as they are from now on "
-                f"({full[0]}{', …' if len(full) > 1 else ''}): a larger rank or a lower energy leaves some",
+                f"({full[0]}{', …' if len(full) > 1 else ''}): {cure}a lower energy leaves some",
                 stacklevel=2,
             )
         return certificate
