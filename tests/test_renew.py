@@ -702,3 +702,38 @@ def test_a_resumed_trainer_does_not_renew_again(tmp_path: Path) -> None:
         torch.testing.assert_close(model.state_dict()[name], value, msg=name)
     torch.testing.assert_close(logits(model, texts(0)), logits(whole, texts(0)))
     assert protection.report() == its.report()
+
+
+def test_what_rests_acts_without_dropout() -> None:
+    layer = Layer(**RENEWED)
+    x = layer.inputs(0)
+    layer.train(x, layer.targets(0, x))
+    layer.consolidate(x)
+    before = layer.outputs(x)
+    layer.renew(1)
+    layer.pet.dropout = 0.5
+    assert moved(layer.outputs(x), before) < 1e-12
+    layer.pet.train()
+    assert moved(layer.outputs(x), before) < 1e-12  # B of the new pair is zero
+    with torch.no_grad():
+        layer.pet.up[0].fill_(1.0)
+    assert moved(layer.outputs(layer.inputs(1)), layer.outputs(layer.inputs(1))) > 1e-3  # the new pair has it
+
+
+def test_below_energy_1_a_free_b_moves_old_outputs_further() -> None:
+    """Tasks that share a part of their inputs and want different answers for it: what docs/protect.md warns of."""
+    moves = {}
+    for renew in (False, True):
+        layer = Layer(energy=0.99, renew=renew)
+        old: list[tuple[Tensor, Tensor]] = []
+        for task in range(4):
+            x = 0.6 * layer.inputs(99, rank=10) + layer.inputs(task, rank=20)
+            x = 3 * x * torch.logspace(0, -1.5, DIM, dtype=torch.float64)
+            layer.renew(task)
+            layer.train(x, layer.targets(task, x), lr=5e-3)
+            old.append((x, layer.outputs(x)))
+            layer.consolidate(x)
+        bare = layer.root[0].base.requires_grad_(False)
+        moves[renew] = max(float((layer.outputs(x) - was).norm() / (was - bare(x)).norm()) for x, was in old[:-1])
+    print("moved, relative to what the LoRA gave:", moves)
+    assert moves[True] > 1.5 * moves[False]
