@@ -29,6 +29,8 @@ METHODS = [
     ("finetune", ("head=ncm", "protect=true")),
     ("finetune", ("pet=adapter", "protect.energy=0.9", "head_first=0.5", "merge=falling")),
     ("finetune", ("head.name=ridge", "head.projection=40", "protect=true")),
+    ("finetune", ("head=ncm", "protect.renew=true")),
+    ("finetune", ("protect.renew=true", "protect.start=leading", "protect.rest=5", "merge=falling")),
     ("frozen", ("head=ncm",)),
     ("frozen", ("head.name=ridge", "head.projection=40", "head.balance=true", "pet=none")),
     ("first_session", ("head.name=ridge", "head.projection=200")),
@@ -53,6 +55,15 @@ def test_every_method_keeps_the_contract(method: str, changes: tuple[str, ...]) 
 def test_what_protection_cannot_hold_is_told_before_any_rule() -> None:
     with pytest.raises(UsageError, match="joint keeps all data, so there is nothing for protect: to keep"):
         check_method("joint", ["protect=true"])
+    for changes, why in {
+        ("finetune", "pet=adapter"): "adapter cannot be renewed: use lora, or leave renew out",
+        ("treelora", "start=last"): "treelora keeps its pet through the tasks or renews it by itself: leave protect",
+        ("safe", "head=ncm"): "safe keeps its pet through the tasks or renews it by itself: leave protect",
+        ("finetune", "protect.strength=soft"): "renew needs strength: hard",
+        ("finetune", "protect.sites=[up]"): "there is no site 'up'; sites here are down",
+    }.items():
+        with pytest.raises(UsageError, match=why):
+            check_method(changes[0], ["protect.renew=true", changes[1]])
     with pytest.raises(UsageError, match="there is no site 'dwn'; sites here are down, up"):
         check_method("finetune", ["protect.sites=[dwn]"])
 

@@ -136,6 +136,7 @@ def test_a_site_without_room_is_told_once_and_stays(world: World, tmp_path: Path
 
 MERGED = {"name": "finetune", "head_first": 0.5, "merge": "falling", "merge_epochs": 2}
 LORA = {"name": "lora", "rank": 4, "dropout": 0.2}
+RENEWED = {"energy": 0.9, "renew": True}
 CASES: dict[str, dict[str, Any]] = {  # the recipe's changes
     "plain": {},
     "reference": {"pet": LORA, "reference": {}},
@@ -143,6 +144,8 @@ CASES: dict[str, dict[str, Any]] = {  # the recipe's changes
     "soft": {"protect": {**PROTECT, "strength": "soft"}, "head": "ncm"},
     "random": {"protect": {**PROTECT, "directions": "random"}},
     "merged": {"method": MERGED},
+    "renewed": {"pet": LORA, "protect": RENEWED, "reference": {}},
+    "leading": {"pet": LORA, "protect": {**RENEWED, "start": "leading", "rest": 6}, "method": MERGED},
 }
 STOPS: list[tuple[str, tuple[int, str, int]]] = [
     ("plain", (0, "protect task", 1)),
@@ -159,6 +162,11 @@ STOPS: list[tuple[str, tuple[int, str, int]]] = [
     ("merged", (1, "train", 1)),
     ("merged", (1, "free", 1)),
     ("merged", (1, "protect task", 1)),
+    ("renewed", (0, "train", 2)),
+    ("renewed", (2, "train", 3)),
+    ("renewed", (2, "protect task", 1)),
+    ("leading", (1, "renew", 1)),
+    ("leading", (2, "free", 1)),
 ]
 
 
@@ -220,9 +228,9 @@ def test_loaded_after_every_task_is_bit_for_bit_the_same(
 
 
 def test_rolled_back_and_learned_again(whole: Callable[[str], tuple[dict[str, Any], Path]], tmp_path: Path) -> None:
-    _, uninterrupted = whole("reference")
-    for keep in ("start", "a-b"):
-        state = shutil.copytree(uninterrupted, tmp_path / keep)
+    for case, keep in (("reference", "start"), ("reference", "a-b"), ("renewed", "start"), ("renewed", "a-b")):
+        _, uninterrupted = whole(case)
+        state = shutil.copytree(uninterrupted, tmp_path / f"{case}-{keep}")
         State(state).rollback(keep)
         Learner.load(state).resume()
         assert differing(state, uninterrupted) == []

@@ -50,6 +50,11 @@ def build_method(recipe: Recipe, backbone: Backbone) -> Method:
     if recipe.protect is not None:
         if method.unprotectable:
             raise UsageError(f"method: {recipe.method.name} {method.unprotectable}")
+        if recipe.protect.renew and not method.renewable:
+            raise UsageError(
+                f"method: {recipe.method.name} keeps its pet through the tasks or renews it by itself: leave "
+                "protect.renew out, or use finetune"
+            )
         method.protection = build_protection(recipe, method)
     return method.requires_grad_(False).eval()
 
@@ -67,7 +72,7 @@ def _build_model(recipe: Recipe, backbone: Backbone) -> Model:
 def build_protection(recipe: Recipe, method: Method) -> Protection:
     """The protection of every site of the method's pets, with nothing protected yet."""
     assert recipe.protect is not None
-    sites, loose, _ = pet_sites(method, recipe.protect.conditions, method.pet)
+    sites, loose, _ = pet_sites(method, recipe.protect.conditions, method.pet, recipe.protect.renew)
     return Protection(sites, recipe.protect, still=loose, seed=recipe.seed)
 
 

@@ -51,7 +51,7 @@ def write_peft(backbone: Backbone, name: str, folder: Path) -> None:
     onto the same net.
 
     An adapter on parts of a fused qkv becomes one of rank `P r` on the whole linear, with `B` zero
-    outside the parts' blocks. The folder is written aside and renamed.
+    outside the parts' blocks; what rests of earlier tasks is a part of it too. The folder is written aside and renamed.
 
     PEFT itself can do nothing on a fused qkv of timm's BEiT or EVA as they come: they read its weight
     without calling it. Set `qkv_bias_separate = True` on their attention first, as `Backbone` does.
@@ -65,8 +65,9 @@ def write_peft(backbone: Backbone, name: str, folder: Path) -> None:
     adapters = {path: pet for path, pet in wrapped.items() if isinstance(pet, LoRA)}
     tensors: dict[str, Tensor] = {}
     for path, lora in adapters.items():
-        tensors[f"{PREFIX}{path}{A}"] = lora.down.detach().cpu().contiguous()
-        tensors[f"{PREFIX}{path}{B}"] = lora.up_matrix().detach().cpu().contiguous()
+        up, down = lora.whole()
+        tensors[f"{PREFIX}{path}{A}"] = down.detach().cpu().contiguous()
+        tensors[f"{PREFIX}{path}{B}"] = up.detach().cpu().contiguous()
     with _aside(folder) as aside:
         save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
         config = json.dumps(_config(backbone, adapters), indent=2, sort_keys=True, allow_nan=False)
@@ -139,7 +140,7 @@ def read_peft(backbone: Backbone, folder: Path, name: str) -> list[PET]:
 
 def _config(backbone: Backbone, adapters: Mapping[str, LoRA]) -> dict[str, Any]:
     """What PEFT needs to rebuild the adapters: the commonest rank and scale, and the exceptions."""
-    ranks = {path: len(lora.down) for path, lora in adapters.items()}
+    ranks = {path: len(lora.whole()[1]) for path, lora in adapters.items()}
     alphas = {path: _plain(lora.scale * ranks[path]) for path, lora in adapters.items()}
     rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
     return {

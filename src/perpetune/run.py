@@ -23,6 +23,7 @@ from perpetune.snapshot import read_tensors
 from perpetune.state import MidTask, State
 from perpetune.tasks import Batch, Examples, Task, balanced, evaluation_batches
 
+LEADING = 256  # examples of a task that say where its pet starts, with protect.start: leading
 FEATURES = "features.safetensors"  # of a few test images of the task, as they were when it was learned
 
 
@@ -114,6 +115,9 @@ def learn_protected(
 ) -> list[dict[str, Any]]:
     """Learn a task under the method's protection, if it has one, and add its features to what is protected.
 
+    Where the protection renews pets, that is done first: it follows from what was committed and from the task alone, so
+    a task that is entered again has the same.
+
     Args:
         method: what learns.
         task: what is learned.
@@ -125,6 +129,7 @@ def learn_protected(
     """
     task = method.model.posed(task)
     certificates = _protect(method, task, reference, batch_size) if reference else []
+    _renew(method, task, batch_size)
     task.runtime.guard = method.protection.guard if method.protection is not None else unguarded
     method.learn(task)
     return certificates + _protect(method, task, None, batch_size)
@@ -149,6 +154,25 @@ def _protect(method: Method, task: Task, reference: Examples | None, batch_size:
     )
     seconds = round(time.perf_counter() - began, 3)
     return [{"of": purpose, "examples": len(examples), "seconds": seconds, **certificate}]
+
+
+def _renew(method: Method, task: Task, batch_size: int) -> None:
+    """Renew the pets before the task, once anything is protected and where the protection is to."""
+    protection, run = method.protection, task.runtime
+    if protection is None or not protection.waiting:
+        return
+    batches: Iterable[Batch] = ()
+    if protection.config.start == "leading":
+        some = balanced(task.train, LEADING, task.generator("renew", "examples"))
+        batches = _Pass(some, batch_size, run)
+        run.progress.phase("renew", len(batches), 1, 0)
+    protection.renew_pairs(
+        task.generator("renew"),
+        batches,
+        lambda batch: _observe(method, batch, run),
+        mask=lambda batch: batch.mask,
+        total=run.sum,
+    )
 
 
 class _Pass:

@@ -80,6 +80,9 @@ def restore(method: Method, files: Mapping[str, bytes], where: str, *, memory: b
                 raise StateError(
                     f"{where}/{EXTRA}: the entry {name!r} is not what a {kind} stores: {error!r}"
                 ) from None
+    shapes = {name: tuple(t.shape) for name, t in read_tensors(files, FILES[0], where).items()}
+    for prefix, pet in ((f"{name}.", m) for name, m in method.named_modules() if isinstance(m, PET)):
+        pet.make_room({name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)})
     pairs, groups = [], tensors(method)
     if memory and SUMS in groups and SUMS not in files:  # a state from before they had a file of their own
         groups[FILES[1]] |= groups.pop(SUMS)

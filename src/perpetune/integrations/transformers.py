@@ -7,15 +7,21 @@ trainer.train()
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import TrainingArguments
 
+from perpetune.errors import UsageError
 from perpetune.protection.dropin import DropIn, Guard
+from perpetune.seeding import generator
 
+LEADING = 8  # batches that say where pairs start, with start="leading"
 FILE = "protection.safetensors"  # in each checkpoint's folder, and after training in the output folder
 
 
@@ -26,14 +32,24 @@ class ProtectionCallback(TrainerCallback):
     there. What is protected once training has ended is in `protection.safetensors` of the output folder itself: that is
     the file to load before the next task. It is not read unasked, for a run may as well begin anew in the same folder.
 
+    A protection made with `renew=True` is renewed when training begins and something is protected since; not where a
+    run is resumed, whose checkpoint has what it began with.
+
     Args:
         protection: of the trainer's model.
         consolidate: whether the training data are protected at the end, in one more pass over them. With data that
             never end, limit it: `protect(model, samples=n)`.
+        renew: whether it renews; None is as `protect` was called.
+
+    Raises:
+        UsageError: it is to renew, and `protect` was called without `renew=True`.
     """
 
-    def __init__(self, protection: DropIn, consolidate: bool = True):
+    def __init__(self, protection: DropIn, consolidate: bool = True, renew: bool | None = None):
+        if renew and not protection.config.renew:
+            raise UsageError("protect: renew is off: call perpetune.protect(model, renew=True)")
         self.protection, self.consolidate = protection, consolidate
+        self.renew = protection.config.renew if renew is None else renew
         self._guard: Guard | None = None
 
     def on_train_begin(
@@ -49,6 +65,9 @@ class ProtectionCallback(TrainerCallback):
                 "when training ends",
                 stacklevel=2,
             )
+        if state.global_step == 0 and self.renew and self.protection.waiting:
+            leading = self.protection.config.start == "leading"
+            self.protection.renew(_few(kwargs["train_dataloader"], self.protection.seed) if leading else None)
         self._guard = self.protection.guard(kwargs["optimizer"])
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -77,6 +96,15 @@ class ProtectionCallback(TrainerCallback):
                 "protection.load(FILE) before trainer.train(), if one is elsewhere",
                 stacklevel=2,
             )
+
+
+def _few(loader: Any, seed: int) -> Iterable[Any]:
+    """A few batches of a trainer's data, drawn by a generator of their own and past its own loader: to begin that one
+    and not end it would leave it in the middle for accelerate."""
+    size, rng = loader.batch_size or 1, generator(seed, "renew", "examples")
+    endless = isinstance(loader.dataset, IterableDataset)
+    order = None if endless else RandomSampler(loader.dataset, generator=rng)
+    return islice(DataLoader(loader.dataset, size, sampler=order, collate_fn=loader.collate_fn, generator=rng), LEADING)
 
 
 def _folder(args: TrainingArguments) -> Path:

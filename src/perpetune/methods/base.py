@@ -45,12 +45,14 @@ class Method(nn.Module, ABC):
 
     Options in the recipe are the keyword-only arguments of `__init__`; one of type `FitConfig` starts
     from the recipe's `train:` section. `unprotectable` says why `protect:` cannot go with it, where it
-    cannot. `needs_earlier_data` is for upper bounds only: such a method
+    cannot; `renewable` is true where its pet may be renewed before each task (`protect.renew`): it reads the pet from
+    the model alone and keeps no copy that has to match. `needs_earlier_data` is for upper bounds only: such a method
     cannot take part in `update`, where earlier data are gone.
     """
 
     needs_earlier_data: bool = False
     unprotectable: str = ""
+    renewable: bool = False
     fits: ClassVar[type[Model]] = Model  # type: ignore[type-abstract]
     """The kind of model it can train."""
 

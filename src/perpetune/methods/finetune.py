@@ -42,6 +42,8 @@ class FineTune(Method):
         UsageError: there is nothing to train, or `merge` or `head_first` for texts.
     """
 
+    renewable = True
+
     def __init__(
         self,
         model: Model,

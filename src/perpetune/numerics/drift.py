@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from perpetune.numerics.lowrank import Factors, exact, inner, reduced, summed
 from perpetune.numerics.moments import pack, unpack
 
 
@@ -43,9 +45,12 @@ class Drift:
     def measure(self, values: Tensor) -> tuple[float, float | None]:
         """Root-mean-square change of the outputs of the old data with `values (heads, out, dim)`: absolute, and
         relative to the outputs' own root mean square (None where those are zero)."""
+        return self._figures(lambda: self._change(values.detach().to(self.last)))
+
+    def _figures(self, measured: Callable[[], float]) -> tuple[float, float | None]:
         if self.count == 0:
             return 0.0, None
-        change = self._change(values.detach().to(self.last))
+        change = measured()
         change = math.inf if math.isnan(change) else max(0.0, change)
         relative = math.sqrt(change / self.output) if self.output > 0 else None
         return math.sqrt(change / self.count), relative
@@ -65,3 +70,50 @@ class Drift:
         moved = values - self.last
         square = ((moved @ unpack(self.total, self.dim)) * moved).sum()
         return self.change + float(2 * (moved * self.cross).sum() + square)
+
+
+class ProductDrift(Drift):
+    """The same of a map that is given by its factors, `W = B A` with `B (out, k)` and `A (k, dim)`, of any rank.
+
+    The map itself is never made: `last` and `cross` are kept as factors too, one row `[b | a]` of `out + dim` numbers
+    for each rank-one term `b aᵀ`. `Y` gains at most the rank of what was learned since data were last added.
+
+    Args:
+        out, dim: of the map.
+    """
+
+    def __init__(self, out: int, dim: int):
+        super().__init__(1, 0, dim)
+        self.out = out
+        self.last = torch.zeros(0, out + dim, dtype=torch.float64)
+        self.cross = torch.zeros(0, out + dim, dtype=torch.float64)
+
+    def measure_product(self, values: Factors) -> tuple[float, float | None]:
+        """As `measure`, of `B A`."""
+        return self._figures(lambda: self._moved(values)[0])
+
+    def advance_product(self, values: Factors, moments: Tensor, count: int) -> None:
+        """As `advance`, with `moments (1, dim, dim)`."""
+        values, moments = exact(values), moments.detach().to(self.last)
+        if self.count:
+            self.change, (b, a) = self._moved(values)
+            self.cross = _rows(reduced(summed([self._factors(self.cross), (b, a @ unpack(self.total, self.dim)[0])])))
+        b, a = reduced(values)
+        self.last = _rows((b, a))
+        self.total += pack(moments)
+        self.output += float(inner((b, a @ moments[0]), (b, a)))
+        self.count += count
+
+    def _moved(self, values: Factors) -> tuple[float, Factors]:
+        """`E` with `values`, and `Δ`."""
+        b, a = self._factors(self.last)
+        moved = reduced(summed([exact(values), (-b, a)]))  # else what is the same in both would leave its rounding
+        square = inner((moved[0], moved[1] @ unpack(self.total, self.dim)[0]), moved)
+        return self.change + float(2 * inner(moved, self._factors(self.cross)) + square), moved
+
+    def _factors(self, rows: Tensor) -> Factors:
+        return rows[:, : self.out].mT, rows[:, self.out :]
+
+
+def _rows(factors: Factors) -> Tensor:
+    return torch.cat([factors[0].mT, factors[1]], dim=1)

@@ -47,3 +47,39 @@ def merged(parts: Sequence[Factors], weights: Sequence[float], rank: int) -> Fac
         new_b = torch.nn.functional.pad(new_b, (0, rank - kept))
         new_a = torch.nn.functional.pad(new_a, (0, 0, 0, rank - kept))
     return new_b.to(parts[0][0]), new_a.to(parts[0][1])
+
+
+def exact(factors: Factors) -> Factors:
+    """The same in float64 on the CPU, without a gradient."""
+    b, a = factors
+    return b.detach().to("cpu", torch.float64), a.detach().to("cpu", torch.float64)
+
+
+def summed(parts: Sequence[Factors]) -> Factors:
+    """Factors of `Σ B_i A_i`: `[B_1 B_2 …]` and `[A_1; A_2; …]`."""
+    return torch.cat([b for b, _ in parts], dim=-1), torch.cat([a for _, a in parts], dim=-2)
+
+
+def reduced(factors: Factors, rank: int | None = None, moments: Tensor | None = None) -> Factors:
+    """Factors `B (o, k)` and `A (k, d)` of the same matrix with the columns of `B` orthogonal, `k` its rank; float64.
+
+    What is smaller than the rounding of `B` times that of `A` counts as zero, so parts that cancel each other vanish.
+
+    Args:
+        rank: the largest `k`. Where it is less than the matrix's rank, the result is the nearest of rank `k`.
+        moments: `C (d, d)`; nearest is then meant on these inputs, `‖(W − W_k) C^½‖` (Eckart and Young, on `W C^½`).
+    """
+    b, a = exact(factors)
+    left, small_left = torch.linalg.qr(b)
+    right, small_right = torch.linalg.qr(a.mT)
+    core = small_left @ small_right.mT
+    u, values, v = torch.linalg.svd(core, full_matrices=False)
+    rounding = max(b.shape[-1], 4) * torch.finfo(torch.float64).eps * float(small_left.norm() * small_right.norm())
+    kept = int((values > rounding).sum())
+    if rank is None or rank >= kept:
+        return (left @ u[:, :kept]) * values[:kept], v[:kept] @ right.mT
+    if moments is None:
+        return (left @ u[:, :rank]) * values[:rank], v[:rank] @ right.mT
+    seen = core @ (right.mT @ moments.to(core) @ right) @ core.mT
+    most = torch.linalg.eigh((seen + seen.mT) / 2).eigenvectors.flip(1)[:, :rank]
+    return left @ most, most.mT @ core @ right.mT

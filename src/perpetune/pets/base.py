@@ -13,15 +13,16 @@ import contextlib
 import copy
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal, TypeGuard, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from perpetune.errors import UsageError, closest
+from perpetune.numerics.lowrank import Factors
 from perpetune.numerics.projection import Operand
 
 Conditions = Literal["exact", "paper"]
@@ -77,6 +78,32 @@ class Site:
     lift: Callable[[Tensor], Tensor] | None = None
 
 
+class Pair(Protocol):
+    """Two factors `A` and `B` that are trained, whose product may come to rest so that a new pair takes their place.
+
+    What rests acts on, and is never trained again.
+    """
+
+    @property
+    def parts(self) -> Sequence[tuple[int, int]]:
+        """The slices of output rows that have a `B` each; the rows of `A` are theirs, part by part, of one rank."""
+
+    def trained(self) -> list[nn.Parameter]:
+        """`A` and all `B`."""
+
+    def product(self) -> Factors:
+        """All that it adds to the layer's weight, what rests included: `B (o, k)`, of the rows of its parts, and
+        `A (k, d_in)`, for any `k`."""
+
+    def renew(self, start: Tensor, rank: int | None = None, moments: Tensor | None = None) -> None:
+        """The product comes to rest, `A` becomes `start (P r, d_in)` and `B` zero: no output changes.
+
+        Args:
+            rank: of what rests, at most; what is over it is cut off, which does change outputs.
+            moments: `(d_in, d_in)` of the inputs on which the cut is to change as little as it can.
+        """
+
+
 class PET(nn.Module, ABC):
     """A small trainable module that decides how a frozen one is called.
 
@@ -110,6 +137,17 @@ class PET(nn.Module, ABC):
     def free(self, conditions: Conditions = "exact") -> list[nn.Parameter]:
         """Parameters that these conditions leave free to move, knowing that old outputs move with them."""
         return []
+
+    def renewable(self) -> tuple[Site, Pair] | None:
+        """The pair that can be renewed, and the site of its `A`, which is all that is held then; None where there is
+        none.
+
+        A new `A` is zero on what old tasks use, so whatever its `B` becomes, old outputs stay.
+        """
+        return None
+
+    def make_room(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Give tensors that change their size between tasks that of those about to be loaded, by their names."""
 
     def idle(self) -> list[str]:
         """Sites whose values have no effect as things stand (what follows them is zero), so they may be moved."""

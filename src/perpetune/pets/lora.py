@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perpetune.errors import UsageError
-from perpetune.numerics.lowrank import Factors
+from perpetune.numerics.lowrank import Factors, reduced, summed
 from perpetune.numerics.projection import Operand
-from perpetune.pets.base import PET, Conditions, Place, Site, is_plain, with_values
+from perpetune.pets.base import PET, Conditions, Pair, Place, Site, is_plain, with_values
 
 
 class LoRA(PET):
@@ -28,6 +28,9 @@ class LoRA(PET):
     autocast, also multiplies in it, which takes a float32 copy of every input; its result differs in the last bits of
     a half-precision output.
 
+    A product of earlier tasks may rest beside the pair that is trained (`renew`): `y = base(x) + s (B A + B' A') x`,
+    with `A' (R, d_in)` and `B' (d_out, R)` as buffers. It acts without dropout. Until then there are no such buffers.
+
     Args:
         rank: `r`, of each part.
         alpha: `s = alpha / r`.
@@ -39,6 +42,8 @@ class LoRA(PET):
     """
 
     default_at: ClassVar[tuple[str, ...]] = ("q", "v")
+    rest_down: Tensor | None
+    rest_up: Tensor | None
 
     def __init__(
         self,
@@ -64,21 +69,27 @@ class LoRA(PET):
         self.scale = alpha / (math.sqrt(rank) if rslora else rank)
         self.down = nn.Parameter(torch.empty(len(place.parts) * rank, place.d_in))
         self.up = nn.ParameterList([torch.empty(stop - start, rank) for start, stop in place.parts])
+        self.register_buffer("rest_down", None)
+        self.register_buffer("rest_up", None)
         self.restart(generator)
 
     def forward(self, base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y: Tensor = base(x, *args, **kwargs)  # (..., d_out)
+        every, up = x, self.up_matrix()
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
         down = F.linear(x, self.down.to(x.dtype))  # (..., P r)
         if self.watch is not None:
             self.seen("down", x)
             for i, rows in enumerate(down.split(self.rank, dim=-1)):
                 self.seen(f"up.{i}", rows)
+        if self.rest_down is not None and self.rest_up is not None:
+            down = torch.cat([down, F.linear(every, self.rest_down.to(x.dtype))], dim=-1)  # (..., P r + R)
+            up = torch.cat([up, self.rest_up], dim=1)
         # One pass over the wide output: the scale and the sum are part of the product.
         flat: Tensor = torch.addmm(
             y.reshape(-1, self.d_out),
-            down.reshape(-1, len(self.down)).to(y.dtype),
-            self.up_matrix().t().to(y.dtype),
+            down.reshape(-1, down.shape[-1]).to(y.dtype),
+            up.t().to(y.dtype),
             alpha=self.scale,
         )
         return flat.view(y.shape)
@@ -97,8 +108,15 @@ class LoRA(PET):
         return torch.cat(rows)
 
     def factors(self) -> list[Factors]:
-        """`B (rows, r)` and `A (r, d_in)` of each part; `s B A` is what it adds to the layer's weight."""
+        """`B (rows, r)` and `A (r, d_in)` of each part, as they are trained; `s B A` is added to the layer's weight."""
         return list(zip(self.up, self.down.split(self.rank), strict=True))
+
+    def whole(self) -> Factors:
+        """`B (d_out, P r + R)` and `A (P r + R, d_in)` with what rests; `s B A` is all that is added to the weight."""
+        pair = self.up_matrix(), self.down
+        if self.rest_up is None or self.rest_down is None:
+            return pair
+        return summed([pair, (self.rest_up, self.rest_down)])
 
     @torch.no_grad()
     def set_factors(self, factors: Sequence[Factors]) -> None:
@@ -109,7 +127,8 @@ class LoRA(PET):
 
     @torch.no_grad()
     def restart(self, generator: torch.Generator) -> None:
-        """Values as newly made: `A` drawn, `B` zero; the generator is one of the CPU."""
+        """Values as newly made: `A` drawn, `B` zero, nothing at rest; the generator is one of the CPU."""
+        self.rest_down = self.rest_up = None
         drawn = torch.empty(self.down.shape)
         nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
         self.down.copy_(drawn)
@@ -131,7 +150,8 @@ class LoRA(PET):
 
     def fold(self, base: nn.Module) -> nn.Module | None:
         """A linear layer of weight `W + s B A`, or GPT-2's `Conv1D` of its transpose; dropout is for training only."""
-        update = self.scale * (self.up_matrix() @ self.down)
+        up, down = self.whole()
+        update = self.scale * (up @ down)
         if is_plain(base, nn.Linear):
             return with_values(base, base.weight + update, base.bias)
         if f"{type(base).__module__}.{type(base).__name__}" == "transformers.pytorch_utils.Conv1D":
@@ -141,6 +161,51 @@ class LoRA(PET):
     def sites(self, conditions: Conditions = "exact") -> list[Site]:
         """`A` by the inputs `x`, `B` by `A x`: `(B + ΔB)(A + ΔA) x = B A x`; PEGP eq. 13, 14, which are exact here."""
         return [Site("down", Operand(self.down)), *(Site(f"up.{i}", Operand(up)) for i, up in enumerate(self.up))]
+
+    # -- renewal --------------------------------------------------------------------------------------
+
+    def renewable(self) -> tuple[Site, Pair] | None:
+        return Site("down", Operand(self.down)), self
+
+    def trained(self) -> list[nn.Parameter]:
+        return list(self.parameters())
+
+    @torch.no_grad()
+    def product(self) -> Factors:
+        up, down = self.whole()
+        return torch.cat([self.scale * up[start:stop] for start, stop in self.parts]), down
+
+    @torch.no_grad()
+    def renew(self, start: Tensor, rank: int | None = None, moments: Tensor | None = None) -> None:
+        """The product comes to rest as joined factors, beyond the least of the layer's widths as exact ones of that
+        rank (see `Pair`)."""
+        if any(up.any() for up in self.up):
+            up, down = self.whole()
+            most = min(sum(stop - start for start, stop in self.parts), down.shape[1])
+            most = most if rank is None else min(most, rank)
+            if len(down) > most:
+                rows = torch.cat([torch.arange(start, stop) for start, stop in self.parts]).to(up.device)
+                kept, new_down = reduced((up[rows], down), most, moments)
+                down, up = new_down.to(down), up.new_zeros(len(up), len(new_down)).index_copy_(0, rows, kept.to(up))
+            self.rest_up, self.rest_down = up.detach().clone(), down.detach().clone()
+        self.down.copy_(start)
+        for up in self.up:
+            up.zero_()
+
+    def make_room(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """What rests takes the rank that is about to be loaded."""
+        found = {name: shapes.get(name) for name in ("rest_down", "rest_up")}
+        for name, shape in found.items():
+            now = getattr(self, name)
+            if shape is None or None in found.values():
+                setattr(self, name, None)
+            elif now is None or now.shape != shape:
+                setattr(self, name, self.down.detach().new_zeros(shape))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        names = {name: state_dict.get(f"{prefix}{name}") for name in ("rest_down", "rest_up")}
+        self.make_room({name: tuple(value.shape) for name, value in names.items() if value is not None})
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def idle(self) -> list[str]:
         return ["down"] if not any(up.any() for up in self.up) else []

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from perpetune.numerics.projection import Project
 from perpetune.pets.base import Conditions
@@ -45,6 +45,30 @@ class ProtectConfig(BaseModel):
     directions: Literal["features", "random", "none"] = "features"
     """Controls: `random` protects as many directions drawn at random, `none` only measures."""
     reference: Reference | None = None
+    renew: bool = False
+    """Before each task what was learned comes to rest, and a new pair starts where old features do not reach: of LoRA,
+    whose B needs no protection then and has its full rank for every task."""
+    start: Literal["random", "leading"] = "random"
+    """Of `renew`: A starts at random in the free directions, or along the leading directions of the new task's inputs
+    inside them."""
+    rest: Annotated[int, Field(ge=1)] | None = None
+    """Of `renew`: largest rank of what rests; what is over it is cut off, where it changes old outputs least. None
+    keeps all."""
+
+    @field_validator("renew")
+    @classmethod
+    def _held(cls, value: bool, info: ValidationInfo) -> bool:
+        given: dict[str, Any] = info.data
+        if value and given.get("strength") == "soft":
+            raise ValueError("renew needs strength: hard, for B is free then, and soft lets old features through to it")
+        return value
+
+    @field_validator("start", "rest")
+    @classmethod
+    def _of_renewal(cls, value: Any, info: ValidationInfo) -> Any:
+        if value not in ("random", None) and info.data.get("renew") is False:
+            raise ValueError("it is of renew: true, which is not set")
+        return value
 
     def energy_at(self, task: int) -> float:
         """The energy for the task of that index."""

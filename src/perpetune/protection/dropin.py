@@ -30,8 +30,10 @@ from perpetune.files import write_file
 from perpetune.numerics.projection import Closed, ProjectedStep
 from perpetune.protection.config import ProtectConfig
 from perpetune.protection.memory import SiteMemory
-from perpetune.protection.protection import Certificate, Protection
-from perpetune.protection.sites import Sum, Watched, called, linear_sites, pet_sites
+from perpetune.protection.protection import Certificate, Protection, _key
+from perpetune.protection.renewal import PeftPair, forget
+from perpetune.protection.sites import Sum, Watched, called, linear_sites, peft_pairs, pet_sites
+from perpetune.seeding import generator
 
 Others = Literal["freeze", "leave"]
 METADATA = "perpetune.protection"  # of the file that `save` writes: all that is no tensor
@@ -81,9 +83,16 @@ def protect(
                 f"protect: {called(path)} is DoRA, which divides by the norm of the whole weight, so old outputs move "
                 "whatever is projected: use plain LoRA (use_dora=False), or leave it out with skip"
             )
-    sites, _, free = pet_sites(model, config.conditions)
+    sites, _, free = pet_sites(model, config.conditions, renew=config.renew)
     sites = [w for w in sites if w.module not in skipped and any(p.requires_grad for p in w.site.operand.parameters)]
-    sites += linear_sites(model, skipped)
+    pairs = peft_pairs(model, skipped) if config.renew else {}
+    sites += linear_sites(model, skipped, pairs)
+    if config.renew and not any(w.pair is not None for w in sites):
+        raise UsageError(
+            "protect: renew is on, and there is no LoRA here to renew (a linear layer that is trained itself cannot "
+            "be): put one in, or leave renew out"
+        )
+    free += [pair.b.weight for pair in pairs.values()]
     covered = {p for w in sites for p in w.site.operand.parameters}.union(free)
     covered.update(p for m in skipped for p in m.parameters())
     loose = [p for p in model.parameters() if p.requires_grad and p not in covered]
@@ -107,6 +116,16 @@ class Guard(ProjectedStep):
 
     def _closed(self) -> Closed:
         return self._protection.closed()
+
+    def _pre(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self._protection.waiting:
+            raise UsageError(
+                "protect: renew is on, and data were consolidated since: call protection.renew() before the next step, "
+                "for B would move old outputs"
+            )
+        return super()._pre(optimizer, args, kwargs)
 
     def follow(self) -> None:
         """Keep the optimizer out of what is protected now."""
@@ -136,6 +155,10 @@ class DropIn(Protection):
         super().__init__(list(sites), config, still=list(still), seed=seed)
         self._model = (model,)  # in a tuple, so that it does not become a part of this module's state
         self._decodes = _decodes(model)
+        own = {_key(w.name): w.pair.rest for w in self.sites if isinstance(w.pair, PeftPair)}
+        if own:
+            self.rests = nn.ModuleDict(own)
+            """What rests of earlier tasks at layers of PEFT; a pet of perpetune has it in its own state."""
         self.guards: weakref.WeakKeyDictionary[torch.optim.Optimizer, Guard] = weakref.WeakKeyDictionary()
         """Of the optimizers that are guarded and still there; a copy or a pickle guards none."""
         self.register_load_state_dict_post_hook(_loaded)  # type: ignore[no-untyped-call] # torch gives it no types
@@ -227,12 +250,72 @@ class DropIn(Protection):
         full = [name for name in certificate["full"] if name not in known]
         if full and self.config.directions == "features" and self.config.strength == "hard":
             chosen = [w for w in self.sites if self._chosen(w)]
+            cure = "" if self.config.renew else "a larger rank or "
             warnings.warn(
                 f"protect: {len(full)} of {len(chosen)} sites have no room left and stay as they are from now on "
-                f"({full[0]}{', …' if len(full) > 1 else ''}): a larger rank or a lower energy leaves some",
+                f"({full[0]}{', …' if len(full) > 1 else ''}): {cure}a lower energy leaves some",
                 stacklevel=2,
             )
         return certificate
+
+    # -- between tasks --------------------------------------------------------------------------------
+
+    def renew(
+        self,
+        batches: Iterable[Any] | None = None,
+        forward: Callable[[Any], object] | None = None,
+        *,
+        mask: Callable[[Any], Tensor | None] | None = None,
+        total: Sum | None = None,
+    ) -> None:
+        """Let what each LoRA has learned rest, and start a new pair in the free directions; no output changes.
+
+        Call it after `consolidate`, before the next task. Where nothing was consolidated since the last time, nothing
+        is done. `A` and `B` stay the parameters they are; guarded optimizers forget what they had gathered of them.
+        Linear layers that are trained themselves are not renewed; they are held as without `renew`.
+
+        Args:
+            batches: a few batches of the task to be learned, for `start="leading"`.
+            forward, mask, total: as for `consolidate`.
+
+        Raises:
+            UsageError: `protect` was called without `renew=True`; or no batches, where the start needs them.
+        """
+        if not self.config.renew:
+            raise UsageError("protect: renew is off: call perpetune.protect(model, renew=True) before the first task")
+        if not self.waiting:
+            return
+        if self.config.start == "leading" and batches is None:
+            raise UsageError('protect: start="leading" needs a few batches of the next task: call renew(batches)')
+        (model,) = self._model
+        device = next(model.parameters()).device
+        with _evaluating(model):
+            self.renew_pairs(
+                generator(self.seed, "renew", self.consolidated),
+                _share(batches if batches is not None else (), device, self.config.samples),
+                forward if forward is not None else self._forward,
+                mask=mask if mask is not None else self._attention,
+                total=total if total is not None else _sum,
+            )
+        for optimizer in list(self.guards):
+            forget(optimizer, [p for w in self.sites if w.pair is not None for p in w.pair.trained()])
+
+    def merge_rest(self) -> None:
+        """Put what rests at layers of PEFT into the frozen weights: before PEFT merges or unloads its adapter, once
+        all is learned.
+
+        Raises:
+            UsageError: a frozen layer that is no plain linear one (quantised, say). Nothing has changed then.
+        """
+        pairs = {w.name: w.pair for w in self.sites if isinstance(w.pair, PeftPair)}
+        for name, pair in pairs.items():
+            if not pair.mergeable:
+                kind = type(pair.layer.get_base_layer()).__name__
+                raise UsageError(
+                    f"protect: what rests at {name} cannot be merged into {kind}: keep the protection's file"
+                )
+        for pair in pairs.values():
+            pair.merge()
 
     def _forward(self, batch: Any) -> object:
         (model,) = self._model
@@ -294,7 +377,7 @@ class DropIn(Protection):
             PerpetuneError: it cannot be written there.
         """
         state = self.state_dict()
-        tensors = {name: value.contiguous() for name, value in state.items() if isinstance(value, Tensor)}
+        tensors = {name: value.cpu().contiguous() for name, value in state.items() if isinstance(value, Tensor)}
         rest = json.dumps({name: value for name, value in state.items() if name not in tensors})
         try:
             write_file(Path(path), save(tensors, {METADATA: rest, DIGEST: _digest(rest, tensors)}))
@@ -337,6 +420,15 @@ class DropIn(Protection):
             fault = _fault(self.of(watched), {n.removeprefix(prefix): state[n] for n in names})
             if fault:
                 raise StateError(f"protect: the state does not fit at {watched.name}: {fault}")
+        for watched in self.sites:
+            if isinstance(watched.pair, PeftPair):
+                names = [f"rests.{_key(watched.name)}.{name}" for name in ("up", "down")]
+                expected.update(names)
+                up, down = (state.get(name) for name in names)
+                if not (isinstance(up, Tensor) and isinstance(down, Tensor) and watched.pair.rest.fits(up, down)):
+                    raise StateError(
+                        f"protect: the state does not say what rests at {watched.name}, or it does not fit"
+                    )
         unexpected = sorted(set(state) - expected)
         if unexpected:
             raise StateError(
@@ -345,6 +437,8 @@ class DropIn(Protection):
         about = state.get("_extra_state")
         if not (isinstance(about, dict) and type(about.get("consolidated")) is int and about["consolidated"] >= 0):
             raise StateError("protect: the state does not say how often it was consolidated: it is no protection's")
+        if self.config.renew and type(about.get("renewed")) is not int:
+            raise StateError("protect: the state does not say when pairs were renewed: it was made without renew")
 
 
 def _loaded(protection: nn.Module, _: object) -> None:
@@ -389,6 +483,14 @@ def _fault(memory: SiteMemory, state: Mapping[str, Any]) -> str | None:
         "last": (heads, out, dim),
         "cross": (heads, out, dim),
     }
+    if memory.rows is None and "terms" in about:
+        return "it was made with renew"
+    if memory.rows is not None:
+        try:
+            last, cross = (int(count) for count in about["terms"])
+        except (KeyError, TypeError, ValueError):
+            return "it was made without renew"
+        shapes |= {"last": (last, memory.rows + dim), "cross": (cross, memory.rows + dim)}
     for name, shape in shapes.items():
         tensor = state[name]
         if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:

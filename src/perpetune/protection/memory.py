@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perpetune.numerics.drift import Drift
+from perpetune.numerics.drift import Drift, ProductDrift
+from perpetune.numerics.lowrank import Factors
 from perpetune.numerics.subspace import Subspace
 
 
@@ -21,6 +22,7 @@ class SiteMemory(nn.Module):
     Args:
         heads, out, dim: the operand's shape.
         alpha: of soft subspaces; None for hard ones.
+        rows: where not the operand is measured but a product `(rows, dim)` of which it is a factor.
     """
 
     vectors: Tensor
@@ -29,10 +31,10 @@ class SiteMemory(nn.Module):
     last: Tensor
     cross: Tensor
 
-    def __init__(self, heads: int, out: int, dim: int, alpha: float | None = None):
+    def __init__(self, heads: int, out: int, dim: int, alpha: float | None = None, rows: int | None = None):
         super().__init__()
-        self.shape, self.alpha = (heads, out, dim), alpha
-        new = Drift(heads, out, dim)
+        self.shape, self.alpha, self.rows = (heads, out, dim), alpha, rows
+        new = Drift(heads, out, dim) if rows is None else ProductDrift(rows, dim)
         for name in ("total", "last", "cross"):
             self.register_buffer(name, getattr(new, name))
         self.figures = {"change": 0.0, "output": 0.0, "count": 0}
@@ -74,10 +76,29 @@ class SiteMemory(nn.Module):
     def drift(self) -> Drift:
         """A view of the buffers; call `learned` to advance it."""
         drift = Drift.__new__(Drift)
+        self._into(drift)
+        return drift
+
+    @property
+    def product_drift(self) -> ProductDrift:
+        """The same where a product is measured."""
+        drift = ProductDrift.__new__(ProductDrift)
+        assert self.rows is not None
+        drift.out = self.rows
+        self._into(drift)
+        return drift
+
+    def _into(self, drift: Drift) -> None:
         drift.dim, drift.total, drift.last, drift.cross = self.shape[2], self.total, self.last, self.cross
         drift.change, drift.output = self.figures["change"], self.figures["output"]
         drift.count = int(self.figures["count"])
-        return drift
+
+    def measure(self, *values: Tensor) -> tuple[float, float | None]:
+        """Change and relative change of the outputs with `values (heads, out, m)`, or with the factors of a product."""
+        if self.rows is None:
+            return self.drift.measure(*values)
+        b, a = values
+        return self.product_drift.measure_product((b, a))
 
     def learned(self, values: Tensor, moments: Tensor, count: int, usual: Tensor | None = None) -> None:
         """Data with `moments (heads, m, m)` were learned by `values (heads, out, m)`.
@@ -90,11 +111,21 @@ class SiteMemory(nn.Module):
         drift.advance(values, moments, count)
         if usual is not None:
             drift.output += float(((usual @ moments) * usual).sum() - ((values @ moments) * values).sum())
-        self.last = drift.last
+        self._from(drift)
+
+    def learned_product(self, values: Factors, moments: Tensor, count: int) -> None:
+        """As `learned`, by a product."""
+        drift = self.product_drift
+        drift.advance_product(values, moments, count)
+        self._from(drift)
+
+    def _from(self, drift: Drift) -> None:
+        self.last, self.cross = drift.last, drift.cross
         self.figures = {"change": drift.change, "output": drift.output, "count": drift.count}
 
     def get_extra_state(self) -> dict[str, Any]:
-        return {"shape": list(self.shape), "forms": [list(form) for form in self.forms], "figures": self.figures}
+        about = {"shape": list(self.shape), "forms": [list(form) for form in self.forms], "figures": self.figures}
+        return about if self.rows is None else {**about, "terms": [len(self.last), len(self.cross)]}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         if list(state["shape"]) != list(self.shape):
@@ -103,6 +134,10 @@ class SiteMemory(nn.Module):
         self.figures = dict(state["figures"])
         columns = sum(count for count, _ in self.forms)
         shapes = {"vectors": (self.shape[2], columns), "importance": (columns if self.alpha is not None else 0,)}
+        if self.rows is not None:
+            last, cross = state["terms"]
+            width = self.rows + self.shape[2]
+            shapes |= {"last": (int(last), width), "cross": (int(cross), width)}
         for name, shape in shapes.items():
             if getattr(self, name).shape != shape:  # torch's load_state_dict calls this once the tensors are there
                 setattr(self, name, torch.zeros(shape, dtype=torch.float64))

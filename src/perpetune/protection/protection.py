@@ -19,6 +19,7 @@ from perpetune.numerics.subspace import SLACK, Subspace
 from perpetune.pets.base import PET
 from perpetune.protection.config import ProtectConfig
 from perpetune.protection.memory import SiteMemory
+from perpetune.protection.renewal import kaiming, leading_start, random_start
 from perpetune.protection.sites import Sum, Watch, Watched
 from perpetune.seeding import generator
 
@@ -62,8 +63,12 @@ class Protection(nn.Module):
         self.still = list(still)
         self.consolidated = 0
         """How often data were added."""
+        self.renewed = 0
+        """How often data had been added when pairs were last renewed."""
         alpha = config.alpha if config.strength == "soft" else None
-        self.memory = nn.ModuleDict({_key(w.name): SiteMemory(*w.site.operand.shape, alpha) for w in self.sites})
+        self.memory = nn.ModuleDict(
+            {_key(w.name): SiteMemory(*w.site.operand.shape, alpha, _measured(w)) for w in self.sites}
+        )
 
     def of(self, watched: Watched) -> SiteMemory:
         """What is kept of a site."""
@@ -183,6 +188,9 @@ class Protection(nn.Module):
             memory = self.of(w)
             memory.subspaces = grown.pop(w.name)
             moments = unpack(packed.pop(w.name), memory.shape[2])
+            if w.pair is not None:
+                memory.learned_product(w.pair.product(), moments, counts[w.name])
+                continue
             memory.learned(w.values(), moments, counts[w.name], usual=as_made.get(w.name))
         self.consolidated += 1
         return self._summed_up(certificate, energy)
@@ -228,7 +236,7 @@ class Protection(nn.Module):
                 of the features through since they were moved: what they hold back is protected already.
         """
         subspaces = [copy.copy(s) for s in self.of(watched).subspaces]
-        rounding = max(SLACK, (100 * torch.finfo(watched.site.operand.weight.dtype).eps) ** 2)
+        rounding = _noise(watched)
         for head, (subspace, matrix) in enumerate(zip(subspaces, moments, strict=True)):
             share, left = energy, float(matrix.trace())
             if traces is not None:
@@ -239,6 +247,54 @@ class Protection(nn.Module):
             subspace.extend(matrix, share)
         return subspaces
 
+    # -- before the next task -------------------------------------------------------------------------
+
+    @property
+    def waiting(self) -> bool:
+        """Whether pairs have to be renewed before the next step: what they hold now is old, and their `B` is free."""
+        return self.config.renew and self.consolidated > self.renewed
+
+    def renew_pairs(
+        self,
+        rng: torch.Generator,
+        batches: Iterable[Item] = (),
+        forward: Callable[[Item], object] = lambda _: None,
+        *,
+        mask: Callable[[Item], Tensor | None] = lambda _: None,
+        total: Sum = lambda tensor: tensor,
+    ) -> None:
+        """Let what was learned rest, and start new pairs in the free directions; no output changes.
+
+        Where a site has no free directions its new pair is zero and stays so. What rests is cut back where
+        `config.rest` says so, and then old outputs do change by what the next certificate counts.
+
+        Args:
+            rng: draws every new `A`, the same on all processes.
+            batches: of the data to be learned next, where `config.start` is `leading`.
+            forward, mask, total: as for `consolidate`.
+
+        Raises:
+            PerpetuneError: features that are not finite, or a site that saw no data. Nothing has changed then.
+        """
+        pairs = {w: w.pair for w in self.sites if w.pair is not None}
+        found: dict[Watched, Tensor] = {}
+        if self.config.start == "leading":
+            watch = self._look(list(pairs), batches, forward, mask)
+            found = {w: self._gathered(watch, w, total)[0][0] for w in pairs}
+        for w, pair in pairs.items():
+            memory = self.of(w)
+            _, rows, dim = memory.shape
+            drawn = kaiming(rows, dim, rng)
+            held = self.config.directions != "none" and self._chosen(w)
+            (closed,) = self._closed(w, memory.subspaces) if held else (None,)
+            if w in found:
+                start = leading_start(drawn, closed, found[w], len(pair.parts), _noise(w))
+            else:
+                start = random_start(drawn, closed)
+            seen = unpack(memory.total, dim)[0] if self.config.rest is not None else None
+            pair.renew(drawn.new_zeros(rows, dim) if start is None else start, self.config.rest, seen)
+        self.renewed = self.consolidated
+
     # -- before the first step ------------------------------------------------------------------------
 
     def _idle(self, watch: Watch, total: Sum) -> list[Watched]:
@@ -246,7 +302,9 @@ class Protection(nn.Module):
         by_name = {w.name: w for w in self.sites}
         votes = torch.zeros(2, len(self.sites))  # processes that saw the site, and those that saw it used
         for number, watched in enumerate(self.sites):
-            if isinstance(watched.module, PET):
+            if watched.pair is not None:
+                idle = False  # a new A is drawn in the free directions before the next step
+            elif isinstance(watched.module, PET):
                 idle = watched.site.name in watched.module.idle()
             else:
                 into = [by_name[name].site.operand for name in watch.feeds.get(watched.name, ())]
@@ -280,10 +338,11 @@ class Protection(nn.Module):
     def _certificate(self, rows: int) -> Certificate:
         sites = []
         for watched in self.sites:
-            memory, values = self.of(watched), watched.values()
-            if not torch.isfinite(values).all():
+            memory = self.of(watched)
+            values = (watched.values(),) if watched.pair is None else watched.pair.product()
+            if not all(bool(torch.isfinite(v).all()) for v in values):
                 raise PerpetuneError(f"protect: the values of {watched.name} are not finite: lower the learning rate")
-            change, relative = memory.drift.measure(values)
+            change, relative = memory.measure(*values)
             heads, _, dim = memory.shape
             sites.append({"site": watched.name, "change": change, "relative": relative, "directions": heads * dim})
         return {"rows": rows, "consolidated": self.consolidated, "sites": sites}
@@ -307,10 +366,12 @@ class Protection(nn.Module):
     # -- state ----------------------------------------------------------------------------------------
 
     def get_extra_state(self) -> dict[str, Any]:
-        return {"consolidated": self.consolidated}
+        about = {"consolidated": self.consolidated}
+        return {**about, "renewed": self.renewed} if self.config.renew else about
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.consolidated = int(state["consolidated"])
+        self.renewed = int(state.get("renewed", 0))
 
 
 def random_like(subspace: Subspace, rng: torch.Generator) -> Subspace:
@@ -319,6 +380,16 @@ def random_like(subspace: Subspace, rng: torch.Generator) -> Subspace:
     drawn.extend_random(subspace.rank, rng)
     drawn.importance = subspace.importance
     return drawn
+
+
+def _measured(watched: Watched) -> int | None:
+    """Rows of the product that is measured at the site, where it is not the operand itself."""
+    return None if watched.pair is None else sum(stop - start for start, stop in watched.pair.parts)
+
+
+def _noise(watched: Watched) -> float:
+    """The share of the features' energy that rounding alone may make, not even of which energy 1 is a share."""
+    return max(SLACK, (100 * torch.finfo(watched.site.operand.weight.dtype).eps) ** 2)
 
 
 def _traces(moments: Tensor) -> Tensor:

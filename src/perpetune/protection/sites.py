@@ -8,9 +8,10 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,20 +19,26 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from perpetune.errors import UsageError
 from perpetune.numerics.moments import Moments
 from perpetune.numerics.projection import Operand
-from perpetune.pets.base import PET, Conditions, Site, slots
+from perpetune.pets.base import PET, Conditions, Pair, Site, slots
+from perpetune.protection.renewal import PeftPair
 
 Sum = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class Watched:
-    """A site, by a name unique in the model, and the module that shows its rows: a PET, or a trained linear layer."""
+    """A site, by a name unique in the model, and the module that shows its rows: a PET, or a trained linear layer.
+
+    Where `pair` is given it is the site of its `A`, and what is measured is all that the pair adds to its layer.
+    """
 
     name: str
     site: Site
     module: nn.Module
+    pair: Pair | None = None
 
     @property
     def kind(self) -> str:
@@ -57,11 +64,16 @@ def called(path: str) -> str:
 
 
 def pet_sites(
-    model: nn.Module, conditions: Conditions, only: str | None = None
+    model: nn.Module, conditions: Conditions, only: str | None = None, renew: bool = False
 ) -> tuple[list[Watched], list[nn.Parameter], list[nn.Parameter]]:
     """The sites of every PET in `model`; the PETs' parameters that are at none; those that are meant to be free.
 
-    `only`: the set of PETs that counts; None is all.
+    Args:
+        only: the set of PETs that counts; None is all.
+        renew: each PET is to be renewed before every task, and has the site of its `A` alone then.
+
+    Raises:
+        UsageError: a PET that cannot be renewed.
     """
     found: list[Watched] = []
     loose: list[nn.Parameter] = []
@@ -69,6 +81,11 @@ def pet_sites(
     for path, slot in slots(model):
         for name in slot.pets if only is None else [only] if only in slot.pets else []:
             pet = slot.pet(name)
+            if renew:
+                site, pair = _renewable(pet)
+                found.append(Watched(f"{called(path)}/{name}/{site.name}", site, pet, pair))
+                free += [p for p in pet.parameters() if p not in set(site.operand.parameters)]
+                continue
             sites = pet.sites(conditions)
             found += [Watched(f"{called(path)}/{name}/{site.name}", site, pet) for site in sites]
             meant = pet.free(conditions)
@@ -78,13 +95,50 @@ def pet_sites(
     return found, loose, free
 
 
-def linear_sites(model: nn.Module, skip: Container[nn.Module] = ()) -> list[Watched]:
+def _renewable(pet: PET) -> tuple[Site, Pair]:
+    found = pet.renewable()
+    if found is None:
+        raise UsageError(
+            f"protect: renew is on, and {type(pet).__name__.lower()} cannot be renewed: use lora, or leave renew out"
+        )
+    return found
+
+
+def peft_pairs(model: nn.Module, skip: Container[nn.Module] = ()) -> dict[nn.Module, PeftPair]:
+    """The pairs of plain LoRA by PEFT that are trained, by the linear layer that is their `A`, but for those in `skip`.
+
+    Raises:
+        UsageError: a variant of LoRA.
+    """
+    found: dict[nn.Module, PeftPair] = {}
+    for path, layer in model.named_modules():
+        downs, ups = getattr(layer, "lora_A", None), getattr(layer, "lora_B", None)
+        if layer in skip or not (isinstance(downs, nn.ModuleDict) and isinstance(ups, nn.ModuleDict)):
+            continue
+        for adapter, down in downs.items():
+            up = ups[adapter]
+            trained = all(isinstance(m, nn.Linear) and m.weight.requires_grad for m in (down, up))
+            if not trained or down in skip or up in skip:
+                continue
+            if adapter in getattr(layer, "lora_variant", ()):
+                raise UsageError(
+                    f"protect: renew is on, and {called(path)} is a variant of LoRA that cannot be renewed: use plain "
+                    "LoRA, or leave it out with skip"
+                )
+            found[down] = PeftPair(layer, adapter)
+    return found
+
+
+def linear_sites(
+    model: nn.Module, skip: Container[nn.Module] = (), pairs: Mapping[nn.Module, PeftPair] = MappingProxyType({})
+) -> list[Watched]:
     """Every linear layer outside of PETs whose weight is trained, but for those in `skip`.
 
     A weight that another module has too (an output layer tied to the embedding) is no site: what the other one makes
-    of it cannot be held here.
+    of it cannot be held here. Nor is the `B` of `pairs` that are renewed, by their `A`.
     """
     inside = {m for pet in model.modules() if isinstance(pet, PET) for m in pet.modules()}
+    inside |= {pair.b for pair in pairs.values()}
     owners = Counter(p for m in model.modules() for p in m._parameters.values() if p is not None)
     found: list[Watched] = []
     for path, module in model.named_modules():
@@ -94,7 +148,8 @@ def linear_sites(model: nn.Module, skip: Container[nn.Module] = ()) -> list[Watc
         if not (isinstance(weight, nn.Parameter) and weight.requires_grad) or owners[weight] > 1:
             continue
         bias = bias if isinstance(bias, nn.Parameter) and bias.requires_grad and owners[bias] == 1 else None
-        found.append(Watched(f"{called(path)}/weight", Site("weight", Operand(weight, bias, axis=axis[0])), module))
+        site = Site("weight", Operand(weight, bias, axis=axis[0]))
+        found.append(Watched(f"{called(path)}/weight", site, module, pairs.get(module)))
     return found
 
 

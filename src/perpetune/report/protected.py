@@ -21,6 +21,10 @@ NOTHING = (
     "A site whose outputs were all zero before (LoRA’s B over reference data) moves from nothing: of that is no share."
 )
 MERGED = "After each task a copy that was free to move is merged in (method.merge), and old outputs move with it."
+RENEWED = (
+    "A site stands for a whole LoRA here, with what rests of earlier tasks (protect.renew): what moves is all that it "
+    "adds to its layer, and room is that of its inputs."
+)
 DIRECTIONS = {
     "none": "Nothing was held here (directions: none): the figures only measure what learning does by itself.",
     "random": "As many directions as the features need were closed, drawn at random (directions: random): a control.",
@@ -191,9 +195,10 @@ def newly_full(results: Mapping[str, Any]) -> str | None:
         return None
     sites = [site["site"] for site in entries[-1]["sites"]]
     named = [name for name, site in zip(short(sites), sites, strict=True) if site in full]
+    cure = "" if config.get("renew") else "a larger pet or "
     return (
         f"{len(full)} of {form.plural(len(sites), 'site')} no longer learn, for they have no room left "
-        f"({form.several(named, 3)}): a larger pet or a lower protect.energy leaves some"
+        f"({form.several(named, 3)}): {cure}a lower protect.energy leaves some"
     )
 
 
@@ -208,4 +213,5 @@ def meaning(results: Results) -> str:
     entries = after_tasks(results)
     nothing = NOTHING if any(map(from_nothing, entries)) else ""
     room = ROOM if any(held(entry, results) for entry in entries) else ""
-    return " ".join(text for text in (control(results), MEANING, nothing, merged, room) if text)
+    renewed = RENEWED if _config(results).get("renew") else ""
+    return " ".join(text for text in (control(results), MEANING, renewed, nothing, merged, room) if text)
