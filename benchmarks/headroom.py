@@ -1,7 +1,7 @@
 """What a recipe wins of what there is to win: from doing nothing to one training on all data.
 
     python benchmarks/headroom.py demo demo-pegp-ridge --seeds 3 --jobs 2
-    python benchmarks/headroom.py benchmarks/recipes/cifar100-dino56.yaml --taps 7 --out runs/headroom
+    python benchmarks/headroom.py benchmarks/recipes/cifar100-dino56.yaml --out runs/headroom
     python benchmarks/headroom.py demo --taps 3 --set train.epochs=1 --set stream.train_per_class=20    # smaller
 
 For each recipe: the control (frozen, ridge on the model's own feature), frozen taps (frozen, ridge on several blocks),
@@ -30,7 +30,7 @@ from perpetune.report.headroom import changes
 SAME = ("head=ridge", "head.projection=0", "train={}", "online=false")
 
 
-def variants(name: str, given: Sequence[str], taps: int | None) -> list[Recipe]:
+def variants(name: str, given: Sequence[str], taps: str | None) -> list[Recipe]:
     """The runs of one recipe, as `given` changes it; without `taps` those that read them are left out."""
     base = load_recipe(name, given)
     content = base.model_dump(mode="json")
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("recipes", nargs="+", metavar="RECIPE", help="packaged recipes by name, or YAML files")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
     parser.add_argument("--jobs", type=int, default=1, help="how many runs go on at a time")
-    parser.add_argument("--taps", type=int, default=7, help="blocks that taps read; 0 leaves them out")
+    parser.add_argument("--taps", default="auto", help="blocks that taps read; 0 leaves them out")
     parser.add_argument("--out", type=Path, default=Path("runs/headroom"))
     parser.add_argument("--set", action="append", default=[], dest="change", metavar="KEY=VALUE", help="of all recipes")
     parser.add_argument("--json", action="store_true", help="print the JSON alone")
@@ -80,7 +80,8 @@ def main() -> None:
 def bench(given: argparse.Namespace) -> list[str]:
     """Runs and prints all; returns a line for each run that failed."""
     change = [*given.change, *(["run.threads=1"] if given.jobs > 1 else [])]
-    recipes = distinct([r for name in given.recipes for r in variants(name, change, given.taps or None)])
+    taps = None if given.taps == "0" else given.taps
+    recipes = distinct([r for name in given.recipes for r in variants(name, change, taps)])
     jobs = plan(recipes, range(given.seeds), given.out, None)
     results = {job.name: done for job in jobs if (done := finished(job)) is not None}
     open_ = [job for job in jobs if job.name not in results]

@@ -179,7 +179,7 @@ def test_what_is_missing_is_named_with_its_command() -> None:
     assert lines[0][1] == (
         "perpetune run joint --set method=frozen --set pet=none --set head=ridge --set name=joint-control --seeds 1"
     )
-    assert "--set backbone.taps=7 --set head=ridge --set head.projection=0" in lines[1][1]
+    assert "--set backbone.taps=auto --set head=ridge --set head.projection=0" in lines[1][1]
     assert one["told"] == "headroom is not known: there is no control (method frozen, head ridge, no taps)"
     joint = told(run_of("control", 30), protected)["missing"][-1]
     assert joint["command"] == (

@@ -20,7 +20,7 @@ from perpetune.models.backbones import load_backbone
 from perpetune.models.families import places
 from perpetune.models.from_transformers import class_token
 from perpetune.models.preprocess import Preprocess
-from perpetune.models.taps import Read
+from perpetune.models.taps import Read, Taps
 from perpetune.models.texts import Text, TextView
 from perpetune.pets import inject, parameters, using
 from perpetune.pets.adapter import Adapter
@@ -445,3 +445,15 @@ def test_a_recipe_says_which_tokens_only_where_there_are_taps() -> None:
     assert "\n" not in str(caught.value)
     backbone = make_recipe({"name": "x", "backbone": {"name": "perpetune:micro", "taps": 2}}).backbone
     assert (backbone.taps, backbone.tokens) == (2, None)
+
+
+def test_auto_is_seven_blocks_or_as_many_as_are_narrow_enough() -> None:
+    backbone = load_backbone("perpetune:micro")
+    assert backbone.tap("auto").taps is not None
+    depth, width = 6, backbone.width
+    assert (backbone.taps.count, backbone.dim) == (depth, depth * 2 * width)
+    backbone.width = 1024  # of a large net: 6144 / 2048
+    assert Taps(backbone, "auto", "both").count == 3
+    assert Taps(backbone, "auto", "class").count == 6
+    backbone.width = 9000
+    assert Taps(backbone, "auto", "both").count == 1

@@ -63,8 +63,9 @@ class BackboneSection(Section):
     """Whether a language model is asked plain prompts in its chat form too."""
     gradient_checkpointing: bool | None = None
     """Whether a language model's blocks are computed again on the way back, to save memory."""
-    taps: Annotated[int, Field(ge=1)] | None = None
-    """Features are read behind so many of the last blocks; None reads the model's own feature alone."""
+    taps: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
+    """Features are read behind so many of the last blocks; `auto` is seven, or fewer where features would be wider than
+    6144; None reads the model's own feature alone."""
     tokens: Read | None = None
     """Which tokens the taps read: `class`, `mean` of the others, or `both`; None is both."""
 

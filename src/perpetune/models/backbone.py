@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from perpetune.errors import UsageError
 from perpetune.models import families
 from perpetune.models.preprocess import Preprocess
-from perpetune.models.taps import Read, Taps, mean_token
+from perpetune.models.taps import Count, Read, Taps, mean_token
 from perpetune.models.texts import TextView
 from perpetune.pets.base import Slot, frozen, walk
 from perpetune.tasks import IGNORED, Inputs, Tokens
@@ -71,13 +72,21 @@ class Backbone(nn.Module):
         places = "position_ids" in inspect.signature(net.forward).parameters
         self.places = places and isinstance(preprocess, TextView)  # nets that tell order by attention alone have none
 
-    def tap(self, count: int | None, read: Read = "both") -> Backbone:
+    def tap(self, count: Count | None, read: Read = "both") -> Backbone:
         """Read features behind the last `count` blocks; None reads the net's own feature. Returns itself.
+
+        With `auto`, a net whose blocks are not known gives its own feature, with a warning.
 
         Raises:
             UsageError: a net whose blocks are not known, or that has fewer of them or no class token to read.
         """
-        self.taps = None if count is None else Taps(self, count, read)
+        try:
+            self.taps = None if count is None else Taps(self, count, read)
+        except UsageError as error:
+            if count != "auto" or read == "class":
+                raise
+            warnings.warn(f"{error} Its own feature is read instead.", stacklevel=2)
+            self.taps = None
         self.dim = self.width * (1 if self.taps is None else self.taps.count * len(self.taps.kinds))
         return self
 

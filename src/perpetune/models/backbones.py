@@ -21,7 +21,7 @@ from perpetune.models.backbone import Backbone
 from perpetune.models.families import LINEAR_ROLES, places, roles
 from perpetune.models.hub import one_line
 from perpetune.models.language import Dtype
-from perpetune.models.taps import Read
+from perpetune.models.taps import Count, Read
 from perpetune.seeding import own_global_state
 
 __all__ = ["LOADERS", "PACKAGED", "Backbone", "load_backbone"]
@@ -40,7 +40,7 @@ def load_backbone(
     max_length: int | None = None,
     chat: bool = False,
     gradient_checkpointing: bool = False,
-    taps: int | None = None,
+    taps: Count | None = None,
     tokens: Read = "both",
     seed: int = 0,
 ) -> Backbone:
@@ -58,7 +58,8 @@ def load_backbone(
         max_length: tokens of a text, question and answer together; None is what the model takes.
         chat: whether plain prompts are put into the form of a chat too.
         gradient_checkpointing: keep only what goes into each block while PETs are trained, and compute the rest again.
-        taps: features are read behind so many of the last blocks; None reads the net's own feature alone.
+        taps: features are read behind so many of the last blocks; `auto` chooses how many; None reads the net's own
+            feature alone.
         tokens: which tokens the taps read.
 
     Raises:

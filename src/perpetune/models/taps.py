@@ -21,6 +21,11 @@ from perpetune.pets.base import outermost
 if TYPE_CHECKING:
     from perpetune.models.backbone import Backbone
 
+SOME, WIDE = 7, 6144  # what `auto` reads at most: blocks, and the width of the features
+
+Count = int | Literal["auto"]
+"""Blocks that are read; `auto` is the last seven, or fewer where the features would be wider than 6144: sums over them
+grow with the square of that."""
 Read = Literal["class", "mean", "both"]
 """Which tokens are read behind a block: the class token, the mean of the patches, or both. A text has no class token:
 its last token, which alone has seen all others, stands in its place."""
@@ -37,14 +42,14 @@ class Taps:
 
     Args:
         backbone: a transformer of a family whose blocks are known.
-        count: blocks, from the last one backwards.
+        count: blocks, from the last one backwards; see `Count`.
         read: tokens of each block; of a net without a class token `both` is the mean alone.
 
     Raises:
         UsageError: a net of unknown family, fewer blocks than asked for, or no class token where it was asked for.
     """
 
-    def __init__(self, backbone: Backbone, count: int, read: Read):
+    def __init__(self, backbone: Backbone, count: Count, read: Read):
         spec, net = backbone.spec, backbone.net
         if read not in get_args(Read):
             raise UsageError(f"{spec}: tokens is {read!r}; one of {', '.join(get_args(Read))} is expected")
@@ -54,15 +59,19 @@ class Taps:
             raise UsageError(
                 f"{spec}: taps are read behind the blocks of a transformer: leave taps out; {error}"
             ) from error
-        if not 1 <= count <= depth:
-            raise UsageError(f"{spec}: taps is {count}, and the net has {depth} blocks: 1 to {depth} are expected")
+        if count != "auto" and not 1 <= count <= depth:
+            raise UsageError(
+                f"{spec}: taps is {count}, and the net has {depth} blocks: 1 to {depth}, or auto, is expected"
+            )
         if read == "class" and not backbone.class_token:
             raise UsageError(f"{spec}: the net has no class token: set tokens to mean, or leave it out")
-        self.count, self.prefix = count, backbone.prefix
+        self.prefix = backbone.prefix
         self.kinds = [kind for kind in ("class", "mean") if read in (kind, "both")]
         """What is read behind each block."""
         if not backbone.class_token:
             self.kinds = ["mean"]
+        most = max(1, WIDE // (backbone.width * len(self.kinds)))
+        self.count = min(SOME, depth, most) if count == "auto" else count
         self.norm = families.last_norm(net)
         """The path of the net's last norm; None where it has none."""
 

@@ -21,7 +21,7 @@ PARTS: tuple[Part, ...] = ("control", "frozen taps", "joint")
 Role = Literal["control", "frozen taps", "method", "joint", "diagnosis"]
 Key = tuple[int, str]  # a run's seed, and what its tasks are
 
-TAPS = 7  # blocks that are read where no run says how many
+TAPS = "auto"  # blocks that are read where no run says how many
 LOOSE = ("augment", "check", "overlap", "max_bad")  # settings of a stream that leave its tasks as they are
 NAMES = {"control": "control", "frozen taps": "taps", "joint": "joint"}  # the ending of a new run's name
 WHAT = {
@@ -131,7 +131,7 @@ def role_of(recipe: Mapping[str, Any]) -> Literal["control", "frozen taps", "met
     return "method"
 
 
-def changes(part: Part, recipe: Mapping[str, Any], taps: int | None) -> list[str]:
+def changes(part: Part, recipe: Mapping[str, Any], taps: int | str | None) -> list[str]:
     """The `--set` changes that make the control, frozen taps or joint of a recipe; `taps` of joint may be None, which
     leaves its head as it is."""
     backbone, head = _choice(recipe, "backbone"), _choice(recipe, "head")
@@ -389,6 +389,6 @@ def _choice(recipe: Mapping[str, Any], section: str) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {"name": value}
 
 
-def _taps(recipe: Mapping[str, Any]) -> int | None:
+def _taps(recipe: Mapping[str, Any]) -> int | str | None:
     taps = _choice(recipe, "backbone").get("taps")
-    return taps if isinstance(taps, int) and not isinstance(taps, bool) else None
+    return taps if taps == "auto" or (isinstance(taps, int) and not isinstance(taps, bool)) else None
