@@ -1,12 +1,14 @@
 """The penalty of the head `ridge` where a class has few examples: three ways to choose it, on real features.
 
     python benchmarks/penalty.py benchmarks/recipes/cifar100-dino56.yaml
+    python benchmarks/penalty.py benchmarks/recipes/cifar100-dino56.yaml --set backbone.taps=7 --projections 0
 
 Features of the recipe's training images on its untouched backbone; a third of each class is held out to measure
 accuracy, and no test image is read. For each number of classes, of examples a class and of random features: the
 accuracy of the penalty that `squared` (generalised cross-validation) chooses, of the one that `ours` chooses (what
 left-out examples are missed by at the predictions' best scale, as `heads/ridge.py` does), and of the best of a grid,
-which looks at the answers. Means over three draws of classes, examples and projection. Prints JSON.
+which looks at the answers. Without a projection rows are standardised, as the head does.
+Means over three draws of classes, examples and projection. Prints JSON.
 """
 
 from __future__ import annotations
@@ -43,13 +45,13 @@ def draw(targets: Tensor, classes: int, each: int | None, seed: int) -> Tensor:
     return torch.cat(rows)
 
 
-def accuracy(fit: ridge.Fit, rows: Tensor, targets: Tensor) -> float:
-    return 100 * float(((rows @ fit.weights).argmax(1) == targets).double().mean())
+def accuracy(fit: ridge.Fit, rows: Tensor, targets: Tensor, offset: Tensor | float) -> float:
+    return 100 * float(((rows @ fit.weights + offset).argmax(1) == targets).double().mean())
 
 
-def squared(dual: ridge.Dual, fit: ridge.Fit) -> float:
+def squared(dual: ridge.Dual, rows: Tensor, fit: ridge.Fit) -> float:
     """Generalised cross-validation of squared errors."""
-    left = dual.targets - dual.rows @ fit.weights
+    left = dual.targets - rows @ fit.weights
     share = 1 - fit.freedom / len(left)
     return float(left.square().mean()) / share**2 if share > 1e-3 else float("inf")
 
@@ -60,15 +62,23 @@ def case(train: tuple[Tensor, Tensor], held: tuple[Tensor, Tensor], width: int, 
     head.grow([str(int(c)) for c in classes], generator("head", seed))
     rows, asked = head.expand(train[0].double()), head.expand(held[0].double())
     answers = torch.searchsorted(classes, held[1])
-    dual = ridge.Dual(rows, labels, len(classes), None)
-    scale = float(rows.square().sum()) / rows.shape[1]
+    standard, offset, scale = None, torch.zeros(()), float(rows.square().sum()) / rows.shape[1]
+    if head.standardise:
+        packed = torch.zeros(ridge.packed_size(head.rank), dtype=torch.float64)
+        ones = torch.nn.functional.pad(rows, (0, 1), value=1.0)
+        ridge.add_gram(packed, ones, None)
+        hot = torch.nn.functional.one_hot(labels, len(classes)).double()
+        standard = ridge.Standard.of(packed, ones.mT @ hot)
+        asked, offset, scale = standard.rows(asked), standard.target, standard.unit
+    dual = ridge.Dual(rows, labels, len(classes), None, standard)
     grid = [dual.fit(scale * share) for share in GRID]
     ours = ridge.choose(dual.fit, scale, None)[0]
-    plain = min(grid, key=lambda fit: squared(dual, fit))
+    known = rows if standard is None else standard.rows(rows)
+    plain = min(grid, key=lambda fit: squared(dual, known, fit))
     return {
-        "squared": accuracy(plain, asked, answers),
-        "ours": accuracy(ours, asked, answers),
-        "best": max(accuracy(fit, asked, answers) for fit in grid),
+        "squared": accuracy(plain, asked, answers, offset),
+        "ours": accuracy(ours, asked, answers, offset),
+        "best": max(accuracy(fit, asked, answers, offset) for fit in grid),
         "squared_share": plain.penalty / scale,
         "ours_share": ours.penalty / scale,
     }
@@ -92,11 +102,12 @@ def main() -> None:
     parser.add_argument("--examples", type=int, nargs="+", default=[1, 2, 3, 5, 10, 20])
     parser.add_argument("--projections", type=int, nargs="+", default=[0, 300, 1000, 2000])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--set", dest="changes", action="append", default=[], help="KEY=VALUE of the recipe")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     most = max(given.examples)
-    changes = [f"stream.train_per_class={most * 3 // 2}", "stream.validation=0.333"]
+    changes = [f"stream.train_per_class={most * 3 // 2}", "stream.validation=0.333", *given.changes]
     recipe = load_recipe(given.recipe, changes)
     backbone, runtime = build_backbone(recipe), Runtime(device=pick_device("auto"))
     model = Classifier(backbone, Ridge(backbone.dim)).to(runtime.device)
