@@ -377,3 +377,21 @@ def test_the_sums_of_ncm_stay_on_the_cpu_in_float64() -> None:
     assert moved.sums.device.type == "cpu"
     assert moved.sums.dtype == torch.float64
     assert moved.means.device.type == "meta"
+
+
+@pytest.mark.parametrize("kind", [Ridge, NCM])
+def test_a_probe_reads_some_columns_and_statistics_all(kind: type[Ridge] | type[NCM]) -> None:
+    """With taps, what is trained by gradient reads the end of the net; what is summed up reads all."""
+    head = kind(6)
+    head.train_on(slice(4, 6))
+    head.grow("ab", generator("narrow"))
+    features = torch.randn(5, 6, generator=generator("narrow", 1))
+    assert head.probe.weight.shape == (2, 2)
+    assert torch.equal(head.logits(features), head.probe(features[:, 4:]))
+    head.expect(torch.tensor([3, 2]))
+    head.observe(features, torch.tensor([0, 0, 0, 1, 1]))
+    head.flush()
+    head.settle()
+    changed = features.clone()
+    changed[:, 0] += 1
+    assert not torch.equal(head(features), head(changed))

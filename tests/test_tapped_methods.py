@@ -65,7 +65,8 @@ def test_heads_are_as_wide_as_what_is_read(method: str, changes: tuple[str, ...]
     twice = 2 if "concat=true" in changes else 1
     widths = {m.dim for m in made.modules() if isinstance(m, Head)}
     assert twice * WIDTH in widths
-    assert widths <= {WIDTH, twice * WIDTH}
+    assert widths <= {WIDTH, twice * WIDTH, WIDTH // TAPS}, "probes read the last block alone"
+    assert (WIDTH // TAPS in widths) == any(hasattr(m, "probe") for m in made.modules() if isinstance(m, Head))
     assert isinstance(made.model, Classifier)
     found = made.features(torch.stack(check.Pictures("ab", 2, seed=3).pixels))
     assert found.shape[1] in (twice * WIDTH, 2 * WIDTH)

@@ -66,7 +66,10 @@ def _build_model(recipe: Recipe, backbone: Backbone) -> Model:
     if issubclass(head, Model):
         model: Model = head(backbone, **options)
         return model
-    return Classifier(backbone, head(backbone.dim, **options))
+    made = head(backbone.dim, **options)
+    if backbone.taps is not None:
+        made.train_on(backbone.end)  # what is trained by the loss of one block's tokens is every block before it
+    return Classifier(backbone, made)
 
 
 def build_protection(recipe: Recipe, method: Method) -> Protection:

@@ -59,6 +59,12 @@ class Head(nn.Module, ABC):
         """Statistics will be of features `dim` wide; what is trained by gradient keeps its width. Before any task."""
         self.dim = dim
 
+    def train_on(self, columns: slice) -> None:
+        """While features are trained, a probe reads these columns alone; before any task.
+
+        A head that is trained itself reads all columns, for it predicts by them.
+        """
+
     def expect(self, counts: Tensor) -> None:
         """So many examples of each row, int64 `(C,)`, are about to be observed by all processes together."""
 

@@ -22,7 +22,7 @@ class Cosine(Head):
 
     def __init__(self, dim: int, *, scale: float = 16.0, learn_scale: bool = False):
         super().__init__(dim)
-        self.start = float(scale)
+        self.start, self.columns = float(scale), slice(None)
         self.weight = nn.Parameter(torch.empty(0, dim), requires_grad=False)
         if learn_scale:
             self.scale = nn.Parameter(torch.tensor(self.start), requires_grad=False)
@@ -30,7 +30,18 @@ class Cosine(Head):
             self.register_buffer("scale", torch.tensor(self.start))
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.scale * F.normalize(features, dim=-1) @ F.normalize(self.weight, dim=-1).T
+        return self.scale * F.normalize(self.read(features), dim=-1) @ F.normalize(self.weight, dim=-1).T
+
+    def read(self, features: Tensor) -> Tensor:
+        """The columns of features `(B, D)` that it reads; what has no others is left as it is."""
+        return features if features.shape[-1] == self.weight.shape[1] else features[..., self.columns]
+
+    def narrowed(self, columns: slice) -> Cosine:
+        """As newly made, one that reads `columns` of the features alone."""
+        learned = isinstance(self.scale, nn.Parameter)
+        new = Cosine(len(range(self.dim)[columns]), scale=self.start, learn_scale=learned)
+        new.columns = columns
+        return new
 
     def reset(self) -> None:
         super().reset()

@@ -103,6 +103,9 @@ class NCM(Head):
     def additive(self) -> list[Tensor]:
         return [self.sums, self.counts]
 
+    def train_on(self, columns: slice) -> None:
+        self.probe = self.probe.narrowed(columns)
+
     def widen(self, dim: int) -> None:
         super().widen(dim)
         self.sums, self.means = self.sums.new_zeros(0, dim), self.means.new_zeros(0, dim)

@@ -139,6 +139,9 @@ class Ridge(Head):
     def per_class(self) -> list[nn.Parameter]:
         return self.probe.per_class()
 
+    def train_on(self, columns: slice) -> None:
+        self.probe = self.probe.narrowed(columns)
+
     def widen(self, dim: int) -> None:
         super().widen(dim)
         self._forget()

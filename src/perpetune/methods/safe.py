@@ -176,8 +176,9 @@ class Safe(Method):
         rows = self.model.head.rows(task.classes, features.device)
         rows = rows[torch.tensor(task.train.targets, device=features.device)]
         for head in (self.model.head, self.slow):
-            weight = self._probe(head).weight
-            sums = torch.zeros_like(weight).index_add_(0, rows, F.normalize(features, dim=-1).to(weight))
+            probe = self._probe(head)
+            weight = probe.weight
+            sums = torch.zeros_like(weight).index_add_(0, rows, F.normalize(probe.read(features), dim=-1).to(weight))
             means = F.normalize(sums[known:], dim=-1) * weight[:known].norm(dim=-1).mean()
             weight[known:] = torch.where(sums[known:].any(-1, keepdim=True), means, weight[known:])
 

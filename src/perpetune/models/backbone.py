@@ -91,6 +91,11 @@ class Backbone(nn.Module):
         return self
 
     @property
+    def end(self) -> slice:
+        """The columns of the features that are read at the end of the net: all of them without taps."""
+        return slice(None) if self.taps is None else slice(self.dim - self.width * len(self.taps.kinds), self.dim)
+
+    @property
     def takes(self) -> Literal["pictures", "texts"]:
         """What goes in."""
         return "texts" if isinstance(self.preprocess, TextView) else "pictures"
