@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from perpetune.check import tiny_backbone
-from perpetune.heads import NCM, Cosine, Head, Linear
+from perpetune.heads import NCM, Cosine, Head, Linear, Ridge
 from perpetune.methods.base import Method
 from perpetune.models.classifier import Classifier
 from perpetune.seeding import generator
