@@ -123,6 +123,12 @@ CASES: dict[str, dict[str, Any]] = {
         "head": {"name": "ridge", "projection": 20, "scale": 5.0, "penalty": 1.0},
         "train": {"epochs": 1, "batch_size": 4, "optimizer": "sgd"},
     },
+    # Each process has looked at half of what the map is learned from, and both have to move the sums alike.
+    "carried": {
+        "head": {"name": "ridge", "carry": True, "scale": 5.0, "penalty": 1.0},
+        "train": {"epochs": 2, "batch_size": 4, "lr": 0.02, "optimizer": "sgd"},
+        "evaluate": {"oracle": "last"},
+    },
     "joint-cosine": {"method": "joint", "head": "cosine", "setting": "task", "train": {"epochs": 1, "lr": 0.01}},
     "protected": {
         "protect": {"energy": 0.9},
