@@ -153,19 +153,21 @@ def stop() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-STOPS = [("train", 2, crash), ("train", 3, stop), ("oracle head", 1, stop)]
+STOPS = [("train", 3, crash, 2), ("train", 2, stop, 3), ("oracle head", 1, stop, None)]
 
 
 @both_kinds
 def test_a_stop_anywhere_carries_sums_once(made: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     content = made(method={"name": "finetune", "head_first": 0.4}, evaluate={"oracle": True})
-    content["run"] = {**content["run"], "checkpoint_every": 1}
     whole = Learner(content, tmp_path / "whole")
     wanted, bits = whole.run(), snapshot(whole.method)
-    for number, (phase, step, act) in enumerate(STOPS):
+    content["run"] = {**content["run"], "checkpoint_every": 2}
+    for number, (phase, step, act, saved) in enumerate(STOPS):
+        kept = ["00-head-finished", f"01-train-step-{saved:09d}" if saved else "01-train-finished"]
         begun = Learner(content, tmp_path / str(number), progress=AtPhase(phase, step, act))
         with pytest.raises(Crash if act is crash else Interrupted):
             begun.run()
+        assert sorted(path.name for path in (tmp_path / str(number) / "resume").iterdir() if path.is_dir()) == kept
         # The same object goes on from the last commit too, not from sums that were moved already.
         learner = begun if phase == "oracle head" else Learner.load(tmp_path / str(number))
         learner.runtime.progress = Silent()
