@@ -90,6 +90,19 @@ def test_it_is_inert_where_nothing_moves() -> None:
         assert all(torch.equal(before[name], head.state_dict()[name]) for name in before)
 
 
+@pytest.mark.parametrize(("size", "followed"), [(1e-6, False), (1e-3, True)])
+def test_rounding_is_not_followed(size: float, followed: bool) -> None:
+    """A linear change, which a map could follow exactly: so small, it is as likely one of rounding."""
+    kept = Ridge(D, carry=True)
+    teach(kept, OLD[0], "abcd", OLD[1], 0)
+    before = kept.packed.clone()
+    kept.follow(NEW[0], NEW[0] + size * (moved(NEW[0]) - NEW[0]), NEW[1])
+    assert torch.equal(kept.packed, before) is not followed
+    teach(kept, NEW[0], "efghi", NEW[1], 1)
+    assert kept.facts()["carried"] is followed
+    assert 0 < kept.facts()["moved"] < 10 * size
+
+
 def test_it_does_nothing_where_left_out_classes_say_so() -> None:
     """Movement that has nothing to do with the features, and a task of one class."""
     head = Ridge(D, carry=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny import tiny_language_model
+from tiny import tiny_language_model
 from torch import Tensor
 from torch.nn import functional as F
 

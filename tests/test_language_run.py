@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file
 from test_distributed import finish, start
 from test_distributed import tensors as tensors_of
-from tests.tiny import tiny_language_model
+from tiny import tiny_language_model
 
 from perpetune.cli import call
 from perpetune.errors import DataError, Interrupted, StateError, UsageError

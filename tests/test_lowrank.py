@@ -82,3 +82,18 @@ def test_one_alone_stays_what_it_is() -> None:
     b, a = factors(3, 6, 5, 2)
     new_b, new_a = merged([(b, a)], [7.0], 2)
     torch.testing.assert_close(new_b @ new_a, b @ a)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 99), sizes, st.integers(1, 6))
+def test_signs_of_merged_factors_are_not_left_to_rounding(
+    seed: int, size: tuple[int, int, int, int], rank: int
+) -> None:
+    o, d, r, r2 = size
+    (b, a), (b2, a2) = factors(seed, o, d, r), factors(seed + 1000, o, d, r2)
+    new_b, new_a = merged([(b, a), (b2, a2)], [3.0, 1.0], rank)
+    used = new_b[:, new_b.norm(dim=0) > 1e-6]
+    assert bool((used.amax(0) == used.abs().amax(0)).all())
+    other_b, other_a = merged([(-b2, -a2), (-b, -a)], [1.0, 3.0], rank)  # the same mean from other numbers
+    torch.testing.assert_close(other_b, new_b, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(other_a, new_a, atol=1e-6, rtol=1e-6)

@@ -510,19 +510,26 @@ PROBLEMS: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
 }
 
 
-@pytest.mark.parametrize("standard", [False, True], ids=["bare", "standardised"])
-@pytest.mark.parametrize("start", [None, 1e-8, 50.0], ids=str)
-@pytest.mark.parametrize("name", PROBLEMS)
-def test_choose_is_near_the_best_of_a_grid(name: str, start: float | None, standard: bool) -> None:
-    """Within 1 % of the best error of 17 penalties, from the usual start and from either end."""
+@functools.lru_cache(maxsize=1)
+def problem(name: str, standard: bool) -> tuple[Tensor, Tensor, Sums, list[tuple[Callable[[float], Fit], float]]]:
+    """Rows, targets, their sums, and two ways to fit with the best error of each on a grid."""
     rows, targets = PROBLEMS[name]()
     classes = int(targets.max()) + 1
     sums = Sums(rows.shape[1], classes, standard).add(rows, targets)
-    exactly = sums.standard
-    dual = Dual(rows, targets, classes, None, exactly)
-    for fit in (sums.fit, dual.fit):
-        tried = [fit(sums.scale * 10 ** (-9 + 11 * i / 16)) for i in range(17)]
-        best = min(one.error for one in tried)
+    dual = Dual(rows, targets, classes, None, sums.standard)
+    grid = [sums.scale * 10 ** (-9 + 11 * i / 16) for i in range(17)]
+    fits: list[Callable[[float], Fit]] = [sums.fit, dual.fit]
+    return rows, targets, sums, [(fit, min(fit(penalty).error for penalty in grid)) for fit in fits]
+
+
+@pytest.mark.parametrize("start", [None, 1e-8, 50.0], ids=str)
+@pytest.mark.parametrize("standard", [False, True], ids=["bare", "standardised"])
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_choose_is_near_the_best_of_a_grid(name: str, standard: bool, start: float | None) -> None:
+    """Within 1 % of the best error of 17 penalties, from the usual start and from either end."""
+    rows, targets, sums, fits = problem(name, standard)
+    classes, exactly = sums.classes, sums.standard
+    for fit, best in fits:
         chosen, evaluations = choose(fit, sums.scale, None if start is None else start * sums.scale)
         assert chosen.error <= 1.01 * best
         assert evaluations <= ridge.EVALUATIONS + 1
@@ -569,8 +576,24 @@ def test_a_wrong_slope_is_found_out() -> None:
     assert abs(math.log(chosen.penalty)) < 1.2
 
 
-@pytest.mark.parametrize("standard", [False, True], ids=["bare", "standardised"])
+@functools.lru_cache(maxsize=1)
+def few_rows(
+    count: int, width: int, dim: int, classes: int, noise: float, seed: int, standard: bool
+) -> tuple[Tensor, Tensor, Sums, Dual, float]:
+    """Rows, targets, their sums, the rows' own solver, and the best error it has on a grid of penalties."""
+    drawn = torch.Generator().manual_seed(seed)
+    centres = torch.randn(classes, dim, generator=drawn)
+    targets = torch.randint(0, classes, (count,), generator=drawn)
+    features = centres[targets] + noise * torch.randn(count, dim, generator=drawn)
+    projection = torch.randn(dim, width, generator=torch.Generator().manual_seed(5))
+    rows = (features @ projection / math.sqrt(dim)).relu().double()
+    sums = Sums(width, classes, standard).add(rows, targets)
+    dual = Dual(rows, targets, classes, None, sums.standard)
+    return rows, targets, sums, dual, min(dual.fit(sums.scale * 10 ** (-6 + i / 5)).error for i in range(41))
+
+
 @pytest.mark.parametrize("start", [None, 1e-3, 1e-6])
+@pytest.mark.parametrize("standard", [False, True], ids=["bare", "standardised"])
 @pytest.mark.parametrize(
     ("count", "width", "dim", "classes", "noise", "seed"),
     [
@@ -580,19 +603,11 @@ def test_a_wrong_slope_is_found_out() -> None:
     ],
 )  # fmt: skip
 def test_sums_of_few_rows_find_the_penalty_that_the_rows_find(
-    count: int, width: int, dim: int, classes: int, noise: float, seed: int, start: float | None, standard: bool
+    count: int, width: int, dim: int, classes: int, noise: float, seed: int, standard: bool, start: float | None
 ) -> None:
     """Between a third of M and M rows the search from sums has noisy slopes; it once stayed where it started."""
-    drawn = torch.Generator().manual_seed(seed)
-    centres = torch.randn(classes, dim, generator=drawn)
-    targets = torch.randint(0, classes, (count,), generator=drawn)
-    features = centres[targets] + noise * torch.randn(count, dim, generator=drawn)
-    projection = torch.randn(dim, width, generator=torch.Generator().manual_seed(5))
-    rows = (features @ projection / math.sqrt(dim)).relu().double()
-    sums = Sums(width, classes, standard).add(rows, targets)
-    dual = Dual(rows, targets, classes, None, sums.standard)
+    rows, targets, sums, dual, grid = few_rows(count, width, dim, classes, noise, seed, standard)
     sample = ridge.Sample(rows[::2], targets[::2], torch.ones(len(rows[::2]), dtype=torch.float64), alone)
-    grid = min(dual.fit(sums.scale * 10 ** (-6 + i / 5)).error for i in range(41))
     fit = functools.partial(sums.fit, sample=sample)
     chosen, _ = choose(fit, sums.scale, None if start is None else start * sums.scale)
     assert odds(dual.fit(chosen.penalty).error) < 1.05 * odds(grid)

@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 import torch
 from test_backbones import hf_model
-from tests.tiny import tiny_language_model
+from tiny import tiny_language_model
 from torch import Tensor, nn
 
 from perpetune.errors import UsageError

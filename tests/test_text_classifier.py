@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from test_language_run import At, Crash, crash, learned, state_metrics, write
-from tests.tiny import tiny_language_model
+from tiny import tiny_language_model
 from torch.nn import functional as F
 
 from perpetune.cli import call

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.tiny import CHAT, tiny_tokenizer
+from tiny import CHAT, tiny_tokenizer
 
 from perpetune.errors import DataError
 from perpetune.models.texts import Encoded, Text, TextView

@@ -419,6 +419,18 @@ def test_helpers_stand_for_ever_smaller_branches() -> None:
         assert 0 <= search.residual(task, points[7]) <= 1
 
 
+def test_of_two_which_are_equally_far_from_their_middle_the_earlier_one_stands_for_both() -> None:
+    """By rounding alone it would be either, as the processor has it."""
+    for seed in range(8):
+        points = normalised(torch.randn(4, 4, 16, generator=generator("four", seed)))
+        known = SimilarityTree.build(points, groups=[[0], [1], [2, 3]])
+        pairs = [node for node in known if len(node.tasks) == 2]
+        assert len(pairs) == 2
+        for first, second in (node.tasks for node in pairs):
+            for picked in (first, second):
+                assert Search(known, "nearest", 0.3, 0, points[picked]).helpers() == [first, picked, picked]
+
+
 def test_a_search_goes_on_from_its_state() -> None:
     known, points = stored(16)
     queries = normalised(torch.randn(20, 4, 16, generator=generator("queries")))

@@ -109,6 +109,7 @@ class Checker:
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
         self.backbone: Backbone
+        self._whole: Method | None = None
 
     def make(self) -> Method:
         self.backbone = tiny_backbone()
@@ -122,6 +123,12 @@ class Checker:
 
     def learned(self, tasks: Sequence[Task] | None = None) -> Method:
         return self.learn(self.make(), tasks or tiny_stream(Runtime(seed=self.recipe.seed)))
+
+    def whole(self) -> Method:
+        """One that has learned the stream without a stop, made once for all rules: to be looked at alone."""
+        if self._whole is None:
+            self._whole = self.learned()
+        return self._whole
 
 
 def probe(method: Method, classes: Sequence[str] = "abcdef") -> Tensor:
@@ -142,7 +149,7 @@ def backbone_untouched(c: Checker) -> None:
 
 def only_own_parameters_trained(c: Checker) -> None:
     """only pets, the head and the method's own tensors change, and no gradient is left on"""
-    method = c.learned()
+    method = c.whole()
     own = {id(t) for group in tensors(method).values() for t in group.values()}
     left = [n for n, p in method.named_parameters() if p.requires_grad or p.grad is not None]
     assert not left, f"requires_grad or a gradient is left on {left[0]}"
@@ -152,12 +159,12 @@ def only_own_parameters_trained(c: Checker) -> None:
 
 def same_seed_same_result(c: Checker) -> None:
     """the same seed gives the same result"""
-    assert torch.equal(probe(c.learned()), probe(c.learned())), "two runs with one seed differ"
+    assert torch.equal(probe(c.whole()), probe(c.learned())), "two runs with one seed differ"
 
 
 def checkpoint_round_trip(c: Checker) -> None:
     """what is stored brings everything back"""
-    method = c.learned()
+    method = c.whole()
     other = c.make()
     restore(other, snapshot(method), "memory")
     assert other.classes == method.classes, f"classes {other.classes} came back, not {method.classes}"
@@ -174,12 +181,12 @@ def stopping_between_tasks_changes_nothing(c: Checker) -> None:
         for i in range(stop, len(tasks)):
             earlier = tuple(tasks[:i]) if second.needs_earlier_data else None
             learn_protected(second, dataclasses.replace(tasks[i], earlier=earlier))
-        assert torch.equal(probe(second), probe(c.learned())), f"stopping after task {stop} changed the result"
+        assert torch.equal(probe(second), probe(c.whole())), f"stopping after task {stop} changed the result"
 
 
 def stopping_inside_a_task_changes_nothing(c: Checker) -> None:
     """stopped at any step of a task and entered again = never stopped"""
-    whole = probe(c.learned())
+    whole = probe(c.whole())
     with tempfile.TemporaryDirectory() as folder:
         for stop in (1, 3):
             runtime = Runtime(seed=c.recipe.seed)
@@ -208,7 +215,7 @@ def _after(steps: int) -> Callable[[], int | None]:
 
 def batch_companions_do_not_matter(c: Checker) -> None:
     """the score of one input is independent of its batch companions"""
-    method = c.learned()
+    method = c.whole()
     pixels = torch.stack(Pictures("abcdef", 3, seed=99).pixels)
     order = torch.randperm(len(pixels), generator=generator("order"))
     with torch.no_grad():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from perpetune.numerics.signature import distance
-from perpetune.numerics.similarity_tree import LowerConfidenceSearch, SimilarityTree
+from perpetune.numerics.similarity_tree import ROUNDING, LowerConfidenceSearch, Node, SimilarityTree
 from perpetune.seeding import seed_of
 
 Kind = Literal["lcb", "nearest", "random", "farthest"]
@@ -85,15 +85,14 @@ class Search:
             for known in self._ids:
                 self._bounds.observe(known, self.residual(known, signature))
         shallow = [node for node in tree if 0 < node.depth < len(tree.groups)]
-        self._middles = {
-            node: min(node.tasks, key=lambda known: float(distance(tree.point(known), node.mean))) for node in shallow
-        }
+        self._middles = {node: _middle(tree, node) for node in shallow}
         self.picked = self._next(signature)
         """The task that the step at hand is drawn to."""
 
     def helpers(self) -> list[int]:
         """For each group of modules the task that stands for what was picked: in the deepest the picked one itself, in
-        the others the middle of the branch that the tree has made by that group and that holds it."""
+        the others the middle of the branch that the tree has made by that group and that holds it, the earlier one of
+        two."""
         path = self.tree.path(self.picked)
         below = [path[min(level + 1, len(path) - 1)] for level in range(len(self.counts) - 1)]
         return [*(self._middles.get(node, self.picked) for node in below), self.picked]
@@ -148,3 +147,10 @@ class Search:
         if self.kind == "farthest":
             return max(self._ids, key=lambda known: self.residual(known, signature))
         return self._ids[seed_of("random task", self.seed, self.steps) % len(self._ids)]
+
+
+def _middle(tree: SimilarityTree, node: Node) -> int:
+    """The task nearest to a node's mean, the smallest id of several: two alone are equally far from theirs, and which
+    of them rounding puts nearer is another on another processor."""
+    far = [float(distance(tree.point(task), node.mean)) for task in node.tasks]
+    return next(task for task, value in zip(node.tasks, far, strict=True) if value <= min(far) + ROUNDING)

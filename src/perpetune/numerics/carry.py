@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 PENALTIES = tuple(10.0**k for k in range(-13, 3))  # μ as shares of the kernel's mean diagonal
+NOISE = 1e-5  # features are float32: what moves by a share up to this stays where it is, but for rounding
 FOLDS = 5  # groups of classes that are left out in turn
 SURE = 0.98  # the unexplained share below which a map is believed: leaving sums as they are has 1
 
@@ -60,7 +61,8 @@ def follow(before: Tensor, after: Tensor, groups: Tensor, scale: Tensor, centre:
 
     With `X = H M` the rows before, standardised, and `D = after − before`: `V = (X Xᵀ + μ I)⁻¹ D` and `U = M Xᵀ`.
     `μ` is what predicts the movement of left-out classes best, for the old rows are of other classes too; where no `μ`
-    is better at that than no map, or there is but one class to learn from, the map does nothing.
+    is better at that than no map, or there is but one class to learn from, or the rows have moved by no more than
+    rounding (as behind a protection that lets nothing through), the map does nothing.
 
     Args:
         before, after: `(n, M)`, float64; with an intercept their last column is 1.
@@ -78,7 +80,7 @@ def follow(before: Tensor, after: Tensor, groups: Tensor, scale: Tensor, centre:
     moved = math.sqrt(float(movement.trace()) / own) if own > 0 else math.inf
     unit = float(kernel.diagonal().mean())
     folds = _folds(groups)
-    if len(folds) < 2 or not (unit > 0 and math.isfinite(moved)):
+    if len(folds) < 2 or moved <= NOISE or not (unit > 0 and math.isfinite(moved)):
         return _nothing(before, moved)
     missed = torch.zeros(len(PENALTIES), dtype=torch.float64)
     for out in folds:

@@ -31,8 +31,9 @@ def merged(parts: Sequence[Factors], weights: Sequence[float], rank: int) -> Fac
     """Factors of rank `rank` nearest to the mean `Σ w_i B_i A_i / Σ w_i`, in the sum of squares of all entries.
 
     By the singular value decomposition of the small matrix between the orthonormal bases of all `B_i` and all `A_i`;
-    the two factors get the roots of the singular values. In float64 on the CPU, for Apple's GPUs have no such numbers;
-    returned in the type and place of the first.
+    the two factors get the roots of the singular values, and signs with which the largest entry of each column of `B`
+    is positive: a decomposition leaves them to rounding, and processors differ in it. In float64 on the CPU, for
+    Apple's GPUs have no such numbers; returned in the type and place of the first.
     """
     total, exact = sum(weights), ("cpu", torch.float64)
     b = torch.cat([w / total * b.to(*exact) for w, (b, _) in zip(weights, parts, strict=True)], dim=-1)  # (o, Σ r)
@@ -41,8 +42,9 @@ def merged(parts: Sequence[Factors], weights: Sequence[float], rank: int) -> Fac
     right, small_right = torch.linalg.qr(a.mT)
     u, values, v = torch.linalg.svd(small_left @ small_right.mT)
     kept = min(rank, len(values))
-    roots = values[:kept].sqrt()
-    new_b, new_a = (left @ u[:, :kept]) * roots, (v[:kept] @ right.mT) * roots.unsqueeze(-1)
+    roots, columns = values[:kept].sqrt(), left @ u[:, :kept]
+    signs = columns.gather(0, columns.abs().argmax(0, keepdim=True)).sign()
+    new_b, new_a = columns * signs * roots, (v[:kept] @ right.mT) * (signs * roots).mT
     if kept < rank:  # fewer directions than asked for
         new_b = torch.nn.functional.pad(new_b, (0, rank - kept))
         new_a = torch.nn.functional.pad(new_a, (0, 0, 0, rank - kept))

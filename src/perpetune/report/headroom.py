@@ -30,12 +30,12 @@ WHAT = {
     "joint": "joint run (method joint)",
 }
 MEANING = (
-    "The control trains nothing: ridge regression on the frozen model’s own feature (the last class token). Joint "
-    "trains on all data at once; where there are several joint runs, the best one counts, whatever its head. Headroom "
-    "is the final accuracy of joint less that of the control. A run recovers (run − control) / (joint − control) of "
-    "it. Frozen taps train nothing either, but their head reads several blocks: the last column says how much of what "
-    "they leave a run recovers, (run − taps) / (joint − taps). All is computed seed by seed: mean ± sample standard "
-    "deviation over the seeds that have all parts."
+    "The control trains nothing: ridge regression on the frozen model’s own feature (the last class token of a "
+    "picture, the mean over the tokens of a text). Joint trains on all data at once; where there are several joint "
+    "runs, the best one counts, whatever its head. Headroom is the final accuracy of joint less that of the control. "
+    "A run recovers (run − control) / (joint − control) of it. Frozen taps train nothing either, but their head reads "
+    "several blocks: the last column says how much of what they leave a run recovers, (run − taps) / (joint − taps). "
+    "All is computed seed by seed: mean ± sample standard deviation over the seeds that have all parts."
 )
 
 
