@@ -20,6 +20,7 @@ from perpetune.recipe import load_recipe
 from perpetune.report import checked, compare, protected, svg, tables, terminal, write_comparison, write_report
 from perpetune.report.compare import _flat
 from perpetune.report.effects import apart, differing, effects
+from perpetune.report.headroom import role_of
 
 SITES = ("net.blocks.0.q/default/down", "net.blocks.0.q/default/up", "net.blocks.1.q/default/down")
 
@@ -362,8 +363,9 @@ def test_many_changes_are_left_to_the_page() -> None:
     assert lines[-1].startswith("… and 2 more changes")
 
 
-def test_the_demo_is_two_settings_by_two_and_safe() -> None:
-    assert DEMO[4:] == ("demo-safe",)
-    flats = [_flat(load_recipe(name).model_dump(mode="json")) for name in DEMO[:4]]
-    assert differing(flats) == ["head", "protect"]
-    assert [load_recipe(name).name for name in DEMO] == list(DEMO)
+def test_the_demo_has_all_that_headroom_is_measured_by() -> None:
+    recipes = [load_recipe(name).resolved() for name in DEMO]
+    assert [recipe.name for recipe in recipes] == list(DEMO)
+    assert len({(repr(r.data), repr(r.stream), r.backbone.name) for r in recipes}) == 1
+    roles = [role_of(recipe.model_dump(mode="json")) for recipe in recipes]
+    assert roles == ["method", "control", "frozen taps", "method", "joint"]

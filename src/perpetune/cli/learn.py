@@ -24,8 +24,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print figures as JSON.")]
 StateFolder = Annotated[Path, typer.Argument(metavar="STATE", help="A state folder.")]
 
 
-DEMO = ("demo", "demo-pegp", "demo-ridge", "demo-pegp-ridge", "demo-safe")
-"""Recipes that are run when none is named: with and without protection, with either head."""
+DEMO = ("turned", "turned-control", "turned-taps", "turned-first", "turned-joint")
+"""Recipes that are run when none is named: plain fine-tuning; no training, with one and with all blocks read; training
+on the first task; training on all data."""
 DEMO_SEEDS = "3"
 
 
