@@ -128,6 +128,22 @@ def test_class_means_follow_too() -> None:
     assert kept.counts.tolist() == [20] * 4
 
 
+@pytest.mark.parametrize("kind", [NCM, Ridge])
+def test_a_column_that_is_the_same_everywhere_takes_no_part_where_it_moves(kind: type[NCM] | type[Ridge]) -> None:
+    """Its deviation is a rounding error: to divide by that would drown what really moves."""
+    noisy = [0.3 + 1e-8 * normal(len(rows), 1, seed=f"rounding {i}") for i, rows in enumerate((OLD[0], NEW[0]))]
+    old, before = (torch.cat(pair, 1) for pair in zip((OLD[0], NEW[0]), noisy, strict=True))
+    after = torch.cat([moved(NEW[0]), noisy[1] + 0.01 * normal(len(NEW[0]), 1, seed="moves")], 1)
+    head = kind(D + 1, carry=True)
+    teach(head, old, "abcd", OLD[1], 0)
+    head.follow(before, after, NEW[1])
+    head.settle()
+    facts = head.facts()
+    assert facts["carried"]
+    assert facts["moved"] < 10
+    assert facts["unexplained"] < 1e-6
+
+
 def test_the_search_equals_brute_force() -> None:
     """`unexplained` is what explicit maps, made without the left-out classes, miss of their movement."""
     new, noise = NEW[0], 0.3 * normal(*NEW[0].shape, seed="some noise")

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from perpetune.heads.base import Head, alone, carry_facts
 from perpetune.heads.cosine import Cosine
 from perpetune.numerics import carry as carrying
+from perpetune.numerics.ridge import CONSTANT
 
 
 class NCM(Head):
@@ -87,8 +88,9 @@ class NCM(Head):
         if not int(self.counts.sum()):
             return
         first, then = (F.pad(rows.to(self.sums), (0, 1), value=1.0) for rows in (before, after))
-        deviation = first.std(0)
-        scale = torch.where(deviation > 0, 1 / deviation, 0.0)
+        variance = first.var(0)
+        varies = variance > CONSTANT[torch.float64] * first.square().mean(0)
+        scale = torch.where(varies, variance, 1.0).rsqrt() * varies
         scale[-1] = 1.0
         found = carrying.follow(first, then, targets.to(first.device), scale, first[:, :-1].mean(0))
         self._carried = carry_facts(found)
