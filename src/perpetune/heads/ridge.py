@@ -146,6 +146,13 @@ class Ridge(Head):
         super().widen(dim)
         self._forget()
 
+    def ready(self) -> None:
+        if self.kind == "orthogonal" and self.projection >= self.dim:
+            raise UsageError(
+                f"head: ridge: an orthogonal projection to {self.projection} columns saves nothing, for the features "
+                f"have {self.dim}: set projection to 0, or below {self.dim}"
+            )
+
     def reset(self) -> None:
         super().reset()
         self.probe.reset()
@@ -183,12 +190,8 @@ class Ridge(Head):
         if not self.projection:
             return
         drawn = torch.randn(self.dim, self.width, generator=generator("ridge", seed)) / math.sqrt(self.dim)
+        self.ready()
         if self.kind == "orthogonal":
-            if self.width >= self.dim:
-                raise UsageError(
-                    f"head: ridge: an orthogonal projection to {self.width} columns saves nothing, for the features "
-                    f"have {self.dim}: set projection to 0, or below {self.dim}"
-                )
             q, r = torch.linalg.qr(drawn.double())
             drawn = (q * r.diagonal().sign()).float()  # the signs would be the library's choice
         self.projected = drawn.to(self.probe.weight.device)
@@ -279,7 +282,7 @@ class Ridge(Head):
             name = self.classes[int(rows[bad][0])]
             self._clear()
             raise PerpetuneError(
-                f"head: ridge: features of an image of class {name} are not finite: the features were spoiled in "
+                f"head: ridge: features of an example of class {name} are not finite: the features were spoiled in "
                 "training; lower train.lr or set train.clip"
             )
         self._features.append(features.to(self.packed.device))
