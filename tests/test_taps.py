@@ -437,7 +437,9 @@ def test_what_cannot_be_tapped_is_one_line(spec: str, options: dict[str, Any], r
 
 def test_a_recipe_says_which_tokens_only_where_there_are_taps() -> None:
     content = {"name": "x", "backbone": {"name": "perpetune:micro", "tokens": "mean"}}
-    with pytest.raises(UsageError, match="tokens: mean says what taps read, and there are none: set taps too") as caught:
+    with pytest.raises(
+        UsageError, match="tokens: mean says what taps read, and there are none: set taps too"
+    ) as caught:
         make_recipe(content)
     assert "\n" not in str(caught.value)
     assert str(caught.value).endswith("or leave tokens out")

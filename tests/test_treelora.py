@@ -588,7 +588,7 @@ def test_no_epoch_and_no_lora() -> None:
             build_method(make_recipe({"method": "treelora", "pet": pet}), tiny_backbone())
     for head in ("ridge", "ncm"):
         carried = {"method": "treelora", "pet": "lora", "head": {"name": head, "carry": True}}
-        with pytest.raises(UsageError, match="leave head.carry out, or use method: finetune or olora"):
+        with pytest.raises(UsageError, match=r"leave head\.carry out, or use method: finetune or olora"):
             build_method(make_recipe(carried), tiny_backbone())
 
 
