@@ -7,10 +7,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from perpetune.heads import NCM, Ridge
 from perpetune.models.classifier import learn_statistics
-from perpetune.numerics import carry, ridge
+from perpetune.numerics import carry, lowrank, ridge
+from perpetune.numerics.moments import Moments
+from perpetune.numerics.projection import Operand
+from perpetune.numerics.signature import RunningMean
+from perpetune.pets.base import Site
+from perpetune.protection.sites import Watched
 from perpetune.seeding import generator
 from perpetune.tasks import Task
 
@@ -170,3 +176,29 @@ def test_packing_a_matrix() -> None:
     packed = torch.zeros(ridge.packed_size(7), dtype=torch.float64)
     ridge.pack(rows.mT @ rows, packed)
     assert torch.equal(ridge.dense(packed, 7), torch.tril(rows.mT @ rows) + torch.tril(rows.mT @ rows, -1).mT)
+
+
+class Apples(TorchDispatchMode):
+    """Refuses what torch cannot do with a tensor of Apple's GPUs: to move it and make it float64 at once."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        asked = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and asked.get("dtype") == torch.float64:
+            assert asked.get("device") is None
+        return func(*args, **asked)
+
+
+def test_what_comes_from_the_device_is_moved_before_it_is_float64() -> None:
+    factors = [(torch.randn(6, 2), torch.randn(2, 5)) for _ in range(2)]
+    for head in (NCM(D, carry=True), Ridge(D, carry=True), Ridge(D, carry=True, projection=20)):
+        teach(head, OLD[0], "abcd", OLD[1], 0)
+        with Apples():
+            head.follow(NEW[0].float(), moved(NEW[0]).float(), NEW[1])
+            if isinstance(head, NCM):
+                head.observe(OLD[0].float(), OLD[1])
+    with Apples():
+        Moments(D).update(NEW[0].float())
+        RunningMean((D,)).update(NEW[0].float().mean(0), 1.0)
+        lowrank.reduced(factors[0])
+        lowrank.merged(factors, [1.0, 1.0], 2)
+        Watched("a", Site("a", Operand(torch.nn.Parameter(torch.randn(3, D)))), torch.nn.Linear(D, 3)).values()

@@ -163,9 +163,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     said = ", or ".join(dict.fromkeys(_message(fault) for fault in faults)).replace(f", or {_SHOULD}", ", or ")
     if not where:  # what several keys say together
         return f"{said}{more}"
-    if first["type"] == "value_error" and isinstance(
-        first["input"], dict
-    ):  # what several keys of a section say together
+    if first["type"] == "value_error" and isinstance(first["input"], dict):  # what keys of a section say together
         return f"{where}: {said}{more}"
     return f"{where}: {said}; got {_short(first['input'])}{more}"
 

@@ -17,6 +17,7 @@ from perpetune.heads.base import Head, alone, carry_facts
 from perpetune.heads.cosine import Cosine
 from perpetune.numerics import carry as carrying
 from perpetune.numerics import ridge
+from perpetune.numerics.lowrank import moved_exactly
 from perpetune.seeding import generator
 
 BUFFER = 512  # examples that are added to the sums at a time, so that the large matrix is gone over seldom
@@ -127,7 +128,7 @@ class Ridge(Head):
         """Rows `(B, M)` of features `(B, D)`, in their type: float64 for sums, float32 for scores."""
         if not self.projection:
             return features
-        turned = features @ self.projected.to(features)
+        turned = features @ moved_exactly(self.projected, features)
         return F.relu(turned) if self.kind == "relu" else turned
 
     def logits(self, features: Tensor) -> Tensor:
@@ -225,7 +226,7 @@ class Ridge(Head):
     def follow(self, before: Tensor, after: Tensor, targets: Tensor) -> None:
         if not int(self.counts.sum()):
             return
-        first, then = (self._rows(features.to(self.cross)) for features in (before, after))
+        first, then = (self._rows(moved_exactly(features, self.cross)) for features in (before, after))
         standard = ridge.Standard.of(self.packed, self.cross) if self.standardise else None
         if standard is None:
             square = ridge.diagonal(self.packed, self.rank) / self.mass
@@ -325,7 +326,7 @@ class Ridge(Head):
             self.expand(features.to(self.cross)),
             of,
             self._row_weights[of],
-            lambda sums: total(sums.float().to(device)).to(sums),  # float32, which every device has
+            lambda sums: moved_exactly(total(sums.float().to(device)), sums),  # float32, which every device has
         )
         # With many rows each is a small part of the sums, and their weights say nothing else: there is no need then.
         few = self.balance or count < FAR * self.width
