@@ -446,6 +446,8 @@ def test_a_recipe_says_which_tokens_only_where_there_are_taps() -> None:
     with pytest.raises(UsageError, match="taps") as caught:
         make_recipe({"name": "x", "backbone": {"name": "perpetune:micro", "taps": 0}})
     assert "\n" not in str(caught.value)
+    with pytest.raises(UsageError, match=r"evaluate\.oracle: input should be a valid boolean.*, or 'last'; got 'lasd'"):
+        make_recipe({"name": "x", "evaluate": {"oracle": "lasd"}})
     backbone = make_recipe({"name": "x", "backbone": {"name": "perpetune:micro", "taps": 2}}).backbone
     assert (backbone.taps, backbone.tokens) == (2, None)
 

@@ -179,7 +179,9 @@ def _place(fault: Any) -> str:
     if fault["type"] != "extra_forbidden":  # there the last part is what the user wrote
         parents.append(last)
         last = ""
-    kept = [str(p) for p in parents if isinstance(p, int) or (p.isidentifier() and p not in ("str", "int", "float"))]
+    kept = [
+        str(p) for p in parents if isinstance(p, int) or (p.isidentifier() and p not in ("str", "int", "float", "bool"))
+    ]
     return ".".join([*kept, str(last)] if last != "" else kept)
 
 
