@@ -7,10 +7,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from perpetune.heads import NCM, Ridge
 from perpetune.models.classifier import learn_statistics
-from perpetune.numerics import carry, ridge
+from perpetune.numerics import carry, lowrank, ridge
+from perpetune.numerics.moments import Moments
+from perpetune.numerics.projection import Operand
+from perpetune.numerics.signature import RunningMean
+from perpetune.pets.base import Site
+from perpetune.protection.sites import Watched
 from perpetune.seeding import generator
 from perpetune.tasks import Task
 
@@ -128,6 +134,22 @@ def test_class_means_follow_too() -> None:
     assert kept.counts.tolist() == [20] * 4
 
 
+@pytest.mark.parametrize("kind", [NCM, Ridge])
+def test_a_column_that_is_the_same_everywhere_takes_no_part_where_it_moves(kind: type[NCM] | type[Ridge]) -> None:
+    """Its deviation is a rounding error: to divide by that would drown what really moves."""
+    noisy = [0.3 + 1e-8 * normal(len(rows), 1, seed=f"rounding {i}") for i, rows in enumerate((OLD[0], NEW[0]))]
+    old, before = (torch.cat(pair, 1) for pair in zip((OLD[0], NEW[0]), noisy, strict=True))
+    after = torch.cat([moved(NEW[0]), noisy[1] + 0.01 * normal(len(NEW[0]), 1, seed="moves")], 1)
+    head = kind(D + 1, carry=True)
+    teach(head, old, "abcd", OLD[1], 0)
+    head.follow(before, after, NEW[1])
+    head.settle()
+    facts = head.facts()
+    assert facts["carried"]
+    assert facts["moved"] < 10
+    assert facts["unexplained"] < 1e-6
+
+
 def test_the_search_equals_brute_force() -> None:
     """`unexplained` is what explicit maps, made without the left-out classes, miss of their movement."""
     new, noise = NEW[0], 0.3 * normal(*NEW[0].shape, seed="some noise")
@@ -154,3 +176,29 @@ def test_packing_a_matrix() -> None:
     packed = torch.zeros(ridge.packed_size(7), dtype=torch.float64)
     ridge.pack(rows.mT @ rows, packed)
     assert torch.equal(ridge.dense(packed, 7), torch.tril(rows.mT @ rows) + torch.tril(rows.mT @ rows, -1).mT)
+
+
+class Apples(TorchDispatchMode):
+    """Refuses what torch cannot do with a tensor of Apple's GPUs: to move it and make it float64 at once."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        asked = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and asked.get("dtype") == torch.float64:
+            assert asked.get("device") is None
+        return func(*args, **asked)
+
+
+def test_what_comes_from_the_device_is_moved_before_it_is_float64() -> None:
+    factors = [(torch.randn(6, 2), torch.randn(2, 5)) for _ in range(2)]
+    for head in (NCM(D, carry=True), Ridge(D, carry=True), Ridge(D, carry=True, projection=20)):
+        teach(head, OLD[0], "abcd", OLD[1], 0)
+        with Apples():
+            head.follow(NEW[0].float(), moved(NEW[0]).float(), NEW[1])
+            if isinstance(head, NCM):
+                head.observe(OLD[0].float(), OLD[1])
+    with Apples():
+        Moments(D).update(NEW[0].float())
+        RunningMean((D,)).update(NEW[0].float().mean(0), 1.0)
+        lowrank.reduced(factors[0])
+        lowrank.merged(factors, [1.0, 1.0], 2)
+        Watched("a", Site("a", Operand(torch.nn.Parameter(torch.randn(3, D)))), torch.nn.Linear(D, 3)).values()

@@ -184,7 +184,7 @@ def test_a_head_of_classes_reads_the_features_of_questions(backbone: Backbone) -
 
 
 def test_the_output_layer_does_not_go_with_pictures() -> None:
-    with pytest.raises(UsageError, match="takes pictures, and this head is a model for texts: use `head: ridge`"):
+    with pytest.raises(UsageError, match="takes pictures, and this head is for texts: use `head: ridge`"):
         CausalLM(load_backbone("perpetune:micro"))
 
 

@@ -331,7 +331,7 @@ def test_zero_shot_is_the_same_after_every_task(folders: dict[str, Path], data: 
         ({"head": "ridge"}, "task capitals: head ridge chooses among classes, .* or use head: lm"),
         (
             {"backbone": "perpetune:micro"},
-            "perpetune:micro takes pictures, and this head is a model for texts: use `head: ridge`",
+            "perpetune:micro takes pictures, and this head is for texts: use `head: ridge`",
         ),
         ({"data": "digits"}, "these are pictures, and the backbone takes texts"),
         ({"stream": {"classes_per_task": 2}}, r"stream\.classes_per_task is for pictures"),

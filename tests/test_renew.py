@@ -267,6 +267,23 @@ def test_an_optimizer_forgets_what_it_had_of_the_pair(kind: str) -> None:
         assert torch.equal(one, other)
 
 
+def test_what_rests_acts_with_its_own_adapter_alone() -> None:
+    """Another adapter of the same layer is what it is without it."""
+    model = with_peft()
+    protection = perpetune.protect(model, renew=True, energy=1.0)
+    optimizer = torch.optim.AdamW(trained(model), lr=0.02)
+    protection.guard(optimizer)
+    steps(model, optimizer, 0, 5)
+    protection.consolidate([rows(0)])
+    protection.renew()
+    learned = answers(model, 0)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["first", "second"]))
+    model.set_adapter("other")
+    assert torch.equal(answers(model, 0), answers(with_peft(), 0))  # B of both is zero
+    model.set_adapter("default")
+    assert torch.equal(answers(model, 0), learned)
+
+
 def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     """PEFT's adapter and the protection's file on the bare model give the same outputs; a torn state gives a line."""
     model = with_peft()
@@ -377,7 +394,7 @@ def test_what_cannot_be_renewed_is_said() -> None:
         ProtectionCallback(perpetune.protect(nn.Linear(4, 4)), renew=True)
     with pytest.raises(UsageError, match="needs strength: hard"):
         perpetune.protect(with_peft(), renew=True, strength="soft")
-    with pytest.raises(UsageError, match="of renew: true"):
+    with pytest.raises(UsageError, match="is for renew: true alone"):
         perpetune.protect(with_peft(), start="leading")
     leading = perpetune.protect(with_peft(), renew=True, start="leading")
     leading.consolidate([rows(0)])

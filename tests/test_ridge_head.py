@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from perpetune.build import build_method
 from perpetune.check import tiny_backbone
 from perpetune.errors import PerpetuneError, UsageError
 from perpetune.heads import Ridge
@@ -20,6 +21,7 @@ from perpetune.heads import ridge as module
 from perpetune.methods.frozen import Frozen
 from perpetune.models.classifier import Classifier, learn_statistics
 from perpetune.numerics import ridge
+from perpetune.recipe import make_recipe
 from perpetune.runtime import Runtime
 from perpetune.seeding import generator
 from perpetune.snapshot import restore, snapshot
@@ -493,6 +495,15 @@ def test_an_orthogonal_projection_keeps_lengths_in_its_span() -> None:
         assert "\n" not in str(caught.value)
 
 
+def test_an_orthogonal_projection_that_is_too_wide_is_told_before_anything_is_learned() -> None:
+    backbone = tiny_backbone()
+    head = {"name": "ridge", "projection": backbone.dim, "kind": "orthogonal"}
+    with pytest.raises(UsageError, match="saves nothing"):
+        build_method(make_recipe({"method": "frozen", "pet": None, "head": head}), backbone)
+    twice = {"method": {"name": "first_session", "concat": True}, "pet": "lora", "head": head}
+    build_method(make_recipe(twice), tiny_backbone())  # features are twice as wide there
+
+
 # -- several processes --------------------------------------------------------------------------------
 
 
@@ -702,7 +713,7 @@ def test_features_that_are_not_finite_are_told_and_not_added(bad: float) -> None
     with pytest.raises(PerpetuneError) as caught:
         teach(head, task, batch_size=4)
     message = str(caught.value)
-    assert message.startswith(f"head: ridge: features of an image of class {name} are not finite")
+    assert message.startswith(f"head: ridge: features of an example of class {name} are not finite")
     assert "lower train.lr" in message
     assert "\n" not in message
     after = head.state_dict()

@@ -422,7 +422,7 @@ def test_blocks_computed_again_give_the_same_bits(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "options", "reason"),
     [
-        ("perpetune:micro", {"taps": 99}, r"taps is 99, and the net has \d+ blocks: 1 to \d+ are expected"),
+        ("perpetune:micro", {"taps": 99}, r"taps is 99, and the net has \d+ blocks: 1 to \d+, or auto, is expected"),
         ("perpetune:micro", {"taps": 0}, r"taps is 0, and the net has \d+ blocks"),
         ("perpetune:micro", {"taps": 1, "tokens": "patches"}, "tokens is 'patches'; one of class, mean, both"),
         ("timm:test_resnet", {"taps": 1}, "leave taps out; ResNet is of no family whose parts are known"),
@@ -437,12 +437,17 @@ def test_what_cannot_be_tapped_is_one_line(spec: str, options: dict[str, Any], r
 
 def test_a_recipe_says_which_tokens_only_where_there_are_taps() -> None:
     content = {"name": "x", "backbone": {"name": "perpetune:micro", "tokens": "mean"}}
-    with pytest.raises(UsageError, match="tokens: mean says what taps read, and there are none: set taps") as caught:
+    with pytest.raises(
+        UsageError, match="tokens: mean says what taps read, and there are none: set taps too"
+    ) as caught:
         make_recipe(content)
     assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith("or leave tokens out")
     with pytest.raises(UsageError, match="taps") as caught:
         make_recipe({"name": "x", "backbone": {"name": "perpetune:micro", "taps": 0}})
     assert "\n" not in str(caught.value)
+    with pytest.raises(UsageError, match=r"evaluate\.oracle: input should be a valid boolean.*, or 'last'; got 'lasd'"):
+        make_recipe({"name": "x", "evaluate": {"oracle": "lasd"}})
     backbone = make_recipe({"name": "x", "backbone": {"name": "perpetune:micro", "taps": 2}}).backbone
     assert (backbone.taps, backbone.tokens) == (2, None)
 

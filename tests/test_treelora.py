@@ -586,6 +586,10 @@ def test_no_epoch_and_no_lora() -> None:
     for pet, told in (("none", "the recipe has no pet: use `pet: lora`"), ("adapter", "made of LoRA's gradients")):
         with pytest.raises(UsageError, match=told):
             build_method(make_recipe({"method": "treelora", "pet": pet}), tiny_backbone())
+    for head in ("ridge", "ncm"):
+        carried = {"method": "treelora", "pet": "lora", "head": {"name": head, "carry": True}}
+        with pytest.raises(UsageError, match=r"leave head\.carry out, or use method: finetune or olora"):
+            build_method(make_recipe(carried), tiny_backbone())
 
 
 # -- prediction ---------------------------------------------------------------------------------------

@@ -42,6 +42,8 @@ def build_method(recipe: Recipe, backbone: Backbone) -> Method:
     with own_global_state(recipe.seed, "method"):
         model = _build_model(recipe, backbone)
         method: Method = registry.find("methods", recipe.method.name)(model, **recipe.method_options())
+    if isinstance(model, Classifier):
+        model.head.ready()
     if recipe.backbone.dtype == "float16" and recipe.run.precision != "fp16":
         raise UsageError(
             "backbone.dtype: float16 is trained with a scaled loss, else small gradients become zero: use it with "

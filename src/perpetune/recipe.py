@@ -78,7 +78,8 @@ class BackboneSection(Section):
     def _read_at_taps(self) -> BackboneSection:
         if self.tokens is not None and self.taps is None:
             raise ValueError(
-                f"tokens: {self.tokens} says what taps read, and there are none: set taps, such as taps: 7"
+                f"tokens: {self.tokens} says what taps read, and there are none: set taps too, such as taps: 7, or "
+                "leave tokens out"
             )
         return self
 

@@ -163,6 +163,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     said = ", or ".join(dict.fromkeys(_message(fault) for fault in faults)).replace(f", or {_SHOULD}", ", or ")
     if not where:  # what several keys say together
         return f"{said}{more}"
+    if first["type"] == "value_error" and isinstance(first["input"], dict):  # what keys of a section say together
+        return f"{where}: {said}{more}"
     return f"{where}: {said}; got {_short(first['input'])}{more}"
 
 
@@ -177,7 +179,9 @@ def _place(fault: Any) -> str:
     if fault["type"] != "extra_forbidden":  # there the last part is what the user wrote
         parents.append(last)
         last = ""
-    kept = [str(p) for p in parents if isinstance(p, int) or (p.isidentifier() and p not in ("str", "int", "float"))]
+    kept = [
+        str(p) for p in parents if isinstance(p, int) or (p.isidentifier() and p not in ("str", "int", "float", "bool"))
+    ]
     return ".".join([*kept, str(last)] if last != "" else kept)
 
 

@@ -113,7 +113,7 @@ def methods(json: Json = False) -> None:
         if kind == "backbones":
             _print_options(backbone)
         print()
-    print("protect:  keeps old answers where they are by gradient projection, with any method and pet; default none")
+    print("protect:  keeps old answers where they are by gradient projection, with any pet; default none")
     _print_options(protect)
     print()
     print(FITS)

@@ -65,6 +65,9 @@ class Head(nn.Module, ABC):
         A head that is trained itself reads all columns, for it predicts by them.
         """
 
+    def ready(self) -> None:
+        """UsageError where its options do not go with the features' width, which is final now: before any task."""
+
     def expect(self, counts: Tensor) -> None:
         """So many examples of each row, int64 `(C,)`, are about to be observed by all processes together."""
 

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from perpetune.heads.base import Head, alone, carry_facts
 from perpetune.heads.cosine import Cosine
 from perpetune.numerics import carry as carrying
+from perpetune.numerics.lowrank import moved_exactly
+from perpetune.numerics.ridge import CONSTANT
 
 
 class NCM(Head):
@@ -79,21 +81,22 @@ class NCM(Head):
 
     @torch.no_grad()
     def observe(self, features: Tensor, rows: Tensor) -> None:
-        self.sums.index_add_(0, rows.to(self.sums.device), features.to(self.sums))
+        self.sums.index_add_(0, rows.to(self.sums.device), moved_exactly(features, self.sums))
         self.counts += torch.bincount(rows, minlength=len(self.counts))
 
     @torch.no_grad()
     def follow(self, before: Tensor, after: Tensor, targets: Tensor) -> None:
         if not int(self.counts.sum()):
             return
-        first, then = (F.pad(rows.to(self.sums), (0, 1), value=1.0) for rows in (before, after))
-        deviation = first.std(0)
-        scale = torch.where(deviation > 0, 1 / deviation, 0.0)
+        first, then = (F.pad(moved_exactly(rows, self.sums), (0, 1), value=1.0) for rows in (before, after))
+        variance = first.var(0)
+        varies = variance > CONSTANT[torch.float64] * first.square().mean(0)
+        scale = torch.where(varies, variance, 1.0).rsqrt() * varies
         scale[-1] = 1.0
         found = carrying.follow(first, then, targets.to(first.device), scale, first[:, :-1].mean(0))
         self._carried = carry_facts(found)
         if found:
-            self.sums = found.of_rows(torch.cat([self.sums, self.counts.to(self.sums)[:, None]], 1))[
+            self.sums = found.of_rows(torch.cat([self.sums, moved_exactly(self.counts, self.sums)[:, None]], 1))[
                 :, :-1
             ].contiguous()
 
@@ -115,5 +118,5 @@ class NCM(Head):
 
     @torch.no_grad()
     def settle(self, total: Callable[[Tensor], Tensor] = alone) -> None:
-        counts = self.counts.clamp(min=1).unsqueeze(1).to(self.sums)
+        counts = moved_exactly(self.counts.clamp(min=1).unsqueeze(1), self.sums)
         self.means = (self.sums / counts).to(self.means)

@@ -17,6 +17,7 @@ from perpetune.heads.base import Head, alone, carry_facts
 from perpetune.heads.cosine import Cosine
 from perpetune.numerics import carry as carrying
 from perpetune.numerics import ridge
+from perpetune.numerics.lowrank import moved_exactly
 from perpetune.seeding import generator
 
 BUFFER = 512  # examples that are added to the sums at a time, so that the large matrix is gone over seldom
@@ -127,7 +128,7 @@ class Ridge(Head):
         """Rows `(B, M)` of features `(B, D)`, in their type: float64 for sums, float32 for scores."""
         if not self.projection:
             return features
-        turned = features @ self.projected.to(features)
+        turned = features @ moved_exactly(self.projected, features)
         return F.relu(turned) if self.kind == "relu" else turned
 
     def logits(self, features: Tensor) -> Tensor:
@@ -145,6 +146,13 @@ class Ridge(Head):
     def widen(self, dim: int) -> None:
         super().widen(dim)
         self._forget()
+
+    def ready(self) -> None:
+        if self.kind == "orthogonal" and self.projection >= self.dim:
+            raise UsageError(
+                f"head: ridge: an orthogonal projection to {self.projection} columns saves nothing, for the features "
+                f"have {self.dim}: set projection to 0, or below {self.dim}"
+            )
 
     def reset(self) -> None:
         super().reset()
@@ -183,12 +191,8 @@ class Ridge(Head):
         if not self.projection:
             return
         drawn = torch.randn(self.dim, self.width, generator=generator("ridge", seed)) / math.sqrt(self.dim)
+        self.ready()
         if self.kind == "orthogonal":
-            if self.width >= self.dim:
-                raise UsageError(
-                    f"head: ridge: an orthogonal projection to {self.width} columns saves nothing, for the features "
-                    f"have {self.dim}: set projection to 0, or below {self.dim}"
-                )
             q, r = torch.linalg.qr(drawn.double())
             drawn = (q * r.diagonal().sign()).float()  # the signs would be the library's choice
         self.projected = drawn.to(self.probe.weight.device)
@@ -222,7 +226,7 @@ class Ridge(Head):
     def follow(self, before: Tensor, after: Tensor, targets: Tensor) -> None:
         if not int(self.counts.sum()):
             return
-        first, then = (self._rows(features.to(self.cross)) for features in (before, after))
+        first, then = (self._rows(moved_exactly(features, self.cross)) for features in (before, after))
         standard = ridge.Standard.of(self.packed, self.cross) if self.standardise else None
         if standard is None:
             square = ridge.diagonal(self.packed, self.rank) / self.mass
@@ -279,7 +283,7 @@ class Ridge(Head):
             name = self.classes[int(rows[bad][0])]
             self._clear()
             raise PerpetuneError(
-                f"head: ridge: features of an image of class {name} are not finite: the features were spoiled in "
+                f"head: ridge: features of an example of class {name} are not finite: the features were spoiled in "
                 "training; lower train.lr or set train.clip"
             )
         self._features.append(features.to(self.packed.device))
@@ -322,7 +326,7 @@ class Ridge(Head):
             self.expand(features.to(self.cross)),
             of,
             self._row_weights[of],
-            lambda sums: total(sums.float().to(device)).to(sums),  # float32, which every device has
+            lambda sums: moved_exactly(total(sums.float().to(device)), sums),  # float32, which every device has
         )
         # With many rows each is a small part of the sums, and their weights say nothing else: there is no need then.
         few = self.balance or count < FAR * self.width

@@ -23,7 +23,7 @@ from perpetune.methods.base import Answers, Method, training
 from perpetune.methods.gradients import GradientSketch, in_groups
 from perpetune.methods.resemblance import Kind, Search, TaskTree
 from perpetune.models.base import Mask, Model
-from perpetune.models.classifier import learn_statistics
+from perpetune.models.classifier import Classifier, learn_statistics
 from perpetune.numerics.signature import RunningMean, normalised
 from perpetune.pets import parameters, slots, using
 from perpetune.seeding import own_global_state
@@ -89,6 +89,11 @@ class TreeLoRA(Method):
         super().__init__(model)
         if not any(DEFAULT in slot.pets for _, slot in slots(model)):
             raise UsageError("method treelora tunes LoRA, and the recipe has no pet: use `pet: lora`")
+        if isinstance(model, Classifier) and model.head.carry:
+            raise UsageError(
+                "method: treelora has other features for each task, which sums cannot follow: leave head.carry out, or "
+                "use method: finetune or olora"
+            )
         model.compare(mask)
         self.train_config, self.regularise, self.start, self.answer = train, regularise, start, answer
         if start != "last":  # protection holds one set of pets where it is

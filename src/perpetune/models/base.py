@@ -33,8 +33,8 @@ class Model(nn.Module, ABC):
         super().__init__()
         if backbone.takes not in self.reads:
             raise UsageError(
-                f"{backbone.spec} takes {backbone.takes}, and this head is a model for {self.reads[0]}: use `head: "
-                "ridge` or another that goes with it"
+                f"{backbone.spec} takes {backbone.takes}, and this head is for {self.reads[0]}: use `head: ridge` "
+                "or another head of classes"
             )
         self.backbone = backbone
 

@@ -35,9 +35,9 @@ def merged(parts: Sequence[Factors], weights: Sequence[float], rank: int) -> Fac
     is positive: a decomposition leaves them to rounding, and processors differ in it. In float64 on the CPU, for
     Apple's GPUs have no such numbers; returned in the type and place of the first.
     """
-    total, exact = sum(weights), ("cpu", torch.float64)
-    b = torch.cat([w / total * b.to(*exact) for w, (b, _) in zip(weights, parts, strict=True)], dim=-1)  # (o, Σ r)
-    a = torch.cat([a.to(*exact) for _, a in parts], dim=-2)  # (Σ r, d)
+    total = sum(weights)
+    b = torch.cat([w / total * b.cpu().double() for w, (b, _) in zip(weights, parts, strict=True)], dim=-1)  # (o, Σ r)
+    a = torch.cat([a.cpu().double() for _, a in parts], dim=-2)  # (Σ r, d)
     left, small_left = torch.linalg.qr(b)
     right, small_right = torch.linalg.qr(a.mT)
     u, values, v = torch.linalg.svd(small_left @ small_right.mT)
@@ -54,7 +54,13 @@ def merged(parts: Sequence[Factors], weights: Sequence[float], rank: int) -> Fac
 def exact(factors: Factors) -> Factors:
     """The same in float64 on the CPU, without a gradient."""
     b, a = factors
-    return b.detach().to("cpu", torch.float64), a.detach().to("cpu", torch.float64)
+    return b.detach().cpu().double(), a.detach().cpu().double()  # not at once: see `moved_exactly`
+
+
+def moved_exactly(rows: Tensor, like: Tensor) -> Tensor:
+    """`rows` where `like` is, and then of its type: asked for both at once, torch converts before it moves, and Apple's
+    GPUs have no float64."""
+    return rows.to(like.device).to(like.dtype)
 
 
 def summed(parts: Sequence[Factors]) -> Factors:

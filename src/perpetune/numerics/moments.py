@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from perpetune.errors import UsageError
+from perpetune.numerics.lowrank import moved_exactly
 
 ROWS = 512  # rows converted to float64 at a time, so that memory does not grow with the batch
 STRIPES = 4  # in which the upper triangle is summed on a CPU: five eighths of the products of the whole square
@@ -44,7 +45,7 @@ class Moments:
             expected = ", ".join([*map(str, leading), "n", str(self.dim)])
             raise UsageError(f"moments of rows ({expected}) were asked for, got {tuple(rows.shape)}")
         for part in rows.detach().split(max(ROWS, self.dim), dim=-2):
-            part = part.to(self.sums)
+            part = moved_exactly(part, self.sums)
             if self.groups is not None:
                 self.sums.baddbmm_(part.mT, part)
                 continue

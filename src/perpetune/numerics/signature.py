@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from perpetune.errors import UsageError
+from perpetune.numerics.lowrank import moved_exactly
 from perpetune.seeding import generator
 
 
@@ -99,7 +100,7 @@ class RunningMean(nn.Module):
         if weight == 0:
             return
         self.weight += weight
-        self.mean.lerp_(values.detach().to(self.mean), weight / self.weight)
+        self.mean.lerp_(moved_exactly(values.detach(), self.mean), weight / self.weight)
 
     @property
     def value(self) -> Tensor:

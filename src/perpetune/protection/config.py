@@ -67,7 +67,7 @@ class ProtectConfig(BaseModel):
     @classmethod
     def _of_renewal(cls, value: Any, info: ValidationInfo) -> Any:
         if value not in ("random", None) and info.data.get("renew") is False:
-            raise ValueError("it is of renew: true, which is not set")
+            raise ValueError(f"{info.field_name} is for renew: true alone: set protect.renew=true, or leave it out")
         return value
 
     def energy_at(self, task: int) -> float:

@@ -82,14 +82,20 @@ class Rest(nn.Module):
     """What rests of earlier tasks at a layer of PEFT: `B' A'`, added to what the layer gives.
 
     It is no part of PEFT's adapter, whose rank stays what it is, and no part of the model's state: the protection
-    stores it. It acts whenever the layer's adapters do, and is not there while they are switched off.
+    stores it. It acts while its adapter does, and not while adapters are switched off or others are active.
+
+    Args:
+        adapter: its name.
+        weight: of the adapter's `A`.
+        d_out: width of what the layer gives.
     """
 
     up: Tensor
     down: Tensor
 
-    def __init__(self, weight: Tensor, d_out: int):
+    def __init__(self, adapter: str, weight: Tensor, d_out: int):
         super().__init__()
+        self.adapter = adapter
         self.register_buffer("up", weight.detach().new_zeros(d_out, 0))
         self.register_buffer("down", weight.detach().new_zeros(0, weight.shape[1]))
         self.merged = False
@@ -98,6 +104,8 @@ class Rest(nn.Module):
     def act(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """The hook on the layer's forward."""
         if self.merged or len(self.down) == 0 or getattr(layer, "disable_adapters", False):
+            return output
+        if self.adapter not in getattr(layer, "active_adapters", (self.adapter,)):
             return output
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         if self.down.device != x.device:
@@ -122,7 +130,7 @@ def rest_of(layer: nn.Module, adapter: str, weight: Tensor, d_out: int) -> Rest:
     """What rests at an adapter of a layer of PEFT; made and put on where there is none yet."""
     rests: dict[str, Rest] = layer.__dict__.setdefault("_perpetune_rests", {})  # no submodule: the state is PEFT's
     if adapter not in rests:
-        rests[adapter] = rest = Rest(weight, d_out)
+        rests[adapter] = rest = Rest(adapter, weight, d_out)
         layer.register_forward_hook(rest.act, with_kwargs=True)
         layer.__dict__["merge"] = partial(_merge, layer)
     return rests[adapter]

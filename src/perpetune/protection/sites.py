@@ -47,7 +47,7 @@ class Watched:
 
     def values(self) -> Tensor:
         """A copy of the operand's present values, `(heads, out, m)`, float64 on the CPU."""
-        tensors = [p.detach().to("cpu", torch.float64, copy=True) for p in self.site.operand.parameters]
+        tensors = [p.detach().cpu().to(torch.float64, copy=True) for p in self.site.operand.parameters]
         return self.site.operand.read(tensors)
 
     @torch.no_grad()
