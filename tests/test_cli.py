@@ -391,7 +391,7 @@ def test_without_a_recipe_it_is_the_demo(shell: Shell, monkeypatch: pytest.Monke
     asked: list[jobs.Job] = []
     monkeypatch.setattr(jobs, "run_all", lambda many, at_once, tell: asked.extend(many))
     assert shell("run").out == ""
-    assert [str(job.folder) for job in asked] == [f"runs/demo/{name}-s{s}" for name in learn.DEMO for s in range(3)]
+    assert [str(job.folder) for job in asked] == [f"runs/demo/{name}-s{s}" for name in learn.DEMO for s in range(2)]
     asked.clear()
     Path("runs/demo").mkdir(parents=True)
     Path("runs/demo/recipe.yaml").touch()  # the state of `perpetune run demo`

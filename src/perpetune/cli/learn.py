@@ -27,7 +27,7 @@ StateFolder = Annotated[Path, typer.Argument(metavar="STATE", help="A state fold
 DEMO = ("turned", "turned-control", "turned-taps", "turned-first", "turned-joint")
 """Recipes that are run when none is named: plain fine-tuning; no training, with one and with all blocks read; training
 on the first task; training on all data."""
-DEMO_SEEDS = "3"
+DEMO_SEEDS = "2"
 
 
 def run(
