@@ -21,6 +21,7 @@ PARTS: tuple[Part, ...] = ("control", "frozen taps", "joint")
 Role = Literal["control", "frozen taps", "method", "joint", "diagnosis"]
 Key = tuple[int, str]  # a run's seed, and what its tasks are
 
+LEAST = 0.01  # of accuracy: a share of less than a point is a quotient of chances
 TAPS = "auto"  # blocks that are read where no run says how many
 LOOSE = ("augment", "check", "overlap", "max_bad")  # settings of a stream that leave its tasks as they are
 NAMES = {"control": "control", "frozen taps": "taps", "joint": "joint"}  # the ending of a new run's name
@@ -228,8 +229,8 @@ class _Scale:
 
 
 def _share(value: float, low: float | None, high: float) -> float | None:
-    """Where `value` lies between two others; None where the upper one is no higher."""
-    return None if low is None or high <= low else (value - low) / (high - low)
+    """Where `value` lies between two others; None where there is no distance to speak of, or none at all."""
+    return None if low is None or high - low < LEAST else (value - low) / (high - low)
 
 
 def _best(rows: Sequence[_Row], beside: _Row | None) -> _Row | None:
@@ -314,7 +315,9 @@ def _told(one: Headroom, control: _Row | None, joint: _Row | None, both: Sequenc
     between = f"(joint, {joint.details}: {form.percent(means[0])}; control {form.percent(means[1])})"
     if gap <= 0:
         return f"no headroom {between}"
-    none = [seed for key, seed in zip(both, one["seeds"], strict=True) if joint.finals[key] <= control.finals[key]]
+    none = [
+        seed for key, seed in zip(both, one["seeds"], strict=True) if joint.finals[key] - control.finals[key] < LEAST
+    ]
     text = f"headroom {_mean_std(one['headroom'], 1)} points {between}"
     taps = [("frozen taps", row) for row in one["rows"] if row["role"] == "frozen taps" and row["counts"]]
     other = [(row["label"], row) for row in one["rows"] if row["role"] == "method"]
@@ -329,7 +332,7 @@ def _told(one: Headroom, control: _Row | None, joint: _Row | None, both: Sequenc
         parts = [f"{row['label'].removesuffix(': ' + answers.ORACLE)} {_with_seeds(row, both)}" for row in oracles]
         text += f"; with an oracle head (diagnosis) {', '.join(parts)}"
     if none:
-        text += f"; no share is defined at {_seeds(none)}, where joint is not above the control"
+        text += f"; no share is defined at {_seeds(none)}, where joint is less than a point above the control"
     return text
 
 
