@@ -15,13 +15,18 @@ from perpetune.seeding import numpy_generator, own_global_state
 SIZE = 16
 
 
-def vit_folder(path: Path, seed: int = 0) -> Path:
-    """A transformer of one block and width 16 in transformers' layout, its weights drawn by `seed`."""
+def vit_folder(path: Path, seed: int = 0, blocks: int = 1) -> Path:
+    """A transformer of one block (or so many) and width 16 in transformers' layout, its weights drawn by `seed`."""
     from transformers import ViTConfig, ViTModel
     from transformers.utils import logging
 
     config = ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=SIZE, patch_size=8
+        hidden_size=16,
+        num_hidden_layers=blocks,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=SIZE,
+        patch_size=8,
     )
     logging.disable_progress_bar()
     with own_global_state("tiny", seed):
