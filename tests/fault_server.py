@@ -68,7 +68,7 @@ class TwoPhases(FineTune):
         head = list(self.model.head.parameters())
         fit(self.loss, head, task, self.first, phase="head")
         fit(self.loss, [*parameters(self.model, "default"), *head], task, self.train_config, phase="both")
-        with using(self.model, self.pet):
+        with using(self.model, self.answering):
             self.model.summarise(task, 8)
 
 

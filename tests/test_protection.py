@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from perpetune.build import build_method
 from perpetune.check import SIZE, Pictures, tiny_backbone
 from perpetune.errors import PerpetuneError, UsageError
+from perpetune.fit import FitConfig, fit
 from perpetune.methods.base import Method
 from perpetune.methods.finetune import FineTune
 from perpetune.models.backbone import Backbone
+from perpetune.models.classifier import Classifier
 from perpetune.models.from_transformers import class_token
 from perpetune.models.preprocess import Preprocess
-from perpetune.pets import PET, Place, inject, parameters, pets, slots, using
+from perpetune.pets import PET, Place, copy_set, inject, parameters, pets, slots, using
 from perpetune.pets.adapter import Adapter
 from perpetune.pets.lora import LoRA
 from perpetune.protection.config import ProtectConfig
@@ -75,7 +77,7 @@ def pixels_of(task: Task) -> Tensor:
 @torch.no_grad()
 def features(method: Any, task: Task) -> Tensor:
     """Final features `(B, dim)` of a task's pictures."""
-    with using(method.model, method.pet):
+    with using(method.model, method.answering):
         found: Tensor = method.model.features(pixels_of(task))
     return found
 
@@ -408,20 +410,62 @@ def test_a_site_that_is_not_there() -> None:
 
 
 def test_a_method_without_pets_has_nothing_to_protect() -> None:
-    for method, head in (("frozen", "ncm"), ("finetune", "linear")):
-        with pytest.raises(UsageError) as error:
-            method_of(tiny_backbone(), "none", True, method=method, head=head, train={})
-        assert str(error.value) == (
-            "protect: nothing can be protected; sites here are none: put in a pet, or train a linear layer"
-        )
+    with pytest.raises(UsageError) as error:
+        method_of(tiny_backbone(), "none", True, head="linear", train={})
+    assert str(error.value) == (
+        "protect: nothing can be protected; sites here are none: put in a pet, or train a linear layer"
+    )
 
 
-def test_a_method_that_leaves_its_pets_out() -> None:
-    method = method_of(tiny_backbone(), "lora", True, method="frozen", head="ncm", train={})
+def test_a_method_that_trains_no_pet_is_refused() -> None:
+    with pytest.raises(UsageError, match="method: frozen trains no pet, so there is nothing for protect: to keep"):
+        method_of(tiny_backbone(), "lora", True, method="frozen", head="ncm", train={})
+
+
+def test_a_pass_that_leaves_the_pets_out_is_an_error() -> None:
+    method = method_of(tiny_backbone(), "lora", True)
+    method.observe = lambda inputs: None  # type: ignore[method-assign, assignment]
     with pytest.raises(PerpetuneError) as error:
         learn_protected(method, task_of(0, "ab", 1))
     assert "\n" not in str(error.value)
     assert "saw no data, for the pass did not go through it" in str(error.value)
+
+
+class TrainsAnother(FineTune):
+    """Trains a copy of the pets, and says that the first set is the one that it trains."""
+
+    def __init__(self, model: Classifier, *, train: FitConfig):
+        super().__init__(model, train=train)
+        copy_set(model, "default", "another")
+
+    def learn(self, task: Task) -> None:
+        self.model.grow(task)
+        fit(self.loss, self.groups(self.train_config, ["another"]), task, self.train_config)
+
+    def loss(self, task: Task, batch: Batch) -> torch.Tensor:
+        with using(self.model, "another"):
+            return self.model.loss(task, batch)
+
+
+class TrainsAnotherInPrivate(TrainsAnother):
+    """Says that no later task uses what it trains."""
+
+    def __init__(self, model: Classifier, *, train: FitConfig):
+        super().__init__(model, train=train)
+        self.private = ("another",)
+
+
+def test_a_guard_that_guards_nothing_of_what_is_trained_is_an_error() -> None:
+    """Before anything is protected too, for the fault is there from the first task on."""
+    kind = f"{__name__}:TrainsAnother"
+    method = method_of(tiny_backbone(), "lora", True, method=kind)
+    with pytest.raises(UsageError) as error:
+        learn_protected(method, task_of(0, "ab", 1))
+    assert str(error.value).startswith(
+        "protect: the optimizer trains the set of pets 'another', and protection holds 'default': the method has to"
+    )
+    learn_protected(method_of(tiny_backbone(), "lora", True, method=f"{kind}InPrivate"), task_of(0, "ab", 1))
+    learn_protected(method_of(tiny_backbone(), "lora", None, method=kind), task_of(0, "ab", 1))
 
 
 def test_a_method_that_keeps_all_data_has_nothing_to_protect() -> None:
@@ -507,9 +551,9 @@ def test_a_merged_copy_costs_what_the_certificate_says() -> None:
 def test_what_the_merged_copy_is_held_near_is_without_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
     loss, modes = FineTune._free_loss, []
 
-    def watched(self: FineTune, task: Task, batch: Batch) -> Tensor:
-        modes.append([{pet.training for pet in pets(self, name)} for name in ("default", "protected")])
-        return loss(self, task, batch)
+    def watched(self: FineTune, copies: tuple[str, ...], task: Task, batch: Batch) -> Tensor:
+        modes.append([{pet.training for pet in pets(self, name)} for name in ("default", *copies)])
+        return loss(self, copies, task, batch)
 
     monkeypatch.setattr(FineTune, "_free_loss", watched)
     pet = {**PETS["lora-qv"], "dropout": 0.5}

@@ -105,7 +105,7 @@ def test_general_perplexity_survives_a_narrow_task(pretrained: nn.Module) -> Non
 def features(learner: perpetune.Learner, pixels: Tensor) -> Tensor:
     """Features `(B, D)` of pictures by the model as it is tuned now."""
     method: Any = learner.method
-    with torch.no_grad(), using(method.model, method.pet):
+    with torch.no_grad(), using(method.model, method.answering):
         found: Tensor = method.model.features(pixels)
     return found
 

@@ -65,7 +65,7 @@ class Layer:
         assert isinstance(pet, LoRA)
         self.pet, self.dtype, self.dim = pet.to(dtype), dtype, dim
         config = ProtectConfig(**protect)
-        sites, loose, _ = pet_sites(self.root, "exact", renew=config.renew)
+        sites, loose, _ = pet_sites(self.root, "exact", renew=config.renews)
         assert loose == []
         self.protection = Protection(sites, config)
 

@@ -220,7 +220,7 @@ def test_cross_classification_is_the_formula_and_reaches_whom_it_should(ready: t
 
     assert float(whole(1.0) - whole(0.0)) == pytest.approx(float(s2f() + f2s()), abs=1e-5)
     # With only what `fit` trains open to gradients, the difference is the two losses' own.
-    group = {id(p) for own, _ in method._trained(method.later) for p in own}
+    group = {id(p) for own, _ in method.groups(method.later) for p in own}
     trained = {n for n, p in method.named_parameters() if id(p) in group}
     one, none = gradients(method, lambda: whole(1.0)), gradients(method, lambda: whole(0.0))
     apart = [gradients(method, s2f), gradients(method, f2s)]
@@ -241,7 +241,7 @@ def test_no_loss_reaches_a_teacher(ready: tuple[Safe, Task, Batch]) -> None:
         with open_to_gradients(method):
             loss().backward()
             assert all(p.grad is None for p in method.parameters() if id(p) in slow_pets)
-    trained = [p for group, _ in method._trained(method.later) for p in group]
+    trained = [p for group, _ in method.groups(method.later) for p in group]
     for p in trained:
         p.requires_grad_(True)
     method.fast_loss(task, batch, known=2).backward()
@@ -421,7 +421,7 @@ def test_new_rows_are_imprinted_and_the_first_step_is_small(imprinted: bool, mon
 
     if not imprinted:
         monkeypatch.setattr(method, "_imprint", torch.no_grad()(zeros))
-    tasks[1].runtime.guard = steps.guard
+    tasks[1].runtime.companions = [steps.guard]
     method.learn(tasks[1])
     moved = (steps.after[0] - steps.before[0])[2:].norm(dim=-1)
     if not imprinted:

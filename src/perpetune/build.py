@@ -7,7 +7,7 @@ import torch
 from perpetune import registry
 from perpetune.data.sources import Source
 from perpetune.data.stream import Stream, build_stream
-from perpetune.errors import UsageError
+from perpetune.errors import UsageError, closest
 from perpetune.methods.base import Method
 from perpetune.models.backbone import Backbone
 from perpetune.models.backbones import load_backbone
@@ -15,9 +15,10 @@ from perpetune.models.base import Model
 from perpetune.models.classifier import Classifier
 from perpetune.models.families import places
 from perpetune.pets import inject
+from perpetune.protection.config import ProtectConfig
 from perpetune.protection.protection import Protection
 from perpetune.protection.sites import pet_sites
-from perpetune.recipe import Recipe
+from perpetune.recipe import PetSection, Recipe
 from perpetune.runtime import Runtime, pick_device
 from perpetune.seeding import generator, own_global_state
 
@@ -31,17 +32,19 @@ def build_backbone(recipe: Recipe) -> Backbone:
 def build_method(recipe: Recipe, backbone: Backbone) -> Method:
     """A method that has learned nothing yet, on the backbone's device."""
     if recipe.pet is not None:
-        kind, rng = registry.find("pets", recipe.pet.name), generator(recipe.seed, "pet")
-        options = registry.options("pets", recipe.pet.name, recipe.pet.options)
-        if kind.adds_tokens and backbone.takes == "texts":
-            raise UsageError(
-                f"pet: {recipe.pet.name} adds tokens, which have no place in the order of a text: use lora or adapter"
-            )
-        at = kind.default_at if recipe.pet.at is None else recipe.pet.at
-        inject(backbone.net, places(backbone.net, at, recipe.pet.blocks), lambda place: kind(place, rng, **options))
+        _inject(recipe.pet, backbone, generator(recipe.seed, "pet"), "default")
+    for name, section in recipe.pets.items():
+        _inject(section, backbone, generator(recipe.seed, "pet", name), name)
     with own_global_state(recipe.seed, "method"):
         model = _build_model(recipe, backbone)
-        method: Method = registry.find("methods", recipe.method.name)(model, **recipe.method_options())
+        kind = registry.find("methods", recipe.method.name)
+        if recipe.pets and not kind.several:
+            raise UsageError(
+                f"method: {recipe.method.name} trains one set of pets, and the recipe names "
+                f"{', '.join(recipe.pets)} under pets: describe one under pet, or use a method for several sets, such "
+                "as finetune"
+            )
+        method: Method = kind(model, **recipe.method_options())
     if isinstance(model, Classifier):
         model.head.ready()
     if recipe.backbone.dtype == "float16" and recipe.run.precision != "fp16":
@@ -57,8 +60,21 @@ def build_method(recipe: Recipe, backbone: Backbone) -> Method:
                 f"method: {recipe.method.name} keeps its pet through the tasks or renews it by itself: leave "
                 "protect.renew out, or use finetune"
             )
+        _check_renewed(recipe.protect, method)
         method.protection = build_protection(recipe, method)
     return method.requires_grad_(False).eval()
+
+
+def _inject(section: PetSection, backbone: Backbone, rng: torch.Generator, name: str) -> None:
+    """Put the pets that a section describes on the backbone, as the set `name`."""
+    kind = registry.find("pets", section.name)
+    options = registry.options("pets", section.name, section.options)
+    if kind.adds_tokens and backbone.takes == "texts":
+        raise UsageError(
+            f"pet: {section.name} adds tokens, which have no place in the order of a text: use lora or adapter"
+        )
+    at = kind.default_at if section.at is None else section.at
+    inject(backbone.net, places(backbone.net, at, section.blocks), lambda place: kind(place, rng, **options), name)
 
 
 def _build_model(recipe: Recipe, backbone: Backbone) -> Model:
@@ -74,11 +90,21 @@ def _build_model(recipe: Recipe, backbone: Backbone) -> Model:
     return Classifier(backbone, made)
 
 
+def _check_renewed(config: ProtectConfig, method: Method) -> None:
+    named = config.renew if isinstance(config.renew, list) else []
+    for name in named:
+        if name not in method.trained:
+            raise UsageError(
+                f"protect.renew names the set of pets {name!r}, which is not trained; {closest(name, method.trained)}"
+            )
+
+
 def build_protection(recipe: Recipe, method: Method) -> Protection:
     """The protection of every site of the method's pets, with nothing protected yet."""
     assert recipe.protect is not None
-    sites, loose, _ = pet_sites(method, recipe.protect.conditions, method.pet, recipe.protect.renew)
-    return Protection(sites, recipe.protect, still=loose, seed=recipe.seed)
+    config = recipe.protect
+    sites, loose, free = pet_sites(method, config.conditions, method.trained, config.renews, method.sometimes)
+    return Protection(sites, config, still=loose, free=free, seed=recipe.seed)
 
 
 def build_data(recipe: Recipe, backbone: Backbone) -> Stream:

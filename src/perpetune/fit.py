@@ -22,6 +22,8 @@ from perpetune.seeding import own_global_state, seed_of
 from perpetune.tasks import Batch, Task, lengths, load_batches, weight
 
 Loss = Callable[[Task, Batch], Tensor]
+Groups = list[tuple[list[nn.Parameter], float]]
+"""Parameters that are trained with one learning rate, and the rate."""
 CURE = "lower train.lr, set train.clip, or use run.precision: no, in the state's recipe.yaml"
 LOG_EVERY = 10  # steps between two looks at the loss; each look waits for the device
 
@@ -80,7 +82,8 @@ def fit(
         config: epochs, batch size, optimizer, schedule.
         phase: a name unique among the calls that one `learn` makes. A resumed run loads a finished
             phase instead of repeating it, and goes on in the open one.
-        guarded: whether the run's protection of old answers holds for these steps.
+        guarded: whether the run's companions of optimizers, the protection of old answers first of all, go with these
+            steps.
         each_step: called with the number of examples of a step when its gradient is complete, before it is taken; it
             runs in all processes alike.
 
@@ -105,7 +108,8 @@ def fit(
         if done is None:
             return
         run.progress.phase(phase, total, epochs, done)
-        stack.enter_context(run.guard(optimizer) if guarded else contextlib.nullcontext())
+        for companion in run.companions if guarded else ():
+            stack.enter_context(companion(optimizer))
         for step, shares, images, tokens in _steps(task, config, phase, done):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * schedule(config, step, total)

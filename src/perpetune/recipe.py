@@ -27,7 +27,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Choice(BaseModel):
+class NamedSection(BaseModel):
     """A name and the options of what it names; `lora` is short for `{name: lora}`."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -84,7 +84,7 @@ class BackboneSection(Section):
         return self
 
 
-class PetSection(Choice):
+class PetSection(NamedSection):
     """The small parameters that are added, and where. Further keys are options of the pet."""
 
     at: list[str] | None = None
@@ -133,14 +133,17 @@ class Recipe(Section):
     setting: Setting = "class"
     backbone: BackboneSection = BackboneSection(name="perpetune:micro")
     pet: PetSection | None = PetSection(name="lora")
-    method: Choice = Choice(name="finetune")
-    head: Choice = Choice(name="linear")
+    """The set of pets called `default`; None where `pets` names others, unless both are given."""
+    pets: dict[str, PetSection] = {}
+    """Further sets of pets by their names, for methods that train several; at one place the later calls the earlier."""
+    method: NamedSection = NamedSection(name="finetune")
+    head: NamedSection = NamedSection(name="linear")
     protect: ProtectConfig | None = None
     """Keeps updates out of the directions that old features use; None leaves them free."""
     online: bool = False
     """Each training example is trained on once: `train.epochs` is 1."""
     train: FitConfig = FitConfig()
-    data: Choice | None = None
+    data: NamedSection | None = None
     """None for a state that only `update` feeds."""
     stream: StreamOptions = StreamOptions()
     evaluate: EvaluateSection = EvaluateSection()
@@ -151,6 +154,19 @@ class Recipe(Section):
     def _folder_name(cls, value: str) -> str:
         if not value or not all(c.isalnum() or c in "._-" for c in value) or value.startswith("."):
             raise ValueError("letters, digits, '.', '_' and '-' only, as it names a folder")
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sets_instead(cls, value: Any) -> Any:
+        """`pets:` alone brings no set `default`."""
+        return {**value, "pet": None} if isinstance(value, dict) and value.get("pets") and "pet" not in value else value
+
+    @field_validator("pets")
+    @classmethod
+    def _named_sets(cls, value: dict[str, PetSection]) -> dict[str, PetSection]:
+        if "default" in value:
+            raise ValueError("`default` is the set that `pet` describes: give it there, or choose another name")
         return value
 
     @field_validator("pet", mode="before")
@@ -182,10 +198,8 @@ class Recipe(Section):
             "head": _complete("heads", self.head),
         }
         if self.pet is not None:
-            pet = registry.find("pets", self.pet.name)
-            at = list(pet.default_at) if self.pet.at is None else self.pet.at
-            where = {"at": at, "blocks": self.pet.blocks}
-            changes["pet"] = PetSection.model_validate({**_complete("pets", self.pet).model_dump(), **where})
+            changes["pet"] = _complete_pet(self.pet)
+        changes["pets"] = {name: _complete_pet(section) for name, section in self.pets.items()}
         if self.data is not None:
             changes["data"] = _complete("data", self.data)
             changes["stream"] = self.stream.fitted(registry.find("data", self.data.name).gives)
@@ -202,7 +216,7 @@ class Recipe(Section):
             for key in PATH_KEYS & given.keys():
                 value = given[key]
                 given[key] = [_absolute(v) for v in value] if isinstance(value, list) else _absolute(value)
-            changes["data"] = Choice.model_validate(given)
+            changes["data"] = NamedSection.model_validate(given)
         if self.protect is not None and self.protect.reference is not None:
             reference = self.protect.reference.model_copy(update={"path": _absolute(self.protect.reference.path)})
             changes["protect"] = self.protect.model_copy(update={"reference": reference})
@@ -220,7 +234,7 @@ class Recipe(Section):
             given[name] = {**self.train.model_dump(), **own} if isinstance(own, dict) else own
         return registry.options("methods", self.method.name, given)
 
-    def _configs(self, method: Choice) -> list[str]:
+    def _configs(self, method: NamedSection) -> list[str]:
         fields = registry.schema(registry.find("methods", method.name)).model_fields
         return [name for name, field in fields.items() if field.annotation is FitConfig]
 
@@ -233,7 +247,13 @@ def _once(epochs: Any) -> bool:
     return set(epochs) == {1} if isinstance(epochs, list) else bool(epochs == 1)
 
 
-def _complete(kind: registry.Kind, choice: Choice, skip: Sequence[str] = ()) -> Choice:
+def _complete_pet(section: PetSection) -> PetSection:
+    kind = registry.find("pets", section.name)
+    at = list(kind.default_at) if section.at is None else section.at
+    return PetSection.model_validate({**_complete("pets", section).model_dump(), "at": at, "blocks": section.blocks})
+
+
+def _complete(kind: registry.Kind, choice: NamedSection, skip: Sequence[str] = ()) -> NamedSection:
     """`choice` with the defaults of its options; those in `skip` stay as they are given."""
     own = {k: v for k, v in choice.options.items() if k not in PetSection.model_fields and k not in skip}
     if skip:
@@ -242,7 +262,9 @@ def _complete(kind: registry.Kind, choice: Choice, skip: Sequence[str] = ()) -> 
         own |= required
     options = registry.options(kind, choice.name, own)
     kept = {k: v for k, v in choice.options.items() if k in skip}
-    return Choice.model_validate({"name": choice.name, **{k: v for k, v in options.items() if k not in skip}, **kept})
+    return NamedSection.model_validate(
+        {"name": choice.name, **{k: v for k, v in options.items() if k not in skip}, **kept}
+    )
 
 
 def _absolute(value: Any) -> Any:
@@ -325,6 +347,9 @@ def _on_top(base: dict[str, Any], own: dict[str, Any], choices: Collection[str] 
         if key in choices:
             before, given = _long(before), _long(given)
         merged[key] = value
+        if key == "pets" and isinstance(before, dict) and isinstance(given, dict):
+            merged[key] = _on_top(before, given, given.keys())  # each of them is a choice
+            continue
         if isinstance(before, dict) and isinstance(given, dict):
             other = key in choices and given.get("name", before.get("name")) != before.get("name")
             merged[key] = value if other else _on_top(before, given)

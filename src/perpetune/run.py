@@ -18,11 +18,13 @@ from perpetune.evaluate import Setting, evaluate, probe
 from perpetune.methods.base import Method
 from perpetune.oracle import Oracle, solve
 from perpetune.results import read_results
-from perpetune.runtime import Runtime, unguarded
+from perpetune.runtime import Runtime
 from perpetune.snapshot import read_tensors
 from perpetune.state import MidTask, State
 from perpetune.tasks import Batch, Examples, Task, balanced, evaluation_batches
 
+# Sections of a recipe that decide a training.
+DECIDES = {"backbone", "pet", "method", "head", "protect", "train", "seed"}
 LEADING = 256  # examples of a task that say where its pet starts, with protect.start: leading
 FEATURES = "features.safetensors"  # of a few test images of the task, as they were when it was learned
 
@@ -63,7 +65,7 @@ def learn_task(method: Method, step: Step, state: State) -> None:
     task, recipe, run = step.task, state.recipe, step.task.runtime
     main = run.rank == 0
     # A checkpoint is of use only for the same data, training and number of processes.
-    trained_by = recipe.model_dump_json(include={"backbone", "pet", "method", "head", "protect", "train", "seed"})
+    trained_by = recipe.model_dump_json(include=DECIDES | ({"pets"} if recipe.pets else set()))
     fingerprint = f"{step.document['fingerprint']}/{hashlib.sha256(trained_by.encode()).hexdigest()}/{run.world}"
     if main:
         about = {key: step.document[key] for key in ("fingerprint", "from")}
@@ -130,8 +132,8 @@ def learn_protected(
     task = method.model.posed(task)
     certificates = _protect(method, task, reference, batch_size) if reference else []
     _renew(method, task, batch_size)
-    task.runtime.guard = method.protection.guard if method.protection is not None else unguarded
-    method.learn(task)
+    with task.runtime.accompanied(method.companions()):
+        method.learn(task)
     return certificates + _protect(method, task, None, batch_size)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
@@ -81,19 +81,16 @@ def pick_device(name: str) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-Guard = Callable[[torch.optim.Optimizer], contextlib.AbstractContextManager[object]]
-
-
-def unguarded(optimizer: torch.optim.Optimizer) -> contextlib.AbstractContextManager[object]:
-    """The guard that lets an optimizer do as it likes."""
-    return contextlib.nullcontext()
+Companion = Callable[[torch.optim.Optimizer], contextlib.AbstractContextManager[object]]
+"""What accompanies an optimizer: it is entered when the optimizer is made, and left after the last step."""
 
 
 @dataclass
 class Runtime:
     """Handed to methods with every task; a default one runs on the CPU and stores nothing.
 
-    `guard` is put around every optimizer that `fit` makes, and says where its steps may not lead.
+    `companions` are put around every optimizer that `fit` makes, in their order: the protection of old answers first,
+    so that those after it (an average) see a step as the protection leaves it.
     """
 
     seed: int = 0
@@ -103,7 +100,7 @@ class Runtime:
     checkpoints: Checkpoints | None = None
     progress: Progress = field(default_factory=Silent)
     stopping: Callable[[], int | None] = lambda: None  # the signal that asks for a stop, if one came
-    guard: Guard = unguarded
+    companions: Sequence[Companion] = ()
 
     @cached_property
     def accelerator(self) -> Accelerator:
@@ -114,6 +111,16 @@ class Runtime:
         joined = torch.distributed.is_available() and torch.distributed.is_initialized()
         AcceleratorState._reset_state(reset_partial_state=not joined)
         return Accelerator(cpu=self.device.type == "cpu", mixed_precision=self.precision)
+
+    @contextlib.contextmanager
+    def accompanied(self, companions: Sequence[Companion]) -> Iterator[None]:
+        """Inside, these go with every optimizer, after those that do so already."""
+        before = self.companions
+        self.companions = (*before, *companions)
+        try:
+            yield
+        finally:
+            self.companions = before
 
     @property
     def rank(self) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from perpetune.models.base import Model
 from perpetune.numerics.lowrank import Factors, cosine, inner, merged
 from perpetune.numerics.similarity_tree import SimilarityTree
-from perpetune.pets import LoRA, copy_set, pets, remove, slots, using
+from perpetune.pets import LoRA, copy_set, has_set, pets, remove, sets, using
 from perpetune.tasks import Inputs, chosen
 
 LEAST = 0.1  # of the root mean square of an update's norms: where a module has less, its direction means little
@@ -137,7 +137,7 @@ class AdapterBank(nn.Module):
 
     def merge_all(self, name: str) -> None:
         """The mean of all adapters as a set of its own."""
-        if name not in {n for _, slot in slots(self.model) for n in slot.pets}:
+        if not has_set(self.model, name):
             copy_set(self.model, self.working, name)
         self.merged = name
         self._mean(list(self.kept), name)
@@ -256,7 +256,7 @@ class AdapterBank(nn.Module):
         self.kept = {entry["slot"]: Kept(**entry) for entry in state["kept"]}
         self.merged = state["merged"]
         wanted = {set_name(slot) for slot in self.kept} | ({self.merged} if self.merged is not None else set())
-        there = {name for _, slot in slots(self.model) for name in slot.pets} - {self.working}
+        there = set(sets(self.model)) - {self.working}
         for name in sorted(there - wanted):
             self._remove(name)
         for name in sorted(wanted - there):

@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from perpetune.errors import UsageError
+from perpetune.fit import FitConfig, Groups
 from perpetune.heads.base import Head
 from perpetune.models.base import Model
-from perpetune.pets import slots, using
+from perpetune.pets import InForce, parameters, sets, using
 from perpetune.protection.protection import Protection
+from perpetune.runtime import Companion
 from perpetune.tasks import Inputs, Task
 
 
@@ -46,13 +49,24 @@ class Method(nn.Module, ABC):
     Options in the recipe are the keyword-only arguments of `__init__`; one of type `FitConfig` starts
     from the recipe's `train:` section. `unprotectable` says why `protect:` cannot go with it, where it
     cannot; `renewable` is true where its pet may be renewed before each task (`protect.renew`): it reads the pet from
-    the model alone and keeps no copy that has to match. `needs_earlier_data` is for upper bounds only: such a method
+    the model alone and keeps no copy that has to match. `several` is true where it can train the
+    named sets of `pets:`. `needs_earlier_data` is for upper bounds only: such a method
     cannot take part in `update`, where earlier data are gone.
+
+    Attributes:
+        trained: names of the sets of pets that its optimizers train, task after task. `protect:` holds these, and the
+            pass that shows it old features has all of them in force. By default all sets that were put in.
+        answering: the sets that are in force at prediction, as `pets.using` takes them; None is the frozen net. By
+            default those that are trained.
+        private: names of sets that are trained and that no later task uses, so that `protect:` may leave them free.
+        sometimes: names of those in `trained` that a task need not use (members of a pool).
+        protection: what keeps old answers as they are, where the recipe has a `protect:` section.
     """
 
     needs_earlier_data: bool = False
     unprotectable: str = ""
     renewable: bool = False
+    several: bool = False
     fits: ClassVar[type[Model]] = Model  # type: ignore[type-abstract]
     """The kind of model it can train."""
 
@@ -63,10 +77,11 @@ class Method(nn.Module, ABC):
             kind = "classes: use head: ridge or another of classes" if self.fits.reads != ("texts",) else "head: lm"
             raise UsageError(f"method {own} is for a head of {kind}")
         self.model = model
-        self.pet: str | None = None
-        """The set of pets that is in force at prediction; None is the frozen net."""
+        self.trained: tuple[str, ...] = tuple(sets(model))
+        self.answering: InForce = self.trained or None
+        self.private: tuple[str, ...] = ()
+        self.sometimes: tuple[str, ...] = ()
         self.protection: Protection | None = None
-        """What keeps old answers as they are, where the recipe has a `protect:` section."""
 
     @property
     def classes(self) -> list[str]:
@@ -79,16 +94,37 @@ class Method(nn.Module, ABC):
 
     def predict(self, inputs: Inputs) -> Tensor:
         """Scores `(B, C)` over `classes` for images, uint8 `(B, 3, H, W)`; for texts see `Model.predict`."""
-        with using(self.model, self.pet):
+        with using(self.model, self.answering):
             return self.model.predict(inputs)
 
     def answers(self, inputs: Inputs) -> Answers:
         """`predict`, with what else is worth measuring of it."""
         return Answers(self.predict(inputs))
 
+    def companions(self) -> list[Companion]:
+        """What goes with every optimizer of its `learn`, in this order; a method that adds its own calls this first.
+
+        The protection is the first: whoever comes later sees a step as it leaves it.
+        """
+        if self.protection is None:
+            return []
+        return [self._guard]
+
+    def _guard(self, optimizer: torch.optim.Optimizer) -> contextlib.AbstractContextManager[object]:
+        assert self.protection is not None
+        self.protection.check_covers(optimizer, self.model, self.private)
+        return self.protection.guard(optimizer)
+
+    def groups(self, config: FitConfig, pets: Sequence[str] | None = None) -> Groups:
+        """What `fit` trains: the sets of pets (those in `trained`, or the ones named), then the head, with their
+        learning rates."""
+        named = self.trained if pets is None else pets
+        own = [p for name in named for p in parameters(self.model, name)]
+        return [(own, config.lr), (self.model.trained(), config.head_lr or config.lr)]
+
     def features(self, inputs: Inputs) -> Tensor:
         """Features `(B, D)` as at prediction, by which their drift is measured."""
-        with using(self.model, self.pet):
+        with using(self.model, self.answering):
             return self.model.features(inputs)
 
     def facts(self) -> dict[str, Any]:
@@ -110,19 +146,20 @@ class Method(nn.Module, ABC):
         Raises:
             UsageError: there is none, or the answer is made of several.
         """
-        found = {name for _, slot in slots(self.model) for name in slot.pets}
+        found = set(sets(self.model))
         if not found:
             raise UsageError("there is no LoRA to export: the recipe has `pet: none`, so the head alone was trained")
-        if others := sorted(found - {self.pet}):
+        answering = (self.answering,) if isinstance(self.answering, str) else self.answering
+        if others := sorted(found - {answering[0]} if isinstance(answering, tuple) and len(answering) == 1 else found):
             raise UsageError(
-                f"{type(self).__name__} answers with more than one set of pets (also {', '.join(others)}), and "
+                f"{type(self).__name__} answers with more than one set of pets ({', '.join(others)}), and "
                 "PEFT's format holds one: use the state itself"
             )
         return {"": found.pop()}
 
     def observe(self, inputs: Inputs) -> None:
-        """One pass of the model as at prediction, so that what protection watches is seen."""
-        with using(self.model, self.pet):
+        """One pass of the model as at prediction but with the trained pets, so that what protection watches is seen."""
+        with using(self.model, self.trained or None):
             self.model.observe(inputs)
 
 

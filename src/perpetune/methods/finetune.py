@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from perpetune.errors import UsageError
-from perpetune.fit import FitConfig, fit
+from perpetune.fit import FitConfig, Groups, fit
 from perpetune.methods.base import Method, training
 from perpetune.models.base import Mask, Model
 from perpetune.models.classifier import Classifier
-from perpetune.pets import copy_set, parameters, pets, remove, slots, using
+from perpetune.pets import copy_set, parameters, pets, remove, using
 from perpetune.tasks import Batch, Task
 
-PROTECTED = "protected"  # the set of pets that holds the protected copy while a free one is trained
+PROTECTED = "protected"  # begins the names of the sets that hold the protected copies while free ones are trained
 
 
 class FineTune(Method):
@@ -28,7 +29,8 @@ class FineTune(Method):
     (pgp-pegp.md §2.8). A merged copy was free to move, so old outputs move with it: the certificate says how far.
 
     Args:
-        model: with a pet injected under the name `default`, or with none (then only the head learns).
+        model: with one set of pets or several, which are all trained and answer together; or with none (then only the
+            head learns).
         train: how each task is trained.
         mask: the classes among which the loss compares; see `Classifier`.
         head_first: share of the epochs, from the second task on, in which the head is trained alone, before the rest
@@ -43,6 +45,7 @@ class FineTune(Method):
     """
 
     renewable = True
+    several = True
 
     def __init__(
         self,
@@ -61,16 +64,14 @@ class FineTune(Method):
             name = "merge" if merge else "head_first"
             raise UsageError(f"method finetune: {name} is for a head of classes; leave it out with head: lm")
         self.head_first, self.merge, self.merge_epochs = head_first, merge, merge_epochs
-        self.pet = "default" if any("default" in slot.pets for _, slot in slots(model)) else None
-        if self.pet is None and not model.chooses:
+        if not self.trained and not model.chooses:
             raise UsageError("pet: none leaves nothing to train in a language model: use pet: lora, or method: frozen")
 
     def learn(self, task: Task) -> None:
         self.model.grow(task)
         config, later = self.train_config, task.index > 0
-        pet = parameters(self.model, self.pet) if self.pet else []
-        head = self.model.trained()
-        both = [(pet, config.lr), (head, config.head_lr or config.lr)]
+        both = self.groups(config)
+        pet = both[0][0]
         epochs = config.epochs_of(task.index)
         alone = round(epochs * self.head_first) if later else 0
         before = [p.detach().clone() for p in pet]
@@ -79,41 +80,43 @@ class FineTune(Method):
             fit(self.loss, both[1:], task, config.model_copy(update={"epochs": alone}), phase="head")
             fit(self.loss, both, task, config.model_copy(update={"epochs": epochs - alone}))
             if later and pet and self.merge:
-                self._merge(task, self.pet or "", before, both)
-        with using(self.model, self.pet):
+                self._merge(task, before, both)
+        with using(self.model, self.answering):
             self.model.summarise(task, config.batch_size)
 
     def loss(self, task: Task, batch: Batch) -> Tensor:
-        with using(self.model, self.pet):
+        with using(self.model, self.trained):
             return self.model.loss(task, batch)
 
     @torch.no_grad()
-    def _merge(
-        self, task: Task, pet: str, before: Sequence[Tensor], groups: list[tuple[list[nn.Parameter], float]]
-    ) -> None:
+    def _merge(self, task: Task, before: Sequence[Tensor], groups: Groups) -> None:
         """Train a free copy from where the task began, and average it with the protected one."""
         share = 1 / (task.index + 1) if self.merge == "falling" else self.merge
         epochs = self.merge_epochs or self.train_config.epochs_of(task.index)
-        copy_set(self.model, pet, PROTECTED)
-        for copied in pets(self.model, PROTECTED):
-            copied.eval()  # what features are held near is without dropout
+        copies = tuple(f"{PROTECTED}-{name}" for name in self.trained)
+        for name, copied in zip(self.trained, copies, strict=True):
+            copy_set(self.model, name, copied)
+            for pet in pets(self.model, copied):
+                pet.eval()  # what features are held near is without dropout
         try:
-            free, protected = parameters(self.model, pet), parameters(self.model, PROTECTED)
+            free = groups[0][0]
+            protected = [p for name in copies for p in parameters(self.model, name)]
             for p, start in zip(free, before, strict=True):
                 p.copy_(start)
             config = self.train_config.model_copy(update={"epochs": epochs})
             with torch.enable_grad():
-                fit(self._free_loss, groups, task, config, phase="free", guarded=False)
+                fit(partial(self._free_loss, copies), groups, task, config, phase="free", guarded=False)
             for p, kept in zip(free, protected, strict=True):
                 p.lerp_(kept, 1 - share)
         finally:  # else the last commit could not be loaded into a model that was stopped here
-            remove(self.model, PROTECTED)
+            for name in copies:
+                remove(self.model, name)
 
-    def _free_loss(self, task: Task, batch: Batch) -> Tensor:
-        """The free copy's loss: its features stay near the protected copy's."""
+    def _free_loss(self, copies: tuple[str, ...], task: Task, batch: Batch) -> Tensor:
+        """The loss of the free pets: their features stay near those of the protected `copies`."""
         assert isinstance(self.model, Classifier)
-        with torch.no_grad(), using(self.model, PROTECTED):
+        with torch.no_grad(), using(self.model, copies):
             wanted = self.model.features(batch.inputs)
-        with using(self.model, self.pet):
+        with using(self.model, self.trained):
             features = self.model.features(batch.inputs)
         return self.model.head_loss(task, features, batch.targets) + F.mse_loss(features, wanted)

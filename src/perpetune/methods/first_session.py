@@ -12,7 +12,7 @@ from perpetune.fit import FitConfig, fit
 from perpetune.methods.base import Method, training
 from perpetune.models.base import Model
 from perpetune.models.classifier import Classifier, learn_statistics
-from perpetune.pets import parameters, slots, using
+from perpetune.pets import sets, using
 from perpetune.tasks import Batch, Inputs, Task
 
 
@@ -23,7 +23,7 @@ class FirstSession(Method):
     (once called ADAM), Zhou et al. 2023, arXiv:2303.07338. Features never change again, so nothing is forgotten.
 
     Args:
-        model: with a pet injected under the name `default`, and a head of statistics.
+        model: with one set of pets or several, and a head of statistics.
         train: how the first task is trained.
         concat: the head sees `[f; f']`, features of the frozen model beside tuned ones: two forward passes.
 
@@ -32,12 +32,13 @@ class FirstSession(Method):
     """
 
     fits: ClassVar[type[Model]] = Classifier
+    several = True
 
     def __init__(self, model: Classifier, *, train: FitConfig, concat: bool = False):
         super().__init__(model)
         self.model: Classifier = model
         need_statistics("first_session", model)
-        self.train_config, self.concat, self.pet = train, concat, "default"
+        self.train_config, self.concat = train, concat
         if concat:
             model.head.widen(2 * model.head.dim)
 
@@ -45,16 +46,12 @@ class FirstSession(Method):
         self.model.grow(task)
         config = self.train_config
         if task.index == 0:
-            groups = [
-                (parameters(self.model, "default"), config.lr),
-                (list(self.model.head.parameters()), config.head_lr or config.lr),
-            ]
             with training(self.model):
-                fit(self.loss, groups, task, config)
+                fit(self.loss, self.groups(config), task, config)
         learn_statistics(task, config.batch_size, [(self.model.head, lambda batch: self.features(batch.inputs))])
 
     def loss(self, task: Task, batch: Batch) -> Tensor:
-        with using(self.model, self.pet):
+        with using(self.model, self.trained):
             return self.model.loss(task, batch)
 
     def features(self, inputs: Inputs) -> Tensor:
@@ -70,8 +67,8 @@ class FirstSession(Method):
 
 
 def need_statistics(method: str, model: Classifier) -> None:
-    """UsageError unless the model has a pet called `default` and a head that learns from statistics."""
-    if not any("default" in slot.pets for _, slot in slots(model)):
+    """UsageError unless the model has a pet and a head that learns from statistics."""
+    if not sets(model):
         raise UsageError(f"method: {method} trains a pet, and there is none: name one, or use method: frozen")
     if not model.head.statistics:
         name = type(model.head).__name__.lower()

@@ -22,8 +22,12 @@ class Frozen(Method):
         UsageError: the head can only be trained by gradient.
     """
 
+    several = True  # it trains none of them
+    unprotectable = "trains no pet, so there is nothing for protect: to keep"
+
     def __init__(self, model: Model, *, batch_size: int = 64):
         super().__init__(model)
+        self.trained, self.answering = (), None
         if isinstance(model, Classifier) and not model.head.statistics:
             raise UsageError(
                 f"method: frozen trains nothing, so head {type(model.head).__name__.lower()} would stay random: use "
@@ -33,5 +37,5 @@ class Frozen(Method):
 
     def learn(self, task: Task) -> None:
         self.model.grow(task)
-        with using(self.model, None):
+        with using(self.model, self.answering):
             self.model.summarise(task, self.batch_size)

@@ -20,17 +20,17 @@ class Joint(Method):
     What it reaches after task t is what plain training reaches when nothing has to be remembered.
 
     Args:
-        model: with a pet injected under the name `default`, or with none.
+        model: with one set of pets or several, or with none.
         train: how each union is trained; `epochs` counts passes over the union.
     """
 
     needs_earlier_data = True
+    several = True
     unprotectable = "keeps all data, so there is nothing for protect: to keep"
 
     def __init__(self, model: Model, *, train: FitConfig):
         super().__init__(model)
         self.inner = FineTune(model, train=train, mask="none")
-        self.pet = self.inner.pet
         self._start = [{k: v.clone() for k, v in pet.state_dict().items()} for pet in self._pets()]
 
     def learn(self, task: Task) -> None:
@@ -45,7 +45,7 @@ class Joint(Method):
         self.inner.learn(union([*task.earlier, task]))
 
     def _pets(self) -> list[PET]:
-        return pets(self.model, self.pet) if self.pet else []
+        return [pet for name in self.trained for pet in pets(self.model, name)]
 
 
 def union(tasks: Sequence[Task]) -> Task:

@@ -17,7 +17,7 @@ from perpetune.fit import FitConfig, fit
 from perpetune.methods.base import Method, training
 from perpetune.models.base import Mask, Model
 from perpetune.numerics.lowrank import Factors
-from perpetune.pets import LoRA, copy_set, parameters, pets, remove, slots, using
+from perpetune.pets import LoRA, copy_set, has_set, parameters, pets, remove, using
 from perpetune.tasks import Batch, Inputs, Task
 
 DEFAULT = "default"  # the set that acts at prediction: the LoRAs of all tasks as one
@@ -61,14 +61,13 @@ class OLoRA(Method):
         shrink: Weights = 0.0,
     ):
         super().__init__(model)
-        found = pets(model, DEFAULT) if any(DEFAULT in slot.pets for _, slot in slots(model)) else []
+        found = pets(model, DEFAULT) if has_set(model, DEFAULT) else []
         if foreign := sorted({type(pet).__name__.lower() for pet in found if not isinstance(pet, LoRA)}):
             raise UsageError(f"method olora tunes LoRA, and the recipe has {foreign[0]}: use `pet: lora`")
         if not found:
             raise UsageError("method olora tunes LoRA, and the recipe has no pet: use `pet: lora`")
         model.compare(mask)
         self.train_config, self.orthogonality, self.shrink = train, orthogonality, shrink
-        self.pet = DEFAULT
         self.tasks: list[str] = []
         """Those whose LoRAs are in the set `default`, in the order of its rows of `A`, part by part."""
         self.told: dict[str, Any] = {}
@@ -83,12 +82,11 @@ class OLoRA(Method):
         if trained == NEW:
             self._begin(task)
         try:
-            groups = [(parameters(self.model, trained), config.lr), (self.model.trained(), config.head_lr or config.lr)]
             following = self.model.following(task, config.batch_size, self._now)
             with following, training(self.model), self.model.resting(task):
                 for frozen in pets(self.model, DEFAULT) if trained == NEW else ():
                     frozen.eval()
-                fit(self.loss, groups, task, config)
+                fit(self.loss, self.groups(config, [trained]), task, config)
             self.told = self._said()
             if trained == NEW:
                 self._add()

@@ -21,7 +21,7 @@ from perpetune.models.base import Mask, Model
 from perpetune.models.classifier import Classifier, feature_table, learn_statistics
 from perpetune.numerics.alignment import correlation_losses, cosine_distance
 from perpetune.numerics.mixing import mix
-from perpetune.pets import copy_set, parameters, pets, using
+from perpetune.pets import copy_set, pets, using
 from perpetune.tasks import Batch, Inputs, Task, deterministic
 
 FAST, SLOW = "default", "slow"  # two sets of pets around one backbone
@@ -79,7 +79,7 @@ class Safe(Method):
         self._probe(model.head)
         self.train_config, self.later, model.mask = train, later, mask
         self.diagonal, self.rest, self.align, self.cross = diagonal, rest, align, cross
-        self.sharpness, self.pet, self.tasks = sharpness, FAST, 0
+        self.sharpness, self.tasks = sharpness, 0
         copy_set(model, FAST, SLOW)
         self.slow = copy.deepcopy(model.head)
 
@@ -100,7 +100,7 @@ class Safe(Method):
         keep = deterministic(task.train) and config.epochs_of(task.index) > 1
         table = self._table(task, None, config.batch_size) if keep else None
         with training(self.model):
-            fit(partial(self.slow_loss, table=table), self._trained(config), task, config, phase="slow")
+            fit(partial(self.slow_loss, table=table), self.groups(config), task, config, phase="slow")
         copy_set(self.model, FAST, SLOW)
         head = self.model.head
         learn_statistics(task, config.batch_size, [(head, lambda batch: self.features(batch.inputs))])
@@ -115,7 +115,7 @@ class Safe(Method):
             for pet in pets(self.model, SLOW):
                 pet.eval()  # a teacher is without dropout
             loss = partial(self.fast_loss, table=table, known=known)
-            fit(loss, self._trained(config), task, config, phase="fast")
+            fit(loss, self.groups(config), task, config, phase="fast")
         heads: list[tuple[Head, Callable[[Batch], Tensor]]] = [
             (self.model.head, lambda batch: self.features(batch.inputs)),
             (self.slow, lambda batch: slow[_numbers(batch)]),
@@ -149,10 +149,6 @@ class Safe(Method):
             return (learned + whole * F.cross_entropy(judge(samples), own)) / (known + whole)
 
         return loss + self.cross * (crossed(fast, slow.weight, taught) + crossed(slow, fast.weight, features.float()))
-
-    def _trained(self, config: FitConfig) -> list[tuple[list[torch.nn.Parameter], float]]:
-        head = list(self.model.head.parameters())
-        return [(parameters(self.model, FAST), config.lr), (head, config.head_lr or config.lr)]
 
     def _taught(self, batch: Batch, pet: str | None, table: Tensor | None) -> Tensor:
         """The teacher's features of a batch: looked up where they are known, as nothing about the images is drawn."""

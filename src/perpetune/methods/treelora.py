@@ -25,7 +25,7 @@ from perpetune.methods.resemblance import Kind, Search, TaskTree
 from perpetune.models.base import Mask, Model
 from perpetune.models.classifier import Classifier, learn_statistics
 from perpetune.numerics.signature import RunningMean, normalised
-from perpetune.pets import parameters, slots, using
+from perpetune.pets import has_set, parameters, using
 from perpetune.seeding import own_global_state
 from perpetune.tasks import Batch, Inputs, Task, balanced, load_batches, questions, weight
 
@@ -87,7 +87,7 @@ class TreeLoRA(Method):
         budget: Annotated[int, Field(ge=1)] | None = None,
     ):
         super().__init__(model)
-        if not any(DEFAULT in slot.pets for _, slot in slots(model)):
+        if not has_set(model, DEFAULT):
             raise UsageError("method treelora tunes LoRA, and the recipe has no pet: use `pet: lora`")
         if isinstance(model, Classifier) and model.head.carry:
             raise UsageError(
@@ -100,7 +100,6 @@ class TreeLoRA(Method):
             self.unprotectable = f"starts tasks from other adapters with start: {start}; protect: needs start: last"
         self.kind, self.confidence, self.probe, self.every = search, confidence, probe, every
         self.prototypes = prototypes
-        self.pet = DEFAULT
         self.gradients = GradientSketch(model, DEFAULT, size=size)
         blocks = [int(found[1]) if (found := re.search(r"\.(\d+)(\.|$)", n)) else -1 for n in self.gradients.names]
         self.layers, self.layer_names = in_groups(self.gradients.names, blocks, groups)
@@ -127,9 +126,8 @@ class TreeLoRA(Method):
         self.model.grow(task)
         config = self.train_config
         self._begin(task)
-        groups = [(parameters(self.model, DEFAULT), config.lr), (self.model.trained(), config.head_lr or config.lr)]
         with training(self.model), self.model.resting(task), self.gradients.on():
-            fit(self.loss, groups, task, config, each_step=lambda count: self._look(task, count))
+            fit(self.loss, self.groups(config), task, config, each_step=lambda count: self._look(task, count))
         self._keep(task)
         with using(self.model, DEFAULT):
             self.model.summarise(task, config.batch_size)

@@ -29,6 +29,8 @@ Conditions = Literal["exact", "paper"]
 Module = TypeVar("Module", bound=nn.Module)
 Active = str | tuple[str, ...] | None
 """The PETs in force in a slot: one, several of which the last is the outermost, or none."""
+InForce = str | Sequence[str] | None
+"""The sets of PETs in force in a net: one, several, or none."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class Site:
         width: of the rows observed, without the constant 1 that meets a bias; None is the operand's.
         lift: moments of the rows that multiply the operand, `(heads, m, m)`, from those observed,
             `(groups, width, width)`; None where they are the same.
+        always: whether every pass over data reaches it; else one that does not leaves it as it is.
     """
 
     name: str
@@ -76,6 +79,7 @@ class Site:
     groups: int = 1
     width: int | None = None
     lift: Callable[[Tensor], Tensor] | None = None
+    always: bool = True
 
 
 class Pair(Protocol):
@@ -294,6 +298,19 @@ def slots(root: nn.Module) -> Iterator[tuple[str, Slot]]:
     return ((path, module) for path, module in walk(root) if isinstance(module, Slot))
 
 
+def sets(root: nn.Module) -> list[str]:
+    """The names of the sets of PETs in `root`: in the order of their first places, at one place the oldest first."""
+    return list(dict.fromkeys(name for _, slot in slots(root) for name in slot.pets))
+
+
+def has_set(root: nn.Module, name: str, kind: type[PET] | None = None) -> bool:
+    """Whether there is a set of PETs with that name, all of that kind where one is given."""
+    if kind is None:  # asked at every step, and there may be many sets
+        return any(name in slot.pets for _, slot in slots(root))
+    found = [slot.pets[name] for _, slot in slots(root) if name in slot.pets]
+    return bool(found) and all(isinstance(pet, kind) for pet in found)
+
+
 def pets(root: nn.Module, name: str) -> list[PET]:
     """The PETs of one set, in the order of their paths in the net.
 
@@ -355,7 +372,7 @@ def fold(root: nn.Module, name: str) -> int:
 
 
 @contextlib.contextmanager
-def using(root: nn.Module, names: str | Sequence[str] | None) -> Iterator[None]:
+def using(root: nn.Module, names: InForce) -> Iterator[None]:
     """Inside, the PETs of a set are in force and no others; None: the bare frozen net.
 
     Of several sets all are in force. Where more than one has a PET around the same submodule, the PET of the later set
@@ -443,10 +460,6 @@ def _set_at(root: nn.Module, path: str, module: nn.Module) -> None:
     setattr(around, leaf, module)
 
 
-def _names(root: nn.Module) -> list[str]:
-    return sorted({name for _, slot in slots(root) for name in slot.pets})
-
-
 def _known(root: nn.Module, name: str) -> None:
-    if not any(name in slot.pets for _, slot in slots(root)):  # asked at every step, and there may be many sets
-        raise UsageError(f"there is no set of pets called {name!r}; {closest(name, _names(root))}")
+    if not has_set(root, name):
+        raise UsageError(f"there is no set of pets called {name!r}; {closest(name, sorted(sets(root)))}")

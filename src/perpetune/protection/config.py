@@ -45,9 +45,10 @@ class ProtectConfig(BaseModel):
     directions: Literal["features", "random", "none"] = "features"
     """Controls: `random` protects as many directions drawn at random, `none` only measures."""
     reference: Reference | None = None
-    renew: bool = False
+    renew: bool | Annotated[list[str], Field(min_length=1)] = False
     """Before each task what was learned comes to rest, and a new pair starts where old features do not reach: of LoRA,
-    whose B needs no protection then and has its full rank for every task."""
+    whose B needs no protection then and has its full rank for every task. A list names the sets of `pets:` that are
+    renewed; the others are protected in place."""
     start: Literal["random", "leading"] = "random"
     """Of `renew`: A starts at random in the free directions, or along the leading directions of the new task's inputs
     inside them."""
@@ -57,7 +58,7 @@ class ProtectConfig(BaseModel):
 
     @field_validator("renew")
     @classmethod
-    def _held(cls, value: bool, info: ValidationInfo) -> bool:
+    def _held(cls, value: bool | list[str], info: ValidationInfo) -> bool | list[str]:
         given: dict[str, Any] = info.data
         if value and given.get("strength") == "soft":
             raise ValueError("renew needs strength: hard, for B is free then, and soft lets old features through to it")
@@ -69,6 +70,10 @@ class ProtectConfig(BaseModel):
         if value not in ("random", None) and info.data.get("renew") is False:
             raise ValueError(f"{info.field_name} is for renew: true alone: set protect.renew=true, or leave it out")
         return value
+
+    def renews(self, name: str) -> bool:
+        """Whether the pets of that set are renewed."""
+        return name in self.renew if isinstance(self.renew, list) else self.renew
 
     def energy_at(self, task: int) -> float:
         """The energy for the task of that index."""

@@ -83,7 +83,7 @@ def protect(
                 f"protect: {called(path)} is DoRA, which divides by the norm of the whole weight, so old outputs move "
                 "whatever is projected: use plain LoRA (use_dora=False), or leave it out with skip"
             )
-    sites, _, free = pet_sites(model, config.conditions, renew=config.renew)
+    sites, _, free = pet_sites(model, config.conditions, renew=config.renews)
     sites = [w for w in sites if w.module not in skipped and any(p.requires_grad for p in w.site.operand.parameters)]
     pairs = peft_pairs(model, skipped) if config.renew else {}
     sites += linear_sites(model, skipped, pairs)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +16,7 @@ from perpetune.errors import PerpetuneError, UsageError
 from perpetune.numerics.moments import pack, unpack
 from perpetune.numerics.projection import Operand, ProjectedStep
 from perpetune.numerics.subspace import SLACK, Subspace
-from perpetune.pets.base import PET
+from perpetune.pets.base import PET, parameters, sets
 from perpetune.protection.config import ProtectConfig
 from perpetune.protection.memory import SiteMemory
 from perpetune.protection.renewal import kaiming, leading_start, random_start
@@ -37,6 +37,7 @@ class Protection(nn.Module):
         sites: where features meet parameters.
         config: how much is protected, and how.
         still: parameters at no site: once something is protected they do not move at all.
+        free: parameters that are meant to move freely.
         seed: of the random control.
 
     Raises:
@@ -49,6 +50,7 @@ class Protection(nn.Module):
         config: ProtectConfig,
         *,
         still: Sequence[nn.Parameter] = (),
+        free: Sequence[nn.Parameter] = (),
         seed: int = 0,
     ):
         super().__init__()
@@ -60,7 +62,7 @@ class Protection(nn.Module):
             raise UsageError(f"{named}; sites here are {there}")
         self.config, self.seed = config, seed
         self.sites = list(sites)
-        self.still = list(still)
+        self.still, self.free = list(still), list(free)
         self.consolidated = 0
         """How often data were added."""
         self.renewed = 0
@@ -86,6 +88,23 @@ class Protection(nn.Module):
         """
         chosen, still = self.closed()
         return ProjectedStep(optimizer, chosen, still=still, project=self.config.project)
+
+    def check_covers(self, optimizer: torch.optim.Optimizer, root: nn.Module, private: Collection[str] = ()) -> None:
+        """UsageError if `optimizer` trains a pet of the model `root` that is neither held nor meant to be free.
+
+        Args:
+            private: names of sets of pets that may be trained without protection.
+        """
+        trained = {p for group in optimizer.param_groups for p in group["params"]}
+        held = {p for w in self.sites for p in w.site.operand.parameters}.union(self.still, self.free)
+        for name in (name for name in sets(root) if name not in private):
+            if any(p in trained and p not in held for p in parameters(root, name)):
+                guarded = sorted({w.set for w in self.sites if w.set is not None})
+                raise UsageError(
+                    f"protect: the optimizer trains the set of pets {name!r}, and protection holds "
+                    f"{', '.join(map(repr, guarded)) or 'none'}: the method has to name in `trained` every set that it "
+                    "trains, or in `private` one that no later task uses"
+                )
 
     def closed(self) -> tuple[list[tuple[Operand, list[Subspace]]], list[nn.Parameter]]:
         """What updates are kept out of at present, and the parameters that may not move.
@@ -216,7 +235,7 @@ class Protection(nn.Module):
 
     def _gathered(self, watch: Watch, watched: Watched, total: Sum) -> tuple[Tensor, int]:
         moments, count = watch.merged(watched, total)
-        if count == 0:
+        if count == 0 and watched.site.always:
             raise PerpetuneError(
                 f"protect: {watched.name} saw no data, for the pass did not go through it: leave it out, or check the "
                 "batches"
@@ -252,7 +271,7 @@ class Protection(nn.Module):
     @property
     def waiting(self) -> bool:
         """Whether pairs have to be renewed before the next step: what they hold now is old, and their `B` is free."""
-        return self.config.renew and self.consolidated > self.renewed
+        return bool(self.config.renew) and self.consolidated > self.renewed
 
     def renew_pairs(
         self,

@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -41,6 +41,11 @@ class Watched:
     pair: Pair | None = None
 
     @property
+    def set(self) -> str | None:
+        """The set of PETs that it is of; None for a linear layer."""
+        return self.name.split("/")[-2] if isinstance(self.module, PET) else None
+
+    @property
     def kind(self) -> str:
         """The site's name in its PET, without a number: `down`, `up`, `keys`; `weight` for a linear layer."""
         return self.site.name.partition(".")[0]
@@ -64,13 +69,18 @@ def called(path: str) -> str:
 
 
 def pet_sites(
-    model: nn.Module, conditions: Conditions, only: str | None = None, renew: bool = False
+    model: nn.Module,
+    conditions: Conditions,
+    only: Collection[str] | None = None,
+    renew: Callable[[str], bool] = lambda _: False,
+    sometimes: Collection[str] = (),
 ) -> tuple[list[Watched], list[nn.Parameter], list[nn.Parameter]]:
     """The sites of every PET in `model`; the PETs' parameters that are at none; those that are meant to be free.
 
     Args:
-        only: the set of PETs that counts; None is all.
-        renew: each PET is to be renewed before every task, and has the site of its `A` alone then.
+        only: the sets of PETs that count; None is all.
+        renew: whether the PETs of a set are renewed before every task; each has the site of its `A` alone then.
+        sometimes: sets that a task need not use, so that a pass over its data may not reach them.
 
     Raises:
         UsageError: a PET that cannot be renewed.
@@ -79,14 +89,16 @@ def pet_sites(
     loose: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for path, slot in slots(model):
-        for name in slot.pets if only is None else [only] if only in slot.pets else []:
+        for name in [name for name in slot.pets if only is None or name in only]:
             pet = slot.pet(name)
-            if renew:
+            if renew(name):
                 site, pair = _renewable(pet)
                 found.append(Watched(f"{called(path)}/{name}/{site.name}", site, pet, pair))
                 free += [p for p in pet.parameters() if p not in set(site.operand.parameters)]
                 continue
             sites = pet.sites(conditions)
+            if name in sometimes:
+                sites = [replace(site, always=False) for site in sites]
             found += [Watched(f"{called(path)}/{name}/{site.name}", site, pet) for site in sites]
             meant = pet.free(conditions)
             covered = {p for site in sites for p in site.operand.parameters}.union(meant)
