@@ -333,7 +333,7 @@ def test_to_use_a_set_does_not_go_through_the_names_of_all(monkeypatch: pytest.M
     """It is done at every step, and there may be a set for each of a thousand tasks."""
     backbone = backbone_of("timm vit")
     inject(backbone.net, places(backbone.net, ["q", "v"]), lora, "a")
-    monkeypatch.setattr("perpetune.pets.base._names", lambda root: pytest.fail("all names were asked for"))
+    monkeypatch.setattr("perpetune.pets.base.sets", lambda root: pytest.fail("all names were asked for"))
     with using(backbone, "a"), using(backbone, ("a",)), using(backbone, None):
         pass
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from perpetune.models.base import Model
+from perpetune.models.classifier import Classifier
 from perpetune.numerics.lowrank import Factors, cosine, inner, merged
 from perpetune.numerics.similarity_tree import SimilarityTree
-from perpetune.pets import LoRA, copy_set, has_set, pets, remove, sets, using
+from perpetune.pets import Choice, LoRA, blendable, copy_set, has_set, pets, remove, sets, using
 from perpetune.tasks import Inputs, chosen
 
 LEAST = 0.1  # of the root mean square of an update's norms: where a module has less, its direction means little
@@ -160,10 +161,15 @@ class AdapterBank(nn.Module):
     @contextlib.contextmanager
     def acting(self, name: str) -> Iterator[None]:
         """Inside, a set of LoRAs is in force, and so are the rows of the head that go with it."""
+        with self._with_rows(name), using(self.model, name):
+            yield
+
+    @contextlib.contextmanager
+    def _with_rows(self, name: str) -> Iterator[None]:
+        """Inside, the head has the rows that go with a set."""
         before = self._swap(name)
         try:
-            with using(self.model, name):
-                yield
+            yield
         finally:
             self._set_rows(self._rows.get(name, []), before)
 
@@ -206,28 +212,39 @@ class AdapterBank(nn.Module):
 
         Where there are classes, those of the adapter's tasks come before all others.
         """
-
-        def ask(slot: int, some: Inputs) -> Tensor:
-            found = self.model.predict(some)
-            if not self.model.classes:
-                return found
+        model = self.model
+        if not isinstance(model, Classifier):
+            return self._asked(inputs, by, model.predict)
+        features = self.features(inputs, by)
+        whole = features.new_empty(len(by), len(model.classes), dtype=torch.float32)
+        for slot, rows in _by_slot(by).items():
+            with self._with_rows(set_name(slot)):
+                found = model.scores(features[rows])
             own = set(self.kept[slot].classes)
-            away = torch.tensor([c not in own for c in self.model.classes], device=found.device)
-            return found.log_softmax(-1) - ELSEWHERE * away
-
-        return self._asked(inputs, by, ask)
+            away = torch.tensor([c not in own for c in model.classes], device=found.device)
+            whole[rows] = found.log_softmax(-1) - ELSEWHERE * away
+        return whole
 
     def features(self, inputs: Inputs, by: Sequence[int]) -> Tensor:
-        """Features of each input by the adapter chosen for it."""
-        return self._asked(inputs, by, lambda slot, some: self.model.features(some))
+        """Features of each input by the adapter chosen for it: in one pass, where the adapters are of one shape.
 
-    def _asked(self, inputs: Inputs, by: Sequence[int], ask: Callable[[int, Inputs], Tensor]) -> Tensor:
-        """What `ask(slot, inputs)` says with each adapter in force; narrower rows are filled up."""
+        A language model that has to generate or to score options puts further rows beside each question, so there each
+        adapter has a pass of its own.
+        """
+        used = sorted(set(by))
+        names = tuple(map(set_name, used))
+        if not isinstance(self.model, Classifier) or not blendable(self.model, names):
+            return self._asked(inputs, by, self.model.features)
+        place = {slot: position for position, slot in enumerate(used)}
+        with using(self.model, Choice(names, torch.tensor([[place[slot]] for slot in by]))):
+            return self.model.features(inputs)
+
+    def _asked(self, inputs: Inputs, by: Sequence[int], ask: Callable[[Inputs], Tensor]) -> Tensor:
+        """What `ask(inputs)` says with each adapter in force; narrower rows are filled up."""
         parts: list[tuple[list[int], Tensor]] = []
-        for slot in sorted(set(by)):
-            rows = [i for i, s in enumerate(by) if s == slot]
+        for slot, rows in _by_slot(by).items():
             with self.acting(set_name(slot)):
-                parts.append((rows, ask(slot, chosen(inputs, rows))))
+                parts.append((rows, ask(chosen(inputs, rows))))
         width, first = max(found.shape[1] for _, found in parts), parts[0][1]
         fill = -torch.inf if first.is_floating_point() else self.model.nothing
         whole = first.new_full((len(by), width), fill)
@@ -284,6 +301,14 @@ class AdapterBank(nn.Module):
 
     def _flat(self, name: str) -> list[Factors]:
         return [factors for pet in self._loras(name) for factors in pet.factors()]
+
+
+def _by_slot(by: Sequence[int]) -> dict[int, list[int]]:
+    """The inputs of each adapter that was chosen, by their numbers."""
+    found: dict[int, list[int]] = {slot: [] for slot in sorted(set(by))}
+    for number, slot in enumerate(by):
+        found[slot].append(number)
+    return found
 
 
 def set_name(slot: int) -> str:

@@ -62,8 +62,7 @@ class FirstSession(Method):
             return torch.cat([self.model.features(inputs), tuned], dim=-1)
 
     def predict(self, inputs: Inputs) -> Tensor:
-        scores: Tensor = self.model.head(self.features(inputs))
-        return scores.float()
+        return self.model.scores(self.features(inputs))
 
 
 def need_statistics(method: str, model: Classifier) -> None:

@@ -109,8 +109,12 @@ class Classifier(Model):
         return F.cross_entropy(logits[:, columns], torch.searchsorted(columns, rows[targets]))
 
     def predict(self, inputs: Inputs) -> Tensor:
-        scores: Tensor = self.head(self.features(inputs))
-        return scores.float()
+        return self.scores(self.features(inputs))
+
+    def scores(self, features: Tensor) -> Tensor:
+        """Scores `(B, C)` of features `(B, D)`."""
+        found: Tensor = self.head(features)
+        return found.float()
 
     def summarise(self, task: Task, batch_size: int) -> None:
         if self.head.statistics:

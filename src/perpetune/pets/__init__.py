@@ -7,6 +7,7 @@ from perpetune.pets.base import (
     InForce,
     Place,
     Slot,
+    blendable,
     copy_set,
     fold,
     frozen,
@@ -21,14 +22,17 @@ from perpetune.pets.base import (
     using,
     walk,
 )
+from perpetune.pets.choice import Choice
 from perpetune.pets.lora import LoRA
 
 __all__ = [
     "PET",
+    "Choice",
     "InForce",
     "LoRA",
     "Place",
     "Slot",
+    "blendable",
     "copy_set",
     "fold",
     "frozen",

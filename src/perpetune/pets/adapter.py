@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from perpetune.errors import UsageError
 from perpetune.numerics.projection import Operand
 from perpetune.pets.base import PET, Conditions, Place, Site
+from perpetune.pets.choice import Choice
 
 
 class Adapter(PET):
@@ -59,13 +61,29 @@ class Adapter(PET):
     def forward(self, base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         y = base(x, *args, **kwargs)
         act = F.gelu if self.activation == "gelu" else F.relu
-        hidden = act(F.linear(x, self.down, self.down_bias))  # (..., width)
+        hidden = act(_linear(x, self.down, self.down_bias))  # (..., width)
         self.seen("down", x)
         self.seen("up", hidden)
-        update = F.linear(hidden, self.up, self.up_bias)
+        update = _linear(hidden, self.up, self.up_bias)
         if isinstance(y, tuple):
             return self._sum(y[0], update), *y[1:]
         return self._sum(y, update)
+
+    def blend(self, members: Sequence[PET], choice: Choice) -> dict[str, Tensor]:
+        """Several members of one example are one adapter of their joined width; weights are factors on its output."""
+        found = [pet for pet in members if isinstance(pet, Adapter)]
+        ups = choice.weighted(choice.picked([pet.up for pet in found]))  # (B, k, d, width)
+        values = {
+            "down": choice.picked([pet.down for pet in found]).flatten(1, 2),
+            "up": ups.transpose(1, 2).flatten(2, 3),
+        }
+        if self.down_bias is not None:
+            values["down_bias"] = choice.picked([p for pet in found if (p := pet.down_bias) is not None]).flatten(1, 2)
+            values["up_bias"] = choice.summed([p for pet in found if (p := pet.up_bias) is not None])
+        return values
+
+    def part_seen(self, site: str, rows: Tensor, position: int, choice: Choice) -> Tensor:
+        return rows if site == "down" else rows.chunk(choice.each, dim=-1)[position]
 
     def _sum(self, y: Tensor, update: Tensor) -> Tensor:
         return torch.add(y, update.to(y.dtype), alpha=self.scale)
@@ -81,3 +99,12 @@ class Adapter(PET):
     def extra_repr(self) -> str:
         width, d = self.down.shape
         return f"d={d}, width={width}, scale={self.scale:g}, activation={self.activation}"
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`W x + b`; with `W (B, o, d)` and `b (B, o)`, those of each of the `B` examples that the rows of `x` are of."""
+    if weight.dim() == 2:
+        return F.linear(x, weight, bias)
+    rows, across = x.reshape(len(weight), -1, x.shape[-1]), weight.mT.to(x.dtype)
+    y = rows @ across if bias is None else torch.baddbmm(bias[:, None].to(x.dtype), rows, across)
+    return y.view(*x.shape[:-1], weight.shape[-2])

@@ -68,7 +68,8 @@ def extended(
     The further ones are visible to every query, whatever mask there is.
 
     Args:
-        keys: `(B or 1, H, L, dh)`, where `H` is the number of heads of `base`'s queries or of its keys.
+        keys: `(B or 1, H, L, dh)`, where `H` is the number of heads of `base`'s queries or of its keys. Where `base`
+            has several rows for each of `B` examples (windows), one example after the other, each gets its own.
         values: as `keys`.
         watch: is given the queries `(B, H, N, dh)` and the weights `(B, H, N, L)` that the further keys received.
 
@@ -86,7 +87,7 @@ def extended(
 
 
 def projected(base: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values `(1, H_kv, L, dh)` that `base`, an attention, makes of `tokens (1, L, d)`; nothing is attended.
+    """Keys and values `(B, H_kv, L, dh)` that `base`, an attention, makes of `tokens (B, L, d)`; nothing is attended.
 
     The tokens have no position: rotary positions leave them as they leave a class token.
 
@@ -178,7 +179,10 @@ def _extend(name: str, call: _Call, keys: Tensor, values: Tensor) -> _Call:
 
 
 def _like(further: Tensor, own: Tensor) -> Tensor:
-    return further.to(own.dtype).expand(len(own), -1, -1, -1)
+    further = further.to(own.dtype)
+    if 1 < len(further) < len(own):
+        return further.repeat_interleave(len(own) // len(further), dim=0)
+    return further.expand(len(own), -1, -1, -1)
 
 
 @torch.no_grad()

@@ -24,13 +24,15 @@ from torch import Tensor, nn
 from perpetune.errors import UsageError, closest
 from perpetune.numerics.lowrank import Factors
 from perpetune.numerics.projection import Operand
+from perpetune.pets.choice import Choice
 
 Conditions = Literal["exact", "paper"]
 Module = TypeVar("Module", bound=nn.Module)
-Active = str | tuple[str, ...] | None
-"""The PETs in force in a slot: one, several of which the last is the outermost, or none."""
-InForce = str | Sequence[str] | None
-"""The sets of PETs in force in a net: one, several, or none."""
+Active = str | Choice | tuple[str | Choice, ...] | None
+"""The PETs in force in a slot: one, those that were chosen for each example, several of which the last is the
+outermost, or none."""
+InForce = str | Choice | Sequence[str | Choice] | None
+"""The sets of PETs in force in a net: one, a choice for each example, several, or none."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,8 @@ class PET(nn.Module, ABC):
 
     default_at: ClassVar[tuple[str, ...]] = ()  # the roles it goes to unless told otherwise
     adds_tokens: ClassVar[bool] = False  # whether it puts tokens beside those of its input
-    watch: Callable[[str, Tensor], None] | None = None  # who is told of the rows at the sites, if anybody
+    watch: Callable[..., None] | None = None
+    """Called as `watch(site, rows)`; where the rows are not of all examples, with their numbers `(n,)` as a third."""
 
     @abstractmethod
     def forward(self, base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -168,9 +171,61 @@ class PET(nn.Module, ABC):
         return None
 
     def seen(self, site: str, rows: Tensor) -> None:
-        """Tell who watches of rows at a site: `(..., width)`, or `(B, groups, N, width)` where there are groups."""
+        """Show the watcher rows at a site: `(..., width)`, or `(B, groups, N, width)` where there are groups."""
         if self.watch is not None:
             self.watch(site, rows.detach())
+
+    # -- one member of several, chosen for each example -----------------------------------------------
+
+    def blend(self, members: Sequence[PET], choice: Choice) -> dict[str, Tensor]:
+        """Values for this pet's tensors, by their names, with which it does for each example what its members would do.
+
+        Each has a leading axis of examples, `(B, …)`, and `forward` has to take them so.
+
+        Args:
+            members: the pets of `choice.members` at this place, this one the first.
+
+        Raises:
+            UsageError: pets of this kind cannot be chosen for each example.
+        """
+        raise UsageError(
+            f"{type(self).__name__} cannot be chosen for each example: its class has no `blend`; put one set in force "
+            "for all of a batch"
+        )
+
+    def part_seen(self, site: str, rows: Tensor, position: int, choice: Choice) -> Tensor:
+        """Of the rows at a site of the blended pet, those that the member at `position` of each example would see."""
+        return rows
+
+    def mixed(self, members: Sequence[PET], choice: Choice, base: Any, *args: Any, **kwargs: Any) -> Any:
+        """What stands for `base(*args, **kwargs)` where each example has members of its own."""
+        choice.check(args[0])
+        values = self.blend(members, choice)
+        with self._told_apart(members, choice):
+            return torch.func.functional_call(self, values, (base, *args), kwargs, strict=False)
+
+    @contextlib.contextmanager
+    def _told_apart(self, members: Sequence[PET], choice: Choice) -> Iterator[None]:
+        """Inside, each member that is watched shows the rows of its own examples."""
+        before = self.watch
+        watches = {number: member.watch for number, member in enumerate(members) if member.watch is not None}
+        if not watches:
+            yield
+            return
+
+        def shown(site: str, rows: Tensor) -> None:
+            for number, watch in watches.items():
+                for position in range(choice.each):
+                    examples = choice.examples_of(number, position)
+                    if len(examples):
+                        mine = self.part_seen(site, choice.share(rows, examples), position, choice)
+                        watch(site, mine, examples)
+
+        self.watch = shown
+        try:
+            yield
+        finally:
+            self.watch = before
 
 
 @dataclass(frozen=True)
@@ -205,9 +260,14 @@ class Slot(nn.Module):
         if isinstance(active, str):
             return self.pets[active](self.base, *args, **kwargs)
         call: Callable[..., Any] = self.base
-        for name in active:
-            call = partial(self.pets[name], call)
+        for one in active if isinstance(active, tuple) else (active,):
+            call = partial(self._chosen(one) if isinstance(one, Choice) else self.pets[one], call)
         return call(*args, **kwargs)
+
+    def _chosen(self, choice: Choice) -> Callable[..., Any]:
+        """The PETs of a choice as one that calls its base."""
+        members = [self.pet(name) for name in choice.members]
+        return partial(members[0].mixed, members, choice)
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight" and isinstance(base := self._modules.get("base"), nn.Conv2d):
@@ -224,11 +284,27 @@ class Slot(nn.Module):
         assert isinstance(pet, PET)
         return pet
 
-    def activate(self, names: Active) -> None:
-        """Put in force those of the PETs named that are here."""
-        given = (names,) if isinstance(names, str) else names or ()
-        here = tuple(name for name in given if name in self.pets)
+    def activate(self, wanted: Active) -> None:
+        """Put in force those of the PETs wanted that are here.
+
+        Raises:
+            UsageError: members of a choice of which some are here and some are not.
+        """
+        given = wanted if isinstance(wanted, tuple) else () if wanted is None else (wanted,)
+        here = tuple(one for one in given if self._has(one))
         self.active = here if len(here) > 1 else here[0] if here else None
+
+    def _has(self, wanted: str | Choice) -> bool:
+        if isinstance(wanted, str):
+            return wanted in self.pets
+        here = [name for name in wanted.members if name in self.pets]
+        if here and len(here) < len(wanted.members):
+            lacking = next(name for name in wanted.members if name not in self.pets)
+            raise UsageError(
+                f"a choice of pets: {here[0]!r} has one around {type(self.base).__name__} and {lacking!r} has none: "
+                "sets at the same places are expected"
+            )
+        return bool(here)
 
 
 def inject(root: nn.Module, places: Sequence[Place], make: Callable[[Place], PET], name: str = "default") -> list[PET]:
@@ -311,6 +387,22 @@ def has_set(root: nn.Module, name: str, kind: type[PET] | None = None) -> bool:
     return bool(found) and all(isinstance(pet, kind) for pet in found)
 
 
+def blendable(root: nn.Module, names: Sequence[str]) -> bool:
+    """Whether these sets can be members of a `Choice`: at the same places, of one kind and shape, with a `blend`."""
+    for _, slot in slots(root):
+        here = [slot.pet(name) for name in names if name in slot.pets]
+        if here and (len(here) < len(names) or len({_form(pet) for pet in here}) > 1):
+            return False
+        if here and type(here[0]).blend is PET.blend:
+            return False
+    return True
+
+
+def _form(pet: PET) -> tuple[Any, ...]:
+    """What pets that are blended have in common."""
+    return (type(pet), *((name, tuple(t.shape), t.dtype) for name, t in pet.state_dict().items()))
+
+
 def pets(root: nn.Module, name: str) -> list[PET]:
     """The PETs of one set, in the order of their paths in the net.
 
@@ -379,12 +471,17 @@ def using(root: nn.Module, names: InForce) -> Iterator[None]:
     calls that of the earlier as its base, so updates that are added, such as LoRA's, add up. A PET that asks of which
     kind its base is (a prompt in attention) has to be of the first.
 
+    With a `Choice` each example of the batch has sets of its own, in one pass; where it comes down to one set, that one
+    is in force as by its name.
+
     Raises:
-        UsageError: there is no such set; names those there are.
+        UsageError: there is no such set; names those there are. Members of a choice that stand at other places.
     """
-    wanted = names if names is None or isinstance(names, str) else tuple(names)
-    for name in (wanted,) if isinstance(wanted, str) else wanted or ():
-        _known(root, name)
+    given = (names,) if isinstance(names, str | Choice) else () if names is None else names
+    for one in given:
+        for name in (one,) if isinstance(one, str) else one.members:
+            _known(root, name)
+    wanted = tuple(one if isinstance(one, str) else one.narrowed() for one in given)
     before = [(slot, slot.active) for _, slot in slots(root)]
     try:
         for slot, _ in before:

@@ -14,6 +14,7 @@ from perpetune.errors import UsageError
 from perpetune.numerics.lowrank import Factors, reduced, summed
 from perpetune.numerics.projection import Operand
 from perpetune.pets.base import PET, Conditions, Pair, Place, Site, is_plain, with_values
+from perpetune.pets.choice import Choice
 
 
 class LoRA(PET):
@@ -75,6 +76,8 @@ class LoRA(PET):
 
     def forward(self, base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y: Tensor = base(x, *args, **kwargs)  # (..., d_out)
+        if self.down.dim() == 3:
+            return self._each(y, x)
         every, up = x, self.up_matrix()
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
         down = F.linear(x, self.down.to(x.dtype))  # (..., P r)
@@ -94,18 +97,52 @@ class LoRA(PET):
         )
         return flat.view(y.shape)
 
+    def _each(self, y: Tensor, x: Tensor) -> Tensor:
+        """`y + s B A x` where `A (B, P r, d_in)` and `B (B, d_out, P r)` are those of each example."""
+        every, up = x.reshape(len(self.down), -1, x.shape[-1]), self.up_matrix()  # (B, n, d_in)
+        rows = F.dropout(every, self.dropout, self.training) if self.dropout else every
+        down = rows @ self.down.mT.to(x.dtype)  # (B, n, P r)
+        if self.watch is not None:
+            self.seen("down", rows.view(x.shape))
+            for i, part in enumerate(down.chunk(len(self.parts), dim=-1)):
+                self.seen(f"up.{i}", part.reshape(*x.shape[:-1], -1))
+        if self.rest_down is not None and self.rest_up is not None:
+            down = torch.cat([down, every @ self.rest_down.mT.to(x.dtype)], dim=-1)
+            up = torch.cat([up, self.rest_up], dim=-1)
+        wide = y.reshape(len(down), -1, self.d_out)
+        return torch.baddbmm(wide, down.to(y.dtype), up.mT.to(y.dtype), alpha=self.scale).view(y.shape)
+
+    def blend(self, members: Sequence[PET], choice: Choice) -> dict[str, Tensor]:
+        """Several members of one example are one LoRA of their joined rank; weights are factors on their `B`."""
+        loras = [pet for pet in members if isinstance(pet, LoRA)]
+        downs = choice.picked([pet.down for pet in loras])  # (B, k, P r, d_in)
+        by_part = downs.unflatten(2, (len(self.parts), self.rank)).transpose(1, 2)  # (B, P, k, r, d_in)
+        values = {"down": by_part.flatten(1, 3)}
+        for i in range(len(self.up)):
+            values[f"up.{i}"] = _side_by_side(choice.weighted(choice.picked([pet.up[i] for pet in loras])))
+        if self.rest_down is not None and self.rest_up is not None:
+            values["rest_down"] = choice.picked([_tensor(pet.rest_down) for pet in loras]).flatten(1, 2)
+            ups = choice.picked([_tensor(pet.rest_up) for pet in loras])
+            values["rest_up"] = _side_by_side(choice.weighted(ups))
+        return values
+
+    def part_seen(self, site: str, rows: Tensor, position: int, choice: Choice) -> Tensor:
+        return rows if site == "down" else rows.chunk(choice.each, dim=-1)[position]
+
     def up_matrix(self) -> Tensor:
-        """`B (d_out, P r)`: each part's block on its own rows and columns, zero elsewhere."""
-        if len(self.parts) == 1 and len(self.up[0]) == self.d_out:
+        """`B (d_out, P r)`, or of each example `(B, d_out, P r)`: each part's block on its own rows and columns, zero
+        elsewhere."""
+        if len(self.parts) == 1 and self.up[0].shape[-2] == self.d_out:
             whole: Tensor = self.up[0]
             return whole
-        rows, end = [], 0
+        rows, end, width = [], 0, self.down.shape[-2]
+        rank, lead = width // len(self.parts), self.down.shape[:-2]
         for i, ((start, stop), up) in enumerate(zip(self.parts, self.up, strict=True)):
-            rows.append(up.new_zeros(start - end, len(self.down)))
-            rows.append(F.pad(up, (i * self.rank, (len(self.parts) - 1 - i) * self.rank)))
+            rows.append(up.new_zeros(*lead, start - end, width))
+            rows.append(F.pad(up, (i * rank, (len(self.parts) - 1 - i) * rank)))
             end = stop
-        rows.append(self.down.new_zeros(self.d_out - end, len(self.down)))
-        return torch.cat(rows)
+        rows.append(self.down.new_zeros(*lead, self.d_out - end, width))
+        return torch.cat(rows, dim=-2)
 
     def factors(self) -> list[Factors]:
         """`B (rows, r)` and `A (r, d_in)` of each part, as they are trained; `s B A` is added to the layer's weight."""
@@ -212,3 +249,13 @@ class LoRA(PET):
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scale={self.scale:g}, parts={self.parts}, d_out={self.d_out}"
+
+
+def _side_by_side(blocks: Tensor) -> Tensor:
+    """`(B, o, k r)` of `(B, k, o, r)`: the columns of one member beside those of the next."""
+    return blocks.transpose(1, 2).flatten(2, 3)
+
+
+def _tensor(value: Tensor | None) -> Tensor:
+    assert value is not None, "blended pets have the same tensors"
+    return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +12,7 @@ from perpetune.errors import UsageError
 from perpetune.numerics.projection import Operand
 from perpetune.pets.attention import extended
 from perpetune.pets.base import PET, Conditions, Place, Site
+from perpetune.pets.choice import Choice
 
 
 class Prefix(PET):
@@ -44,8 +46,18 @@ class Prefix(PET):
         return extended(base, self._by_head(self.keys), self._by_head(self.values), x, *args, watch=watch, **kwargs)
 
     def _by_head(self, rows: Tensor) -> Tensor:
-        """`(1, H, L, dh)` of `(L, d)`."""
-        return rows.view(1, len(rows), self.heads, -1).transpose(1, 2)
+        """`(1, H, L, dh)` of `(L, d)`; of `(B, L, d)`, those of each example, `(B, H, L, dh)`."""
+        return rows.view(-1, rows.shape[-2], self.heads, rows.shape[-1] // self.heads).transpose(1, 2)
+
+    def blend(self, members: Sequence[PET], choice: Choice) -> dict[str, Tensor]:
+        found = [pet for pet in members if isinstance(pet, Prefix)]
+        return {
+            "keys": choice.tokens([pet.keys for pet in found]),
+            "values": choice.tokens([pet.values for pet in found]),
+        }
+
+    def part_seen(self, site: str, rows: Tensor, position: int, choice: Choice) -> Tensor:
+        return tokens_seen(site, rows, position, choice)
 
     def _attended(self, queries: Tensor, weights: Tensor) -> None:
         self.seen("keys", queries)
@@ -70,6 +82,13 @@ class Prefix(PET):
     def extra_repr(self) -> str:
         length, d = self.keys.shape
         return f"length={length}, d={d}, heads={self.heads}"
+
+
+def tokens_seen(site: str, rows: Tensor, position: int, choice: Choice) -> Tensor:
+    """Of rows at a site of blended tokens those of one member: of attention weights, the columns of its own tokens."""
+    if site == "values" and choice.join == "beside":
+        return rows.chunk(choice.each, dim=-1)[position]
+    return rows
 
 
 def check_options(pet: str, length: int, std: float) -> None:

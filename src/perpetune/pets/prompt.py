@@ -12,7 +12,8 @@ from perpetune.errors import UsageError
 from perpetune.numerics.projection import Operand
 from perpetune.pets.attention import extended, projected, unmasked
 from perpetune.pets.base import PET, Conditions, Place, Site
-from perpetune.pets.prefix import check_attention, check_options
+from perpetune.pets.choice import Choice
+from perpetune.pets.prefix import check_attention, check_options, tokens_seen
 
 
 class Prompt(PET):
@@ -47,6 +48,7 @@ class Prompt(PET):
             where = f"{place.path} ({', '.join(place.roles)})"
             raise UsageError(f"prompt: {where} is no block, where tokens that are not deep go: set at: block")
         self.place, self.length, self.deep = place, length, deep
+        self._carried = length  # tokens that go through the blocks, where they are not deep
         own = deep or place.block == 0
         self.tokens = nn.Parameter(torch.randn(length, place.d_in, generator=generator) * std) if own else None
 
@@ -71,15 +73,32 @@ class Prompt(PET):
                     "tokens have no place; use deep: true"
                 )
             y = unmasked(base, torch.cat([x, self._seen_tokens(x).expand(len(x), -1, -1)], dim=1), *args, **kwargs)
-        return y[:, : -self.length] if self.place.block == self.place.depth - 1 else y
+        return y[:, : -self._carried] if self.place.block == self.place.depth - 1 else y
+
+    def mixed(self, members: Sequence[PET], choice: Choice, base: Any, *args: Any, **kwargs: Any) -> Any:
+        """As of any pet; after the last block all the tokens that came in at block 0 are taken off."""
+        before = self._carried
+        self._carried = self.length * (choice.each if choice.join == "beside" else 1)
+        try:
+            return super().mixed(members, choice, base, *args, **kwargs)
+        finally:
+            self._carried = before
+
+    def blend(self, members: Sequence[PET], choice: Choice) -> dict[str, Tensor]:
+        found = [pet.tokens for pet in members if isinstance(pet, Prompt) and pet.tokens is not None]
+        return {"tokens": choice.tokens(found)} if found else {}
+
+    def part_seen(self, site: str, rows: Tensor, position: int, choice: Choice) -> Tensor:
+        return tokens_seen(site, rows, position, choice)
 
     def _attend(self, base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        keys, values = projected(base, self._seen_tokens(x)[None])
+        tokens = self._seen_tokens(x)
+        keys, values = projected(base, tokens if tokens.dim() == 3 else tokens[None])
         watch = None if self.watch is None else self._attended
         return extended(base, keys, values, x, *args, watch=watch, **kwargs)
 
     def _seen_tokens(self, x: Tensor) -> Tensor:
-        """The tokens `(L, d)` as what goes along with `x (B, N, d)`."""
+        """The tokens `(L, d)`, or those of each example `(B, L, d)`, as what goes along with `x (B, N, d)`."""
         assert self.tokens is not None
         if self.watch is not None:
             self.seen("keys.inputs", x)

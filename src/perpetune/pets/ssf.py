@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from perpetune.errors import UsageError
 from perpetune.pets.base import PET, Conditions, Place, Site, is_plain, with_values
+from perpetune.pets.choice import Choice
 
 
 class SSF(PET):
@@ -48,8 +50,19 @@ class SSF(PET):
         y: Tensor = base(x, *args, **kwargs)  # (..., d_out), or (B, d_out, H, W) of a convolution
         gain, shift = self._gain(), self._on_rows(self.shift)
         if self.of_maps:
-            gain, shift = gain[:, None, None], shift[:, None, None]
+            gain, shift = gain[..., None, None], shift[..., None, None]
+        elif gain.dim() == 2:  # those of each example, which may have several rows
+            rows = y.reshape(len(gain), -1, y.shape[-1])
+            return torch.addcmul(shift[:, None], rows, gain[:, None]).view(y.shape).to(y.dtype)
         return torch.addcmul(shift, y, gain).to(y.dtype)
+
+    def blend(self, members: Sequence[PET], choice: Choice) -> dict[str, Tensor]:
+        """Of several members of one example `δ` and `β` are added up."""
+        found = [pet for pet in members if isinstance(pet, SSF)]
+        return {
+            "scale": choice.summed([pet.scale for pet in found]),
+            "shift": choice.summed([pet.shift for pet in found]),
+        }
 
     def fold(self, base: nn.Module) -> nn.Module | None:
         """A linear layer, convolution or LayerNorm of weight `(1 + δ) W` and bias `(1 + δ) b + β`."""
@@ -72,12 +85,14 @@ class SSF(PET):
         )
 
     def _gain(self) -> Tensor:
-        """`1 + δ (d_out,)`."""
+        """`1 + δ (d_out,)`, or of each example `(B, d_out)`."""
         return self._on_rows(self.scale) + 1
 
     def _on_rows(self, values: Tensor) -> Tensor:
-        """`(d_out,)`: the values on their rows, 0 elsewhere."""
-        return values if self.rows is None else values.new_zeros(self.d_out).index_copy(0, self.rows, values)
+        """`(…, d_out)`: the values on their rows, 0 elsewhere."""
+        if self.rows is None:
+            return values
+        return values.new_zeros(*values.shape[:-1], self.d_out).index_copy(-1, self.rows, values)
 
     def extra_repr(self) -> str:
         return f"d_out={self.d_out}, rows={len(self.scale)}"

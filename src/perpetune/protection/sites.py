@@ -217,16 +217,21 @@ class Watch:
             for hook in hooks:
                 hook.remove()
 
-    def add(self, watched: Watched, rows: Tensor) -> None:
-        """Count rows at a site: `(..., width)`, or `(B, groups, N, width)`."""
+    def add(self, watched: Watched, rows: Tensor, examples: Tensor | None = None) -> None:
+        """Count rows at a site: `(..., width)`, or `(B, groups, N, width)`.
+
+        Args:
+            examples: numbers of the examples of the batch that the rows are of; None is all.
+        """
+        mask = self.mask if self.mask is None or examples is None else self.mask[examples.to(self.mask.device)]
         site, operand = watched.site, watched.site.operand
         groups = None if site.groups == 1 else site.groups
         if rows.dim() == 4:
             rows = rows.transpose(1, 2)  # (B, N, groups, width)
-        if self.mask is not None and rows.dim() > 2 and rows.shape[:2] == self.mask.shape:
-            rows = rows[self.mask]
-        elif self.mask is not None and rows.dim() == 2 and self.mask.shape[1] > 1 and len(rows) == self.mask.numel():
-            rows = rows[self.mask.flatten()]  # some nets (OPT's MLP) take the tokens of all texts as one
+        if mask is not None and rows.dim() > 2 and rows.shape[:2] == mask.shape:
+            rows = rows[mask]
+        elif mask is not None and rows.dim() == 2 and mask.shape[1] > 1 and len(rows) == mask.numel():
+            rows = rows[mask.flatten()]  # some nets (OPT's MLP) take the tokens of all texts as one
         elif rows.dim() == 4:
             rows = rows.flatten(0, 1)
         rows = rows.transpose(0, 1) if groups else rows.reshape(-1, rows.shape[-1])
@@ -248,9 +253,9 @@ class Watch:
         matrix = matrix if matrix.dim() == 3 else matrix.unsqueeze(0)
         return (matrix if site.lift is None else site.lift(matrix).cpu()), count
 
-    def _at_pet(self, sites: dict[str, Watched], name: str, rows: Tensor) -> None:
+    def _at_pet(self, sites: dict[str, Watched], name: str, rows: Tensor, examples: Tensor | None = None) -> None:
         if name in sites:
-            self.add(sites[name], rows)
+            self.add(sites[name], rows, examples)
 
     def _into(self, watched: Watched, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._inside += 1
