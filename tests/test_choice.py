@@ -291,7 +291,7 @@ def test_windows_of_a_picture_have_the_pets_of_that_picture() -> None:
     for name in MEMBERS:
         rng = generator("swin", name)
         for path, role in linear:
-            module = net.get_submodule(path) if name == "m0" else _frozen_at(net, path)
+            module: Any = submodule(net, path)
             place = Place(
                 path, module, (role,), ((0, module.out_features),), 0, module.in_features, module.out_features
             )
