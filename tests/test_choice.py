@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from perpetune.errors import UsageError
 from perpetune.models.backbones import load_backbone
 from perpetune.models.families import places
-from perpetune.pets import PET, Choice, InForce, Place, blendable, inject, parameters, pets, using
+from perpetune.pets import PET, Choice, InForce, Place, blendable, inject, parameters, pets, submodule, using
 from perpetune.pets.adapter import Adapter
 from perpetune.pets.lora import LoRA
 from perpetune.pets.prefix import Prefix
