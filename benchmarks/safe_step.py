@@ -26,6 +26,7 @@ import torch
 from perpetune.build import build_method
 from perpetune.fit import fit
 from perpetune.methods.base import training
+from perpetune.methods.parts.teacher import Teacher
 from perpetune.methods.safe import FAST, SLOW, Safe
 from perpetune.models.backbones import load_backbone
 from perpetune.pets import using
@@ -95,14 +96,14 @@ class Bench:
         """All epochs of `slow` or `fast` training, as `Safe` does it."""
         method, slow = self.method, name == "slow"
         task, config = self.task(0 if slow else 1, kind), method.train_config if slow else method.later
-        table = None
+        teacher = Teacher(method.model, None if slow else SLOW)
         if kind == "deterministic":
-            table = method._table(task, None if slow else SLOW, config.batch_size)
-        loss = partial(method.slow_loss, table=table)
+            teacher.keep(teacher.table(task, config.batch_size))
+        loss = partial(method.slow_loss, teacher=teacher)
         if not slow:
-            loss = partial(method.fast_loss, table=table, known=CLASSES)
+            loss = partial(method.fast_loss, teacher=teacher, known=CLASSES)
         with training(method.model):
-            fit(loss, method._trained(config), task, config, phase=name)
+            fit(loss, method.groups(config), task, config, phase=name)
 
     def seconds(self, call: Callable[[], Any]) -> tuple[float, float]:
         """Of the clock, and of the CPU."""

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from perpetune.build import build_method
 from perpetune.fit import fit
-from perpetune.methods.resemblance import Search
+from perpetune.methods.treelora.search import Search
 from perpetune.models.backbones import load_backbone
 from perpetune.models.texts import Encoded, TextView
 from perpetune.numerics.signature import distance, normalised

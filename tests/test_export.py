@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from perpetune.check import Checker
 from perpetune.errors import PerpetuneError, StateError, UsageError
 from perpetune.export import export_learned, read_peft, write_peft
-from perpetune.methods.treelora import TreeLoRA
+from perpetune.methods.treelora.method import TreeLoRA
 from perpetune.models.backbone import Backbone
 from perpetune.models.backbones import load_backbone
 from perpetune.models.families import places

@@ -19,8 +19,8 @@ from perpetune.check import Pictures, tiny_backbone
 from perpetune.errors import UsageError
 from perpetune.fit import FitConfig, fit
 from perpetune.heads.linear import Linear
-from perpetune.methods.gradients import GradientSketch, in_groups
-from perpetune.methods.treelora import TreeLoRA
+from perpetune.methods.treelora.method import TreeLoRA
+from perpetune.methods.treelora.sketch import GradientSketch, in_groups
 from perpetune.models.backbones import load_backbone
 from perpetune.models.base import Model
 from perpetune.models.causal_lm import CausalLM

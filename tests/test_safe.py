@@ -21,6 +21,7 @@ from perpetune.errors import Interrupted, UsageError
 from perpetune.fit import FitConfig
 from perpetune.heads import Cosine, Ridge
 from perpetune.learner import Learner
+from perpetune.methods.parts.teacher import Teacher
 from perpetune.methods.safe import FAST, SLOW, Safe
 from perpetune.numerics.alignment import correlation_losses, cosine_distance
 from perpetune.numerics.mixing import mix
@@ -118,6 +119,11 @@ def golden(monkeypatch: pytest.MonkeyPatch) -> tuple[Safe, Task, Batch]:
     return method, task, batch
 
 
+def knows(method: Safe, table: Tensor) -> Teacher:
+    """A teacher whose features are those of the table."""
+    return Teacher(method.model, SLOW).keep(table)
+
+
 def probe(head: nn.Module) -> Cosine:
     found = head.probe
     assert isinstance(found, Cosine)
@@ -126,18 +132,19 @@ def probe(head: nn.Module) -> Cosine:
 
 def test_golden_fast_losses(golden: tuple[Safe, Task, Batch]) -> None:
     method, task, batch = golden
-    alone = float(method.fast_loss(task, batch, THEIRS, known=2))
+    taught = knows(method, THEIRS)
+    alone = float(method.fast_loss(task, batch, taught, known=2))
     method.align = 1.0
-    assert float(method.fast_loss(task, batch, THEIRS, known=2)) - alone == pytest.approx(0.4711111 / 2, abs=1e-6)
+    assert float(method.fast_loss(task, batch, taught, known=2)) - alone == pytest.approx(0.4711111 / 2, abs=1e-6)
     method.align, method.cross = 0.0, 1.0
-    assert float(method.fast_loss(task, batch, THEIRS, known=2)) - alone == pytest.approx(4.8127364, abs=3e-6)
+    assert float(method.fast_loss(task, batch, taught, known=2)) - alone == pytest.approx(4.8127364, abs=3e-6)
     rows = probe(method.model.head).weight.clone()
     method._imprint(task, THEIRS, 2)
     torch.testing.assert_close(
         F.normalize(probe(method.slow).weight[2], dim=0), F.normalize(F.normalize(THEIRS, dim=-1).mean(0), dim=0)
     )
     probe(method.model.head).weight.copy_(rows)
-    imprinted = float(method.fast_loss(task, batch, THEIRS, known=2)) - alone
+    imprinted = float(method.fast_loss(task, batch, taught, known=2)) - alone
     assert imprinted == pytest.approx(0.7899372 + 0.3567962, abs=3e-6)
 
 
@@ -145,11 +152,12 @@ def test_golden_slow_losses(golden: tuple[Safe, Task, Batch]) -> None:
     """29 dimensions more in which `C` is zero add 29."""
     method, task, batch = golden
     method.diagonal = method.rest = 0.0
-    alone = float(method.slow_loss(task, batch, THEIRS))
+    taught = knows(method, THEIRS)
+    alone = float(method.slow_loss(task, batch, taught))
     method.diagonal = 1.0
-    assert float(method.slow_loss(task, batch, THEIRS)) - alone - 29 == pytest.approx(1.7898074, abs=1e-5)
+    assert float(method.slow_loss(task, batch, taught)) - alone - 29 == pytest.approx(1.7898074, abs=1e-5)
     method.diagonal, method.rest = 0.0, 1.0
-    assert float(method.slow_loss(task, batch, THEIRS)) - alone == pytest.approx(0.4501926, abs=1e-6)
+    assert float(method.slow_loss(task, batch, taught)) - alone == pytest.approx(0.4501926, abs=1e-6)
 
 
 # -- the losses, and whom they reach ------------------------------------------------------------------
@@ -216,7 +224,7 @@ def test_cross_classification_is_the_formula_and_reaches_whom_it_should(ready: t
 
     def whole(cross: float) -> Tensor:
         method.align, method.cross = 0.0, cross
-        return method.fast_loss(task, batch, known=known)
+        return method.fast_loss(task, batch, Teacher(method.model, SLOW), known=known)
 
     assert float(whole(1.0) - whole(0.0)) == pytest.approx(float(s2f() + f2s()), abs=1e-5)
     # With only what `fit` trains open to gradients, the difference is the two losses' own.
@@ -237,14 +245,17 @@ def test_no_loss_reaches_a_teacher(ready: tuple[Safe, Task, Batch]) -> None:
     """V10, V11: not the frozen model, not the slow pets; W_s gets nothing where only the fast head is trained."""
     method, task, batch = ready
     slow_pets = {id(p) for p in parameters(method.model, SLOW)}
-    for loss in (lambda: method.fast_loss(task, batch, known=2), lambda: method.slow_loss(task, batch)):
+    for loss in (
+        lambda: method.fast_loss(task, batch, Teacher(method.model, SLOW), known=2),
+        lambda: method.slow_loss(task, batch, Teacher(method.model, None)),
+    ):
         with open_to_gradients(method):
             loss().backward()
             assert all(p.grad is None for p in method.parameters() if id(p) in slow_pets)
     trained = [p for group, _ in method.groups(method.later) for p in group]
     for p in trained:
         p.requires_grad_(True)
-    method.fast_loss(task, batch, known=2).backward()
+    method.fast_loss(task, batch, Teacher(method.model, SLOW), known=2).backward()
     got = {n for n, p in method.named_parameters() if p.grad is not None}
     assert got == {n for n, p in method.named_parameters() if id(p) in {id(t) for t in trained}}
     assert not any(n.startswith("slow.") or f".{SLOW}." in n for n in got)
@@ -256,18 +267,19 @@ def test_the_slow_loss_is_the_formula(ready: tuple[Safe, Task, Batch]) -> None:
     diagonal, rest = correlation_losses(student, teacher)
     cross_entropy = F.cross_entropy(probe(method.model.head)(student), batch.targets + 2)
     wanted = cross_entropy + 0.01 * diagonal + 10.0 * rest
-    torch.testing.assert_close(method.slow_loss(task, batch), wanted)
+    torch.testing.assert_close(method.slow_loss(task, batch, Teacher(method.model, None)), wanted)
 
 
 def test_the_classification_is_among_all_classes_so_far(ready: tuple[Safe, Task, Batch]) -> None:
     method, task, batch = ready
     method.align = method.cross = 0.0
+    slow = Teacher(method.model, SLOW)
     logits = probe(method.model.head)(features_of(method, batch, FAST))
-    torch.testing.assert_close(method.fast_loss(task, batch, known=2), F.cross_entropy(logits, batch.targets + 2))
+    torch.testing.assert_close(method.fast_loss(task, batch, slow, known=2), F.cross_entropy(logits, batch.targets + 2))
     method.align = 48.0
     distance = cosine_distance(features_of(method, batch, FAST), features_of(method, batch, SLOW))
     wanted = F.cross_entropy(logits, batch.targets + 2) + 48 * distance
-    torch.testing.assert_close(method.fast_loss(task, batch, known=2), wanted)
+    torch.testing.assert_close(method.fast_loss(task, batch, slow, known=2), wanted)
 
 
 def test_teachers_are_without_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,16 +292,16 @@ def test_teachers_are_without_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
             pet.register_forward_pre_hook(lambda m, _: seen[name].add(m.training) if torch.is_grad_enabled() else None)
 
     for task in (shown(Pictures, 0, "ab"), shown(Pictures, 1, "cd")):
-        taught_ = method._taught
+        taught_ = Teacher.features
         modes: list[bool] = []
 
-        def look(*given: Any, taught_: Any = taught_, modes: list[bool] = modes) -> Tensor:
-            if given[1] == SLOW:
+        def look(self: Teacher, batch: Batch, taught_: Any = taught_, modes: list[bool] = modes) -> Tensor:
+            if self.pets == SLOW:
                 modes.extend(pet.training for pet in pets(method.model, SLOW))
-            result: Tensor = taught_(*given)
+            result: Tensor = taught_(self, batch)
             return result
 
-        monkeypatch.setattr(method, "_taught", look)
+        monkeypatch.setattr(Teacher, "features", look)
         watch(FAST)
         learn_protected(method, task)
         monkeypatch.undo()

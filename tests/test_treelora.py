@@ -27,10 +27,10 @@ from perpetune.cli import call
 from perpetune.errors import Interrupted, StateError, UsageError
 from perpetune.evaluate import evaluate
 from perpetune.learner import Learner
-from perpetune.methods import adapters, resemblance
 from perpetune.methods.finetune import FineTune
-from perpetune.methods.resemblance import Search
-from perpetune.methods.treelora import TreeLoRA
+from perpetune.methods.treelora import adapters
+from perpetune.methods.treelora.method import TreeLoRA
+from perpetune.methods.treelora.search import Search
 from perpetune.numerics import similarity_tree
 from perpetune.numerics.lowrank import Factors
 from perpetune.numerics.signature import distance, normalised
@@ -353,7 +353,7 @@ def test_a_step_does_not_go_through_all_tasks(count: int, monkeypatch: pytest.Mo
         actual: Callable[..., Any] = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, **k: (called.append(name), actual(*a, **k))[1])
 
-    counting(resemblance, "distance")
+    counting(searching, "distance")
     counting(similarity_tree, "distance")
     counting(similarity_tree, "_holds")
     counting(SimilarityTree, "point")

@@ -28,7 +28,7 @@ BUILTIN: dict[Kind, dict[str, str]] = {
         "joint": "perpetune.methods.joint:Joint",
         "first_session": "perpetune.methods.first_session:FirstSession",
         "safe": "perpetune.methods.safe:Safe",
-        "treelora": "perpetune.methods.treelora:TreeLoRA",
+        "treelora": "perpetune.methods.treelora.method:TreeLoRA",
         "olora": "perpetune.methods.olora:OLoRA",
     },
     "pets": {

@@ -17,8 +17,9 @@ from perpetune.fit import FitConfig, fit
 from perpetune.heads import Cosine, Head
 from perpetune.methods.base import Answers, Method, training
 from perpetune.methods.first_session import need_statistics
+from perpetune.methods.parts.teacher import Teacher, rows_of
 from perpetune.models.base import Mask, Model
-from perpetune.models.classifier import Classifier, feature_table, learn_statistics
+from perpetune.models.classifier import Classifier, learn_statistics
 from perpetune.numerics.alignment import correlation_losses, cosine_distance
 from perpetune.numerics.mixing import mix
 from perpetune.pets import copy_set, pets, using
@@ -97,10 +98,11 @@ class Safe(Method):
 
     def _learn_slow(self, task: Task) -> None:
         config = self.train_config
-        keep = deterministic(task.train) and config.epochs_of(task.index) > 1
-        table = self._table(task, None, config.batch_size) if keep else None
+        teacher = Teacher(self.model, None)
+        if deterministic(task.train) and config.epochs_of(task.index) > 1:
+            teacher.keep(teacher.table(task, config.batch_size))
         with training(self.model):
-            fit(partial(self.slow_loss, table=table), self.groups(config), task, config, phase="slow")
+            fit(partial(self.slow_loss, teacher=teacher), self.groups(config), task, config, phase="slow")
         copy_set(self.model, FAST, SLOW)
         head = self.model.head
         learn_statistics(task, config.batch_size, [(head, lambda batch: self.features(batch.inputs))])
@@ -108,33 +110,34 @@ class Safe(Method):
 
     def _learn_fast(self, task: Task, known: int) -> None:
         config = self.later
-        slow = self._table(task, SLOW, config.batch_size)
+        teacher = Teacher(self.model, SLOW)
+        slow = teacher.table(task, config.batch_size)
         self._imprint(task, slow, known)
-        table = slow if deterministic(task.train) else None
+        teacher.keep(slow if deterministic(task.train) else None)
         with self.model.following(task, config.batch_size, self.features), training(self.model):
             for pet in pets(self.model, SLOW):
                 pet.eval()  # a teacher is without dropout
-            loss = partial(self.fast_loss, table=table, known=known)
-            fit(loss, self.groups(config), task, config, phase="fast")
+            fit(partial(self.fast_loss, teacher=teacher, known=known), self.groups(config), task, config, phase="fast")
         heads: list[tuple[Head, Callable[[Batch], Tensor]]] = [
             (self.model.head, lambda batch: self.features(batch.inputs)),
-            (self.slow, lambda batch: slow[_numbers(batch)]),
+            (self.slow, lambda batch: rows_of(slow, batch)),
         ]
         learn_statistics(task, config.batch_size, heads)
 
-    def slow_loss(self, task: Task, batch: Batch, table: Tensor | None = None) -> Tensor:
-        """`CE + λ_diag L_diag + λ_rdn L_rdn`; `table` holds the pretrained model's features of the task's images."""
+    def slow_loss(self, task: Task, batch: Batch, teacher: Teacher) -> Tensor:
+        """`CE + λ_diag L_diag + λ_rdn L_rdn`; the teacher is the pretrained model."""
         with using(self.model, FAST):
             features = self.model.features(batch.inputs)
-        diagonal, rest = correlation_losses(features.float(), self._taught(batch, None, table))
+        diagonal, rest = correlation_losses(features.float(), teacher.features(batch))
         loss = self.model.head_loss(task, features, batch.targets)
         return loss + self.diagonal * diagonal + self.rest * rest
 
-    def fast_loss(self, task: Task, batch: Batch, table: Tensor | None = None, known: int = 0) -> Tensor:
-        """`CE + λ_cos L_cos + λ_cc (L_s2f + L_f2s)`; `known`: classes before this task, whose rows are prototypes."""
+    def fast_loss(self, task: Task, batch: Batch, teacher: Teacher, known: int) -> Tensor:
+        """`CE + λ_cos L_cos + λ_cc (L_s2f + L_f2s)`; the teacher is the slow learner, and `known` counts the classes
+        before this task, whose rows are prototypes."""
         with using(self.model, FAST):
             features = self.model.features(batch.inputs)
-        taught = self._taught(batch, SLOW, table)
+        taught = teacher.features(batch)
         loss = self.model.head_loss(task, features, batch.targets)
         loss = loss + self.align * cosine_distance(features.float(), taught)
         if self.cross == 0:
@@ -149,19 +152,6 @@ class Safe(Method):
             return (learned + whole * F.cross_entropy(judge(samples), own)) / (known + whole)
 
         return loss + self.cross * (crossed(fast, slow.weight, taught) + crossed(slow, fast.weight, features.float()))
-
-    def _taught(self, batch: Batch, pet: str | None, table: Tensor | None) -> Tensor:
-        """The teacher's features of a batch: looked up where they are known, as nothing about the images is drawn."""
-        if table is not None:
-            return table[_numbers(batch)]
-        with torch.no_grad(), using(self.model, pet):
-            return self.model.features(batch.inputs).float()
-
-    @torch.no_grad()
-    def _table(self, task: Task, pet: str | None, batch_size: int) -> Tensor:
-        """Features `(N, D)` of all training images of the task by one set of pets, as they look at evaluation."""
-        with using(self.model, pet):
-            return feature_table(task.train, batch_size, task.runtime, self.model.features)
 
     @torch.no_grad()
     def _imprint(self, task: Task, features: Tensor, known: int) -> None:
@@ -213,8 +203,3 @@ class Safe(Method):
 
     def set_extra_state(self, state: dict[str, int]) -> None:
         self.tasks = int(state["tasks"])
-
-
-def _numbers(batch: Batch) -> Tensor:
-    assert batch.numbers is not None
-    return batch.numbers

@@ -18,16 +18,17 @@ from torch import Tensor
 from perpetune.errors import UsageError
 from perpetune.fit import FitConfig, fit
 from perpetune.heads.ncm import NCM
-from perpetune.methods.adapters import AdapterBank, set_name
 from perpetune.methods.base import Answers, Method, training
-from perpetune.methods.gradients import GradientSketch, in_groups
-from perpetune.methods.resemblance import Kind, Search, TaskTree
+from perpetune.methods.parts.bank import set_name
+from perpetune.methods.parts.probe import gradients_of
+from perpetune.methods.treelora.adapters import LoRABank
+from perpetune.methods.treelora.search import Kind, Search, TaskTree
+from perpetune.methods.treelora.sketch import GradientSketch, in_groups
 from perpetune.models.base import Mask, Model
 from perpetune.models.classifier import Classifier, learn_statistics
 from perpetune.numerics.signature import RunningMean, normalised
 from perpetune.pets import has_set, parameters, using
-from perpetune.seeding import own_global_state
-from perpetune.tasks import Batch, Inputs, Task, balanced, load_batches, questions, weight
+from perpetune.tasks import Batch, Inputs, Task, balanced, questions
 
 Mode = Literal["last", "merged", "routed"]
 MODES: tuple[Mode, ...] = ("last", "merged", "routed")
@@ -42,7 +43,7 @@ class TreeLoRA(Method):
     (`GradientSketch`). Signatures stand in a tree whose levels are groups of layers. At each step a search by lower
     confidence bounds picks an earlier task; the loss gets `λ mean_l (1 − cos(ΔW_l, ΔW'_l))`, which draws the update of
     each module towards that of the picked task, in shallow layers towards one that stands for its whole branch. It is
-    in [0, 2λ], whatever the loss is; modules with hardly an update count less (`AdapterBank.alignment`). With
+    in [0, 2λ], whatever the loss is; modules with hardly an update count less (`LoRABank.alignment`). With
     `regularise: 0` and `start: last` this is `finetune`, bit for bit.
 
     Args:
@@ -104,7 +105,7 @@ class TreeLoRA(Method):
         blocks = [int(found[1]) if (found := re.search(r"\.(\d+)(\.|$)", n)) else -1 for n in self.gradients.names]
         self.layers, self.layer_names = in_groups(self.gradients.names, blocks, groups)
         self.similar = TaskTree(self.layers, self.gradients.shape)
-        self.bank = AdapterBank(model, DEFAULT, budget)
+        self.bank = LoRABank(model, DEFAULT, budget)
         self.router = NCM(model.backbone.dim)
         self.mean = RunningMean(self.gradients.shape)
         self._begun()
@@ -135,8 +136,7 @@ class TreeLoRA(Method):
 
     def loss(self, task: Task, batch: Batch) -> Tensor:
         self.gradients.listening = (self.steps + 1) % self.every == 0
-        with using(self.model, DEFAULT):
-            loss = self.model.loss(task, batch)
+        loss = self._bare_loss(task, batch)
         if self.search is None:
             return loss
         if self.drawn != self.search.picked:
@@ -167,27 +167,15 @@ class TreeLoRA(Method):
     @torch.enable_grad()
     def _probed(self, task: Task) -> Tensor:
         """The gradient `(L, k)` of a few batches as things stand, but for a factor."""
-        run, config = task.runtime, self.train_config
-        few = balanced(task.train, self.probe * config.batch_size, task.generator("probe"))
-        size = max(1, config.batch_size // (config.accumulate * run.world))
-        mine = range(run.rank, len(few), run.world)
-        parts = [mine[start : start + size] for start in range(0, len(mine), size)]
-        trained = parameters(self.model, DEFAULT)
-        for p in trained:
-            p.requires_grad_(True)
-        try:
-            with training(self.model), self.gradients.on():
-                self.gradients.listening = True
-                batches = load_batches(few, [[(i, None) for i in part] for part in parts], run)
-                for part, batch in zip(parts, batches, strict=True):
-                    with own_global_state(task.seed_of("probe", part[0])), run.autocast(), using(self.model, DEFAULT):
-                        loss = self.model.loss(task, batch)
-                    (loss * weight(few, part)).backward()
-                return run.sum(self.gradients.take().to(run.device)).cpu()
-        finally:
-            for p in trained:
-                p.requires_grad_(False)
-                p.grad = None
+        run = task.runtime
+        with training(self.model), self.gradients.on():
+            self.gradients.listening = True
+            gradients_of(self._bare_loss, parameters(self.model, DEFAULT), task, self.train_config, self.probe)
+            return run.sum(self.gradients.take().to(run.device)).cpu()
+
+    def _bare_loss(self, task: Task, batch: Batch) -> Tensor:
+        with using(self.model, DEFAULT):
+            return self.model.loss(task, batch)
 
     def _look(self, task: Task, count: int) -> None:
         """After the gradient of a step of `count` examples: add it to the signature, and choose for the next step."""

@@ -1,0 +1,231 @@
+"""What earlier tasks have learned, for methods that keep it: a set of pets for each task on the same net, and the rows
+of the head that go with it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perpetune.models.base import Model
+from perpetune.models.classifier import Classifier
+from perpetune.pets import PET, Choice, blendable, copy_set, pets, remove, sets, using
+from perpetune.tasks import Inputs, chosen
+
+ELSEWHERE = 1e4  # taken from the log-probability of a class that no task of the chosen set has
+
+
+@dataclass
+class Kept:
+    """One set of pets: its number, the tasks that it is of, their classes, and on how many examples it was trained."""
+
+    slot: int
+    tasks: list[str]
+    classes: list[str]
+    weight: int
+
+
+class Bank(nn.Module):
+    """Sets of pets of earlier tasks on one net, each by a number, and the rows that the head had for the classes of its
+    tasks, for a later task that brings a class again changes its row.
+
+    Args:
+        model: with the set `working`, which is the one that is trained.
+        working: its name.
+    """
+
+    def __init__(self, model: Model, working: str):
+        super().__init__()
+        self._models = (model,)  # not as a submodule: it is the method's already
+        self.working = working
+        self.kept: dict[int, Kept] = {}
+        self._rows: dict[str, list[str]] = {}  # the classes whose rows are stored with a set
+        self._sets: dict[str, list[PET]] = {}  # found already: to look for them goes through the whole net
+
+    @property
+    def model(self) -> Model:
+        return self._models[0]
+
+    def called(self, slot: int) -> str:
+        """The tasks that a set is of, as people read them."""
+        return " + ".join(self.kept[slot].tasks)
+
+    def weight(self, slot: int) -> int:
+        """On how many examples a set was trained."""
+        return self.kept[slot].weight
+
+    def by_task(self) -> dict[str, int]:
+        """The number of the set that holds what was learned of each task."""
+        return {task: slot for slot, kept in self.kept.items() for task in kept.tasks}
+
+    # -- the working set ------------------------------------------------------------------------------
+
+    def load(self, slot: int) -> None:
+        """Start from a set that is kept."""
+        copy_set(self.model, set_name(slot), self.working)
+        self._swap(set_name(slot))
+
+    def keep(self, slot: int, task: str, classes: Sequence[str], weight: int) -> None:
+        """Store a copy of the working set as what a task has learned."""
+        copy_set(self.model, self.working, set_name(slot))
+        self.kept[slot] = Kept(slot, [task], list(classes), weight)
+        self._store_rows(set_name(slot), {c: self._row(c) for c in classes} if self.model.per_class() else {})
+
+    # -- the head's rows ------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def acting(self, name: str) -> Iterator[None]:
+        """Inside, a set of pets is in force, and so are the rows of the head that go with it."""
+        with self._with_rows(name), using(self.model, name):
+            yield
+
+    @contextlib.contextmanager
+    def _with_rows(self, name: str) -> Iterator[None]:
+        """Inside, the head has the rows that go with a set."""
+        before = self._swap(name)
+        try:
+            yield
+        finally:
+            self._set_rows(self._rows.get(name, []), before)
+
+    def _swap(self, name: str) -> list[Tensor]:
+        """Put in the rows that are stored with a set; returns what was there."""
+        classes = self._rows.get(name, [])
+        index = [self.model.classes.index(c) for c in classes]
+        before = [p.detach()[index].clone() for p in self.model.per_class()] if classes else []
+        self._set_rows(classes, [getattr(self, key) for key in self._keys(name)] if classes else [])
+        return before
+
+    @torch.no_grad()
+    def _set_rows(self, classes: Sequence[str], values: Sequence[Tensor]) -> None:
+        index = [self.model.classes.index(c) for c in classes]
+        for p, rows in zip(self.model.per_class(), values, strict=False):
+            p[index] = rows
+
+    def _row(self, name: str) -> list[Tensor]:
+        """What the head has for a class at present."""
+        at = self.model.classes.index(name)
+        return [p.detach()[at].clone() for p in self.model.per_class()]
+
+    def _stored_rows(self, name: str) -> dict[str, list[Tensor]]:
+        tensors = [getattr(self, key) for key in self._keys(name)] if self._rows.get(name) else []
+        return {c: [t[i] for t in tensors] for i, c in enumerate(self._rows.get(name, []))}
+
+    def _store_rows(self, name: str, rows: Mapping[str, Sequence[Tensor]]) -> None:
+        self._rows[name] = list(rows)
+        for key, same in zip(self._keys(name), zip(*rows.values(), strict=True), strict=False):
+            self.register_buffer(key, torch.stack(list(same)))
+
+    def _keys(self, name: str) -> list[str]:
+        """The buffers that hold a set's rows, one for each parameter of the head."""
+        return [f"{name}-rows-{i}" for i in range(len(self.model.per_class()))]
+
+    # -- predicting -----------------------------------------------------------------------------------
+
+    def predict(self, inputs: Inputs, by: Sequence[int]) -> Tensor:
+        """The prediction for each input by the set chosen for it, one of the numbers `by (B,)`.
+
+        Where there are classes, those of the set's tasks come before all others.
+        """
+        model = self.model
+        if not isinstance(model, Classifier):
+            return self._asked(inputs, by, model.predict)
+        features = self.features(inputs, by)
+        whole = features.new_empty(len(by), len(model.classes), dtype=torch.float32)
+        for slot, rows in _by_slot(by).items():
+            with self._with_rows(set_name(slot)):
+                found = model.scores(features[rows])
+            own = set(self.kept[slot].classes)
+            away = torch.tensor([c not in own for c in model.classes], device=found.device)
+            whole[rows] = found.log_softmax(-1) - ELSEWHERE * away
+        return whole
+
+    def features(self, inputs: Inputs, by: Sequence[int]) -> Tensor:
+        """Features of each input by the set chosen for it: in one pass, where the sets are of one shape.
+
+        A language model that has to generate or to score options puts further rows beside each question, so there each
+        set has a pass of its own.
+        """
+        used = sorted(set(by))
+        names = tuple(map(set_name, used))
+        if not isinstance(self.model, Classifier) or not blendable(self.model, names):
+            return self._asked(inputs, by, self.model.features)
+        place = {slot: position for position, slot in enumerate(used)}
+        with using(self.model, Choice(names, torch.tensor([[place[slot]] for slot in by]))):
+            return self.model.features(inputs)
+
+    def _asked(self, inputs: Inputs, by: Sequence[int], ask: Callable[[Inputs], Tensor]) -> Tensor:
+        """What `ask(inputs)` gives with each set in force; narrower rows are filled up."""
+        parts: list[tuple[list[int], Tensor]] = []
+        for slot, rows in _by_slot(by).items():
+            with self.acting(set_name(slot)):
+                parts.append((rows, ask(chosen(inputs, rows))))
+        width, first = max(found.shape[1] for _, found in parts), parts[0][1]
+        fill = -torch.inf if first.is_floating_point() else self.model.nothing
+        whole = first.new_full((len(by), width), fill)
+        for rows, found in parts:
+            whole[rows, : found.shape[1]] = found
+        return whole
+
+    # -- storing --------------------------------------------------------------------------
+
+    def names(self) -> list[str]:
+        """The names of the sets that are kept beside the working one."""
+        return [set_name(slot) for slot in self.kept]
+
+    def earlier(self) -> Iterator[Tensor]:
+        """All that is kept beside the working set."""
+        for name in self.names():
+            for pet in self._pets(name):
+                yield from (*pet.parameters(), *pet.buffers())
+        yield from self.buffers()
+
+    def get_extra_state(self) -> dict[str, Any]:
+        rows = {name: classes for name, classes in self._rows.items() if classes}
+        return {"kept": [asdict(kept) for kept in self.kept.values()], "rows": rows}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.kept = {entry["slot"]: Kept(**entry) for entry in state["kept"]}
+        wanted = set(self.names())
+        there = set(sets(self.model)) - {self.working}
+        for name in sorted(there - wanted):
+            self._remove(name)
+        for name in sorted(wanted - there):
+            copy_set(self.model, self.working, name)
+        for name in list(self._rows):
+            self._forget_rows(name)
+        for name, classes in state["rows"].items():
+            self._store_rows(name, {c: [p.new_zeros(p.shape[1:]) for p in self.model.per_class()] for c in classes})
+
+    def _forget_rows(self, name: str) -> None:
+        self._rows.pop(name)
+        for key in self._keys(name):
+            self._buffers.pop(key, None)
+
+    def _remove(self, name: str) -> None:
+        remove(self.model, name)
+        self._sets.pop(name, None)
+        if name in self._rows:
+            self._forget_rows(name)
+
+    def _pets(self, name: str) -> list[PET]:
+        if name not in self._sets:
+            self._sets[name] = pets(self.model, name)
+        return self._sets[name]
+
+
+def _by_slot(by: Sequence[int]) -> dict[int, list[int]]:
+    """The numbers of the inputs of each set that was chosen."""
+    found: dict[int, list[int]] = {slot: [] for slot in sorted(set(by))}
+    for number, slot in enumerate(by):
+        found[slot].append(number)
+    return found
+
+
+def set_name(slot: int) -> str:
+    """What the set with that number is called on the net."""
+    return f"task-{slot}"

@@ -1,0 +1,151 @@
+"""The LoRAs of earlier tasks: what the one in training is drawn to, and how they are merged when there are too many."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perpetune.methods.parts.bank import Bank, Kept, set_name
+from perpetune.models.base import Model
+from perpetune.numerics.lowrank import Factors, cosine, inner, merged
+from perpetune.numerics.similarity_tree import SimilarityTree
+from perpetune.pets import LoRA, copy_set, has_set
+
+LEAST = 0.1  # of the root mean square of an update's norms: where a module has less, its direction means little
+
+
+class LoRABank(Bank):
+    """A `Bank` of LoRAs, each set by its number in the similarity tree.
+
+    Args:
+        model: with the set `working` of LoRAs, which is the one that is trained.
+        working: its name.
+        budget: sets that are kept; None is all.
+    """
+
+    def __init__(self, model: Model, working: str, budget: int | None):
+        super().__init__(model, working)
+        self.budget = budget
+        self.merged: str | None = None
+        """The name of the set that all are merged into, where that was done."""
+        self._made = [_copied(pet.factors()) for pet in self._loras(working)]
+        self._target: list[tuple[list[int], Factors]] = []  # modules of one shape, and what they are drawn to
+        self._least = torch.zeros(())  # norms in `alignment` are taken as at least this
+
+    def reset(self) -> None:
+        """Start as if newly made."""
+        for pet, factors in zip(self._loras(self.working), self._made, strict=True):
+            pet.set_factors(factors)
+
+    def keep(self, slot: int, task: str, classes: Sequence[str], weight: int) -> None:
+        """As of any bank; what the working set was drawn to is let go."""
+        self._target = []
+        super().keep(slot, task, classes, weight)
+
+    # -- drawn towards another task's -----------------------------------------------------------------
+
+    @torch.no_grad()
+    def draw_to(self, helpers: Mapping[int, int]) -> None:
+        """What `alignment` compares with from now on: for each module (in the order of places and parts) an adapter."""
+        by_slot = {slot: self._flat(set_name(slot)) for slot in set(helpers.values())}
+        shapes: dict[tuple[int, ...], list[int]] = {}
+        for module, slot in sorted(helpers.items()):
+            b, a = by_slot[slot][module]
+            shapes.setdefault((*b.shape, *a.shape), []).append(module)
+        self._target = [
+            (modules, _stacked([by_slot[helpers[module]][module] for module in modules])) for modules in shapes.values()
+        ]
+        self._least = LEAST * torch.cat([inner(target, target) for _, target in self._target]).mean().sqrt()
+
+    def alignment(self) -> Tensor:
+        """The mean over modules of `cos(ΔW, ΔW')` between the working set and what it is drawn to, in [-1, 1].
+
+        A norm counts as at least a tenth of what those of `ΔW'` are in the root mean square over modules.
+        """
+        own = self._flat(self.working)
+        with torch.autocast(own[0][0].device.type, enabled=False):
+            each = [
+                cosine(_stacked([own[module] for module in modules]), target, self._least)
+                for modules, target in self._target
+            ]
+            return torch.cat(each).mean()
+
+    # -- merging --------------------------------------------------------------------------------------
+
+    def over(self, tree: SimilarityTree) -> tuple[int, int] | None:
+        """The two adapters to merge: those of the nearest tasks; None while there are not too many."""
+        if self.budget is None or len(self.kept) <= self.budget:
+            return None
+        distances = tree.distances.clone().fill_diagonal_(torch.inf)
+        first, second = divmod(int(distances.argmin()), len(distances))
+        return tree.ids[min(first, second)], tree.ids[max(first, second)]
+
+    def merge(self, kept: int, gone: int) -> None:
+        """Make two adapters one, their mean by the examples each was trained on, at the same rank."""
+        self._mean([kept, gone], set_name(kept))
+        one, other = self.kept[kept], self.kept.pop(gone)
+        classes = list(dict.fromkeys(one.classes + other.classes))
+        self.kept[kept] = Kept(kept, one.tasks + other.tasks, classes, one.weight + other.weight)
+        self._remove(set_name(gone))
+
+    def merge_all(self, name: str) -> None:
+        """The mean of all adapters as a set of its own."""
+        if not has_set(self.model, name):
+            copy_set(self.model, self.working, name)
+        self.merged = name
+        self._mean(list(self.kept), name)
+
+    @torch.no_grad()
+    def _mean(self, among: Sequence[int], name: str) -> None:
+        weights = [float(self.kept[slot].weight) for slot in among]
+        sets = [self._loras(set_name(slot)) for slot in among]
+        for place, into in enumerate(self._loras(name)):
+            parts = [list(loras[place].factors()) for loras in sets]
+            into.set_factors([merged(same, weights, into.rank) for same in zip(*parts, strict=True)])
+        found: dict[str, list[tuple[float, list[Tensor]]]] = {}
+        for slot, share in zip(among, weights, strict=True):
+            for c, row in self._stored_rows(set_name(slot)).items():
+                found.setdefault(c, []).append((share, row))
+        self._store_rows(name, {c: _weighted(rows) for c, rows in found.items()})
+
+    # -- reporting and storing ------------------------------------------------------------------------
+
+    def facts(self) -> list[dict[str, Any]]:
+        size = sum(p.numel() * p.element_size() for pet in self._loras(self.working) for p in pet.parameters())
+        return [{"tasks": kept.tasks, "bytes": size} for kept in self.kept.values()]
+
+    def names(self) -> list[str]:
+        return [*super().names(), *([self.merged] if self.merged is not None else [])]
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {**super().get_extra_state(), "merged": self.merged}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.merged = state["merged"]
+        super().set_extra_state(state)
+
+    def _loras(self, name: str) -> list[LoRA]:
+        return [pet for pet in self._pets(name) if isinstance(pet, LoRA)]
+
+    def _flat(self, name: str) -> list[Factors]:
+        return [factors for pet in self._loras(name) for factors in pet.factors()]
+
+
+def _stacked(factors: Sequence[Factors]) -> Factors:
+    return torch.stack([b for b, _ in factors]), torch.stack([a for _, a in factors])
+
+
+def _weighted(rows: Sequence[tuple[float, Sequence[Tensor]]]) -> list[Tensor]:
+    """The mean of the rows of one class, by their weights."""
+    whole = sum(share for share, _ in rows)
+    return [
+        torch.stack([share / whole * row for (share, _), row in zip(rows, same, strict=True)]).sum(0)
+        for same in zip(*(row for _, row in rows), strict=True)
+    ]
+
+
+def _copied(factors: Sequence[Factors]) -> list[Factors]:
+    return [(b.detach().clone(), a.detach().clone()) for b, a in factors]
