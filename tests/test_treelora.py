@@ -38,7 +38,7 @@ from perpetune.numerics.similarity_tree import SimilarityTree
 from perpetune.pets import parameters, pets, slots, using
 from perpetune.pets.lora import LoRA
 from perpetune.recipe import make_recipe
-from perpetune.report.tree import grown
+from perpetune.report.sections.tree import grown
 from perpetune.run import learn_protected
 from perpetune.runtime import Runtime, Silent
 from perpetune.seeding import generator
