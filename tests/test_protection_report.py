@@ -19,8 +19,8 @@ from perpetune.errors import StateError
 from perpetune.recipe import load_recipe
 from perpetune.report import checked, compare, comparison, svg, terminal, write_comparison, write_report
 from perpetune.report.compare import _flat
-from perpetune.report.effects import apart, differing, effects
 from perpetune.report.document import choices
+from perpetune.report.effects import apart, differing, effects
 from perpetune.report.sections import collect, protection
 from perpetune.report.sections.headroom import role_of
 

@@ -107,9 +107,13 @@ class Cell:
     fold: str = ""
 
 
+Columns = list[Column | str]  # a plain text or number stands for a `Column` or `Cell` without more
+Rows = list[list[Cell | str | float]]
+
+
 @dataclass(frozen=True)
 class Table:
-    """A table; a plain text or number stands for a `Column` or `Cell` without more.
+    """A table.
 
     Attributes:
         columns, rows, foot: as many cells in each row as there are columns.

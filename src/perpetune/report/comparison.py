@@ -13,12 +13,14 @@ from perpetune.report.blocks import (
     Cell,
     Chart,
     Column,
+    Columns,
     Fold,
     Heading,
     Legend,
     Page,
     Pair,
     Panel,
+    Rows,
     Section,
     Table,
     Text,
@@ -77,7 +79,7 @@ def comparison_page(compared: Comparison) -> Page:
     ]
     return Page(
         kind="perpetune comparison",
-        title=f"{form.plural(recipes, 'recipe')}, {form.plural(runs, 'run')}",
+        title=f"Comparison of {form.plural(recipes, 'recipe')}, {form.plural(runs, 'run')}",
         lead="Mean ± sample standard deviation over n runs that differ only in the seed",
         sections=[Section(name, blocks) for name, blocks in sections if blocks],
         banners=[Banner("Read with care", notes)] if notes else [],
@@ -94,8 +96,8 @@ def _effects(compared: Comparison) -> list[Block]:
         "points."
     )
     shown = _shown(compared)
-    columns = [Column(heading, left=True) for heading in ("setting", "change", "with")]
-    rows = []
+    columns: Columns = [Column(heading, left=True) for heading in ("setting", "change", "with")]
+    rows: Rows = []
     for effect in compared["effects"]:
         texts = effect_cells(effect)
         beside = ", ".join(f"{key} {value}" for key, value in effect["beside"].items())
@@ -114,9 +116,13 @@ def _figures(compared: Comparison) -> list[Block]:
     """The figures of each row, mean and spread."""
     rows, best, shown = compared["rows"], compared["best"], _shown(compared)
     beside = beside_figures(rows)
-    columns = [Column("run", left=True), "n", *(_column(f"{label}, {unit(key)}", hint) for key, label, hint in shown)]
+    columns: Columns = [
+        Column("run", left=True),
+        "n",
+        *(_column(f"{label}, {unit(key)}", hint) for key, label, hint in shown),
+    ]
     columns += [_column(heading.capitalize(), hint) for _, heading, hint in beside]
-    found = []
+    found: Rows = []
     for i, row in enumerate(rows):
         texts = comparison_cells(row)
         costs = (row["trainable_parameters"]["mean"], row["stored_bytes"]["mean"], row["learn_seconds"]["mean"])
@@ -135,7 +141,7 @@ def _figures(compared: Comparison) -> list[Block]:
     bold = "The best mean of each column is bold; whether it stands out from its neighbours is for the spread to say."
     notes = [Text(bold)] if any(best.values()) else []
     notes += [Text(ways)] if (ways := ways_told(rows)) else []
-    costs_of = ["trained parameters", "stored", "learning time"]
+    costs_of: Columns = ["trained parameters", "stored", "learning time"]
     return [Heading("Figures"), *notes, Table([*columns, *costs_of], found, sortable=True, wrap=True)]
 
 
@@ -152,8 +158,8 @@ def _runs(compared: Comparison) -> list[Block]:
     """What each row is made of."""
     settings = compared["settings"]
     note = f"What each row is made of{', and the settings in which the recipes differ' if settings else ''}."
-    columns = [Column(heading, left=True) for heading in ("row", "runs", "seeds")]
-    rows = [
+    columns: Columns = [Column(heading, left=True) for heading in ("row", "runs", "seeds")]
+    rows: Rows = [
         [
             row["label"],
             ", ".join(row["runs"]),

@@ -9,7 +9,7 @@ from typing import Any, cast
 from perpetune.numerics import metrics
 from perpetune.numerics.metrics import Metrics, accuracies, final_accuracy, over_time, summarise
 from perpetune.report import form
-from perpetune.report.blocks import Block, Brief, Cell, Chart, Column, Heading, Pair, Panel, Table, Text
+from perpetune.report.blocks import Block, Brief, Cell, Chart, Column, Columns, Heading, Pair, Panel, Rows, Table, Text
 from perpetune.report.document import measure
 from perpetune.report.palette import LIGHT_LINES
 from perpetune.report.results_schema import Results
@@ -58,9 +58,13 @@ def section(results: Results) -> list[Block] | None:
         lines = [Line(way.name, way.curve, style) for way, style in zip(found, styles, strict=False)]
         # The answer comes last, and so on top.
         chart = Chart(lines[::-1], f"Mean {what} on the tasks seen, by each way to answer")
-        columns = [Column("way", left=True), f"final {what}, %", f"average {what}, %", "forgetting, points"]
+        columns: Columns = [
+            Column("way", left=True),
+            *(Column(f"{when} {what}, %", short=f"{when}, %") for when in ("final", "average")),
+            "forgetting, points",
+        ]
         keys = ("final_accuracy", "average_accuracy", "forgetting")
-        rows = [
+        rows: Rows = [
             [Cell(way.name, swatch=style), *(form.percent(way.metrics[key]) for key in keys)]  # type: ignore[literal-required]
             for way, style in zip(found, styles, strict=False)
         ]

@@ -7,7 +7,7 @@ from typing import Literal
 
 from perpetune.numerics.metrics import per_class_counts, seen_cells
 from perpetune.report import form
-from perpetune.report.blocks import Block, Column, Heading, Table, Text, keyed
+from perpetune.report.blocks import Block, Column, Columns, Heading, Rows, Table, Text, keyed
 from perpetune.report.document import classed
 from perpetune.report.results_schema import Results
 
@@ -31,8 +31,16 @@ class ClassRow:
 def section(results: Results) -> list[Block] | None:
     if not classed(results):
         return None
-    columns = [Column("class", left=True), "task", "right", "of", "when learned, %", "now, %", "change, points"]
-    rows = [
+    columns: Columns = [
+        Column("class", left=True),
+        "task",
+        "right",
+        "of",
+        "when learned, %",
+        "now, %",
+        "change, points",
+    ]
+    rows: Rows = [
         [
             row.name,
             keyed(_numbers(row.tasks), row.tasks[0] if row.tasks else None),

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
 from perpetune.report import form
-from perpetune.report.blocks import Block, Cell, Code, Column, Heading, Only, Panel, Table, Text
+from perpetune.report.blocks import Block, Cell, Code, Column, Columns, Heading, Only, Panel, Rows, Table, Text
 from perpetune.report.document import classed, measure
 from perpetune.report.results_schema import Results
 from perpetune.report.sections import answers
@@ -123,9 +123,9 @@ def in_terminal(found: Sequence[Headroom]) -> list[Block]:
 
 
 def _table(one: Headroom) -> Table:
-    columns = [Column("part", left=True), Column("run", left=True), Column("head", left=True), "n"]
-    figures = ["final accuracy, %", "recovered, %", "of what frozen taps leave, %"]
-    rows = [
+    columns: Columns = [Column("part", left=True), Column("run", left=True), Column("head", left=True), "n"]
+    figures: Columns = ["final accuracy, %", "recovered, %", "of what frozen taps leave, %"]
+    rows: Rows = [
         [
             Cell(row["role"], style="best" if row["counts"] else ""),
             row["label"],

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from perpetune.report import form
-from perpetune.report.blocks import Block, Brief, Column, Heading, Table, Text
+from perpetune.report.blocks import Block, Brief, Column, Columns, Heading, Table, Text
 from perpetune.report.results_schema import Results, as_number, facts_of
 
 MEANING = (
@@ -47,7 +47,7 @@ def section(results: Results) -> list[Block] | None:
     if not found:
         return None
     more = any(row.more for row in found)
-    columns = [Column("after", left=True), Column("head", left=True), *headings(results)]
+    columns: Columns = [Column("after", left=True), Column("head", left=True), *headings(results)]
     columns += [Column("more", left=True)] if more else []
     texts = [[f"{row.number} {row.task}", row.head, *row.texts, *([row.more] if more else [])] for row in found]
     table = Table(columns, texts, limit=30, noun="solution", wrap=True)

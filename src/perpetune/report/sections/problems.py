@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from perpetune.report import form
-from perpetune.report.blocks import Banner, Block, Bullets, Column, Heading, Panel, Table
+from perpetune.report.blocks import Banner, Block, Bullets, Column, Columns, Heading, Panel, Table
 from perpetune.report.results_schema import Results
 
 
@@ -12,7 +12,7 @@ def section(results: Results) -> list[Block] | None:
     if results["warnings"]:
         found.append(Bullets(results["warnings"], limit=20, noun="warning"))
     if results["bad_files"]:
-        columns = [Column(heading, left=True) for heading in ("file", "task", "reason")]
+        columns: Columns = [Column(heading, left=True) for heading in ("file", "task", "reason")]
         rows = [[bad["file"], _task_name(results, bad["task"]), bad["reason"]] for bad in results["bad_files"]]
         found.append(Panel([Table(columns, rows, limit=20, noun="file")], "Files that could not be read"))
     return [Heading("Warnings"), *found] if found else None

@@ -20,6 +20,7 @@ from perpetune.report.blocks import (
     Only,
     Pair,
     Panel,
+    Rows,
     Table,
     Text,
     keyed,
@@ -80,7 +81,7 @@ class SiteRow:
 
 def section(results: Results) -> list[Block] | None:
     entry, full = last(results), newly_full(results)
-    briefs = [Brief("protect", full, when="live", warning=True)] if full else []
+    briefs: list[Block] = [Brief("protect", full, when="live", warning=True)] if full else []
     if entry is None:
         return briefs or None
     found, text = curves(results), told(entry, results)
@@ -107,7 +108,7 @@ def section(results: Results) -> list[Block] | None:
 
 def _sites(results: Results) -> Table:
     """Each site, at the end."""
-    rows = [
+    rows: Rows = [
         [
             row.name,
             keyed("from nothing" if row.from_nothing else form.percent(row.moved, 2), row.moved),
@@ -126,7 +127,7 @@ def _certificates(results: Results) -> Table:
     """The certificate after each task."""
     entries = after_tasks(results)
     closed = held(entries[-1], results)
-    rows = []
+    rows: Rows = []
     for entry in entries:
         new = len(from_nothing(entry))
         worst = form.relative(entry["worst"], 1) + f", {new} from nothing" * (new > 0)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from perpetune.report.blocks import Block, Code, Column, Heading, Pair, Panel, Table, Text
+from perpetune.report.blocks import Block, Code, Column, Columns, Heading, Pair, Panel, Table, Text
 from perpetune.report.results_schema import Results
 
 
 def section(results: Results) -> list[Block]:
     seed, versions = results["seed"], results["versions"]
     note = f"Save the recipe as recipe.yaml. It has every default written out, and the seed ({seed})."
-    columns = [Column("package", left=True), "version"]
+    columns: Columns = [Column("package", left=True), "version"]
     return [
         Heading("How to reproduce"),
         Text(note),

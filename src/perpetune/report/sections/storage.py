@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from perpetune.report import form
-from perpetune.report.blocks import Block, Cell, Column, Heading, Panel, Shares, Table, Text
+from perpetune.report.blocks import Block, Cell, Column, Columns, Heading, Panel, Rows, Shares, Table, Text
 from perpetune.report.document import backbone_bytes
 from perpetune.report.palette import LIGHT_LINES
 from perpetune.report.results_schema import Results
@@ -26,12 +26,12 @@ def section(results: Results) -> list[Block]:
     if not found:
         return [Heading("Storage"), Text(note), Panel([Text("Nothing is recorded.")])]
     colours = [f"l{i % len(LIGHT_LINES)}" for i in range(len(found))]
-    columns = [Column("kind", left=True), "last task", "all tasks", "share of the backbone"]
-    rows = [
+    columns: Columns = [Column("kind", left=True), "last task", "all tasks", "share of the backbone"]
+    rows: Rows = [
         [Cell(row.kind, swatch=colour), form.size(row.last), form.size(row.total), form.relative(row.total, backbone)]
         for row, colour in zip(found, colours, strict=True)
     ]
-    foot: list[list[Cell | str]] = [
+    foot: Rows = [
         [Cell("all", style="best"), "", Cell(form.size(stored), style="best"), form.relative(stored, backbone)],
         ["backbone, as float32", "", form.size(backbone), ""],
     ]

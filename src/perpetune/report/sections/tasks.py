@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from perpetune.numerics.metrics import accuracies, task_forgetting
 from perpetune.report import form
-from perpetune.report.blocks import Block, Cell, Column, Heading, Table, keyed
+from perpetune.report.blocks import Block, Cell, Column, Columns, Heading, Rows, Table, keyed
 from perpetune.report.document import classed, scores
 from perpetune.report.results_schema import Results
 
@@ -31,11 +31,11 @@ class TaskRow:
 
 def section(results: Results) -> list[Block]:
     scored, has_classes = any(scores(results)), classed(results)
-    columns: list[Column | str] = ["task"]
+    columns: Columns = ["task"]
     columns += [Column("score", left=True)] if scored else []
     columns += [Column("classes", left=True)] if has_classes else []
     columns += ["train", "test", "when learned, %", "now, %", "forgotten, points"]
-    rows = [
+    rows: Rows = [
         [
             keyed(f"{row.number} {row.name}", row.number),
             *([Cell(row.score)] if scored else []),

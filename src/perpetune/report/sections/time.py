@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from perpetune.report import form
-from perpetune.report.blocks import Block, Cell, Column, Heading, Table
+from perpetune.report.blocks import Block, Cell, Column, Columns, Heading, Rows, Table
 from perpetune.report.document import examples
 from perpetune.report.results_schema import Results
 
@@ -12,9 +12,9 @@ def section(results: Results) -> list[Block]:
     timings, what = results["timings"], examples(results)
     tokens = any("tokens" in timing for timing in timings)
     slowest = max((timing["learn_s"] for timing in timings), default=0.0)
-    columns = [Column("task", left=True), "learning", "evaluation", f"{what} trained on", f"{what}/s"]
+    columns: Columns = [Column("task", left=True), "learning", "evaluation", f"{what} trained on", f"{what}/s"]
     columns += ["tokens trained on", "tokens/s"] if tokens else []
-    rows = [
+    rows: Rows = [
         [
             results["tasks"][timing["task"]]["name"],
             Cell(form.duration(timing["learn_s"]), bar=timing["learn_s"] / slowest if slowest else 0.0),

@@ -15,6 +15,7 @@ from perpetune.report.blocks import (
     Brief,
     Cell,
     Column,
+    Columns,
     Fold,
     Gallery,
     Heading,
@@ -23,6 +24,7 @@ from perpetune.report.blocks import (
     HeatRow,
     Only,
     Panel,
+    Rows,
     Table,
     Text,
     Tree,
@@ -176,8 +178,8 @@ def _last(entry: Grown) -> Panel:
     if branch is None:
         return Panel([Text("The tree is empty.")], title)
     about = "A node: what splits it, and its radius; a square leaf: several tasks that have one adapter."
-    columns = [Column("tasks", left=True), "level", Column("split by", left=True), "radius", "spread"]
-    rows = [
+    columns: Columns = [Column("tasks", left=True), "level", Column("split by", left=True), "radius", "spread"]
+    rows: Rows = [
         [
             Cell(node.name, indent=level),
             level + 1,
@@ -202,7 +204,7 @@ def _before(found: Sequence[Grown]) -> list[Block]:
             trees.append(Tree(branch, label, str(entry.number), entry.task))
     if not trees:
         return []
-    columns = [Column("after", left=True), Column("tree, of tasks and (nodes)", left=True)]
+    columns: Columns = [Column("after", left=True), Column("tree, of tasks and (nodes)", left=True)]
     rows = [[f"{entry.number} {entry.task}", outline(entry.root)] for entry in found]
     about = Only("page", [Text("The task just learned is set off; hover a node for what splits it.")])
     texts = Fold("The trees as text", [Table(columns, rows, wrap=True)])
@@ -210,9 +212,9 @@ def _before(found: Sequence[Grown]) -> list[Block]:
 
 
 def _storage(results: Results) -> Table:
-    columns = [Column("after", left=True), Column("started from", left=True), "adapters", "bytes"]
+    columns: Columns = [Column("after", left=True), Column("started from", left=True), "adapters", "bytes"]
     columns += [Column("merged", left=True), "a task’s signature", "all"]
-    rows = [
+    rows: Rows = [
         [
             f"{row.number} {row.task}",
             row.start,
