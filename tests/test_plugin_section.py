@@ -12,7 +12,7 @@ from test_report import Page, fake_results, told_of
 from perpetune.cli import live
 from perpetune.report import write_report
 
-CODE = '''
+CODE = """
 from perpetune.report.blocks import Brief, Chart, Heading, Table, Text
 from perpetune.report.sections import reads
 from perpetune.report.svg import Line
@@ -36,7 +36,7 @@ def storm(results):
 
 def fog(results):
     return [Heading("Fog"), 7]
-'''
+"""
 POINTS = "[perpetune.sections]\nsky = weather:sky\nstorm = weather:storm\nfog = weather:fog\ngone = no_weather:gone\n"
 FAULTS = (
     "section storm failed: ValueError: no barometer",

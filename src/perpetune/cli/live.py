@@ -17,7 +17,7 @@ from perpetune.report.comparison import compare_table, effects_text
 from perpetune.report.document import learn_seconds
 from perpetune.report.sections import collect
 from perpetune.report.sections.headroom import Headroom, in_terminal
-from perpetune.report.terminal import after_task, drawn, short_line, summary
+from perpetune.report.terminal import after_task, drawn, short_line, show, summary
 from perpetune.runtime import Silent
 
 if TYPE_CHECKING:
@@ -123,8 +123,7 @@ def show_results(results: dict[str, Any]) -> None:
     """The accuracy matrix, the figures under it, and a line for each further section of the report that has one."""
     console = Console(highlight=False)
     console.print()
-    for part in summary(collect(cast("Results", results)), console.width):
-        console.print(part)
+    show(console, summary(collect(cast("Results", results)), console.width))
 
 
 def show_comparison(comparison: Comparison) -> None:
@@ -141,5 +140,4 @@ def show_headroom(found: Sequence[Headroom]) -> None:
     """What there was to win over doing nothing, which run is missing to know it, and in the last lines who won how
     much."""
     console = Console(highlight=False)
-    for part in drawn(in_terminal(found), console.width):
-        console.print(part, crop=False)
+    show(console, drawn(in_terminal(found), console.width))

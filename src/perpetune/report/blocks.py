@@ -33,9 +33,10 @@ class Heading:
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph."""
+    """A paragraph; the terminal sets off a `warning`."""
 
     text: str
+    warning: bool = False
 
 
 @dataclass(frozen=True)

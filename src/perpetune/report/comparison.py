@@ -141,7 +141,11 @@ def _figures(compared: Comparison) -> list[Block]:
     bold = "The best mean of each column is bold; whether it stands out from its neighbours is for the spread to say."
     notes = [Text(bold)] if any(best.values()) else []
     notes += [Text(ways)] if (ways := ways_told(rows)) else []
-    costs_of: Columns = ["trained parameters", "stored", "learning time"]
+    costs_of: Columns = [
+        Column("trained parameters", short="trained"),
+        "stored",
+        Column("learning time", short="learning"),
+    ]
     return [Heading("Figures"), *notes, Table([*columns, *costs_of], found, sortable=True, wrap=True)]
 
 

@@ -5,7 +5,7 @@ Of each section it shows `Figures`, `Brief`, and what is in `Only("terminal", â€
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from perpetune.report import blocks, form
@@ -13,6 +13,7 @@ from perpetune.report.blocks import Block, Brief, Bullets, Code, Figures, Heat, 
 
 if TYPE_CHECKING:
     from rich import table, text
+    from rich.console import Console
 
 VISIBLE_CHANGE = 0.005  # smaller ones do not show at two digits
 GAP = "â€¦"
@@ -22,7 +23,7 @@ T = TypeVar("T")
 
 
 def summary(sections: Sequence[Section], width: int = 100) -> list[Any]:
-    """What a run ends with, to be printed one by one: tables, the figures, and a line for each thing to say."""
+    """What a run ends with, for `show`: tables, the figures, and a line for each thing to say."""
     lines = [figures_line(block) for block in _all(sections, Figures)]
     briefs = [brief_line(block) for block in _all(sections, Brief) if block.when != "live"]
     return [*drawn(_tall(sections), width), *lines, *briefs]
@@ -49,8 +50,14 @@ def short_line(sections: Sequence[Section]) -> text.Text:
     return line
 
 
+def show(console: Console, parts: Iterable[Any]) -> None:
+    """Print what `summary` or `drawn` gave."""
+    for part in parts:
+        console.print(part, soft_wrap=bool(getattr(part, "no_wrap", False)))  # else rich breaks a long line
+
+
 def drawn(found: Sequence[Block], width: int = 100) -> list[Any]:
-    """Blocks for rich to print; of what has no place in a terminal, such as charts, there is nothing."""
+    """Blocks for `show`; of what has no place in a terminal, such as charts, there is nothing."""
     from rich.text import Text as Line
 
     parts: list[Any] = []
@@ -60,11 +67,11 @@ def drawn(found: Sequence[Block], width: int = 100) -> list[Any]:
         elif isinstance(block, blocks.Table):
             parts.append(plain_table(block))
         elif isinstance(block, Text):
-            parts.append(Line(block.text))
+            parts.append(Line(block.text, "yellow" if block.warning else ""))
         elif isinstance(block, Bullets):
             parts += [Line(item) for item in block.items]
         elif isinstance(block, Code):  # to be copied, so it is not broken into lines
-            parts += [Line(f"  {line}", no_wrap=True, overflow="ignore") for line in block.text.splitlines()]
+            parts += [Line(f"  {line}", no_wrap=True) for line in block.text.splitlines()]
         elif isinstance(block, Figures):
             parts.append(figures_line(block))
         elif isinstance(block, Panel):

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
 from perpetune.report import form
-from perpetune.report.blocks import Block, Cell, Code, Column, Columns, Heading, Only, Panel, Rows, Table, Text
+from perpetune.report.blocks import Block, Cell, Code, Column, Heading, Only, Panel, Rows, Table, Text
 from perpetune.report.document import classed, measure
 from perpetune.report.results_schema import Results
 from perpetune.report.sections import answers
@@ -33,6 +33,7 @@ WHAT = {
     "frozen taps": "frozen taps (method frozen, head ridge, backbone.taps)",
     "joint": "joint run (method joint)",
 }
+HEADINGS = ("part", "run", "head", "n", "final accuracy, %", "recovered, %", "of what frozen taps leave, %")
 MEANING = (
     "The control trains nothing: ridge regression on the frozen model’s own feature (the last class token of a "
     "picture, the mean over the tokens of a text). Joint trains on all data at once; where there are several joint "
@@ -115,27 +116,26 @@ def blocks(found: Sequence[Headroom]) -> list[Block]:
 
 def in_terminal(found: Sequence[Headroom]) -> list[Block]:
     """The parts of each headroom, what is missing to know it, and in the last lines who won how much."""
-    parts: list[Block] = [_table(one) for one in found if one["headroom"]["n"]]
+    headings = ("headroom", "run", "head", "n", "final", "recovered", "of what taps leave")
+    parts: list[Block] = [_table(one, headings) for one in found if one["headroom"]["n"]]
     for one in found:
         for text, command in missing_lines(one):
-            parts += [Text(f"{text}:"), Code(command, "sh")] if command else [Text(text)]
+            parts += [Text(f"{text}:", warning=True), Code(command, "sh")] if command else [Text(text, warning=True)]
     return [*parts, *(Text(one["told"]) for one in found)]
 
 
-def _table(one: Headroom) -> Table:
-    columns: Columns = [Column("part", left=True), Column("run", left=True), Column("head", left=True), "n"]
-    figures: Columns = ["final accuracy, %", "recovered, %", "of what frozen taps leave, %"]
+def _table(one: Headroom, headings: Sequence[str] = HEADINGS) -> Table:
     rows: Rows = [
         [
             Cell(row["role"], style="best" if row["counts"] else ""),
-            row["label"],
+            Cell(row["label"], style="best" if row["counts"] else ""),
             row["details"],
             len(row["seeds"]),
             *texts(row),
         ]
         for row in one["rows"]
     ]
-    return Table([*columns, *figures], rows)
+    return Table([Column(heading, left=i < 3) for i, heading in enumerate(headings)], rows)
 
 
 def headrooms(
