@@ -1,9 +1,9 @@
 """The sections of a run's report, one file each, and those of other packages.
 
-A section is a function (or anything else that is called) that takes the results document and returns blocks, or None
-where the document has nothing for it. Those of perpetune stand in `registry.BUILTIN`, in the order of the page; other
-packages name theirs under the entry point `perpetune.sections`. A section of another package that fails is one line of
-the report, which says why.
+A section is a function, or another callable, that takes the results document and returns blocks, or None where the
+document has nothing for it. The sections of perpetune stand in `registry.BUILTIN`, in the order of the page; other
+packages name theirs under the entry point `perpetune.sections`. If a section of another package fails, the report is
+whole, and one line in the section's place says why.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ BEHIND = "drift"  # the sections of other packages follow this one
 
 
 def reads(*kinds: str) -> Callable[[F], F]:
-    """Says which kinds of facts a section reads, of those that `Method.facts` gives after each task.
+    """A decorator that says which kinds of facts a section reads. `Method.facts` gives the facts after each task.
 
-    Its document holds the facts of these kinds alone. All other sections, `heads` among them, get the facts of the
-    kinds that no section reads.
+    The section's document holds the facts of these kinds alone. The sections that name no kind, `heads` among them, get
+    the facts that no section reads.
     """
 
     def mark(section: F) -> F:
@@ -43,7 +43,7 @@ def collect(results: Results) -> list[Section]:
     Args:
         results: the document; with `headroom` where other runs lie beside this one.
     """
-    from perpetune import registry  # here: it imports torch, and a comparison needs neither
+    from perpetune import registry  # imported here, because it loads torch, which a comparison does not need
 
     own = list(registry.BUILTIN["sections"])
     others = [name for name in registry.names("sections") if name not in own]
