@@ -24,7 +24,7 @@ from perpetune.cli.live import RunLines, show_comparison, show_headroom
 from perpetune.errors import Interrupted, PerpetuneError
 from perpetune.recipe import Recipe, load_recipe
 from perpetune.report import compare, write_comparison
-from perpetune.report.headroom import changes
+from perpetune.report.sections.headroom import changes
 
 # What trains nothing is the same for all recipes of one stream: the head's own defaults, and no settings of training.
 SAME = ("head=ridge", "head.projection=0", "train={}", "online=false")

@@ -249,7 +249,7 @@ def warm(recipe: str, folder: str) -> None:
 
     sklearn.datasets.load_digits = functools.cache(sklearn.datasets.load_digits)
     perpetune.report.page._environment = functools.cache(perpetune.report.page._environment)
-    perpetune.report.page._environment().get_template("report.html")
+    perpetune.report.page._environment().get_template("page.html")
     learner = Learner(recipe, folder)
     assert learner.stream.tasks
     assert learner.runtime.accelerator

@@ -18,8 +18,9 @@ from perpetune import cli
 from perpetune.errors import StateError, UsageError
 from perpetune.learner import Learner
 from perpetune.recipe import load_recipe, make_recipe
-from perpetune.report import answers, checked, compare, headroom_beside, write_comparison, write_report
-from perpetune.report.headroom import changes, missing_lines, role_of
+from perpetune.report import checked, compare, headroom_beside, write_comparison, write_report
+from perpetune.report.sections import answers
+from perpetune.report.sections.headroom import changes, missing_lines, role_of
 from perpetune.runtime import Silent
 
 RIDGE = {"name": "ridge", "projection": 50}

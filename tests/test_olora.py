@@ -31,7 +31,7 @@ from perpetune.models.families import places
 from perpetune.models.preprocess import Preprocess
 from perpetune.pets import LoRA, inject, parameters, pets, slots, using
 from perpetune.recipe import make_recipe
-from perpetune.report import solved
+from perpetune.report.sections import heads
 from perpetune.run import learn_protected
 from perpetune.runtime import Runtime, Silent
 from perpetune.seeding import generator, own_global_state
@@ -327,7 +327,7 @@ def test_what_it_tells() -> None:
     assert found[2]["mean_cosine"] == pytest.approx(float(torch.cat(angles).mean()), rel=1e-4)
     assert json.loads(json.dumps(found)) == found
     results = {"tasks": [{"name": n} for n in "abc"], "facts": [{"task": 1, "of": {"olora": found[1]}}]}
-    (row,) = solved.rows(results)
+    (row,) = heads.rows(results)
     assert row.texts == ["orthogonal adapters"]
     assert row.more.startswith("loras 2, overlap ")
 

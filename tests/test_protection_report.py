@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from test_report import WEIGHT, Page, fake_results, rendered, told_of
+from test_report import WEIGHT, Page, briefs, fake_results, rendered, told_of
 from tiny import recipe, split_folder, vit_folder
 
 from perpetune import Learner
@@ -17,10 +17,12 @@ from perpetune.cli import live
 from perpetune.cli.learn import DEMO
 from perpetune.errors import StateError
 from perpetune.recipe import load_recipe
-from perpetune.report import checked, compare, protected, svg, tables, terminal, write_comparison, write_report
+from perpetune.report import checked, compare, comparison, svg, terminal, write_comparison, write_report
 from perpetune.report.compare import _flat
+from perpetune.report.document import choices
 from perpetune.report.effects import apart, differing, effects
-from perpetune.report.headroom import role_of
+from perpetune.report.sections import collect, protection
+from perpetune.report.sections.headroom import role_of
 
 SITES = ("net.blocks.0.q/default/down", "net.blocks.0.q/default/up", "net.blocks.1.q/default/down")
 
@@ -69,12 +71,12 @@ def test_a_run_says_how_far_old_outputs_moved(tmp_path: Path) -> None:
     found = checked(results)["protection"]
     assert [(e["task"], e["of"], e["worst"] is None) for e in found] == [(0, "task", True), (1, "task", False)]
     lines = [line.strip() for line in text.splitlines() if line.strip().startswith("protect: ")]
-    assert lines == [f"protect: {protected.told(e, results)}" for e in found]
+    assert lines == [f"protect: {protection.told(e, results)}" for e in found]
     assert lines[0].startswith("protect: room ")
     assert re.match(r"protect: old outputs moved [\d.<]+ % \(worst site [\d.<]+ %\), room \d+ %", lines[1])
     page = shown(results, tmp_path / "page")
     assert "What protection kept" in page
-    assert protected.told(found[1], results) in page
+    assert protection.told(found[1], results) in page
     assert "energy 0.9" in page
 
 
@@ -83,10 +85,10 @@ def test_documents_without_protection_are_as_before(tmp_path: Path) -> None:
     assert "protection" not in checked(results)
     assert "What protection kept" not in shown(results, tmp_path)
     assert "What protection kept" not in (tmp_path / "report.md").read_text()
-    assert terminal.protection_line(results) is None
-    assert protected.newly_full(results) is None
-    assert tables.choices(results["recipe"]).keys() == {"backbone", "method", "pet", "head"}
-    assert "moved" not in rendered(terminal.compare_table(compare([results]), 120), 120)
+    assert not [line for line in briefs(results) if line.startswith("protect")]
+    assert protection.newly_full(results) is None
+    assert choices(results["recipe"]).keys() == {"backbone", "method", "pet", "head"}
+    assert "moved" not in rendered(comparison.compare_table(compare([results]), 120), 120)
     assert "moved" not in Page(write_comparison([("a", results)], tmp_path)[0].read_text()).shown
 
 
@@ -110,25 +112,22 @@ def test_the_figures_of_a_run() -> None:
     results = protect(fake_results(4, rows=3))
     results["protection"].insert(0, entry(0, 0, of="reference", consolidated=0))
     run = checked(results)
-    curves = protected.curves(run)
+    curves = protection.curves(run)
     assert curves.worst == [None, 0.031, 0.062]
     assert curves.median == [None, 0.0155, 0.031]
     assert curves.room == [0.75, 0.75, 0.5]
-    rows = protected.site_rows(run)
+    rows = protection.site_rows(run)
     assert [row.name for row in rows] == ["0.q/default/down", "0.q/default/up", "1.q/default/down"]
     assert (rows[0].moved, rows[0].farthest, rows[0].room, rows[0].rank) == (0.062, 0.062, 0.0, 8)
-    assert protected.moved(run) == 0.062
-    assert protected.short(["alone.site"]) == ["site"]
-    assert protected.short([]) == []
+    assert protection.moved(run) == 0.062
+    assert protection.short(["alone.site"]) == ["site"]
+    assert protection.short([]) == []
 
 
 def test_reference_data_are_what_the_first_task_is_measured_against() -> None:
     results = fake_results(1)
     results["protection"] = [entry(0, 0, of="reference"), entry(0, 0.02, consolidated=1)]
-    line = terminal.protection_line(results)
-    assert line is not None
-    assert line.plain.strip() == "protect: old outputs moved 1 % (worst site 2 %), room 75 %"
-    assert line.style == "dim"
+    assert briefs(results) == ["protect: old outputs moved 1 % (worst site 2 %), room 75 %"]
 
 
 def test_full_sites_are_told_of_when_they_become_more() -> None:
@@ -136,16 +135,16 @@ def test_full_sites_are_told_of_when_they_become_more() -> None:
     for rows in range(1, 6):
         results = protect(fake_results(5, rows=rows))
         results["protection"][4:] = [entry(4, 0.1, full=2)][: max(0, rows - 4)]
-        told.append(protected.newly_full(results))
+        told.append(protection.newly_full(results))
     assert [text is not None for text in told] == [False, False, True, False, True]
     assert told[2] == (
         "1 of 3 sites no longer learn, for they have no room left (0.q/default/down): "
         "a larger pet or a lower protect.energy leaves some"
     )
     assert str(told[4]).startswith("2 of 3 sites ")
-    assert protected.told(results["protection"][-1], results).endswith(", 2 of 3 full")
+    assert protection.told(results["protection"][-1], results).endswith(", 2 of 3 full")
     for config in ({"directions": "none"}, {"strength": "soft"}, {"sites": ["down"]}):  # then full sites may learn
-        assert protected.newly_full(protect(fake_results(3), **config)) is None
+        assert protection.newly_full(protect(fake_results(3), **config)) is None
 
 
 def test_outputs_that_were_zero_move_from_nothing(tmp_path: Path) -> None:
@@ -154,18 +153,18 @@ def test_outputs_that_were_zero_move_from_nothing(tmp_path: Path) -> None:
     certificate = entry(0, 0.0, consolidated=1)
     certificate["sites"][1].update(relative=None, change=0.3)
     results["protection"] = [entry(0, 0, of="reference"), certificate]
-    assert protected.told(certificate, results) == "1 site moved from nothing, room 75 %"
-    assert terminal.short_line(results).plain.endswith("  1 site moved from nothing, room 75 %")
-    assert protected.moved(results) is None
-    assert protected.curves(checked(results)).worst == [None]
-    assert [row.from_nothing for row in protected.site_rows(checked(results))] == [False, True, False]
+    assert protection.told(certificate, results) == "1 site moved from nothing, room 75 %"
+    assert terminal.short_line(collect(results)).plain.endswith("  1 site moved from nothing, room 75 %")
+    assert protection.moved(results) is None
+    assert protection.curves(checked(results)).worst == [None]
+    assert [row.from_nothing for row in protection.site_rows(checked(results))] == [False, True, False]
     page = shown(results, tmp_path)
     assert "from nothing" in page
-    assert protected.NOTHING in page
+    assert protection.NOTHING in page
     assert "| 1 task-1 | 0 % | 0 %, 1 from nothing | 75 % | 0 of 3 |" in (tmp_path / "report.md").read_text("utf-8")
     certificate["worst"], certificate["median"] = 0.02, 0.01
     told = "old outputs moved 1 % (worst site 2 %), 1 site moved from nothing, room 75 %"
-    assert protected.told(certificate, results) == told
+    assert protection.told(certificate, results) == told
 
 
 @pytest.mark.parametrize(
@@ -182,10 +181,12 @@ def test_outputs_that_were_zero_move_from_nothing(tmp_path: Path) -> None:
 def test_room_is_of_the_sites_that_are_held(config: Any, told: str, closed: list[bool], tmp_path: Path) -> None:
     results = protect(fake_results(3), **config)
     head = "old outputs moved 3.1 % (worst site 6.2 %), "
-    assert protected.told(results["protection"][-1], results) == head + told
-    assert terminal.short_line(results).plain.endswith("  moved 3.1 % (worst 6.2 %), " + told.partition(",")[0])
-    assert protected.room(results) == (0.5 if any(closed) else None)
-    assert [row.held for row in protected.site_rows(checked(results))] == closed
+    assert protection.told(results["protection"][-1], results) == head + told
+    assert terminal.short_line(collect(results)).plain.endswith(
+        "  moved 3.1 % (worst 6.2 %), " + told.partition(",")[0]
+    )
+    assert protection.room(results) == (0.5 if any(closed) else None)
+    assert [row.held for row in protection.site_rows(checked(results))] == closed
     page = shown(results, tmp_path)
     assert page.count("not held") == closed.count(False)
     markdown = (tmp_path / "report.md").read_text("utf-8")
@@ -225,7 +226,7 @@ def test_drift_stands_beside_the_certificate(tmp_path: Path) -> None:
     markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "| after | mean | outputs, median site | outputs, worst site | task-1 |" in markdown
     assert "| 5 task-5 | 0.025 | 6.2 % | 12 % | 0.040 |" in markdown
-    told = [line.plain.strip().partition(":")[0] for line in terminal.detail_lines(results)]
+    told = [line.partition(":")[0] for line in briefs(results)]
     assert told == ["answers", WEIGHT, "head fast", "head slow", "protect", "drift"]
 
 
@@ -284,7 +285,7 @@ def test_what_each_setting_changes() -> None:
     difference = found["protect", "ncm"]["metrics"]["final_accuracy"]
     assert difference["values"] == [b - a for a, b in zip(finals["plain-ncm"], finals["pegp-ncm"], strict=True)]
     assert difference["n"] == 3
-    lines = terminal.effects_text(table).plain.splitlines()
+    lines = comparison.effects_text(table).plain.splitlines()
     number = r"[+−]?\d+\.\d ± \d+\.\d"
     assert re.fullmatch(
         rf"protect on instead of off: final accuracy {number} points with head linear, {number} with head ncm", lines[1]
@@ -346,7 +347,7 @@ def test_the_comparison_shows_protection_and_effects(tmp_path: Path) -> None:
     assert "## What each setting changes" in md.read_text()
     assert "| protect | off → on | head ncm | 3 |" in md.read_text()
     runs = study()
-    text = rendered(terminal.compare_table(compare([run for _, run in runs]), 80), 80)
+    text = rendered(comparison.compare_table(compare([run for _, run in runs]), 80), 80)
     assert max(map(len, text.splitlines())) <= 80
     assert text.splitlines()[1].split() == ["run", "n", "final", "average", "forgetting", "moved", "room"]
     assert "moved: old outputs at the worst site, %" in text
@@ -358,8 +359,8 @@ def test_many_changes_are_left_to_the_page() -> None:
         run = fake_results(2)
         run["recipe"]["pet"]["rank"] = rank
         runs.append(run)
-    lines = terminal.effects_text(compare(runs, [str(i) for i in range(11)])).plain.splitlines()
-    assert len(lines) == terminal.SENTENCES + 1
+    lines = comparison.effects_text(compare(runs, [str(i) for i in range(11)])).plain.splitlines()
+    assert len(lines) == comparison.SENTENCES + 1
     assert lines[-1].startswith("… and 2 more changes")
 
 

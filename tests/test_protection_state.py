@@ -22,7 +22,7 @@ from perpetune.errors import Interrupted, PerpetuneError, StateError
 from perpetune.files import MANIFEST, read_folder, write_folder
 from perpetune.learner import Learner
 from perpetune.protection.config import ProtectConfig
-from perpetune.report.protected import newly_full
+from perpetune.report.sections.protection import newly_full
 from perpetune.runtime import Silent
 from perpetune.snapshot import MEMORY
 from perpetune.state import State

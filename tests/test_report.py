@@ -20,21 +20,10 @@ from perpetune import Learner
 from perpetune.cli import live
 from perpetune.errors import StateError, UsageError
 from perpetune.numerics.metrics import Cell, summarise
-from perpetune.report import (
-    answers,
-    checked,
-    compare,
-    drift,
-    form,
-    palette,
-    solved,
-    svg,
-    tables,
-    terminal,
-    write_comparison,
-    write_report,
-)
-from perpetune.report.matrix import matrix_table
+from perpetune.report import checked, compare, comparison, form, palette, svg, terminal, write_comparison, write_report
+from perpetune.report.blocks import Brief, Figures
+from perpetune.report.document import choices
+from perpetune.report.sections import answers, classes, collect, drift, figures, heads, matrix, storage, tasks
 from perpetune.report.spread import spread
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -330,34 +319,34 @@ def test_a_report_replaces_the_one_before(tmp_path: Path) -> None:
 
 def test_tables() -> None:
     results = checked(fake_results(3, 2))
-    rows = tables.task_rows(results)
+    rows = tasks.task_rows(results)
     assert rows[2].forgotten is None
     assert rows[2].learned == rows[2].now
     lost = [row.forgotten for row in rows if row.forgotten is not None]
     assert results["metrics"]["forgetting"] == pytest.approx(sum(lost) / 2)
-    first = tables.class_rows(results)[0]
+    first = classes.class_rows(results)[0]
     assert first.tasks == [1]
     assert first.total == 45
     assert first.change == pytest.approx((first.now or 0) - (first.learned or 0))
-    storage = {row.kind: row for row in tables.storage_rows(results)}
-    assert (storage["head.safetensors"].last, storage["head.safetensors"].total) == (4_800, 9_600)
-    assert tables.choices(results["recipe"]) == {
+    stored = {row.kind: row for row in storage.storage_rows(results)}
+    assert (stored["head.safetensors"].last, stored["head.safetensors"].total) == (4_800, 9_600)
+    assert choices(results["recipe"]) == {
         "backbone": "perpetune:micro", "method": "finetune", "pet": "lora", "head": "linear",
     }  # fmt: skip
-    assert tables.choices({"pet": None, "head": "ncm"}) == {"head": "ncm"}
+    assert choices({"pet": None, "head": "ncm"}) == {"head": "ncm"}
 
 
 def test_a_class_met_in_several_tasks_is_one_row() -> None:
     document = fake_results(3, 2, names=["cat", "dog"] * 3)
-    rows = tables.class_rows(checked(document))
+    rows = classes.class_rows(checked(document))
     assert [(row.name, row.tasks, row.total) for row in rows] == [("cat", [1, 2, 3], 135), ("dog", [1, 2, 3], 135)]
 
 
 def test_matrix_marks_tasks_not_yet_learned() -> None:
-    table = matrix_table(checked(fake_results(3, 2, ahead=True)))
+    table = matrix.heat(checked(fake_results(3, 2, ahead=True)))
     kinds = [[cell.kind if cell else None for cell in row.cells] for row in table.rows]
     assert kinds == [["learned", "ahead", "ahead"], ["kept", "learned", "ahead"], ["kept", "kept", "learned"]]
-    assert len(table.change) == 2
+    assert len((table.foot or ("", []))[1]) == 2
     assert table.style == "large"
     first = table.rows[1].cells[0]
     assert first is not None
@@ -563,6 +552,13 @@ def test_comparison_files(tmp_path: Path) -> None:
     assert "| demo-joint | 3 |" in md.read_text(encoding="utf-8")
 
 
+def briefs(results: Any, when: str = "end") -> list[str]:
+    """What the terminal says in a line each, at the end of a run or after each task."""
+    blocks = (block for section in collect(results) for block in section.blocks)
+    found = [b for b in blocks if isinstance(b, Brief) and b.when in ("always", when)]
+    return [terminal.brief_line(b).plain for b in found]
+
+
 def rendered(what: object, width: int) -> str:
     from rich.console import Console
 
@@ -573,22 +569,22 @@ def rendered(what: object, width: int) -> str:
 
 def test_terminal_matrix_shows_changes() -> None:
     results = checked(fake_results(5, 2))
-    text = rendered(terminal.matrix_table(results, 100), 100)
+    text = rendered(terminal.heat_table(matrix.heat(results), 100), 100)
     lines = text.splitlines()
     assert max(map(len, lines)) <= 100
     assert lines[1].split() == ["after", "mean", *(f"task-{t}" for t in range(1, 6))]
     assert "▼" in text
     assert "1 task-1" in text
-    figures = terminal.figures_line(results).plain
-    assert figures.startswith("final accuracy ")
-    assert "forward transfer" not in figures
-    assert "▼" in terminal.row_line(results).plain
-    assert terminal.row_line(results).plain.startswith("after 5 task-5: mean .")
+    line = terminal.figures_line(Figures(figures.large(results))).plain
+    assert line.startswith("final accuracy ")
+    assert "forward transfer" not in line
+    assert "▼" in terminal.row_line(matrix.heat(results)).plain
+    assert terminal.row_line(matrix.heat(results)).plain.startswith("after 5 task-5: mean .")
 
 
 @pytest.mark.parametrize(("n_tasks", "width"), [(1, 40), (12, 80), (20, 100), (100, 80), (100, 200)])
 def test_terminal_matrix_fits(n_tasks: int, width: int) -> None:
-    text = rendered(terminal.matrix_table(checked(fake_results(n_tasks, 1)), width), width)
+    text = rendered(terminal.heat_table(matrix.heat(checked(fake_results(n_tasks, 1))), width), width)
     assert max(map(len, text.splitlines())) <= width
     assert len(text.splitlines()) <= 30
     assert ("…" in text) == (n_tasks > 20 or (n_tasks, width) == (20, 100))
@@ -597,9 +593,9 @@ def test_terminal_matrix_fits(n_tasks: int, width: int) -> None:
 
 def test_terminal_before_the_first_task() -> None:
     results = checked(fake_results(3, 2, rows=0))
-    assert terminal.row_line(results).plain == "no task is learned yet"
-    assert terminal.figures_line(results).plain == ""
-    assert "task-3" in rendered(terminal.matrix_table(results, 80), 80)
+    assert terminal.row_line(matrix.heat(results)).plain == "no task is learned yet"
+    assert terminal.figures_line(Figures(figures.large(results))).plain == ""
+    assert "task-3" in rendered(terminal.heat_table(matrix.heat(results), 80), 80)
 
 
 @pytest.mark.parametrize(
@@ -609,7 +605,7 @@ def test_terminal_comparison_fits(width: int, left_out: str) -> None:
     runs = [run for _, run in fake_runs()]
     for run in runs:
         run["name"] = "a fairly long name of the run of " + run["name"]
-    text = rendered(terminal.compare_table(compare(runs), width), width)
+    text = rendered(comparison.compare_table(compare(runs), width), width)
     lines = [line for line in text.splitlines() if line.strip()]
     assert max(map(len, lines)) <= width
     assert len(lines) <= 2 + 2 * 3 + bool(left_out)  # heading, rule, two lines a row at most
@@ -618,7 +614,7 @@ def test_terminal_comparison_fits(width: int, left_out: str) -> None:
     assert (f"too narrow for: {left_out}" in text) if left_out else ("too narrow" not in text)
     assert len(re.findall(r"\d ± \d", text)) >= 2 * 3
     assert "…" not in text
-    short = rendered(terminal.compare_table(compare([run for _, run in fake_runs()]), width), width)
+    short = rendered(comparison.compare_table(compare([run for _, run in fake_runs()]), width), width)
     assert re.findall(r"^ (\S+) +\d  ", short, re.MULTILINE) == ["demo-finetune", "demo-joint", "demo-frozen"]
 
 
@@ -739,8 +735,8 @@ def test_gauges_are_told_of_new_and_old_tasks_apart() -> None:
     results = told_of(fake_results(3, 2))
     rows = answers.gauge_rows(results)
     assert [row.means for row in rows] == [[(0.6, None)], [(0.6, 0.4)], [(0.6, pytest.approx(0.35))]]
-    assert answers.gauges_told(results) == [f"{WEIGHT}: 0.600 on the new task, 0.350 on earlier ones"]
-    assert answers.gauges_told(told_of(fake_results(1, 2))) == [f"{WEIGHT}: 0.600 on the new task"]
+    assert answers.gauges_told(results) == [(WEIGHT, "0.600 on the new task, 0.350 on earlier ones")]
+    assert answers.gauges_told(told_of(fake_results(1, 2))) == [(WEIGHT, "0.600 on the new task")]
 
 
 def test_what_heads_tell_may_be_anything() -> None:
@@ -750,12 +746,12 @@ def test_what_heads_tell_may_be_anything() -> None:
         {"task": 1, "of": {"b": {"kind": "other", "temperature": 0.5, "rows": "many", "tried": [1, 2]}, "empty": {}}},
         {"task": 0, "of": {"a": {"penalty": None, "exact": True}}},
     ]
-    rows = solved.rows(checked(results))
-    assert solved.headings(results) == ["kind", "examples"]
+    rows = heads.rows(checked(results))
+    assert heads.headings(results) == ["kind", "examples"]
     assert [(row.number, row.head, row.texts, row.more) for row in rows] == [
         (1, "a", ["–", "–"], "exact true"), (2, "b", ["other", "many"], "temperature 0.5, tried [1, 2]"),
     ]  # fmt: skip
-    assert solved.told(results) == ["b: other, many examples, temperature 0.5, tried [1, 2]"]
+    assert heads.told(results) == [("b", "other, many examples, temperature 0.5, tried [1, 2]")]
 
 
 def test_drift_is_told_of_the_last_task_and_each_before() -> None:
@@ -823,7 +819,7 @@ def test_a_document_that_has_nothing_of_it_shows_nothing_of_it(tmp_path: Path) -
         html, _, md = write_report(results, tmp_path)
         assert not {"answers", "heads", "drift"} & set(Page(html.read_text()).ids)
         assert not re.search("## (Ways|Heads|Drift)", md.read_text())
-        assert terminal.detail_lines(results) == []
+        assert briefs(results) == []
         shown = Page(write_comparison([("a", results)], tmp_path)[0].read_text()).shown
         assert "drift" not in shown
         assert "answered in that other way" not in shown
@@ -839,8 +835,8 @@ def test_the_terminal_tells_it_in_a_line_each(capsys: pytest.CaptureFixture[str]
         "head slow: ridge, 5,000 examples, penalty 1.0e-5, 312 degrees of freedom",
         "drift: features of earlier tasks moved 0.025 (farthest task-1, 0.040)",
     ]
-    assert [line.plain.strip() for line in terminal.detail_lines(results)] == told
-    assert [line.plain.strip() for line in terminal.detail_lines(results, heads=False)] == [*told[:2], told[-1]]
+    assert briefs(results) == told
+    assert briefs(results, "live") == [*told[:2], told[-1]]
     live.show_results(results)
     out = " ".join(capsys.readouterr().out.split())
     assert all(line in out for line in told)
@@ -881,7 +877,7 @@ def test_a_comparison_puts_other_ways_beside_the_runs(tmp_path: Path) -> None:
     assert "| demo-safe: slow | 3 |" in md.read_text("utf-8")
     assert "Drift, 0 to 2" in md.read_text("utf-8")
     assert json.loads(data.read_bytes())["rows"][3]["way"] == "fast"
-    text = rendered(terminal.compare_table(found, 140), 140)
+    text = rendered(comparison.compare_table(found, 140), 140)
     assert "drift: how far features of earlier tasks moved, 0 to 2" in text
     assert "demo-safe: fast" in text
 
@@ -901,13 +897,13 @@ def test_what_the_answer_gains_is_measured_seed_by_seed() -> None:
         first, second = (found["rows"][i]["metrics"]["final_accuracy"]["values"] for i in effect["rows"])
         wanted = [(b or 0) - (a or 0) for a, b in zip(first, second, strict=True)]
         assert effect["metrics"]["final_accuracy"]["values"] == pytest.approx(wanted)
-    lines = terminal.effects_text(found).plain.splitlines()
+    lines = comparison.effects_text(found).plain.splitlines()
     number = r"\+\d+\.\d ± \d+\.\d"
     assert re.fullmatch(f"answer mixed instead of slow: final accuracy {number} points with run demo-safe", lines[-2])
     alone = compare([run for name, run in named if "safe" in name])
     assert re.fullmatch(
         f"answer mixed instead of slow: final accuracy {number} points",
-        terminal.effects_text(alone).plain.splitlines()[0],
+        comparison.effects_text(alone).plain.splitlines()[0],
     )
 
 

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_report import Page, fake_results, told_of
+from test_report import Page, briefs, fake_results, told_of
 
 from perpetune.numerics.metrics import summarise
-from perpetune.report import checked, compare, palette, solved, svg, terminal, tree, write_comparison, write_report
+from perpetune.report import checked, compare, comparison, palette, svg, terminal, write_comparison, write_report
+from perpetune.report.blocks import Figures
+from perpetune.report.sections import collect, figures, tree
 
 GROUPS = ["blocks 0-5", "blocks 6-11"]
 NAMES = ["dbpedia", "amazon", "yelp", "agnews", "yahoo", "mnli", "qqp", "rte", "sst-2", "wic", "cb", "copa", "boolq",
@@ -106,6 +108,11 @@ def shown(results: dict[str, Any], folder: Path) -> tuple[str, Page, str]:
     return text, page, md.read_text("utf-8")
 
 
+def shown_section(results: Any, name: str) -> Any:
+    """The blocks of one section."""
+    return next(section.blocks for section in collect(results) if section.name == name)
+
+
 def section(text: str) -> str:
     return text[text.index('<section id="tree"') : text.index('<section id="tasks"')]
 
@@ -141,7 +148,7 @@ def test_a_tree_of_any_size_is_drawn(size: str, tmp_path: Path) -> None:
     assert "### Similarity" in markdown
     assert markdown.index("## Similar tasks") < markdown.index("## Tasks")
     assert page.shown.count("started from") >= 1
-    assert terminal.detail_lines(results)[-1].plain.strip().startswith(f"tree: {learned} task")
+    assert briefs(results)[-1].startswith(f"tree: {learned} task")
 
 
 def test_the_tree_says_its_names_splits_and_radii(tmp_path: Path) -> None:
@@ -197,10 +204,12 @@ def test_who_helped_whom_is_a_share_of_steps() -> None:
     table = tree.helped_table(results)
     assert table is not None
     assert table.names == ["dbpedia", "amazon"], "in the order of the stream"
-    assert [(number, task) for number, task, _ in table.tasks] == [(2, "amazon"), (3, "yelp")]
-    texts = [[(c.text, c.level) if c else None for c in row.cells] for _, _, rows in table.tasks for row in rows]
+    assert [(row.number, row.name, row.part) for row in table.rows] == [
+        ("2", "amazon", "g"), ("3", "yelp", "g"), ("3", "yelp", "h"),
+    ]  # fmt: skip
+    texts = [[(c.text, c.level) if c else None for c in row.cells] for row in table.rows]
     assert texts == [[None, None], [("75", 15), ("25", 5)], [None, ("100", 20)]]
-    first = table.tasks[1][2][0].cells[0]
+    first = table.rows[1].cells[0]
     assert first is not None
     assert first.title == "yelp, g: dbpedia in 9 of 12 steps"
     assert tree.told(results) == (
@@ -213,20 +222,20 @@ def test_similarity_is_one_minus_distance() -> None:
     results["facts"][2]["of"]["tree"]["distances"] = [[0, 0.25, 0.5], [0.25, 0, 0.75], [0.5, 0.75, 0]]
     table = tree.similarity_table(results)
     assert table is not None
-    texts = [[cell and cell.text for cell in cells] for _, _, cells in table.rows]
+    texts = [[cell and cell.text for cell in cells] for cells in (row.cells for row in table.rows)]
     assert texts == [["1.00", "0.75", "0.50"], ["0.75", "1.00", "0.25"], ["0.50", "0.25", "1.00"]]
-    assert [cell and cell.level for cell in table.rows[0][2]][1:] == [20, 10]
-    assert (table.least, table.most, table.names) == ("0.25", "0.75", NAMES[:3])
-    assert table.rows[0][2][1].title == "dbpedia and amazon: 0.750"  # type: ignore[union-attr]
+    assert [cell and cell.level for cell in table.rows[0].cells][1:] == [20, 10]
+    assert (table.scale, table.names) == (("0.25, least alike", "0.75, most alike"), NAMES[:3])
+    assert table.rows[0].cells[1].title == "dbpedia and amazon: 0.750"  # type: ignore[union-attr]
 
 
 def test_facts_of_heads_stay_with_the_heads(tmp_path: Path) -> None:
     results = told_of(fake_results(2, 2))
-    before = solved.rows(results)
+    before = shown_section(results, "heads")
     for entry in results["facts"]:
         entry["of"]["tree"] = tree_facts(["task-1", "task-2"][: entry["task"] + 1])
-    assert solved.rows(results) == before
-    assert not any("tree" in line for line in solved.told(results))
+    assert shown_section(results, "heads") == before
+    assert not any("tree" in line for line in briefs(results) if line.startswith("head"))
     _, page, _ = shown(results, tmp_path)
     assert {"heads", "tree"} <= set(page.ids)
     assert "similarity tree" not in page.shown
@@ -268,7 +277,7 @@ def test_what_is_missing_or_wrong_does_not_break_the_page(missing: str, wrong: A
     for entry in tree.grown(run):
         assert entry.levels >= 0
         assert tree.outline(entry.root)
-    tree.helped_table(run), tree.similarity_table(run), tree.storage_rows(run), terminal.detail_lines(run)
+    tree.helped_table(run), tree.similarity_table(run), tree.storage_rows(run), briefs(run)
     if wrong in (None, [], "absent", 7):  # rendering each would take longer than it tells
         shown(results, tmp_path)
 
@@ -349,7 +358,7 @@ def test_texts_are_examples_with_scores_and_tokens(tmp_path: Path) -> None:
     assert re.search(r'title="amazon after yelp: \d+\.\d\d of 90 rouge_l, ', text)
     assert '<td class="text">rouge_l</td>' in text
     assert "| 2 amazon | rouge\\_l |  | 270 |" in markdown
-    line = terminal.figures_line(results).plain
+    line = terminal.figures_line(Figures(figures.large(results))).plain
     assert line.startswith("final score ")
     assert "accuracy" not in line
     table = write_report(results, tmp_path)[1]
@@ -397,7 +406,8 @@ def test_texts_of_other_tasks_are_not_one_row_of_a_comparison(tmp_path: Path) ->
     assert "ccuracy" not in page.shown
     assert "Final score" in md.read_text("utf-8")
     assert all(
-        line.startswith("answer") and "final score" in line for line in terminal.effects_text(found).plain.splitlines()
+        line.startswith("answer") and "final score" in line
+        for line in comparison.effects_text(found).plain.splitlines()
     )
 
 

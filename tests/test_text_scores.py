@@ -33,7 +33,7 @@ from perpetune.numerics.text_scores import (
     score_of,
 )
 from perpetune.report import checked, terminal, write_report
-from perpetune.report.matrix import matrix_table
+from perpetune.report.sections import matrix
 
 NAMES = sorted(SCORES)
 # Text that scores cut differently, among any other: repeated words, articles, marks, literals, scripts without spaces.
@@ -280,8 +280,8 @@ def scored(results: dict[str, Any], score: str = "rouge_l") -> dict[str, Any]:
 def test_sums_of_scores_are_shown_with_two_decimals(tmp_path: Path) -> None:
     plain, results = fake_results(3, 2), scored(fake_results(3, 2))
     name, correct = results["tasks"][0]["classes"][0], plain["cells"][0][0]["correct"]
-    assert matrix_table(checked(plain)).rows[0].cells[0].title.endswith(f"{correct} of 90 right")  # type: ignore[union-attr]
-    cell = matrix_table(checked(results)).rows[0].cells[0]
+    assert matrix.heat(checked(plain)).rows[0].cells[0].title.endswith(f"{correct} of 90 right")  # type: ignore[union-attr]
+    cell = matrix.heat(checked(results)).rows[0].cells[0]
     assert cell is not None
     assert cell.title == f"task-1 after task-1: {correct}.30 of 90 rouge_l"
     right = plain["cells"][-1][0]["per_class"][name][0]
@@ -293,7 +293,7 @@ def test_sums_of_scores_are_shown_with_two_decimals(tmp_path: Path) -> None:
     for shown in (
         text["md"],
         re.sub(r'data-v="[^"]*"', "", text["html"]),
-        rendered(terminal.matrix_table(results), 100),
+        rendered(terminal.heat_table(matrix.heat(checked(results))), 100),
     ):
         assert not re.search(r"\d\.\d{6}", shown.partition("How to reproduce")[0])
 

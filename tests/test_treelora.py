@@ -38,7 +38,7 @@ from perpetune.numerics.similarity_tree import SimilarityTree
 from perpetune.pets import parameters, pets, slots, using
 from perpetune.pets.lora import LoRA
 from perpetune.recipe import make_recipe
-from perpetune.report.tree import grown
+from perpetune.report.sections.tree import grown
 from perpetune.run import learn_protected
 from perpetune.runtime import Runtime, Silent
 from perpetune.seeding import generator
@@ -353,7 +353,7 @@ def test_a_step_does_not_go_through_all_tasks(count: int, monkeypatch: pytest.Mo
         actual: Callable[..., Any] = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, **k: (called.append(name), actual(*a, **k))[1])
 
-    counting(searching, "distance")
+    counting(task_search, "distance")
     counting(similarity_tree, "distance")
     counting(similarity_tree, "_holds")
     counting(SimilarityTree, "point")

@@ -2,7 +2,8 @@
 
 A choice is a class or function found by a dotted path: those below, and those that installed packages
 name under the entry points `perpetune.methods`, `.pets`, `.heads`, `.backbones` and `.data`. Its
-keyword-only arguments are its options in a recipe: the constructor is the schema.
+keyword-only arguments are its options in a recipe: the constructor is the schema. Sections of the report are found in
+the same way, under `perpetune.sections`; no recipe names them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from perpetune.errors import UsageError, closest
 from perpetune.models.backbones import LOADERS
 
-Kind = Literal["methods", "pets", "heads", "backbones", "data"]
+Kind = Literal["methods", "pets", "heads", "backbones", "data", "sections"]
 
 BUILTIN: dict[Kind, dict[str, str]] = {
     "methods": {
@@ -55,6 +56,13 @@ BUILTIN: dict[Kind, dict[str, str]] = {
         "text": "perpetune.data.text_files:FileSource",
         "trace": "perpetune.data.trace:TraceSource",
         "cl_benchmark": "perpetune.data.cl_benchmark:ClBenchmarkSource",
+    },
+    "sections": {  # in the order of the page
+        name: f"perpetune.report.sections.{name}:section"
+        for name in (
+            *("figures", "matrix", "curves", "answers", "headroom", "heads", "tree", "protection", "drift"),
+            *("tasks", "classes", "storage", "time", "problems", "reproduce"),
+        )
     },
 }
 
@@ -93,7 +101,7 @@ def find(kind: Kind, name: str) -> Any:
 
 
 def _fitting(kind: Kind, name: str, found: Any) -> Any:
-    """`found`, once it is known to be a whole class of the kind; a backbone's loader may be any function."""
+    """`found`, once it is known to be a whole class of the kind; a backbone's loader or a section may be a function."""
     if kind not in BASES:
         if callable(found):
             return found

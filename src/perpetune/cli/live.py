@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -13,19 +13,11 @@ from rich.text import Text
 
 from perpetune.report import form
 from perpetune.report.compare import Comparison
-from perpetune.report.headroom import Headroom, missing_lines
-from perpetune.report.protected import newly_full
-from perpetune.report.tables import learn_seconds
-from perpetune.report.terminal import (
-    compare_table,
-    detail_lines,
-    effects_text,
-    figures_line,
-    headroom_table,
-    matrix_table,
-    row_line,
-    short_line,
-)
+from perpetune.report.comparison import compare_table, effects_text
+from perpetune.report.document import learn_seconds
+from perpetune.report.sections import collect
+from perpetune.report.sections.headroom import Headroom, in_terminal
+from perpetune.report.terminal import after_task, drawn, short_line, show, summary
 from perpetune.runtime import Silent
 
 if TYPE_CHECKING:
@@ -83,12 +75,8 @@ class Live:
 
     def results(self, results: dict[str, Any]) -> None:
         self.bars.update(self.bar, visible=False, refresh=True)
-        self.console.print(row_line(results))
-        full = newly_full(results)
-        for line in detail_lines(results, heads=False):
+        for line in after_task(collect(cast("Results", results))):
             self.console.print(line)
-        if full is not None:
-            self.note(f"protect: {full}")
 
 
 class RunLines:
@@ -115,7 +103,7 @@ class RunLines:
         count = f"  [{self.ended}/{self.total}]"
         line = Text(f"{job.name:<{self.width}}  ")
         if kind == "task":
-            line.append_text(short_line(event["results"]))
+            line.append_text(short_line(collect(event["results"])))
         elif kind == "done":
             seconds = form.duration(learn_seconds(event["results"]))
             line.append("done", "bold green").append(f": {self._figures(event['results'])}, {seconds}{count}")
@@ -132,13 +120,10 @@ class RunLines:
 
 
 def show_results(results: dict[str, Any]) -> None:
-    """The accuracy matrix and the figures under it."""
+    """The accuracy matrix, the figures under it, and a line for each further section of the report that has one."""
     console = Console(highlight=False)
     console.print()
-    console.print(matrix_table(results, console.width))
-    console.print(figures_line(results))
-    for line in detail_lines(results):
-        console.print(Text(line.plain.strip(), line.style))
+    show(console, summary(collect(cast("Results", results)), console.width))
 
 
 def show_comparison(comparison: Comparison) -> None:
@@ -155,13 +140,4 @@ def show_headroom(found: Sequence[Headroom]) -> None:
     """What there was to win over doing nothing, which run is missing to know it, and in the last lines who won how
     much."""
     console = Console(highlight=False)
-    for one in found:
-        if one["headroom"]["n"]:
-            console.print(headroom_table(one))
-    for one in found:
-        for text, command in missing_lines(one):
-            console.print(Text(text + (":" if command else ""), style="yellow"))
-            if command:
-                print(f"  {command}")
-    for one in found:
-        console.print(Text(one["told"]))
+    show(console, drawn(in_terminal(found), console.width))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json as json_text
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from perpetune.cli.learn import Json, Set, StateFolder
+
+if TYPE_CHECKING:
+    from perpetune.registry import Kind
 
 
 def report(
@@ -90,7 +93,7 @@ def methods(json: Json = False) -> None:
     from perpetune.protection.config import ProtectConfig
     from perpetune.recipe import BackboneSection, PetSection
 
-    found = {kind: {name: registry.summary(kind, name) for name in registry.names(kind)} for kind in registry.BUILTIN}
+    found = {kind: {name: registry.summary(kind, name) for name in registry.names(kind)} for kind in HEADINGS}
     places, backbone = registry.described(PetSection, "name"), registry.described(BackboneSection, "name")
     for name, about in found["pets"].items():
         at = ", ".join(registry.find("pets", name).default_at)
@@ -119,7 +122,7 @@ def methods(json: Json = False) -> None:
     print(FITS)
 
 
-HEADINGS = {
+HEADINGS: dict[Kind, tuple[str, str]] = {  # of what a recipe names
     "methods": ("method", "how the tasks are learned, one after the other"),
     "pets": ("pet", "the small parameters that are added to the frozen model; `pet: none` adds none"),
     "heads": ("head", "from features to classes known by name; `lm` for language models"),

@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from perpetune.errors import UsageError
-from perpetune.report import answers, drift, form, protected, tables
+from perpetune.report import form
+from perpetune.report.document import learn_seconds, measure
 from perpetune.report.effects import Effect, answer_effect, effects
-from perpetune.report.headroom import Headroom, headrooms
 from perpetune.report.results_schema import Results, TaskInfo, checked
+from perpetune.report.sections import answers, drift, protection
+from perpetune.report.sections.curves import curves as curves_of
+from perpetune.report.sections.headroom import Headroom, headrooms
+from perpetune.report.sections.storage import stored_bytes
 from perpetune.report.spread import Spread, spread
 
 # Settings that name a run or say where it happens; they change no figure that is compared here.
@@ -132,7 +136,7 @@ def compare(runs: Sequence[Mapping[str, Any]], names: Sequence[str] | None = Non
     best = {key: _best(rows, key) if rankable and len(rows) > 1 else [] for key in rows[0]["metrics"]}
     return {
         "format": 1,
-        "measure": "score" if any(tables.measure(run) == "score" for run in results) else "accuracy",
+        "measure": "score" if any(measure(run) == "score" for run in results) else "accuracy",
         "rows": rows,
         "settings": settings,
         "best": best,
@@ -235,7 +239,7 @@ def _short(key: str) -> str:
 
 
 def _row(label: str, names: list[str], runs: Sequence[Results], settings: Sequence[str]) -> ComparisonRow:
-    flat, curves = _flat(runs[0]["recipe"]), [tables.curves(run) for run in runs]
+    flat, curves = _flat(runs[0]["recipe"]), [curves_of(run) for run in runs]
     return {
         "label": label,
         "way": None,
@@ -250,10 +254,10 @@ def _row(label: str, names: list[str], runs: Sequence[Results], settings: Sequen
             for key in runs[0]["metrics"]
         },
         "trainable_parameters": spread([run["trainable_parameters"] for run in runs]),
-        "stored_bytes": spread([tables.stored_bytes(run) for run in runs]),
-        "learn_seconds": spread([tables.learn_seconds(run) for run in runs]),
-        "moved": spread([protected.moved(run) for run in runs]),
-        "room": spread([protected.room(run) for run in runs]),
+        "stored_bytes": spread([stored_bytes(run) for run in runs]),
+        "learn_seconds": spread([learn_seconds(run) for run in runs]),
+        "moved": spread([protection.moved(run) for run in runs]),
+        "room": spread([protection.room(run) for run in runs]),
         "drift": spread([drift.final(run) for run in runs]),
         "average_accuracy_curve": _pointwise([c.accuracy for c in curves]),
         "forgetting_curve": _pointwise([c.forgetting for c in curves]),

@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perpetune.files import write_file
-from perpetune.report import form, markdown, palette, tables, view
+from perpetune.report import form, html, markdown, palette
+from perpetune.report.blocks import Banner, Page
 from perpetune.report.compare import compare
-from perpetune.report.headroom import Headroom
-from perpetune.report.results_schema import checked
+from perpetune.report.comparison import comparison_page
+from perpetune.report.document import choices, setting
+from perpetune.report.results_schema import Results, checked
+from perpetune.report.sections import classes, collect, curves, problems
+from perpetune.report.sections.headroom import Headroom
 
 if TYPE_CHECKING:
     import jinja2
@@ -33,14 +37,33 @@ def write_report(results: Mapping[str, Any], folder: Path, found: Sequence[Headr
         StateError: `results` is not a results document.
     """
     run = checked(results)
-    derived: dict[str, Any] = {"headroom": list(found)} if found else {}
-    derived |= {"curves": asdict(tables.curves(run)), "classes": [asdict(row) for row in tables.class_rows(run)]}
+    if found:
+        run["headroom"] = list(found)
+    page = run_page(run)
+    derived: dict[str, Any] = {"curves": asdict(curves.curves(run))}
+    derived |= {"classes": [asdict(row) for row in classes.class_rows(run)]}
     files = {
-        "report.html": _environment().get_template("report.html").render(view.report(run, found)),
+        "report.html": _rendered(page),
         "report.json": _json({**run, **derived}),
-        "report.md": markdown.report(run, found),
+        "report.md": markdown.page(page),
     }
     return _write(files, folder)
+
+
+def run_page(run: Results) -> Page:
+    """The page of one run: what it is, and its sections."""
+    tasks, learned = form.plural(len(run["tasks"]), "task"), form.plural(len(run["cells"]), "task")
+    incomplete = f"This run is not complete; its figures are of the {learned} learned so far."
+    made_by = f"Made by perpetune {run['versions'].get('perpetune', '')}".rstrip()
+    return Page(
+        kind="perpetune report",
+        title=run["name"],
+        lead=f"{setting(run).capitalize()} learning of {tasks}, seed {run['seed']}",
+        sections=collect(run),
+        chips=[*choices(run["recipe"]).items(), ("device", run["device"])],
+        banners=[*([] if run["complete"] else [Banner(incomplete)]), *problems.banner(run)],
+        footer=f"{made_by} from one file; nothing on this page is loaded from elsewhere.",
+    )
 
 
 def headroom_beside(
@@ -69,10 +92,11 @@ def write_comparison(runs: Sequence[tuple[str, Mapping[str, Any]]], folder: Path
         StateError: one of them is not a results document.
     """
     comparison = compare([run for _, run in runs], [name for name, _ in runs])
+    page = comparison_page(comparison)
     files = {
-        f"{name}.html": _environment().get_template("compare.html").render(view.comparison(comparison)),
+        f"{name}.html": _rendered(page),
         f"{name}.json": _json(comparison),
-        f"{name}.md": markdown.comparison(comparison),
+        f"{name}.md": markdown.page(page),
     }
     return _write(files, folder)
 
@@ -90,6 +114,13 @@ def is_comparison(path: Path) -> bool:
     return isinstance(document, dict) and "rows" in document and "cells" not in document
 
 
+def _rendered(page: Page) -> str:
+    """The page as one HTML file."""
+    titled = [section for section in page.sections if section.heading]
+    untitled = [section for section in page.sections if not section.heading]
+    return _environment().get_template("page.html").render(page=page, titled=titled, untitled=untitled)
+
+
 def _environment() -> jinja2.Environment:
     import jinja2
 
@@ -100,20 +131,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for write in (
-        form.percent,
-        form.thousandths,
-        form.points,
-        form.size,
-        form.duration,
-        form.count,
-        form.right,
-        form.relative,
-        form.setting,
-        form.plural,
-    ):
-        environment.filters[write.__name__] = write
-    environment.globals["colours_css"] = palette.colours_css
+    environment.globals |= {"colours_css": palette.colours_css, "drawn": html.section}
     return environment
 
 

@@ -48,8 +48,9 @@ class AnsweredCell(Cell):
 
 
 class Facts(TypedDict):
-    """What heads tell of their solution after one task, by the name of the head (`report.solved`), and a method of its
-    tree of tasks (`report.tree`)."""
+    """What a method's `facts()` gave after one task, by name: of each head its solution, say, or its tree of tasks.
+
+    `kind`, if there is one, says which section of the report reads a fact (`report.sections.reads`)."""
 
     task: int
     of: dict[str, dict[str, Any]]
@@ -144,6 +145,7 @@ class Results(TypedDict):
         trainable_parameters, backbone_parameters: None where no model has been built yet.
         complete: all tasks of the stream were learned; otherwise `tasks` may hold the learned ones alone.
         extra: whatever else a caller keeps here; not shown.
+        headroom: of the run's stream, with other runs beside it (`report.sections.headroom.Headroom`).
     """
 
     format: int
@@ -167,6 +169,7 @@ class Results(TypedDict):
     device: str
     complete: bool
     extra: NotRequired[dict[str, Any]]
+    headroom: NotRequired[list[Any]]
 
 
 def checked(document: Mapping[str, Any], where: str = "results") -> Results:
@@ -233,3 +236,41 @@ def _check_sizes(results: Results, where: str) -> None:
     for moved in results.get("drift", []):
         if unknown := sorted(moved["of"].keys() - names):
             raise StateError(f"{where}: an entry of drift names no task: {unknown[0]}")
+
+
+# Facts may come from any version or package. What is missing or of another type than expected reads as nothing.
+
+
+def facts_of(results: Mapping[str, Any], kind: str | None = None) -> list[tuple[int, str, dict[str, Any]]]:
+    """(index of the task, name, facts) of all facts, or those of one kind, in the order of the tasks."""
+    listed = sorted(results.get("facts", []), key=lambda entry: entry["task"])
+    found = [(entry["task"], name, as_mapping(facts)) for entry in listed for name, facts in entry["of"].items()]
+    return [one for one in found if kind is None or one[2].get("kind") == kind]
+
+
+def as_list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def as_mapping(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def as_texts(value: object) -> list[str]:
+    return [str(entry) for entry in as_list(value)]
+
+
+def as_text(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def as_number(value: object) -> float | None:
+    """A number of a size that can be shown."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if -1e15 < value < 1e15 else None
+
+
+def as_count(value: object) -> int | None:
+    """A whole number; one below zero is none."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**18 else None

@@ -12,8 +12,11 @@ import statistics
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
-from perpetune.report import answers, form, tables
+from perpetune.report import form
+from perpetune.report.blocks import Block, Cell, Code, Column, Heading, Only, Panel, Rows, Table, Text
+from perpetune.report.document import classed, measure
 from perpetune.report.results_schema import Results
+from perpetune.report.sections import answers
 from perpetune.report.spread import Spread, spread
 
 Part = Literal["control", "frozen taps", "joint"]
@@ -30,6 +33,7 @@ WHAT = {
     "frozen taps": "frozen taps (method frozen, head ridge, backbone.taps)",
     "joint": "joint run (method joint)",
 }
+HEADINGS = ("part", "run", "head", "n", "final accuracy, %", "recovered, %", "of what frozen taps leave, %")
 MEANING = (
     "The control trains nothing: ridge regression on the frozen model’s own feature (the last class token of a "
     "picture, the mean over the tokens of a text). Joint trains on all data at once; where there are several joint "
@@ -91,6 +95,49 @@ class Headroom(TypedDict):
     told: str
 
 
+def section(results: Results) -> list[Block] | None:
+    """The headroom with runs that lie beside this one, where the document has it (`report.write_report`)."""
+    found: Sequence[Any] = results.get("headroom", [])
+    return blocks(found) if found else None
+
+
+def blocks(found: Sequence[Headroom]) -> list[Block]:
+    """The headroom of each stream, as a report and a comparison show it."""
+    about = "what counts as control, frozen taps or joint is bold; a diagnosis is no result"
+    parts: list[Block] = [Heading("Headroom"), Text(MEANING)]
+    for one in found:
+        inner: list[Block] = [_table(one)]
+        for text, command in missing_lines(one):
+            inner.append(Text(f"{text}; this command makes it:" if command else text))
+            inner += [Code(command, "sh")] if command else []
+        parts.append(Panel(inner, one["told"], f"{one['of']}; {about}"))
+    return [*parts, Only("terminal", in_terminal(found))]
+
+
+def in_terminal(found: Sequence[Headroom]) -> list[Block]:
+    """The parts of each headroom, what is missing to know it, and in the last lines who won how much."""
+    headings = ("headroom", "run", "head", "n", "final", "recovered", "of what taps leave")
+    parts: list[Block] = [_table(one, headings) for one in found if one["headroom"]["n"]]
+    for one in found:
+        for text, command in missing_lines(one):
+            parts += [Text(f"{text}:", warning=True), Code(command, "sh")] if command else [Text(text, warning=True)]
+    return [*parts, *(Text(one["told"]) for one in found)]
+
+
+def _table(one: Headroom, headings: Sequence[str] = HEADINGS) -> Table:
+    rows: Rows = [
+        [
+            Cell(row["role"], style="best" if row["counts"] else ""),
+            Cell(row["label"], style="best" if row["counts"] else ""),
+            row["details"],
+            len(row["seeds"]),
+            *texts(row),
+        ]
+        for row in one["rows"]
+    ]
+    return Table([Column(heading, left=i < 3) for i, heading in enumerate(headings)], rows)
+
+
 def headrooms(
     rows: Sequence[Sequence[Results]],
     labels: Sequence[str],
@@ -107,7 +154,7 @@ def headrooms(
     """
     groups: dict[str, list[int]] = {}
     for i, runs in enumerate(rows):
-        if tables.classed(runs[0]) and tables.measure(runs[0]) == "accuracy" and _name(runs[0], "head") != "lm":
+        if classed(runs[0]) and measure(runs[0]) == "accuracy" and _name(runs[0], "head") != "lm":
             groups.setdefault(_place(runs[0]), []).append(i)
     found = []
     for group in groups.values():

@@ -6,9 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-from perpetune.numerics.metrics import Cell, Metrics, accuracies, final_accuracy, over_time, summarise
+from perpetune.numerics import metrics
+from perpetune.numerics.metrics import Metrics, accuracies, final_accuracy, over_time, summarise
 from perpetune.report import form
+from perpetune.report.blocks import Block, Brief, Cell, Chart, Column, Columns, Heading, Pair, Panel, Rows, Table, Text
+from perpetune.report.document import measure
+from perpetune.report.palette import LIGHT_LINES
 from perpetune.report.results_schema import Results
+from perpetune.report.sections.curves import MEAN
+from perpetune.report.svg import Line
 
 MEANING = (
     "The method can answer in several ways; each was tried on the same test data. The first is its answer, of which "
@@ -42,6 +48,41 @@ class GaugeRow:
     number: int
     task: str
     means: list[tuple[float | None, float | None]]
+
+
+def section(results: Results) -> list[Block] | None:
+    found, gauges, blocks = ways(results), gauge_rows(results), list[Block]()
+    if found:
+        styles = ["strong", *(f"l{i % len(LIGHT_LINES)}" for i in range(1, len(found)))]
+        what = measure(results)
+        lines = [Line(way.name, way.curve, style) for way, style in zip(found, styles, strict=False)]
+        # The answer comes last, and so on top.
+        chart = Chart(lines[::-1], f"Mean {what} on the tasks seen, by each way to answer")
+        columns: Columns = [
+            Column("way", left=True),
+            *(Column(f"{when} {what}, %", short=f"{when}, %") for when in ("final", "average")),
+            "forgetting, points",
+        ]
+        keys = ("final_accuracy", "average_accuracy", "forgetting")
+        rows: Rows = [
+            [Cell(way.name, swatch=style), *(form.percent(way.metrics[key]) for key in keys)]  # type: ignore[literal-required]
+            for way, style in zip(found, styles, strict=False)
+        ]
+        table = Panel([Table(columns, rows)], "Figures", "as the headline figures, for each way")
+        blocks += [Text(meaning(results)), Pair([Panel([chart], what.capitalize(), MEAN), table])]
+        blocks.append(Brief("answers", told(results)))
+    if gauges:
+        lasts = gauges_told(results)
+        headings = [f"{name}, {of}" for name in gauge_names(results) for of in ("new task", "earlier tasks")]
+        texts = [
+            [f"{row.number} {row.task}", *(form.thousandths(mean) for pair in row.means for mean in pair)]
+            for row in gauges
+        ]
+        after = "; ".join(f"{name}: {text}" for name, text in lasts)
+        blocks.append(Text(f"{GAUGES} After the last task: {after}."))
+        blocks.append(Table([Column("after", left=True), *headings], texts, limit=30, noun="task"))
+        blocks += [Brief(name, text) for name, text in lasts]
+    return [Heading("Ways to answer"), *blocks] if blocks else None
 
 
 def names(results: Mapping[str, Any]) -> list[str]:
@@ -108,15 +149,15 @@ def told(results: Results) -> str:
     return ", ".join(f"{way.name} {form.percent(way.metrics['final_accuracy'])} %" for way in ways(results))
 
 
-def gauges_told(results: Mapping[str, Any]) -> list[str]:
-    """`fast weight: 0.620 on the new task, 0.410 on earlier ones`, for each gauge, after the last task."""
+def gauges_told(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """`fast weight` and `0.620 on the new task, 0.410 on earlier ones`, for each gauge, after the last task."""
     rows = gauge_rows(results)
     if not rows:
         return []
     lines = []
     for name, (new, old) in zip(gauge_names(results), rows[-1].means, strict=True):
         earlier = f", {form.thousandths(old)} on earlier ones" if old is not None else ""
-        lines.append(f"{name}: {form.thousandths(new)} on the new task{earlier}")
+        lines.append((name, f"{form.thousandths(new)} on the new task{earlier}"))
     return lines
 
 
@@ -131,11 +172,11 @@ def _head(results: Mapping[str, Any]) -> str:
     return str(head.get("name") if isinstance(head, Mapping) else head)
 
 
-def _cell(cell: Mapping[str, Any], name: str) -> Cell | None:
+def _cell(cell: Mapping[str, Any], name: str) -> metrics.Cell | None:
     right = _others(cell).get(name)
     if right is None:
         return None
-    answered: Cell = {"correct": right, "total": cell["total"], "per_class": {}}
+    answered: metrics.Cell = {"correct": right, "total": cell["total"], "per_class": {}}
     return {**answered, "score": cell["score"]} if "score" in cell else answered
 
 

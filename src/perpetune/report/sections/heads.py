@@ -1,4 +1,4 @@
-"""Heads that are solved from statistics: what each tells of its last solution."""
+"""Heads that are solved from statistics: what each reports of its last solution; facts that no other section reads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from perpetune.report import form, tree
+from perpetune.report import form
+from perpetune.report.blocks import Block, Brief, Column, Columns, Heading, Table, Text
+from perpetune.report.results_schema import Results, as_number, facts_of
 
 MEANING = (
     "What the heads that are computed from sums over examples, not trained, say of themselves after each task. A share "
@@ -40,15 +42,22 @@ class HeadRow:
     more: str
 
 
+def section(results: Results) -> list[Block] | None:
+    found = rows(results)
+    if not found:
+        return None
+    more = any(row.more for row in found)
+    columns: Columns = [Column("after", left=True), Column("head", left=True), *headings(results)]
+    columns += [Column("more", left=True)] if more else []
+    texts = [[f"{row.number} {row.task}", row.head, *row.texts, *([row.more] if more else [])] for row in found]
+    table = Table(columns, texts, limit=30, noun="solution", wrap=True)
+    briefs = [Brief(f"head {name}", text, when="end") for name, text in told(results)]
+    return [Heading("Heads solved from statistics", "Heads"), Text(MEANING), table, *briefs]
+
+
 def entries(results: Mapping[str, Any]) -> list[tuple[int, str, Mapping[str, Any]]]:
-    """(index of the task, name of the head, its facts) of each head that tells any, after each task."""
-    listed = sorted(results.get("facts", []), key=lambda entry: entry["task"])
-    return [
-        (entry["task"], name, facts)
-        for entry in listed
-        for name, facts in entry["of"].items()
-        if facts and not tree.is_tree(facts)
-    ]
+    """(index of the task, name of the head, its facts) of each head that has any, after each task."""
+    return [(task, name, facts) for task, name, facts in facts_of(results) if facts]
 
 
 def headings(results: Mapping[str, Any]) -> list[str]:
@@ -70,10 +79,10 @@ def rows(results: Mapping[str, Any]) -> list[HeadRow]:
     ]
 
 
-def told(results: Mapping[str, Any]) -> list[str]:
-    """`slow: ridge, 2,000 examples, penalty 12.3, 313 degrees of freedom`, for each head, of the last task."""
+def told(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """`slow` and `ridge, 2,000 examples, penalty 12.3, 313 degrees of freedom`, for each head, of the last task."""
     found = entries(results)
-    return [f"{name}: {_told(facts)}" for task, name, facts in found if task == found[-1][0]]
+    return [(name, _told(facts)) for task, name, facts in found if task == found[-1][0]]
 
 
 def _told(facts: Mapping[str, Any]) -> str:
@@ -92,11 +101,11 @@ def _keys(results: Mapping[str, Any]) -> list[str]:
 
 def _text(key: str, facts: Mapping[str, Any]) -> str:
     value = facts.get(key)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if number and key in ("rows", "dim"):
-        return form.count(value)
-    if number and key == "bytes":
-        return form.size(value)
+    number = as_number(value)
+    if number is not None and key in ("rows", "dim"):
+        return form.count(number)
+    if number is not None and key == "bytes":
+        return form.size(number)
     if key == "solver" and isinstance(value, str) and isinstance(times := facts.get("factorisations"), int):
         return f"{value} ({times})"
     return _plain(value)
@@ -105,6 +114,5 @@ def _text(key: str, facts: Mapping[str, Any]) -> str:
 def _plain(value: object) -> str:
     if value is None:
         return form.ABSENT
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return form.number(value)
-    return form.setting(value)
+    number = as_number(value)
+    return form.setting(value) if number is None else form.number(number)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from perpetune.report import form, protected
-from perpetune.report.matrix import LARGE, READABLE, ROOMY, MatrixCell
+from perpetune.report import form
+from perpetune.report.blocks import Block, Brief, Column, Heading, Heat, HeatCell, HeatRow, Panel, Text
 from perpetune.report.palette import heat_level
+from perpetune.report.results_schema import Results
+from perpetune.report.sections import protection
 
 MEANING = (
     "How far the features of each earlier task’s test data (columns; a few examples of each) lie from where they were "
@@ -22,26 +23,13 @@ CERTIFIED = (
 STILL = "They have not moved at all."
 
 
-@dataclass(frozen=True)
-class DriftRow:
-    """The distances after one task, their mean, and the certificate's worst and median site, as text."""
-
-    number: int
-    name: str
-    mean: str
-    worst: str
-    median: str
-    cells: list[MatrixCell | None]
-
-
-@dataclass(frozen=True)
-class DriftTable:
-    rows: list[DriftRow]
-    names: list[str]
-    style: str  # of the table: large, dense or neither
-    numbered: bool  # columns are headed by numbers, for want of room
-    folded: bool
-    certified: bool  # whether there are certificates beside the distances
+def section(results: Results) -> list[Block] | None:
+    if not moved(results):
+        return None
+    last = told(results)
+    note = Text(f"After the last task: {last}. {meaning(results)}" if last else meaning(results))
+    tables = [] if still(results) else [Panel([table(results)])]
+    return [Heading("Drift of old features", "Drift"), note, *tables, *([Brief("drift", last)] if last else [])]
 
 
 def moved(results: Mapping[str, Any]) -> dict[int, dict[str, float]]:
@@ -60,20 +48,22 @@ def still(results: Mapping[str, Any]) -> bool:
     return not any(value for of in moved(results).values() for value in of.values())
 
 
-def table(results: Mapping[str, Any]) -> DriftTable:
+def table(results: Mapping[str, Any]) -> Heat:
     """The distances as the accuracy matrix shows accuracies; colours reach up to the largest."""
     found = moved(results)
     names = [task["name"] for task in results["tasks"]][: max(found, default=0)]  # nothing comes after the last one
     largest = max((value for of in found.values() for value in of.values()), default=0.0)
-    certificates = {entry["task"]: entry for entry in protected.after_tasks(results)}
+    certificates = {entry["task"]: entry for entry in protection.after_tasks(results)}
     rows = []
     for i, of in found.items():
         name, entry = results["tasks"][i]["name"], certificates.get(i)
         cells = [_cell(of.get(other), other, name, largest) for other in names]
-        worst, median = (form.relative(entry[key], 1) if entry else form.ABSENT for key in ("worst", "median"))
-        rows.append(DriftRow(i + 1, name, form.thousandths(_mean(of)), worst, median, cells))
-    style = "large" if len(names) <= LARGE else "dense" if len(names) > ROOMY else ""
-    return DriftTable(rows, names, style, style == "dense", len(names) > READABLE, bool(certificates))
+        beside = [form.relative(entry[key], 1) if entry else form.ABSENT for key in ("median", "worst")]
+        rows.append(HeatRow(str(i + 1), name, cells, form.thousandths(_mean(of)), beside if certificates else ()))
+    hint = "certificate: outputs at the {} site"
+    sites = [Column(f"outputs, {s} site", hint=hint.format(s), short=f"{s} site") for s in ("median", "worst")]
+    mean = Column("mean", short="mean drift")
+    return Heat("Drift of old features", "after", names, rows, mean, sites if certificates else ())
 
 
 def told(results: Mapping[str, Any]) -> str:
@@ -87,15 +77,15 @@ def told(results: Mapping[str, Any]) -> str:
 
 
 def meaning(results: Mapping[str, Any]) -> str:
-    parts = [MEANING, *([CERTIFIED] if protected.after_tasks(results) else []), *([STILL] if still(results) else [])]
+    parts = [MEANING, *([CERTIFIED] if protection.after_tasks(results) else []), *([STILL] if still(results) else [])]
     return " ".join(parts)
 
 
-def _cell(value: float | None, of: str, after: str, largest: float) -> MatrixCell | None:
+def _cell(value: float | None, of: str, after: str, largest: float) -> HeatCell | None:
     if value is None:
         return None
     level = heat_level(value / largest if largest else 0.0)
-    return MatrixCell(form.thousandths(value), level, "kept", f"{of} after {after}: moved {form.thousandths(value)}")
+    return HeatCell(form.thousandths(value), level, "kept", f"{of} after {after}: moved {form.thousandths(value)}")
 
 
 def _mean(of: Mapping[str, float]) -> float | None:

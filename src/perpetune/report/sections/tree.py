@@ -1,6 +1,6 @@
 """The tree of similar tasks that TreeLoRA keeps: how it stood after each task, who helped whom, what is stored.
 
-What is told comes from states of any age: what is missing or of another form than expected is left out.
+The facts come from states of any age: what is missing or of another form than expected is left out.
 """
 
 from __future__ import annotations
@@ -10,8 +10,38 @@ from dataclasses import dataclass
 from typing import Any
 
 from perpetune.report import form
-from perpetune.report.matrix import LARGE, READABLE, ROOMY, MatrixCell
+from perpetune.report.blocks import (
+    Block,
+    Brief,
+    Cell,
+    Column,
+    Columns,
+    Fold,
+    Gallery,
+    Heading,
+    Heat,
+    HeatCell,
+    HeatRow,
+    Only,
+    Panel,
+    Rows,
+    Table,
+    Text,
+    Tree,
+)
 from perpetune.report.palette import heat_level
+from perpetune.report.results_schema import (
+    Results,
+    as_count,
+    as_list,
+    as_mapping,
+    as_number,
+    as_text,
+    as_texts,
+    facts_of,
+)
+from perpetune.report.sections import reads
+from perpetune.report.svg import Branch
 
 KIND = "similarity tree"  # what these facts say of themselves
 DEEPEST = 64  # levels of a tree that are read; whatever is below shows as one leaf
@@ -24,10 +54,7 @@ HELPED = (
     "While a task is learned (rows), each group of modules selects an earlier task (columns) that acts on the step. "
     "Cells say in what share of the task’s steps, in %, each was selected."
 )
-SIMILAR = (
-    "1 minus the distance of two tasks’ signatures, after the last task. Colours run from the pair of tasks that are "
-    "least alike to the pair that are most alike."
-)
+SIMILAR = "1 minus the distance of two tasks’ signatures, after the last task."
 STORED = (
     "Adapters that are kept after each task, and what the tree stores of every task beside them: its signature. A "
     "merged adapter stands for several tasks."
@@ -111,35 +138,6 @@ class Grown:
 
 
 @dataclass(frozen=True)
-class HelpedRow:
-    """One group of modules while one task was learned: its steps, and the share of each earlier task."""
-
-    group: str
-    steps: str
-    cells: list[MatrixCell | None]
-
-
-@dataclass(frozen=True)
-class HelpedTable:
-    tasks: list[tuple[int, str, list[HelpedRow]]]  # number and name of the task, its groups of modules
-    names: list[str]
-    headings: list[str]  # of the columns: names, or the tasks' numbers for want of room
-    style: str  # of the table: large, dense or neither
-    folded: bool
-
-
-@dataclass(frozen=True)
-class SimilarityTable:
-    rows: list[tuple[str, str, list[MatrixCell | None]]]  # number and name of the task, its cells
-    names: list[str]
-    headings: list[str]
-    least: str  # similarity of two different tasks, at both ends of the colours; empty for fewer than two tasks
-    most: str
-    style: str
-    folded: bool
-
-
-@dataclass(frozen=True)
 class StorageRow:
     """What is kept after one task, as text; `share` of the most that was ever kept."""
 
@@ -154,15 +152,98 @@ class StorageRow:
     share: float
 
 
-def is_tree(facts: Mapping[str, Any]) -> bool:
-    """Whether facts are told here, not among those of heads."""
-    return facts.get("kind") == KIND
+@reads(KIND)
+def section(results: Results) -> list[Block] | None:
+    found = grown(results)
+    if not found:
+        return None
+    text = told(results)
+    helped, similar = helped_table(results), similarity_table(results)
+    blocks: list[Block] = [
+        Heading("Similar tasks"),
+        Text(f"After the last task: {text}. {MEANING}"),
+        _last(found[-1]),
+        *_before(found),
+    ]
+    if helped is not None:
+        blocks.append(Panel([helped], "Who helped whom, by layer", HELPED))
+    if similar is not None:
+        blocks.append(Panel([similar], "Similarity", SIMILAR))
+    return [*blocks, Panel([_storage(results)], "Adapters kept", STORED), Brief("tree", text)]
+
+
+def _last(entry: Grown) -> Panel:
+    """The tree as it is now."""
+    title, branch = f"Tree after task {entry.number} {entry.task}", _branch(entry.root, entry.task)
+    if branch is None:
+        return Panel([Text("The tree is empty.")], title)
+    about = "A node: what splits it, and its radius; a square leaf: several tasks that have one adapter."
+    columns: Columns = [Column("tasks", left=True), "level", Column("split by", left=True), "radius", "spread"]
+    rows: Rows = [
+        [
+            Cell(node.name, indent=level),
+            level + 1,
+            node.split,
+            form.thousandths(node.radius),
+            form.thousandths(node.spread),
+        ]
+        for level, node in walk(entry.root)
+    ]
+    table = Fold("The tree as a table", [Table(columns, rows, wrap=True)])
+    label = f"The tree after task {entry.number} {entry.task}: {outline(entry.root)}"
+    return Panel([Only("page", [Text(about)]), Tree(branch, label), Only("page", [table])], title)
+
+
+def _before(found: Sequence[Grown]) -> list[Block]:
+    """The tree as it was after each earlier task, drawn and as text."""
+    trees = []
+    for entry in found[:-1]:
+        branch = _branch(entry.root, entry.task)
+        if branch is not None:
+            label = f"The tree after task {entry.number} {entry.task}: {form.plural(len(entry.names), 'task')}"
+            trees.append(Tree(branch, label, str(entry.number), entry.task))
+    if not trees:
+        return []
+    columns: Columns = [Column("after", left=True), Column("tree, of tasks and (nodes)", left=True)]
+    rows = [[f"{entry.number} {entry.task}", outline(entry.root)] for entry in found]
+    about = Only("page", [Text("The task just learned is set off; hover a node for what splits it.")])
+    texts = Fold("The trees as text", [Table(columns, rows, wrap=True)])
+    return [Panel([about, Gallery(trees), texts], "Tree after each task before")]
+
+
+def _storage(results: Results) -> Table:
+    columns: Columns = [Column("after", left=True), Column("started from", left=True), "adapters", "bytes"]
+    columns += [Column("merged", left=True), "a task’s signature", "all"]
+    rows: Rows = [
+        [
+            f"{row.number} {row.task}",
+            row.start,
+            row.adapters,
+            row.size,
+            row.merged,
+            row.signature,
+            Cell(row.total, bar=row.share),
+        ]
+        for row in storage_rows(results)
+    ]
+    return Table(columns, rows, limit=30, noun="task", wrap=True)
+
+
+def _branch(node: Node | None, newest: str) -> Branch | None:
+    """A node as it is drawn; the leaf of the newest task stands out."""
+    if node is None:
+        return None
+    about = described(node)
+    title = f"{node.name}: {about}" if about else node.name
+    radius = f"radius {form.thousandths(node.radius)}" if node.radius is not None else ""
+    below = [branch for child in node.children if (branch := _branch(child, newest))]
+    style = "newest" if newest in node.tasks and not below else ""
+    return Branch(node.name, title, (node.split, radius), style, node.merged, below)
 
 
 def grown(results: Mapping[str, Any]) -> list[Grown]:
-    """What is told after each task, in their order; one tree a task."""
-    listed = sorted(results.get("facts", []), key=lambda entry: entry["task"])
-    found = {entry["task"]: facts for entry in listed for facts in entry["of"].values() if is_tree(facts)}
+    """The tree after each task, in their order; one tree a task."""
+    found = {task: facts for task, _, facts in facts_of(results, KIND)}
     return [_grown(i + 1, results["tasks"][i]["name"], facts) for i, facts in found.items()]
 
 
@@ -195,7 +276,7 @@ def described(node: Node) -> str:
     return ", ".join(parts)
 
 
-def helped_table(results: Mapping[str, Any]) -> HelpedTable | None:
+def helped_table(results: Mapping[str, Any]) -> Heat | None:
     """Who helped whom; None where no step was helped."""
     found = [entry for entry in grown(results) if any(steps for _, steps in entry.helped)]
     if not found:
@@ -203,16 +284,21 @@ def helped_table(results: Mapping[str, Any]) -> HelpedTable | None:
     order = _numbers(results)
     names = list(dict.fromkeys(name for entry in found for _, steps in entry.helped for name in steps))
     names.sort(key=lambda name: order.get(name, len(order) + 1))
-    tasks = [
-        (entry.number, entry.task, [_helped_row(entry.task, group, steps, names) for group, steps in entry.helped])
-        for entry in found
-    ]
-    folded = sum(len(rows) for _, _, rows in tasks) > 2 * READABLE
-    return HelpedTable(tasks, names, _headings(names, order), _style(len(names)), folded)
+    rows = [_helped_row(entry, group, steps, names) for entry in found for group, steps in entry.helped]
+    return Heat(
+        label="Who helped whom, by layer",
+        corner="task",
+        names=names,
+        rows=rows,
+        mean=Column("steps"),
+        parts="modules",
+        scale=("0 %", "100 %"),
+        numbers=[str(order.get(name, name)) for name in names],
+    )
 
 
-def similarity_table(results: Mapping[str, Any]) -> SimilarityTable | None:
-    """The similarities after the last task; None where none are told."""
+def similarity_table(results: Mapping[str, Any]) -> Heat | None:
+    """The similarities after the last task; None where none are known."""
     last = grown(results)[-1:]
     if not last or not any(value is not None for row in last[0].distances for value in row):
         return None
@@ -223,10 +309,14 @@ def similarity_table(results: Mapping[str, Any]) -> SimilarityTable | None:
     rows, order = [], _numbers(results)
     for i, (name, row) in enumerate(zip(names, values, strict=True)):
         cells = [_similar(value, name, names[j], i == j, least, most) for j, value in enumerate(row)]
-        rows.append((str(order.get(name, "")), name, cells))
-    ends = (f"{least:.2f}", f"{most:.2f}") if pairs else ("", "")
-    return SimilarityTable(
-        rows, names, _headings(names, order), *ends, _style(len(names)), folded=len(names) > READABLE
+        rows.append(HeatRow(str(order.get(name, "")), name, cells))
+    return Heat(
+        label="Similarity of tasks",
+        corner="task",
+        names=names,
+        rows=rows,
+        scale=(f"{least:.2f}, least alike", f"{most:.2f}, most alike") if pairs else None,
+        numbers=[str(order.get(name, name)) for name in names],
     )
 
 
@@ -280,25 +370,25 @@ def _started(entry: Grown) -> str:
     return f"{entry.start}{how}" if entry.start else "none"
 
 
-def _helped_row(task: str, group: str, steps: Mapping[str, int], names: Sequence[str]) -> HelpedRow:
+def _helped_row(entry: Grown, group: str, steps: Mapping[str, int], names: Sequence[str]) -> HeatRow:
     total = sum(steps.values())
-    cells: list[MatrixCell | None] = []
+    cells: list[HeatCell | None] = []
     for name in names:
         if name not in steps or not total:
             cells.append(None)
             continue
         share = steps[name] / total
-        title = f"{task}, {group}: {name} in {form.count(steps[name])} of {form.plural(total, 'step')}"
-        cells.append(MatrixCell(form.percent(share, 0), heat_level(share), "kept", title))
-    return HelpedRow(group, form.count(total), cells)
+        title = f"{entry.task}, {group}: {name} in {form.count(steps[name])} of {form.plural(total, 'step')}"
+        cells.append(HeatCell(form.percent(share, 0), heat_level(share), title=title))
+    return HeatRow(str(entry.number), entry.task, cells, form.count(total), part=group)
 
 
-def _similar(value: float | None, one: str, other: str, same: bool, least: float, most: float) -> MatrixCell | None:
+def _similar(value: float | None, one: str, other: str, same: bool, least: float, most: float) -> HeatCell | None:
     if value is None:
         return None
     level = heat_level((value - least) / (most - least) if most > least else 0.5)
     title = one if same else f"{one} and {other}: {value:.3f}"
-    return MatrixCell(f"{value:.2f}", level, "ahead" if same else "kept", title)
+    return HeatCell(f"{value:.2f}", level, "ahead" if same else "kept", title)
 
 
 def _numbers(results: Mapping[str, Any]) -> dict[str, int]:
@@ -306,34 +396,25 @@ def _numbers(results: Mapping[str, Any]) -> dict[str, int]:
     return {task["name"]: i + 1 for i, task in enumerate(results["tasks"])}
 
 
-def _headings(names: Sequence[str], numbers: Mapping[str, int]) -> list[str]:
-    """Of columns: the names, or where there are many the tasks' numbers."""
-    return [str(numbers.get(name, name)) for name in names] if _style(len(names)) == "dense" else list(names)
-
-
-def _style(columns: int) -> str:
-    return "large" if columns <= LARGE else "dense" if columns > ROOMY else ""
-
-
-# -- from what was told to what is shown ---------------------------------------------------------------
+# -- from the facts to what is shown ---------------------------------------------------------------------
 
 
 def _grown(number: int, task: str, facts: Mapping[str, Any]) -> Grown:
-    by_id = {key: str(name) for key, name in _mapping(facts.get("names")).items()}
+    by_id = {key: str(name) for key, name in as_mapping(facts.get("names")).items()}
     ids = sorted(by_id, key=lambda key: (len(key), key))  # of decimal numbers: their order
     names = [by_id[key] for key in ids]
-    groups = [str(group) for group in _list(facts.get("groups"))]
+    groups = [str(group) for group in as_list(facts.get("groups"))]
     adapters = [
-        Adapter(_texts(entry.get("tasks")), _whole(entry.get("bytes")))
-        for entry in map(_mapping, _list(facts.get("adapters")))
+        Adapter(as_texts(entry.get("tasks")), as_count(entry.get("bytes")))
+        for entry in map(as_mapping, as_list(facts.get("adapters")))
         if entry
     ]
     shared = [adapter.tasks for adapter in adapters if len(adapter.tasks) > 1]
-    table = [_list(row) for row in _list(facts.get("distances"))]
+    table = [as_list(row) for row in as_list(facts.get("distances"))]
     here = range(len(names))
     helped = [
-        (str(entry.get("group", WHOLE)), {name: _whole(n) or 0 for name, n in _mapping(entry.get("steps")).items()})
-        for entry in map(_mapping, _list(facts.get("helped")))
+        (str(entry.get("group", WHOLE)), {name: as_count(n) or 0 for name, n in as_mapping(entry.get("steps")).items()})
+        for entry in map(as_mapping, as_list(facts.get("helped")))
         if entry
     ]
     root = _node(facts.get("nodes"), by_id, groups)
@@ -342,32 +423,33 @@ def _grown(number: int, task: str, facts: Mapping[str, Any]) -> Grown:
         task,
         names,
         None if root is None else _folded(root, shared, set(root.tasks)),
-        [[_number(table[i][j]) if i < len(table) and j < len(table[i]) else None for j in here] for i in here],
-        _text(facts.get("start")),
-        _text(facts.get("asked")),
+        [[as_number(table[i][j]) if i < len(table) and j < len(table[i]) else None for j in here] for i in here],
+        as_text(facts.get("start")),
+        as_text(facts.get("asked")),
         helped,
         adapters,
-        [tasks for entry in _list(facts.get("merged")) if (tasks := _texts(entry))],
-        _whole(facts.get("signature_bytes")),
+        [tasks for entry in as_list(facts.get("merged")) if (tasks := as_texts(entry))],
+        as_count(facts.get("signature_bytes")),
     )
 
 
 def _node(told: object, names: Mapping[str, str], groups: Sequence[str], depth: int = 0) -> Node | None:
     """A node and what is below it; None where nothing can be made of it."""
-    found = _mapping(told)
+    found = as_mapping(told)
     below = (
-        [_node(child, names, groups, depth + 1) for child in _list(found.get("children"))] if depth < DEEPEST else []
+        [_node(child, names, groups, depth + 1) for child in as_list(found.get("children"))] if depth < DEEPEST else []
     )
     children = tuple(child for child in below if child is not None)
-    tasks = [names.get(str(task), f"task {task}") for task in _list(found.get("tasks")) if isinstance(task, int | str)]
+    ids = [task for task in as_list(found.get("tasks")) if isinstance(task, int | str)]
+    tasks = [names.get(str(task), f"task {task}") for task in ids]
     tasks = tasks or [name for child in children for name in child.tasks]
     if not tasks:
         return None
     split = ""
     if children:
-        group = _whole(found.get("group"))
+        group = as_count(found.get("group"))
         split = WHOLE if group is None else groups[group] if group < len(groups) else f"group {group + 1}"
-    return Node(tasks, split, _number(found.get("radius")), _number(found.get("spread")), children)
+    return Node(tasks, split, as_number(found.get("radius")), as_number(found.get("spread")), children)
 
 
 def _folded(node: Node, shared: Sequence[Sequence[str]], there: Set[str]) -> Node:
@@ -379,30 +461,3 @@ def _folded(node: Node, shared: Sequence[Sequence[str]], there: Set[str]) -> Nod
     elsewhere = tuple(task for task in adapter if task in there and task not in node.tasks)
     tasks = [*node.tasks, *(task for task in adapter if task not in there)]
     return Node(tasks, "", node.radius, node.spread, shared=elsewhere, merged=len(tasks) > 1)
-
-
-def _list(value: object) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-def _mapping(value: object) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _texts(value: object) -> list[str]:
-    return [str(entry) for entry in _list(value)]
-
-
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else ""
-
-
-def _number(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if -1e15 < value < 1e15 else None
-
-
-def _whole(value: object) -> int | None:
-    """A count; what is below nothing is none."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**18 else None

@@ -8,7 +8,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from perpetune.report import form
+from perpetune.report.blocks import (
+    Block,
+    Brief,
+    Cell,
+    Chart,
+    Column,
+    Fold,
+    Heading,
+    Legend,
+    Only,
+    Pair,
+    Panel,
+    Rows,
+    Table,
+    Text,
+    keyed,
+)
 from perpetune.report.results_schema import Consolidation, Results, SiteMoved
+from perpetune.report.svg import Line
 
 MEANING = (
     "How far what each site gives for the data of all earlier tasks had moved, once a task was learned: root mean "
@@ -59,6 +77,65 @@ class SiteRow:
     directions: int
     from_nothing: bool
     held: bool
+
+
+def section(results: Results) -> list[Block] | None:
+    entry, full = last(results), newly_full(results)
+    briefs: list[Block] = [Brief("protect", full, when="live", warning=True)] if full else []
+    if entry is None:
+        return briefs or None
+    found, text = curves(results), told(entry, results)
+    moved_lines = [Line("worst site", found.worst, "l1"), Line("median site", found.median, "strong")]
+    moved_chart = Chart(moved_lines, "How far old outputs have moved, after each task", top=0.05)
+    about = "old outputs at the sites, after each task, relative to what they were, in %"
+    legend = Legend([("l1", "worst site"), ("strong", "median site")])
+    panels = [Panel([moved_chart, legend], "Moved", about)]
+    if held(entry, results):
+        room_chart = Chart([Line("room", found.room, "strong")], "Share of directions still free, after each task")
+        panels.append(Panel([room_chart], "Room", "share of directions still free, mean over the sites, in %"))
+    sites = _sites(results)
+    return [
+        Heading("What protection kept", "Protection"),
+        Text(f"After the last task: {text}."),
+        Pair(panels),
+        Text(meaning(results)),
+        Only("page", [Fold(form.plural(len(sites.rows), "site"), [sites])]),
+        Only("markdown", [_certificates(results)]),
+        Brief("protect", text, short=told_shortly(entry, results)),
+        *briefs,
+    ]
+
+
+def _sites(results: Results) -> Table:
+    """Each site, at the end."""
+    rows: Rows = [
+        [
+            row.name,
+            keyed("from nothing" if row.from_nothing else form.percent(row.moved, 2), row.moved),
+            keyed(form.percent(row.farthest, 2), row.farthest),
+            keyed(form.count(row.rank), row.rank),
+            keyed(form.count(row.directions), row.directions),
+            keyed(form.percent(row.room), row.room, bar=row.room) if row.held else Cell("not held", 1),
+        ]
+        for row in site_rows(results)
+    ]
+    headings = ["moved now, %", "moved at most, %", "directions taken", "of", "room, %"]
+    return Table([Column("site", left=True), *headings], rows, sortable=True)
+
+
+def _certificates(results: Results) -> Table:
+    """The certificate after each task."""
+    entries = after_tasks(results)
+    closed = held(entries[-1], results)
+    rows: Rows = []
+    for entry in entries:
+        new = len(from_nothing(entry))
+        worst = form.relative(entry["worst"], 1) + f", {new} from nothing" * (new > 0)
+        left = [form.relative(entry["room"], 1), f"{len(set(entry['full']) & set(closed))} of {len(closed)}"]
+        name = f"{entry['task'] + 1} {results['tasks'][entry['task']]['name']}"
+        rows.append([name, form.relative(entry["median"], 1), worst, *(left if closed else [])])
+    headings = ["after", "moved, median site", "moved, worst site"]
+    return Table([*headings, *(["room", "sites without room"] if closed else [])], rows)
 
 
 def after_tasks(results: Mapping[str, Any]) -> list[Consolidation]:

@@ -1,0 +1,77 @@
+"""What a results document is of as a whole: what it measures, what was chosen, what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from perpetune.report import form
+from perpetune.report.results_schema import Results
+
+BYTES_PER_PARAMETER = 4  # the backbone is compared as float32
+SETTINGS = {"class": "class-incremental", "domain": "domain-incremental", "task": "task-incremental"}
+AXES = ("backbone", "method", "pet", "protect", "head")
+
+
+def backbone_bytes(results: Results) -> int | None:
+    parameters = results["backbone_parameters"]
+    return None if parameters is None else parameters * BYTES_PER_PARAMETER
+
+
+def learn_seconds(results: Results) -> float | None:
+    return sum(t["learn_s"] for t in results["timings"]) if results["timings"] else None
+
+
+def peak_memory(results: Results) -> int | None:
+    return max((m for t in results["timings"] if (m := t["peak_memory_bytes"]) is not None), default=None)
+
+
+def per_second(results: Results, key: Literal["images_per_s", "tokens_per_s"]) -> float | None:
+    """Training throughput over the whole run, of the tasks that trained on images (or other examples), or on tokens."""
+    timed = [(t["learn_s"], speed) for t in results["timings"] if (speed := t.get(key)) is not None]
+    seconds = sum(s for s, _ in timed)
+    return sum(s * speed for s, speed in timed) / seconds if seconds else None
+
+
+def examples(results: Mapping[str, Any]) -> str:
+    """What the run learns from: `images`, or `examples` where its head makes text."""
+    head = results["recipe"].get("head")
+    name = head.get("name") if isinstance(head, Mapping) else head
+    return "examples" if name == "lm" else "images"
+
+
+def scores(results: Mapping[str, Any]) -> list[str]:
+    """What scores each task's answers; empty where they are right or wrong, or nothing is measured."""
+    rows, columns = results["cells"], range(len(results["tasks"]))
+    return [next((row[j].get("score", "") for row in rows if j < len(row) and row[j]), "") for j in columns]
+
+
+def classed(results: Mapping[str, Any]) -> bool:
+    """Whether any task has classes; where none has, all answers are free text."""
+    return any(task["classes"] for task in results["tasks"])
+
+
+def measure(results: Mapping[str, Any]) -> str:
+    """What the figures are: `score` where any task has one, else `accuracy`."""
+    return "score" if any(scores(results)) else "accuracy"
+
+
+def choices(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """The recipe's choice on each axis, by name; an axis that is absent or empty is left out."""
+    chosen = {}
+    for axis in AXES:
+        value = recipe.get(axis)
+        name = value.get("name") if isinstance(value, Mapping) else value
+        if axis == "protect" and isinstance(value, Mapping):
+            controlled = {"random": "random directions, ", "none": "only measured, "}
+            name = f"{controlled.get(value.get('directions', ''), '')}energy {form.setting(value.get('energy'))}"
+        if isinstance(name, str) and name:
+            chosen[axis] = name
+    return chosen
+
+
+def setting(results: Results) -> str:
+    """What is known when; a language model is told no task, and its answers are no classes."""
+    if examples(results) == "images":
+        return SETTINGS.get(results["setting"], results["setting"])
+    return "task after task"

@@ -1,0 +1,69 @@
+"""The figures that are read first: accuracy or score, forgetting, transfer; what they cost."""
+
+from __future__ import annotations
+
+from perpetune.report import form
+from perpetune.report.blocks import Block, Figure, Figures
+from perpetune.report.document import backbone_bytes, examples, learn_seconds, measure, peak_memory, per_second
+from perpetune.report.results_schema import Results
+from perpetune.report.sections.storage import stored_bytes
+
+FIGURES = (  # key, label, what it says, whether its sign is always shown
+    ("final_accuracy", "Final accuracy", "mean over tasks, after the last one: overall performance, OP", False),
+    ("average_accuracy", "Average accuracy", "on the tasks seen, mean over the run", False),
+    ("forgetting", "Forgetting", "lost per task since it was best", False),
+    ("backward_transfer", "Backward transfer", "change since learned, mean over all tasks but the last: BWT", True),
+    ("forward_transfer", "Forward transfer", "above chance before a task is learned", True),
+    ("pooled_accuracy", "Pooled accuracy", "over all test examples, after the last task", False),
+)
+
+ABSENT = {  # why a figure may be missing
+    "forgetting": "needs two tasks or more",
+    "backward_transfer": "needs two tasks or more",
+    "forward_transfer": "needs tasks that are tried before they are learned",
+}
+
+
+def section(results: Results) -> list[Block]:
+    return [Figures(large(results), small(results))]
+
+
+def large(results: Results) -> list[Figure]:
+    found = []
+    for key, label, note, signed in figures(measure(results)):
+        value = results["metrics"][key]  # type: ignore[literal-required]
+        about = ABSENT.get(key, "no task is measured yet") if value is None else note
+        found.append(Figure(label, figure_text(value, signed), unit(key), about, absent=value is None))
+    return found
+
+
+def small(results: Results) -> list[Figure]:
+    """The figures below the headline; the note says what each is relative to."""
+    trained, backbone = results["trainable_parameters"], results["backbone_parameters"]
+    units = (examples(results), "tokens")
+    speeds = [per_second(results, "images_per_s"), per_second(results, "tokens_per_s")]
+    speed = ", ".join(f"{value:,.0f} {what}/s" for what, value in zip(units, speeds, strict=True) if value)
+    share = (
+        f"{form.relative(trained, backbone)} of the backbone’s {form.count(backbone)}" if trained is not None else ""
+    )
+    frozen = f"backbone as float32: {form.size(backbone_bytes(results))}"
+    return [
+        Figure("Trained parameters", form.count(trained), note=share),
+        Figure("Stored", form.size(stored_bytes(results)), note=frozen),
+        Figure("Learning time", form.duration(learn_seconds(results)), note=speed),
+        Figure("Peak memory", form.size(peak_memory(results)), note=f"on {results['device']}"),
+    ]
+
+
+def figures(measured: str) -> list[tuple[str, str, str, bool]]:
+    """`FIGURES` with labels of what is measured, `accuracy` or `score`."""
+    return [(key, label.replace("accuracy", measured), note, signed) for key, label, note, signed in FIGURES]
+
+
+def figure_text(value: float | None, signed: bool) -> str:
+    return form.points(value) if signed else form.percent(value)
+
+
+def unit(key: str) -> str:
+    """Accuracies are in per cent, their differences in percentage points."""
+    return "%" if key.endswith("accuracy") else "points"

@@ -1,0 +1,84 @@
+"""The accuracy or score of each task after each task: what later tasks did to earlier ones."""
+
+from __future__ import annotations
+
+from perpetune.numerics.metrics import accuracies, final_accuracy
+from perpetune.report import form
+from perpetune.report.blocks import ROOMY, Block, Column, Heading, Heat, HeatCell, HeatRow, Only, Panel, Text
+from perpetune.report.document import measure, scores
+from perpetune.report.palette import heat_level
+from perpetune.report.results_schema import Results
+
+
+def section(results: Results) -> list[Block]:
+    what, table = measure(results).capitalize(), heat(results)
+    note = (
+        f"{what} in % on each task’s test data (columns) after each task was learned (rows). The diagonal is the "
+        "moment a task was learned; down a column shows what later tasks did to it."
+    )
+    scored = measured(results)
+    return [
+        Heading(f"{what} matrix"),
+        Text(f"{note} {scored}" if scored else note),
+        Panel([table]),
+        Only("terminal", [table]),
+    ]
+
+
+def heat(results: Results) -> Heat:
+    names = [task["name"] for task in results["tasks"]]
+    A = accuracies(results["cells"])
+    digits = 1 if len(names) <= ROOMY else 0
+    rows = []
+    for i, row in enumerate(A):
+        cells = [_cell(results, A, i, j, digits) if j < len(row) else None for j in range(len(names))]
+        mean = final_accuracy(A[: i + 1])
+        rows.append(HeatRow(str(i + 1), names[i], cells, form.percent(mean, digits), value=mean))
+    change = [form.points(_since_learned(A, j), digits) for j in range(len(A) - 1)]
+    what = measure(results).capitalize()
+    return Heat(
+        label=f"{what} matrix",
+        corner="after",
+        names=names,
+        rows=rows,
+        mean=Column("mean"),
+        foot=("since learned", change) if change else None,
+        scale=("0 %", "100 %"),
+        overview=f"{what} matrix: a row after each task, a column per task",
+    )
+
+
+def measured(results: Results) -> str:
+    """What the figures of tasks are where answers are not right or wrong: `The score is rouge_l for a, b; …`."""
+    by_score: dict[str, list[str]] = {}
+    for task, score in zip(results["tasks"], scores(results), strict=True):
+        by_score.setdefault(score, []).append(task["name"])
+    if list(by_score) in ([], [""]):
+        return ""
+    if len(by_score) == 1:
+        return f"The score is {next(iter(by_score))}, from 0 to 100, mean over the examples."
+    other = by_score.pop("", [])
+    parts = [f"{score} for {form.several(names, 6)}" for score, names in by_score.items()]
+    parts += [f"the share of right answers for {form.several(other, 6)}"] if other else []
+    return f"The score is {'; '.join(parts)}; from 0 to 100, mean over the examples."
+
+
+def _cell(results: Results, A: list[list[float | None]], i: int, j: int, digits: int) -> HeatCell | None:
+    value, counts = A[i][j], results["cells"][i][j]
+    if value is None or counts is None:
+        return None
+    names = [task["name"] for task in results["tasks"]]
+    counted = f"{form.right(counts['correct'])} of {form.count(counts['total'])} {counts.get('score', 'right')}"
+    title = f"{names[j]} after {names[i]}: {counted}"
+    before = A[i - 1][j] if i > j and j < len(A[i - 1]) else None
+    change = None if before is None else value - before
+    if change is not None:
+        title += f", {form.points(change)} points since {names[i - 1]}"
+    kind = "learned" if i == j else "ahead" if j > i else "kept"
+    return HeatCell(form.percent(value, digits), heat_level(value), kind, title, value, change)  # type: ignore[arg-type]
+
+
+def _since_learned(A: list[list[float | None]], j: int) -> float | None:
+    first = A[j][j] if j < len(A[j]) else None
+    now = A[-1][j] if j < len(A[-1]) else None
+    return None if first is None or now is None else now - first

@@ -1,0 +1,50 @@
+"""What the run keeps on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from perpetune.report import form
+from perpetune.report.blocks import Block, Cell, Column, Columns, Heading, Panel, Rows, Shares, Table, Text
+from perpetune.report.document import backbone_bytes
+from perpetune.report.palette import LIGHT_LINES
+from perpetune.report.results_schema import Results
+
+
+@dataclass(frozen=True)
+class StorageRow:
+    """One kind of file: bytes of the last task's, and of all tasks together."""
+
+    kind: str
+    last: int
+    total: int
+
+
+def section(results: Results) -> list[Block]:
+    note = "What the run keeps on disk besides the frozen backbone, which is stored once, elsewhere."
+    found, backbone, stored = storage_rows(results), backbone_bytes(results), stored_bytes(results)
+    if not found:
+        return [Heading("Storage"), Text(note), Panel([Text("Nothing is recorded.")])]
+    colours = [f"l{i % len(LIGHT_LINES)}" for i in range(len(found))]
+    columns: Columns = [Column("kind", left=True), "last task", "all tasks", "share of the backbone"]
+    rows: Rows = [
+        [Cell(row.kind, swatch=colour), form.size(row.last), form.size(row.total), form.relative(row.total, backbone)]
+        for row, colour in zip(found, colours, strict=True)
+    ]
+    foot: Rows = [
+        [Cell("all", style="best"), "", Cell(form.size(stored), style="best"), form.relative(stored, backbone)],
+        ["backbone, as float32", "", form.size(backbone), ""],
+    ]
+    bar = Shares([(colour, row.total) for row, colour in zip(found, colours, strict=True)])
+    return [Heading("Storage"), Text(note), Panel([bar, Table(columns, rows, foot)])]
+
+
+def storage_rows(results: Results) -> list[StorageRow]:
+    """Kinds of file in the order in which they first occur."""
+    entries = sorted(results["storage"], key=lambda entry: entry["task"])
+    kinds = dict.fromkeys(kind for entry in entries for kind in entry if kind != "task")
+    return [StorageRow(k, entries[-1].get(k, 0), sum(entry.get(k, 0) for entry in entries)) for k in kinds]
+
+
+def stored_bytes(results: Results) -> int:
+    return sum(row.total for row in storage_rows(results))

@@ -1,0 +1,65 @@
+"""The tasks one by one: their classes and examples, and what became of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from perpetune.numerics.metrics import accuracies, task_forgetting
+from perpetune.report import form
+from perpetune.report.blocks import Block, Cell, Column, Columns, Heading, Rows, Table, keyed
+from perpetune.report.document import classed, scores
+from perpetune.report.results_schema import Results
+
+NAMED = 12  # classes of one task whose names are shown at once
+
+
+@dataclass(frozen=True)
+class TaskRow:
+    """One task: accuracy right after it was learned, now, and lost since it was best (shares). `score` is what it is
+    measured by where answers are not right or wrong."""
+
+    number: int
+    name: str
+    classes: list[str]
+    train: int
+    test: int
+    learned: float | None
+    now: float | None
+    forgotten: float | None
+    score: str
+
+
+def section(results: Results) -> list[Block]:
+    scored, has_classes = any(scores(results)), classed(results)
+    columns: Columns = ["task"]
+    columns += [Column("score", left=True)] if scored else []
+    columns += [Column("classes", left=True)] if has_classes else []
+    columns += ["train", "test", "when learned, %", "now, %", "forgotten, points"]
+    rows: Rows = [
+        [
+            keyed(f"{row.number} {row.name}", row.number),
+            *([Cell(row.score)] if scored else []),
+            *([_classes(row.classes)] if has_classes else []),
+            keyed(form.count(row.train), row.train),
+            keyed(form.count(row.test), row.test),
+            *(keyed(form.percent(value), value) for value in (row.learned, row.now, row.forgotten)),
+        ]
+        for row in task_rows(results)
+    ]
+    return [Heading("Tasks"), Table(columns, rows, sortable=True, limit=30, noun="task")]
+
+
+def task_rows(results: Results) -> list[TaskRow]:
+    A, measured = accuracies(results["cells"]), scores(results)
+    rows = []
+    for j, task in enumerate(results["tasks"]):
+        seen = [row[j] if j < len(row) else None for row in A[j:]]
+        learned, now = (seen[0], seen[-1]) if seen else (None, None)
+        lost = task_forgetting(A, j) if len(seen) > 1 else None
+        about = (j + 1, task["name"], task["classes"], task["train"], task["test"])
+        rows.append(TaskRow(*about, learned, now, lost, measured[j]))
+    return rows
+
+
+def _classes(names: list[str]) -> Cell:
+    return Cell(", ".join(names), len(names), fold=f"{len(names)} classes" if len(names) > NAMED else "")
