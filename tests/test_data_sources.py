@@ -14,12 +14,13 @@ import pytest
 from PIL import Image
 
 from perpetune import registry
-from perpetune.data.arrow import ParquetSource
-from perpetune.data.digits import DigitsSource
-from perpetune.data.folder import FolderSource
-from perpetune.data.hub import HubSource
-from perpetune.data.manifest import ManifestSource
-from perpetune.data.sources import Source, guess_source
+from perpetune.data.guess import guess_source
+from perpetune.data.pictures.arrow import ParquetSource
+from perpetune.data.pictures.digits import DigitsSource
+from perpetune.data.pictures.folder import FolderSource
+from perpetune.data.pictures.hub import HubSource
+from perpetune.data.pictures.manifest import ManifestSource
+from perpetune.data.sources import Source
 from perpetune.errors import DataError, MissingExtra, UsageError
 
 

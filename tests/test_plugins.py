@@ -56,9 +56,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 import perpetune
-from perpetune.data.sources import MemoryTable, Source
+from perpetune.data.pictures.tables import MemoryTable
+from perpetune.data.sources import Source
 from perpetune.fit import fit
-from perpetune.models.preprocess import Preprocess
+from perpetune.data.pictures.view import PictureView
 from perpetune.pets import parameters, using
 
 
@@ -119,7 +120,7 @@ class Bloom(perpetune.Head):
 def load_trunk(rest, *, pretrained, image_size, architecture, load_in_4bit, seed):
     """`trunk:FOLDER`: a transformer whose features are doubled."""
     inner = perpetune.load_backbone(f"folder:{rest}", pretrained=pretrained)
-    view = Preprocess(inner.preprocess.size)
+    view = PictureView(inner.preprocess.size)
     return perpetune.Backbone(
         inner.net, spec=f"trunk:{rest}", dim=inner.dim, preprocess=view, forward=lambda net, x: 2 * inner(x)
     )

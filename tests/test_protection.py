@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from perpetune.build import build_method
 from perpetune.check import SIZE, Pictures, tiny_backbone
+from perpetune.data.pictures.view import PictureView
 from perpetune.errors import PerpetuneError, UsageError
 from perpetune.methods.base import Method
 from perpetune.methods.finetune import FineTune
 from perpetune.models.backbone import Backbone
 from perpetune.models.from_transformers import class_token
-from perpetune.models.preprocess import Preprocess
 from perpetune.pets import PET, Place, inject, parameters, pets, slots, using
 from perpetune.pets.adapter import Adapter
 from perpetune.pets.lora import LoRA
@@ -54,7 +54,7 @@ def net_of(family: str) -> Backbone:
                 nn.init.normal_(parameter, std=0.2)
             elif "bias" in name:
                 nn.init.normal_(parameter, std=0.1)
-    return Backbone(net, spec=family, dim=DIM, preprocess=Preprocess(SIZE), forward=forward).double()
+    return Backbone(net, spec=family, dim=DIM, preprocess=PictureView(SIZE), forward=forward).double()
 
 
 def method_of(backbone: Backbone, pet: Any, protect: Any, **changes: Any) -> Method:

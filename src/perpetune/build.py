@@ -33,7 +33,7 @@ def build_method(recipe: Recipe, backbone: Backbone) -> Method:
     if recipe.pet is not None:
         kind, rng = registry.find("pets", recipe.pet.name), generator(recipe.seed, "pet")
         options = registry.options("pets", recipe.pet.name, recipe.pet.options)
-        if kind.adds_tokens and backbone.takes == "texts":
+        if kind.adds_tokens and backbone.preprocess.ordered:
             raise UsageError(
                 f"pet: {recipe.pet.name} adds tokens, which have no place in the order of a text: use lora or adapter"
             )

@@ -15,7 +15,7 @@ from perpetune.models.base import Model
 from perpetune.numerics.lowrank import Factors, cosine, inner, merged
 from perpetune.numerics.similarity_tree import SimilarityTree
 from perpetune.pets import LoRA, copy_set, pets, remove, slots, using
-from perpetune.tasks import Inputs, chosen
+from perpetune.tasks import Inputs
 
 LEAST = 0.1  # of the root mean square of an update's norms: where a module has less, its direction means little
 ELSEWHERE = 1e4  # taken from the log-probability of a class that no task of the chosen adapter has
@@ -223,11 +223,11 @@ class AdapterBank(nn.Module):
 
     def _asked(self, inputs: Inputs, by: Sequence[int], ask: Callable[[int, Inputs], Tensor]) -> Tensor:
         """What `ask(slot, inputs)` says with each adapter in force; narrower rows are filled up."""
-        parts: list[tuple[list[int], Tensor]] = []
+        inputs, parts = Inputs.of(inputs), list[tuple[list[int], Tensor]]()
         for slot in sorted(set(by)):
             rows = [i for i, s in enumerate(by) if s == slot]
             with self.acting(set_name(slot)):
-                parts.append((rows, ask(slot, chosen(inputs, rows))))
+                parts.append((rows, ask(slot, inputs.rows(rows))))
         width, first = max(found.shape[1] for _, found in parts), parts[0][1]
         fill = -torch.inf if first.is_floating_point() else self.model.nothing
         whole = first.new_full((len(by), width), fill)

@@ -22,7 +22,7 @@ from perpetune.models.classifier import Classifier, feature_table, learn_statist
 from perpetune.numerics.alignment import correlation_losses, cosine_distance
 from perpetune.numerics.mixing import mix
 from perpetune.pets import copy_set, parameters, pets, using
-from perpetune.tasks import Batch, Inputs, Task, deterministic
+from perpetune.tasks import Batch, Inputs, Task
 
 FAST, SLOW = "default", "slow"  # two sets of pets around one backbone
 
@@ -97,7 +97,7 @@ class Safe(Method):
 
     def _learn_slow(self, task: Task) -> None:
         config = self.train_config
-        keep = deterministic(task.train) and config.epochs_of(task.index) > 1
+        keep = task.train.deterministic and config.epochs_of(task.index) > 1
         table = self._table(task, None, config.batch_size) if keep else None
         with training(self.model):
             fit(partial(self.slow_loss, table=table), self._trained(config), task, config, phase="slow")
@@ -110,7 +110,7 @@ class Safe(Method):
         config = self.later
         slow = self._table(task, SLOW, config.batch_size)
         self._imprint(task, slow, known)
-        table = slow if deterministic(task.train) else None
+        table = slow if task.train.deterministic else None
         with self.model.following(task, config.batch_size, self.features), training(self.model):
             for pet in pets(self.model, SLOW):
                 pet.eval()  # a teacher is without dropout

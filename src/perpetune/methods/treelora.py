@@ -27,7 +27,7 @@ from perpetune.models.classifier import Classifier, learn_statistics
 from perpetune.numerics.signature import RunningMean, normalised
 from perpetune.pets import parameters, slots, using
 from perpetune.seeding import own_global_state
-from perpetune.tasks import Batch, Inputs, Task, balanced, load_batches, questions, weight
+from perpetune.tasks import Batch, Inputs, Task, balanced, load_batches
 
 Mode = Literal["last", "merged", "routed"]
 MODES: tuple[Mode, ...] = ("last", "merged", "routed")
@@ -184,7 +184,7 @@ class TreeLoRA(Method):
                 for part, batch in zip(parts, batches, strict=True):
                     with own_global_state(task.seed_of("probe", part[0])), run.autocast(), using(self.model, DEFAULT):
                         loss = self.model.loss(task, batch)
-                    (loss * weight(few, part)).backward()
+                    (loss * few.weight(part)).backward()
                 return run.sum(self.gradients.take().to(run.device)).cpu()
         finally:
             for p in trained:
@@ -235,7 +235,7 @@ class TreeLoRA(Method):
                 return self.model.features(batch.inputs)
 
         count = len(task.train) if self.prototypes is None else self.prototypes
-        some = balanced(questions(task.train), count, task.generator("prototypes"))
+        some = balanced(task.train.questions(), count, task.generator("prototypes"))
         asked = dataclasses.replace(task, classes=names, train=some)
         learn_statistics(asked, self.train_config.batch_size, [(self.router, bare)])
 
