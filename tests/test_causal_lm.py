@@ -20,7 +20,7 @@ from perpetune.models.backbone import Backbone
 from perpetune.models.backbones import load_backbone
 from perpetune.models.causal_lm import CausalLM
 from perpetune.models.classifier import Classifier
-from perpetune.tasks import Batch, Inputs, Task
+from perpetune.tasks import Batch, Examples, Inputs, Task
 
 KINDS = ("llama", "gpt2", "gpt_neox", "opt", "lfm2")
 TEXTS = (
@@ -80,8 +80,10 @@ def test_micro_batches_by_their_weights_are_the_batch(backbone: Backbone) -> Non
     encoded = [view_of(backbone).sequence(t) for t in TEXTS]
     examples: Any = SimpleNamespace(weights=[int(e.answer.sum()) for e in encoded if e.answer is not None])
     model = CausalLM(backbone)
-    whole = examples.weight([0, 1, 2])
-    parts = [model.loss(task(), sequences(backbone, TEXTS[i])) * examples.weight([i]) / whole for i in range(3)]
+    whole = Examples.weight(examples, [0, 1, 2])
+    parts = [
+        model.loss(task(), sequences(backbone, TEXTS[i])) * Examples.weight(examples, [i]) / whole for i in range(3)
+    ]
     torch.testing.assert_close(sum(parts), model.loss(task(), sequences(backbone, *TEXTS)), atol=1e-5, rtol=1e-5)
 
 

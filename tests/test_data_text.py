@@ -7,6 +7,7 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -38,6 +39,10 @@ from perpetune.tasks import load_batches
 VIEW = TextView(tiny_tokenizer(), max_length=64)
 PLAIN = TextView(tiny_tokenizer(chat=False), max_length=64)
 GOOD = {"prompt": "two and two", "answer": "four"}
+
+
+def guess(path: str) -> tuple[str, dict[str, Any]]:
+    return guess_source(path, registry.every("data"))
 
 
 def write(path: Path, rows, **options) -> Path:
@@ -538,7 +543,7 @@ def test_guess_source(tmp_path):
         write(tmp_path / "shots" / "cat" / "meta.jsonl", [{"path": "a.png"}]).parent.parent: "folder",
     }
     for path, name in expected.items():
-        assert guess_source(str(path)) == (name, {"path": str(path)}), path
+        assert guess(str(path)) == (name, {"path": str(path)}), path
         if name in ("text", "trace", "cl_benchmark"):
             source = registry.find("data", name)(**registry.options("data", name, {"path": str(path)}))
             assert len(source.train()) > 0

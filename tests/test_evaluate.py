@@ -176,9 +176,9 @@ def test_nothing_but_images_reaches_the_method(setting: Setting) -> None:
     for (args, kwargs), size in zip(method.heard, (2, 2, 1), strict=True):
         assert kwargs == {}
         assert len(args) == 1
-        assert type(args[0]) is Tensor
-        assert args[0].shape == (size, 4)
-        assert not args[0].requires_grad
+        assert list(args[0].tensors) == ["pixels"]
+        assert args[0].pixels.shape == (size, 4)
+        assert not args[0].pixels.requires_grad
     assert test.seeds == [None] * 5, "test images are augmented"
 
 

@@ -25,7 +25,7 @@ from perpetune.recipe import Recipe
 from perpetune.run import Step
 from perpetune.runtime import Runtime
 from perpetune.state import Committed
-from perpetune.tasks import Task
+from perpetune.tasks import Examples, Task
 
 Data = str | Path | dict[str, Any] | Source | Task
 Origin = dict[str, Any]  # where the data of an update came from: a data section and its holdout
@@ -74,6 +74,10 @@ class TaskSequence:
     def given(self, data: Data, index: int, name: str, holdout: float) -> tuple[Task, dict[str, Any]]:
         """The task that an update brings, and what is stored of it; `data` and `holdout` as in `Learner.learn`."""
         if isinstance(data, Task):
+            for part in (data.train, data.validation, data.test):
+                if not isinstance(part, Examples | None):
+                    kind = type(part).__name__
+                    raise UsageError(f"task {data.name}: {kind} is not derived from perpetune.Examples")
             task = dataclasses.replace(data, index=index, name=name, earlier=None, runtime=self.runtime)
             fingerprint = hashlib.sha256(repr(list(task.train.targets)).encode()).hexdigest()
             document = _document(task, {"name": None}, fingerprint, [], [])

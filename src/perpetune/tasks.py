@@ -194,15 +194,6 @@ class Task:
     earlier: tuple[Task, ...] | None = None
     runtime: Runtime = field(default_factory=Runtime)
 
-    def __post_init__(self) -> None:
-        parts: dict[str, object] = {"train": self.train, "validation": self.validation, "test": self.test}
-        for name, examples in parts.items():
-            if not isinstance(examples, Examples | None):
-                kind = type(examples).__name__
-                raise UsageError(
-                    f"task {self.name}: {name} is {kind}; a class derived from perpetune.Examples is expected"
-                )
-
     def seed_of(self, *purpose: int | str) -> int:
         return seed_of(self.runtime.seed, "task", self.index, *purpose)
 
