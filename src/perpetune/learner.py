@@ -162,6 +162,7 @@ class Learner:
         distinct = {(t.data_ptr(), t.numel()): t.numel() for t in frozen(self.backbone.net).values()}
         return {
             "spec": self.backbone.spec,
+            "examples": self.backbone.preprocess.noun,
             "fingerprint": self._fingerprint,
             "parameters": sum(distinct.values()),
             "trainable_parameters": sum(p.numel() for pet in pets for p in pet.parameters()),
