@@ -74,7 +74,8 @@ class TaskSequence:
     def given(self, data: Data, index: int, name: str, holdout: float) -> tuple[Task, dict[str, Any]]:
         """The task that an update brings, and what is stored of it; `data` and `holdout` as in `Learner.learn`."""
         if isinstance(data, Task):
-            for part in (data.train, data.validation, data.test):
+            parts: tuple[object, ...] = (data.train, data.validation, data.test)
+            for part in parts:
                 if not isinstance(part, Examples | None):
                     kind = type(part).__name__
                     raise UsageError(f"task {data.name}: {kind} is not derived from perpetune.Examples")

@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import Tensor
 
-from perpetune.data.names import printable
 from perpetune.data.sources import Kind, Table
 from perpetune.errors import UsageError
 from perpetune.tasks import Batch, Examples, Item
@@ -198,4 +197,4 @@ class View(ABC):
         return {}
 
     def _refused(self, table: Table) -> UsageError:
-        return UsageError(f"data: these are {printable(table.gives)}, and the backbone takes {self.takes}")
+        return UsageError(f"data: these are {table.gives}, and the backbone takes {self.takes}")
