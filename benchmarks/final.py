@@ -36,7 +36,7 @@ from perpetune.models.classifier import learn_statistics
 from perpetune.recipe import load_recipe
 from perpetune.run import learn_protected
 from perpetune.sequence import TaskSequence
-from perpetune.tasks import Task, evaluation_batches, questions
+from perpetune.tasks import Task, evaluation_batches
 
 
 def accuracies(tasks: list[Task], classes: list[str], scores: Callable[[Any], Tensor]) -> list[float]:
@@ -47,7 +47,7 @@ def accuracies(tasks: list[Task], classes: list[str], scores: Callable[[Any], Te
         rows = torch.tensor([classes.index(name) for name in task.classes])
         right = 0
         with torch.no_grad():
-            for batch in evaluation_batches(questions(task.test), 64, task.runtime):
+            for batch in evaluation_batches(task.test.questions(), 64, task.runtime):
                 right += int((scores(batch.inputs).argmax(1).cpu() == rows[batch.targets.cpu()]).sum())
         found.append(100 * right / len(task.test))
     return found

@@ -33,7 +33,7 @@ from perpetune.pets import using
 from perpetune.recipe import make_recipe
 from perpetune.runtime import Runtime, pick_device
 from perpetune.seeding import generator
-from perpetune.tasks import Task, evaluation_batches
+from perpetune.tasks import Examples, Task, evaluation_batches
 
 BAR = 3.3
 CLASSES = 10
@@ -41,7 +41,7 @@ PETS: dict[str, dict[str, Any]] = {"adapter": {"width": 64}, "lora": {"rank": 8}
 KINDS = ("augmented", "deterministic")
 
 
-class Pictures:
+class Pictures(Examples):
     """Random pictures, held in memory."""
 
     def __init__(self, count: int, size: int, deterministic: bool):

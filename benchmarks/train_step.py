@@ -28,10 +28,10 @@ from perpetune.models.backbones import load_backbone
 from perpetune.recipe import make_recipe
 from perpetune.runtime import Runtime, pick_device
 from perpetune.seeding import generator
-from perpetune.tasks import Task
+from perpetune.tasks import Examples, Task
 
 
-class Noise:
+class Noise(Examples):
     """Encoded pictures as real data come: decoded, resized and cropped anew each time they are loaded."""
 
     def __init__(self, count: int, classes: int, view: Any):

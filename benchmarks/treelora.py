@@ -27,23 +27,24 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from perpetune.build import build_method
+from perpetune.data.texts.examples import Encoded
+from perpetune.data.texts.view import TextView
 from perpetune.fit import fit
 from perpetune.methods.treelora.search import Search
 from perpetune.models.backbones import load_backbone
-from perpetune.models.texts import Encoded, TextView
 from perpetune.numerics.signature import distance, normalised
 from perpetune.numerics.similarity_tree import LowerConfidenceSearch, Node, SimilarityTree
 from perpetune.recipe import make_recipe
 from perpetune.seeding import generator, numpy_generator
 from perpetune.snapshot import restore, snapshot
-from perpetune.tasks import Task
+from perpetune.tasks import Batch, Examples, Item, Task
 
 MODULES, SIZE = 64, 256
 STEPS, EARLY = 4000, 500
@@ -269,7 +270,7 @@ def search_part(given: argparse.Namespace) -> dict[str, Any]:
     return {**made, "recall": found, "bandit": searched, "met": met}
 
 
-class Images:
+class Images(Examples):
     """Random pictures of two classes, held in memory."""
 
     def __init__(self, count: int, size: int):
@@ -284,7 +285,7 @@ class Images:
         return self.pixels[index]
 
 
-class Texts:
+class Texts(Examples):
     """Random tokens, of which the last three are learned to be said."""
 
     def __init__(self, count: int, length: int, view: TextView):
@@ -293,13 +294,16 @@ class Texts:
         said = torch.arange(length) >= length - 3
         self.encoded = [Encoded(row, said) for row in ids]
         self.targets, self.weights, self.lengths = [0] * count, [3] * count, [length] * count
-        self.collate = view.collate
+        self.view = view
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def load(self, index: int, seed: int | None) -> Any:
         return self.encoded[index]
+
+    def collate(self, items: Sequence[Item]) -> Batch:
+        return self.view.collate(items)
 
 
 class Trainer:

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from perpetune.data.pictures.view import PictureView
 from perpetune.errors import MissingExtra, PerpetuneError, UsageError
 from perpetune.models.backbones import LOADERS, Backbone, load_backbone
 from perpetune.models.families import places
-from perpetune.models.preprocess import Preprocess
 from perpetune.pets import inject, parameters, using
 from perpetune.pets.lora import LoRA
 from perpetune.seeding import generator, own_global_state
@@ -93,7 +93,7 @@ def test_the_packaged_model() -> None:
     backbone = load_backbone("perpetune:micro")
     assert backbone.spec == "perpetune:micro"
     assert backbone.dim == 192
-    assert backbone.preprocess == Preprocess(32)
+    assert backbone.preprocess == PictureView(32)
     assert check(backbone).std() > 0.1
     assert check(load_backbone("perpetune:micro", image_size=48)).shape == (2, 192)
 
@@ -102,7 +102,7 @@ def test_the_packaged_model() -> None:
 def test_transformers_folders(kind: str, tmp_path: Path) -> None:
     folder = hf_folder(tmp_path / kind, kind)
     backbone = load_backbone(f"hf:{folder}")
-    assert backbone.preprocess == Preprocess(16, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bicubic", None)
+    assert backbone.preprocess == PictureView(16, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bicubic", None)
     with torch.no_grad():
         expected = hf_model(kind)(pixel_values=pixels(backbone)).last_hidden_state[:, 0]
     torch.testing.assert_close(check(backbone), expected)
@@ -140,7 +140,7 @@ def test_preprocessing_is_the_models_own(given: dict[str, Any] | None, expected:
 def test_without_a_preprocessor_config_a_warning_says_what_is_assumed(tmp_path: Path) -> None:
     hf_model("vit").save_pretrained(tmp_path / "vit")
     with pytest.warns(UserWarning, match="ImageNet's mean and std are assumed"):
-        assert load_backbone(f"hf:{tmp_path / 'vit'}").preprocess == Preprocess(16)
+        assert load_backbone(f"hf:{tmp_path / 'vit'}").preprocess == PictureView(16)
 
 
 def broken(file: Path, change: str) -> None:
@@ -209,11 +209,11 @@ def test_timm_weights_come_from_the_hub_as_safetensors(tmp_path: Path, monkeypat
 def test_timm_folders(classes: int, tmp_path: Path) -> None:
     folder = timm_folder(tmp_path / "m", classes)
     backbone = load_backbone(f"folder:{folder}")
-    assert backbone.preprocess == Preprocess(160, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bilinear", 0.9)
+    assert backbone.preprocess == PictureView(160, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bilinear", 0.9)
     check(backbone)
     bare = timm_folder(tmp_path / "bare", classes, config=False, dtype=torch.float16)
     named = load_backbone(f"folder:{bare}", architecture="test_vit")
-    assert named.preprocess == Preprocess(160, (0.5,) * 3, (0.5,) * 3, "bicubic", 0.95)
+    assert named.preprocess == PictureView(160, (0.5,) * 3, (0.5,) * 3, "bicubic", 0.95)
     with torch.no_grad():
         torch.testing.assert_close(named(pixels(named)), backbone(pixels(named)), atol=2e-2, rtol=2e-2)
     check(named)
@@ -344,11 +344,11 @@ def test_a_net_of_ones_own() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.conv(x).mean((2, 3))
 
-    backbone = Backbone(Net(), spec="own", dim=5, preprocess=Preprocess(8))
+    backbone = Backbone(Net(), spec="own", dim=5, preprocess=PictureView(8))
     assert backbone(pixels(backbone)).shape == (2, 5)
     with pytest.raises(UsageError, match="Net is of no family"):
         backbone.roles()
-    doubled = Backbone(Net(), spec="own", dim=5, preprocess=Preprocess(8), forward=lambda net, x: 2 * net(x))
+    doubled = Backbone(Net(), spec="own", dim=5, preprocess=PictureView(8), forward=lambda net, x: 2 * net(x))
     torch.testing.assert_close(doubled(pixels(doubled)), 2 * doubled.net(pixels(doubled)))
     assert copy.deepcopy(doubled).fingerprint() == doubled.fingerprint()
 
@@ -356,7 +356,7 @@ def test_a_net_of_ones_own() -> None:
 def test_another_packages_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(rest: str, **options: Any) -> Backbone:
         net = nn.Linear(int(rest), 2)
-        return Backbone(net, spec=f"mine:{rest}", dim=2, preprocess=Preprocess(8), forward=lambda n, x: n(x[:, 0, 0]))
+        return Backbone(net, spec=f"mine:{rest}", dim=2, preprocess=PictureView(8), forward=lambda n, x: n(x[:, 0, 0]))
 
     monkeypatch.setitem(LOADERS, "mine", load)
     one, two = (load_backbone("mine:8", pretrained=False, seed=3) for _ in range(2))

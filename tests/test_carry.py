@@ -18,12 +18,12 @@ from perpetune.numerics.signature import RunningMean
 from perpetune.pets.base import Site
 from perpetune.protection.sites import Watched
 from perpetune.seeding import generator
-from perpetune.tasks import Task
+from perpetune.tasks import Examples, Task
 
 D = 12
 
 
-class Rows:
+class Rows(Examples):
     """Features as if they were pictures."""
 
     def __init__(self, features: Tensor, targets: list[int]):
@@ -49,7 +49,7 @@ def rows_of(classes: int, each: int, seed: str) -> tuple[Tensor, Tensor]:
 def teach(head: Any, features: Tensor, names: str, targets: Tensor, index: int) -> None:
     task = Task(index, f"t{index}", tuple(names), Rows(features.float(), targets.tolist()))  # type: ignore[arg-type]
     head.grow(task.classes, task.generator("head"))
-    learn_statistics(task, 16, [(head, lambda batch: batch.inputs)])
+    learn_statistics(task, 16, [(head, lambda batch: batch.inputs.pixels)])
 
 
 def moved(rows: Tensor) -> Tensor:

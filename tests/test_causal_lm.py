@@ -11,6 +11,8 @@ from tiny import tiny_language_model
 from torch import Tensor
 from torch.nn import functional as F
 
+from perpetune.data.texts.tables import Text
+from perpetune.data.texts.view import TextView
 from perpetune.errors import UsageError
 from perpetune.heads.linear import Linear
 from perpetune.models import causal_lm
@@ -18,8 +20,7 @@ from perpetune.models.backbone import Backbone
 from perpetune.models.backbones import load_backbone
 from perpetune.models.causal_lm import CausalLM
 from perpetune.models.classifier import Classifier
-from perpetune.models.texts import Text, TextView
-from perpetune.tasks import Batch, Task, Tokens, weight
+from perpetune.tasks import Batch, Examples, Inputs, Task
 
 KINDS = ("llama", "gpt2", "gpt_neox", "opt", "lfm2")
 TEXTS = (
@@ -46,11 +47,9 @@ def sequences(backbone: Backbone, *texts: Text) -> Batch:
     return view.collate([(view.sequence(t), 0, i) for i, t in enumerate(texts)])
 
 
-def questions(backbone: Backbone, *texts: Text) -> Tokens:
+def questions(backbone: Backbone, *texts: Text) -> Inputs:
     view = view_of(backbone)
-    inputs = view.collate([(view.question(t), 0, i) for i, t in enumerate(texts)]).inputs
-    assert isinstance(inputs, Tokens)
-    return inputs
+    return view.collate([(view.question(t), 0, i) for i, t in enumerate(texts)]).inputs
 
 
 def plain(backbone: Backbone, ids: Tensor) -> Any:
@@ -81,8 +80,10 @@ def test_micro_batches_by_their_weights_are_the_batch(backbone: Backbone) -> Non
     encoded = [view_of(backbone).sequence(t) for t in TEXTS]
     examples: Any = SimpleNamespace(weights=[int(e.answer.sum()) for e in encoded if e.answer is not None])
     model = CausalLM(backbone)
-    whole = weight(examples, [0, 1, 2])
-    parts = [model.loss(task(), sequences(backbone, TEXTS[i])) * weight(examples, [i]) / whole for i in range(3)]
+    whole = Examples.weight(examples, [0, 1, 2])
+    parts = [
+        model.loss(task(), sequences(backbone, TEXTS[i])) * Examples.weight(examples, [i]) / whole for i in range(3)
+    ]
     torch.testing.assert_close(sum(parts), model.loss(task(), sequences(backbone, *TEXTS)), atol=1e-5, rtol=1e-5)
 
 
@@ -155,7 +156,6 @@ def test_the_gradient_does_not_feel_the_padding(backbone: Backbone) -> None:
     try:
         alone = torch.autograd.grad(CausalLM(backbone).loss(task(), sequences(backbone, TEXTS[1])), weights)
         batch = sequences(backbone, TEXTS[1], TEXTS[2])
-        assert isinstance(batch.inputs, Tokens)
         assert batch.inputs.labels is not None
         batch.inputs.labels[1] = -100
         beside = torch.autograd.grad(CausalLM(backbone).loss(task(), batch), weights)

@@ -14,17 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from perpetune.data.pictures import (
-    list_folder,
-    load_picture,
-    picture_files,
-    read_header,
-    read_picture,
-    walk,
-)
-from perpetune.data.text import RESERVED, label_of, natural, printable, safe_name, several, task_names
+from perpetune.data.names import RESERVED, label_of, natural, printable, safe_name, several, task_names
+from perpetune.data.pictures.read import list_folder, picture_files, read_header, read_picture, walk
+from perpetune.data.pictures.view import PictureView
 from perpetune.errors import DataError, UsageError
-from perpetune.models.preprocess import Preprocess
 from perpetune.state import START
 
 
@@ -118,7 +111,7 @@ def test_one_pixel_and_extreme_shapes_reach_the_model(tmp_path):
     for size in ((1, 1), (1, 3000), (3000, 1)):
         Image.new("RGB", size, (10, 20, 30)).save(tmp_path / "x.png")
         for crop in (None, 0.875):
-            pixels = load_picture(tmp_path / "x.png", Preprocess(16, crop=crop))
+            pixels = PictureView(16, crop=crop).load(tmp_path / "x.png")
             assert pixels.shape == (3, 16, 16)
             assert pixels.dtype == torch.uint8
             assert pixels[:, 3, 5].tolist() == [10, 20, 30]

@@ -8,19 +8,25 @@ import os
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from perpetune import registry
-from perpetune.data.arrow import ParquetSource
-from perpetune.data.digits import DigitsSource
-from perpetune.data.folder import FolderSource
-from perpetune.data.hub import HubSource
-from perpetune.data.manifest import ManifestSource
-from perpetune.data.sources import Source, guess_source
+from perpetune.data.guess import guess_source
+from perpetune.data.pictures.arrow import ParquetSource
+from perpetune.data.pictures.digits import DigitsSource
+from perpetune.data.pictures.folder import FolderSource
+from perpetune.data.pictures.hub import HubSource
+from perpetune.data.pictures.manifest import ManifestSource
+from perpetune.data.sources import Source
 from perpetune.errors import DataError, MissingExtra, UsageError
+
+
+def guess(path: str) -> tuple[str, dict[str, Any]]:
+    return guess_source(path, registry.every("data"))
 
 
 def png(color=(1, 2, 3), size=(2, 2)) -> bytes:
@@ -338,7 +344,7 @@ def test_saved_data_set(tmp_path):
     train.save_to_disk(path + "1")
     assert HubSource(path=path + "1").train().labels == table.labels
     assert HubSource(path=path + "1").test() is None
-    assert guess_source(path) == ("hf", {"path": path})
+    assert guess(path) == ("hf", {"path": path})
     with pytest.raises(DataError, match="data set no/such-data-set: ") as caught:
         HubSource(path="no/such-data-set").train()
     assert "\n" not in str(caught.value)
@@ -369,17 +375,17 @@ def test_guess_source(tmp_path):
     pics = tmp_path / "pics"
     tree(pics, "a/1.png")
     table = parquet(tmp_path / "train.parquet", {"image": [png()], "label": [1]})
-    assert guess_source(str(pics)) == ("folder", {"path": str(pics)})
-    assert guess_source(table) == ("parquet", {"path": table})
+    assert guess(str(pics)) == ("folder", {"path": str(pics)})
+    assert guess(table) == ("parquet", {"path": table})
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "train.parquet").write_bytes(Path(table).read_bytes())
-    assert guess_source(str(tmp_path / "only"))[0] == "parquet"
-    assert guess_source("x/m.csv")[0] == guess_source("m.JSONL")[0] == "manifest"
-    assert guess_source("digits") == ("digits", {})
-    assert guess_source("uoft-cs/cifar100") == ("hf", {"path": "uoft-cs/cifar100"})
+    assert guess(str(tmp_path / "only"))[0] == "parquet"
+    assert guess("x/m.csv")[0] == guess("m.JSONL")[0] == "manifest"
+    assert guess("digits") == ("digits", {})
+    assert guess("uoft-cs/cifar100") == ("hf", {"path": "uoft-cs/cifar100"})
     for path in ("./nowhere", "/no/such/folder", str(pics / "a" / "1.png")):
         with pytest.raises(UsageError, match="expected a folder of class folders"):
-            guess_source(path)
+            guess(path)
 
 
 @pytest.mark.parametrize("name", ["folder", "manifest", "parquet", "hf", "digits"])

@@ -14,16 +14,17 @@ from PIL import Image
 from pydantic import ValidationError
 
 from perpetune.data import check
-from perpetune.data.arrow import ParquetSource
-from perpetune.data.digits import DigitsSource
-from perpetune.data.folder import FolderSource
-from perpetune.data.manifest import ManifestSource
-from perpetune.data.sources import FileTable, MemoryTable, Source
+from perpetune.data.pictures.arrow import ParquetSource
+from perpetune.data.pictures.digits import DigitsSource
+from perpetune.data.pictures.folder import FolderSource
+from perpetune.data.pictures.manifest import ManifestSource
+from perpetune.data.pictures.tables import FileTable, MemoryTable
+from perpetune.data.pictures.view import PictureView
+from perpetune.data.sources import Source
 from perpetune.data.stream import StreamOptions, build_stream, single_task
 from perpetune.errors import DataError, UsageError
-from perpetune.models.preprocess import Preprocess
 
-VIEW = Preprocess(8)
+VIEW = PictureView(8)
 
 
 class Made(Source):

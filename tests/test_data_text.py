@@ -7,6 +7,7 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -15,26 +16,33 @@ from tiny import tiny_tokenizer
 
 from perpetune import registry
 from perpetune.data import check
-from perpetune.data.cl_benchmark import INSTRUCTIONS, ClBenchmarkSource
-from perpetune.data.digits import DigitsSource
-from perpetune.data.reference import reference_pictures
-from perpetune.data.sources import MemoryTable, Source, guess_source
+from perpetune.data.guess import guess_source
+from perpetune.data.pictures.digits import DigitsSource
+from perpetune.data.pictures.tables import MemoryTable
+from perpetune.data.pictures.view import PictureView
+from perpetune.data.reference import reference_examples
+from perpetune.data.sources import Source
 from perpetune.data.split import limit
 from perpetune.data.stream import StreamOptions, build_stream, single_task
-from perpetune.data.tasks import TextSet
-from perpetune.data.text_files import FileSource
-from perpetune.data.texts import Row, TextTable, read_prompts
-from perpetune.data.trace import ORDER, SCORES, TraceSource
+from perpetune.data.texts.cl_benchmark import INSTRUCTIONS, ClBenchmarkSource
+from perpetune.data.texts.examples import TextSet
+from perpetune.data.texts.files import FileSource
+from perpetune.data.texts.prompts import read_prompts
+from perpetune.data.texts.tables import Row, Text, TextTable
+from perpetune.data.texts.trace import ORDER, SCORES, TraceSource
+from perpetune.data.texts.view import TextView
 from perpetune.errors import DataError, UsageError
-from perpetune.models.preprocess import Preprocess
-from perpetune.models.texts import Text, TextView
 from perpetune.recipe import make_recipe
 from perpetune.runtime import Runtime
-from perpetune.tasks import Tokens, load_batches
+from perpetune.tasks import load_batches
 
 VIEW = TextView(tiny_tokenizer(), max_length=64)
 PLAIN = TextView(tiny_tokenizer(chat=False), max_length=64)
 GOOD = {"prompt": "two and two", "answer": "four"}
+
+
+def guess(path: str) -> tuple[str, dict[str, Any]]:
+    return guess_source(path, registry.every("data"))
 
 
 def write(path: Path, rows, **options) -> Path:
@@ -535,7 +543,7 @@ def test_guess_source(tmp_path):
         write(tmp_path / "shots" / "cat" / "meta.jsonl", [{"path": "a.png"}]).parent.parent: "folder",
     }
     for path, name in expected.items():
-        assert guess_source(str(path)) == (name, {"path": str(path)}), path
+        assert guess(str(path)) == (name, {"path": str(path)}), path
         if name in ("text", "trace", "cl_benchmark"):
             source = registry.find("data", name)(**registry.options("data", name, {"path": str(path)}))
             assert len(source.train()) > 0
@@ -582,7 +590,7 @@ def test_limits_of_a_task(tmp_path):
     free = stream_of(FileSource(path=str(root)), train_per_task=5).tasks[0]
     assert (len(free.train), free.classes) == (5, ())
     pictures = build_stream(
-        DigitsSource(), StreamOptions(classes_per_task=5, train_per_task=13, test_per_task=5), Preprocess(8), seed=0
+        DigitsSource(), StreamOptions(classes_per_task=5, train_per_task=13, test_per_task=5), PictureView(8), seed=0
     )
     assert [(len(t.train), len(t.test)) for t in pictures.tasks] == [(13, 5)] * 2
     assert sorted(Counter(pictures.tasks[0].train.targets).values()) == [2, 2, 3, 3, 3]
@@ -673,11 +681,11 @@ def test_options_that_are_for_pictures(tmp_path):
         with pytest.raises(UsageError, match=message):
             stream_of(source, **options)
     with pytest.raises(UsageError, match=r"^data: these are texts, and the backbone takes pictures$"):
-        stream_of(source, view=Preprocess(8))
+        stream_of(source, view=PictureView(8))
     with pytest.raises(UsageError, match=r"^data: these are pictures, and the backbone takes texts$"):
         stream_of(DigitsSource(), classes_per_task=5)
     with pytest.raises(UsageError, match=r"^protect.reference: a folder of pictures, and the backbone takes texts$"):
-        reference_pictures(str(tmp_path), VIEW, StreamOptions())
+        reference_examples(str(tmp_path), VIEW, StreamOptions())
 
 
 def test_a_resolved_recipe_says_how_it_is_cut(tmp_path):
@@ -728,7 +736,6 @@ def test_examples_as_tokens(tmp_path):
     assert all(len(test.load(i, None).options) == 2 for i in range(3))
     assert test.lengths == [len(VIEW.question(test.text(i))) for i in range(3)]
     batch, *_ = load_batches(train, [[(0, None), (3, None)]], Runtime())
-    assert isinstance(batch.inputs, Tokens)
     assert (len(batch), batch.targets.tolist(), batch.numbers.tolist()) == (2, [0, 1], [0, 3])
     assert int((batch.inputs.labels >= 0).sum()) == train.weights[0] + train.weights[3]
 

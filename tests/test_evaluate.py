@@ -15,16 +15,16 @@ from tiny import picture_folder, recipe, vit_folder
 from torch import Tensor, nn
 
 from perpetune.check import Checker, Pictures, tiny_stream
+from perpetune.data.texts.tables import Text
 from perpetune.errors import Interrupted
 from perpetune.evaluate import PROBE, Setting, evaluate, probe
 from perpetune.learner import Learner
 from perpetune.methods.base import Answers, Method
 from perpetune.models.base import Model
-from perpetune.models.texts import Text
 from perpetune.recipe import make_recipe
 from perpetune.runtime import Runtime
 from perpetune.seeding import generator
-from perpetune.tasks import Batch, Task, part
+from perpetune.tasks import Batch, Examples, Inputs, Task, part
 
 SETTINGS: tuple[Setting, ...] = ("class", "domain", "task")
 
@@ -48,10 +48,10 @@ class Known(Model):
     def loss(self, task: Task, batch: Batch) -> Tensor:
         raise NotImplementedError
 
-    def predict(self, inputs: Tensor) -> Tensor:
+    def predict(self, inputs: Inputs) -> Tensor:
         raise NotImplementedError
 
-    def features(self, inputs: Tensor) -> Tensor:
+    def features(self, inputs: Inputs) -> Tensor:
         raise NotImplementedError
 
     def summarise(self, task: Task, batch_size: int) -> None:
@@ -70,24 +70,24 @@ class Reads(Method):
 
     def predict(self, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         self.heard.append((args, kwargs))
-        inputs: Tensor = args[0]
-        return inputs[:, : len(self.classes)].float()
+        inputs: Inputs = args[0]
+        return inputs.pixels[:, : len(self.classes)].float()
 
 
 class Says(Reads):
     """Answers in two ways, what is written and its mirror image, and is as sure as the best score is high."""
 
-    def answers(self, inputs: Tensor) -> Answers:
+    def answers(self, inputs: Inputs) -> Answers:
         scores = self.predict(inputs)
         return Answers(
             scores, {"mirrored": scores.flip(1)}, {"sure": scores.max(1).values / 9, "one": scores[:, 0] * 0 + 1}
         )
 
-    def features(self, inputs: Tensor) -> Tensor:
-        return inputs.float()
+    def features(self, inputs: Inputs) -> Tensor:
+        return inputs.pixels.float()
 
 
-class Written:
+class Written(Examples):
     """Test examples that hold the scores they will be given."""
 
     def __init__(self, scores: Sequence[Sequence[int]], targets: Sequence[int]):
@@ -176,9 +176,9 @@ def test_nothing_but_images_reaches_the_method(setting: Setting) -> None:
     for (args, kwargs), size in zip(method.heard, (2, 2, 1), strict=True):
         assert kwargs == {}
         assert len(args) == 1
-        assert type(args[0]) is Tensor
-        assert args[0].shape == (size, 4)
-        assert not args[0].requires_grad
+        assert list(args[0].tensors) == ["pixels"]
+        assert args[0].pixels.shape == (size, 4)
+        assert not args[0].pixels.requires_grad
     assert test.seeds == [None] * 5, "test images are augmented"
 
 

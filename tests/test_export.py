@@ -16,6 +16,7 @@ from tiny import tiny_language_model
 from torch import Tensor, nn
 
 from perpetune.check import Checker
+from perpetune.data.pictures.view import PictureView
 from perpetune.errors import PerpetuneError, StateError, UsageError
 from perpetune.export import export_learned, read_peft, write_peft
 from perpetune.methods.treelora.method import TreeLoRA
@@ -23,7 +24,6 @@ from perpetune.models.backbone import Backbone
 from perpetune.models.backbones import load_backbone
 from perpetune.models.families import places
 from perpetune.models.from_transformers import class_token
-from perpetune.models.preprocess import Preprocess
 from perpetune.pets import PET, Place, inject, parameters, pets, remove, slots, using
 from perpetune.pets.lora import LoRA
 from perpetune.recipe import make_recipe
@@ -39,28 +39,28 @@ def timm_vit() -> Backbone:
     from timm.models.vision_transformer import VisionTransformer
 
     net = VisionTransformer(img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=0)
-    return Backbone(net, spec="timm:test", dim=24, preprocess=Preprocess(16))
+    return Backbone(net, spec="timm:test", dim=24, preprocess=PictureView(16))
 
 
 def timm_beit() -> Backbone:
     from timm.models.beit import Beit
 
     net = Beit(img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=0)
-    return Backbone(net, spec="timm:beit", dim=24, preprocess=Preprocess(16))
+    return Backbone(net, spec="timm:beit", dim=24, preprocess=PictureView(16))
 
 
 def hf_vit() -> Backbone:
     from transformers import ViTConfig, ViTModel
 
     net = ViTModel(ViTConfig(**HF, patch_size=8), add_pooling_layer=False)
-    return Backbone(net, spec="hf:owner/vit", dim=24, preprocess=Preprocess(16), forward=class_token)
+    return Backbone(net, spec="hf:owner/vit", dim=24, preprocess=PictureView(16), forward=class_token)
 
 
 def hf_dinov2() -> Backbone:
     from transformers import Dinov2Config, Dinov2Model
 
     net = Dinov2Model(Dinov2Config(**HF, patch_size=8))
-    return Backbone(net, spec="hf:owner/dinov2", dim=24, preprocess=Preprocess(16), forward=class_token)
+    return Backbone(net, spec="hf:owner/dinov2", dim=24, preprocess=PictureView(16), forward=class_token)
 
 
 def micro() -> Backbone:
@@ -182,7 +182,7 @@ def test_a_path_that_ends_another_path_is_not_mixed_up(tmp_path: Path) -> None:
         net.add_module("fc", nn.Linear(4, 4))
         net.add_module("deep", nn.Sequential())
         net.deep.add_module("fc", nn.Linear(4, 4))
-        return Backbone(net, spec="own", dim=4, preprocess=Preprocess(16), forward=lambda n, x: n(x[:, 0, 0, :4]))
+        return Backbone(net, spec="own", dim=4, preprocess=PictureView(16), forward=lambda n, x: n(x[:, 0, 0, :4]))
 
     backbone = built(make)
     place = Place("fc", backbone.net.get_submodule("fc"), (), ((0, 4),), -1, 4, 4)

@@ -26,12 +26,12 @@ from perpetune.runtime import Runtime, Silent
 from perpetune.seeding import generator, seed_of
 from perpetune.snapshot import restore, snapshot, tensors
 from perpetune.state import MidTask
-from perpetune.tasks import Batch, Task
+from perpetune.tasks import Batch, Examples, Task
 
 N, CLASSES = 21, 3  # no multiple of any batch size here
 
 
-class Points:
+class Points(Examples):
     """Labelled points; what was asked for is written down."""
 
     def __init__(self, n: int = N):
@@ -58,7 +58,7 @@ class Net(nn.Module):
         self.rest = nn.Parameter(torch.ones(8, dtype=dtype), requires_grad=False)
 
     def loss(self, task: Task, batch: Batch) -> Tensor:
-        return self.value(batch.inputs, batch.targets)
+        return self.value(batch.inputs.pixels, batch.targets)
 
     def value(self, x: Tensor, y: Tensor) -> Tensor:
         hidden = torch.tanh(x.to(self.body.dtype) @ self.body) * self.rest

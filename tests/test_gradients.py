@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from perpetune.build import build_method
 from perpetune.check import Pictures, tiny_backbone
+from perpetune.data.texts.tables import Text
+from perpetune.data.texts.view import TextView
 from perpetune.errors import UsageError
 from perpetune.fit import FitConfig, fit
 from perpetune.heads.linear import Linear
@@ -26,7 +28,6 @@ from perpetune.models.base import Model
 from perpetune.models.causal_lm import CausalLM
 from perpetune.models.classifier import Classifier
 from perpetune.models.families import places
-from perpetune.models.texts import Text, TextView
 from perpetune.numerics.signature import RunningMean
 from perpetune.pets import Place, inject, parameters, slots, using
 from perpetune.pets.adapter import Adapter
@@ -34,7 +35,7 @@ from perpetune.pets.lora import LoRA
 from perpetune.recipe import make_recipe
 from perpetune.runtime import Runtime
 from perpetune.seeding import generator
-from perpetune.tasks import Batch, Task, Tokens, load_batches
+from perpetune.tasks import Batch, Examples, Item, Task, load_batches
 
 Loss = Callable[[], Tensor]
 TEXTS = (Text("What is it?", "a cat"), Text("hi", "no"), Text("and a much longer question than others", "yes"))
@@ -250,7 +251,6 @@ def test_padding_and_companions_without_labels_do_not_matter(folders: dict[str, 
     alone = collected(model, loss)
     assert isinstance(model, CausalLM)
     batch = encoded(model, TEXTS[0], TEXTS[2])
-    assert isinstance(batch.inputs, Tokens)
     assert batch.inputs.labels is not None
     assert bool((~batch.inputs.mask[0]).any()), "the first is padded"
     batch.inputs.labels[1] = -100
@@ -468,14 +468,14 @@ def test_micro_batches_give_what_the_batch_gives(folders: dict[str, Path]) -> No
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-6)
 
 
-class TextSet:
+class TextSet(Examples):
     """Ten texts with answers of different lengths."""
 
     def __init__(self, model: Model):
         view = model.backbone.preprocess
         assert isinstance(view, TextView)
         self.texts = [Text(f"question {i}" * (1 + i % 3), "answer " * (1 + i % 4)) for i in range(10)]
-        self.view, self.targets, self.collate = view, [0] * 10, view.collate
+        self.view, self.targets = view, [0] * 10
         self.weights = [int(view.sequence(t).answer.sum()) for t in self.texts]  # type: ignore[union-attr]
 
     def __len__(self) -> int:
@@ -483,6 +483,9 @@ class TextSet:
 
     def load(self, index: int, seed: int | None) -> Any:
         return self.view.sequence(self.texts[index])
+
+    def collate(self, items: Sequence[Item]) -> Batch:
+        return self.view.collate(items)
 
 
 def test_the_probe_is_the_gradient_of_its_batches(folders: dict[str, Path]) -> None:

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_language_model, tiny_tokenizer, vit_folder
 from torch import Tensor, nn
 
+from perpetune.data.pictures.view import PictureView
 from perpetune.errors import MissingExtra, PerpetuneError, UsageError
 from perpetune.models import backbones, language
 from perpetune.models.backbone import Backbone
 from perpetune.models.backbones import load_backbone
 from perpetune.models.families import LINEAR_ROLES, family_of, places, roles
-from perpetune.models.preprocess import Preprocess
 from perpetune.pets import Place, inject, parameters, slots, using
 from perpetune.pets.adapter import Adapter
 from perpetune.pets.lora import LoRA
@@ -383,7 +383,7 @@ def test_another_packages_loader_is_given_what_was_asked_for_and_no_more(monkeyp
 
     def load(rest: str, **options: Any) -> Backbone:
         asked.append(options)
-        return Backbone(nn.Linear(2, 2), spec=f"mine:{rest}", dim=2, preprocess=Preprocess(8))
+        return Backbone(nn.Linear(2, 2), spec=f"mine:{rest}", dim=2, preprocess=PictureView(8))
 
     monkeypatch.setitem(backbones.LOADERS, "mine", load)
     assert load_backbone("mine:x").takes == "pictures"

@@ -19,14 +19,14 @@ from test_distributed import tensors as tensors_of
 from tiny import tiny_language_model
 
 from perpetune.cli import call
+from perpetune.data.texts.view import TextView
 from perpetune.errors import DataError, Interrupted, StateError, UsageError
 from perpetune.fit import FitConfig, _order
 from perpetune.learner import Learner
 from perpetune.methods.joint import union
-from perpetune.models.texts import TextView
 from perpetune.runtime import Silent
 from perpetune.snapshot import snapshot, tensors
-from perpetune.tasks import IGNORED, Tokens, lengths, load_batches, weight
+from perpetune.tasks import IGNORED, load_batches
 
 Rows = Sequence[Any]
 COLORS = {"sky": "blue", "grass": "green", "blood": "red"}
@@ -299,12 +299,11 @@ def test_the_union_of_texts_keeps_lengths_and_weights(folders: dict[str, Path], 
     learner = Learner(recipe(folders["llama"], data, method="joint"))
     tasks = [learner._tasks._of_stream(i) for i in range(3)]
     whole = union(tasks)
-    assert lengths(whole.train) == [n for t in tasks for n in lengths(t.train) or ()]
+    assert whole.train.lengths == [n for t in tasks for n in t.train.lengths or ()]
     assert whole.train.weights == [n for t in tasks for n in t.train.weights]  # type: ignore[attr-defined]
     (batch,) = load_batches(whole.train, [[(0, None), (12, None), (32, None)]], learner.runtime)
-    assert isinstance(batch.inputs, Tokens)
     assert batch.inputs.labels is not None
-    assert int((batch.inputs.labels != IGNORED).sum()) == weight(whole.train, [0, 12, 32])
+    assert int((batch.inputs.labels != IGNORED).sum()) == whole.train.weight([0, 12, 32])
     results = learner.run()
     assert results["timings"][-1]["images"] == 2 * 33
 
@@ -384,7 +383,6 @@ def test_protected_tokens_keep_what_is_said_of_them(kind: str, folders: dict[str
         assert isinstance(view, TextView)
         table = learner._tasks._tasks[0].train
         (batch,) = load_batches(table, [[(0, None), (1, None)]], learner.runtime)
-        assert isinstance(batch.inputs, Tokens)
         before = learner.method.features(batch.inputs)
         alone = [learner.method.loss(learner._tasks._tasks[0], b) for b in singles(learner)]  # type: ignore[attr-defined]
         results = learner.learn(new, holdout=0.0)
@@ -448,7 +446,7 @@ def test_batches_by_length_pad_less_and_hold_every_example(folders: dict[str, Pa
     learner = Learner(recipe(folders["llama"], train={"epochs": 1, "batch_size": 4}))
     learner.learn(path, holdout=0.0)
     task = learner._tasks._tasks[0]
-    sizes = lengths(task.train)
+    sizes = task.train.lengths
     assert sizes is not None
     padded, orders = {}, []
     for order in ("random", "length"):

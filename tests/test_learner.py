@@ -18,9 +18,9 @@ from PIL import Image
 from tiny import SIZE, picture, picture_folder, recipe, split_folder, vit_folder
 
 import perpetune
-from perpetune import Learner, Recipe, Task, load_recipe
-from perpetune.data.folder import FolderSource
-from perpetune.data.manifest import ManifestSource
+from perpetune import Examples, Learner, Recipe, Task, load_recipe
+from perpetune.data.pictures.folder import FolderSource
+from perpetune.data.pictures.manifest import ManifestSource
 from perpetune.errors import DataError, Interrupted, PerpetuneError, StateError, UsageError
 from perpetune.learner import stop_signals
 from perpetune.pets import frozen
@@ -163,7 +163,7 @@ def test_a_folder_that_is_taken_stays_as_it_is(vit: Path, state: Path) -> None:
 
 
 @pytest.mark.parametrize("with_data", [True, False])
-def test_reference_pictures_that_cannot_be_used_leave_no_folder(
+def test_reference_examples_that_cannot_be_used_leave_no_folder(
     with_data: bool, vit: Path, data: Path, tmp_path: Path
 ) -> None:
     content = recipe(vit, data if with_data else None)
@@ -286,7 +286,7 @@ def test_data_may_be_a_path_a_section_or_a_source(given: Callable[[Path], Any], 
     assert_equal(weights(learner), weights(same))
 
 
-class Squares:
+class Squares(Examples):
     """Somebody's own examples: dark and bright squares."""
 
     def __init__(self, n: int = 8):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from perpetune.check import Checker, check_method, tiny_backbone, tiny_stream
 from perpetune.check import probe as scores_of
+from perpetune.data.pictures.view import PictureView
 from perpetune.errors import Interrupted, StateError, UsageError
 from perpetune.export import export_learned
 from perpetune.fit import FitConfig
@@ -28,7 +29,6 @@ from perpetune.methods.olora import NEW, OLoRA
 from perpetune.models.backbone import Backbone
 from perpetune.models.classifier import Classifier
 from perpetune.models.families import places
-from perpetune.models.preprocess import Preprocess
 from perpetune.pets import LoRA, inject, parameters, pets, slots, using
 from perpetune.recipe import make_recipe
 from perpetune.report.sections import heads
@@ -63,7 +63,7 @@ def fused() -> Backbone:
 
     with own_global_state("fused"):
         net = VisionTransformer(img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=0)
-    return Backbone(net, spec="timm:test", dim=24, preprocess=Preprocess(16))
+    return Backbone(net, spec="timm:test", dim=24, preprocess=PictureView(16))
 
 
 def on(backbone: Backbone, roles: Sequence[str] = ("q", "v", "fc2"), **options: Any) -> OLoRA:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import email
 import re
 import subprocess
@@ -149,3 +150,53 @@ def test_core_dependencies(metadata: Message) -> None:
 def test_version_is_the_same_everywhere() -> None:
     assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"\n## [{__version__}] - " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def imports(path: Path, modules: set[str]) -> set[str]:
+    """The modules of the package that a file imports anywhere, but for those that only a type checker imports."""
+    found: set[str] = set()
+
+    def look(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            for other in node.orelse:
+                look(other)
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found.update(inner & modules or {str(node.module)})
+        for child in ast.iter_child_nodes(node):
+            look(child)
+
+    look(ast.parse(path.read_text()))
+    return found & modules
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """The groups of modules each of which leads to the others."""
+    reached = {}
+    for start in graph:
+        seen, open_ = set[str](), [start]
+        while open_:
+            new = graph[open_.pop()] - seen
+            seen |= new
+            open_ += new
+        reached[start] = seen
+    groups = {frozenset(b for b in reached[a] if a in reached[b]) for a in graph if a in reached[a]}
+    return sorted(sorted(group) for group in groups)
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    names = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    graph = {name: imports(path, set(names)) for name, path in names.items()}
+    assert len(graph) > 100
+    assert graph["perpetune.data.texts.trace"] >= {"perpetune.data.texts.files", "perpetune.errors"}
+    assert circles(graph) == []
+
+
+def test_a_circle_is_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"d"}, "e": set()}) == [["b", "c"], ["d"]]

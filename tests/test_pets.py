@@ -11,10 +11,10 @@ import torch
 from tiny import tiny_language_model
 from torch import Tensor, nn
 
+from perpetune.data.pictures.view import PictureView
 from perpetune.errors import UsageError
 from perpetune.models.backbone import Backbone
 from perpetune.models.families import LINEAR_ROLES, places, roles
-from perpetune.models.preprocess import Preprocess
 from perpetune.pets import (
     PET,
     Place,
@@ -85,7 +85,7 @@ def backbone_of(name: str) -> Backbone:
     with own_global_state("test", name):
         net = NETS[name]()
     forward = (lambda n, x: n(pixel_values=x).last_hidden_state[:, 0]) if name.startswith("hf") else None
-    return Backbone(net, spec=name, dim=24, preprocess=Preprocess(16), forward=forward)
+    return Backbone(net, spec=name, dim=24, preprocess=PictureView(16), forward=forward)
 
 
 def lora(place: Place, **options: Any) -> LoRA:
@@ -427,7 +427,7 @@ def test_the_gradient_reaches_the_active_pets_and_nothing_else() -> None:
 
 def test_the_frozen_net_stays_in_evaluation_mode_and_pets_follow() -> None:
     net = timm_net("vit", proj_drop_rate=0.5, drop_path_rate=0.5)
-    backbone = Backbone(net, spec="x", dim=24, preprocess=Preprocess(16))
+    backbone = Backbone(net, spec="x", dim=24, preprocess=PictureView(16))
     inject(backbone.net, places(backbone.net, ["fc1"]), lambda p: lora(p, dropout=0.5))
     shake(backbone)
     backbone.train()

@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from perpetune.check import tiny_backbone
+from perpetune.data.pictures.view import PictureView
 from perpetune.errors import UsageError
 from perpetune.models.backbone import Backbone
 from perpetune.models.backbones import load_backbone
 from perpetune.models.families import places
-from perpetune.models.preprocess import Preprocess
 from perpetune.numerics.moments import Moments
 from perpetune.numerics.projection import Operand, ProjectedStep
 from perpetune.numerics.subspace import Subspace
@@ -77,7 +77,7 @@ def backbone_of(name: str, dtype: torch.dtype = torch.float64) -> Backbone:
     with own_global_state("test", name):
         net = NETS[name]()
     forward = (lambda n, x: n(pixel_values=x).last_hidden_state[:, 0]) if name.startswith("hf") else None
-    return Backbone(net, spec=name, dim=DIM, preprocess=Preprocess(SIDE), forward=forward).to(dtype)
+    return Backbone(net, spec=name, dim=DIM, preprocess=PictureView(SIDE), forward=forward).to(dtype)
 
 
 def put(
@@ -245,7 +245,7 @@ def test_shallow_prompt_is_the_blocks_on_more_tokens() -> None:
     for name, pooled in (("timm vit", "token"), ("timm avg", "avg")):
         with own_global_state("shallow"):
             net = timm_net("vision_transformer", "VisionTransformer", global_pool=pooled).double()
-        backbone = Backbone(net, spec=name, dim=DIM, preprocess=Preprocess(SIDE))
+        backbone = Backbone(net, spec=name, dim=DIM, preprocess=PictureView(SIDE))
         pixels = pixels_for(backbone)
         x = net.norm_pre(net._pos_embed(net.patch_embed(pixels)))
         blocks = [*net.blocks]
@@ -331,7 +331,7 @@ def test_an_attention_that_cannot_be_reached_is_one_line() -> None:
             hf_net("ViT", "eager"),
             spec="eager",
             dim=DIM,
-            preprocess=Preprocess(SIDE),
+            preprocess=PictureView(SIDE),
             forward=lambda n, x: n(pixel_values=x).last_hidden_state[:, 0],
         )
     for kind in (Prefix, Prompt):

@@ -19,6 +19,7 @@ from perpetune.cli import call
 from perpetune.errors import UsageError
 from perpetune.learner import Learner
 from perpetune.models.backbones import load_backbone
+from perpetune.sequence import origin_of
 
 PROJECT = """
 [build-system]
@@ -56,9 +57,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 import perpetune
-from perpetune.data.sources import MemoryTable, Source
+from perpetune.data.pictures.tables import MemoryTable
+from perpetune.data.sources import Source
 from perpetune.fit import fit
-from perpetune.models.preprocess import Preprocess
+from perpetune.data.pictures.view import PictureView
 from perpetune.pets import parameters, using
 
 
@@ -119,7 +121,7 @@ class Bloom(perpetune.Head):
 def load_trunk(rest, *, pretrained, image_size, architecture, load_in_4bit, seed):
     """`trunk:FOLDER`: a transformer whose features are doubled."""
     inner = perpetune.load_backbone(f"folder:{rest}", pretrained=pretrained)
-    view = Preprocess(inner.preprocess.size)
+    view = PictureView(inner.preprocess.size)
     return perpetune.Backbone(
         inner.net, spec=f"trunk:{rest}", dim=inner.dim, preprocess=view, forward=lambda net, x: 2 * inner(x)
     )
@@ -314,6 +316,32 @@ def test_a_plug_in_that_is_broken_is_told_in_one_line(
         Learner({"backbone": f"folder:{vit}", key: "x:y" if kind == "backbones" else "x"})
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+PACKETS = """
+from perpetune.data.pictures.folder import FolderSource
+from perpetune.data.sources import Fit
+
+class Packets(FolderSource):
+    @classmethod
+    def fits(cls, path, wanted=None):
+        return Fit.NAME if path.endswith(".packet") else Fit.NO
+"""
+
+
+def test_where_nobody_names_a_source_plug_ins_are_asked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    points = "[perpetune.data]\npackets = weeds:Packets\ngone = weeds_gone:X\n"
+    monkeypatch.syspath_prepend(str(weed(tmp_path / "site", points, PACKETS)))
+    monkeypatch.delitem(sys.modules, "weeds", raising=False)
+    theirs, ours = tmp_path / "spring.packet", tmp_path / "spring"
+    theirs.mkdir()
+    ours.mkdir()
+    assert origin_of(theirs) == {"name": "packets", "path": str(theirs)}
+    assert origin_of(ours) == {"name": "folder", "path": str(ours)}
+
+
+def test_a_plug_in_without_a_path_is_meant_by_its_name(installed: Path) -> None:
+    assert origin_of("seeds") == {"name": "seeds"}
 
 
 def test_a_plug_in_does_not_take_the_place_of_ours(vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

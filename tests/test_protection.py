@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from perpetune.build import build_method
 from perpetune.check import SIZE, Pictures, tiny_backbone
+from perpetune.data.pictures.view import PictureView
 from perpetune.errors import PerpetuneError, UsageError
 from perpetune.fit import FitConfig, fit
 from perpetune.methods.base import Method
@@ -20,7 +21,6 @@ from perpetune.methods.finetune import FineTune
 from perpetune.models.backbone import Backbone
 from perpetune.models.classifier import Classifier
 from perpetune.models.from_transformers import class_token
-from perpetune.models.preprocess import Preprocess
 from perpetune.pets import PET, Place, copy_set, inject, parameters, pets, slots, using
 from perpetune.pets.adapter import Adapter
 from perpetune.pets.lora import LoRA
@@ -56,7 +56,7 @@ def net_of(family: str) -> Backbone:
                 nn.init.normal_(parameter, std=0.2)
             elif "bias" in name:
                 nn.init.normal_(parameter, std=0.1)
-    return Backbone(net, spec=family, dim=DIM, preprocess=Preprocess(SIZE), forward=forward).double()
+    return Backbone(net, spec=family, dim=DIM, preprocess=PictureView(SIZE), forward=forward).double()
 
 
 def method_of(backbone: Backbone, pet: Any, protect: Any, **changes: Any) -> Method:
@@ -246,7 +246,7 @@ def outputs(method: Any, task: Task) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
 
     class Outputs(Watch):
-        def add(self, watched: Watched, rows: Tensor) -> None:
+        def add(self, watched: Watched, rows: Tensor, examples: Tensor | None = None) -> None:
             heads, _, width = watched.site.operand.shape
             rows = rows.transpose(1, 2).flatten(0, 1) if rows.dim() == 4 else rows.flatten(0, -2)[:, None]
             if watched.site.operand.bias is not None:

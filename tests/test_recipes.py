@@ -12,10 +12,10 @@ import yaml
 from tiny import picture, picture_folder, split_folder
 
 from perpetune.build import build_data, build_method
+from perpetune.data.pictures.view import PictureView
 from perpetune.learner import Learner
 from perpetune.methods.base import Method
 from perpetune.models.backbone import Backbone
-from perpetune.models.preprocess import Preprocess
 from perpetune.recipe import Recipe, load_recipe, make_recipe, packaged
 from perpetune.seeding import own_global_state
 
@@ -35,7 +35,7 @@ def tiny_vit(*_: Any) -> Backbone:
         net = timm.create_model(
             "vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=32, depth=6, num_heads=2, num_classes=0
         )
-    return Backbone(net, spec="tiny", dim=32, preprocess=Preprocess(16))
+    return Backbone(net, spec="tiny", dim=32, preprocess=PictureView(16))
 
 
 def built(recipe: Recipe) -> Method:

@@ -13,8 +13,8 @@ import yaml
 from test_recipes import learned, sets
 from tiny import split_folder, tiny_language_model
 
-from perpetune.data.cl_benchmark import INSTRUCTIONS
-from perpetune.data.trace import ORDER, SCORES
+from perpetune.data.texts.cl_benchmark import INSTRUCTIONS
+from perpetune.data.texts.trace import ORDER, SCORES
 from perpetune.errors import UsageError
 from perpetune.learner import Learner
 from perpetune.recipe import load_recipe, make_recipe, packaged, parse_recipe

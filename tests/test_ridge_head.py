@@ -25,13 +25,13 @@ from perpetune.recipe import make_recipe
 from perpetune.runtime import Runtime
 from perpetune.seeding import generator
 from perpetune.snapshot import restore, snapshot
-from perpetune.tasks import Task
+from perpetune.tasks import Examples, Task
 
 D = 8
 ALPHABET = "abcdefghijklmnopqrst"
 
 
-class Rows:
+class Rows(Examples):
     """Features as examples: what a frozen model would make of pictures."""
 
     def __init__(self, features: Tensor, targets: Sequence[int]):
@@ -63,7 +63,7 @@ def task_of(
 
 def teach(head: Ridge, task: Task, batch_size: int = 7) -> None:
     head.grow(task.classes, task.generator("head"))
-    learn_statistics(task, batch_size, [(head, lambda batch: batch.inputs)])
+    learn_statistics(task, batch_size, [(head, lambda batch: batch.inputs.pixels)])
 
 
 def learned(tasks: Sequence[Task], batch_size: int = 7, **options: Any) -> Ridge:
@@ -159,7 +159,7 @@ def test_golden_value() -> None:
     head = Ridge(2, standardise=False, penalty=1 / 3.5)  # of tr G / M = 7 / 2
     train: Any = Rows(torch.tensor([[1.0, 0], [1, 1], [0, 2]]), [0, 1, 1])
     head.grow("abc", generator("golden"))
-    learn_statistics(Task(0, "golden", ("a", "b"), train), 2, [(head, lambda batch: batch.inputs)])
+    learn_statistics(Task(0, "golden", ("a", "b"), train), 2, [(head, lambda batch: batch.inputs.pixels)])
     assert float(head.chosen) == pytest.approx(1)
     wanted = torch.tensor([[0.35294118, 0.17647059, 0], [-0.05882353, 0.47058824, 0]])
     torch.testing.assert_close(head.weight, wanted, rtol=0, atol=1e-6)
@@ -913,7 +913,7 @@ def test_wider_statistics_leave_the_probe(projection: int) -> None:
     head.widen(2 * D)
     task = task_of(0, "ab")
     head.grow(task.classes, task.generator("head"))
-    learn_statistics(task, 5, [(head, lambda batch: batch.inputs.repeat(1, 2))])
+    learn_statistics(task, 5, [(head, lambda batch: batch.inputs.pixels.repeat(1, 2))])
     twice = features("a", 3).repeat(1, 2)
     assert head.weight.shape == (projection or 2 * D, 2)
     assert head(twice).argmax(1).tolist() == [0, 0, 0]

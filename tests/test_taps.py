@@ -13,15 +13,16 @@ from test_backbones import hf_model
 from tiny import tiny_language_model
 from torch import Tensor, nn
 
+from perpetune.data.pictures.view import PictureView
+from perpetune.data.texts.tables import Text
+from perpetune.data.texts.view import TextView
 from perpetune.errors import UsageError
 from perpetune.models import from_timm
 from perpetune.models.backbone import Backbone
 from perpetune.models.backbones import load_backbone
 from perpetune.models.families import places
 from perpetune.models.from_transformers import class_token
-from perpetune.models.preprocess import Preprocess
 from perpetune.models.taps import Read, Taps
-from perpetune.models.texts import Text, TextView
 from perpetune.pets import inject, parameters, using
 from perpetune.pets.adapter import Adapter
 from perpetune.pets.base import PET, Conditions, Place, Site
@@ -30,7 +31,7 @@ from perpetune.pets.prompt import Prompt
 from perpetune.pets.ssf import SSF
 from perpetune.recipe import make_recipe
 from perpetune.seeding import generator, own_global_state
-from perpetune.tasks import Tokens
+from perpetune.tasks import Inputs
 
 READS: tuple[Read, ...] = ("class", "mean", "both")
 HF = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit")
@@ -89,13 +90,13 @@ def net_of(kind: str) -> Net:
         return Net(backbone, list(micro.layers), micro.layernorm, 1, True)
     net: Any = shaken(hf_model(kind))
     registers = {"deit": 1, "dinov2_with_registers": 4}.get(kind, getattr(net.config, "num_register_tokens", 0))
-    backbone = Backbone(net, spec=kind, dim=24, preprocess=Preprocess(16), forward=class_token, prefix=1 + registers)
+    backbone = Backbone(net, spec=kind, dim=24, preprocess=PictureView(16), forward=class_token, prefix=1 + registers)
     blocks = net.encoder.layer if kind.startswith("dinov2") else net.model.layer if "v3" in kind else net.layers
     return Net(backbone, list(blocks), net.norm if "v3" in kind else net.layernorm, 1 + registers, True)
 
 
 def pictures(backbone: Backbone, count: int = 3) -> Tensor:
-    size = cast(Preprocess, backbone.preprocess).size
+    size = cast(PictureView, backbone.preprocess).size
     return torch.randint(0, 256, (count, 3, size, size), generator=generator("pictures"), dtype=torch.uint8)
 
 
@@ -345,12 +346,10 @@ def parts_of(net: Any) -> tuple[list[nn.Module], nn.Module]:
     return list(blocks), next(getattr(core, name) for name in names if hasattr(core, name))
 
 
-def asked_of(backbone: Backbone, *texts: Text, answers: bool = False) -> Tokens:
+def asked_of(backbone: Backbone, *texts: Text, answers: bool = False) -> Inputs:
     view = cast(TextView, backbone.preprocess)
     make = view.sequence if answers else view.question
-    inputs = view.collate([(make(t), 0, i) for i, t in enumerate(texts)]).inputs
-    assert isinstance(inputs, Tokens)
-    return inputs
+    return view.collate([(make(t), 0, i) for i, t in enumerate(texts)]).inputs
 
 
 @torch.no_grad()

@@ -14,13 +14,13 @@ from tiny import tiny_language_model
 from torch.nn import functional as F
 
 from perpetune.cli import call
+from perpetune.data.texts.tables import Text
+from perpetune.data.texts.view import TextView
 from perpetune.errors import UsageError
 from perpetune.heads import Ridge
 from perpetune.learner import Learner
 from perpetune.models.classifier import Classifier
-from perpetune.models.texts import Text, TextView
 from perpetune.results import read_results
-from perpetune.tasks import Tokens
 
 COLORS = {"sky": "blue", "grass": "green", "blood": "red"}
 MOODS = {"I like it": "good", "I hate it": "bad"}
@@ -147,7 +147,6 @@ def test_it_is_one_regression_on_the_features_of_the_questions(tapped: Learner) 
     for make in (colors, moods):
         for row in make(range(24)):
             inputs = view.collate([(view.question(Text(row["prompt"])), 0, 0)]).inputs
-            assert isinstance(inputs, Tokens)
             assert inputs.options is None
             with torch.no_grad():
                 rows.append(tapped.backbone.features(inputs)[0].double())

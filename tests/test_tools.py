@@ -118,8 +118,8 @@ def test_stopped_run_goes_on_from_its_checkpoint(folder: Path, tmp_path: Path, m
 
 def test_training_lowers_the_loss_on_the_teacher(folder: Path) -> None:
     """The student's projection comes closer to the teacher's features than chance would."""
+    from perpetune.data.pictures.view import PictureView
     from perpetune.fit import FitConfig
-    from perpetune.models.preprocess import Preprocess
     from perpetune.runtime import Runtime, Silent
 
     class Seen(Silent):
@@ -129,7 +129,7 @@ def test_training_lowers_the_loss_on_the_teacher(folder: Path) -> None:
         def step(self, done: int, epoch: int, loss: float | None, images: int) -> None:
             self.losses += [] if loss is None else [loss]
 
-    preprocess, seen = Preprocess(16), Seen()
+    preprocess, seen = PictureView(16), Seen()
     runtime = Runtime(progress=seen)
     known, _ = pretrain_micro.split(pretrain_micro.read_table(folder), 0.25, preprocess, 0)
     student = micro_features.Encoder(pretrain_micro.make_student(16, 8, 16, 1, 2, 0), preprocess)
@@ -142,10 +142,10 @@ def test_training_lowers_the_loss_on_the_teacher(folder: Path) -> None:
 
 
 def test_teacher_features_are_standardised(folder: Path) -> None:
-    from perpetune.models.preprocess import Preprocess
+    from perpetune.data.pictures.view import PictureView
     from perpetune.runtime import Runtime
 
-    known, _ = pretrain_micro.split(pretrain_micro.read_table(folder), 0.25, Preprocess(16), 0)
+    known, _ = pretrain_micro.split(pretrain_micro.read_table(folder), 0.25, PictureView(16), 0)
     teacher = pretrain_micro.make_teacher("test_efficientnet", 32, pretrained=False, seed=0)
     goal = pretrain_micro.teacher_features(teacher, known, Runtime()).float()
     assert len(goal) == len(known) == 24

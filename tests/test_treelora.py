@@ -29,6 +29,7 @@ from perpetune.evaluate import evaluate
 from perpetune.learner import Learner
 from perpetune.methods.finetune import FineTune
 from perpetune.methods.treelora import adapters
+from perpetune.methods.treelora import search as task_search
 from perpetune.methods.treelora.method import TreeLoRA
 from perpetune.methods.treelora.search import Search
 from perpetune.numerics import similarity_tree
@@ -44,7 +45,7 @@ from perpetune.runtime import Runtime, Silent
 from perpetune.seeding import generator
 from perpetune.snapshot import EARLIER, restore, snapshot
 from perpetune.state import State
-from perpetune.tasks import Batch, Task
+from perpetune.tasks import Batch, Examples, Task
 
 CLASSES = ["a", "b", "c", "d", "e", "f"]
 
@@ -73,7 +74,7 @@ def same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-class Domain:
+class Domain(Examples):
     """Noisy pictures: a pattern for each class, which are others in each domain."""
 
     def __init__(self, classes: Sequence[str], domain: int, each: int = 12, seed: int = 0):

@@ -3,35 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from perpetune.data.digits import DigitsSource
-from perpetune.data.sources import PictureTable
-from perpetune.data.text import natural
-from perpetune.models.preprocess import Augment, Preprocess
+from perpetune.data.examples import Augment
+from perpetune.data.names import natural
+from perpetune.data.pictures.digits import DigitsSource
+from perpetune.data.pictures.tables import PictureTable
+from perpetune.data.pictures.view import PictureView
 from perpetune.runtime import Runtime
-from perpetune.tasks import evaluation_batches
+from perpetune.tasks import Examples, evaluation_batches
 
 BATCH = 256  # pictures per forward pass
 
 
-@dataclass(frozen=True)
-class Pictures:
-    """Some pictures of a table as `perpetune.tasks.Examples`, whose target is their own number: what
-    belongs to picture i (its label, its teacher's features) is row i of a tensor."""
+class Pictures(Examples):
+    """Some pictures of a table, whose target is their own number: what belongs to picture i (its label, its teacher's
+    features) is row i of a tensor."""
 
-    table: PictureTable
-    rows: Sequence[int]
-    preprocess: Preprocess
-    augment: Augment = "crop_flip"
-
-    @property
-    def targets(self) -> Sequence[int]:
-        return range(len(self.rows))
+    def __init__(
+        self, table: PictureTable, rows: Sequence[int], preprocess: PictureView, augment: Augment = "crop_flip"
+    ):
+        self.table, self.rows, self.preprocess, self.augment = table, rows, preprocess, augment
+        self.targets = range(len(rows))
 
     @property
     def classes(self) -> list[str]:
@@ -57,7 +53,7 @@ class Encoder(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: nn.Module, preprocess: Preprocess):
+    def __init__(self, network: nn.Module, preprocess: PictureView):
         super().__init__()
         self.network = network
         self.preprocess = preprocess
@@ -76,7 +72,7 @@ class Encoder(nn.Module):
         found = []
         for batch in evaluation_batches(pictures, BATCH, runtime):
             with runtime.autocast():
-                found.append(self(batch.inputs).float().cpu())
+                found.append(self(batch.inputs.pixels).float().cpu())
         return torch.cat(found)
 
 

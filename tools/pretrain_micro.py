@@ -34,11 +34,13 @@ from torch import Tensor, nn
 from micro_features import Encoder, Pictures, measure
 from perpetune import registry
 from perpetune._version import __version__
-from perpetune.data.sources import PictureTable, Source, guess_source
+from perpetune.data.guess import guess_source
+from perpetune.data.pictures.tables import PictureTable
+from perpetune.data.pictures.view import Interpolation, PictureView
+from perpetune.data.sources import Source
 from perpetune.errors import MissingExtra, PerpetuneError, UsageError
 from perpetune.files import read_folder, remove_folder, to_json, write_folder
 from perpetune.fit import FitConfig, fit
-from perpetune.models.preprocess import Interpolation, Preprocess
 from perpetune.runtime import Runtime, Silent, pick_device
 from perpetune.seeding import generator, own_global_state
 from perpetune.snapshot import read_tensors, restore_optimizer, snapshot_optimizer
@@ -91,7 +93,7 @@ def make_teacher(name: str, size: int | None, pretrained: bool, seed: int) -> En
         network = timm.create_model(name, pretrained=pretrained, num_classes=0)
     fed = timm_config.resolve_model_data_config(network)
     interpolation: Interpolation = fed["interpolation"]
-    return Encoder(network, Preprocess(size or fed["input_size"][-1], fed["mean"], fed["std"], interpolation))
+    return Encoder(network, PictureView(size or fed["input_size"][-1], fed["mean"], fed["std"], interpolation))
 
 
 def teacher_features(teacher: Encoder, pictures: Pictures, runtime: Runtime) -> Tensor:
@@ -105,7 +107,7 @@ def read_table(path: Path) -> PictureTable:
     """The training pictures of a folder of class folders, a parquet file, or whatever else a recipe takes."""
     if not path.exists():
         raise UsageError(f"--data {path}: no such file or folder")
-    name, options = guess_source(str(path))
+    name, options = guess_source(str(path), registry.every("data"))
     source: Source = registry.find("data", name)(**options)
     table = source.train()
     if not isinstance(table, PictureTable):
@@ -117,7 +119,7 @@ def read_table(path: Path) -> PictureTable:
     return table
 
 
-def split(table: PictureTable, share: float, preprocess: Preprocess, seed: int) -> tuple[Pictures, Pictures]:
+def split(table: PictureTable, share: float, preprocess: PictureView, seed: int) -> tuple[Pictures, Pictures]:
     """`table` cut at random into training pictures and the `share` of it that is held out."""
     order = torch.randperm(len(table), generator=generator(seed, "pretrain", "split")).tolist()
     cut = min(len(order) - 1, max(1, round(share * len(order))))
@@ -212,7 +214,7 @@ def train(
     heads.to(runtime.device)
 
     def loss(_: Task, batch: Batch) -> Tensor:
-        features = student(batch.inputs)
+        features = student(batch.inputs.pixels)
         scores = classify(features)
         total = weights.label * F.cross_entropy(scores, labels[batch.targets], label_smoothing=weights.smoothing)
         if teacher is not None:
@@ -228,7 +230,7 @@ def train(
     return before + time.perf_counter() - start
 
 
-def save(network: ViTModel, preprocess: Preprocess, out: Path) -> None:
+def save(network: ViTModel, preprocess: PictureView, out: Path) -> None:
     """Write config.json, model.safetensors in float16 (`network` is cast in place) and preprocessor_config.json."""
     network.cpu().half().save_pretrained(out)
     processor = {
@@ -322,7 +324,7 @@ def pretrain(
     runtime = Runtime(seed, place, "bf16" if use_bf16 else "no", workers, progress=Lines(every))
     weights = LossWeights(label_weight, teacher_weight, smoothing)
 
-    preprocess = Preprocess(image_size)
+    preprocess = PictureView(image_size)
     network = make_student(image_size, patch, width, depth, heads, seed)
     student = Encoder(network, preprocess)
     known, rest = split(read_table(data), held_out, preprocess, seed)

@@ -28,13 +28,15 @@ if TYPE_CHECKING:
     from perpetune.protection.protection import Protection
     from perpetune.recipe import Recipe, load_recipe
     from perpetune.runtime import Runtime
-    from perpetune.tasks import Batch, Task
+    from perpetune.tasks import Batch, Examples, Inputs, Task
 
 _HOME = {
     "Backbone": "perpetune.models.backbone",
     "Batch": "perpetune.tasks",
+    "Examples": "perpetune.tasks",
     "FitConfig": "perpetune.fit",
     "Head": "perpetune.heads.base",
+    "Inputs": "perpetune.tasks",
     "Learner": "perpetune.learner",
     "Method": "perpetune.methods.base",
     "PET": "perpetune.pets.base",
@@ -55,8 +57,10 @@ __all__ = [
     "PET",
     "Backbone",
     "Batch",
+    "Examples",
     "FitConfig",
     "Head",
+    "Inputs",
     "Learner",
     "Method",
     "PerpetuneError",

@@ -69,7 +69,7 @@ def _inject(section: PetSection, backbone: Backbone, rng: torch.Generator, name:
     """Put the pets that a section describes on the backbone, as the set `name`."""
     kind = registry.find("pets", section.name)
     options = registry.options("pets", section.name, section.options)
-    if kind.adds_tokens and backbone.takes == "texts":
+    if kind.adds_tokens and backbone.preprocess.ordered:
         raise UsageError(
             f"pet: {section.name} adds tokens, which have no place in the order of a text: use lora or adapter"
         )

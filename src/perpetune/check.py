@@ -20,11 +20,11 @@ from torch import Tensor
 
 from perpetune import registry
 from perpetune.build import build_method
+from perpetune.data.pictures.view import PictureView
 from perpetune.errors import Interrupted, PerpetuneError
 from perpetune.heads.base import Head
 from perpetune.methods.base import Method
 from perpetune.models.backbone import Backbone
-from perpetune.models.preprocess import Preprocess
 from perpetune.pets import PET, frozen
 from perpetune.recipe import Recipe, apply_change, make_recipe
 from perpetune.run import learn_protected
@@ -32,7 +32,7 @@ from perpetune.runtime import Runtime
 from perpetune.seeding import generator, own_global_state
 from perpetune.snapshot import restore, snapshot, tensors
 from perpetune.state import MidTask
-from perpetune.tasks import Task
+from perpetune.tasks import Examples, Inputs, Task
 
 SIZE = 16  # side of the pictures, in pixels
 
@@ -45,7 +45,7 @@ class Outcome:
     fault: str | None
 
 
-class Pictures:
+class Pictures(Examples):
     """Noisy pictures whose class is a fixed pattern."""
 
     def __init__(self, classes: Sequence[str], each: int, seed: int):
@@ -63,13 +63,18 @@ class Pictures:
         return pixels if seed is None or seed % 2 else pixels.flip(2)
 
 
-class Untouchable:
+class Untouchable(Examples):
     """Test data that a method must not look at."""
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattribute__(self, name: str) -> Any:
+        if name == "__class__":  # what `isinstance` asks for
+            return Untouchable
         raise AssertionError(f"the method looked at the test data ({name})")
 
     def __len__(self) -> int:
+        raise AssertionError("the method looked at the test data")
+
+    def load(self, index: int, seed: int | None) -> Any:
         raise AssertionError("the method looked at the test data")
 
 
@@ -84,7 +89,7 @@ def tiny_backbone() -> Backbone:
     )
     with own_global_state("tiny backbone"):
         net = ViTModel(config, add_pooling_layer=False)
-    return Backbone(net, spec="tiny", dim=32, preprocess=Preprocess(SIZE), forward=class_token)
+    return Backbone(net, spec="tiny", dim=32, preprocess=PictureView(SIZE), forward=class_token)
 
 
 def tiny_stream(
@@ -93,9 +98,8 @@ def tiny_stream(
     """Tasks of twelve pictures a class."""
     tasks = []
     for i, names in enumerate(classes):
-        train: Any = Pictures(names, 12, seed=i)
-        test: Any = Untouchable()
-        tasks.append(Task(i, f"task-{i + 1}", tuple(names), train, test=test, runtime=runtime))
+        train = Pictures(names, 12, seed=i)
+        tasks.append(Task(i, f"task-{i + 1}", tuple(names), train, test=Untouchable(), runtime=runtime))
     return tasks
 
 
@@ -135,7 +139,7 @@ def probe(method: Method, classes: Sequence[str] = "abcdef") -> Tensor:
     """Scores for a few new pictures of each class."""
     pixels = torch.stack(Pictures(classes, 3, seed=99).pixels)
     with torch.no_grad():
-        return method.predict(pixels)
+        return method.predict(Inputs(pixels=pixels))
 
 
 def backbone_untouched(c: Checker) -> None:
@@ -216,11 +220,11 @@ def _after(steps: int) -> Callable[[], int | None]:
 def batch_companions_do_not_matter(c: Checker) -> None:
     """the score of one input is independent of its batch companions"""
     method = c.whole()
-    pixels = torch.stack(Pictures("abcdef", 3, seed=99).pixels)
-    order = torch.randperm(len(pixels), generator=generator("order"))
+    inputs = Inputs(pixels=torch.stack(Pictures("abcdef", 3, seed=99).pixels))
+    order = torch.randperm(len(inputs), generator=generator("order"))
     with torch.no_grad():
-        whole = method.predict(pixels)
-        shuffled = torch.cat([method.predict(part) for part in pixels[order].split(5)])
+        whole = method.predict(inputs)
+        shuffled = torch.cat([method.predict(inputs.rows(part.tolist())) for part in order.split(5)])
     torch.testing.assert_close(shuffled, whole[order], rtol=1e-4, atol=1e-4)
 
 
@@ -248,8 +252,7 @@ def small_tasks(c: Checker) -> None:
     """a task of one class, and one with fewer examples than a batch, can be learned"""
     runtime = Runtime()
     tasks = tiny_stream(runtime, (("a", "b"), ("c",), ("d", "e")))
-    few: Any = Pictures("de", 1, seed=5)
-    tasks[2] = dataclasses.replace(tasks[2], train=few)
+    tasks[2] = dataclasses.replace(tasks[2], train=Pictures("de", 1, seed=5))
     method = c.learned(tasks)
     assert torch.isfinite(probe(method)).all(), "scores are not finite"
 

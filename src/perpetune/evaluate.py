@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -11,10 +10,8 @@ from torch.nn import functional as F
 
 from perpetune.errors import Interrupted, UsageError
 from perpetune.methods.base import Method
-from perpetune.models.texts import Messages, Text
-from perpetune.numerics.text_scores import score_of
 from perpetune.oracle import Oracle
-from perpetune.tasks import Batch, Task, evaluation_batches, load_batches, questions
+from perpetune.tasks import Batch, Task, evaluation_batches, load_batches
 
 Setting = Literal["class", "domain", "task"]
 PROBE = 32  # test images of a task by which the drift of its features is measured
@@ -47,7 +44,7 @@ def evaluate(
     way: str | None = None
     diagnosis = None if oracle is None else (oracle, _Choices(oracle, task, setting))
     seen = torch.zeros((), dtype=exact, device=run.device)
-    for batch in evaluation_batches(questions(task.test), batch_size, run):
+    for batch in evaluation_batches(task.test.questions(), batch_size, run):
         with run.autocast():
             answers = method.answers(batch.inputs)
         way = answers.name
@@ -108,28 +105,21 @@ class _Texts:
     """The score of each answer, or 1 where the best of the options is the right one, else 0."""
 
     def __init__(self, method: Method, task: Task):
-        text: Callable[[int], Text] | None = getattr(task.test, "text", None)
-        if text is None:
-            raise UsageError(f"task {task.name}: {method.model.backbone.spec} takes texts, and its test data are none")
-        self.model, self.text = method.model, text
-        self.judge = score_of(task.score or "exact_match")
+        assert task.test is not None
+        self.model = method.model
+        try:
+            self.judge = self.model.backbone.preprocess.judge(task.test, task.score)
+        except UsageError as error:
+            raise UsageError(f"task {task.name}: {error}") from None
         self.score: str | None = task.score
 
     def __call__(self, scores: Tensor, batch: Batch) -> Tensor:
         assert batch.numbers is not None
         values = []
         for row, number in zip(scores, batch.numbers.tolist(), strict=True):
-            text = self.text(number)
-            if row.is_floating_point():  # not by the score, for which `A+` and `A-` may be the same
-                values.append(float(text.options[int(row.argmax())] == text.answer))
-            else:
-                values.append(self.judge(self.model.read(row), text.answer, _asked(text.prompt)))
+            answer: str | int = int(row.argmax()) if row.is_floating_point() else self.model.read(row)
+            values.append(self.judge(number, answer))
         return torch.tensor(values, device=scores.device)
-
-
-def _asked(prompt: str | Messages) -> str:
-    """The question as one text: what some scores compare an answer with."""
-    return prompt if isinstance(prompt, str) else prompt[-1][1]
 
 
 def _count(value: float) -> int | float:
@@ -148,7 +138,7 @@ def probe(method: Method, task: Task) -> Tensor | None:
         return None
     count = min(PROBE, len(task.test))
     numbers = [i * len(task.test) // count for i in range(count)]
-    batch = next(load_batches(questions(task.test), [[(i, None) for i in numbers]], task.runtime))
+    batch = next(load_batches(task.test.questions(), [[(i, None) for i in numbers]], task.runtime))
     with task.runtime.autocast():
         features = method.features(batch.inputs)
     return F.normalize(features.float(), dim=-1).cpu()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from perpetune.errors import Interrupted, PerpetuneError
 from perpetune.runtime import Runtime
 from perpetune.seeding import own_global_state, seed_of
-from perpetune.tasks import Batch, Task, lengths, load_batches, weight
+from perpetune.tasks import Batch, Task, load_batches
 
 Loss = Callable[[Task, Batch], Tensor]
 Groups = list[tuple[list[nn.Parameter], float]]
@@ -179,7 +179,7 @@ def _steps(
 ) -> Iterator[tuple[int, list[tuple[Batch, float]], int, int]]:
     """(step, this process's micro-batches with their weights in the step's mean, examples and tokens of the step in all
     processes), from step `done` on."""
-    run, n, sizes = task.runtime, len(task.train), lengths(task.train)
+    run, n, sizes = task.runtime, len(task.train), task.train.lengths
     per_epoch = math.ceil(n / config.batch_size)
     for epoch in range(done // per_epoch, config.epochs_of(task.index)):
         order = _order(task, config, task.generator(phase, "order", epoch))
@@ -191,8 +191,8 @@ def _steps(
             rows = order[step * config.batch_size : (step + 1) * config.batch_size]
             mine = rows[run.rank :: run.world]
             # A process without a share still takes part, with weight 0: the same parameters get a gradient.
-            parts = [(part, weight(task.train, part)) for part in _cut(mine, config.accumulate, sizes)]
-            whole = weight(task.train, rows)
+            parts = [(part, task.train.weight(part)) for part in _cut(mine, config.accumulate, sizes)]
+            whole = task.train.weight(rows)
             shares = [(part, share / whole) for part, share in parts] or [(rows[:1], 0.0)]
             requests += [[(i, seed_of(run.seed, task.index, phase, epoch, i)) for i in part] for part, _ in shares]
             weights.append([share for _, share in shares])
@@ -208,7 +208,7 @@ ALIKE = 32  # batches whose examples are sorted by length together: more pads le
 def _order(task: Task, config: FitConfig, rng: torch.Generator) -> list[int]:
     """The examples of an epoch in the order in which they are cut into batches."""
     order: list[int] = torch.randperm(len(task.train), generator=rng).tolist()
-    sizes = lengths(task.train)
+    sizes = task.train.lengths
     if config.order == "random" or sizes is None:
         return order
     size = config.batch_size

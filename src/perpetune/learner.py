@@ -17,16 +17,14 @@ from torch import Tensor
 
 from perpetune import oracle
 from perpetune.build import build_backbone, build_method, build_runtime
-from perpetune.data.pictures import as_rgb, load_picture
+from perpetune.data.examples import Question
+from perpetune.data.names import safe_name, task_names
 from perpetune.data.sources import Source
 from perpetune.data.stream import Stream
 from perpetune.data.tasks import TaskData
-from perpetune.data.text import safe_name, task_names
-from perpetune.data.texts import prompt_in
-from perpetune.errors import DataError, Interrupted, StateError, UsageError, closest
+from perpetune.data.texts.tables import Messages
+from perpetune.errors import Interrupted, StateError, UsageError, closest
 from perpetune.evaluate import evaluate
-from perpetune.models.preprocess import Preprocess
-from perpetune.models.texts import Messages, Text, TextView
 from perpetune.pets import PET, frozen
 from perpetune.recipe import Recipe, load_recipe, make_recipe
 from perpetune.results import read_results, versions
@@ -164,6 +162,7 @@ class Learner:
         distinct = {(t.data_ptr(), t.numel()): t.numel() for t in frozen(self.backbone.net).values()}
         return {
             "spec": self.backbone.spec,
+            "examples": self.backbone.preprocess.noun,
             "fingerprint": self._fingerprint,
             "parameters": sum(distinct.values()),
             "trainable_parameters": sum(p.numel() for pet in pets for p in pet.parameters()),
@@ -347,16 +346,22 @@ class Learner:
         images = [images] if isinstance(images, (str, Path)) else images
         size, found = self.recipe.evaluate.batch_size, []
         for start in range(0, len(images), size):
-            names, pixels = self._pixels(images[start : start + size], start, unreadable)
-            if not names:
+            some = self.backbone.preprocess.ask(images[start : start + size], first=start, unreadable=unreadable)
+            if not some:
                 continue
-            with self.runtime.autocast():
-                scores = self.method.predict(pixels.to(self.runtime.device))
+            scores = self._asked(some)
             best = scores.float().softmax(1).topk(min(top, scores.shape[1]), dim=1)
-            for name, values, rows in zip(names, best.values.tolist(), best.indices.tolist(), strict=True):
+            for question, values, rows in zip(some, best.values.tolist(), best.indices.tolist(), strict=True):
                 pairs = [(self.method.classes[row], value) for row, value in zip(rows, values, strict=True)]
-                found.append(Prediction(name, pairs))
+                found.append(Prediction(question.given, pairs))
         return found
+
+    def _asked(self, questions: Sequence[Question]) -> Tensor:
+        """What the method predicts for some questions at once."""
+        items = [(question.item, 0, number) for number, question in enumerate(questions)]
+        batch = self.backbone.preprocess.collate(items).to(self.runtime.device)
+        with self.runtime.autocast():
+            return self.method.predict(batch.inputs)
 
     @torch.no_grad()
     def answer(self, prompts: str | Sequence[Prompt], *, options: Sequence[str] | None = None) -> list[Answer]:
@@ -376,8 +381,6 @@ class Learner:
             DataError: a prompt cannot be put into the model's form; says which.
         """
         self._need_learned("texts")
-        view, found = self.backbone.preprocess, []
-        assert isinstance(view, TextView)
         chosen = tuple(option.strip() for option in options or ())
         if options is not None and (not all(chosen) or len(set(chosen)) < max(1, len(chosen))):
             raise UsageError(f"options {list(options)}: different texts are expected, none of them empty")
@@ -388,54 +391,23 @@ class Learner:
             for option in chosen:
                 if option not in known:
                     raise UsageError(f"options: {option!r} is no class that was learned; {closest(option, known)}")
-        asked = []
-        for number, prompt in enumerate([prompts] if isinstance(prompts, str) else prompts, 1):
-            try:
-                text = Text(prompt_in(prompt), options=chosen)
-                asked.append((text, view.question(text, choose=not known)))
-            except DataError as error:
-                raise DataError(f"prompt {number}: {error}") from error
-        for start in range(0, len(asked), self.recipe.evaluate.batch_size):
-            some = asked[start : start + self.recipe.evaluate.batch_size]
-            batch = view.collate([(question, 0, i) for i, (_, question) in enumerate(some)]).to(self.runtime.device)
-            with self.runtime.autocast():
-                rows = self.method.predict(batch.inputs)
+        several = [prompts] if isinstance(prompts, str) else prompts
+        asked = self.backbone.preprocess.ask(several, options=chosen, choose=not known)
+        size, found = self.recipe.evaluate.batch_size, []
+        for start in range(0, len(asked), size):
+            some = asked[start : start + size]
+            rows = self._asked(some)
             if known:
                 rows = rows[:, [known[option] for option in chosen]]
-            for (text, question), row in zip(some, rows, strict=True):
+            for question, row in zip(some, rows, strict=True):
                 if not row.is_floating_point():
-                    found.append(Answer(text.prompt, self.method.model.read(row), [], question.cut))
+                    found.append(Answer(question.given, self.method.model.read(row), [], question.cut))
                     continue
                 # of classes without an example the score is -inf; where there is no other, none is likely
                 shares = row.float().softmax(0).nan_to_num(0.0).tolist()
-                pairs = sorted(zip(text.options, shares, strict=True), key=lambda pair: -pair[1])
-                found.append(Answer(text.prompt, pairs[0][0], pairs, question.cut))
+                pairs = sorted(zip(question.options, shares, strict=True), key=lambda pair: -pair[1])
+                found.append(Answer(question.given, pairs[0][0], pairs, question.cut))
         return found
-
-    def _pixels(
-        self, images: Sequence[str | Path | Image] | Tensor, start: int, unreadable: list[str] | None
-    ) -> tuple[list[str], Tensor]:
-        view = self.backbone.preprocess
-        assert isinstance(view, Preprocess)
-        if isinstance(images, Tensor):
-            if images.dtype != torch.uint8 or images.shape[1:] != (3, view.size, view.size):
-                raise UsageError(
-                    f"predict: a uint8 tensor (N, 3, {view.size}, {view.size}) is expected, "
-                    f"got {images.dtype} {tuple(images.shape)}"
-                )
-            return [f"image {start + i}" for i in range(len(images))], images
-        names, pixels = [], []
-        for number, image in enumerate(images, start):
-            try:
-                loaded = load_picture(image, view) if isinstance(image, (str, Path)) else view(as_rgb(image))
-            except DataError as error:
-                if unreadable is None:
-                    raise
-                unreadable.append(str(error))
-                continue
-            pixels.append(loaded)
-            names.append(str(image) if isinstance(image, (str, Path)) else f"image {number}")
-        return names, torch.stack(pixels) if pixels else torch.empty(0)
 
     def evaluate(self, data: str | Path | Source | None = None) -> dict[str, dict[str, Any] | None]:
         """Counts of right predictions by task: on the test data of every learned task, or on `data`
@@ -459,7 +431,7 @@ class Learner:
         self._leave_halfway()
         own = self.backbone.takes
         if takes is not None and takes != own:
-            call = "answer" if own == "texts" else "predict"
+            call = self.backbone.preprocess.verb
             raise UsageError(f"{self.recipe.backbone.name} takes {own}, not {takes}: call `{call}`")
         if not self.state.committed:
             raise StateError(f"{self.state.folder} has learned nothing yet: `perpetune update` or `run` it first")

@@ -24,7 +24,7 @@ from perpetune.methods.joint import union
 from perpetune.models.classifier import learn_statistics
 from perpetune.recipe import Recipe
 from perpetune.seeding import own_global_state
-from perpetune.tasks import Batch, Inputs, Task, load_batches, questions
+from perpetune.tasks import Batch, Inputs, Task, load_batches
 
 FALLBACK = "ridge"  # with its default options, where the recipe's head is trained and not solved
 NO_OLD_DATA = (
@@ -91,7 +91,7 @@ def solve(method: Method, tasks: Sequence[Task], recipe: Recipe) -> Oracle:
     assert isinstance(own, Head)
     name, options = (recipe.head.name, recipe.head.options) if own.statistics else (FALLBACK, {})
     run, size = tasks[-1].runtime, recipe.evaluate.batch_size
-    asked = [dataclasses.replace(task, train=questions(task.train), earlier=None) for task in tasks]
+    asked = [dataclasses.replace(task, train=task.train.questions(), earlier=None) for task in tasks]
     if method.needs_earlier_data:
         asked = [union(asked)]
     one = next(load_batches(asked[0].train, [[(0, None)]], run))

@@ -48,14 +48,14 @@ BUILTIN: dict[Kind, dict[str, str]] = {
     },
     "backbones": {prefix: f"{load.__module__}:{load.__name__}" for prefix, load in LOADERS.items()},
     "data": {
-        "folder": "perpetune.data.folder:FolderSource",
-        "manifest": "perpetune.data.manifest:ManifestSource",
-        "parquet": "perpetune.data.arrow:ParquetSource",
-        "hf": "perpetune.data.hub:HubSource",
-        "digits": "perpetune.data.digits:DigitsSource",
-        "text": "perpetune.data.text_files:FileSource",
-        "trace": "perpetune.data.trace:TraceSource",
-        "cl_benchmark": "perpetune.data.cl_benchmark:ClBenchmarkSource",
+        "folder": "perpetune.data.pictures.folder:FolderSource",
+        "manifest": "perpetune.data.pictures.manifest:ManifestSource",
+        "parquet": "perpetune.data.pictures.arrow:ParquetSource",
+        "hf": "perpetune.data.pictures.hub:HubSource",
+        "digits": "perpetune.data.pictures.digits:DigitsSource",
+        "text": "perpetune.data.texts.files:FileSource",
+        "trace": "perpetune.data.texts.trace:TraceSource",
+        "cl_benchmark": "perpetune.data.texts.cl_benchmark:ClBenchmarkSource",
     },
     "sections": {  # in the order of the page
         name: f"perpetune.report.sections.{name}:section"
@@ -98,6 +98,17 @@ def find(kind: Kind, name: str) -> Any:
     if ":" in name:
         return _fitting(kind, name, load_dotted(name))
     raise UsageError(f"{kind}: there is no {name!r}; {closest(name, names(kind))}")
+
+
+def every(kind: Kind) -> dict[str, Any]:
+    """All choices of a kind by name, but for those of installed packages that cannot be loaded."""
+    found = {}
+    for name in names(kind):
+        try:
+            found[name] = find(kind, name)
+        except UsageError:  # said when somebody names it
+            continue
+    return found
 
 
 def _fitting(kind: Kind, name: str, found: Any) -> Any:

@@ -66,6 +66,7 @@ def read_results(state: State) -> dict[str, Any]:
         "protection": protection,
         "facts": facts,
         "drift": drift,
+        "examples": backbone.get("examples"),
         "trainable_parameters": backbone.get("trainable_parameters"),
         "backbone_parameters": backbone.get("parameters"),
         "bad_files": bad,

@@ -12,18 +12,20 @@ from typing import Any
 from perpetune import registry
 from perpetune.build import build_data
 from perpetune.data.check import find_overlap
-from perpetune.data.reference import reference_pictures
-from perpetune.data.sources import Kind, Source, guess_source
+from perpetune.data.examples import TableSet
+from perpetune.data.guess import guess_source
+from perpetune.data.names import several
+from perpetune.data.reference import reference_examples
+from perpetune.data.sources import Kind, Source
 from perpetune.data.stream import Stream, StreamOptions, single_task
-from perpetune.data.tasks import ImageSet, TableSet, TaskData
-from perpetune.data.text import several
+from perpetune.data.tasks import TaskData
 from perpetune.errors import DataError, UsageError
 from perpetune.models.backbone import Backbone
 from perpetune.recipe import Recipe
 from perpetune.run import Step
 from perpetune.runtime import Runtime
 from perpetune.state import Committed
-from perpetune.tasks import Task
+from perpetune.tasks import Examples, Task
 
 Data = str | Path | dict[str, Any] | Source | Task
 Origin = dict[str, Any]  # where the data of an update came from: a data section and its holdout
@@ -43,7 +45,7 @@ class TaskSequence:
     def __init__(self, recipe: Recipe, backbone: Backbone, runtime: Runtime, *, keeps_data: bool):
         self.recipe, self.backbone, self.runtime, self.keeps_data = recipe, backbone, runtime, keeps_data
         self._stream: Stream | None = None
-        self._reference: tuple[ImageSet, list[str]] | None = None
+        self._reference: tuple[TableSet, list[str]] | None = None
         self._tasks: dict[int, Task] = {}
         self._tests: dict[int, Task] = {}  # earlier tasks of which only the test is to be used
 
@@ -72,6 +74,11 @@ class TaskSequence:
     def given(self, data: Data, index: int, name: str, holdout: float) -> tuple[Task, dict[str, Any]]:
         """The task that an update brings, and what is stored of it; `data` and `holdout` as in `Learner.learn`."""
         if isinstance(data, Task):
+            parts: tuple[object, ...] = (data.train, data.validation, data.test)
+            for part in parts:
+                if not isinstance(part, Examples | None):
+                    kind = type(part).__name__
+                    raise UsageError(f"task {data.name}: {kind} is not derived from perpetune.Examples")
             task = dataclasses.replace(data, index=index, name=name, earlier=None, runtime=self.runtime)
             fingerprint = hashlib.sha256(repr(list(task.train.targets)).encode()).hexdigest()
             document = _document(task, {"name": None}, fingerprint, [], [])
@@ -95,14 +102,14 @@ class TaskSequence:
         return Step(task, others, document, self._first(task.index))
 
     @property
-    def reference(self) -> tuple[ImageSet, list[str]] | None:
+    def reference(self) -> tuple[TableSet, list[str]] | None:
         """The recipe's reference pictures, with a line for each that cannot be read; None where it names none."""
         reference = self.recipe.protect.reference if self.recipe.protect else None
         if reference is not None and self._reference is None:
-            self._reference = reference_pictures(reference.path, self.backbone.preprocess, self.recipe.stream)
+            self._reference = reference_examples(reference.path, self.backbone.preprocess, self.recipe.stream)
         return self._reference
 
-    def _first(self, index: int) -> ImageSet | None:
+    def _first(self, index: int) -> TableSet | None:
         """What is protected before task `index`: reference pictures, before the first."""
         if index > 0 or self.reference is None:
             return None
@@ -228,7 +235,7 @@ def origin_of(data: str | Path, wanted: Kind | None = None) -> Origin:
         raise UsageError("data: the path is empty; a folder, manifest, parquet file or data set id is expected")
     path = Path(data).expanduser()
     place = str(path.resolve() if path.exists() else data)
-    name, options = guess_source(place, wanted)
+    name, options = guess_source(place, registry.every("data"), wanted)
     return {"name": name, **options}
 
 

@@ -3,59 +3,88 @@
 from __future__ import annotations
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from perpetune.errors import DataError
+from perpetune.errors import DataError, UsageError
 from perpetune.runtime import Runtime
 from perpetune.seeding import generator, seed_of
 
+N = TypeVar("N", int, float)
 IGNORED = -100  # where a label would stand and there is none: torch's and transformers' word for it
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """Texts as a language model reads them, padded on the left, so that all end at the same place.
+class Inputs:
+    """What a model reads of some examples: named tensors whose first axis is the example.
 
-    Attributes:
-        ids: int64 `(B, N)`.
-        mask: bool `(B, N)`, false at padding.
-        labels: int64 `(B, N)`: the tokens that are learned to be said, -100 elsewhere; None for questions.
-        options: int64 `(B, K, M)`: the tokens of each answer that stands to choice, -100 after its end and where a
-            question has fewer; None where answers are free.
-        said: how many of the last columns hold all labels, known without a look at the device.
+    Args:
+        tensors: by name; those that are None are left out. The names that are used here: `pixels`, uint8
+            `(B, 3, H, W)`, not normalised; and of texts, padded on the left so that all end at the same place, `ids`,
+            int64 `(B, N)`; `mask`, bool `(B, N)`, false at padding; `labels`, int64 `(B, N)`, the tokens that are
+            learned to be said and -100 elsewhere, not there for questions; `options`, int64 `(B, K, M)`, the tokens of
+            each answer that stands to choice, -100 after its end and where a question has fewer, not there where
+            answers are free. A view may add others.
+        said: how many of the last columns hold all `labels`, known without a look at the device.
     """
 
-    ids: Tensor
-    mask: Tensor
-    labels: Tensor | None = None
-    options: Tensor | None = None
-    said: int = 0
+    def __init__(self, *, said: int = 0, **tensors: Tensor | None):
+        self.tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        self.said = said
+
+    @classmethod
+    def of(cls, given: Inputs | Tensor) -> Inputs:
+        """`given`, or a bare tensor of images as inputs: the one place where people's tensors are taken in."""
+        return given if isinstance(given, Inputs) else cls(pixels=given)
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(next(iter(self.tensors.values())))
 
-    def each(self, act: Callable[[Tensor], Tensor]) -> Tokens:
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor of that name; UsageError where these inputs have none."""
+        if name not in self.tensors:
+            raise UsageError(f"a model asks for {name}, and its inputs are {', '.join(self.tensors)}")
+        return self.tensors[name]
+
+    @property
+    def pixels(self) -> Tensor:
+        return self["pixels"]
+
+    @property
+    def ids(self) -> Tensor:
+        return self["ids"]
+
+    @property
+    def mask(self) -> Tensor:
+        return self["mask"]
+
+    @property
+    def labels(self) -> Tensor | None:
+        return self.tensors.get("labels")
+
+    @property
+    def options(self) -> Tensor | None:
+        return self.tensors.get("options")
+
+    def each(self, act: Callable[[Tensor], Tensor]) -> Inputs:
         """The same with `act` done to every tensor."""
-        labels, options = (t if t is None else act(t) for t in (self.labels, self.options))
-        return Tokens(act(self.ids), act(self.mask), labels, options, self.said)
+        return Inputs(said=self.said, **{name: act(tensor) for name, tensor in self.tensors.items()})
 
+    def rows(self, index: Sequence[int]) -> Inputs:
+        """Some of the examples, by their places."""
+        places = torch.tensor(index, dtype=torch.int64)
+        return self.each(lambda tensor: tensor[places.to(tensor.device)])
 
-Inputs = Tensor | Tokens
-"""What a model reads: images, uint8 `(B, 3, H, W)`, not normalised; or texts."""
-
-
-def chosen(inputs: Inputs, rows: Sequence[int]) -> Inputs:
-    """Some of the inputs of a batch."""
-    index = torch.tensor(rows, dtype=torch.int64)
-    if isinstance(inputs, Tokens):
-        return inputs.each(lambda tensor: tensor[index.to(tensor.device)])
-    return inputs[index.to(inputs.device)]
+    def __repr__(self) -> str:
+        return f"Inputs({', '.join(f'{name} {tuple(t.shape)}' for name, t in self.tensors.items())})"
 
 
 @dataclass(frozen=True)
@@ -63,7 +92,7 @@ class Batch:
     """Some examples of one task.
 
     Attributes:
-        inputs: what the model reads.
+        inputs: what the model reads; a bare tensor is taken for images.
         targets: int64 `(B,)`, positions in the task's `classes`; 0 where it has none.
         numbers: int64 `(B,)`, positions among the examples it was loaded from; on the CPU.
     """
@@ -72,13 +101,16 @@ class Batch:
     targets: Tensor
     numbers: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "inputs", Inputs.of(self.inputs))
+
     def __len__(self) -> int:
         return len(self.targets)
 
     @property
     def mask(self) -> Tensor | None:
         """`(B, N)`, true where there is a token; None where all are."""
-        return self.inputs.mask if isinstance(self.inputs, Tokens) else None
+        return self.inputs.tensors.get("mask")
 
     def pin_memory(self) -> Batch:
         """Called by torch's loader, so that the copy to a GPU need not wait."""
@@ -88,54 +120,53 @@ class Batch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def _each(self, act: Callable[[Tensor], Tensor]) -> Batch:
-        inputs = self.inputs.each(act) if isinstance(self.inputs, Tokens) else act(self.inputs)
-        return Batch(inputs, act(self.targets), self.numbers)
+        return Batch(self.inputs.each(act), act(self.targets), self.numbers)
 
 
 Item = tuple[Any, int, int]  # an example as it was loaded, its target, its number
-Collate = Callable[[Sequence[Item]], Batch]
 
 
-class Examples(Protocol):
+class Examples(ABC):
     """Labelled examples that are loaded one at a time.
 
-    They may have, beside what is below: `deterministic`, true where the seed of `load` changes nothing; `collate`, a
-    `Collate` for what is not tensors of one shape; `weights`, a number for each example: a step's loss is the mean
-    by these (the tokens to be said in a text); and `lengths`, by which examples can be put together in batches.
+    Attributes:
+        targets: position of each example's label in the task's `classes`.
+        deterministic: whether each is the same whenever it is loaded, so that what was computed of it can be kept: the
+            seed of `load` changes nothing.
+        weights: a number for each example: the loss of a step is the mean by these (the tokens to be said in a text);
+            None weighs all alike.
+        lengths: how long each example is, in tokens, by which examples can be put together in batches; None where all
+            are of one size.
     """
 
-    @property
-    def targets(self) -> Sequence[int]:
-        """Position of each example's label in the task's `classes`."""
+    targets: Sequence[int]
+    deterministic: bool = False
+    weights: Sequence[float] | None = None
+    lengths: Sequence[int] | None = None
 
+    @abstractmethod
     def __len__(self) -> int: ...
 
+    @abstractmethod
     def load(self, index: int, seed: int | None) -> Any:
-        """Example `index` as the model reads it, or as `collate` takes it; augmented by `seed`, or as for evaluation
-        when None."""
+        """Example `index` as `collate` takes it; augmented by `seed`, or as for evaluation when None."""
 
+    def collate(self, items: Sequence[Item]) -> Batch:
+        """A batch of (loaded example, target, number); by default of images of one size."""
+        return stack(items)
 
-def deterministic(examples: Examples) -> bool:
-    """Whether each of them is the same whenever it is loaded, so that what was computed of it can be kept."""
-    return bool(getattr(examples, "deterministic", False))
+    def questions(self) -> Examples:
+        """The same as they are asked at prediction: texts without their answers, pictures as they are."""
+        return self
 
+    def text(self, index: int) -> Any:
+        """Example `index` as people wrote it; UsageError where examples are no texts."""
+        raise UsageError("these examples are no texts")
 
-def questions(examples: Examples) -> Examples:
-    """The same as they are asked at prediction: texts without their answers, pictures as they are."""
-    found: Callable[[], Examples] | None = getattr(examples, "questions", None)
-    return examples if found is None else found()
-
-
-def weight(examples: Examples, rows: Sequence[int]) -> float:
-    """What `rows` count for in the mean of a step: their number, or the sum of their weights."""
-    weights = getattr(examples, "weights", None)
-    return float(len(rows)) if weights is None else float(sum(weights[i] for i in rows))
-
-
-def lengths(examples: Examples) -> Sequence[int] | None:
-    """How long each example is, in tokens; None where they are all of one size."""
-    found: Sequence[int] | None = getattr(examples, "lengths", None)
-    return found
+    def weight(self, rows: Sequence[int]) -> float:
+        """What `rows` count for in the mean of a step: their number, or the sum of their weights."""
+        weights = self.weights
+        return float(len(rows)) if weights is None else float(sum(weights[i] for i in rows))
 
 
 @dataclass(frozen=True)
@@ -178,7 +209,7 @@ class Task:
         return evaluation_batches(self.train, size, self.runtime)
 
 
-class Pick:
+class Pick(Examples):
     """Examples picked out of several sets of one kind, in any order; `maps[k][y]` is the common position of label y
     of set k."""
 
@@ -190,11 +221,13 @@ class Pick:
     ):
         self.sets, self.picked, self.maps = sets, picked, maps
         self.targets = [maps[k][sets[k].targets[i]] if maps and maps[k] else sets[k].targets[i] for k, i in picked]
-        self.deterministic = all(deterministic(s) for s in sets)
-        for name in ("weights", "lengths"):
-            values = [getattr(s, name, None) for s in sets]
-            setattr(self, name, None if None in values else [values[k][i] for k, i in picked])  # type: ignore[index]
-        self.collate = collate_of(sets[0])
+        self.deterministic = all(s.deterministic for s in sets)
+        self.weights = self._picked([s.weights for s in sets])
+        self.lengths = self._picked([s.lengths for s in sets])
+
+    def _picked(self, values: Sequence[Sequence[N] | None]) -> list[N] | None:
+        known = [value for value in values if value is not None]
+        return [known[k][i] for k, i in self.picked] if len(known) == len(values) else None
 
     def __len__(self) -> int:
         return len(self.picked)
@@ -203,14 +236,15 @@ class Pick:
         k, i = self.picked[index]
         return self.sets[k].load(i, seed)
 
+    def collate(self, items: Sequence[Item]) -> Batch:
+        return self.sets[0].collate(items)
+
     def questions(self) -> Pick:
-        """The same, as they are asked at prediction."""
-        return Pick([questions(s) for s in self.sets], self.picked, self.maps)
+        return Pick([s.questions() for s in self.sets], self.picked, self.maps)
 
     def text(self, index: int) -> Any:
-        """The text of an example; only where the sets are of texts."""
         k, i = self.picked[index]
-        return self.sets[k].text(i)  # type: ignore[attr-defined]
+        return self.sets[k].text(i)
 
 
 def part(examples: Examples, numbers: Iterable[int]) -> Pick:
@@ -248,21 +282,14 @@ class _Requests(torch.utils.data.Dataset):  # type: ignore[type-arg]
             return str(error)  # torch would wrap an exception of a loader process in a page of traceback
 
 
-def collate_of(examples: Examples) -> Collate:
-    """What makes a batch of such examples."""
-    found: Collate | None = getattr(examples, "collate", None)
-    return found or stack
-
-
 def stack(items: Sequence[Item]) -> Batch:
-    """A batch of tensors of one shape."""
-    inputs, targets, numbers = zip(*items, strict=True)
-    return Batch(
-        torch.stack(inputs), torch.tensor(targets, dtype=torch.int64), torch.tensor(numbers, dtype=torch.int64)
-    )
+    """A batch of images of one size, uint8 `(3, H, W)` each."""
+    images, targets, numbers = zip(*items, strict=True)
+    inputs = Inputs(pixels=torch.stack(images))
+    return Batch(inputs, torch.tensor(targets, dtype=torch.int64), torch.tensor(numbers, dtype=torch.int64))
 
 
-def _collate(make: Collate, items: list[Item | str]) -> Batch | str:
+def _collate(make: Callable[[Sequence[Item]], Batch], items: list[Item | str]) -> Batch | str:
     loaded = [item for item in items if not isinstance(item, str)]
     if len(loaded) < len(items):
         return next(item for item in items if isinstance(item, str))
@@ -281,7 +308,7 @@ def load_batches(
         _Requests(examples),
         batch_sampler=requests,  # type: ignore[arg-type]
         num_workers=runtime.workers,
-        collate_fn=partial(_collate, collate_of(examples)),
+        collate_fn=partial(_collate, examples.collate),
         pin_memory=runtime.device.type == "cuda",
         generator=torch.Generator().manual_seed(0),  # else the loader draws from the global generator
         multiprocessing_context="fork" if runtime.workers and sys.platform == "linux" else None,  # starts at once

@@ -39,26 +39,21 @@ def predict(
     if json and csv:
         raise UsageError("--json and --csv: choose one of them")
     learner = Learner.load(state, device=device)
-    if learner.backbone.takes == "texts":
-        if csv:
-            raise UsageError("--csv is for images: use --json for answers")
-        _answer(learner, inputs, top, options, json)
-        return
-    if options is not None:
-        raise UsageError("--options is for language models: an image classifier knows its classes")
-    _classify(learner, inputs, top, json, csv)
+    show = {"predict": _predictions, "answer": _answers}[learner.backbone.preprocess.verb]
+    show(learner, inputs, top, options, json, csv)
 
 
-def _classify(learner: Learner, inputs: list[str], top: int, json: bool, csv: bool) -> None:
+def _predictions(learner: Learner, inputs: list[str], top: int, options: str | None, json: bool, csv: bool) -> None:
     import csv as csv_writer
     import sys
 
     from perpetune.cli.common import print_json
-    from perpetune.data.pictures import picture_files
-    from perpetune.data.text import several
-    from perpetune.errors import DataError
+    from perpetune.data.names import several
+    from perpetune.errors import DataError, UsageError
 
-    files = picture_files([Path(given) for given in inputs])
+    if options is not None:
+        raise UsageError("--options is for language models: an image classifier knows its classes")
+    files = learner.backbone.preprocess.typed(inputs)
     unreadable: list[str] = []
     found = learner.predict(files, top=top, unreadable=unreadable)
     if json:
@@ -77,27 +72,22 @@ def _classify(learner: Learner, inputs: list[str], top: int, json: bool, csv: bo
         raise DataError(f"{len(unreadable)} of {len(files)} pictures cannot be read: {several(unreadable)}")
 
 
-def _answer(learner: Learner, inputs: list[str], top: int, options: str | None, json: bool) -> None:
+def _answers(learner: Learner, inputs: list[str], top: int, options: str | None, json: bool, csv: bool) -> None:
     import dataclasses
     import sys
 
     from perpetune.cli.common import print_json
-    from perpetune.data.texts import read_prompts
-    from perpetune.models.texts import TextView
+    from perpetune.errors import UsageError
 
-    found = learner.answer(read_prompts(inputs), options=None if options is None else options.split(","))
+    if csv:
+        raise UsageError("--csv is for images: use --json for answers")
+    view = learner.backbone.preprocess
+    found = learner.answer(view.typed(inputs), options=None if options is None else options.split(","))
     if learner.method.model.chooses:  # among all classes; with the output layer, among the options of this call
         found = [dataclasses.replace(a, options=a.options[:top]) for a in found]
     cut = [a.cut for a in found if a.cut]
     if cut:
-        view = learner.backbone.preprocess
-        assert isinstance(view, TextView)
-        room = ", with room for an answer," if view.answers else ""
-        print(
-            f"perpetune: {len(cut)} of {len(found)} prompts{room} are longer than the model's "
-            f"{view.max_length} tokens and were cut on the left (the longest by {max(cut)})",
-            file=sys.stderr,
-        )
+        print(f"perpetune: {view.cut_note(cut, len(found), 'prompts')}", file=sys.stderr)
     if json:
         print_json([_shown(a) for a in found])
         return

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Literal, Protocol, TypeVar
 
+from perpetune.data.names import several
 from perpetune.data.sources import Table
-from perpetune.data.text import several
 from perpetune.errors import DataError
 
 Depth = Literal["decode", "header", "none"]

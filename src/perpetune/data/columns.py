@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
-from perpetune.data.text import label_of, printable, several
+from perpetune.data.names import label_of, printable, several
 from perpetune.errors import DataError, UsageError
 
 Split = Literal["train", "test", "validation"]

@@ -1,20 +1,15 @@
-"""What every kind of data looks like from above: labelled examples by number; and pictures, opened one at a time."""
+"""What every kind of data looks like from above: labelled examples by number, and where they come from."""
 
 from __future__ import annotations
 
 import os
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from enum import IntEnum
+from typing import ClassVar, Literal
 
-from perpetune.data.pictures import list_folder, read_header, read_picture
-from perpetune.data.text import printable
-from perpetune.errors import DataError, UsageError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
+from perpetune.data.names import printable
+from perpetune.errors import DataError
 
 Kind = Literal["pictures", "texts"]
 
@@ -85,113 +80,15 @@ class Table(ABC):
         return None
 
 
-class PictureTable(Table):
-    """Labelled pictures, opened one at a time; only names and row numbers are kept, not pixels.
+class Fit(IntEnum):
+    """How sure a source is that a path is for it; the higher one gets it."""
 
-    A table of another kind of picture overrides `open` and, if `encoded` cannot give bytes, `probe`.
-    """
-
-    gives = "pictures"
-    noun = "picture"
-    use = "read"
-
-    @abstractmethod
-    def encoded(self, i: int) -> str | bytes:
-        """Picture `i` as Pillow reads it: the path of a file, or the bytes of one."""
-
-    def open(self, i: int) -> Image:
-        """Picture `i` in RGB, as a person sees it; DataError naming it when it cannot be read."""
-        return read_picture(self.encoded(i), self.name(i))
-
-    def probe(self, i: int) -> None:
-        """DataError when the header of picture `i` shows that it cannot be read."""
-        read_header(self.encoded(i), self.name(i))
-
-    def check(self, i: int, depth: Literal["decode", "header"]) -> None:
-        if depth == "decode":
-            self.open(i)
-        else:
-            self.probe(i)
-
-    def identity(self, i: int) -> tuple[int, int] | None:
-        path = self.encoded(i) if self.files else b""
-        if isinstance(path, bytes):
-            return None
-        try:
-            status = os.stat(path)
-        except (OSError, ValueError):  # reported by `check`
-            return None
-        return status.st_dev, status.st_ino
-
-    def size(self, i: int) -> int | None:
-        encoded = self.encoded(i)
-        if isinstance(encoded, bytes):
-            return len(encoded)
-        try:
-            return os.stat(encoded).st_size
-        except (OSError, ValueError):  # ValueError: a path with a NUL
-            return None
-
-    def content(self, i: int, limit: int = -1) -> bytes:
-        encoded = self.encoded(i)
-        if isinstance(encoded, bytes):
-            return encoded if limit < 0 else encoded[:limit]
-        try:
-            with open(encoded, "rb") as file:
-                return file.read(limit)
-        except (OSError, ValueError):
-            return b""
-
-
-class FileTable(PictureTable):
-    """Pictures in files.
-
-    Args:
-        root: folder that the files lie in; as the user wrote it, because messages repeat it.
-        paths: relative to `root`, or absolute.
-    """
-
-    files = True
-
-    def __init__(
-        self,
-        root: str,
-        paths: Sequence[str],
-        labels: Sequence[str],
-        groups: Sequence[str] | None = None,
-        warnings: Iterable[str] = (),
-    ):
-        super().__init__(labels, groups, warnings)
-        self.root = root
-        self.paths = paths
-
-    def encoded(self, i: int) -> str:
-        return os.path.join(self.root, self.paths[i])
-
-    def name(self, i: int) -> str:
-        return printable(self.encoded(i))
-
-    def key(self, i: int) -> str:
-        return printable(self.paths[i])
-
-
-class MemoryTable(PictureTable):
-    """Small pictures held as the bytes of picture files."""
-
-    def __init__(self, contents: Sequence[bytes], labels: Sequence[str], keys: Sequence[str], origin: str):
-        super().__init__(labels)
-        self.contents = contents
-        self.keys = keys
-        self.origin = origin
-
-    def encoded(self, i: int) -> bytes:
-        return self.contents[i]
-
-    def name(self, i: int) -> str:
-        return f"{self.origin} picture {self.keys[i]}"
-
-    def key(self, i: int) -> str:
-        return self.keys[i]
+    NO = 0
+    ANY = 1  #: nothing speaks against it: any folder, any id of a data set
+    NAME = 2  #: the name of the file, or of the files in the folder, says so
+    MARK = 3  #: a file that only this source's folders have lies there
+    CONTENT = 4  #: what stands in the files says so
+    LAYOUT = 5  #: what stands in the files, and how they are named and lie, says so
 
 
 class Source(ABC):
@@ -201,6 +98,16 @@ class Source(ABC):
     """
 
     gives: ClassVar[Kind] = "pictures"
+
+    @classmethod
+    def fits(cls, path: str, wanted: Kind | None = None) -> Fit:
+        """How sure it is that `path` is for it, as its option `path`; looked at where nobody names a source.
+
+        Args:
+            path: a file, a folder, or a word that is neither.
+            wanted: the kind of data that is expected, where that is known.
+        """
+        return Fit.NO
 
     @abstractmethod
     def train(self) -> Table:
@@ -220,38 +127,3 @@ def existing(path: str, what: str) -> str:
     if not os.path.exists(path):
         raise DataError(f"{what} {printable(path)}: no such file or folder")
     return path
-
-
-def guess_source(path: str, wanted: Kind | None = None) -> tuple[str, dict[str, Any]]:
-    """Name and options of the source that fits what is at `path`.
-
-    What is not there may be the word `digits`, or the id of a data set on the Hugging Face hub.
-
-    Args:
-        wanted: what it should be, where that is known: a file may look like either.
-
-    Raises:
-        UsageError: nothing fits.
-    """
-    from perpetune.data.text_files import guess_texts  # it is a source itself
-
-    lower = path.lower()
-    if os.path.exists(path) and (texts := guess_texts(path, sure=wanted == "texts")) is not None:
-        return texts
-    if os.path.isdir(path):
-        if any(os.path.exists(os.path.join(path, f)) for f in ("dataset_dict.json", "dataset_info.json")):
-            return "hf", {"path": path}
-        parquet = any(f.endswith(".parquet") for f in os.listdir(path))
-        return "parquet" if parquet and not list_folder(path)[0] else "folder", {"path": path}
-    if lower.endswith((".csv", ".tsv", ".jsonl", ".ndjson")):
-        return "manifest", {"path": path}
-    if lower.endswith(".parquet"):
-        return "parquet", {"path": path}
-    if lower == "digits":
-        return "digits", {}
-    if not os.path.exists(path) and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path):
-        return "hf", {"path": path}
-    raise UsageError(
-        f"{printable(path)}: expected a folder of class folders, a .csv or .jsonl manifest, a .parquet file, "
-        "or the id of a Hugging Face data set"
-    )

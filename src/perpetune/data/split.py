@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-from perpetune.data.text import natural, several
+from perpetune.data.names import natural, several
 from perpetune.errors import UsageError, closest
 from perpetune.seeding import seed_of
 

@@ -10,12 +10,12 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from perpetune.data.check import Depth, find_overlap, find_twins
+from perpetune.data.examples import Augment, View
+from perpetune.data.names import natural, several, task_names
 from perpetune.data.sources import Kind, Source, Table
 from perpetune.data.split import by_label, given_order, hold_out, in_tasks, limit, seeded_order
-from perpetune.data.tasks import TaskData, View, table_set
-from perpetune.data.text import natural, several, task_names
+from perpetune.data.tasks import TaskData
 from perpetune.errors import DataError, UsageError
-from perpetune.models.preprocess import Augment
 
 __all__ = ["Stream", "StreamOptions", "TaskData", "build_stream", "single_task"]
 
@@ -351,9 +351,9 @@ class _Cut:
             index=index,
             name=name,
             classes=tuple(classes),
-            train=table_set(train, rows, classes, view, "training", o.augment),
-            validation=table_set(own, held, classes, view, "validation") if held else None,
-            test=table_set(test, tests, classes, view, "test") if tests else None,
+            train=view.examples(train, rows, classes, "training", o.augment),
+            validation=view.examples(own, held, classes, "validation") if held else None,
+            test=view.examples(test, tests, classes, "test") if tests else None,
             score=train.score(part.train),
             depth=o.check,
             max_bad=o.max_bad,

@@ -23,7 +23,7 @@ from perpetune.models.classifier import Classifier, learn_statistics
 from perpetune.numerics.alignment import correlation_losses, cosine_distance
 from perpetune.numerics.mixing import mix
 from perpetune.pets import copy_set, pets, using
-from perpetune.tasks import Batch, Inputs, Task, deterministic
+from perpetune.tasks import Batch, Inputs, Task
 
 FAST, SLOW = "default", "slow"  # two sets of pets around one backbone
 
@@ -99,7 +99,7 @@ class Safe(Method):
     def _learn_slow(self, task: Task) -> None:
         config = self.train_config
         teacher = Teacher(self.model, None)
-        if deterministic(task.train) and config.epochs_of(task.index) > 1:
+        if task.train.deterministic and config.epochs_of(task.index) > 1:
             teacher.keep(teacher.table(task, config.batch_size))
         with training(self.model):
             fit(partial(self.slow_loss, teacher=teacher), self.groups(config), task, config, phase="slow")
@@ -113,7 +113,7 @@ class Safe(Method):
         teacher = Teacher(self.model, SLOW)
         slow = teacher.table(task, config.batch_size)
         self._imprint(task, slow, known)
-        teacher.keep(slow if deterministic(task.train) else None)
+        teacher.keep(slow if task.train.deterministic else None)
         with self.model.following(task, config.batch_size, self.features), training(self.model):
             for pet in pets(self.model, SLOW):
                 pet.eval()  # a teacher is without dropout

@@ -6,18 +6,18 @@ import hashlib
 import inspect
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from perpetune.data.examples import View
+from perpetune.data.sources import Kind
 from perpetune.errors import UsageError
 from perpetune.models import families
-from perpetune.models.preprocess import Preprocess
 from perpetune.models.taps import Count, Read, Taps, mean_token
-from perpetune.models.texts import TextView
 from perpetune.pets.base import Slot, frozen, walk
-from perpetune.tasks import IGNORED, Inputs, Tokens
+from perpetune.tasks import IGNORED, Inputs
 
 Forward = Callable[..., Tensor]
 """`(net, inputs)` to features; that of a language model also takes keywords such as `attention_mask`."""
@@ -37,7 +37,7 @@ class Backbone(nn.Module):
             follow `train()` and `eval()` as usual.
         spec: how a recipe names it.
         dim: width of the features.
-        preprocess: how pictures, or texts, become its input.
+        preprocess: the view of its kind of examples: how pictures, or texts, become its input.
         forward: features `(B, dim)` from the net and normalised pixels `(B, 3, H, W)`, or `(B, N, dim)` from the net
             and tokens `(B, N)`; None when the net gives them itself.
         prefix: tokens of a picture before those of its patches.
@@ -53,7 +53,7 @@ class Backbone(nn.Module):
         *,
         spec: str,
         dim: int,
-        preprocess: Preprocess | TextView,
+        preprocess: View,
         forward: Forward | None = None,
         prefix: int = 1,
         class_token: bool = True,
@@ -67,10 +67,10 @@ class Backbone(nn.Module):
         self.taps: Taps | None = None
         """Where features are read; None is the net's own feature alone."""
         self._features = forward or call
-        for name in ("mean", "std") if isinstance(preprocess, Preprocess) else ():
-            self.register_buffer(name, torch.tensor(getattr(preprocess, name)).view(1, 3, 1, 1), persistent=False)
-        places = "position_ids" in inspect.signature(net.forward).parameters
-        self.places = places and isinstance(preprocess, TextView)  # nets that tell order by attention alone have none
+        for name, tensor in preprocess.constants().items():
+            self.register_buffer(name, tensor, persistent=False)
+        # Nets that tell order by attention alone have none.
+        self.places = preprocess.ordered and "position_ids" in inspect.signature(net.forward).parameters
 
     def tap(self, count: Count | None, read: Read = "both") -> Backbone:
         """Read features behind the last `count` blocks; None reads the net's own feature. Returns itself.
@@ -96,9 +96,9 @@ class Backbone(nn.Module):
         return slice(None) if self.taps is None else slice(self.dim - self.width * len(self.taps.kinds), self.dim)
 
     @property
-    def takes(self) -> Literal["pictures", "texts"]:
+    def takes(self) -> Kind:
         """What goes in."""
-        return "texts" if isinstance(self.preprocess, TextView) else "pictures"
+        return self.preprocess.takes
 
     def forward(self, inputs: Tensor, **options: Any) -> Tensor:
         """Features `(B, dim)` of normalised pixels `(B, 3, H, W)`, or `(B, N, dim)` of tokens `(B, N)`.
@@ -108,19 +108,20 @@ class Backbone(nn.Module):
         """
         return self._features(self.net, inputs, **options)
 
-    def features(self, inputs: Inputs) -> Tensor:
+    def features(self, inputs: Inputs | Tensor) -> Tensor:
         """Features `(B, dim)` of uint8 pixels `(B, 3, H, W)`, or of texts: all that reads features asks here.
 
         Without taps they are the net's own feature of a picture, and of a text the mean over its tokens of the last
         hidden state. With `tap` they are those of `Taps`. At training a text's answer is behind its question, and is
         not read; earlier answers in a chat are part of the question.
         """
-        if isinstance(inputs, Tokens):
+        inputs = Inputs.of(inputs)
+        if "ids" in inputs:
             mask = inputs.mask if inputs.labels is None else inputs.mask & _before_answer(inputs.labels)
             asked = self.asked(inputs)
             ids = asked.pop("input_ids")
             return self._read(lambda: mean_token(self(ids, **asked), mask), mask)
-        pixels = (inputs.to(self.mean.dtype) / 255 - self.mean) / self.std
+        pixels = (inputs.pixels.to(self.mean.dtype) / 255 - self.mean) / self.std
         return self._read(lambda: self(pixels), None)
 
     def _read(self, compute: Callable[[], Tensor], mask: Tensor | None) -> Tensor:
@@ -131,7 +132,7 @@ class Backbone(nn.Module):
             compute()
         return self.taps.features(states, mask)
 
-    def asked(self, inputs: Tokens) -> dict[str, Any]:
+    def asked(self, inputs: Inputs) -> dict[str, Any]:
         """What a language model is given of texts, by keywords."""
         asked: dict[str, Any] = {"input_ids": inputs.ids, "attention_mask": inputs.mask.long()}
         if self.places:
@@ -173,9 +174,7 @@ class Backbone(nn.Module):
         return digest.hexdigest()
 
     def extra_repr(self) -> str:
-        view = self.preprocess
-        size = f"max_length={view.max_length}" if isinstance(view, TextView) else f"size={view.size}"
-        return f"spec={self.spec!r}, dim={self.dim}, {size}"
+        return f"spec={self.spec!r}, dim={self.dim}, {self.preprocess.extent}"
 
 
 def positions(mask: Tensor) -> Tensor:

@@ -9,12 +9,12 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from perpetune.data.sources import Kind
 from perpetune.errors import UsageError
 from perpetune.models.backbone import Backbone
 from perpetune.tasks import Batch, Inputs, Task
 
 Mask = Literal["task", "seen", "none"]
-Kind = Literal["pictures", "texts"]
 
 
 class Model(nn.Module, ABC):

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from perpetune.data.sources import Kind
+from perpetune.data.texts.view import TextView
 from perpetune.errors import UsageError
 from perpetune.models.backbone import Backbone, positions
-from perpetune.models.base import Kind, Model
-from perpetune.models.texts import TextView
-from perpetune.tasks import IGNORED, Batch, Inputs, Task, Tokens
+from perpetune.models.base import Model
+from perpetune.tasks import IGNORED, Batch, Inputs, Task
 
 AT_ONCE = 256  # options that are scored at a time
 SPACE = 2 << 30  # bytes that they may take: each needs a copy of what attention remembers of its question
@@ -47,8 +48,7 @@ class CausalLM(Model):
         max_new_tokens: Annotated[int, Field(ge=1)] = 64,
     ):
         super().__init__(backbone)
-        assert isinstance(backbone.preprocess, TextView)
-        self.view, self.max_new_tokens = backbone.preprocess, max_new_tokens
+        self.view, self.max_new_tokens = cast(TextView, backbone.preprocess), max_new_tokens  # see `reads`
         self.nothing = self.view.pad
         if max_new_tokens >= self.view.max_length:
             raise UsageError(
@@ -80,12 +80,9 @@ class CausalLM(Model):
         """Nothing is learned from statistics."""
 
     def loss(self, task: Task, batch: Batch) -> Tensor:
-        assert isinstance(batch.inputs, Tokens) and batch.inputs.labels is not None
-        said = batch.inputs.said
+        said, labels = batch.inputs.said, batch.inputs["labels"]
         logits = self._logits(batch.inputs, keep=said + 1)[:, :-1]  # what token i + 1 is, is said at token i
-        loss: Tensor = F.cross_entropy(
-            logits.flatten(0, 1).float(), batch.inputs.labels[:, -said:].flatten(), ignore_index=IGNORED
-        )
+        loss: Tensor = F.cross_entropy(logits.flatten(0, 1).float(), labels[:, -said:].flatten(), ignore_index=IGNORED)
         return loss
 
     def features(self, inputs: Inputs) -> Tensor:
@@ -97,7 +94,6 @@ class CausalLM(Model):
 
     @torch.no_grad()
     def predict(self, inputs: Inputs) -> Tensor:
-        assert isinstance(inputs, Tokens)
         if inputs.options is not None:
             return self._scored(inputs, inputs.options)
         return self._generated(inputs)
@@ -105,13 +101,13 @@ class CausalLM(Model):
     def read(self, answer: Tensor) -> str:
         return self.view.decode(answer)
 
-    def _logits(self, inputs: Tokens, *, keep: int) -> Tensor:
+    def _logits(self, inputs: Inputs, *, keep: int) -> Tensor:
         """Logits `(B, keep, V)` at the last tokens: the output layer is wide, and few of them are learned."""
         more = {"logits_to_keep": keep} if self._keeps else {}
         logits: Tensor = self.backbone.net(**self.backbone.asked(inputs), **more, use_cache=False).logits
         return logits[:, -keep:]
 
-    def _generated(self, inputs: Tokens) -> Tensor:
+    def _generated(self, inputs: Inputs) -> Tensor:
         """The likeliest token after each other, `(B, M)`, padded behind the end."""
         net: Any = self.backbone.net
         whole: Tensor = net.generate(input_ids=inputs.ids, attention_mask=inputs.mask.long())
@@ -130,7 +126,7 @@ class CausalLM(Model):
             bos_token_id=self.view.tokenizer.bos_token_id,
         )
 
-    def _scored(self, inputs: Tokens, options: Tensor) -> Tensor:
+    def _scored(self, inputs: Inputs, options: Tensor) -> Tensor:
         """Log-probabilities `(B, K)` of the options, -inf for those there are not."""
         net: Any = self.backbone.net
         more = {"logits_to_keep": 1} if self._keeps else {}
@@ -147,7 +143,7 @@ class CausalLM(Model):
             scores[:, start : start + size] = said[:, start : start + size] + rest
         return scores.masked_fill(~there, -torch.inf)
 
-    def _continued(self, inputs: Tokens, options: Tensor, memory: Any) -> Tensor:
+    def _continued(self, inputs: Inputs, options: Tensor, memory: Any) -> Tensor:
         """Log-probabilities `(B, K)` of all tokens of the options but the first.
 
         Args:

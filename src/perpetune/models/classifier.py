@@ -14,9 +14,8 @@ from perpetune.errors import UsageError
 from perpetune.heads.base import Head
 from perpetune.models.backbone import Backbone
 from perpetune.models.base import Mask, Model
-from perpetune.models.texts import TextView
 from perpetune.runtime import Runtime
-from perpetune.tasks import Batch, Examples, Inputs, Task, balanced, evaluation_batches, questions
+from perpetune.tasks import Batch, Examples, Inputs, Task, balanced, evaluation_batches
 
 SEEN_TWICE = 1000  # examples of a task by which sums of old ones follow the features
 
@@ -37,19 +36,16 @@ class Classifier(Model):
         super().__init__(backbone)
         self.head, self.mask = head, mask
         self.seen: list[str] = []
-        if isinstance(view := backbone.preprocess, TextView):  # a question is read alone, and nothing is said after it
-            view.chooses, view.room = False, 0
+        backbone.preprocess.read_alone()
 
     @property
     def classes(self) -> list[str]:
         return self.head.classes
 
     def posed(self, task: Task) -> Task:
-        if self.takes == "pictures":
-            return task
         earlier = None if task.earlier is None else tuple(self.posed(one) for one in task.earlier)
-        held = None if task.validation is None else questions(task.validation)
-        return dataclasses.replace(task, train=questions(task.train), validation=held, earlier=earlier)
+        held = None if task.validation is None else task.validation.questions()
+        return dataclasses.replace(task, train=task.train.questions(), validation=held, earlier=earlier)
 
     def admits(self, name: str, classes: Sequence[str]) -> None:
         if not classes:

@@ -9,10 +9,10 @@ from typing import Any, get_args
 
 from safetensors import SafetensorError, safe_open
 
+from perpetune.data.pictures.view import Interpolation, PictureView
 from perpetune.errors import MissingExtra, PerpetuneError, UsageError, closest
 from perpetune.models.backbone import Backbone, triple
 from perpetune.models.hub import hub_file, one_line
-from perpetune.models.preprocess import Interpolation, Preprocess
 
 WEIGHTS = "model.safetensors"
 FILTERS: dict[str, Interpolation] = {f: f for f in get_args(Interpolation)}
@@ -119,7 +119,7 @@ def _create(timm: ModuleType, spec: str, name: str, image_size: int | None, **kw
 def _wrap(timm: ModuleType, spec: str, net: Any, image_size: int | None) -> Backbone:
     net.reset_classifier(0)
     config = timm.data.resolve_model_data_config(net)
-    preprocess = Preprocess(
+    preprocess = PictureView(
         size=image_size or config["input_size"][-1],
         mean=triple(spec, config["mean"]),
         std=triple(spec, config["std"]),

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from perpetune.data.pictures.view import Interpolation, PictureView
 from perpetune.errors import PerpetuneError, UsageError, closest
 from perpetune.models.backbone import Backbone, triple
 from perpetune.models.hub import hub_file, one_line
-from perpetune.models.preprocess import Interpolation, Preprocess
 
 # `model_type` of the families whose feature is the class token after the final norm, and whether they
 # interpolate their position embeddings only when they are told to.
@@ -191,13 +191,13 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _preprocess(spec: str, source: str, config: Any, image_size: int | None) -> Preprocess:
+def _preprocess(spec: str, source: str, config: Any, image_size: int | None) -> PictureView:
     """From `preprocessor_config.json`; with a warning, ImageNet's mean and std where there is none."""
     file = Path(source) / PREPROCESSOR
     path = (file if file.is_file() else None) if Path(source).is_dir() else hub_file(spec, source, PREPROCESSOR)
     if path is None:
         warnings.warn(f"{spec} has no {PREPROCESSOR}: ImageNet's mean and std are assumed", stacklevel=2)
-        return Preprocess(size=image_size or _side(spec, config.image_size))
+        return PictureView(size=image_size or _side(spec, config.image_size))
     try:
         given = json.loads(path.read_text())
     except ValueError as error:
@@ -210,7 +210,7 @@ def _preprocess(spec: str, source: str, config: Any, image_size: int | None) -> 
     if resample not in FILTERS:
         raise UsageError(f"{spec}: resample {resample!r} in {PREPROCESSOR}; one of {FILTERS} is expected")
     normalise = given.get("do_normalize", True)
-    return Preprocess(
+    return PictureView(
         size=image_size or side,
         mean=triple(spec, given.get("image_mean", (0.5, 0.5, 0.5)) if normalise else (0.0, 0.0, 0.0)),
         std=triple(spec, given.get("image_std", (0.5, 0.5, 0.5)) if normalise else (1.0, 1.0, 1.0)),

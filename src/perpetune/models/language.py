@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from perpetune.data.texts.view import TextView
 from perpetune.errors import MissingExtra, PerpetuneError, UsageError, closest
 from perpetune.models.backbone import Backbone
 from perpetune.models.from_transformers import check_report, config_of, quiet
 from perpetune.models.hub import hub_file, one_line
-from perpetune.models.texts import TextView
 from perpetune.pets.base import Active, Slot, slots
 
 Dtype = Literal["float32", "bfloat16", "float16"]

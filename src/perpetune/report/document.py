@@ -34,7 +34,9 @@ def per_second(results: Results, key: Literal["images_per_s", "tokens_per_s"]) -
 
 
 def examples(results: Mapping[str, Any]) -> str:
-    """What the run learns from: `images`, or `examples` where its head makes text."""
+    """What the run learns from, as its backbone's view calls it; older documents do not say it, and their head does."""
+    if results.get("examples"):
+        return str(results["examples"])
     head = results["recipe"].get("head")
     name = head.get("name") if isinstance(head, Mapping) else head
     return "examples" if name == "lm" else "images"

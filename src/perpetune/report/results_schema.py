@@ -142,6 +142,7 @@ class Results(TypedDict):
         facts, drift: after each task; what has nothing to tell may be empty. Absent in older documents.
         protection: in the order in which data were added; none without `protect:`, absent in older documents.
         recipe: the resolved recipe, every default written out.
+        examples: what the backbone's examples are called, in the plural; absent or None in older documents.
         trainable_parameters, backbone_parameters: None where no model has been built yet.
         complete: all tasks of the stream were learned; otherwise `tasks` may hold the learned ones alone.
         extra: whatever else a caller keeps here; not shown.
@@ -160,6 +161,7 @@ class Results(TypedDict):
     protection: NotRequired[list[Consolidation]]
     facts: NotRequired[list[Facts]]
     drift: NotRequired[list[Moved]]
+    examples: NotRequired[str | None]
     trainable_parameters: int | None
     backbone_parameters: int | None
     bad_files: list[BadFile]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from perpetune.models.base import Model
 from perpetune.models.classifier import Classifier
 from perpetune.pets import PET, Choice, blendable, copy_set, pets, remove, sets, using
-from perpetune.tasks import Inputs, chosen
+from perpetune.tasks import Inputs
 
 ELSEWHERE = 1e4  # taken from the log-probability of a class that no task of the chosen set has
 
@@ -160,10 +160,10 @@ class Bank(nn.Module):
 
     def _asked(self, inputs: Inputs, by: Sequence[int], ask: Callable[[Inputs], Tensor]) -> Tensor:
         """What `ask(inputs)` gives with each set in force; narrower rows are filled up."""
-        parts: list[tuple[list[int], Tensor]] = []
+        inputs, parts = Inputs.of(inputs), list[tuple[list[int], Tensor]]()
         for slot, rows in _by_slot(by).items():
             with self.acting(set_name(slot)):
-                parts.append((rows, ask(chosen(inputs, rows))))
+                parts.append((rows, ask(inputs.rows(rows))))
         width, first = max(found.shape[1] for _, found in parts), parts[0][1]
         fill = -torch.inf if first.is_floating_point() else self.model.nothing
         whole = first.new_full((len(by), width), fill)

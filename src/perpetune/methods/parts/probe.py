@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from perpetune.fit import FitConfig
 from perpetune.seeding import own_global_state
-from perpetune.tasks import Batch, Task, balanced, load_batches, weight
+from perpetune.tasks import Batch, Task, balanced, load_batches
 
 
 def gradients_of(
@@ -36,7 +36,7 @@ def gradients_of(
         for part, batch in zip(parts, batches, strict=True):
             with own_global_state(task.seed_of("probe", part[0])), run.autocast():
                 value = loss(task, batch)
-            (value * weight(few, part)).backward()
+            (value * few.weight(part)).backward()
 
 
 @contextlib.contextmanager

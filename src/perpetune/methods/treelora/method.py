@@ -28,7 +28,7 @@ from perpetune.models.base import Mask, Model
 from perpetune.models.classifier import Classifier, learn_statistics
 from perpetune.numerics.signature import RunningMean, normalised
 from perpetune.pets import has_set, parameters, using
-from perpetune.tasks import Batch, Inputs, Task, balanced, questions
+from perpetune.tasks import Batch, Inputs, Task, balanced
 
 Mode = Literal["last", "merged", "routed"]
 MODES: tuple[Mode, ...] = ("last", "merged", "routed")
@@ -221,7 +221,7 @@ class TreeLoRA(Method):
                 return self.model.features(batch.inputs)
 
         count = len(task.train) if self.prototypes is None else self.prototypes
-        some = balanced(questions(task.train), count, task.generator("prototypes"))
+        some = balanced(task.train.questions(), count, task.generator("prototypes"))
         asked = dataclasses.replace(task, classes=names, train=some)
         learn_statistics(asked, self.train_config.batch_size, [(self.router, bare)])
 

@@ -8,13 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from perpetune.data.records import Record, read_records
-from perpetune.data.sources import existing
-from perpetune.data.text import label_of, natural, printable, several
-from perpetune.data.text_files import Item, TextSource, list_texts, split_files
-from perpetune.data.texts import Row, key_of, text_in
+from perpetune.data.names import label_of, natural, printable, several
+from perpetune.data.sources import Fit, Kind, existing
+from perpetune.data.texts.files import Item, TextSource, list_texts, split_files
+from perpetune.data.texts.records import Record, read_records
+from perpetune.data.texts.tables import Row, Text, key_of, text_in
 from perpetune.errors import DataError, UsageError, closest
-from perpetune.models.texts import Text
 
 LABELS = "labels.json"
 INSTRUCTIONS = {
@@ -56,6 +55,10 @@ class ClBenchmarkSource(TextSource):
 
     def __init__(self, *, path: str, tasks: list[str] | None = None, instructions: dict[str, str] | None = None):
         self.path, self.tasks, self.instructions = path, tasks, instructions or {}
+
+    @classmethod
+    def fits(cls, path: str, wanted: Kind | None = None) -> Fit:
+        return Fit.LAYOUT if os.path.isdir(path) and _places(path) else Fit.NO
 
     def _items(self) -> Iterator[Item]:
         for place in self._places:
@@ -102,11 +105,6 @@ class ClBenchmarkSource(TextSource):
             if name not in names:
                 raise UsageError(f"data.instructions: there is no group or task '{name}'; {closest(name, names)}")
         return [there[task] for task in self.tasks] if self.tasks is not None else places
-
-
-def has_labels(path: str) -> bool:
-    """Whether the folder `path` has this layout."""
-    return bool(_places(path))
 
 
 def _places(path: str) -> list[_Place]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from functools import cached_property
 from typing import Any
 
-from perpetune.data.arrow import ArrowTable, Columns, arrow_table
-from perpetune.data.sources import Source
-from perpetune.data.text import printable, several
+from perpetune.data.names import printable, several
+from perpetune.data.pictures.arrow import ArrowTable, Columns, arrow_table
+from perpetune.data.sources import Fit, Kind, Source
 from perpetune.errors import DataError, MissingExtra
 
 _TEST = ("test", "validation", "valid", "val")
@@ -45,6 +46,14 @@ class HubSource(Source):
         self.train_split = train
         self.test_split = test
         self.columns = Columns(image_column, label_column, group_column)
+
+    @classmethod
+    def fits(cls, path: str, wanted: Kind | None = None) -> Fit:
+        if os.path.isdir(path):
+            saved = any(os.path.exists(os.path.join(path, name)) for name in ("dataset_dict.json", "dataset_info.json"))
+            return Fit.MARK if saved else Fit.NO
+        is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) is not None
+        return Fit.ANY if is_id and not os.path.exists(path) else Fit.NO
 
     def train(self) -> ArrowTable:
         return self._table(self.train_split)

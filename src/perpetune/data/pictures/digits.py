@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from perpetune.data.sources import MemoryTable, Source
+from perpetune.data.pictures.tables import MemoryTable
+from perpetune.data.sources import Source
 from perpetune.data.split import hold_out
 
 SIDE, INSIDE = 32, 26  # of a turned digit's picture, and of the digit in it, in pixels

@@ -6,17 +6,15 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 
-from perpetune.data.records import Record, read_records
-from perpetune.data.sources import existing
-from perpetune.data.text import label_of, printable, several
-from perpetune.data.text_files import Item, TextFile, TextSource, text_files
-from perpetune.data.texts import Row, key_of, text_in
+from perpetune.data.names import label_of, printable, several
+from perpetune.data.sources import Fit, Kind, existing
+from perpetune.data.texts.files import Item, TextFile, TextSource, holds_texts, list_texts, split_files, text_files
+from perpetune.data.texts.records import Record, read_records
+from perpetune.data.texts.tables import Row, Text, key_of, text_in
 from perpetune.errors import DataError, UsageError, closest
-from perpetune.models.texts import Text
 from perpetune.numerics.text_scores import score_of
 
 ORDER = ("C-STANCE", "FOMC", "MeetingBank", "Py150", "ScienceQA", "NumGLUE-cm", "NumGLUE-ds", "20Minuten")
-TASKS = frozenset(ORDER)
 SCORES = {
     "C-STANCE": "accuracy",
     "FOMC": "accuracy",
@@ -46,6 +44,14 @@ class TraceSource(TextSource):
         self.path, self.tasks, self.score = path, tasks, score or {}
         for name in self.score.values():
             score_of(name)
+
+    @classmethod
+    def fits(cls, path: str, wanted: Kind | None = None) -> Fit:
+        if not holds_texts(path, sure=wanted == "texts") or not os.path.isdir(path):
+            return Fit.NO
+        files, folders = list_texts(path)
+        one = label_of(os.path.basename(os.path.abspath(path))) in ORDER and "train" in split_files(path, files)
+        return Fit.LAYOUT if one or (not files and not set(ORDER).isdisjoint(folders)) else Fit.NO
 
     def _items(self) -> Iterator[Item]:
         for file in self._found[0]:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from perpetune.data.text import natural, printable, several
+from perpetune.data.names import natural, printable, several
 from perpetune.errors import DataError
 
 

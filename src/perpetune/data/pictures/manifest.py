@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from perpetune.data.columns import Split, group_column, split_of
-from perpetune.data.rows import cell_text, read_rows
-from perpetune.data.sources import FileTable, Source, existing
-from perpetune.data.text import label_of, natural, printable, several
+from perpetune.data.names import label_of, natural, printable, several
+from perpetune.data.pictures.rows import cell_text, read_rows
+from perpetune.data.pictures.tables import FileTable
+from perpetune.data.sources import Fit, Kind, Source, existing
 from perpetune.errors import DataError, closest
 
 
@@ -55,6 +56,11 @@ class ManifestSource(Source):
         self.group_column = group_column
         self.split_column = split_column
         self.labels = None if labels is None else [label_of(label) for label in labels]
+
+    @classmethod
+    def fits(cls, path: str, wanted: Kind | None = None) -> Fit:
+        named = path.lower().endswith((".csv", ".tsv", ".jsonl", ".ndjson")) and not os.path.isdir(path)
+        return Fit.NAME if named else Fit.NO
 
     def train(self) -> FileTable:
         table = self._table(self.path, [r for r in self._records if r.split == "train"])

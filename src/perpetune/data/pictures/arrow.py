@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from perpetune.data.columns import class_names, group_column, named
-from perpetune.data.sources import PictureTable, Source, existing
-from perpetune.data.text import natural, printable, several
-from perpetune.errors import DataError, MissingExtra
+from perpetune.data.names import natural, printable, several
+from perpetune.data.parquet import read_columns, read_schema
+from perpetune.data.pictures.read import list_folder
+from perpetune.data.pictures.tables import PictureTable
+from perpetune.data.sources import Fit, Kind, Source, existing
+from perpetune.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,13 @@ class ParquetSource(Source):
         self.test_path = test
         self.columns = Columns(image_column, label_column, group_column)
 
+    @classmethod
+    def fits(cls, path: str, wanted: Kind | None = None) -> Fit:
+        if not os.path.isdir(path):
+            return Fit.NAME if path.lower().endswith(".parquet") else Fit.NO
+        parquet = any(name.endswith(".parquet") for name in os.listdir(path))
+        return Fit.NAME if parquet and not list_folder(path)[0] else Fit.NO
+
     def train(self) -> ArrowTable:
         train, _ = self._files()
         return self._table(train, train)
@@ -166,35 +176,6 @@ def _listed(paths: str | list[str]) -> list[str]:
     return files
 
 
-def read_schema(file: str, what: str = "parquet") -> Any:
-    """The arrow schema of a parquet file.
-
-    Raises:
-        MissingExtra: pyarrow is not there for the data source `what`.
-        DataError: it is not a parquet file.
-    """
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise MissingExtra(f"data: {what}", "data") from None
-    try:
-        return pq.read_schema(file)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{printable(file)}: not a readable parquet file: {str(error).splitlines()[0]}") from error
-
-
 def _read(file: str, columns: Columns) -> Any:
     """The columns of a file that are of use; others may be large."""
     return read_columns(file, _present(read_schema(file).names, columns, printable(file))[0])
-
-
-def read_columns(file: str, names: Sequence[str]) -> Any:
-    """Columns of a parquet file as a `pyarrow.Table`; DataError when it cannot be read."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.read_table(file, columns=list(names), partitioning=None)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{printable(file)}: not a readable parquet file: {str(error).splitlines()[0]}") from error

@@ -1,59 +1,25 @@
-"""How texts become the input of a language model: the counterpart of `Preprocess`."""
+"""How texts become the input of a language model, and how its answers are read and judged."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from perpetune.errors import DataError
-from perpetune.tasks import IGNORED, Batch, Tokens
+from perpetune.data.examples import Augment, Judge, Purpose, Question, View
+from perpetune.data.sources import Table
+from perpetune.data.texts.examples import Encoded, TextSet
+from perpetune.data.texts.prompts import prompt_in, read_prompts
+from perpetune.data.texts.tables import ASSISTANT, SCORE, Messages, Text, TextTable
+from perpetune.errors import DataError, UsageError
+from perpetune.numerics.text_scores import score_of
+from perpetune.tasks import IGNORED, Batch, Examples, Inputs, Item
 
-Messages = tuple[tuple[str, str], ...]  # (role, content), in the order they were said
-ASSISTANT = "assistant"
 SOME_ANSWER = "a"  # stands where an answer is to come
-
-
-@dataclass(frozen=True)
-class Text:
-    """One example of text.
-
-    Attributes:
-        prompt: plain text, or the messages of a chat up to the answer.
-        answer: what is to be said; empty where it is not known.
-        options: the answers that stand to choice, where there are such.
-    """
-
-    prompt: str | Messages
-    answer: str = ""
-    options: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """One example as tokens.
-
-    Attributes:
-        ids: int64 `(N,)`.
-        answer: bool `(N,)`, true at the tokens that are learned to be said; None for a question.
-        options: the tokens of each option, int64, as they follow the question, with the end.
-        cut: how many tokens of the prompt were cut off on its left, for the model takes no more.
-        dropped: how many earlier answers of a chat are not learned, for the chat form writes them otherwise in the
-            middle of a chat than at its end.
-    """
-
-    ids: Tensor
-    answer: Tensor | None = None
-    options: tuple[Tensor, ...] = ()
-    cut: int = 0
-    dropped: int = 0
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
 
 @dataclass(frozen=True)
@@ -107,7 +73,7 @@ class _Whole:
     dropped: int = 0
 
 
-class TextView:
+class TextView(View):
     """Texts to tokens and back.
 
     Where an answer begins is found by the characters that each token of the whole text covers: tokens of the answer
@@ -120,7 +86,10 @@ class TextView:
         chat: whether plain prompts are put into the form of a chat too, as one message of the user.
     """
 
-    takes: Literal["texts"] = "texts"
+    takes = "texts"
+    noun = "examples"
+    verb = "answer"
+    ordered = True
 
     def __init__(self, tokenizer: Any, *, max_length: int, chat: bool = False):
         self.tokenizer, self.max_length, self.chat = tokenizer, max_length, chat
@@ -188,9 +157,9 @@ class TextView:
             ids = ids[_without(ids, over, wholes[0].opening)]
         return Encoded(ids, options=options, cut=max(0, over))
 
-    def collate(self, items: Sequence[tuple[Encoded, int, int]]) -> Batch:
+    def collate(self, items: Sequence[Item]) -> Batch:
         """A batch of (example, target, number), padded on the left, so that all answers end at the same place."""
-        encoded = [e for e, _, _ in items]
+        encoded: list[Encoded] = [e for e, _, _ in items]
         longest = max(len(e) for e in encoded)
         ids = torch.full((len(items), longest), self.pad, dtype=torch.int64)
         mask = torch.zeros(len(items), longest, dtype=torch.bool)
@@ -204,7 +173,8 @@ class TextView:
         said = longest - int(learned.to(torch.uint8).argmax()) if learned.any() else 0
         targets = torch.tensor([t for _, t, _ in items], dtype=torch.int64)
         numbers = torch.tensor([n for _, _, n in items], dtype=torch.int64)
-        return Batch(Tokens(ids, mask, labels, self._options(encoded), said), targets, numbers)
+        options = self._options(encoded)
+        return Batch(Inputs(ids=ids, mask=mask, labels=labels, options=options, said=said), targets, numbers)
 
     def _options(self, encoded: Sequence[Encoded]) -> Tensor | None:
         """The options of each question, `(B, K, M)`, with -100 after each and for those there are not."""
@@ -223,6 +193,68 @@ class TextView:
         tokens = list(itertools.takewhile(lambda token: token not in self.ends, ids.tolist()))
         text: str = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text.strip()
+
+    @property
+    def extent(self) -> str:
+        return f"max_length={self.max_length}"
+
+    def examples(
+        self, table: Table, rows: Sequence[int], classes: Sequence[str], purpose: Purpose, augment: Augment = "none"
+    ) -> TextSet:
+        if not isinstance(table, TextTable):
+            raise self._refused(table)
+        return TextSet(table, rows, classes, self, purpose)
+
+    def typed(self, inputs: Sequence[str]) -> list[str | Messages]:
+        return read_prompts(inputs)
+
+    def ask(
+        self,
+        given: Any,
+        *,
+        first: int = 0,
+        options: Sequence[str] = (),
+        choose: bool | None = None,
+        unreadable: list[str] | None = None,
+    ) -> list[Question]:
+        """Prompts as questions, each with the same options."""
+        asked = []
+        for number, prompt in enumerate(given, first + 1):
+            try:
+                text = Text(prompt_in(prompt), options=tuple(options))
+                encoded = self.question(text, choose=choose)
+            except DataError as error:
+                if unreadable is None:
+                    raise DataError(f"prompt {number}: {error}") from error
+                unreadable.append(f"prompt {number}: {error}")
+                continue
+            asked.append(Question(text.prompt, encoded, text.options, encoded.cut))
+        return asked
+
+    def judge(self, examples: Examples, score: str | None) -> Judge:
+        try:
+            examples.text(0)
+        except UsageError:
+            raise UsageError("the backbone takes texts, and its test data are none") from None
+        judged = score_of(score or SCORE)
+
+        def judge(number: int, answer: str | int) -> float:
+            text: Text = examples.text(number)
+            if isinstance(answer, int):  # not by the score, for which `A+` and `A-` may be the same
+                return float(text.options[answer] == text.answer)
+            return judged(answer, text.answer, _last(text.prompt))
+
+        return judge
+
+    def read_alone(self) -> None:
+        self.chooses, self.room = False, 0
+
+    def cut_note(self, cuts: Sequence[int], of: int, what: str, *, asked: bool = True) -> str:
+        room = ", with room for an answer," if asked and self.answers else ""
+        return (
+            f"{len(cuts)} of {of} {what}{room} are longer than the model's {self.max_length} tokens and were cut on "
+            f"the left (the longest by {max(cuts)})"
+        )
 
     def _whole(self, text: Text) -> _Whole:
         """Prompt and answer with its end, in tokens."""
@@ -335,6 +367,11 @@ def _without(ids: Tensor, count: int, opening: int) -> Tensor:
     """Positions that are left when `count` tokens are cut off on the left, behind the `opening` ones."""
     first = opening if len(ids) > count + opening else 0
     return torch.cat([torch.arange(first), torch.arange(first + count, len(ids))])
+
+
+def _last(prompt: str | Messages) -> str:
+    """The question as one text: what some scores compare an answer with."""
+    return prompt if isinstance(prompt, str) else prompt[-1][1]
 
 
 def _messages(prompt: str | Messages) -> list[tuple[str, str]]:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from perpetune.data.arrow import read_columns, read_schema
-from perpetune.data.text import printable
+from perpetune.data.names import printable
+from perpetune.data.parquet import read_columns, read_schema
 from perpetune.errors import DataError
 
 LINES = (".jsonl", ".ndjson")

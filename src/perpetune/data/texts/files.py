@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from perpetune.data.arrow import read_schema
 from perpetune.data.columns import SPLITS, Split, group_column, split_of
-from perpetune.data.records import SUFFIXES, Record, read_records
-from perpetune.data.sources import Source, existing
-from perpetune.data.text import label_of, natural, printable, several
-from perpetune.data.texts import Row, TextTable, chat_in, common_options, key_of, text_in
+from perpetune.data.names import label_of, natural, printable, several
+from perpetune.data.parquet import read_schema
+from perpetune.data.sources import Fit, Kind, Source, existing
+from perpetune.data.texts.records import SUFFIXES, Record, read_records
+from perpetune.data.texts.tables import Messages, Row, Text, TextTable, chat_in, common_options, key_of, text_in
 from perpetune.errors import DataError, MissingExtra, UsageError, closest
-from perpetune.models.texts import Messages, Text
 from perpetune.numerics.text_scores import score_of
 
 OPTIONS = "options"  # the column with the answers that stand to choice, where nobody names one
@@ -146,6 +145,10 @@ class FileSource(TextSource):
         self._unused: list[str] = []
         for name in score.values() if isinstance(score, dict) else [score] if score else []:
             score_of(name)
+
+    @classmethod
+    def fits(cls, path: str, wanted: Kind | None = None) -> Fit:
+        return Fit.CONTENT if os.path.exists(path) and holds_texts(path, sure=wanted == "texts") else Fit.NO
 
     def _items(self) -> Iterator[Item]:
         for file in self._found[0]:
@@ -392,36 +395,29 @@ def _stem(path: str) -> str:
     return stem if suffix.lower() in SUFFIXES else name
 
 
-def guess_texts(path: str, *, sure: bool = False) -> tuple[str, dict[str, Any]] | None:
-    """Name and options of the source of texts that fits what is at `path`; None where it holds none.
+def holds_texts(path: str, *, sure: bool = False) -> bool:
+    """Whether texts are at `path`, a file or a folder; of a folder, its files and the training files inside it.
 
     A `.json` file is one of texts; others are where their beginning names a column `prompt` or `messages`.
 
     Args:
         sure: whether texts are expected there, so that what is wrong with them is said by their source.
-    """
-    from perpetune.data.cl_benchmark import has_labels
-    from perpetune.data.trace import TASKS
 
+    Raises:
+        DataError: a folder cannot be read.
+    """
     if not os.path.isdir(path):
         lower = path.lower()
-        texts = lower.endswith(".json") or (lower.endswith(SUFFIXES) and (sure or _holds_texts(path)))
-        return ("text", {"path": path}) if texts else None
-    if has_labels(path):
-        return "cl_benchmark", {"path": path}
+        return lower.endswith(".json") or (lower.endswith(SUFFIXES) and (sure or _names_texts(path)))
     files, folders = list_texts(path)
-    if not files and not folders:
-        return None
-    inner = {f: [os.path.join(path, f, n) for n in list_texts(os.path.join(path, f))[0]] for f in folders}
-    trained = {f: next((n for n in names if _split_named(n) == "train"), None) for f, names in inner.items()}
-    found = [os.path.join(path, f) for f in files] + [n for n in trained.values() if n is not None]
-    if not any(map(_holds_texts, found)) and not (sure and found):
-        return None
-    own = any(_split_named(f) == "train" for f in files) and _stem(path) in TASKS
-    return "trace" if own or (not files and TASKS & trained.keys()) else "text", {"path": path}
+    found = [os.path.join(path, file) for file in files]
+    for folder in folders:
+        inner = list_texts(os.path.join(path, folder))[0]
+        found += [os.path.join(path, folder, file) for file in inner if _split_named(file) == "train"][:1]
+    return any(map(_names_texts, found)) or (sure and bool(found))
 
 
-def _holds_texts(path: str, looked: int = 1 << 16) -> bool:
+def _names_texts(path: str, looked: int = 1 << 16) -> bool:
     """Whether the beginning of a file names a column of texts."""
     if path.lower().endswith(".parquet"):
         try:

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Literal
 
-from perpetune.data.pictures import list_folder, walk
-from perpetune.data.sources import FileTable, Source, existing
-from perpetune.data.text import label_of, printable, several
+from perpetune.data.names import label_of, printable, several
+from perpetune.data.pictures.read import list_folder, walk
+from perpetune.data.pictures.tables import FileTable
+from perpetune.data.sources import Fit, Kind, Source, existing
 from perpetune.errors import DataError
 
 Layout = Literal["auto", "classes", "domains"]
@@ -36,6 +37,10 @@ class FolderSource(Source):
         self.path = path
         self.test_path = test
         self.layout = layout
+
+    @classmethod
+    def fits(cls, path: str, wanted: Kind | None = None) -> Fit:
+        return Fit.ANY if os.path.isdir(path) else Fit.NO
 
     def train(self) -> FileTable:
         root, _, warnings = self._roots

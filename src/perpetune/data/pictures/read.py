@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
-from perpetune.data.text import natural_key, printable
+from perpetune.data.names import natural_key, printable
 from perpetune.errors import DataError, UsageError
-from perpetune.models.preprocess import Preprocess
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -64,11 +62,6 @@ def read_picture(source: str | bytes, name: str) -> Image:
 def read_header(source: str | bytes, name: str) -> None:
     """Raises DataError if the file is not there, not a picture or too large; does not look at the pixels."""
     _read(source, name, pixels=False)
-
-
-def load_picture(path: str | os.PathLike[str], view: Preprocess) -> Tensor:
-    """The picture at `path` as uint8 `(3, S, S)`, as for evaluation."""
-    return view(read_picture(os.fspath(path), printable(os.fspath(path))))
 
 
 def picture_files(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:

@@ -1,0 +1,38 @@
+"""Parquet files: what their columns are, and what is in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from perpetune.data.names import printable
+from perpetune.errors import DataError, MissingExtra
+
+
+def read_schema(file: str, what: str = "parquet") -> Any:
+    """The arrow schema of a parquet file.
+
+    Raises:
+        MissingExtra: pyarrow is not there for the data source `what`.
+        DataError: it is not a parquet file.
+    """
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise MissingExtra(f"data: {what}", "data") from None
+    try:
+        return pq.read_schema(file)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{printable(file)}: not a readable parquet file: {str(error).splitlines()[0]}") from error
+
+
+def read_columns(file: str, names: Sequence[str]) -> Any:
+    """Columns of a parquet file as a `pyarrow.Table`; DataError when it cannot be read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_table(file, columns=list(names), partitioning=None)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{printable(file)}: not a readable parquet file: {str(error).splitlines()[0]}") from error

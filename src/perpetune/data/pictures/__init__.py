@@ -1,0 +1,1 @@
+"""Pictures: where they are read from, and how they become what a model reads."""

@@ -1,0 +1,124 @@
+"""Tables of pictures, which are opened one at a time."""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from perpetune.data.names import printable
+from perpetune.data.pictures.read import read_header, read_picture
+from perpetune.data.sources import Table
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class PictureTable(Table):
+    """Labelled pictures, opened one at a time; only names and row numbers are kept, not pixels.
+
+    A table of another kind of picture overrides `open` and, if `encoded` cannot give bytes, `probe`.
+    """
+
+    gives = "pictures"
+    noun = "picture"
+    use = "read"
+
+    @abstractmethod
+    def encoded(self, i: int) -> str | bytes:
+        """Picture `i` as Pillow reads it: the path of a file, or the bytes of one."""
+
+    def open(self, i: int) -> Image:
+        """Picture `i` in RGB, as a person sees it; DataError naming it when it cannot be read."""
+        return read_picture(self.encoded(i), self.name(i))
+
+    def probe(self, i: int) -> None:
+        """DataError when the header of picture `i` shows that it cannot be read."""
+        read_header(self.encoded(i), self.name(i))
+
+    def check(self, i: int, depth: Literal["decode", "header"]) -> None:
+        if depth == "decode":
+            self.open(i)
+        else:
+            self.probe(i)
+
+    def identity(self, i: int) -> tuple[int, int] | None:
+        path = self.encoded(i) if self.files else b""
+        if isinstance(path, bytes):
+            return None
+        try:
+            status = os.stat(path)
+        except (OSError, ValueError):  # reported by `check`
+            return None
+        return status.st_dev, status.st_ino
+
+    def size(self, i: int) -> int | None:
+        encoded = self.encoded(i)
+        if isinstance(encoded, bytes):
+            return len(encoded)
+        try:
+            return os.stat(encoded).st_size
+        except (OSError, ValueError):  # ValueError: a path with a NUL
+            return None
+
+    def content(self, i: int, limit: int = -1) -> bytes:
+        encoded = self.encoded(i)
+        if isinstance(encoded, bytes):
+            return encoded if limit < 0 else encoded[:limit]
+        try:
+            with open(encoded, "rb") as file:
+                return file.read(limit)
+        except (OSError, ValueError):
+            return b""
+
+
+class FileTable(PictureTable):
+    """Pictures in files.
+
+    Args:
+        root: folder that the files lie in; as the user wrote it, because messages repeat it.
+        paths: relative to `root`, or absolute.
+    """
+
+    files = True
+
+    def __init__(
+        self,
+        root: str,
+        paths: Sequence[str],
+        labels: Sequence[str],
+        groups: Sequence[str] | None = None,
+        warnings: Iterable[str] = (),
+    ):
+        super().__init__(labels, groups, warnings)
+        self.root = root
+        self.paths = paths
+
+    def encoded(self, i: int) -> str:
+        return os.path.join(self.root, self.paths[i])
+
+    def name(self, i: int) -> str:
+        return printable(self.encoded(i))
+
+    def key(self, i: int) -> str:
+        return printable(self.paths[i])
+
+
+class MemoryTable(PictureTable):
+    """Small pictures held as the bytes of picture files."""
+
+    def __init__(self, contents: Sequence[bytes], labels: Sequence[str], keys: Sequence[str], origin: str):
+        super().__init__(labels)
+        self.contents = contents
+        self.keys = keys
+        self.origin = origin
+
+    def encoded(self, i: int) -> bytes:
+        return self.contents[i]
+
+    def name(self, i: int) -> str:
+        return f"{self.origin} picture {self.keys[i]}"
+
+    def key(self, i: int) -> str:
+        return self.keys[i]

@@ -1,0 +1,173 @@
+"""From a picture to the pixels that one backbone expects, and all else that is known of pictures alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from perpetune.data.examples import Augment, Purpose, Question, TableSet, View
+from perpetune.data.names import printable
+from perpetune.data.pictures.read import as_rgb, picture_files, read_picture
+from perpetune.data.pictures.tables import FileTable, PictureTable
+from perpetune.data.sources import Table
+from perpetune.errors import DataError, UsageError
+from perpetune.tasks import Batch, Item, stack
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+
+
+@dataclass(frozen=True)
+class PictureView(View):
+    """How a backbone was fed when it was trained.
+
+    Attributes:
+        size: side of the square input, in pixels.
+        mean, std: per channel, for pixels in [0, 1]; applied by the model, on its device.
+        interpolation: the resampling filter.
+        crop: share of the resized picture that the centre crop keeps; None squeezes the whole
+            picture into the square without a crop.
+    """
+
+    takes = "pictures"
+    noun = "images"
+    verb = "predict"
+
+    size: int
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    interpolation: Interpolation = "bicubic"
+    crop: float | None = None
+
+    def __call__(self, image: Image, augment: Augment = "none", seed: int | None = None) -> Tensor:
+        """An RGB picture as uint8 `(3, size, size)`; with a `seed`, augmented at random."""
+        rng = np.random.default_rng(seed) if seed is not None and augment != "none" else None
+        if rng is not None and "crop" in augment:
+            image = image.resize((self.size, self.size), self._filter, box=random_box(*image.size, rng))
+        elif self.crop is None:
+            image = image.resize((self.size, self.size), self._filter)
+        else:
+            image = image.resize((self.size, self.size), self._filter, box=centre_box(*image.size, self.crop))
+        pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
+        if rng is not None and "flip" in augment and rng.random() < 0.5:
+            pixels = pixels.flip(2)
+        return pixels.contiguous()
+
+    @property
+    def extent(self) -> str:
+        return f"size={self.size}"
+
+    def load(self, path: str | os.PathLike[str]) -> Tensor:
+        """The picture at `path` as uint8 `(3, size, size)`, as for evaluation; DataError when it cannot be read."""
+        return self(read_picture(os.fspath(path), printable(os.fspath(path))))
+
+    def examples(
+        self, table: Table, rows: Sequence[int], classes: Sequence[str], purpose: Purpose, augment: Augment = "none"
+    ) -> PictureSet:
+        if not isinstance(table, PictureTable):
+            raise self._refused(table)
+        return PictureSet(table, rows, classes, self, augment)
+
+    def collate(self, items: Sequence[Item]) -> Batch:
+        return stack(items)
+
+    def typed(self, inputs: Sequence[str]) -> list[Path]:
+        return picture_files([Path(given) for given in inputs])
+
+    def ask(
+        self,
+        given: Any,
+        *,
+        first: int = 0,
+        options: Sequence[str] = (),
+        choose: bool | None = None,
+        unreadable: list[str] | None = None,
+    ) -> list[Question]:
+        """Paths, PIL images, or a uint8 tensor `(N, 3, size, size)` as questions."""
+        if isinstance(given, Tensor):
+            if given.dtype != torch.uint8 or given.shape[1:] != (3, self.size, self.size):
+                raise UsageError(
+                    f"predict: a uint8 tensor (N, 3, {self.size}, {self.size}) is expected, "
+                    f"got {given.dtype} {tuple(given.shape)}"
+                )
+            return [Question(f"image {number}", pixels) for number, pixels in enumerate(given, first)]
+        asked = []
+        for number, image in enumerate(given, first):
+            try:
+                path = isinstance(image, str | Path)
+                asked.append(
+                    Question(str(image), self.load(image)) if path else Question(f"image {number}", self(as_rgb(image)))
+                )
+            except DataError as error:
+                if unreadable is None:
+                    raise
+                unreadable.append(str(error))
+        return asked
+
+    def unlabelled(self, path: str) -> TableSet:
+        files = [str(file) for file in picture_files([path])]
+        return PictureSet(FileTable("", files, [""] * len(files)), range(len(files)), [""], self)
+
+    def constants(self) -> dict[str, Tensor]:
+        return {name: torch.tensor(value).view(1, 3, 1, 1) for name, value in (("mean", self.mean), ("std", self.std))}
+
+    @property
+    def _filter(self) -> int:
+        from PIL.Image import Resampling
+
+        return Resampling[self.interpolation.upper()]
+
+
+class PictureSet(TableSet):
+    """Pictures of a task.
+
+    Args:
+        view: from picture to pixels; with `augment` where an example is loaded with a seed.
+    """
+
+    table: PictureTable
+
+    def __init__(
+        self,
+        table: PictureTable,
+        rows: Sequence[int],
+        classes: Sequence[str],
+        view: PictureView,
+        augment: Augment = "none",
+    ):
+        super().__init__(table, rows, classes)
+        self.view = view
+        self.augment = augment
+        self.deterministic = augment == "none"
+
+    def load(self, index: int, seed: int | None) -> Tensor:
+        """uint8 `(3, S, S)`; DataError naming the picture if it cannot be read any more."""
+        return self.view(self.table.open(self.rows[index]), self.augment, seed)
+
+    def _of(self, rows: Sequence[int], classes: Sequence[str]) -> PictureSet:
+        return PictureSet(self.table, rows, classes, self.view, self.augment)
+
+
+def centre_box(width: int, height: int, crop: float) -> tuple[float, float, float, float]:
+    """The centred square whose side is `crop` of the shorter side."""
+    side = crop * min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
+def random_box(width: int, height: int, rng: np.random.Generator) -> tuple[float, float, float, float]:
+    """A random part of the picture: area 0.5 to 1, aspect 3/4 to 4/3, inside the borders."""
+    area = width * height * rng.uniform(0.5, 1.0)
+    aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+    w, h = min(width, np.sqrt(area * aspect)), min(height, np.sqrt(area / aspect))
+    left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
+    return left, top, left + w, top + h

@@ -1,0 +1,162 @@
+"""Texts of a task, encoded once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from perpetune.data.examples import Purpose, TableSet
+from perpetune.data.texts.tables import Text, TextTable
+from perpetune.errors import DataError
+from perpetune.tasks import Batch, Item
+
+if TYPE_CHECKING:
+    from perpetune.data.texts.view import TextView
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example as tokens.
+
+    Attributes:
+        ids: int64 `(N,)`.
+        answer: bool `(N,)`, true at the tokens that are learned to be said; None for a question.
+        options: the tokens of each option, int64, as they follow the question, with the end.
+        cut: how many tokens of the prompt were cut off on its left, for the model takes no more.
+        dropped: how many earlier answers of a chat are not learned, for the chat form writes them otherwise in the
+            middle of a chat than at its end.
+    """
+
+    ids: Tensor
+    answer: Tensor | None = None
+    options: tuple[Tensor, ...] = ()
+    cut: int = 0
+    dropped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """An example in tokens, small enough to be kept: to find tokens anew takes as long as to learn from them on a GPU.
+
+    Attributes:
+        tokens: int32 `(N,)`; where an answer is learned, `~token`.
+        asks: whether it is a question, without an answer.
+        options, cut, dropped: as in `Encoded`.
+    """
+
+    tokens: Tensor
+    asks: bool
+    options: tuple[Tensor, ...]
+    cut: int
+    dropped: int
+
+    def encoded(self) -> Encoded:
+        """The example as a model takes it."""
+        said = self.tokens < 0
+        ids = torch.where(said, ~self.tokens, self.tokens).long()
+        return Encoded(ids, None if self.asks else said, self.options, self.cut, self.dropped)
+
+
+def _kept(found: Encoded, options: dict[tuple[int, ...], Tensor]) -> _Kept:
+    """`found`, with the same tensors for the same options, which all questions of a task may have."""
+    ids, asks = found.ids.int(), found.answer is None
+    tokens = ids if found.answer is None else torch.where(found.answer, ~ids, ids)
+    shared = tuple(options.setdefault(tuple(option.tolist()), option) for option in found.options)
+    return _Kept(tokens, asks, shared, found.cut, found.dropped)
+
+
+class TextSet(TableSet):
+    """Texts of a task: with their answers, or for the test as questions.
+
+    Args:
+        view: from text to tokens.
+        purpose: what for; those of the test are questions.
+    """
+
+    table: TextTable
+    deterministic = True  # the seed of `load` changes nothing
+
+    def __init__(self, table: TextTable, rows: Sequence[int], classes: Sequence[str], view: TextView, purpose: Purpose):
+        super().__init__(table, rows, classes)
+        self.view = view
+        self.purpose: Purpose = purpose
+        self._found: dict[int, _Kept] = {}  # by row of the table
+        self._options: dict[tuple[int, ...], Tensor] = {}
+
+    def collate(self, items: Sequence[Item]) -> Batch:
+        return self.view.collate(items)
+
+    @cached_property
+    def lengths(self) -> list[int]:  # type: ignore[override]  # made when it is first asked for
+        """Tokens of each example."""
+        return [len(self._tokens(row).tokens) for row in self.rows]
+
+    @cached_property
+    def weights(self) -> list[int] | None:  # type: ignore[override]
+        """Tokens of each answer, with its end; None of questions."""
+        return None if self.purpose == "test" else [int((self._tokens(row).tokens < 0).sum()) for row in self.rows]
+
+    def questions(self) -> TextSet:
+        """The same without their answers, as they are asked at prediction."""
+        if self.purpose == "test":
+            return self
+        return TextSet(self.table, self.rows, self._classes, self.view, "test")
+
+    def text(self, index: int) -> Text:
+        """Example `index` as people wrote it."""
+        return self.table.text(self.rows[index])
+
+    def load(self, index: int, seed: int | None) -> Encoded:
+        """Prompt and answer as tokens, of the test the prompt alone; the seed changes nothing."""
+        return self._tokens(self.rows[index]).encoded()
+
+    def look(self, row: int, depth: Literal["decode", "header"]) -> None:
+        super().look(row, depth)
+        if depth == "decode":
+            self._tokens(row)
+
+    def notes(self) -> list[str]:
+        known = [kept for row in self.rows if (kept := self._found.get(row)) is not None]
+        cuts = [kept.cut for kept in known if kept.cut]
+        dropped = [kept.dropped for kept in known if kept.dropped]
+        notes = []
+        if len(known) < len(self.rows):
+            notes.append(
+                f"how many {self.purpose} prompts are cut is not known, for stream.check has not looked at "
+                f"{len(self.rows) - len(known)} of {len(self.rows)}"
+            )
+        if cuts:
+            notes.append(
+                self.view.cut_note(cuts, len(self.rows), f"{self.purpose} prompts", asked=self.purpose == "test")
+            )
+        if dropped:
+            notes.append(
+                f"{sum(dropped)} earlier answers in {len(dropped)} of {len(self.rows)} {self.purpose} chats are not "
+                "learned, for the model's chat template writes them otherwise than at the end of a chat"
+            )
+        return notes
+
+    def _of(self, rows: Sequence[int], classes: Sequence[str]) -> TextSet:
+        found = TextSet(self.table, rows, classes, self.view, self.purpose)
+        found._found, found._options = self._found, self._options
+        return found
+
+    def _encoded(self, row: int) -> Encoded:
+        text = self.table.text(row)
+        try:
+            return self.view.question(text) if self.purpose == "test" else self.view.sequence(text)
+        except DataError as error:
+            raise DataError(f"{self.table.name(row)}: {error}") from error
+
+    def _tokens(self, row: int) -> _Kept:
+        if row not in self._found:
+            self._found[row] = _kept(self._encoded(row), self._options)
+        return self._found[row]
