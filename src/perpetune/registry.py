@@ -7,6 +7,7 @@ keyword-only arguments are its options in a recipe: the constructor is the schem
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import typing
@@ -120,6 +121,7 @@ def load_dotted(path: str) -> Any:
         raise UsageError(f"cannot load {path!r} (PACKAGE.MODULE:NAME is expected): {error}") from error
 
 
+@functools.cache
 def schema(target: Any) -> type[BaseModel]:
     """The keyword-only arguments of a class or function, as a strict pydantic model."""
     function = target.__init__ if inspect.isclass(target) else target
