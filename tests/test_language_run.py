@@ -14,9 +14,10 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from test_distributed import finish, start
+from test_distributed import finish, start_warm
 from test_distributed import tensors as tensors_of
 from tiny import tiny_language_model
+from warm import Warm
 
 from perpetune.cli import call
 from perpetune.errors import DataError, Interrupted, StateError, UsageError
@@ -463,11 +464,12 @@ def test_batches_by_length_pad_less_and_hold_every_example(folders: dict[str, Pa
     assert orders[1] != rows  # another epoch, other batches
 
 
-def test_two_processes_are_one(folders: dict[str, Path], data: Path, tmp_path: Path) -> None:
+def test_two_processes_are_one(warm: Warm, folders: dict[str, Path], data: Path, tmp_path: Path) -> None:
     content = recipe(folders["llama"], data, protect={"energy": 0.9}, stream={"order": ["colors", "stories"]})
     content["train"] = {**content["train"], "accumulate": 2, "order": "length", "batch_size": 5}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
-    launched = start(["-m", "perpetune"], "run", tmp_path / "recipe.yaml", "--out", tmp_path / "two", "-q")
+    run = ("run", tmp_path / "recipe.yaml", "--out", tmp_path / "two", "-q")
+    launched = start_warm(warm, ["-m", "perpetune"], *run)
     Learner(content, tmp_path / "one").run()
     finish(launched)
     two, one = tensors_of(tmp_path / "two"), tensors_of(tmp_path / "one")
