@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -492,7 +493,8 @@ def test_blocks_computed_again_train_to_the_same_bits(kind: str, folders: dict[s
     found = []
     for again in (False, True):
         backbone = {"name": f"hf:{folders[kind]}", "gradient_checkpointing": again}
-        learner = Learner(recipe(folders[kind], data, backbone=backbone, protect={"energy": 0.9}))
+        stream = {"order": ["colors", "stories"]}
+        learner = Learner(recipe(folders[kind], data, backbone=backbone, protect={"energy": 0.9}, stream=stream))
         learner.run()
         found.append(learned(learner))
     assert found[0] == found[1]
@@ -512,11 +514,18 @@ def test_half_precision_trains(folders: dict[str, Path], data: Path) -> None:
 # -- the command line, and data that are bad ----------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def begun(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A state folder that has learned nothing yet; only read."""
+    folder = tmp_path_factory.mktemp("begun") / "state"
+    Learner(recipe(folders["llama"], train={"epochs": 1, "batch_size": 8}), folder)
+    return folder
+
+
 @pytest.fixture
-def state(folders: dict[str, Path], tmp_path: Path) -> Path:
-    """A state folder that has learned nothing yet."""
-    Learner(recipe(folders["llama"], train={"epochs": 1, "batch_size": 8}), tmp_path / "state")
-    return tmp_path / "state"
+def state(begun: Path, tmp_path: Path) -> Path:
+    """A copy of `begun` to write to."""
+    return Path(shutil.copytree(begun, tmp_path / "state"))
 
 
 BAD = [
