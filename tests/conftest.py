@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 # Read by the libraries when they are first imported, so they are set before that; a subprocess inherits them.
@@ -17,6 +18,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import hypothesis
 import pytest
 import torch
+from warm import Warm
 
 torch.set_num_threads(1)
 
@@ -42,3 +44,11 @@ def chromium() -> str:
         if path := shutil.which(name):
             return path
     pytest.skip("chromium is not installed")
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Warm]:
+    """Starts Python programs that do not import everything anew."""
+    warm = Warm()
+    yield warm
+    warm.close()

@@ -7,6 +7,9 @@ the child every durable step is announced as one line, such as
 
 and the child dies (or gets a signal) at the n-th line that matches a pattern. `half` means that only the
 first half of the bytes were written. The lines are also the record of what a child did.
+
+One run can show what a kill leaves at each of many moments: there a fork of the child is killed in its place, what
+lies in the state folder is copied, and the child goes on.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,28 +76,54 @@ class TwoPhases(FineTune):
             self.model.summarise(task, 8)
 
 
+@dataclass
+class Death:
+    """What happens at the `nth` line that matches `pattern`.
+
+    Attributes:
+        signum: SIGKILL, or another signal that is sent, after which life goes on.
+        keep: a state folder and where it is copied once a fork has been killed; None where this process is.
+    """
+
+    pattern: str
+    nth: int = 1
+    signum: int = signal.SIGKILL
+    keep: tuple[str, str] | None = None
+
+
 class Moments:
-    """Writes down every moment it is told of, and kills this process at one of them.
+    """Writes down every moment it is told of, and kills at some of them.
 
     Args:
         record: descriptor of the file for the lines.
-        pattern, nth: the moment; no pattern, no death.
-        signum: SIGKILL, or another signal that is sent, after which life goes on.
     """
 
-    def __init__(self, record: int, pattern: str | None = None, nth: int = 1, signum: int = signal.SIGKILL):
-        self.record, self.pattern, self.left, self.signum = record, pattern, nth, signum
+    def __init__(self, record: int, deaths: Sequence[Death] = ()):
+        self.record, self.deaths = record, deaths
 
-    def now(self, line: str, instead: Callable[[], object] | None = None) -> None:
-        """`instead` is what is still done before dying here, and is not done otherwise."""
+    def now(
+        self, line: str, instead: Callable[[], object] | None = None, undo: Callable[[], object] | None = None
+    ) -> None:
+        """`instead` is what is still done before dying here, and is not done otherwise; `undo` takes it back."""
         os.write(self.record, f"{line}\n".encode())
-        if self.pattern is None or not fnmatch.fnmatchcase(line, self.pattern):
-            return
-        self.left -= 1
-        if self.left == 0:
+        for death in self.deaths:
+            if fnmatch.fnmatchcase(line, death.pattern):
+                death.nth -= 1
+                if death.nth == 0:
+                    self._die(death, instead, undo)
+
+    def _die(self, death: Death, instead: Callable[[], object] | None, undo: Callable[[], object] | None) -> None:
+        fork = os.fork() if death.keep else 0
+        if fork == 0:
             if instead is not None:
                 instead()
-            os.kill(os.getpid(), self.signum)
+            os.kill(os.getpid(), death.signum)
+            return
+        assert death.keep is not None
+        assert os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1]) == -signal.SIGKILL
+        shutil.copytree(*death.keep)
+        if undo is not None:
+            undo()
 
 
 class JournalFile:
@@ -114,7 +144,12 @@ class JournalFile:
     def write(self, content: bytes) -> int:
         event = json.loads(content)
         what = f"{event['event']} {event.get('name', '')}".rstrip()
-        self.moments.now(f"log half {what}", lambda: (self.file.write(content[: len(content) // 2]), self.file.flush()))
+        size = os.fstat(self.file.fileno()).st_size
+        self.moments.now(
+            f"log half {what}",
+            lambda: (self.file.write(content[: len(content) // 2]), self.file.flush()),
+            lambda: os.truncate(self.file.fileno(), size),
+        )
         self.file.write(content)
         self.file.flush()
         self.moments.now(f"log after {what}")
@@ -212,7 +247,7 @@ def act(request: dict[str, Any]) -> None:
     os.dup2(os.open(f"{log}.out", flags), 1)
     os.dup2(os.open(f"{log}.err", flags), 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may have been started without
-    announce(Moments(os.open(f"{log}.moments", flags), **request["moment"]))
+    announce(Moments(os.open(f"{log}.moments", flags), [Death(**death) for death in request["deaths"]]))
     code = 70
     try:
         main(request["arguments"])

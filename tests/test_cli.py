@@ -21,6 +21,7 @@ import pytest
 import torch
 import yaml
 from tiny import picture_folder, recipe, split_folder, vit_folder
+from warm import Warm
 
 from perpetune._version import __version__
 from perpetune.cli import app, call, jobs, learn, look, use
@@ -90,6 +91,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def state(world: Path, tmp_path: Path) -> Path:
     """A copy of `done` to write to."""
     return Path(shutil.copytree(world / "done", tmp_path / "state"))
+
+
+@pytest.fixture
+def children(warm: Warm, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+    """The command of a run's process, which begins with everything imported."""
+    command = (*warm.command, *jobs.CHILD[1:])
+    monkeypatch.setattr(jobs, "CHILD", command)
+    return command
 
 
 def reports(folder: Path) -> set[str]:
@@ -202,6 +211,7 @@ def recipes(world: Path, tmp_path: Path) -> tuple[Path, Path]:
     return world / "my.yaml", held
 
 
+@pytest.mark.usefixtures("children")
 def test_several_runs_end_in_one_comparison(
     shell: Shell, recipes: tuple[Path, Path], state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,7 +246,7 @@ def test_several_runs_end_in_one_comparison(
     )
 
 
-def test_a_run_that_fails_leaves_the_others(
+def test_a_run_that_fails_leaves_the_others(  # in a process that is started as for a user
     shell: Shell, recipes: tuple[Path, Path], state: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "all"
@@ -253,6 +263,7 @@ def test_a_run_that_fails_leaves_the_others(
     assert "nowhere" in line
 
 
+@pytest.mark.usefixtures("children")
 def test_ctrl_c_stops_all_and_the_same_command_goes_on(
     shell: Shell, recipes: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -339,9 +350,11 @@ def test_a_hangup_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_run_stops_with_a_checkpoint_once_its_parent_is_gone(world: Path, tmp_path: Path) -> None:
+def test_a_run_stops_with_a_checkpoint_once_its_parent_is_gone(
+    children: tuple[str, ...], world: Path, tmp_path: Path
+) -> None:
     asked = {"recipe": load_recipe(world / "my.yaml", ["train.epochs=5000"]).anchored().model_dump(mode="json")}
-    run = subprocess.Popen(jobs.CHILD, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    run = subprocess.Popen(children, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert run.stdin is not None
     assert run.stdout is not None
     print(json.dumps({**asked, "folder": str(tmp_path / "run"), "device": None}), file=run.stdin, flush=True)
@@ -356,8 +369,8 @@ def test_a_run_stops_with_a_checkpoint_once_its_parent_is_gone(world: Path, tmp_
     assert [p.name for p in (tmp_path / "run" / "resume").iterdir() if p.is_dir()]
 
 
-def test_a_run_without_anybody_to_tell_says_nothing(world: Path, tmp_path: Path) -> None:
-    run = subprocess.Popen(jobs.CHILD, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def test_a_run_without_anybody_to_tell_says_nothing(children: tuple[str, ...], world: Path, tmp_path: Path) -> None:
+    run = subprocess.Popen(children, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert run.stdin is not None
     assert run.stdout is not None
     assert run.stderr is not None
@@ -629,17 +642,15 @@ for verb in {VERBS!r}:
     assert done.stdout.count("Usage: perpetune ") == len(VERBS)
 
 
-def test_the_program_finds_what_lies_beside_it_and_warns_in_one_line(world: Path, tmp_path: Path) -> None:
+def test_the_program_finds_what_lies_beside_it_and_warns_in_one_line(warm: Warm, world: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "from perpetune.methods.finetune import FineTune\n\n\nclass Mine(FineTune): pass\n"
     )
     model = Path(shutil.copytree(world / "model", tmp_path / "model"))
     (model / "preprocessor_config.json").unlink()
     command = ["init", "state", "--model", "folder:model", "--set", "method=mine:Mine", "--device", "cpu"]
-    done = subprocess.run(
-        [sys.executable, "-c", "import sys; sys.path.remove(''); from perpetune.cli import main; main()", *command],
-        capture_output=True, text=True, cwd=tmp_path,
-    )  # fmt: skip
+    program = str(Path(sys.executable).parent / "perpetune")
+    done = subprocess.run([*warm.command, program, *command], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("perpetune: warning: folder:")

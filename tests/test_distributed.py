@@ -1,7 +1,8 @@
 """Two processes on the CPU, started by accelerate, learn what one process learns.
 
 `accelerate launch --cpu` starts one process unless MPI is there; with `--multi_gpu` it starts as many as it is
-told and joins them with gloo where there is no GPU, or where the recipe says `device: cpu`.
+told and joins them with gloo where there is no GPU, or where the recipe says `device: cpu`. One of the tests starts it
+as a user does; for the others the launcher and its two processes are forks that begin with everything imported.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import yaml
 from safetensors.torch import load_file
 from test_evaluate import SAID, Says, task_of
 from tiny import recipe, split_folder, vit_folder
+from warm import Warm
 
 from perpetune.evaluate import evaluate
 from perpetune.learner import Learner
@@ -42,13 +44,15 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return vit_folder(tmp_path_factory.mktemp("vit"))
 
 
-def start(what: Sequence[str], *arguments: str | Path) -> subprocess.Popen[str]:
+def start(
+    what: Sequence[str], *arguments: str | Path, launch: Sequence[str | Path] = (BIN / "accelerate", "launch")
+) -> subprocess.Popen[str]:
     """`accelerate launch` of two processes of `what`: a script, a module or a command."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
-    command = [BIN / "accelerate", "launch", *options, "--main_process_port", port, *what, *arguments]
+    command = [*launch, *options, "--main_process_port", port, *what, *arguments]
     return subprocess.Popen(
         [str(part) for part in command],
         stdout=subprocess.PIPE,
@@ -56,6 +60,12 @@ def start(what: Sequence[str], *arguments: str | Path) -> subprocess.Popen[str]:
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )
+
+
+def start_warm(warm: Warm, what: Sequence[str], *arguments: str | Path) -> subprocess.Popen[str]:
+    """The same without any new interpreter; `what` is a script, or `-m` and a module."""
+    launch = [*warm.command, "-m", "accelerate.commands.launch"]
+    return start(["--no_python", *warm.command, *what], *arguments, launch=launch)
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
@@ -153,19 +163,24 @@ def content(case: str, vit: Path, data: Path) -> dict[str, Any]:
     return recipe(vit, data, **changes)
 
 
-COMMANDS = {"module": ("-m", "perpetune"), "script": ("--no_python", str(BIN / "perpetune"))}
+COMMANDS = {"module": ["-m", "perpetune"], "script": [str(BIN / "perpetune")]}
 COMMAND_CASE = "finetune-linear"
 
 
 @pytest.fixture(scope="module")
-def launched(vit: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """A folder, and what was started to fill it: all at once, for most of their time goes into imports."""
+def launched(
+    warm: Warm, vit: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """A folder, and what was started to fill it, all at once."""
     folder = tmp_path_factory.mktemp("launched")
     (folder / "recipes.json").write_text(json.dumps({name: content(name, vit, data) for name in CASES}))
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe(vit, data, **CASES[COMMAND_CASE])))
-    started = {"pair": start([str(Path(__file__).with_name("pair.py"))], folder)}
-    for name, what in COMMANDS.items():
-        started[name] = start(what, "run", folder / "recipe.yaml", "--out", folder / name, "--json")
+    run = ("run", folder / "recipe.yaml", "--json", "--out")
+    started = {
+        "module": start(COMMANDS["module"], *run, folder / "module"),  # as a user starts it
+        "pair": start_warm(warm, [str(Path(__file__).with_name("pair.py"))], folder),
+        "script": start_warm(warm, COMMANDS["script"], *run, folder / "script"),
+    }
     yield folder, started
     for process in started.values():
         if process.poll() is None:

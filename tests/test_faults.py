@@ -1,7 +1,8 @@
 """A run that is killed at any moment and resumed ends with the bits of one that was never interrupted.
 
 The commands run in children of `fault_server.py`, which die at the moment a test names. Moments are lines
-such as `write half PATH` (half of the bytes are there), `rename before PATH` or `step after PHASE N`.
+such as `write half PATH` (half of the bytes are there), `rename before PATH` or `step after PHASE N`. Most first kills
+are of forks of one run, which then goes on (`Lab.killed`).
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from fault_server import RECIPE
+from fault_server import RECIPE, Death
 from PIL import Image
 
 from perpetune.files import read_folder
@@ -85,15 +86,16 @@ class Lab:
 
     def command(self, *arguments: object, at: str | None = None, nth: int = 1, signum: int = signal.SIGKILL) -> Outcome:
         """Run one command in a child, killed at the `nth` moment that `at` matches."""
-        request = self.request(*arguments, at=at, nth=nth, signum=signum)
+        return self._ask(self.request(*arguments, deaths=[Death(at, nth, int(signum))] if at else []))
+
+    def _ask(self, request: dict[str, Any]) -> Outcome:
         assert self.process.stdin is not None
         print(json.dumps(request), file=self.process.stdin, flush=True)
         return self.outcome(request, int(self._answer()))
 
-    def request(self, *arguments: object, at: str | None, nth: int, signum: int) -> dict[str, Any]:
-        moment = {"pattern": at, "nth": nth, "signum": int(signum)}
+    def request(self, *arguments: object, deaths: Sequence[Death]) -> dict[str, Any]:
         log = str(self.folder / f"command-{next(self.number)}")
-        return {"arguments": [str(a) for a in arguments], "moment": moment, "log": log}
+        return {"arguments": [str(a) for a in arguments], "deaths": [asdict(death) for death in deaths], "log": log}
 
     def outcome(self, request: dict[str, Any], status: int) -> Outcome:
         out, err, moments = (Path(f"{request['log']}.{kind}").read_text() for kind in ("out", "err", "moments"))
@@ -106,12 +108,22 @@ class Lab:
         return self.command("resume", state, "-q", **moment)
 
     def uninterrupted(self, name: str) -> Path:
-        """A state that one whole `run` made."""
+        """A state that one whole `run` made, while forks of it were killed at all of `FIRST_KILLS`."""
         if name not in self.whole:
             state = self.folder / f"whole-{name}"
-            fine(self.run(name, state))
+            moments = FIRST_KILLS.get(name, [])
+            deaths = [Death(*moment, keep=(str(state), str(self._kept(name, *moment)))) for moment in moments]
+            fine(self._ask(self.request("run", self.recipe(name), "--out", state, "-q", deaths=deaths)))
             self.whole[name] = state
         return self.whole[name]
+
+    def killed(self, name: str, state: Path, at: str, nth: int = 1) -> None:
+        """Make `state` what a `run` leaves that is killed at a moment, which is one of `FIRST_KILLS`."""
+        self.uninterrupted(name)
+        shutil.copytree(self._kept(name, at, nth), state)
+
+    def _kept(self, name: str, at: str, nth: int) -> Path:
+        return self.folder / f"killed-{name}" / str(FIRST_KILLS[name].index((at, nth)))
 
     def _answer(self, expected: str | None = None) -> str:
         assert self.process.stdout is not None
@@ -212,7 +224,7 @@ KILLS: list[tuple[str, str, int]] = [
 @pytest.mark.parametrize(("at", "nth"), [pytest.param(at, nth, id=what) for what, at, nth in KILLS])
 def test_killed_and_resumed_is_bit_for_bit_the_same(lab: Lab, tmp_path: Path, at: str, nth: int) -> None:
     whole, state = lab.uninterrupted("adamw"), tmp_path / "state"
-    assert lab.run("adamw", state, at=at, nth=nth).status == KILLED
+    lab.killed("adamw", state, at, nth)
     assert_whole(state)
     fine(lab.resume(state))
     assert_same(state, whole)
@@ -243,7 +255,7 @@ TWICE: list[tuple[str, tuple[str, int], tuple[str, int]]] = [
 @pytest.mark.parametrize(("first", "second"), [pytest.param(a, b, id=what) for what, a, b in TWICE])
 def test_killed_twice(lab: Lab, tmp_path: Path, first: tuple[str, int], second: tuple[str, int]) -> None:
     whole, state = lab.uninterrupted("adamw"), tmp_path / "state"
-    assert lab.run("adamw", state, at=first[0], nth=first[1]).status == KILLED
+    lab.killed("adamw", state, *first)
     assert lab.resume(state, at=second[0], nth=second[1]).status == KILLED
     assert_whole(state)
     fine(lab.resume(state))
@@ -263,13 +275,15 @@ def test_killed_again_and_again(lab: Lab, tmp_path: Path) -> None:
     assert_same(state, whole)
 
 
-@pytest.mark.parametrize(
-    "at", ["write half */.backbone.json.tmp", "replace after */backbone.json", "write half */.recipe.yaml.tmp"]
-)
+MAKING = ["write half */.backbone.json.tmp", "replace after */backbone.json", "write half */.recipe.yaml.tmp"]
+MADE = "replace after */recipe.yaml"
+
+
+@pytest.mark.parametrize("at", MAKING)
 def test_killed_while_the_state_is_made(lab: Lab, tmp_path: Path, at: str) -> None:
     """It is not a state yet: `resume` says so, and the same `run` works."""
     whole, state = lab.uninterrupted("adamw"), tmp_path / "state"
-    assert lab.run("adamw", state, at=at).status == KILLED
+    lab.killed("adamw", state, at)
     assert not (state / "recipe.yaml").exists()
     refused = lab.resume(state)
     assert refused.status == 1
@@ -281,7 +295,7 @@ def test_killed_while_the_state_is_made(lab: Lab, tmp_path: Path, at: str) -> No
 
 def test_killed_right_after_the_state_is_made(lab: Lab, tmp_path: Path) -> None:
     whole, state = lab.uninterrupted("adamw"), tmp_path / "state"
-    assert lab.run("adamw", state, at="replace after */recipe.yaml").status == KILLED
+    lab.killed("adamw", state, MADE)
     fine(lab.resume(state))
     assert_same(state, whole)
 
@@ -322,28 +336,31 @@ def test_a_signal_stops_in_order(
     assert_same(state, whole)
 
 
-@pytest.mark.parametrize(("at", "nth"), [("step after train 5", 2), ("write half */optimizer.safetensors", 3)])
+MOMENTUM = [("step after train 5", 2), ("write half */optimizer.safetensors", 3)]
+
+
+@pytest.mark.parametrize(("at", "nth"), MOMENTUM)
 def test_momentum_and_accumulation(lab: Lab, tmp_path: Path, at: str, nth: int) -> None:
     whole, state = lab.uninterrupted("sgd"), tmp_path / "state"
     assert learned(whole) != learned(lab.uninterrupted("adamw"))
-    assert lab.run("sgd", state, at=at, nth=nth).status == KILLED
+    lab.killed("sgd", state, at, nth)
     fine(lab.resume(state))
     assert_same(state, whole)
 
 
-@pytest.mark.parametrize(
-    ("at", "begun"),
-    [
-        ("step after head 3", ["head at 2", "both at 0"]),
-        ("rename after */00-head-finished", ["head at the end", "both at 0"]),
-        ("step after both 5", ["head at the end", "both at 4"]),
-        ("rename after */01-both-finished", ["head at the end", "both at the end"]),
-        ("evaluate before *", ["head at the end", "both at the end"]),
-    ],
-)
+PHASES = [
+    ("step after head 3", ["head at 2", "both at 0"]),
+    ("rename after */00-head-finished", ["head at the end", "both at 0"]),
+    ("step after both 5", ["head at the end", "both at 4"]),
+    ("rename after */01-both-finished", ["head at the end", "both at the end"]),
+    ("evaluate before *", ["head at the end", "both at the end"]),
+]
+
+
+@pytest.mark.parametrize(("at", "begun"), PHASES)
 def test_finished_phases_are_loaded_not_repeated(lab: Lab, tmp_path: Path, at: str, begun: list[str]) -> None:
     whole, state = lab.uninterrupted("phases"), tmp_path / "state"
-    assert lab.run("phases", state, at=at).status == KILLED
+    lab.killed("phases", state, at)
     resumed = lab.resume(state)
     fine(resumed)
     first = resumed.moments[: resumed.moments.index("log after task committed 0-1")]
@@ -370,30 +387,46 @@ def pictures(folder: Path, classes: Sequence[str], each: int = 8) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    ("at", "nth"),
-    [
-        pytest.param("protect batch", 1, id="in the reference pass"),
-        pytest.param("protect batch", 4, id="in its second look, with A moved in memory"),
-        pytest.param("protect after 1", 1, id="after the reference pass"),
-        pytest.param("step after train 5", 1, id="in the first task, with the reference protected"),
-        pytest.param("protect before 1", 1, id="before the first task's pass"),
-        pytest.param("protect batch", 6, id="in the first task's pass"),
-        pytest.param("protect after 2", 1, id="after the first task's pass"),
-        pytest.param("write half */tasks/.0000-0-1.tmp/protect.safetensors", 1, id="the memory is torn in a commit"),
-        pytest.param("step after train 5", 2, id="in the second task"),
-        pytest.param("protect before 2", 1, id="before the second task's pass"),
-        pytest.param("rename after */tasks/0001-2-3", 1, id="a commit is there and not in the journal"),
-    ],
-)
+PROTECTING: list[tuple[str, str, int]] = [
+    ("in the reference pass", "protect batch", 1),
+    ("in its second look, with A moved in memory", "protect batch", 4),
+    ("after the reference pass", "protect after 1", 1),
+    ("in the first task, with the reference protected", "step after train 5", 1),
+    ("before the first task's pass", "protect before 1", 1),
+    ("in the first task's pass", "protect batch", 6),
+    ("after the first task's pass", "protect after 2", 1),
+    ("the memory is torn in a commit", "write half */tasks/.0000-0-1.tmp/protect.safetensors", 1),
+    ("in the second task", "step after train 5", 2),
+    ("before the second task's pass", "protect before 2", 1),
+    ("a commit is there and not in the journal", "rename after */tasks/0001-2-3", 1),
+]
+
+
+@pytest.mark.parametrize(("at", "nth"), [pytest.param(at, nth, id=what) for what, at, nth in PROTECTING])
 def test_killed_under_protection(lab: Lab, tmp_path: Path, at: str, nth: int) -> None:
     """The memory of what is protected is of the commits alone: a pass that was killed is made again."""
     whole, state = lab.uninterrupted("protect"), tmp_path / "state"
-    assert lab.run("protect", state, at=at, nth=nth).status == KILLED
+    lab.killed("protect", state, at, nth)
     assert_whole(state)
     fine(lab.resume(state))
     assert_same(state, whole)
     assert any(name.endswith("protect.safetensors") for name in learned(state))
+
+
+FIRST_KILLS: dict[str, list[tuple[str, int]]] = {
+    "adamw": list(
+        dict.fromkeys(
+            [
+                *((at, nth) for _, at, nth in KILLS),
+                *(first for _, first, _ in TWICE),
+                *((at, 1) for at in [*MAKING, MADE]),
+            ]
+        )
+    ),
+    "sgd": MOMENTUM,
+    "phases": [(at, 1) for at, _ in PHASES],
+    "protect": [(at, nth) for _, at, nth in PROTECTING],
+}
 
 
 def test_a_signal_while_features_are_protected(lab: Lab, tmp_path: Path) -> None:
@@ -489,7 +522,7 @@ def test_a_process_of_its_own_is_killed_and_resumed(lab: Lab, tmp_path: Path) ->
     whole, state = lab.uninterrupted("adamw"), tmp_path / "state"
     at = f"write half {STEP_4}/pet.safetensors"
     arguments = ("run", lab.recipe("adamw"), "--out", state, "-q")
-    request = lab.request(*arguments, at=at, nth=2, signum=signal.SIGKILL)
+    request = lab.request(*arguments, deaths=[Death(at, 2)])
     command = [sys.executable, SERVER, "once", json.dumps(request)]
     assert subprocess.run(command, timeout=150).returncode == KILLED
     assert lab.outcome(request, KILLED).moments[-1].startswith("write half")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,9 +15,10 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from test_distributed import finish, start
+from test_distributed import finish, start_warm
 from test_distributed import tensors as tensors_of
 from tiny import tiny_language_model
+from warm import Warm
 
 from perpetune.cli import call
 from perpetune.data.texts.view import TextView
@@ -461,11 +463,12 @@ def test_batches_by_length_pad_less_and_hold_every_example(folders: dict[str, Pa
     assert orders[1] != rows  # another epoch, other batches
 
 
-def test_two_processes_are_one(folders: dict[str, Path], data: Path, tmp_path: Path) -> None:
+def test_two_processes_are_one(warm: Warm, folders: dict[str, Path], data: Path, tmp_path: Path) -> None:
     content = recipe(folders["llama"], data, protect={"energy": 0.9}, stream={"order": ["colors", "stories"]})
     content["train"] = {**content["train"], "accumulate": 2, "order": "length", "batch_size": 5}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
-    launched = start(["-m", "perpetune"], "run", tmp_path / "recipe.yaml", "--out", tmp_path / "two", "-q")
+    run = ("run", tmp_path / "recipe.yaml", "--out", tmp_path / "two", "-q")
+    launched = start_warm(warm, ["-m", "perpetune"], *run)
     Learner(content, tmp_path / "one").run()
     finish(launched)
     two, one = tensors_of(tmp_path / "two"), tensors_of(tmp_path / "one")
@@ -488,7 +491,8 @@ def test_blocks_computed_again_train_to_the_same_bits(kind: str, folders: dict[s
     found = []
     for again in (False, True):
         backbone = {"name": f"hf:{folders[kind]}", "gradient_checkpointing": again}
-        learner = Learner(recipe(folders[kind], data, backbone=backbone, protect={"energy": 0.9}))
+        stream = {"order": ["colors", "stories"]}
+        learner = Learner(recipe(folders[kind], data, backbone=backbone, protect={"energy": 0.9}, stream=stream))
         learner.run()
         found.append(learned(learner))
     assert found[0] == found[1]
@@ -508,11 +512,18 @@ def test_half_precision_trains(folders: dict[str, Path], data: Path) -> None:
 # -- the command line, and data that are bad ----------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def begun(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A state folder that has learned nothing yet; only read."""
+    folder = tmp_path_factory.mktemp("begun") / "state"
+    Learner(recipe(folders["llama"], train={"epochs": 1, "batch_size": 8}), folder)
+    return folder
+
+
 @pytest.fixture
-def state(folders: dict[str, Path], tmp_path: Path) -> Path:
-    """A state folder that has learned nothing yet."""
-    Learner(recipe(folders["llama"], train={"epochs": 1, "batch_size": 8}), tmp_path / "state")
-    return tmp_path / "state"
+def state(begun: Path, tmp_path: Path) -> Path:
+    """A copy of `begun` to write to."""
+    return Path(shutil.copytree(begun, tmp_path / "state"))
 
 
 BAD = [

@@ -8,6 +8,7 @@ the same way, under `perpetune.sections`; no recipe names them.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import typing
@@ -139,6 +140,7 @@ def load_dotted(path: str) -> Any:
         raise UsageError(f"cannot load {path!r} (PACKAGE.MODULE:NAME is expected): {error}") from error
 
 
+@functools.cache
 def schema(target: Any) -> type[BaseModel]:
     """The keyword-only arguments of a class or function, as a strict pydantic model."""
     function = target.__init__ if inspect.isclass(target) else target
