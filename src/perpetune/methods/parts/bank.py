@@ -131,9 +131,11 @@ class Bank(nn.Module):
 
         Where there are classes, those of the set's tasks come before all others.
         """
-        model = self.model
+        model, asked = self.model, Inputs.of(inputs)
         if not isinstance(model, Classifier):
-            return self._asked(inputs, by, model.predict)
+            if asked.options is None:  # what is generated ends at another place in each group
+                return self._asked(asked, by, model.predict)
+            return self._at_once(asked, by, model.predict)
         features = self.features(inputs, by)
         whole = features.new_empty(len(by), len(model.classes), dtype=torch.float32)
         for slot, rows in _by_slot(by).items():
@@ -145,22 +147,23 @@ class Bank(nn.Module):
         return whole
 
     def features(self, inputs: Inputs, by: Sequence[int]) -> Tensor:
-        """Features of each input by the set chosen for it: in one pass, where the sets are of one shape.
+        """Features of each input by the set chosen for it."""
+        return self._at_once(Inputs.of(inputs), by, self.model.features)
 
-        A language model that has to generate or to score options puts further rows beside each question, so there each
-        set has a pass of its own.
-        """
+    def _at_once(self, inputs: Inputs, by: Sequence[int], ask: Callable[[Inputs], Tensor]) -> Tensor:
+        """What `ask(inputs)` gives in one pass with the chosen set in force for each input; a pass for each set where
+        they are not of one shape."""
         used = sorted(set(by))
         names = tuple(map(set_name, used))
-        if not isinstance(self.model, Classifier) or not blendable(self.model, names):
-            return self._asked(inputs, by, self.model.features)
+        if not blendable(self.model, names):
+            return self._asked(inputs, by, ask)
         place = {slot: position for position, slot in enumerate(used)}
         with using(self.model, Choice(names, torch.tensor([[place[slot]] for slot in by]))):
-            return self.model.features(inputs)
+            return ask(inputs)
 
     def _asked(self, inputs: Inputs, by: Sequence[int], ask: Callable[[Inputs], Tensor]) -> Tensor:
         """What `ask(inputs)` gives with each set in force; narrower rows are filled up."""
-        inputs, parts = Inputs.of(inputs), list[tuple[list[int], Tensor]]()
+        parts: list[tuple[list[int], Tensor]] = []
         for slot, rows in _by_slot(by).items():
             with self.acting(set_name(slot)):
                 parts.append((rows, ask(inputs.rows(rows))))
