@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from perpetune import check
-from perpetune.check import check_method
+from perpetune.check import Checker, check_method, rules
 from perpetune.errors import UsageError
-from perpetune.fit import FitConfig
+from perpetune.fit import FitConfig, fit
 from perpetune.methods.finetune import FineTune
 from perpetune.models.classifier import Classifier
+from perpetune.pets import copy_set, parameters, using
 from perpetune.tasks import Task
 
 METHODS = [
@@ -33,7 +33,11 @@ METHODS = [
     ("finetune", ("head.name=ridge", "head.projection=40", "protect=true")),
     ("finetune", ("head=ncm", "protect.renew=true")),
     ("finetune", ("protect.renew=true", "protect.start=leading", "protect.rest=5", "merge=falling")),
+    ("finetune", ("pets.low={name: lora, blocks: [0]}", "pets.high={name: adapter, blocks: [1]}", "pet=none")),
+    ("finetune", ("pets.low={name: lora, blocks: [0]}", "protect.renew=[low]")),
     ("frozen", ("head=ncm",)),
+    ("frozen", ("head=lm", "pet=none")),
+    ("olora", ()),
     ("frozen", ("head.name=ridge", "head.projection=40", "head.balance=true", "pet=none")),
     ("first_session", ("head.name=ridge", "head.projection=200")),
     ("first_session", ("head=ncm", "concat=true", "pet=adapter")),
@@ -163,27 +167,56 @@ class ForgetsItsPhase(Breaker):
         super().learn(task)
 
 
+class ForgetsItsGuard(Breaker):
+    """Trains without what keeps the optimizer out of old directions."""
+
+    def companions(self) -> list[Any]:
+        return []
+
+
+class AnswersWithAnUnprotectedCopy(Breaker):
+    """Trains the first set, and says that what answers, its average, is what it trains: the guard holds the average."""
+
+    def __init__(self, model: Classifier, *, train: FitConfig):
+        super().__init__(model, train=train)
+        copy_set(model, "default", "average")
+        self.trained = self.answering = ("average",)
+
+    def learn(self, task: Task) -> None:
+        self.model.grow(task)
+        fit(self.loss, self.groups(self.train_config, ["default"]), task, self.train_config)
+        with torch.no_grad():
+            for own, mean in zip(parameters(self.model, "default"), parameters(self.model, "average"), strict=True):
+                mean.lerp_(own, 0.5)
+
+    def loss(self, task: Task, batch: Any) -> Tensor:
+        with using(self.model, "default"):
+            return self.model.loss(task, batch)
+
+
 # Each with the rule that has to catch it, and a part of what is said.
-BROKEN: dict[type, tuple[Callable[[check.Checker], None], str]] = {
-    MovesTheBackbone: (check.backbone_untouched, "bit-identical"),
-    LeavesGradientsOn: (check.only_own_parameters_trained, "requires_grad"),
-    DrawsFromTheGlobalGenerator: (check.global_generators_untouched, "global generator"),
-    IsNotRepeatable: (check.same_seed_same_result, "same seed"),
-    HidesMemory: (check.checkpoint_round_trip, "brings everything back"),
-    LooksAtItsCompanions: (check.batch_companions_do_not_matter, "batch companions"),
-    ScoresUnseenClasses: (check.scores_only_for_classes_seen, "one score for each class"),
-    WantsTheTask: (check.nothing_but_images_reaches_predict, "takes images alone"),
-    LooksAtTheTest: (check.nothing_but_images_reaches_predict, "takes images alone"),
-    NeedsTwoClasses: (check.small_tasks, "a task of one class"),
-    ForgetsItsPhase: (check.stopping_inside_a_task_changes_nothing, "entered again"),
+BROKEN: dict[type, tuple[Callable[[Checker], None], str]] = {
+    MovesTheBackbone: (rules.backbone_untouched, "bit-identical"),
+    LeavesGradientsOn: (rules.only_own_parameters_trained, "requires_grad"),
+    DrawsFromTheGlobalGenerator: (rules.global_generators_untouched, "global generator"),
+    IsNotRepeatable: (rules.same_seed_same_result, "same seed"),
+    HidesMemory: (rules.checkpoint_round_trip, "brings everything back"),
+    LooksAtItsCompanions: (rules.batch_companions_do_not_matter, "batch companions"),
+    ScoresUnseenClasses: (rules.scores_only_for_classes_seen, "one score for each class"),
+    WantsTheTask: (rules.nothing_but_inputs_reaches_predict, "takes inputs alone"),
+    LooksAtTheTest: (rules.nothing_but_inputs_reaches_predict, "takes inputs alone"),
+    NeedsTwoClasses: (rules.small_tasks, "a task of one class"),
+    ForgetsItsGuard: (rules.protection_protects, "the worst site moves"),
+    AnswersWithAnUnprotectedCopy: (rules.protection_protects, "the optimizer trains the set of pets 'default'"),
+    ForgetsItsPhase: (rules.stopping_inside_a_task_changes_nothing, "entered again"),
 }
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda kind: kind.__name__)
 def test_each_rule_catches_a_method_that_breaks_it(broken: type, monkeypatch: pytest.MonkeyPatch) -> None:
     rule, says = BROKEN[broken]
-    assert rule in check.RULES
-    monkeypatch.setattr(check, "RULES", (rule,))  # the others take the most of the time
+    assert rule in rules.RULES
+    monkeypatch.setattr(rules, "RULES", (rule,))  # the others take the most of the time
     outcomes = check_method(f"{__name__}:{broken.__name__}")
     faults = " ".join(f"{o.rule}: {o.fault}" for o in outcomes if o.fault is not None)
     assert says in faults

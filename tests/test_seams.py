@@ -193,7 +193,7 @@ def test_the_contract_holds_where_sums_are_carried(
     method: str, changes: tuple[str, ...], taps: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = check.tiny_backbone
-    monkeypatch.setattr(check, "tiny_backbone", lambda: plain().tap(taps))
+    monkeypatch.setattr("perpetune.check.pictures.tiny_backbone", lambda: plain().tap(taps))
     faults = [f"{o.rule}: {o.fault}" for o in check_method(method, changes) if o.fault is not None]
     assert faults == []
 

@@ -42,7 +42,7 @@ def tapped(monkeypatch: pytest.MonkeyPatch) -> None:
     def made() -> Backbone:
         return plain().tap(TAPS)
 
-    monkeypatch.setattr(check, "tiny_backbone", made)
+    monkeypatch.setattr("perpetune.check.pictures.tiny_backbone", made)
 
 
 @every_method

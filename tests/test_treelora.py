@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from perpetune.build import build_method
-from perpetune.check import SIZE, Pictures, tiny_backbone
+from perpetune.check import SIZE, Pictures, rules, tiny_backbone
 from perpetune.cli import call
 from perpetune.errors import Interrupted, StateError, UsageError
 from perpetune.evaluate import evaluate
@@ -878,9 +878,7 @@ def test_what_is_told_is_what_the_report_reads(whole: dict[str, Path]) -> None:
 
 def test_the_command_checks_it(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """All rules are in test_contract.py."""
-    from perpetune import check
-
-    monkeypatch.setattr(check, "RULES", check.RULES[:1])
+    monkeypatch.setattr(rules, "RULES", rules.RULES[:1])
     assert call(["check", "treelora", "--set", "start=last"]) == 0
     assert "bit-identical" in capsys.readouterr().out
 

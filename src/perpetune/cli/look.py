@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as json_text
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -179,18 +179,21 @@ def check(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="An option of the method, or head=, pet= or protect=."),
     ] = None,
+    on: Annotated[
+        Literal["pictures", "texts"] | None, typer.Option(help="This kind alone; else every kind that the method fits.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Run the contract tests on a method, yours or ours."""
     from perpetune.check import check_method
     from perpetune.cli.common import print_json
 
-    outcomes = check_method(method, change or [])
+    outcomes = check_method(method, change or [], on)
     if json:
-        print_json([{"rule": o.rule, "holds": o.fault is None, "fault": o.fault} for o in outcomes])
+        print_json([{"on": o.on, "rule": o.rule, "holds": o.fault is None, "fault": o.fault} for o in outcomes])
     else:
         for o in outcomes:
-            print(f"{'ok  ' if o.fault is None else 'FAIL'}  {o.rule}" + (f": {o.fault}" if o.fault else ""))
+            print(f"{'ok  ' if o.fault is None else 'FAIL'}  {o.on}: {o.rule}" + (f": {o.fault}" if o.fault else ""))
     if any(o.fault is not None for o in outcomes):
         raise typer.Exit(1)
 

@@ -60,6 +60,7 @@ class Method(nn.Module, ABC):
             default those that are trained.
         private: names of sets that are trained and that no later task uses, so that `protect:` may leave them free.
         sometimes: names of those in `trained` that a task need not use (members of a pool).
+        leaks: why old outputs move under `protect:` all the same, where the method is made so; else empty.
         protection: what keeps old answers as they are, where the recipe has a `protect:` section.
     """
 
@@ -81,6 +82,7 @@ class Method(nn.Module, ABC):
         self.answering: InForce = self.trained or None
         self.private: tuple[str, ...] = ()
         self.sometimes: tuple[str, ...] = ()
+        self.leaks = ""
         self.protection: Protection | None = None
 
     @property

@@ -90,8 +90,8 @@ class Model(nn.Module, ABC):
         yield
 
     def observe(self, inputs: Inputs) -> None:
-        """One pass as at prediction, for those who watch what flows through the model."""
-        self.predict(inputs)
+        """One pass of the net as at prediction, for those who watch what flows through it."""
+        self.features(inputs)
 
     def trained(self) -> list[nn.Parameter]:
         """What is trained by gradient beside the pets."""
