@@ -19,7 +19,7 @@ from perpetune.errors import MissingExtra, PerpetuneError, UsageError
 from perpetune.models import backbones, language
 from perpetune.models.backbone import Backbone
 from perpetune.models.backbones import load_backbone
-from perpetune.models.families import LINEAR_ROLES, family_of, places, roles
+from perpetune.models.families import LINEAR_ROLES, places, roles, towers
 from perpetune.models.preprocess import Preprocess
 from perpetune.pets import Place, inject, parameters, slots, using
 from perpetune.pets.adapter import Adapter
@@ -192,7 +192,7 @@ def test_blocks_of_several_kinds(folders: dict[str, Path]) -> None:
     net = load_backbone(f"hf:{folders['llama']}").net
     net.set_submodule("model.layers.0.self_attn", nn.Identity())
     net.set_submodule("model.layers.1.mlp", nn.Identity())
-    assert family_of(net)[1].name == "Llama and its kin"
+    assert towers(net)["text"].family.name == "Llama and its kin"
     assert [p.path for p in places(net, ["q", "fc1"])] == [
         "model.layers.0.mlp.up_proj",
         "model.layers.1.self_attn.q_proj",
@@ -202,7 +202,7 @@ def test_blocks_of_several_kinds(folders: dict[str, Path]) -> None:
     assert len(places(net, ["operations"])) == 4 + 3 + 2 * 2 + 1
 
 
-def test_a_tower_for_pictures_is_passed_over() -> None:
+def test_the_tower_for_texts_answers_where_a_language_model_takes_pictures_too() -> None:
     """It comes before the language model, and its blocks are named alike."""
     from transformers import AutoModelForCausalLM, Gemma3Config
 
@@ -212,7 +212,11 @@ def test_a_tower_for_pictures_is_passed_over() -> None:
     net = AutoModelForCausalLM.from_config(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4))
     assert [p.path for p in places(net, ["q"])] == ["model.language_model.layers.0.self_attn.q_proj"]
     inject(net, places(net, ["q"]), lora)
-    assert family_of(net)[0] == "model.language_model"
+    assert [(name, tower.path) for name, tower in towers(net).items()] == [
+        ("text", "model.language_model"),
+        ("picture", "model.vision_tower"),
+    ]
+    assert [p.path for p in places(net, ["picture.fc1"])] == ["model.vision_tower.encoder.layers.0.mlp.fc1"]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -13,7 +13,6 @@ from perpetune.models.backbone import Backbone
 from perpetune.models.backbones import load_backbone
 from perpetune.models.base import Model
 from perpetune.models.classifier import Classifier
-from perpetune.models.families import places
 from perpetune.pets import inject
 from perpetune.protection.protection import Protection
 from perpetune.protection.sites import pet_sites
@@ -38,7 +37,7 @@ def build_method(recipe: Recipe, backbone: Backbone) -> Method:
                 f"pet: {recipe.pet.name} adds tokens, which have no place in the order of a text: use lora or adapter"
             )
         at = kind.default_at if recipe.pet.at is None else recipe.pet.at
-        inject(backbone.net, places(backbone.net, at, recipe.pet.blocks), lambda place: kind(place, rng, **options))
+        inject(backbone.net, backbone.pet_places(at, recipe.pet.blocks), lambda place: kind(place, rng, **options))
     with own_global_state(recipe.seed, "method"):
         model = _build_model(recipe, backbone)
         method: Method = registry.find("methods", recipe.method.name)(model, **recipe.method_options())
