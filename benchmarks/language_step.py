@@ -181,7 +181,9 @@ def main() -> None:
 
     def task() -> Task:
         """New each time, so that its tokens are not known yet."""
-        train, test = (TextSet(table, range(len(texts)), (), view, purpose) for purpose in ("training", "test"))
+        train, test = (
+            TextSet(table, range(len(texts)), (), method.model.view, purpose) for purpose in ("training", "test")
+        )
         return Task(0, "task", (), train, test=test, runtime=Runtime(device=device))
 
     out = {

@@ -676,7 +676,7 @@ def test_exported_it_says_the_same_in_peft(done: Learner, folders: dict[str, Pat
 
     assert call(["export", str(done.state.folder), str(tmp_path / "out")]) == 0
     net = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folders["llama"]), tmp_path / "out")
-    view = done.backbone.preprocess
+    view = done.method.model.view
     assert isinstance(view, TextView)
     for prompt in ("grass 30 is", "1 capital of Italy?"):
         ids = torch.tensor([view.tokenizer(prompt)["input_ids"]])

@@ -146,7 +146,7 @@ def test_a_net_of_one_tower_knows_its_name_too() -> None:
     net = ViTModel(ViTConfig(**PICTURE))
     assert [p.path for p in places(net, ["picture.q"])] == [p.path for p in places(net, ["q"])]
     assert "picture.q" not in roles(net)
-    with pytest.raises(UsageError, match="role 'text.q': ViTModel has no tower 'text'; its towers are picture"):
+    with pytest.raises(UsageError, match=r"role 'text.q': ViTModel has no tower 'text'; its towers are picture"):
         places(net, ["text.q"])
 
 

@@ -13,6 +13,8 @@ from perpetune.models.backbone import Backbone
 from perpetune.models.backbones import load_backbone
 from perpetune.models.base import Model
 from perpetune.models.classifier import Classifier
+from perpetune.models.preprocess import Preprocess
+from perpetune.models.texts import TextView
 from perpetune.pets import inject
 from perpetune.protection.protection import Protection
 from perpetune.protection.sites import pet_sites
@@ -67,7 +69,7 @@ def _build_model(recipe: Recipe, backbone: Backbone) -> Model:
     if issubclass(head, Model):
         model: Model = head(backbone, **options)
         return model
-    made = head(backbone.dim, **options)
+    made = head.of(backbone, **options)
     if backbone.taps is not None:
         made.train_on(backbone.end)  # what is trained by the loss of one block's tokens is every block before it
     return Classifier(backbone, made)
@@ -80,15 +82,15 @@ def build_protection(recipe: Recipe, method: Method) -> Protection:
     return Protection(sites, recipe.protect, still=loose, seed=recipe.seed)
 
 
-def build_data(recipe: Recipe, backbone: Backbone) -> Stream:
-    """The stream of tasks, images not yet read."""
+def build_data(recipe: Recipe, view: Preprocess | TextView) -> Stream:
+    """The stream of tasks, images not yet read; `view` says how pictures or texts are prepared."""
     if recipe.data is None:
         raise UsageError(
             f"recipe {recipe.name} names no data: add a `data:` section, or feed it with `perpetune update`"
         )
     options = registry.options("data", recipe.data.name, recipe.data.options)
     source: Source = registry.find("data", recipe.data.name)(**options)
-    return build_stream(source, recipe.stream, backbone.preprocess, seed=recipe.seed)
+    return build_stream(source, recipe.stream, view, seed=recipe.seed)
 
 
 def build_runtime(recipe: Recipe) -> Runtime:

@@ -156,7 +156,7 @@ class Learner:
         self._learned = ""  # the last task folder that is part of `method`
         self._halfway = False  # whether `method` was left inside a task
         keeps_data = self.method.needs_earlier_data
-        self._tasks = TaskSequence(recipe, self.backbone, self.runtime, keeps_data=keeps_data)
+        self._tasks = TaskSequence(recipe, self.method.model.view, self.runtime, keeps_data=keeps_data)
 
     def _model_document(self) -> dict[str, Any]:
         pets = [m for m in self.method.modules() if isinstance(m, PET)]
@@ -376,7 +376,7 @@ class Learner:
             DataError: a prompt cannot be put into the model's form; says which.
         """
         self._need_learned("texts")
-        view, found = self.backbone.preprocess, []
+        view, found = self.method.model.view, []
         assert isinstance(view, TextView)
         chosen = tuple(option.strip() for option in options or ())
         if options is not None and (not all(chosen) or len(set(chosen)) < max(1, len(chosen))):
@@ -415,7 +415,7 @@ class Learner:
     def _pixels(
         self, images: Sequence[str | Path | Image] | Tensor, start: int, unreadable: list[str] | None
     ) -> tuple[list[str], Tensor]:
-        view = self.backbone.preprocess
+        view = self.method.model.view
         assert isinstance(view, Preprocess)
         if isinstance(images, Tensor):
             if images.dtype != torch.uint8 or images.shape[1:] != (3, view.size, view.size):

@@ -18,7 +18,8 @@ from perpetune.data.stream import Stream, StreamOptions, single_task
 from perpetune.data.tasks import ImageSet, TableSet, TaskData
 from perpetune.data.text import several
 from perpetune.errors import DataError, UsageError
-from perpetune.models.backbone import Backbone
+from perpetune.models.preprocess import Preprocess
+from perpetune.models.texts import TextView
 from perpetune.recipe import Recipe
 from perpetune.run import Step
 from perpetune.runtime import Runtime
@@ -35,13 +36,13 @@ class TaskSequence:
 
     Args:
         recipe: its `data:` and `stream:` sections say where tasks come from and how they are cut.
-        backbone: says how pictures or texts are prepared.
+        view: says how pictures or texts are prepared.
         runtime: handed on with every task; told of everything that is left out.
         keeps_data: whether tasks bring all earlier ones along, as the upper bounds need.
     """
 
-    def __init__(self, recipe: Recipe, backbone: Backbone, runtime: Runtime, *, keeps_data: bool):
-        self.recipe, self.backbone, self.runtime, self.keeps_data = recipe, backbone, runtime, keeps_data
+    def __init__(self, recipe: Recipe, view: Preprocess | TextView, runtime: Runtime, *, keeps_data: bool):
+        self.recipe, self.view, self.runtime, self.keeps_data = recipe, view, runtime, keeps_data
         self._stream: Stream | None = None
         self._reference: tuple[ImageSet, list[str]] | None = None
         self._tasks: dict[int, Task] = {}
@@ -51,7 +52,7 @@ class TaskSequence:
     def stream(self) -> Stream:
         """The recipe's stream of tasks."""
         if self._stream is None:
-            self._stream = build_data(self.recipe, self.backbone)
+            self._stream = build_data(self.recipe, self.view)
         return self._stream
 
     def of_stream(self, index: int, committed: Sequence[Committed]) -> Step:
@@ -99,7 +100,7 @@ class TaskSequence:
         """The recipe's reference pictures, with a line for each that cannot be read; None where it names none."""
         reference = self.recipe.protect.reference if self.recipe.protect else None
         if reference is not None and self._reference is None:
-            self._reference = reference_pictures(reference.path, self.backbone.preprocess, self.recipe.stream)
+            self._reference = reference_pictures(reference.path, self.view, self.recipe.stream)
         return self._reference
 
     def _first(self, index: int) -> ImageSet | None:
@@ -172,7 +173,7 @@ class TaskSequence:
 
     def origin(self, data: str | Path) -> Origin:
         """The data section that a path or id stands for."""
-        return origin_of(data, self.backbone.takes)
+        return origin_of(data, self.view.takes)
 
     def _place(self, origin: Origin | str) -> str:
         """Where data came from, for messages."""
@@ -184,7 +185,7 @@ class TaskSequence:
     def _single(
         self, source: Source, index: int, name: str, holdout: float, options: StreamOptions | None = None
     ) -> TaskData:
-        options, seed, view = options or self.recipe.stream, self.recipe.seed, self.backbone.preprocess
+        options, seed, view = options or self.recipe.stream, self.recipe.seed, self.view
         return single_task(source, options, view, index=index, name=name, seed=seed, holdout=holdout)
 
     def _checked(self, data: TaskData, learned: Sequence[str] | None = None) -> TaskData:

@@ -90,7 +90,7 @@ def _answer(learner: Learner, inputs: list[str], top: int, options: str | None, 
         found = [dataclasses.replace(a, options=a.options[:top]) for a in found]
     cut = [a.cut for a in found if a.cut]
     if cut:
-        view = learner.backbone.preprocess
+        view = learner.method.model.view
         assert isinstance(view, TextView)
         room = ", with room for an answer," if view.answers else ""
         print(

@@ -24,7 +24,7 @@ class Head(nn.Module, ABC):
     trained, the method shows it the training data once: `expect`, `observe` for each batch, `flush`, `settle`.
     While features are trained, its `logits` come from a probe that takes no part in the prediction.
 
-    Options in the recipe are the keyword-only arguments of `__init__`; `dim` comes from the backbone.
+    Options in the recipe are the keyword-only arguments of `__init__`; `of` says what it takes from the backbone.
     """
 
     statistics: ClassVar[bool] = False
@@ -35,6 +35,17 @@ class Head(nn.Module, ABC):
         super().__init__()
         self.dim = dim
         self.classes: list[str] = []
+
+    @classmethod
+    def of(cls, backbone: Any, **options: Any) -> Head:
+        """The head for a `models.backbone.Backbone`: of most heads the width of its features is all that counts.
+
+        A head that needs more than features, such as a tower of `backbone.net` for texts, takes it here.
+
+        Raises:
+            UsageError: the backbone lacks what the head needs.
+        """
+        return cls(backbone.dim, **options)
 
     @abstractmethod
     def forward(self, features: Tensor) -> Tensor:

@@ -47,9 +47,9 @@ class CausalLM(Model):
         max_new_tokens: Annotated[int, Field(ge=1)] = 64,
     ):
         super().__init__(backbone)
-        assert isinstance(backbone.preprocess, TextView)
-        self.view, self.max_new_tokens = backbone.preprocess, max_new_tokens
-        self.nothing = self.view.pad
+        assert isinstance(self.view, TextView)
+        self.view: TextView
+        self.max_new_tokens, self.nothing = max_new_tokens, self.view.pad
         if max_new_tokens >= self.view.max_length:
             raise UsageError(
                 f"head.max_new_tokens is {max_new_tokens}, and {backbone.spec} takes {self.view.max_length} tokens, "
@@ -121,7 +121,7 @@ class CausalLM(Model):
         """How answers are generated; `ends`: tokens that the model ends with, beside the tokenizer's."""
         from transformers import GenerationConfig
 
-        self.view.ends |= set([ends] if isinstance(ends, int) else ends or [])
+        self.view.ends = self.view.ends | set([ends] if isinstance(ends, int) else ends or [])
         return GenerationConfig(
             do_sample=False,
             max_new_tokens=self.max_new_tokens,

@@ -37,8 +37,8 @@ class Classifier(Model):
         super().__init__(backbone)
         self.head, self.mask = head, mask
         self.seen: list[str] = []
-        if isinstance(view := backbone.preprocess, TextView):  # a question is read alone, and nothing is said after it
-            view.chooses, view.room = False, 0
+        if isinstance(self.view, TextView):  # a question is read alone, and nothing is said after it
+            self.view.chooses, self.view.room = False, 0
 
     @property
     def classes(self) -> list[str]:
