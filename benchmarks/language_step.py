@@ -24,11 +24,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from perpetune.build import build_method
+from perpetune.build import build_method, load_backbone
 from perpetune.data.tasks import TextSet
 from perpetune.data.texts import Row, TextTable
 from perpetune.evaluate import evaluate
-from perpetune.models.backbones import load_backbone
 from perpetune.models.texts import Text
 from perpetune.recipe import make_recipe
 from perpetune.runtime import Runtime, pick_device

@@ -33,10 +33,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perpetune.build import build_method
+from perpetune.build import build_method, load_backbone
 from perpetune.fit import fit
 from perpetune.methods.resemblance import Search
-from perpetune.models.backbones import load_backbone
 from perpetune.models.texts import Encoded, TextView
 from perpetune.numerics.signature import distance, normalised
 from perpetune.numerics.similarity_tree import LowerConfidenceSearch, Node, SimilarityTree

@@ -11,11 +11,11 @@ from tiny import tiny_language_model
 from torch import Tensor
 from torch.nn import functional as F
 
+from perpetune.build import load_backbone
 from perpetune.errors import UsageError
 from perpetune.heads.linear import Linear
 from perpetune.models import causal_lm
 from perpetune.models.backbone import Backbone
-from perpetune.models.backbones import load_backbone
 from perpetune.models.causal_lm import CausalLM
 from perpetune.models.classifier import Classifier
 from perpetune.models.texts import Text, TextView

@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_language_model
 from torch import Tensor, nn
 
+from perpetune.build import load_backbone
 from perpetune.check import Checker
 from perpetune.errors import PerpetuneError, StateError, UsageError
 from perpetune.export import export_learned, read_peft, write_peft
 from perpetune.methods.treelora import TreeLoRA
 from perpetune.models.backbone import Backbone
-from perpetune.models.backbones import load_backbone
 from perpetune.models.families import places
-from perpetune.models.from_transformers import class_token
+from perpetune.models.loaders.vit import class_token
 from perpetune.models.preprocess import Preprocess
 from perpetune.pets import PET, Place, inject, parameters, pets, remove, slots, using
 from perpetune.pets.lora import LoRA

@@ -14,14 +14,13 @@ import torch
 from tiny import tiny_language_model, vit_folder
 from torch import Tensor, nn
 
-from perpetune.build import build_method
+from perpetune.build import build_method, load_backbone
 from perpetune.check import Pictures, tiny_backbone
 from perpetune.errors import UsageError
 from perpetune.fit import FitConfig, fit
 from perpetune.heads.linear import Linear
 from perpetune.methods.gradients import GradientSketch, in_groups
 from perpetune.methods.treelora import TreeLoRA
-from perpetune.models.backbones import load_backbone
 from perpetune.models.base import Model
 from perpetune.models.causal_lm import CausalLM
 from perpetune.models.classifier import Classifier

@@ -17,7 +17,7 @@ from perpetune.errors import PerpetuneError, UsageError
 from perpetune.methods.base import Method
 from perpetune.methods.finetune import FineTune
 from perpetune.models.backbone import Backbone
-from perpetune.models.from_transformers import class_token
+from perpetune.models.loaders.vit import class_token
 from perpetune.models.preprocess import Preprocess
 from perpetune.pets import PET, Place, inject, parameters, pets, slots, using
 from perpetune.pets.adapter import Adapter

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import torch
 
 from perpetune import registry
@@ -10,7 +13,6 @@ from perpetune.data.stream import Stream, build_stream
 from perpetune.errors import UsageError
 from perpetune.methods.base import Method
 from perpetune.models.backbone import Backbone
-from perpetune.models.backbones import load_backbone
 from perpetune.models.base import Model
 from perpetune.models.classifier import Classifier
 from perpetune.models.preprocess import Preprocess
@@ -25,8 +27,33 @@ from perpetune.seeding import generator, own_global_state
 
 def build_backbone(recipe: Recipe) -> Backbone:
     """The frozen pretrained model, on the CPU."""
-    given = recipe.backbone.model_dump(exclude_none=True)
-    return load_backbone(given.pop("name"), seed=recipe.seed, **given)
+    return load_backbone(recipe.backbone.name, seed=recipe.seed, **recipe.backbone.model_dump(exclude={"name"}))
+
+
+def load_backbone(spec: str, *, seed: int = 0, **options: Any) -> Backbone:
+    """The frozen model that `PREFIX:REST` names, on the CPU, in evaluation mode.
+
+    Args:
+        spec: as in a recipe. Installed packages may bring prefixes by the entry point `perpetune.backbones`.
+        seed: decides random weights, which `pretrained=False` gives.
+        options: those of the prefix's loader (`perpetune methods` lists them); `taps`, blocks behind which features are
+            read, or `auto`; and `tokens`, which the taps read.
+
+    Raises:
+        UsageError: an unknown prefix or name (with the closest three), an option that the loader does not take, or
+            options that do not fit.
+        MissingExtra: the package that the prefix needs is not installed.
+        PerpetuneError: the weights cannot be fetched, or are not those of the model.
+    """
+    name = registry.loader_of(spec)
+    load, given = registry.find("backbones", name), registry.options("backbones", name, options)
+    taps, tokens = given.pop("taps"), given.pop("tokens")
+    kinds = {p.name: p.kind for p in inspect.signature(load).parameters.values()}
+    if "seed" in kinds or inspect.Parameter.VAR_KEYWORD in kinds.values():
+        given["seed"] = seed
+    with own_global_state("backbone", seed):
+        backbone: Backbone = load(spec.partition(":")[2], **given)
+    return backbone.tap(taps, tokens or "both")
 
 
 def build_method(recipe: Recipe, backbone: Backbone) -> Method:
@@ -45,7 +72,7 @@ def build_method(recipe: Recipe, backbone: Backbone) -> Method:
         method: Method = registry.find("methods", recipe.method.name)(model, **recipe.method_options())
     if isinstance(model, Classifier):
         model.head.ready()
-    if recipe.backbone.dtype == "float16" and recipe.run.precision != "fp16":
+    if recipe.backbone.options.get("dtype") == "float16" and recipe.run.precision != "fp16":
         raise UsageError(
             "backbone.dtype: float16 is trained with a scaled loss, else small gradients become zero: use it with "
             "run.precision: fp16, or dtype bfloat16"

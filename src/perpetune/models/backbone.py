@@ -142,8 +142,8 @@ class Backbone(nn.Module):
         """Sets the mode of the PETs; the frozen net stays in evaluation mode.
 
         Blocks that are to be computed again in the backward pass are the exception, for transformers does that only
-        in a block that is in training mode. Nothing else may depend on that mode: `models.language` loads nets
-        without dropout.
+        in a block that is in training mode. Nothing else may depend on that mode: `models.loaders.causal_lm` loads
+        nets without dropout.
         """
         super().train(mode)
         self.net.eval()

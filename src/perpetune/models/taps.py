@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 SOME, WIDE = 7, 6144  # what `auto` reads at most: blocks, and the width of the features
 
-Count = int | Literal["auto"]
+Count = Annotated[int, Field(ge=1)] | Literal["auto"]
 """Blocks that are read; `auto` is the last seven, or fewer where the features would be wider than 6144: sums over them
 grow with the square of that."""
 Read = Literal["class", "mean", "both"]
