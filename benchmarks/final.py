@@ -89,7 +89,7 @@ def main() -> None:
     runtime = build_runtime(recipe)
     method = build_method(recipe, backbone).to(runtime.device)
     joint = method.needs_earlier_data
-    sequence = TaskSequence(recipe, backbone, runtime, keeps_data=joint)
+    sequence = TaskSequence(recipe, method.model.view, runtime, keeps_data=joint)
     steps = [sequence.of_stream(index, []) for index in range(len(sequence.stream.tasks))]
     tasks, began = [method.model.posed(step.task) for step in steps], time.perf_counter()
     head: Head | None = getattr(method.model, "head", None)

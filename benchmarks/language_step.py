@@ -24,11 +24,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from perpetune.build import build_method
+from perpetune.build import build_method, load_backbone
 from perpetune.data.texts.examples import TextSet
 from perpetune.data.texts.tables import Row, Text, TextTable
 from perpetune.evaluate import evaluate
-from perpetune.models.backbones import load_backbone
 from perpetune.recipe import make_recipe
 from perpetune.runtime import Runtime, pick_device
 from perpetune.tasks import Task
@@ -180,7 +179,9 @@ def main() -> None:
 
     def task() -> Task:
         """New each time, so that its tokens are not known yet."""
-        train, test = (TextSet(table, range(len(texts)), (), view, purpose) for purpose in ("training", "test"))
+        train, test = (
+            TextSet(table, range(len(texts)), (), method.model.view, purpose) for purpose in ("training", "test")
+        )
         return Task(0, "task", (), train, test=test, runtime=Runtime(device=device))
 
     out = {

@@ -124,7 +124,7 @@ def main() -> None:
     recipe = load_recipe(given.recipe, changes)
     backbone, runtime = build_backbone(recipe), Runtime(device=pick_device("auto"))
     model = Classifier(backbone, Ridge(backbone.dim)).to(runtime.device)
-    tasks = build_data(recipe, backbone).tasks
+    tasks = build_data(recipe, model.view).tasks
     train = features([task.train for task in tasks], model, runtime)
     held = features([task.validation for task in tasks if task.validation is not None], model, runtime)
     found = []

@@ -20,9 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perpetune.build import build_method
+from perpetune.build import build_method, load_backbone
 from perpetune.methods.base import Method
-from perpetune.models.backbones import load_backbone
 from perpetune.pets import parameters, using
 from perpetune.recipe import make_recipe
 from perpetune.runtime import pick_device

@@ -23,12 +23,11 @@ from typing import Any
 
 import torch
 
-from perpetune.build import build_method
+from perpetune.build import build_method, load_backbone
 from perpetune.fit import fit
 from perpetune.methods.base import training
 from perpetune.methods.parts.teacher import Teacher
 from perpetune.methods.safe import FAST, SLOW, Safe
-from perpetune.models.backbones import load_backbone
 from perpetune.pets import using
 from perpetune.recipe import make_recipe
 from perpetune.runtime import Runtime, pick_device

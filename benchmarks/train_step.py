@@ -21,10 +21,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from perpetune.build import build_method
+from perpetune.build import build_method, load_backbone
 from perpetune.evaluate import evaluate
 from perpetune.fit import FitConfig
-from perpetune.models.backbones import load_backbone
 from perpetune.recipe import make_recipe
 from perpetune.runtime import Runtime, pick_device
 from perpetune.seeding import generator

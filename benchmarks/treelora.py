@@ -33,12 +33,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perpetune.build import build_method
+from perpetune.build import build_method, load_backbone
 from perpetune.data.texts.examples import Encoded
 from perpetune.data.texts.view import TextView
 from perpetune.fit import fit
 from perpetune.methods.treelora.search import Search
-from perpetune.models.backbones import load_backbone
 from perpetune.numerics.signature import distance, normalised
 from perpetune.numerics.similarity_tree import LowerConfidenceSearch, Node, SimilarityTree
 from perpetune.recipe import make_recipe

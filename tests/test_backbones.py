@@ -6,7 +6,9 @@ import copy
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,12 +17,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from perpetune.build import load_backbone
 from perpetune.data.pictures.view import PictureView
 from perpetune.errors import MissingExtra, PerpetuneError, UsageError
-from perpetune.models.backbones import LOADERS, Backbone, load_backbone
+from perpetune.models.backbone import Backbone
 from perpetune.models.families import places
 from perpetune.pets import inject, parameters, using
 from perpetune.pets.lora import LoRA
+from perpetune.recipe import make_recipe, parse_recipe
+from perpetune.registry import BUILTIN
 from perpetune.seeding import generator, own_global_state
 
 HF = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "image_size": 16}
@@ -248,8 +253,14 @@ SPECS: dict[str, tuple[str, dict[str, Any], str]] = {
     "empty folder": ("folder:{empty}", {}, "no config.json that names"),
     "no weights": ("folder:{empty}", {"architecture": "test_vit"}, "no model.safetensors"),
     "hf no weights": ("hf:{empty}", {}, "config.json"),
-    "architecture elsewhere": ("perpetune:micro", {"architecture": "x"}, "`architecture` .* leave it out"),
-    "size 0": ("perpetune:micro", {"image_size": 0}, "image_size is 0"),
+    "architecture elsewhere": (
+        "perpetune:micro",
+        {"architecture": "x"},
+        "backbones: perpetune: architecture is not an option; closest: ",
+    ),
+    "architecture beside a config": ("folder:{vit}", {"architecture": "x"}, "timm has no model 'x'"),
+    "unknown": ("timm:test_vit", {"max_length": 7}, "backbones: timm: max_length is not an option; closest: "),
+    "size 0": ("perpetune:micro", {"image_size": 0}, "image_size: input should be greater than or equal to 1; got 0"),
     "size below a patch": ("perpetune:micro", {"image_size": 3}, "image_size 3 does not fit"),
     "timm size below a patch": ("timm:test_vit", {"image_size": 3, "pretrained": False}, "image_size 3|test_vit"),
     "no size": ("timm:test_resnet", {"image_size": 64, "pretrained": False}, "cannot be built for another image size"),
@@ -261,6 +272,7 @@ def test_what_cannot_be_loaded_is_said_in_one_line(case: str, tmp_path: Path) ->
     spec, options, message = SPECS[case]
     (tmp_path / "empty").mkdir()
     timm_folder(tmp_path / "timm", config=False)
+    hf_folder(tmp_path / "vit", "vit")
     configs = {
         "bert": {"model_type": "bert"},
         "odd": {"architecture": "test_vitt"},
@@ -273,7 +285,7 @@ def test_what_cannot_be_loaded_is_said_in_one_line(case: str, tmp_path: Path) ->
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{" if config is None else json.dumps(config))
         (tmp_path / name / "model.safetensors").write_bytes(b"torn")
-    spec = spec.format(parent=tmp_path, **{n: tmp_path / n for n in ("empty", "timm", *configs)})
+    spec = spec.format(parent=tmp_path, **{n: tmp_path / n for n in ("empty", "timm", "vit", *configs)})
     with pytest.raises(PerpetuneError, match=message) as error:
         load_backbone(spec, **options)
     assert "\n" not in str(error.value)
@@ -354,18 +366,79 @@ def test_a_net_of_ones_own() -> None:
 
 
 def test_another_packages_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(rest: str, **options: Any) -> Backbone:
-        net = nn.Linear(int(rest), 2)
-        return Backbone(net, spec=f"mine:{rest}", dim=2, preprocess=PictureView(8), forward=lambda n, x: n(x[:, 0, 0]))
+    def load(rest: str, *, outputs: int = 2, pretrained: bool) -> Backbone:
+        net, view = nn.Linear(int(rest), outputs), PictureView(8)
+        return Backbone(net, spec=f"mine:{rest}", dim=outputs, preprocess=view, forward=lambda n, x: n(x[:, 0, 0]))
 
-    monkeypatch.setitem(LOADERS, "mine", load)
+    bring(monkeypatch, load)
     one, two = (load_backbone("mine:8", pretrained=False, seed=3) for _ in range(2))
     assert one.fingerprint() == two.fingerprint()
+    assert load_backbone("mine:8", outputs=3).dim == 3
+    with pytest.raises(UsageError, match="backbones: mine: output is not an option; closest: outputs"):
+        load_backbone("mine:8", output=3)
+
+
+def bring(monkeypatch: pytest.MonkeyPatch, load: Callable[..., Backbone]) -> None:
+    """`load` is the loader of the prefix `mine`."""
+    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(load=load))
+    monkeypatch.setitem(BUILTIN["backbones"], "mine", "mine:load")
+
+
+def test_another_packages_loader_is_given_what_it_names_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loaders of before name four options and the seed, without a default, or take whatever comes."""
+    asked: list[dict[str, Any]] = []
+
+    def load(rest: str, **options: Any) -> Backbone:
+        asked.append(options)
+        return Backbone(nn.Linear(2, 2), spec=f"mine:{rest}", dim=2, preprocess=PictureView(8))
+
+    def old(rest: str, *, pretrained: bool, image_size: int | None, seed: int) -> Backbone:
+        return load(rest, pretrained=pretrained, image_size=image_size, seed=seed)
+
+    def new(rest: str, *, depth: int = 1) -> Backbone:
+        return load(rest, depth=depth)
+
+    before = {"pretrained": True, "image_size": None, "architecture": None, "load_in_4bit": False}
+    for loader, given, wanted in (
+        (load, {}, {**before, "seed": 0}),
+        (load, {"dtype": "bfloat16", "chat": None}, {**before, "dtype": "bfloat16", "seed": 0}),
+        (old, {"image_size": 8}, {"pretrained": True, "image_size": 8, "seed": 0}),
+        (new, {**before, "dtype": "float32", "chat": False, "tokens": None}, {"depth": 1}),  # asks for nothing
+    ):
+        bring(monkeypatch, loader)
+        load_backbone("mine:x", **given)
+        assert asked.pop() == wanted
+    with pytest.raises(UsageError, match="backbones: mine: pretrained is not an option; one of depth, taps, tokens"):
+        load_backbone("mine:x", pretrained=False)
+
+
+def test_a_recipe_that_names_every_option_of_before_is_read_and_names_those_of_its_loader() -> None:
+    before = {"name": "perpetune:micro", "pretrained": True, "image_size": None, "architecture": None}
+    before |= {"load_in_4bit": False, "dtype": None, "max_length": None, "chat": None, "gradient_checkpointing": None}
+    recipe = make_recipe({"backbone": {**before, "taps": None, "tokens": None}})
+    own = {"name": "perpetune:micro", "taps": None, "tokens": None}
+    assert recipe.backbone.model_dump() == own | {"pretrained": True, "image_size": None, "load_in_4bit": False}
+    assert make_recipe({"backbone": "perpetune:micro"}) == recipe
+    text = make_recipe({"backbone": {"name": "hf:some/model", "chat": True, "max_length": 9, "taps": "auto"}})
+    assert parse_recipe(text.to_yaml(), "stored") == text
+    assert (text.backbone.taps, text.backbone.options["max_length"], text.backbone.options["dtype"]) == (
+        "auto",
+        9,
+        None,
+    )
+    for wrong, said in (
+        ({"chat": True}, "backbones: perpetune: chat is not an option; closest: "),
+        ({"image_size": "big"}, "backbones: perpetune: image_size: input should be a valid integer"),
+        ({"taps": 0}, "backbone.taps: input should be greater than or equal to 1"),
+    ):
+        with pytest.raises(UsageError, match=said) as caught:
+            make_recipe({"backbone": {"name": "perpetune:micro", **wrong}})
+        assert "\n" not in str(caught.value)
 
 
 def test_importing_loads_nothing_heavy() -> None:
     heavy = "timm transformers torchvision peft bitsandbytes PIL accelerate datasets huggingface_hub".split()
-    code = "import sys, perpetune.models.backbones, perpetune.pets.lora, perpetune.export"
+    code = "import sys, perpetune.build, perpetune.models.loaders.folder, perpetune.pets.lora, perpetune.export"
     code += f"; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 

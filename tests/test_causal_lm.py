@@ -11,13 +11,13 @@ from tiny import tiny_language_model
 from torch import Tensor
 from torch.nn import functional as F
 
+from perpetune.build import load_backbone
 from perpetune.data.texts.tables import Text
 from perpetune.data.texts.view import TextView
 from perpetune.errors import UsageError
 from perpetune.heads.linear import Linear
 from perpetune.models import causal_lm
 from perpetune.models.backbone import Backbone
-from perpetune.models.backbones import load_backbone
 from perpetune.models.causal_lm import CausalLM
 from perpetune.models.classifier import Classifier
 from perpetune.tasks import Batch, Examples, Inputs, Task
@@ -37,9 +37,10 @@ def backbone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return load_backbone(f"hf:{folder}")
 
 
-def view_of(backbone: Backbone) -> TextView:
-    assert isinstance(backbone.preprocess, TextView)
-    return backbone.preprocess
+def view_of(of: Backbone | CausalLM) -> TextView:
+    view = of.preprocess if isinstance(of, Backbone) else of.view
+    assert isinstance(view, TextView)
+    return view
 
 
 def sequences(backbone: Backbone, *texts: Text) -> Batch:
@@ -47,8 +48,8 @@ def sequences(backbone: Backbone, *texts: Text) -> Batch:
     return view.collate([(view.sequence(t), 0, i) for i, t in enumerate(texts)])
 
 
-def questions(backbone: Backbone, *texts: Text) -> Inputs:
-    view = view_of(backbone)
+def questions(of: Backbone | CausalLM, *texts: Text) -> Inputs:
+    view = view_of(of)
     return view.collate([(view.question(t), 0, i) for i, t in enumerate(texts)]).inputs
 
 
@@ -148,7 +149,7 @@ def test_answers_are_the_likeliest_token_after_each_other(backbone: Backbone) ->
 def test_options_are_not_looked_at_when_answers_are_generated(backbone: Backbone) -> None:
     model = CausalLM(backbone, eval="generate", max_new_tokens=3)
     texts = [Text(t.prompt, options=OPTIONS) for t in TEXTS]
-    assert not model.predict(questions(backbone, *texts)).is_floating_point()
+    assert not model.predict(questions(model, *texts)).is_floating_point()
 
 
 def test_the_gradient_does_not_feel_the_padding(backbone: Backbone) -> None:
@@ -168,19 +169,17 @@ def test_the_gradient_does_not_feel_the_padding(backbone: Backbone) -> None:
 @torch.no_grad()
 def test_a_head_of_classes_reads_the_features_of_questions(backbone: Backbone) -> None:
     """It asks nothing of the output layer, and the answers that a language model would keep room for are none."""
-    view = view_of(backbone)
-    kept = view.chooses, view.room
-    try:
-        CausalLM(backbone, max_new_tokens=7)
-        model = Classifier(backbone, Linear(backbone.dim))
-        assert (view.chooses, view.room) == (False, 0)
-        asked = questions(backbone, *(Text(t.prompt, options=OPTIONS) for t in TEXTS))
-        assert asked.options is None
-        model.head.grow("abc", torch.Generator())
-        assert model.predict(asked).shape == (3, 3)
-        torch.testing.assert_close(model.predict(asked), model.head(CausalLM(backbone).features(asked)))
-    finally:
-        view.chooses, view.room = kept
+    lm = CausalLM(backbone, max_new_tokens=7)
+    model = Classifier(backbone, Linear(backbone.dim))
+    assert isinstance(model.view, TextView)
+    shared = view_of(backbone)
+    assert [(v.chooses, v.room) for v in (model.view, lm.view, shared)] == [(False, 0), (True, 7), (True, 0)]
+    text = Text(TEXTS[0].prompt, options=OPTIONS)
+    assert (len(lm.view.question(text).options), model.view.question(text).options) == (4, ())
+    asked = questions(backbone, *TEXTS)
+    model.head.grow("abc", torch.Generator())
+    assert model.predict(asked).shape == (3, 3)
+    torch.testing.assert_close(model.predict(asked), model.head(lm.features(asked)))
 
 
 def test_the_output_layer_does_not_go_with_pictures() -> None:
@@ -220,14 +219,14 @@ def test_an_answer_ends_at_each_end_that_the_checkpoint_names(backbone: Backbone
     try:
         net.generation_config.eos_token_id = [*free.view.ends, first[0]]
         model = CausalLM(backbone, max_new_tokens=6)
-        assert model.view.ends >= {first[0]}
+        assert model.view.ends == {*free.view.ends, first[0]}
+        assert view_of(backbone).ends == {view_of(backbone).end}
         found = model.predict(asked)
         for row, token in zip(found, first, strict=True):
             assert int(row[0]) == token
             assert (model.read(row) == "") == (token == first[0] or free.read(row) == "")
     finally:
         net.generation_config = kept
-        view_of(backbone).ends = {view_of(backbone).end or 0}
 
 
 def test_the_longest_answer_has_to_fit(backbone: Backbone) -> None:

@@ -12,8 +12,8 @@ from test_pets_attention import DIM, NETS, SIDE
 from tiny import tiny_language_model
 from torch import Tensor, nn
 
+from perpetune.build import load_backbone
 from perpetune.errors import UsageError
-from perpetune.models.backbones import load_backbone
 from perpetune.models.families import places
 from perpetune.pets import PET, Choice, InForce, Place, blendable, inject, parameters, pets, submodule, using
 from perpetune.pets.adapter import Adapter

@@ -15,15 +15,15 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_language_model
 from torch import Tensor, nn
 
+from perpetune.build import load_backbone
 from perpetune.check import Checker
 from perpetune.data.pictures.view import PictureView
 from perpetune.errors import PerpetuneError, StateError, UsageError
 from perpetune.export import export_learned, read_peft, write_peft
 from perpetune.methods.treelora.method import TreeLoRA
 from perpetune.models.backbone import Backbone
-from perpetune.models.backbones import load_backbone
 from perpetune.models.families import places
-from perpetune.models.from_transformers import class_token
+from perpetune.models.loaders.vit import class_token
 from perpetune.pets import PET, Place, inject, parameters, pets, remove, slots, using
 from perpetune.pets.lora import LoRA
 from perpetune.recipe import make_recipe

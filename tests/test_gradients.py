@@ -14,7 +14,7 @@ import torch
 from tiny import tiny_language_model, vit_folder
 from torch import Tensor, nn
 
-from perpetune.build import build_method
+from perpetune.build import build_method, load_backbone
 from perpetune.check import Pictures, tiny_backbone
 from perpetune.data.texts.tables import Text
 from perpetune.data.texts.view import TextView
@@ -23,7 +23,6 @@ from perpetune.fit import FitConfig, fit
 from perpetune.heads.linear import Linear
 from perpetune.methods.treelora.method import TreeLoRA
 from perpetune.methods.treelora.sketch import GradientSketch, in_groups
-from perpetune.models.backbones import load_backbone
 from perpetune.models.base import Model
 from perpetune.models.causal_lm import CausalLM
 from perpetune.models.classifier import Classifier
@@ -116,7 +115,7 @@ def language(folder: Path, texts: tuple[Text, ...] = TEXTS, **options: Any) -> t
 
 
 def encoded(model: CausalLM, *texts: Text) -> Batch:
-    view = model.backbone.preprocess
+    view = model.view
     assert isinstance(view, TextView)
     return view.collate([(view.sequence(t), 0, i) for i, t in enumerate(texts)])
 
@@ -472,7 +471,7 @@ class TextSet(Examples):
     """Ten texts with answers of different lengths."""
 
     def __init__(self, model: Model):
-        view = model.backbone.preprocess
+        view = model.view
         assert isinstance(view, TextView)
         self.texts = [Text(f"question {i}" * (1 + i % 3), "answer " * (1 + i % 4)) for i in range(10)]
         self.view, self.targets = view, [0] * 10

@@ -15,12 +15,11 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_language_model, tiny_tokenizer, vit_folder
 from torch import Tensor, nn
 
-from perpetune.data.pictures.view import PictureView
+from perpetune.build import load_backbone
 from perpetune.errors import MissingExtra, PerpetuneError, UsageError
-from perpetune.models import backbones, language
 from perpetune.models.backbone import Backbone
-from perpetune.models.backbones import load_backbone
-from perpetune.models.families import LINEAR_ROLES, family_of, places, roles
+from perpetune.models.families import LINEAR_ROLES, places, roles, towers
+from perpetune.models.loaders import causal_lm, hf
 from perpetune.pets import Place, inject, parameters, slots, using
 from perpetune.pets.adapter import Adapter
 from perpetune.pets.lora import LoRA
@@ -192,7 +191,7 @@ def test_blocks_of_several_kinds(folders: dict[str, Path]) -> None:
     net = load_backbone(f"hf:{folders['llama']}").net
     net.set_submodule("model.layers.0.self_attn", nn.Identity())
     net.set_submodule("model.layers.1.mlp", nn.Identity())
-    assert family_of(net)[1].name == "Llama and its kin"
+    assert towers(net)["text"].family.name == "Llama and its kin"
     assert [p.path for p in places(net, ["q", "fc1"])] == [
         "model.layers.0.mlp.up_proj",
         "model.layers.1.self_attn.q_proj",
@@ -202,7 +201,7 @@ def test_blocks_of_several_kinds(folders: dict[str, Path]) -> None:
     assert len(places(net, ["operations"])) == 4 + 3 + 2 * 2 + 1
 
 
-def test_a_tower_for_pictures_is_passed_over() -> None:
+def test_the_tower_for_texts_answers_where_a_language_model_takes_pictures_too() -> None:
     """It comes before the language model, and its blocks are named alike."""
     from transformers import AutoModelForCausalLM, Gemma3Config
 
@@ -212,7 +211,11 @@ def test_a_tower_for_pictures_is_passed_over() -> None:
     net = AutoModelForCausalLM.from_config(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4))
     assert [p.path for p in places(net, ["q"])] == ["model.language_model.layers.0.self_attn.q_proj"]
     inject(net, places(net, ["q"]), lora)
-    assert family_of(net)[0] == "model.language_model"
+    assert [(name, tower.path) for name, tower in towers(net).items()] == [
+        ("text", "model.language_model"),
+        ("picture", "model.vision_tower"),
+    ]
+    assert [p.path for p in places(net, ["picture.fc1"])] == ["model.vision_tower.encoder.layers.0.mlp.fc1"]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -263,16 +266,24 @@ def test_loading_is_silent(folders: dict[str, Path], capfd: pytest.CaptureFixtur
 # What is wrong, and what is said.
 
 CASES: dict[str, tuple[str, dict[str, Any], str]] = {
-    "image_size": ("hf:{llama}", {"image_size": 32}, "`image_size` is for pictures, and this is a language model"),
-    "dtype": ("hf:{llama}", {"dtype": "int8"}, "dtype is 'int8'; one of float32, bfloat16, float16 is expected"),
-    "short": ("hf:{llama}", {"max_length": 1}, "max_length is 1; a number of tokens from 2"),
+    "image_size": (
+        "hf:{llama}",
+        {"image_size": 32},
+        "this is a language model, which takes pretrained, .*, and not image_size",
+    ),
+    "dtype": ("hf:{llama}", {"dtype": "int8"}, "dtype: input should be 'float32', 'bfloat16' or 'float16'; got 'int8'"),
+    "short": ("hf:{llama}", {"max_length": 1}, "max_length: input should be greater than or equal to 2; got 1"),
     "long": ("folder:{llama}", {"max_length": 129}, "max_length is 129, and the model has 128 positions"),
     "no chat": ("hf:{gpt2}", {"chat": True}, "no chat template; leave chat out"),
-    "architecture": ("hf:{llama}", {"architecture": "x"}, "`architecture`"),
-    "vit": ("hf:{vit}", {"max_length": 9}, "`max_length` can be given for a language model only, and this takes"),
-    "vit folder": ("folder:{vit}", {"chat": True, "dtype": "bfloat16"}, "`dtype`, `chat` can be given for a language"),
-    "micro": ("perpetune:micro", {"gradient_checkpointing": True}, "`gradient_checkpointing` can be given"),
-    "timm": ("timm:test_vit", {"dtype": "float16", "pretrained": False}, "`dtype` can be given"),
+    "architecture": ("hf:{llama}", {"architecture": "x"}, "hf: architecture is not an option; closest"),
+    "vit": (
+        "hf:{vit}",
+        {"max_length": 9},
+        "a model of pictures, which takes pretrained, image_size, load_in_4bit, and not max",
+    ),
+    "vit folder": ("folder:{vit}", {"chat": True, "dtype": "bfloat16"}, "a model of pictures, .*, and not dtype"),
+    "micro": ("perpetune:micro", {"gradient_checkpointing": True}, "gradient_checkpointing is not an option"),
+    "timm": ("timm:test_vit", {"dtype": "float16", "pretrained": False}, "timm: dtype is not an option; closest"),
     "no gguf": ("hf:{llama}/model.gguf", {}, r"there is no such file; in .*; on the hub it is OWNER/NAME/FILE.gguf"),
     "no gguf folder": ("folder:{llama}/x.gguf", {}, "there is no such file; in"),
     "torn gguf": ("hf:{torn}", {}, "torn.gguf: the file is torn: "),
@@ -339,7 +350,7 @@ def broken(good: Path, folder: Path, change: str) -> Path:
 def test_what_counts_as_a_causal_language_model(config: dict[str, Any], usable: bool) -> None:
     from transformers import AutoConfig
 
-    assert language.is_causal(AutoConfig.for_model(**config)) is usable
+    assert causal_lm.is_causal(AutoConfig.for_model(**config)) is usable
 
 
 @pytest.mark.parametrize(("added", "pad"), [({}, "<eos>"), ({"pad_token": "<new>"}, "<eos>"), (None, "<unk>")])
@@ -376,21 +387,6 @@ def test_the_length_where_nobody_says_one(tmp_path: Path) -> None:
     tokenizer.save_pretrained(folder)
     view: Any = load_backbone(f"hf:{folder}").preprocess
     assert view.max_length == 77
-
-
-def test_another_packages_loader_is_given_what_was_asked_for_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[dict[str, Any]] = []
-
-    def load(rest: str, **options: Any) -> Backbone:
-        asked.append(options)
-        return Backbone(nn.Linear(2, 2), spec=f"mine:{rest}", dim=2, preprocess=PictureView(8))
-
-    monkeypatch.setitem(backbones.LOADERS, "mine", load)
-    assert load_backbone("mine:x").takes == "pictures"
-    load_backbone("mine:x", dtype="bfloat16", gradient_checkpointing=True)
-    old = {"pretrained", "image_size", "architecture", "load_in_4bit", "seed"}
-    assert set(asked[0]) == old
-    assert set(asked[1]) == old | {"dtype", "gradient_checkpointing"}
 
 
 # Blocks computed again in the backward pass.
@@ -444,8 +440,8 @@ def test_computed_again_is_the_same_with_less_kept(kind: str, folders: dict[str,
 
 def test_nothing_is_computed_again_at_prediction(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[int] = []
-    actual = language.checkpoint
-    monkeypatch.setattr(language, "checkpoint", lambda *a, **k: called.append(1) or actual(*a, **k))
+    actual = causal_lm.checkpoint
+    monkeypatch.setattr(causal_lm, "checkpoint", lambda *a, **k: called.append(1) or actual(*a, **k))
     backbone = load_backbone(f"hf:{folders['llama']}", gradient_checkpointing=True)
     inject(backbone.net, places(backbone.net, ["q"]), lora)
     backbone.train()
@@ -495,13 +491,16 @@ def test_4_bits(kind: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyP
 
 
 def test_a_model_that_comes_quantised_stays_as_it_is(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    config: Any = language.config_of("x", str(folders["llama"]))
+    config: Any = hf.config_of("x", str(folders["llama"]))
     config.quantization_config = {"quant_method": "bitsandbytes"}
-    backbone = load_backbone(f"hf:{folders['llama']}")
-    monkeypatch.setattr(backbones.from_transformers, "config_of", lambda *a, **k: config)
-    monkeypatch.setattr(backbones.language, "load", lambda *a, **k: backbone)
-    assert load_backbone("hf:a/b", load_in_4bit=True) is backbone
-    assert backbone.quantised_from is None
+    net = load_backbone(f"hf:{folders['llama']}").net
+    monkeypatch.setattr(hf, "config_of", lambda *a, **k: config)
+    monkeypatch.setattr(causal_lm, "_pretrained", lambda *a: net)
+    monkeypatch.setattr(causal_lm, "in_4bit", lambda backbone: pytest.fail("it is quantised again"))
+    assert load_backbone(f"hf:{folders['llama']}", load_in_4bit=True).quantised_from is None
+    del config.quantization_config  # the control
+    with pytest.raises(pytest.fail.Exception, match="quantised again"):
+        load_backbone(f"hf:{folders['llama']}", load_in_4bit=True)
 
 
 # GGUF.
@@ -582,14 +581,14 @@ def test_a_gguf_file_whose_positions_are_scaled(folders: dict[str, Path], tmp_pa
 
 
 def test_gguf_files_without_their_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(language, "find_spec", lambda name: None)
+    monkeypatch.setattr(causal_lm, "find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"hf:a/b/c.gguf needs .* pip install 'perpetune\[lm\]'"):
         load_backbone("hf:a/b/c.gguf")
 
 
 def test_a_gguf_file_on_the_hub() -> None:
-    assert language.gguf_source("hf:a/b/c/d.gguf", "a/b/c/d.gguf", hub=True) == language.Source("a/b", "c/d.gguf")
+    assert causal_lm.gguf_source("hf:a/b/c/d.gguf", "a/b/c/d.gguf", hub=True) == causal_lm.Source("a/b", "c/d.gguf")
     with pytest.raises(UsageError, match="there is no such file"):
-        language.gguf_source("hf:b/d.gguf", "b/d.gguf", hub=True)
+        causal_lm.gguf_source("hf:b/d.gguf", "b/d.gguf", hub=True)
     with pytest.raises(UsageError, match=r"hf:a/b/c.gguf: .* not to be had from the hub"):
         load_backbone("hf:a/b/c.gguf")

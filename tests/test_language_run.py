@@ -381,7 +381,7 @@ def test_protected_tokens_keep_what_is_said_of_them(kind: str, folders: dict[str
     for protect in ({"energy": 1.0}, None):
         learner = Learner(recipe(folders[kind], protect=protect), tmp_path / f"{kind}-{protect is None}")
         learner.learn(old, holdout=0.0)
-        view = learner.backbone.preprocess
+        view = learner.method.model.view
         assert isinstance(view, TextView)
         table = learner._tasks._tasks[0].train
         (batch,) = load_batches(table, [[(0, None), (1, None)]], learner.runtime)
@@ -685,7 +685,7 @@ def test_exported_it_says_the_same_in_peft(done: Learner, folders: dict[str, Pat
 
     assert call(["export", str(done.state.folder), str(tmp_path / "out")]) == 0
     net = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folders["llama"]), tmp_path / "out")
-    view = done.backbone.preprocess
+    view = done.method.model.view
     assert isinstance(view, TextView)
     for prompt in ("grass 30 is", "1 capital of Italy?"):
         ids = torch.tensor([view.tokenizer(prompt)["input_ids"]])

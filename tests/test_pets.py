@@ -608,7 +608,7 @@ def test_lora_on_half_precision_under_autocast(dtype: torch.dtype) -> None:
 def test_lora_is_pefts(dtype: Any, tmp_path: Path) -> None:
     """Logits and gradients of PEFT's LoRA on the same language model, from the same matrices."""
     peft = pytest.importorskip("peft")
-    from perpetune.models.backbones import load_backbone
+    from perpetune.build import load_backbone
 
     folder, ids = tiny_language_model(tmp_path), torch.randint(3, 300, (2, 9), generator=generator("ids"))
     ours = load_backbone(f"hf:{folder}", dtype=dtype)

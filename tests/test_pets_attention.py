@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from perpetune.build import load_backbone
 from perpetune.check import tiny_backbone
 from perpetune.data.pictures.view import PictureView
 from perpetune.errors import UsageError
 from perpetune.models.backbone import Backbone
-from perpetune.models.backbones import load_backbone
 from perpetune.models.families import places
 from perpetune.numerics.moments import Moments
 from perpetune.numerics.projection import Operand, ProjectedStep

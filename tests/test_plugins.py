@@ -14,11 +14,11 @@ import yaml
 from tiny import vit_folder
 
 from perpetune import registry
+from perpetune.build import load_backbone
 from perpetune.check import check_method
 from perpetune.cli import call
 from perpetune.errors import UsageError
 from perpetune.learner import Learner
-from perpetune.models.backbones import load_backbone
 from perpetune.sequence import origin_of
 
 PROJECT = """

@@ -20,7 +20,7 @@ from perpetune.methods.base import Method
 from perpetune.methods.finetune import FineTune
 from perpetune.models.backbone import Backbone
 from perpetune.models.classifier import Classifier
-from perpetune.models.from_transformers import class_token
+from perpetune.models.loaders.vit import class_token
 from perpetune.pets import PET, Place, copy_set, inject, parameters, pets, slots, using
 from perpetune.pets.adapter import Adapter
 from perpetune.pets.lora import LoRA

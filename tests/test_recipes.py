@@ -168,7 +168,7 @@ def test_it_reads_the_columns_that_the_hub_has(stream: str, tmp_path: Path) -> N
         f"pegp-lora-{stream}",
         [f"data.path={tmp_path / 'data'}", *(["stream.classes_per_task=2"] if "net-r" in stream else [])],
     )
-    found = build_data(recipe, tiny_vit())
+    found = build_data(recipe, tiny_vit().preprocess)
     assert [list(task.classes) for task in found.tasks] == tasks
     assert all(len(task.train) > 0 and task.test is not None and len(task.test) > 0 for task in found.tasks)
     if stream == "domainnet":

@@ -72,7 +72,7 @@ def test_it_trains_as_long_as_the_others_and_says_what_the_papers_say(name: str)
     assert train.epochs == ([5, 3, 7, 5, 3, 5, 5, 7] if benchmark == "trace" else 1)
     assert recipe.data is not None
     assert recipe.head.options["eval"] == "generate"
-    assert recipe.backbone.max_length == (1024 + 512 if benchmark == "trace" else 512 + 50)
+    assert recipe.backbone.options["max_length"] == (1024 + 512 if benchmark == "trace" else 512 + 50)
     if benchmark == "trace":
         assert (recipe.data.name, recipe.data.options["tasks"]) == ("trace", None)  # the reader knows the order
         assert isinstance(train.epochs, list)
@@ -293,7 +293,7 @@ def test_options_belong_to_what_they_are_of(tmp_path: Path) -> None:
     assert on_top(head={"name": "ridge", "projection": 9}).head.options["projection"] == 9
     assert on_top(protect={"energy": 0.5}).protect.energy == 0.5
     assert on_top(protect=None).protect is None
-    assert on_top(backbone={"image_size": 32, "name": "timm:x"}).backbone.image_size == 32
+    assert on_top(backbone={"image_size": 32, "name": "timm:x"}).backbone.options["image_size"] == 32
 
 
 @pytest.mark.parametrize(

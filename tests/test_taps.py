@@ -13,15 +13,15 @@ from test_backbones import hf_model
 from tiny import tiny_language_model
 from torch import Tensor, nn
 
+from perpetune.build import load_backbone
 from perpetune.data.pictures.view import PictureView
 from perpetune.data.texts.tables import Text
 from perpetune.data.texts.view import TextView
 from perpetune.errors import UsageError
-from perpetune.models import from_timm
 from perpetune.models.backbone import Backbone
-from perpetune.models.backbones import load_backbone
 from perpetune.models.families import places
-from perpetune.models.from_transformers import class_token
+from perpetune.models.loaders import timm as from_timm
+from perpetune.models.loaders.vit import class_token
 from perpetune.models.taps import Read, Taps
 from perpetune.pets import inject, parameters, using
 from perpetune.pets.adapter import Adapter
@@ -422,8 +422,6 @@ def test_blocks_computed_again_give_the_same_bits(folder: Path) -> None:
     ("spec", "options", "reason"),
     [
         ("perpetune:micro", {"taps": 99}, r"taps is 99, and the net has \d+ blocks: 1 to \d+, or auto, is expected"),
-        ("perpetune:micro", {"taps": 0}, r"taps is 0, and the net has \d+ blocks"),
-        ("perpetune:micro", {"taps": 1, "tokens": "patches"}, "tokens is 'patches'; one of class, mean, both"),
         ("timm:test_resnet", {"taps": 1}, "leave taps out; ResNet is of no family whose parts are known"),
     ],
 )
@@ -432,6 +430,19 @@ def test_what_cannot_be_tapped_is_one_line(spec: str, options: dict[str, Any], r
         load_backbone(spec, pretrained=False, **options)
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(spec)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"taps": 0}, "backbones: perpetune: taps: input should be greater than or equal to 1, or .*'auto'; got 0"),
+        ({"taps": 1, "tokens": "patches"}, "tokens: input should be 'class', 'mean' or 'both'; got 'patches'"),
+    ],
+)
+def test_what_taps_cannot_be_is_one_line(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UsageError, match=reason) as caught:
+        load_backbone("perpetune:micro", **options)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_recipe_says_which_tokens_only_where_there_are_taps() -> None:

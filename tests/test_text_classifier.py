@@ -141,7 +141,7 @@ def test_it_is_one_regression_on_the_features_of_the_questions(tapped: Learner) 
     """From the questions alone, each read by itself; the control reads answers too."""
     head = tapped.method.model.head  # type: ignore[union-attr]
     assert isinstance(head, Ridge)
-    view = tapped.backbone.preprocess
+    view = tapped.method.model.view
     assert isinstance(view, TextView)
     rows, targets = [], []
     for make in (colors, moods):

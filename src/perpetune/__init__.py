@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 from perpetune._version import __version__
 
 if TYPE_CHECKING:
+    from perpetune.build import load_backbone
     from perpetune.errors import PerpetuneError
     from perpetune.fit import FitConfig
     from perpetune.heads.base import Head
     from perpetune.learner import Learner, Prediction
     from perpetune.methods.base import Method
     from perpetune.models.backbone import Backbone
-    from perpetune.models.backbones import load_backbone
     from perpetune.pets.base import PET, Place
     from perpetune.protection.config import ProtectConfig
     from perpetune.protection.dropin import protect
@@ -48,7 +48,7 @@ _HOME = {
     "Recipe": "perpetune.recipe",
     "Runtime": "perpetune.runtime",
     "Task": "perpetune.tasks",
-    "load_backbone": "perpetune.models.backbones",
+    "load_backbone": "perpetune.build",
     "load_recipe": "perpetune.recipe",
     "protect": "perpetune.protection.dropin",
 }

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import torch
 
 from perpetune import registry
+from perpetune.data.examples import View
 from perpetune.data.sources import Source
 from perpetune.data.stream import Stream, build_stream
 from perpetune.errors import UsageError, closest
 from perpetune.methods.base import Method
 from perpetune.models.backbone import Backbone
-from perpetune.models.backbones import load_backbone
 from perpetune.models.base import Model
 from perpetune.models.classifier import Classifier
-from perpetune.models.families import places
 from perpetune.pets import inject
 from perpetune.protection.config import ProtectConfig
 from perpetune.protection.protection import Protection
@@ -25,8 +27,33 @@ from perpetune.seeding import generator, own_global_state
 
 def build_backbone(recipe: Recipe) -> Backbone:
     """The frozen pretrained model, on the CPU."""
-    given = recipe.backbone.model_dump(exclude_none=True)
-    return load_backbone(given.pop("name"), seed=recipe.seed, **given)
+    return load_backbone(recipe.backbone.name, seed=recipe.seed, **recipe.backbone.model_dump(exclude={"name"}))
+
+
+def load_backbone(spec: str, *, seed: int = 0, **options: Any) -> Backbone:
+    """The frozen model that `PREFIX:REST` names, on the CPU, in evaluation mode.
+
+    Args:
+        spec: as in a recipe. Installed packages may bring prefixes by the entry point `perpetune.backbones`.
+        seed: decides random weights, which `pretrained=False` gives.
+        options: those of the prefix's loader (`perpetune methods` lists them); `taps`, blocks behind which features are
+            read, or `auto`; and `tokens`, which the taps read.
+
+    Raises:
+        UsageError: an unknown prefix or name (with the closest three), an option that the loader does not take, or
+            options that do not fit.
+        MissingExtra: the package that the prefix needs is not installed.
+        PerpetuneError: the weights cannot be fetched, or are not those of the model.
+    """
+    name = registry.loader_of(spec)
+    load, given = registry.find("backbones", name), registry.options("backbones", name, options)
+    taps, tokens = given.pop("taps"), given.pop("tokens")
+    kinds = {p.name: p.kind for p in inspect.signature(load).parameters.values()}
+    if "seed" in kinds or inspect.Parameter.VAR_KEYWORD in kinds.values():
+        given["seed"] = seed
+    with own_global_state("backbone", seed):
+        backbone: Backbone = load(spec.partition(":")[2], **given)
+    return backbone.tap(taps, tokens or "both")
 
 
 def build_method(recipe: Recipe, backbone: Backbone) -> Method:
@@ -47,7 +74,7 @@ def build_method(recipe: Recipe, backbone: Backbone) -> Method:
         method: Method = kind(model, **recipe.method_options())
     if isinstance(model, Classifier):
         model.head.ready()
-    if recipe.backbone.dtype == "float16" and recipe.run.precision != "fp16":
+    if recipe.backbone.options.get("dtype") == "float16" and recipe.run.precision != "fp16":
         raise UsageError(
             "backbone.dtype: float16 is trained with a scaled loss, else small gradients become zero: use it with "
             "run.precision: fp16, or dtype bfloat16"
@@ -74,7 +101,7 @@ def _inject(section: PetSection, backbone: Backbone, rng: torch.Generator, name:
             f"pet: {section.name} adds tokens, which have no place in the order of a text: use lora or adapter"
         )
     at = kind.default_at if section.at is None else section.at
-    inject(backbone.net, places(backbone.net, at, section.blocks), lambda place: kind(place, rng, **options), name)
+    inject(backbone.net, backbone.pet_places(at, section.blocks), lambda place: kind(place, rng, **options), name)
 
 
 def _build_model(recipe: Recipe, backbone: Backbone) -> Model:
@@ -84,7 +111,7 @@ def _build_model(recipe: Recipe, backbone: Backbone) -> Model:
     if issubclass(head, Model):
         model: Model = head(backbone, **options)
         return model
-    made = head(backbone.dim, **options)
+    made = head.of(backbone, **options)
     if backbone.taps is not None:
         made.train_on(backbone.end)  # what is trained by the loss of one block's tokens is every block before it
     return Classifier(backbone, made)
@@ -107,15 +134,15 @@ def build_protection(recipe: Recipe, method: Method) -> Protection:
     return Protection(sites, config, still=loose, free=free, seed=recipe.seed)
 
 
-def build_data(recipe: Recipe, backbone: Backbone) -> Stream:
-    """The stream of tasks, images not yet read."""
+def build_data(recipe: Recipe, view: View) -> Stream:
+    """The stream of tasks, images not yet read; `view` says how pictures or texts are prepared."""
     if recipe.data is None:
         raise UsageError(
             f"recipe {recipe.name} names no data: add a `data:` section, or feed it with `perpetune update`"
         )
     options = registry.options("data", recipe.data.name, recipe.data.options)
     source: Source = registry.find("data", recipe.data.name)(**options)
-    return build_stream(source, recipe.stream, backbone.preprocess, seed=recipe.seed)
+    return build_stream(source, recipe.stream, view, seed=recipe.seed)
 
 
 def build_runtime(recipe: Recipe) -> Runtime:

@@ -108,7 +108,7 @@ class _Texts:
         assert task.test is not None
         self.model = method.model
         try:
-            self.judge = self.model.backbone.preprocess.judge(task.test, task.score)
+            self.judge = self.model.view.judge(task.test, task.score)
         except UsageError as error:
             raise UsageError(f"task {task.name}: {error}") from None
         self.score: str | None = task.score

@@ -154,7 +154,7 @@ class Learner:
         self._learned = ""  # the last task folder that is part of `method`
         self._halfway = False  # whether `method` was left inside a task
         keeps_data = self.method.needs_earlier_data
-        self._tasks = TaskSequence(recipe, self.backbone, self.runtime, keeps_data=keeps_data)
+        self._tasks = TaskSequence(recipe, self.method.model.view, self.runtime, keeps_data=keeps_data)
 
     def _model_document(self) -> dict[str, Any]:
         pets = [m for m in self.method.modules() if isinstance(m, PET)]
@@ -162,7 +162,7 @@ class Learner:
         distinct = {(t.data_ptr(), t.numel()): t.numel() for t in frozen(self.backbone.net).values()}
         return {
             "spec": self.backbone.spec,
-            "examples": self.backbone.preprocess.noun,
+            "examples": self.method.model.view.noun,
             "fingerprint": self._fingerprint,
             "parameters": sum(distinct.values()),
             "trainable_parameters": sum(p.numel() for pet in pets for p in pet.parameters()),
@@ -346,7 +346,7 @@ class Learner:
         images = [images] if isinstance(images, (str, Path)) else images
         size, found = self.recipe.evaluate.batch_size, []
         for start in range(0, len(images), size):
-            some = self.backbone.preprocess.ask(images[start : start + size], first=start, unreadable=unreadable)
+            some = self.method.model.view.ask(images[start : start + size], first=start, unreadable=unreadable)
             if not some:
                 continue
             scores = self._asked(some)
@@ -359,7 +359,7 @@ class Learner:
     def _asked(self, questions: Sequence[Question]) -> Tensor:
         """What the method predicts for some questions at once."""
         items = [(question.item, 0, number) for number, question in enumerate(questions)]
-        batch = self.backbone.preprocess.collate(items).to(self.runtime.device)
+        batch = self.method.model.view.collate(items).to(self.runtime.device)
         with self.runtime.autocast():
             return self.method.predict(batch.inputs)
 
@@ -392,7 +392,7 @@ class Learner:
                 if option not in known:
                     raise UsageError(f"options: {option!r} is no class that was learned; {closest(option, known)}")
         several = [prompts] if isinstance(prompts, str) else prompts
-        asked = self.backbone.preprocess.ask(several, options=chosen, choose=not known)
+        asked = self.method.model.view.ask(several, options=chosen, choose=not known)
         size, found = self.recipe.evaluate.batch_size, []
         for start in range(0, len(asked), size):
             some = asked[start : start + size]
@@ -431,7 +431,7 @@ class Learner:
         self._leave_halfway()
         own = self.backbone.takes
         if takes is not None and takes != own:
-            call = self.backbone.preprocess.verb
+            call = self.method.model.view.verb
             raise UsageError(f"{self.recipe.backbone.name} takes {own}, not {takes}: call `{call}`")
         if not self.state.committed:
             raise StateError(f"{self.state.folder} has learned nothing yet: `perpetune update` or `run` it first")

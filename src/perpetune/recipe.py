@@ -14,7 +14,7 @@ from perpetune import registry
 from perpetune.data.stream import StreamOptions
 from perpetune.errors import UsageError, closest
 from perpetune.fit import FitConfig
-from perpetune.models.taps import Read
+from perpetune.models.taps import Count, Read
 from perpetune.protection.config import ProtectConfig
 from perpetune.runtime import Precision
 
@@ -44,35 +44,17 @@ class NamedSection(BaseModel):
         return dict(self.model_extra or {})
 
 
-class BackboneSection(Section):
-    """The frozen pretrained model."""
+class BackboneSection(NamedSection):
+    """The frozen pretrained model: `timm:NAME[.TAG]`, `hf:ID_OR_FOLDER_OR_GGUF`, `folder:PATH`, or `perpetune:micro`.
 
-    name: str
-    """`timm:NAME[.TAG]`, `hf:ID_OR_FOLDER_OR_GGUF`, `folder:PATH`, or `perpetune:micro`."""
-    pretrained: bool = True
-    image_size: Annotated[int, Field(ge=1)] | None = None
-    """Side of the input in pixels, when it differs from the model's own."""
-    architecture: str | None = None
-    """The timm name of a `folder:` that has no config."""
-    load_in_4bit: bool = False
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of a language model's weights; None is float32."""
-    max_length: Annotated[int, Field(ge=2)] | None = None
-    """Tokens of a prompt and its answer together; None is what the language model takes."""
-    chat: bool | None = None
-    """Whether a language model is asked plain prompts in its chat form too."""
-    gradient_checkpointing: bool | None = None
-    """Whether a language model's blocks are computed again on the way back, to save memory."""
-    taps: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
+    Further keys are options of the loader that the prefix stands for.
+    """
+
+    taps: Count | None = None
     """Features are read behind so many of the last blocks; `auto` is seven, or fewer where features would be wider than
     6144; None reads the model's own feature alone."""
     tokens: Read | None = None
     """Which tokens the taps read: `class`, `mean` of the others, or `both`; None is both."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_form(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _read_at_taps(self) -> BackboneSection:
@@ -88,8 +70,9 @@ class PetSection(NamedSection):
     """The small parameters that are added, and where. Further keys are options of the pet."""
 
     at: list[str] | None = None
-    """Roles: q, k, v, proj, fc1, fc2, attn, mlp, block, norm1, norm2, patch, norm, or all `operations`; None is
-    what the pet goes to by default."""
+    """Roles: q, k, v, proj, fc1, fc2, attn, mlp, block, norm1, norm2, patch, norm, or all `operations`; where the model
+    has a tower for pictures and one for texts, picture.q or text.q names it too. None is what the pet goes to by
+    default."""
     blocks: list[int] | None = None
     """Numbers of the transformer blocks, negative ones from the end; None is all."""
 
@@ -196,6 +179,7 @@ class Recipe(Section):
         changes: dict[str, Any] = {
             "method": _complete("methods", self.method, skip=self._configs(self.method)),
             "head": _complete("heads", self.head),
+            "backbone": _complete_backbone(self.backbone),
         }
         if self.pet is not None:
             changes["pet"] = _complete_pet(self.pet)
@@ -265,6 +249,13 @@ def _complete(kind: registry.Kind, choice: NamedSection, skip: Sequence[str] = (
     return NamedSection.model_validate(
         {"name": choice.name, **{k: v for k, v in options.items() if k not in skip}, **kept}
     )
+
+
+def _complete_backbone(section: BackboneSection) -> BackboneSection:
+    """`section` with the defaults of its loader's options."""
+    given = section.model_dump(exclude={"name"})
+    options = registry.options("backbones", registry.loader_of(section.name), given)
+    return BackboneSection.model_validate({"name": section.name, **options})
 
 
 def _absolute(value: Any) -> Any:

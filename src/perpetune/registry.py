@@ -2,8 +2,9 @@
 
 A choice is a class or function found by a dotted path: those below, and those that installed packages
 name under the entry points `perpetune.methods`, `.pets`, `.heads`, `.backbones` and `.data`. Its
-keyword-only arguments are its options in a recipe: the constructor is the schema. Sections of the report are found in
-the same way, under `perpetune.sections`; no recipe names them.
+keyword-only arguments are its options in a recipe: the constructor is the schema. A backbone's choice is the loader
+that the prefix of its name stands for. Sections of the report are found in the same way, under `perpetune.sections`; no
+recipe names them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from perpetune.errors import UsageError, closest
-from perpetune.models.backbones import LOADERS
+from perpetune.models.loaders.options import NOTHING
+from perpetune.models.taps import Count, Read
 
 Kind = Literal["methods", "pets", "heads", "backbones", "data", "sections"]
 
@@ -47,7 +49,12 @@ BUILTIN: dict[Kind, dict[str, str]] = {
         "ridge": "perpetune.heads.ridge:Ridge",
         "lm": "perpetune.models.causal_lm:CausalLM",
     },
-    "backbones": {prefix: f"{load.__module__}:{load.__name__}" for prefix, load in LOADERS.items()},
+    "backbones": {
+        "timm": "perpetune.models.loaders.timm:load_timm",
+        "hf": "perpetune.models.loaders.hf:load_hf",
+        "folder": "perpetune.models.loaders.folder:load_folder",
+        "perpetune": "perpetune.models.loaders.packaged:load_packaged",
+    },
     "data": {
         "folder": "perpetune.data.pictures.folder:FolderSource",
         "manifest": "perpetune.data.pictures.manifest:ManifestSource",
@@ -112,6 +119,21 @@ def every(kind: Kind) -> dict[str, Any]:
     return found
 
 
+def loader_of(spec: str) -> str:
+    """The name of the loader of a backbone that a recipe calls `PREFIX:REST`.
+
+    Raises:
+        UsageError: it is not of that form, or there is no such prefix.
+    """
+    prefix, colon, rest = spec.partition(":")
+    known = names("backbones")
+    if not colon or not rest:
+        raise UsageError(f"backbone {spec!r}: PREFIX:NAME is expected; prefixes: {', '.join(known)}")
+    if prefix not in known:
+        raise UsageError(f"backbone {spec!r}: there is no prefix {prefix!r}; {closest(prefix, known)}")
+    return prefix
+
+
 def _fitting(kind: Kind, name: str, found: Any) -> Any:
     """`found`, once it is known to be a whole class of the kind; a backbone's loader or a section may be a function."""
     if kind not in BASES:
@@ -142,16 +164,36 @@ def load_dotted(path: str) -> Any:
 
 @functools.cache
 def schema(target: Any) -> type[BaseModel]:
-    """The keyword-only arguments of a class or function, as a strict pydantic model."""
+    """The keyword-only arguments of a class, or of a backbone's loader, as a strict pydantic model."""
     function = target.__init__ if inspect.isclass(target) else target
     hints = typing.get_type_hints(function, include_extras=True)  # with the ranges of numbers
+    parameters = inspect.signature(function).parameters.values()
     fields: dict[str, Any] = {
         p.name: (hints.get(p.name, Any), ... if p.default is p.empty else p.default)
-        for p in inspect.signature(function).parameters.values()
+        for p in parameters
         if p.kind is p.KEYWORD_ONLY
     }
-    strict = ConfigDict(extra="forbid", allow_inf_nan=False)
+    more = not inspect.isclass(target) and any(p.kind is p.VAR_KEYWORD for p in parameters)
+    if not inspect.isclass(target):
+        fields = _of_loader(fields, more)
+    strict = ConfigDict(extra="allow" if more else "forbid", allow_inf_nan=False)
     return create_model(f"{target.__name__}Options", __config__=strict, **fields)
+
+
+def _of_loader(fields: dict[str, Any], more: bool) -> dict[str, Any]:
+    """The options of a backbone's loader: its own, and those of every backbone.
+
+    Args:
+        fields: of its keyword-only arguments. Loaders of other packages may have these four without a default, and the
+            recipe's seed.
+        more: whether it takes further keywords, the four among them.
+    """
+    for name in ("pretrained", "image_size", "architecture", "load_in_4bit"):
+        kind, default = fields.get(name, (Any, ...))
+        if default is ... and (more or name in fields):
+            fields[name] = (kind, NOTHING.get(name))
+    own = {name: field for name, field in fields.items() if name != "seed"}
+    return {**own, "taps": (Count | None, None), "tokens": (Read | None, None)}
 
 
 def options(kind: Kind, name: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -161,11 +203,14 @@ def options(kind: Kind, name: str, given: dict[str, Any]) -> dict[str, Any]:
         UsageError: an option is unknown or of the wrong type; names it and the valid ones.
     """
     model = schema(find(kind, name))
+    if kind == "backbones":  # None is what the backbone does by itself
+        known = model.model_fields
+        given = {k: v for k, v in given.items() if v is not None and (k in known or v != NOTHING.get(k))}
     try:
         checked = model.model_validate(given)
     except ValidationError as error:
         raise UsageError(f"{kind}: {name}: {explain(error, model)}") from None
-    return {key: getattr(checked, key) for key in model.model_fields}
+    return {key: getattr(checked, key) for key in (*model.model_fields, *(checked.model_extra or {}))}
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
@@ -243,7 +288,7 @@ def summary(kind: Kind, name: str) -> dict[str, Any]:
     return {
         "is": (inspect.getdoc(target) or "").partition("\n")[0],
         "fits": fits,
-        "options": {} if kind == "backbones" else described(schema(target)),
+        "options": described(schema(target)),
     }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from perpetune import registry
 from perpetune.build import build_data
 from perpetune.data.check import find_overlap
-from perpetune.data.examples import TableSet
+from perpetune.data.examples import TableSet, View
 from perpetune.data.guess import guess_source
 from perpetune.data.names import several
 from perpetune.data.reference import reference_examples
@@ -20,7 +20,6 @@ from perpetune.data.sources import Kind, Source
 from perpetune.data.stream import Stream, StreamOptions, single_task
 from perpetune.data.tasks import TaskData
 from perpetune.errors import DataError, UsageError
-from perpetune.models.backbone import Backbone
 from perpetune.recipe import Recipe
 from perpetune.run import Step
 from perpetune.runtime import Runtime
@@ -37,13 +36,13 @@ class TaskSequence:
 
     Args:
         recipe: its `data:` and `stream:` sections say where tasks come from and how they are cut.
-        backbone: says how pictures or texts are prepared.
+        view: says how pictures or texts are prepared.
         runtime: handed on with every task; told of everything that is left out.
         keeps_data: whether tasks bring all earlier ones along, as the upper bounds need.
     """
 
-    def __init__(self, recipe: Recipe, backbone: Backbone, runtime: Runtime, *, keeps_data: bool):
-        self.recipe, self.backbone, self.runtime, self.keeps_data = recipe, backbone, runtime, keeps_data
+    def __init__(self, recipe: Recipe, view: View, runtime: Runtime, *, keeps_data: bool):
+        self.recipe, self.view, self.runtime, self.keeps_data = recipe, view, runtime, keeps_data
         self._stream: Stream | None = None
         self._reference: tuple[TableSet, list[str]] | None = None
         self._tasks: dict[int, Task] = {}
@@ -53,7 +52,7 @@ class TaskSequence:
     def stream(self) -> Stream:
         """The recipe's stream of tasks."""
         if self._stream is None:
-            self._stream = build_data(self.recipe, self.backbone)
+            self._stream = build_data(self.recipe, self.view)
         return self._stream
 
     def of_stream(self, index: int, committed: Sequence[Committed]) -> Step:
@@ -106,7 +105,7 @@ class TaskSequence:
         """The recipe's reference pictures, with a line for each that cannot be read; None where it names none."""
         reference = self.recipe.protect.reference if self.recipe.protect else None
         if reference is not None and self._reference is None:
-            self._reference = reference_examples(reference.path, self.backbone.preprocess, self.recipe.stream)
+            self._reference = reference_examples(reference.path, self.view, self.recipe.stream)
         return self._reference
 
     def _first(self, index: int) -> TableSet | None:
@@ -179,7 +178,7 @@ class TaskSequence:
 
     def origin(self, data: str | Path) -> Origin:
         """The data section that a path or id stands for."""
-        return origin_of(data, self.backbone.takes)
+        return origin_of(data, self.view.takes)
 
     def _place(self, origin: Origin | str) -> str:
         """Where data came from, for messages."""
@@ -191,7 +190,7 @@ class TaskSequence:
     def _single(
         self, source: Source, index: int, name: str, holdout: float, options: StreamOptions | None = None
     ) -> TaskData:
-        options, seed, view = options or self.recipe.stream, self.recipe.seed, self.backbone.preprocess
+        options, seed, view = options or self.recipe.stream, self.recipe.seed, self.view
         return single_task(source, options, view, index=index, name=name, seed=seed, holdout=holdout)
 
     def _checked(self, data: TaskData, learned: Sequence[str] | None = None) -> TaskData:

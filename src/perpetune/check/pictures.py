@@ -46,7 +46,7 @@ def tiny_backbone() -> Backbone:
 def _made() -> Backbone:
     from transformers import ViTConfig, ViTModel
 
-    from perpetune.models.from_transformers import class_token
+    from perpetune.models.loaders.vit import class_token
 
     config = ViTConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=SIZE, patch_size=4

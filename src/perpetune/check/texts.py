@@ -9,10 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from perpetune.build import load_backbone
 from perpetune.check.kind import TinyKind
 from perpetune.data.texts.tables import Row, Text, TextTable
 from perpetune.models.backbone import Backbone
-from perpetune.models.backbones import load_backbone
 from perpetune.seeding import own_global_state
 from perpetune.tasks import Examples, Inputs, Item
 

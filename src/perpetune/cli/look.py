@@ -91,15 +91,13 @@ def methods(json: Json = False) -> None:
     from perpetune import registry
     from perpetune.cli.common import print_json
     from perpetune.protection.config import ProtectConfig
-    from perpetune.recipe import BackboneSection, PetSection
+    from perpetune.recipe import PetSection
 
     found = {kind: {name: registry.summary(kind, name) for name in registry.names(kind)} for kind in HEADINGS}
-    places, backbone = registry.described(PetSection, "name"), registry.described(BackboneSection, "name")
+    places = registry.described(PetSection, "name")
     for name, about in found["pets"].items():
         at = ", ".join(registry.find("pets", name).default_at)
         about["options"] = {**places, "at": f"[{at}]", **about["options"]}
-    for about in found["backbones"].values():
-        about["options"] = backbone
     protect = registry.described(ProtectConfig)
     if json:
         print_json({**found, "protect": protect})
@@ -111,10 +109,7 @@ def methods(json: Json = False) -> None:
             print(f"  {name:<10} {about['is']}")
             if about["fits"]:
                 print(f"  {'':<10} {about['fits']}")
-            if kind != "backbones":  # these have the same options
-                _print_options(about["options"])
-        if kind == "backbones":
-            _print_options(backbone)
+            _print_options(about["options"])
         print()
     print("protect:  keeps old answers where they are by gradient projection, with any pet; default none")
     _print_options(protect)
@@ -126,7 +121,7 @@ HEADINGS: dict[Kind, tuple[str, str]] = {  # of what a recipe names
     "methods": ("method", "how the tasks are learned, one after the other"),
     "pets": ("pet", "the small parameters that are added to the frozen model; `pet: none` adds none"),
     "heads": ("head", "from features to classes known by name; `lm` for language models"),
-    "backbones": ("backbone", "the frozen pretrained model, named PREFIX:NAME, with these options"),
+    "backbones": ("backbone", "the frozen pretrained model, named PREFIX:NAME"),
     "data": ("data", "where the images or texts come from; `stream:` cuts them into tasks"),
 }
 FITS = """\

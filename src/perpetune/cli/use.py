@@ -39,7 +39,7 @@ def predict(
     if json and csv:
         raise UsageError("--json and --csv: choose one of them")
     learner = Learner.load(state, device=device)
-    show = {"predict": _predictions, "answer": _answers}[learner.backbone.preprocess.verb]
+    show = {"predict": _predictions, "answer": _answers}[learner.method.model.view.verb]
     show(learner, inputs, top, options, json, csv)
 
 
@@ -53,7 +53,7 @@ def _predictions(learner: Learner, inputs: list[str], top: int, options: str | N
 
     if options is not None:
         raise UsageError("--options is for language models: an image classifier knows its classes")
-    files = learner.backbone.preprocess.typed(inputs)
+    files = learner.method.model.view.typed(inputs)
     unreadable: list[str] = []
     found = learner.predict(files, top=top, unreadable=unreadable)
     if json:
@@ -81,7 +81,7 @@ def _answers(learner: Learner, inputs: list[str], top: int, options: str | None,
 
     if csv:
         raise UsageError("--csv is for images: use --json for answers")
-    view = learner.backbone.preprocess
+    view = learner.method.model.view
     found = learner.answer(view.typed(inputs), options=None if options is None else options.split(","))
     if learner.method.model.chooses:  # among all classes; with the output layer, among the options of this call
         found = [dataclasses.replace(a, options=a.options[:top]) for a in found]

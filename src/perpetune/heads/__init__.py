@@ -1,9 +1,9 @@
 """From features to answers: classifiers that grow by class name."""
 
-from perpetune.heads.base import Head
+from perpetune.heads.base import Borrowed, Head
 from perpetune.heads.cosine import Cosine
 from perpetune.heads.linear import Linear
 from perpetune.heads.ncm import NCM
 from perpetune.heads.ridge import Ridge
 
-__all__ = ["NCM", "Cosine", "Head", "Linear", "Ridge"]
+__all__ = ["NCM", "Borrowed", "Cosine", "Head", "Linear", "Ridge"]

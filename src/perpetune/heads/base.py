@@ -17,6 +17,22 @@ def alone(value: Tensor) -> Tensor:
     return value
 
 
+class Borrowed:
+    """A module of the backbone that a head calls and does not own.
+
+    Its parameters are none of the head's, it is stored with the backbone, and a copy of the head calls the same one.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Borrowed:
+        return self
+
+
 class Head(nn.Module, ABC):
     """A classifier that grows by class name; rows follow the order in which classes came.
 
@@ -24,7 +40,7 @@ class Head(nn.Module, ABC):
     trained, the method shows it the training data once: `expect`, `observe` for each batch, `flush`, `settle`.
     While features are trained, its `logits` come from a probe that takes no part in the prediction.
 
-    Options in the recipe are the keyword-only arguments of `__init__`; `dim` comes from the backbone.
+    Options in the recipe are the keyword-only arguments of `__init__`; `of` says what it takes from the backbone.
     """
 
     statistics: ClassVar[bool] = False
@@ -35,6 +51,18 @@ class Head(nn.Module, ABC):
         super().__init__()
         self.dim = dim
         self.classes: list[str] = []
+
+    @classmethod
+    def of(cls, backbone: Any, **options: Any) -> Head:
+        """The head for a `models.backbone.Backbone`: of most heads the width of its features is all that counts.
+
+        A head that needs more than features, such as the tower of `backbone.net` for texts, takes it here, as
+        `Borrowed`.
+
+        Raises:
+            UsageError: the backbone lacks what the head needs.
+        """
+        return cls(backbone.dim, **options)
 
     @abstractmethod
     def forward(self, features: Tensor) -> Tensor:

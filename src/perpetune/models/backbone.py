@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from perpetune.data.sources import Kind
 from perpetune.errors import UsageError
 from perpetune.models import families
 from perpetune.models.taps import Count, Read, Taps, mean_token
-from perpetune.pets.base import Slot, frozen, walk
+from perpetune.pets.base import Place, Slot, frozen, walk
 from perpetune.tasks import IGNORED, Inputs
 
 Forward = Callable[..., Tensor]
@@ -143,8 +143,8 @@ class Backbone(nn.Module):
         """Sets the mode of the PETs; the frozen net stays in evaluation mode.
 
         Blocks that are to be computed again in the backward pass are the exception, for transformers does that only
-        in a block that is in training mode. Nothing else may depend on that mode: `models.language` loads nets
-        without dropout.
+        in a block that is in training mode. Nothing else may depend on that mode: `models.loaders.causal_lm` loads
+        nets without dropout.
         """
         super().train(mode)
         self.net.eval()
@@ -155,9 +155,30 @@ class Backbone(nn.Module):
                 module.training = mode
         return self
 
+    @property
+    def tower(self) -> families.Tower:
+        """The transformer whose features are read: of several in the net, the one for what goes in.
+
+        Raises:
+            UsageError: a net of unknown family.
+        """
+        return next(iter(families.towers(self.net, self._answers).values()))
+
+    @property
+    def _answers(self) -> families.Reads:
+        return "text" if self.takes == "texts" else "picture"
+
     def roles(self) -> tuple[str, ...]:
-        """The roles at which a PET can be put; UsageError for a net of unknown family."""
-        return families.roles(self.net)
+        """The roles at which a PET can be put, of another tower than `tower` with its name, as `text.q`.
+
+        Raises:
+            UsageError: a net of unknown family.
+        """
+        return families.roles(self.net, self._answers)
+
+    def pet_places(self, roles: Sequence[str], blocks: Sequence[int] | None = None) -> list[Place]:
+        """The places of `roles` in its net: see `families.places`; roles without a tower are those of `tower`."""
+        return families.places(self.net, roles, blocks, self._answers)
 
     def fingerprint(self) -> str:
         """SHA-256 over names, dtypes, shapes and bytes of the frozen tensors; PETs do not enter.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Literal
@@ -37,6 +38,8 @@ class Model(nn.Module, ABC):
                 "or another head of classes"
             )
         self.backbone = backbone
+        self.view = copy.copy(backbone.preprocess)
+        """How its examples become the backbone's input; a copy, for each model says what else it wants of a text."""
 
     @property
     def takes(self) -> Kind:

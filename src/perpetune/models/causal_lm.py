@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -39,6 +39,7 @@ class CausalLM(Model):
 
     reads: ClassVar[tuple[Kind, ...]] = ("texts",)
     statistics: ClassVar[bool] = False
+    view: TextView  # see `reads`
 
     def __init__(
         self,
@@ -48,8 +49,7 @@ class CausalLM(Model):
         max_new_tokens: Annotated[int, Field(ge=1)] = 64,
     ):
         super().__init__(backbone)
-        self.view, self.max_new_tokens = cast(TextView, backbone.preprocess), max_new_tokens  # see `reads`
-        self.nothing = self.view.pad
+        self.max_new_tokens, self.nothing = max_new_tokens, self.view.pad
         if max_new_tokens >= self.view.max_length:
             raise UsageError(
                 f"head.max_new_tokens is {max_new_tokens}, and {backbone.spec} takes {self.view.max_length} tokens, "
@@ -114,7 +114,7 @@ class CausalLM(Model):
         """How answers are generated; `ends`: tokens that the model ends with, beside the tokenizer's."""
         from transformers import GenerationConfig
 
-        self.view.ends |= set([ends] if isinstance(ends, int) else ends or [])
+        self.view.ends = self.view.ends | set([ends] if isinstance(ends, int) else ends or [])
         return GenerationConfig(
             do_sample=False,
             max_new_tokens=self.max_new_tokens,

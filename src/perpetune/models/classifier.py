@@ -36,7 +36,7 @@ class Classifier(Model):
         super().__init__(backbone)
         self.head, self.mask = head, mask
         self.seen: list[str] = []
-        backbone.preprocess.read_alone()
+        self.view.read_alone()
 
     @property
     def classes(self) -> list[str]:

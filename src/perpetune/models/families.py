@@ -2,15 +2,18 @@
 
 A row names where each role is found: most relative to a block, some relative to the net. Where a family has
 variants (fused or separate qkv, plain or gated MLP) a role lists its alternatives, and the first that is there counts.
-Vision transformers are known by their class. Language models are known by what is where, for most new ones name their
-parts as one of a few old ones.
+Vision transformers and the two towers of dual encoders are known by their class. Language models are known by what is
+where, for most new ones name their parts as one of a few old ones.
+
+A net may hold several transformers. Each is a `Tower`, named by what it reads. A role such as `q` is one of the tower
+that answers; `text.q` and `picture.q` name the tower too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -24,14 +27,15 @@ __all__ = [
     "OPERATIONS",
     "Family",
     "Place",
-    "block_sequence",
+    "Tower",
     "call_linears",
-    "family_of",
-    "last_norm",
     "places",
     "roles",
+    "towers",
     "widths",
 ]
+
+Reads = Literal["picture", "text"]
 
 # `qkv` is there only where the rows of q, k and v are mixed in one layer, so that none of them can be had alone.
 LINEAR_ROLES = ("q", "k", "v", "qkv", "proj", "fc1", "gate", "fc2")
@@ -52,11 +56,12 @@ class Family:
     Attributes:
         name: as users know it.
         classes: names of the net's class, one of which it or a base class of it has; none where `known_by` decides.
-        blocks: path of the sequence of transformer blocks.
+        blocks: path of the sequence of transformer blocks; a net without blocks there is not of the family.
         roles: for each role, where it is found in a block; the first alternative that is there counts.
         once: as `roles`, for what the net has once, relative to it: the convolution that embeds patches, and the
             norm behind the last block.
         known_by: roles that one of the blocks has to have for the net to be of the family.
+        reads: what goes into the net; None where its embedding says it: a convolution of patches, or a table of tokens.
     """
 
     name: str
@@ -65,6 +70,48 @@ class Family:
     roles: Mapping[str, tuple[Where, ...]]
     once: Mapping[str, tuple[Where, ...]]
     known_by: tuple[str, ...] = ()
+    reads: Reads | None = None
+
+
+@dataclass(frozen=True)
+class Tower:
+    """One transformer in a net.
+
+    Attributes:
+        name: what it reads, `picture` or `text`.
+        path: where it is in the net; `""` where it is the net itself.
+        net: the transformer, never the slot around it.
+        family: the row of the table that fits.
+    """
+
+    name: Reads
+    path: str
+    net: nn.Module
+    family: Family
+
+    @property
+    def sequence(self) -> str:
+        """The path of its transformer blocks in the whole net."""
+        return self.at(self.family.blocks)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Its transformer blocks, without slots around them."""
+        return _blocks(self.net, self.family)
+
+    @property
+    def norm(self) -> str | None:
+        """The path, in the whole net, of the norm behind the last block; None where it has none."""
+        found = _find(self.net, self.family.once, "norm")
+        return None if found is None else self.at(found[0])
+
+    def at(self, path: str) -> str:
+        """A path in the tower as one in the whole net."""
+        return f"{self.path}.{path}" if self.path and path else self.path or path
+
+    def roles(self) -> tuple[str, ...]:
+        """The roles that any of its blocks has, then those that it has once."""
+        return (*_has(self.blocks, self.family.roles), *_has([self.net], self.family.once))
 
 
 _TIMM: dict[str, tuple[Where, ...]] = {
@@ -181,20 +228,96 @@ _GPT_ONCE: dict[str, tuple[Where, ...]] = {
     "norm": (("ln_f", None), ("final_layer_norm", None), ("final_layernorm", None)),
 }
 
+_CLIP: dict[str, tuple[Where, ...]] = {
+    "q": (("self_attn.q_proj", None),),
+    "k": (("self_attn.k_proj", None),),
+    "v": (("self_attn.v_proj", None),),
+    "proj": (("self_attn.out_proj", None),),
+    "fc1": (("mlp.fc1", None),),
+    "fc2": (("mlp.fc2", None),),
+    "attn": (("self_attn", None),),
+    "mlp": (("mlp", None),),
+    "block": (("", None),),
+    "norm1": (("layer_norm1", None),),
+    "norm2": (("layer_norm2", None),),
+}
+
+# Its norms stand behind attention and MLP. It has no module for the MLP as a whole.
+_BERT: dict[str, tuple[Where, ...]] = {
+    "q": (("attention.self.query", None),),
+    "k": (("attention.self.key", None),),
+    "v": (("attention.self.value", None),),
+    "proj": (("attention.output.dense", None),),
+    "fc1": (("intermediate.dense", None),),
+    "fc2": (("output.dense", None),),
+    "attn": (("attention.self", None),),
+    "block": (("", None),),
+    "norm1": (("attention.output.LayerNorm", None),),
+    "norm2": (("output.LayerNorm", None),),
+}
+
+# Its attention is torch's own, which reads the weights of its layers past whatever stands around them.
+_OPEN_CLIP: dict[str, tuple[Where, ...]] = {
+    "fc1": (("mlp.c_fc", None),),
+    "fc2": (("mlp.c_proj", None),),
+    "attn": (("attn", None),),
+    "mlp": (("mlp", None),),
+    "block": (("", None),),
+    "norm1": (("ln_1", None),),
+    "norm2": (("ln_2", None),),
+}
+
 FAMILIES = (
-    Family("timm VisionTransformer", ("VisionTransformer", "VisionTransformerRelPos"), "blocks", _TIMM, _TIMM_ONCE),
-    Family("timm Eva", ("Eva",), "blocks", _TIMM, _TIMM_ONCE),
-    Family("timm Beit", ("Beit",), "blocks", _TIMM, _TIMM_ONCE),
-    Family("transformers ViT", ("ViTModel", "ViTMSNModel"), "layers", _TRANSFORMERS, _TRANSFORMERS_ONCE),
-    Family("transformers DeiT", ("DeiTModel",), "layers", _TRANSFORMERS, _TRANSFORMERS_ONCE),
-    Family(
-        "transformers DINOv2",
-        ("Dinov2Model", "Dinov2WithRegistersModel"),
-        "encoder.layer",
-        _TRANSFORMERS,
-        _TRANSFORMERS_ONCE,
+    *(
+        Family(name, classes, blocks, _TIMM, _TIMM_ONCE, reads="picture")
+        for name, classes, blocks in (
+            ("timm VisionTransformer", ("VisionTransformer", "VisionTransformerRelPos"), "blocks"),
+            ("timm Eva", ("Eva",), "blocks"),
+            ("timm Beit", ("Beit",), "blocks"),
+        )
     ),
-    Family("transformers DINOv3", ("DINOv3ViTModel",), "model.layer", _TRANSFORMERS, _TRANSFORMERS_ONCE),
+    *(
+        Family(name, classes, blocks, _TRANSFORMERS, _TRANSFORMERS_ONCE, reads="picture")
+        for name, classes, blocks in (
+            ("transformers ViT", ("ViTModel", "ViTMSNModel"), "layers"),
+            ("transformers DeiT", ("DeiTModel",), "layers"),
+            ("transformers DINOv2", ("Dinov2Model", "Dinov2WithRegistersModel"), "encoder.layer"),
+            ("transformers DINOv3", ("DINOv3ViTModel",), "model.layer"),
+        )
+    ),
+    Family(
+        "transformers CLIP and SigLIP, pictures",
+        ("CLIPVisionModel", "SiglipVisionModel", "Siglip2VisionModel"),
+        "encoder.layers",
+        _CLIP,
+        {"patch": (("embeddings.patch_embedding", None),), "norm": (("post_layernorm", None),)},
+        reads="picture",
+    ),
+    Family(
+        "transformers CLIP and SigLIP, texts",
+        ("CLIPTextModel", "SiglipTextModel", "Siglip2TextModel"),
+        "encoder.layers",
+        _CLIP,
+        {"norm": (("final_layer_norm", None),)},
+        reads="text",
+    ),
+    Family("transformers BERT", ("BertModel", "RobertaModel"), "encoder.layer", _BERT, {}, reads="text"),
+    Family(
+        "open_clip, pictures",
+        ("VisionTransformer",),
+        "transformer.resblocks",
+        _OPEN_CLIP,
+        {"patch": (("conv1", None),), "norm": (("ln_post", None),)},
+        reads="picture",
+    ),
+    Family(
+        "open_clip, texts",
+        ("TextTransformer", "CLIP"),
+        "transformer.resblocks",
+        _OPEN_CLIP,
+        {"norm": (("ln_final", None),)},
+        reads="text",
+    ),
     # Its fused layer is a linear one that looks like GPT-2's and may be mixed by head.
     Family(
         "GPT-BigCode",
@@ -235,49 +358,90 @@ def widths(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def family_of(net: nn.Module) -> tuple[str, Family]:
-    """The family of `net`, and the path of the transformer in it: `""` unless it is a wrapper around one.
+def towers(net: nn.Module, answers: str | None = None) -> dict[str, Tower]:
+    """The transformers in `net` whose parts are known by role, by what they read; the one that answers comes first.
+
+    Of two that read the same the outer one counts, or that before the other. In a language model that takes pictures
+    too, the text tower answers; in a dual encoder the picture tower does.
+
+    Args:
+        answers: the name of the tower that answers, where there is one of that name.
 
     Raises:
-        UsageError: no row fits; names the class and the families there are.
+        UsageError: no row of the table fits anything in `net`; names the class and the families there are.
     """
+    found: dict[str, Tower] = {}
     for path, module in _text_first(net):
-        bases = {base.__name__ for base in type(module).__mro__}
-        for family in FAMILIES:
-            if bases.intersection(family.classes) or (family.known_by and _looks_like(module, family)):
-                return path, family
-    known = ", ".join(family.name for family in FAMILIES)
-    raise UsageError(f"{type(net).__name__} is of no family whose parts are known by role: {known}")
+        if any(path.startswith(f"{tower.sequence}.") for tower in found.values()):
+            continue  # inside a block
+        family = next((family for family in FAMILIES if _is_of(module, family)), None)
+        if family is not None:
+            name = family.reads or _embedded(net, path)
+            found.setdefault(name, Tower(name, path, module, family))
+    if not found:
+        known = ", ".join(family.name for family in FAMILIES)
+        raise UsageError(f"{type(net).__name__} is of no family whose parts are known by role: {known}")
+    speaks = getattr(net, "get_output_embeddings", None)
+    first = answers or ("text" if callable(speaks) and speaks() is not None else "picture")
+    return dict(sorted(found.items(), key=lambda entry: entry[0] != first))
 
 
-def roles(net: nn.Module) -> tuple[str, ...]:
-    """The roles that any block of `net` has, then those of the net itself; UsageError for an unknown family."""
-    _, blocks, family = _blocks(net)
-    return (*_has(blocks, family.roles), *_has([_transformer(net)[1]], family.once))
+def roles(net: nn.Module, answers: str | None = None) -> tuple[str, ...]:
+    """The roles of the tower that answers; where there are several, those of each with its name, as `text.q`, too.
+
+    Raises:
+        UsageError: a net of unknown family.
+    """
+    found = towers(net, answers)
+    named = [f"{name}.{role}" for name, tower in found.items() for role in tower.roles()] if len(found) > 1 else []
+    return (*next(iter(found.values())).roles(), *named)
 
 
-def places(net: nn.Module, roles: Sequence[str], blocks: Sequence[int] | None = None) -> list[Place]:
-    """The submodules of `net` that play `roles` in `blocks` (None: all), block by block.
+def places(
+    net: nn.Module, roles: Sequence[str], blocks: Sequence[int] | None = None, answers: str | None = None
+) -> list[Place]:
+    """The submodules of `net` that play `roles` in `blocks` (None: all), block by block, tower by tower.
 
     Roles that share one linear layer share one place with several parts. Negative block numbers
-    count from the end. What the net has once comes last, whatever `blocks` are asked for; its block is -1.
-    The role `operations` stands for every linear layer, norm and patch embedding that the net has. Where blocks are
+    count from the end. What a tower has once comes last, whatever `blocks` are asked for; its block is -1.
+    The role `operations` stands for every linear layer, norm and patch embedding of a tower. Where blocks are
     of several kinds (with and without attention, with and without experts) those that lack a role are passed over.
 
+    Args:
+        roles: `q` of the tower that answers, or with the name of a tower: `text.q`, `picture.q`.
+        blocks: numbers of the blocks, the same in each tower that is asked for.
+        answers: the name of the tower that answers; see `towers`.
+
     Raises:
-        UsageError: a net of unknown family, a role that none of the blocks has, or a block that is not there.
+        UsageError: a net of unknown family, a tower that is not there, a role that none of its blocks has, or a block
+            that is not there.
     """
-    start, modules, family = _blocks(net)
-    path, transformer = _transformer(net)
-    asked = list(range(len(modules))) if blocks is None else _checked(blocks, len(modules))
-    there = (*_has([modules[block] for block in asked], family.roles), *_has([transformer], family.once))
+    there = towers(net, answers)
+    asked: dict[str, list[str]] = {name: [] for name in there}
+    for full in roles:
+        name, dot, role = full.rpartition(".")
+        if dot and name not in there:
+            raise UsageError(
+                f"role {full!r}: {type(net).__name__} has no tower {name!r}; its towers are {', '.join(there)}"
+            )
+        asked[name if dot else next(iter(there))].append(role)
+    beside = f"; its towers are {', '.join(there)}" if len(there) > 1 else ""
+    return [place for name, some in asked.items() if some for place in _places(there[name], some, blocks, beside)]
+
+
+def _places(tower: Tower, roles: Sequence[str], blocks: Sequence[int] | None, beside: str) -> list[Place]:
+    """The places of `roles` in one tower; `beside` is the end of an error's message."""
+    family, modules = tower.family, tower.blocks
+    whole = f"the tower {tower.name}" if beside else "the net"
+    asked = list(range(len(modules))) if blocks is None else _checked(blocks, len(modules), whole)
+    there = (*_has([modules[block] for block in asked], family.roles), *_has([tower.net], family.once))
     if OPERATIONS in roles:
         roles = [*(r for r in roles if r != OPERATIONS), *(r for r in there if r not in MODULE_ROLES)]
     once = [r for r in family.once if r in roles]
     roles = [r for r in roles if r not in once]
     for role in roles:
         if asked and role not in there:
-            raise UsageError(f"{family.name}: block {asked[0]} has no role {role!r}; it has {', '.join(there)}")
+            raise UsageError(f"{family.name}: block {asked[0]} has no role {role!r}; it has {', '.join(there)}{beside}")
     found: list[Place] = []
     for block in asked:
         at: dict[str, list[tuple[str, int | None, nn.Module]]] = {}
@@ -285,35 +449,16 @@ def places(net: nn.Module, roles: Sequence[str], blocks: Sequence[int] | None = 
             if (where := _find(modules[block], family.roles, role)) is not None:
                 at.setdefault(where[0], []).append((role, *where[1:]))
         for inner, played in at.items():
-            full = f"{start}.{block}.{inner}" if inner else f"{start}.{block}"
+            full = f"{tower.sequence}.{block}.{inner}" if inner else f"{tower.sequence}.{block}"
             found.append(_place(full, played, block, modules, family))
     for role in once:
-        where = _find(transformer, family.once, role)
+        where = _find(tower.net, family.once, role)
         if where is None:
-            raise UsageError(f"{family.name}: {type(transformer).__name__} has no role {role!r} that a pet can go to")
-        found.append(_place(f"{path}.{where[0]}" if path else where[0], [(role, *where[1:])], -1, modules, family))
+            raise UsageError(
+                f"{family.name}: {type(tower.net).__name__} has no role {role!r} that a pet can go to{beside}"
+            )
+        found.append(_place(tower.at(where[0]), [(role, *where[1:])], -1, modules, family))
     return found
-
-
-def block_sequence(net: nn.Module) -> tuple[str, int]:
-    """The path of the sequence of transformer blocks in `net`, and how many there are.
-
-    Raises:
-        UsageError: a net of unknown family.
-    """
-    path, blocks, _ = _blocks(net)
-    return path, len(blocks)
-
-
-def last_norm(net: nn.Module) -> str | None:
-    """The path of the norm behind the last block; None where the net has none.
-
-    Raises:
-        UsageError: a net of unknown family.
-    """
-    path, family = family_of(net)
-    found = _find(_transformer(net)[1], family.once, "norm")
-    return None if found is None else f"{path}.{found[0]}" if path else found[0]
 
 
 def call_linears(net: nn.Module) -> None:
@@ -327,33 +472,38 @@ def call_linears(net: nn.Module) -> None:
             module.qkv_bias_separate = True  # type: ignore[assignment]
 
 
-def _blocks(net: nn.Module) -> tuple[str, list[nn.Module], Family]:
-    """Path of the sequence of blocks, the blocks without slots around them, and the family."""
-    path, family = family_of(net)
-    start = f"{path}.{family.blocks}" if path else family.blocks
-    sequence = submodule(net, start)
-    count = len(list(sequence.children())) if sequence is not None else 0
-    modules = [submodule(net, f"{start}.{i}") for i in range(count)]
-    if not modules or None in modules:
-        raise UsageError(f"{type(net).__name__} has no transformer blocks at {start!r}, where {family.name} has them")
-    return start, [m for m in modules if m is not None], family
-
-
-def _transformer(net: nn.Module) -> tuple[str, nn.Module]:
-    """The transformer in `net`, and its path."""
-    path, _ = family_of(net)
-    module = submodule(net, path)
-    assert module is not None
-    return path, module
-
-
-def _looks_like(module: nn.Module, family: Family) -> bool:
-    """Whether `module` has blocks where the family has them, one of which has the roles it is known by."""
-    sequence = submodule(module, family.blocks)
-    if not isinstance(sequence, nn.ModuleList):
+def _is_of(module: nn.Module, family: Family) -> bool:
+    """Whether `module` has the family's class, or looks like one of the family where classes say nothing."""
+    bases = {base.__name__ for base in type(module).__mro__}
+    if not (bases.intersection(family.classes) if family.classes else family.known_by):
         return False
-    blocks = (submodule(sequence, str(i)) for i in range(len(sequence)))
-    return any(b is not None and all(_find(b, family.roles, role) for role in family.known_by) for b in blocks)
+    blocks = _blocks(module, family)
+    if family.known_by and not isinstance(submodule(module, family.blocks), nn.ModuleList):
+        return False
+    return any(all(_find(block, family.roles, role) for role in family.known_by) for block in blocks)
+
+
+def _blocks(module: nn.Module, family: Family) -> list[nn.Module]:
+    """The blocks of `module` where the family has them, without slots around them; none where there are none."""
+    sequence = submodule(module, family.blocks)
+    count = 0 if sequence is None else len(list(sequence.children()))
+    found = [submodule(module, f"{family.blocks}.{number}") for number in range(count)]
+    return [block for block in found if block is not None]
+
+
+def _embedded(net: nn.Module, path: str) -> Reads:
+    """What the transformer at `path` reads, by what is embedded in it, or beside it in what holds it.
+
+    A tower for pictures may have a table of positions, so a convolution says more than a table does.
+    """
+    parts = path.split(".") if path else []
+    for depth in range(len(parts), -1, -1):
+        inside = [module for _, module in walk(submodule(net, ".".join(parts[:depth])) or net)]
+        if any(isinstance(module, nn.Conv2d | nn.Conv3d) for module in inside):
+            return "picture"
+        if any(isinstance(module, nn.Embedding) for module in inside):
+            return "text"
+    return "text"
 
 
 def _find(
@@ -453,10 +603,10 @@ def _heads(block: nn.Module, family: Family) -> int:
     return 0
 
 
-def _checked(blocks: Sequence[int], count: int) -> list[int]:
+def _checked(blocks: Sequence[int], count: int, whole: str) -> list[int]:
     for block in blocks:
         if not -count <= block < count:
-            raise UsageError(f"block {block} is out of range: the net has {count} blocks, 0 to {count - 1}")
+            raise UsageError(f"block {block} is out of range: {whole} has {count} blocks, 0 to {count - 1}")
     return sorted({block % count for block in blocks})
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perpetune.errors import UsageError
-from perpetune.models import families
 from perpetune.pets.base import outermost
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 SOME, WIDE = 7, 6144  # what `auto` reads at most: blocks, and the width of the features
 
-Count = int | Literal["auto"]
+Count = Annotated[int, Field(ge=1)] | Literal["auto"]
 """Blocks that are read; `auto` is the last seven, or fewer where the features would be wider than 6144: sums over them
 grow with the square of that."""
 Read = Literal["class", "mean", "both"]
@@ -50,15 +50,16 @@ class Taps:
     """
 
     def __init__(self, backbone: Backbone, count: Count, read: Read):
-        spec, net = backbone.spec, backbone.net
+        spec = backbone.spec
         if read not in get_args(Read):
             raise UsageError(f"{spec}: tokens is {read!r}; one of {', '.join(get_args(Read))} is expected")
         try:
-            self.sequence, depth = families.block_sequence(net)
+            tower = backbone.tower
         except UsageError as error:
             raise UsageError(
                 f"{spec}: taps are read behind the blocks of a transformer: leave taps out; {error}"
             ) from error
+        self.sequence, depth = tower.sequence, len(tower.blocks)
         if count != "auto" and not 1 <= count <= depth:
             raise UsageError(
                 f"{spec}: taps is {count}, and the net has {depth} blocks: 1 to {depth}, or auto, is expected"
@@ -72,7 +73,7 @@ class Taps:
             self.kinds = ["mean"]
         most = max(1, WIDE // (backbone.width * len(self.kinds)))
         self.count = min(SOME, depth, most) if count == "auto" else count
-        self.norm = families.last_norm(net)
+        self.norm = tower.norm
         """The path of the net's last norm; None where it has none."""
 
     @contextlib.contextmanager

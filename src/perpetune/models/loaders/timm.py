@@ -12,19 +12,55 @@ from safetensors import SafetensorError, safe_open
 from perpetune.data.pictures.view import Interpolation, PictureView
 from perpetune.errors import MissingExtra, PerpetuneError, UsageError, closest
 from perpetune.models.backbone import Backbone, triple
-from perpetune.models.hub import hub_file, one_line
+from perpetune.models.loaders.hub import hub_file, one_line
+from perpetune.models.loaders.options import Side, in_4bit, try_size
 
 WEIGHTS = "model.safetensors"
 FILTERS: dict[str, Interpolation] = {f: f for f in get_args(Interpolation)}
 
 
-def load_by_name(spec: str, name: str, *, pretrained: bool, image_size: int | None) -> Backbone:
-    """The model timm knows as `NAME[.TAG]`, with the weights of that tag.
+def load_timm(
+    rest: str, *, pretrained: bool = True, image_size: Side | None = None, load_in_4bit: bool = False
+) -> Backbone:
+    """`timm:NAME[.TAG]`: what `timm.create_model` gives, with the weights of that tag.
+
+    Args:
+        pretrained: False gives random weights.
+        image_size: side of the input in pixels where it is not the model's own; position embeddings are interpolated.
+        load_in_4bit: hold the linear layers of the blocks in 4 bits (NF4), by bitsandbytes.
 
     Raises:
-        UsageError: unknown name or tag; names the closest three.
+        UsageError: unknown name or tag, with the closest three; or the net cannot take pictures of that size.
         PerpetuneError: timm has no weights for it, none without pickle, or they cannot be fetched.
     """
+    spec = f"timm:{rest}"
+    backbone = _by_name(spec, rest, pretrained, image_size)
+    try_size(backbone, image_size)
+    return in_4bit(backbone) if load_in_4bit else backbone
+
+
+def load_local(
+    spec: str,
+    folder: Path,
+    config: Mapping[str, Any],
+    *,
+    architecture: str | None = None,
+    pretrained: bool = True,
+    image_size: Side | None = None,
+    load_in_4bit: bool = False,
+) -> Backbone:
+    """A folder with `model.safetensors` and either a `config.json` that holds `config` or a named `architecture`.
+
+    Raises:
+        UsageError: no weights file, an unknown architecture, or a net that cannot take pictures of that size.
+        PerpetuneError: the tensors in the file are not those of the architecture; names them.
+    """
+    backbone = _in_folder(spec, folder, config, architecture, pretrained, image_size)
+    try_size(backbone, image_size)
+    return in_4bit(backbone) if load_in_4bit else backbone
+
+
+def _by_name(spec: str, name: str, pretrained: bool, image_size: int | None) -> Backbone:
     timm = _timm(spec)
     _check_name(timm, spec, name)
     if not pretrained:
@@ -42,21 +78,14 @@ def load_by_name(spec: str, name: str, *, pretrained: bool, image_size: int | No
     return _wrap(timm, spec, net, image_size)
 
 
-def load_local(
+def _in_folder(
     spec: str,
     folder: Path,
     config: Mapping[str, Any],
-    *,
     architecture: str | None,
     pretrained: bool,
     image_size: int | None,
 ) -> Backbone:
-    """A folder with `model.safetensors` and either a `config.json` that holds `config` or a named `architecture`.
-
-    Raises:
-        UsageError: no weights file, or an unknown architecture.
-        PerpetuneError: the tensors in the file are not those of the architecture; names them.
-    """
     timm = _timm(spec)
     file = folder / WEIGHTS
     if pretrained and not file.is_file():

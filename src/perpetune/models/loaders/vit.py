@@ -1,12 +1,9 @@
-"""Backbones that transformers builds: an id on the hub or a local folder in its layout."""
+"""Vision transformers that transformers builds: an id on the hub or a local folder in its layout."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import struct
 import warnings
-from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from perpetune.data.pictures.view import Interpolation, PictureView
-from perpetune.errors import PerpetuneError, UsageError, closest
+from perpetune.errors import PerpetuneError, UsageError
 from perpetune.models.backbone import Backbone, triple
-from perpetune.models.hub import hub_file, one_line
+from perpetune.models.loaders.checkpoint import check_report, config_of, quiet
+from perpetune.models.loaders.hub import hub_file, one_line
+from perpetune.models.loaders.options import Side, in_4bit, try_size
 
 # `model_type` of the families whose feature is the class token after the final norm, and whether they
 # interpolate their position embeddings only when they are told to.
@@ -30,34 +29,6 @@ FAMILIES = {
     "dinov3_vit": False,
 }
 
-# Shown as examples when an id is not found: one line of ids that exist, not a limit.
-KNOWN = (
-    "google/vit-base-patch16-224",
-    "google/vit-base-patch16-224-in21k",
-    "google/vit-large-patch16-224-in21k",
-    "facebook/deit-tiny-patch16-224",
-    "facebook/deit-small-patch16-224",
-    "facebook/deit-base-patch16-224",
-    "facebook/dino-vits16",
-    "facebook/dino-vitb16",
-    "facebook/dinov2-small",
-    "facebook/dinov2-base",
-    "facebook/dinov2-large",
-    "facebook/dinov2-with-registers-small",
-    "facebook/dinov2-with-registers-base",
-    "facebook/vit-msn-small",
-    "facebook/vit-msn-base",
-    "facebook/dinov3-vits16-pretrain-lvd1689m",
-    "facebook/dinov3-vitb16-pretrain-lvd1689m",
-    "HuggingFaceTB/SmolLM2-135M-Instruct",
-    "Qwen/Qwen3-0.6B",
-    "meta-llama/Llama-3.2-1B",
-    "google/gemma-3-1b-it",
-    "EleutherAI/pythia-160m",
-    "openai-community/gpt2",
-    "facebook/opt-125m",
-)
-
 # Tensors of heads that a checkpoint may hold and a feature extractor has no use for.
 HEADS = ("pooler.", "classifier.", "cls_classifier.", "distillation_classifier.", "decoder.")
 
@@ -65,14 +36,26 @@ PREPROCESSOR = "preprocessor_config.json"
 FILTERS: dict[int, Interpolation] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
-def load(spec: str, source: str, config: Any = None, *, pretrained: bool, image_size: int | None) -> Backbone:
+def load(
+    spec: str,
+    source: str,
+    config: Any = None,
+    *,
+    pretrained: bool = True,
+    image_size: Side | None = None,
+    load_in_4bit: bool = False,
+) -> Backbone:
     """The vision transformer at `source`, a folder or an id on the hub; safetensors only.
 
     Args:
         config: what `config_of` has read there, where that was done already.
+        pretrained: False gives random weights.
+        image_size: side of the input in pixels where it is not the model's own; position embeddings are interpolated.
+        load_in_4bit: hold the linear layers of the blocks in 4 bits (NF4), by bitsandbytes.
 
     Raises:
-        UsageError: there is no such model, or it is of a family whose features are not defined here.
+        UsageError: there is no such model, it is of a family whose features are not defined here, or it cannot take
+            pictures of that size.
         PerpetuneError: the tensors in the checkpoint are not those of the model; names them.
     """
     config = config or config_of(spec, source)
@@ -86,38 +69,15 @@ def load(spec: str, source: str, config: Any = None, *, pretrained: bool, image_
     told = FAMILIES[config.model_type] and preprocess.size != _side(spec, config.image_size)
     forward = partial(class_token, interpolate_pos_encoding=True) if told else class_token
     prefix = 1 + getattr(config, "num_register_tokens", 0) + (config.model_type == "deit")  # a token to distill by
-    return Backbone(net, spec=spec, dim=config.hidden_size, preprocess=preprocess, forward=forward, prefix=prefix)
+    backbone = Backbone(net, spec=spec, dim=config.hidden_size, preprocess=preprocess, forward=forward, prefix=prefix)
+    try_size(backbone, image_size)
+    return in_4bit(backbone) if load_in_4bit else backbone
 
 
 def class_token(net: nn.Module, pixels: Tensor, **options: Any) -> Tensor:
     """Class token after the final norm, `(B, D)`."""
     tokens: Tensor = net(pixel_values=pixels, **options).last_hidden_state  # (B, N, D)
     return tokens[:, 0]
-
-
-def config_of(spec: str, source: str, **where: str) -> Any:
-    """The config of the model at `source`, a folder or an id on the hub.
-
-    Args:
-        where: `gguf_file`, where it is such a file in the folder or repository.
-
-    Raises:
-        UsageError: there is none, or transformers cannot read it.
-    """
-    from transformers import AutoConfig
-
-    if not Path(source).is_dir() and source.count("/") != 1:
-        raise UsageError(f"{spec}: no such folder, and an id on the hub is OWNER/NAME; {closest(source, KNOWN)}")
-    try:
-        return AutoConfig.from_pretrained(source, **where)
-    except (OSError, ValueError, KeyError, IndexError, struct.error) as error:  # the last two: torn GGUF files
-        if Path(source).is_dir():
-            said = "the file is torn: " if isinstance(error, IndexError | struct.error) else ""
-            raise UsageError(f"{spec}: {said}{one_line(error)}") from error
-        reason = one_line(error).partition(". ")[0]
-        raise UsageError(
-            f"{spec}: no such folder, and not to be had from the hub or its cache ({reason}); {closest(source, KNOWN)}"
-        ) from error
 
 
 def _extra(config: Any) -> dict[str, Any]:
@@ -153,42 +113,6 @@ def _pretrained(spec: str, source: str, config: Any) -> nn.Module:
     check_report(spec, report, HEADS)
     loaded: nn.Module = net
     return loaded
-
-
-def check_report(spec: str, report: Mapping[str, Any], ignored: tuple[str, ...] = ()) -> None:
-    """Raise what transformers has noted while it loaded tensors.
-
-    Args:
-        report: its `output_loading_info`.
-        ignored: what the names of tensors begin with that may be there beside those of the model.
-
-    Raises:
-        PerpetuneError: the checkpoint has too few tensors, too many or others; names up to eight of each.
-    """
-    faults = {
-        "missing": sorted(report["missing_keys"]),
-        "unexpected": sorted(name for name in report["unexpected_keys"] if not name.startswith(ignored)),
-        "of another shape": sorted(str(entry[0]) for entry in report["mismatched_keys"]),
-    }
-    if any(faults.values()):
-        said = "; ".join(f"{what}: {', '.join(names[:8])}" for what, names in faults.items() if names)
-        raise PerpetuneError(f"{spec}: the checkpoint does not hold this model's tensors; {said}")
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bar and no loading report from transformers: what is wrong is raised instead."""
-    from transformers.utils import logging
-
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
 
 
 def _preprocess(spec: str, source: str, config: Any, image_size: int | None) -> PictureView:

@@ -10,20 +10,25 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from perpetune.data.texts.view import TextView
 from perpetune.errors import MissingExtra, PerpetuneError, UsageError, closest
 from perpetune.models.backbone import Backbone
-from perpetune.models.from_transformers import check_report, config_of, quiet
-from perpetune.models.hub import hub_file, one_line
+from perpetune.models.loaders.checkpoint import check_report, config_of, quiet
+from perpetune.models.loaders.hub import hub_file, one_line
+from perpetune.models.loaders.options import in_4bit
 from perpetune.pets.base import Active, Slot, slots
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+"""Of the frozen weights."""
+Length = Annotated[int, Field(ge=2)]
+"""Tokens of a text, question and answer together; None is what the model and its tokenizer take."""
 
 GGUF = ".gguf"
 ROTATION = "rope_freqs.weight"  # what a GGUF file divides the frequencies of rotary positions by
@@ -97,8 +102,9 @@ def load(
     config: Any = None,
     *,
     pretrained: bool = True,
+    load_in_4bit: bool = False,
     dtype: Dtype = "float32",
-    max_length: int | None = None,
+    max_length: Length | None = None,
     chat: bool = False,
     gradient_checkpointing: bool = False,
 ) -> Backbone:
@@ -108,6 +114,9 @@ def load(
 
     Args:
         config: what `config_of` has read there, where that was done already.
+        pretrained: False gives random weights.
+        load_in_4bit: hold the linear layers of the blocks in 4 bits (NF4), by bitsandbytes; a model that comes
+            quantised stays as it is.
         dtype: of the frozen weights.
         max_length: tokens of a text; None is what the model and its tokenizer take.
         chat: whether plain prompts are put into the form of a chat too.
@@ -117,13 +126,12 @@ def load(
         UsageError: there is no such model or tokenizer, or an option that does not fit it.
         PerpetuneError: the tensors in the checkpoint are not those of the model; names them.
     """
-    if dtype not in get_args(Dtype):
-        raise UsageError(f"{spec}: dtype is {dtype!r}; one of {', '.join(get_args(Dtype))} is expected")
     config = config or config_of(spec, source.place, **source.where)
     if not is_causal(config):
         raise UsageError(f"{spec}: a {config.model_type!r} model is no causal language model")
     if source.file is not None:
         _check_positions(spec, source.place, source.file, config)
+    quantised = getattr(config, "quantization_config", None) is not None
     _without_dropout(config)
     tokenizer = _tokenizer(spec, source)
     if chat and not tokenizer.chat_template:
@@ -138,13 +146,14 @@ def load(
         _checkpointing(spec, net)
     embeddings = net.get_input_embeddings().weight
     _padding(spec, tokenizer, len(embeddings))
-    return Backbone(
+    backbone = Backbone(
         net,
         spec=spec,
         dim=config.get_text_config().hidden_size,
         preprocess=TextView(tokenizer, max_length=length, chat=chat),
         forward=hidden_states,
     )
+    return in_4bit(backbone) if load_in_4bit and not quantised else backbone
 
 
 def hidden_states(net: nn.Module, tokens: Tensor, **options: Any) -> Tensor:
@@ -281,8 +290,6 @@ def _max_length(spec: str, config: Any, tokenizer: Any, asked: int | None) -> in
         # A tokenizer that does not know has a number of 30 digits.
         known = [n for n in (positions, tokenizer.model_max_length) if isinstance(n, int) and 1 < n < 10**9]
         return min(known, default=SOME_LENGTH)
-    if asked < 2:
-        raise UsageError(f"{spec}: max_length is {asked}; a number of tokens from 2 is expected")
     if isinstance(positions, int) and asked > positions:
         raise UsageError(f"{spec}: max_length is {asked}, and the model has {positions} positions")
     return asked

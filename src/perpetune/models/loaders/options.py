@@ -1,0 +1,85 @@
+"""Options that several loaders have, and how they are carried out."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from perpetune.errors import PerpetuneError, UsageError
+from perpetune.models.backbone import Backbone
+from perpetune.models.families import LINEAR_ROLES
+from perpetune.models.loaders.hub import one_line
+
+Side = Annotated[int, Field(ge=1)]
+"""Of a square input, in pixels; None is the model's own."""
+
+NOTHING: dict[str, Any] = {
+    "pretrained": True,
+    "load_in_4bit": False,
+    "dtype": "float32",
+    "chat": False,
+    "gradient_checkpointing": False,
+}
+"""Values of options that ask for nothing, beside None: a loader without the option does just that. Recipes that were
+stored when every loader had every option name them."""
+
+
+def taken(spec: str, what: str, load: Callable[..., Backbone], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options among `given` that `load` takes and that are not None.
+
+    Args:
+        what: the kind of model that `load` is for, as messages name it.
+
+    Raises:
+        UsageError: one is given that it does not take; names those that it takes.
+    """
+    takes = [p.name for p in inspect.signature(load).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for name, value in given.items():
+        if name not in takes and value is not None and value != NOTHING.get(name):
+            raise UsageError(f"{spec}: this is {what}, which takes {', '.join(takes)}, and not {name}")
+    return {name: value for name, value in given.items() if name in takes and value is not None}
+
+
+def try_size(backbone: Backbone, image_size: int | None) -> None:
+    """One forward pass where a size was asked for, so that a wrong one is told now and not when training begins.
+
+    Raises:
+        UsageError: the net cannot take pictures of that size.
+    """
+    if image_size is None:
+        return
+    try:
+        with torch.no_grad():
+            backbone(torch.zeros(1, 3, image_size, image_size))
+    except (RuntimeError, ValueError, AssertionError, ZeroDivisionError) as error:
+        raise UsageError(
+            f"{backbone.spec}: image_size {image_size} does not fit this net: {one_line(error)}"
+        ) from error
+
+
+def in_4bit(backbone: Backbone) -> Backbone:
+    """The same backbone, the linear layers of its blocks replaced by bitsandbytes' 4-bit ones (NF4, arXiv:2305.14314).
+
+    Raises:
+        PerpetuneError: bitsandbytes is not installed.
+    """
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise PerpetuneError(f"{backbone.spec}: load_in_4bit needs bitsandbytes: pip install bitsandbytes") from error
+    backbone.quantised_from = f"nf4 of {backbone.fingerprint()}"
+    for place in backbone.pet_places([role for role in backbone.roles() if role in LINEAR_ROLES]):
+        values = dict(place.module.state_dict())
+        if not isinstance(place.module, nn.Linear):  # GPT-2's Conv1D, whose weight is the other way round
+            values["weight"] = values["weight"].t().contiguous()
+        new = bitsandbytes.nn.Linear4bit(place.d_in, place.d_out, bias="bias" in values, quant_type="nf4")
+        new.load_state_dict(values)
+        # On some CPUs a layer in evaluation mode, as all are here, would compute by a function without a gradient.
+        new.support_avx512bf16_for_cpu = False
+        backbone.net.set_submodule(place.path, new.requires_grad_(False).eval())
+    return backbone
