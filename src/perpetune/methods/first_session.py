@@ -61,6 +61,9 @@ class FirstSession(Method):
         with using(self.model, None):
             return torch.cat([self.model.features(inputs), tuned], dim=-1)
 
+    def observe(self, inputs: Inputs) -> None:
+        self.predict(inputs)
+
     def predict(self, inputs: Inputs) -> Tensor:
         return self.model.scores(self.features(inputs))
 

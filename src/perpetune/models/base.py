@@ -93,8 +93,8 @@ class Model(nn.Module, ABC):
         yield
 
     def observe(self, inputs: Inputs) -> None:
-        """One pass of the net as at prediction, for those who watch what flows through it."""
-        self.features(inputs)
+        """One pass as at prediction, the head with it, for those who watch what flows through the model."""
+        self.predict(inputs)
 
     def trained(self) -> list[nn.Parameter]:
         """What is trained by gradient beside the pets."""

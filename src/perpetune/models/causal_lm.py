@@ -89,6 +89,9 @@ class CausalLM(Model):
         """Features `(B, D)` of the questions, as the backbone reads them."""
         return self.backbone.features(inputs)
 
+    def observe(self, inputs: Inputs) -> None:
+        self.features(inputs)
+
     @torch.no_grad()
     def predict(self, inputs: Inputs) -> Tensor:
         if inputs.options is not None:
