@@ -200,7 +200,7 @@ def main() -> None:
         ),
         "answer": in_turns(
             {
-                "ours": lambda: evaluate(method, task(), setting="class", batch_size=given.batch_size),
+                "ours": lambda: evaluate(method, task(), among="seen", batch_size=given.batch_size),
                 "bare": bare.answer,
             },
             given,

@@ -134,7 +134,7 @@ def main() -> None:
     train, test = bare(backbone, peft_net, classes, examples, given.batch, lr, device)
     ours: dict[str, Callable[[], Any]] = {
         "train": lambda: method.learn(task),
-        "evaluate": lambda: evaluate(method, task, setting="class", batch_size=given.batch),
+        "evaluate": lambda: evaluate(method, task, among="seen", batch_size=given.batch),
     }
     theirs = {"train": train, "evaluate": test}
 

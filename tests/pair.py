@@ -77,7 +77,7 @@ def main(folder: Path) -> None:
         }
         seen["device"] = str(learner.runtime.device)
     seen["answers"] = [
-        evaluate(Says("abcd"), task_of("ab", part(SAID, range(n))), setting="class", batch_size=2) for n in range(1, 6)
+        evaluate(Says("abcd"), task_of("ab", part(SAID, range(n))), among="seen", batch_size=2) for n in range(1, 6)
     ]
     try:
         Learner(next(iter(recipes.values())))

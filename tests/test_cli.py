@@ -159,7 +159,7 @@ def test_init_and_update(shell: Shell, world: Path, tmp_path: Path) -> None:
     ]
     assert Learner.load("mine").method.classes == ["cat", "dog", "fox", "owl", "hen"]
 
-    nowhere = ["--set", "pet=lora", "--set", "protect.reference.path=nowhere"]
+    nowhere = ["--set", "method=finetune", "--set", "pet=lora", "--set", "protect.reference.path=nowhere"]
     said = shell("init", "without", *change, *nowhere, code=2)
     assert said.err.startswith("perpetune: protect.reference: ")
     assert not Path("without").exists()

@@ -223,7 +223,7 @@ def test_one_process_tells_and_both_know_of_each_other(pair: Path) -> None:
 def test_other_answers_and_gauges_are_of_all_processes(pair: Path) -> None:
     """Also where the second has no image, and so does not know what the method has to tell."""
     for n in range(1, 6):
-        one = evaluate(Says("abcd"), task_of("ab", part(SAID, range(n))), setting="class", batch_size=2)
+        one = evaluate(Says("abcd"), task_of("ab", part(SAID, range(n))), among="seen", batch_size=2)
         assert one is not None
         assert one.keys() >= {"others", "gauges"}
         assert [s["answers"][n - 1] for s in seen(pair)] == [one] * 2

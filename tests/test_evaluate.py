@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from perpetune.check import Checker, Pictures, tiny_stream
 from perpetune.data.texts.tables import Text
 from perpetune.errors import Interrupted
-from perpetune.evaluate import PROBE, Setting, evaluate, probe
+from perpetune.evaluate import AMONG, PROBE, Setting, evaluate, probe
 from perpetune.learner import Learner
 from perpetune.methods.base import Answers, Method
 from perpetune.models.base import Model
@@ -109,7 +109,7 @@ def task_of(classes: Sequence[str], test: Any, **runtime: Any) -> Task:
 def count(
     method: Method, classes: Sequence[str], test: Any, setting: Setting = "class", batch_size: int = 4
 ) -> dict[str, Any]:
-    found = evaluate(method, task_of(classes, test), setting=setting, batch_size=batch_size)
+    found = evaluate(method, task_of(classes, test), among=AMONG[setting], batch_size=batch_size)
     assert found is not None
     return found
 
@@ -217,7 +217,7 @@ def test_a_class_without_a_test_picture_is_not_in_the_counts() -> None:
 def test_without_test_pictures_there_is_no_figure(test: Any) -> None:
     if test is not None:
         test.targets = []
-    assert evaluate(Reads("ab"), task_of("ab", test), setting="class", batch_size=4) is None
+    assert evaluate(Reads("ab"), task_of("ab", test), among="seen", batch_size=4) is None
 
 
 @given(data=st.data(), setting=st.sampled_from(SETTINGS), size=st.integers(1, 9))
@@ -300,7 +300,7 @@ def test_a_stop_is_heard_between_two_batches() -> None:
     task = task_of("ab", Written([[0, 9]] * 9, [0] * 9), stopping=lambda: next(asked))
     method = Reads("ab")
     with pytest.raises(Interrupted, match="stopped while task t was evaluated") as stop:
-        evaluate(method, task, setting="class", batch_size=2)
+        evaluate(method, task, among="seen", batch_size=2)
     assert stop.value.exit_code == 130
     assert len(method.heard) == 2
 

@@ -341,11 +341,11 @@ def protection_without_a_pet(p: Place) -> list[str]:
 
 
 @case(2, "protect", "nothing can be protected", "put in a pet")
-def protection_of_frozen_features(p: Place) -> list[str]:
-    return p.run(protect=True, pet="none", method="frozen", head="ncm")
+def protection_without_a_pet(p: Place) -> list[str]:
+    return p.run(protect=True, pet="none", method="finetune", head="ncm")
 
 
-@case(1, "protect", "saw no data", "leave it out")
+@case(2, "method: frozen trains no pet", "leave protect out", "finetune")
 def protection_of_a_pet_that_frozen_leaves_out(p: Place) -> list[str]:
     return p.run(protect=True, method="frozen", head="ncm", train=...)
 

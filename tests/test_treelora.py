@@ -687,7 +687,7 @@ def test_classes_of_the_found_task_come_first_and_others_keep_finite_scores() ->
         assert set(scores.argmax(1).tolist()) <= {2 * number, 2 * number + 1}
         wrong = tasks[(number + 1) % 3]
         asked = Task(9, "x", wrong.classes, task.train, test=task.train)
-        cell = evaluate(method, asked, setting="task", batch_size=7)
+        cell = evaluate(method, asked, among="task", batch_size=7)
         assert cell is not None
         assert 0 <= cell["correct"] <= cell["total"] == 24, "the mask leaves only classes that were not chosen"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -9,22 +11,26 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perpetune.errors import Interrupted, UsageError
-from perpetune.methods.base import Method
+from perpetune.methods.base import Answers, Method
 from perpetune.oracle import Oracle
 from perpetune.tasks import Batch, Task, evaluation_batches, load_batches
 
 Setting = Literal["class", "domain", "task"]
+Among = Literal["seen", "task", "own"]
+AMONG: Mapping[Setting, Among] = MappingProxyType({"class": "seen", "domain": "seen", "task": "task"})
 PROBE = 32  # test images of a task by which the drift of its features is measured
 
 
 @torch.no_grad()
 def evaluate(
-    method: Method, task: Task, *, setting: Setting, batch_size: int, oracle: Oracle | None = None
+    method: Method, task: Task, *, among: Among, batch_size: int, oracle: Oracle | None = None
 ) -> dict[str, Any] | None:
     """Counts of right predictions on the task's test data, asked without their answers; None when it has none.
 
-    Only with `setting="task"` are the scores of classes outside the task left out, and this is done
-    here, after the method has answered.
+    Args:
+        among: the classes that may be answered. `seen`: all that were learned. `task`: those of the task that were
+            learned; the scores of the others are left out here, after the method has answered. `own`: those of the
+            task, learned or not: the method is asked among these (`Method.among`).
 
     Returns:
         `{"correct": int, "total": int, "per_class": {name: [correct, total]}}`, with `"others"`, right predictions of
@@ -36,17 +42,20 @@ def evaluate(
         return None
     run = task.runtime
     chooses = method.model.chooses
-    judge: _Choices | _Texts = _Choices(method, task, setting) if chooses else _Texts(method, task)
+    judge: _Choices | _Texts = _Choices(method, task, among) if chooses else _Texts(method, task)
     exact = torch.float32 if run.device.type == "mps" else torch.float64  # Apple's GPUs have no other
     per_class = torch.zeros(2, max(1, len(task.classes)), dtype=exact, device=run.device)
     others: dict[str, Tensor] = {}
     gauges: dict[str, Tensor] = {}
     way: str | None = None
-    diagnosis = None if oracle is None else (oracle, _Choices(oracle, task, setting))
+    diagnosis = None if oracle is None else (oracle, _Choices(oracle, task, among))
     seen = torch.zeros((), dtype=exact, device=run.device)
     for batch in evaluation_batches(task.test.questions(), batch_size, run):
         with run.autocast():
-            answers = method.answers(batch.inputs)
+            if chooses and among == "own":
+                answers = Answers(method.among(batch.inputs, task.classes))
+            else:
+                answers = method.answers(batch.inputs)
         way = answers.name
         for row, values in enumerate((judge(answers.scores, batch), torch.ones_like(batch.targets))):
             per_class[row].index_add_(0, batch.targets, values.to(exact))
@@ -87,12 +96,12 @@ class _Choices:
 
     score: str | None = None
 
-    def __init__(self, method: Method | Oracle, task: Task, setting: Setting):
-        known, device = method.classes, task.runtime.device
+    def __init__(self, method: Method | Oracle, task: Task, among: Among):
+        known, device = task.classes if among == "own" else method.classes, task.runtime.device
         row = {name: i for i, name in enumerate(known)}
         self.rows = torch.tensor([row.get(name, -1) for name in task.classes], device=device)  # -1: never predicted
         self.allowed = torch.ones(len(known), dtype=torch.bool, device=device)
-        if setting == "task":
+        if among == "task":
             self.allowed[:] = False
             self.allowed[self.rows[self.rows >= 0]] = True
 

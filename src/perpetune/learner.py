@@ -24,7 +24,7 @@ from perpetune.data.stream import Stream
 from perpetune.data.tasks import TaskData
 from perpetune.data.texts.tables import Messages
 from perpetune.errors import Interrupted, StateError, UsageError, closest
-from perpetune.evaluate import evaluate
+from perpetune.evaluate import AMONG, evaluate
 from perpetune.pets import PET, frozen
 from perpetune.recipe import Recipe, load_recipe, make_recipe
 from perpetune.results import read_results, versions
@@ -423,7 +423,7 @@ class Learner:
         else:
             tasks = {str(data): self._tasks.whole(data)}
         return {
-            name: evaluate(self.method, task, setting=setting, batch_size=size) if task else None
+            name: evaluate(self.method, task, among=AMONG[setting], batch_size=size) if task else None
             for name, task in tasks.items()
         }
 

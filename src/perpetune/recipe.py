@@ -130,6 +130,8 @@ class Recipe(Section):
     """None for a state that only `update` feeds."""
     stream: StreamOptions = StreamOptions()
     evaluate: EvaluateSection = EvaluateSection()
+    exams: dict[str, NamedSection] = {}
+    """Suites of exams by names of your own: what is asked before the first task and after each, and not learned."""
     run: RunSection = RunSection()
 
     @field_validator("name")
@@ -144,6 +146,14 @@ class Recipe(Section):
     def _sets_instead(cls, value: Any) -> Any:
         """`pets:` alone brings no set `default`."""
         return {**value, "pet": None} if isinstance(value, dict) and value.get("pets") and "pet" not in value else value
+
+    @field_validator("exams")
+    @classmethod
+    def _exam_names(cls, value: dict[str, NamedSection]) -> dict[str, NamedSection]:
+        for name in value:
+            if not name or not all(c.isalnum() or c in "._-" for c in name):
+                raise ValueError(f"{name!r} cannot name a suite of exams: letters, digits, '.', '_' and '-' only")
+        return value
 
     @field_validator("pets")
     @classmethod
@@ -184,6 +194,7 @@ class Recipe(Section):
         if self.pet is not None:
             changes["pet"] = _complete_pet(self.pet)
         changes["pets"] = {name: _complete_pet(section) for name, section in self.pets.items()}
+        changes["exams"] = {name: _complete("exams", section) for name, section in self.exams.items()}
         if self.data is not None:
             changes["data"] = _complete("data", self.data)
             changes["stream"] = self.stream.fitted(registry.find("data", self.data.name).gives)
@@ -196,11 +207,10 @@ class Recipe(Section):
         if prefix in ("folder", "hf"):
             changes["backbone"] = self.backbone.model_copy(update={"name": f"{prefix}{colon}{_absolute(rest)}"})
         if self.data is not None:
-            given = self.data.model_dump()
-            for key in PATH_KEYS & given.keys():
-                value = given[key]
-                given[key] = [_absolute(v) for v in value] if isinstance(value, list) else _absolute(value)
-            changes["data"] = NamedSection.model_validate(given)
+            changes["data"] = NamedSection.model_validate(_anchored(self.data.model_dump()))
+        changes["exams"] = {
+            name: NamedSection.model_validate(_anchored(section.model_dump())) for name, section in self.exams.items()
+        }
         if self.protect is not None and self.protect.reference is not None:
             reference = self.protect.reference.model_copy(update={"path": _absolute(self.protect.reference.path)})
             changes["protect"] = self.protect.model_copy(update={"reference": reference})
@@ -256,6 +266,17 @@ def _complete_backbone(section: BackboneSection) -> BackboneSection:
     given = section.model_dump(exclude={"name"})
     options = registry.options("backbones", registry.loader_of(section.name), given)
     return BackboneSection.model_validate({"name": section.name, **options})
+
+
+def _anchored(options: dict[str, Any]) -> dict[str, Any]:
+    """Options with those that are paths made absolute; so are those of a data source among them."""
+    changed = dict(options)
+    for key, value in options.items():
+        if key == "source":
+            changed[key] = _anchored(value) if isinstance(value, dict) else _absolute(value)
+        elif key in PATH_KEYS:
+            changed[key] = [_absolute(v) for v in value] if isinstance(value, list) else _absolute(value)
+    return changed
 
 
 def _absolute(value: Any) -> Any:
@@ -338,7 +359,7 @@ def _on_top(base: dict[str, Any], own: dict[str, Any], choices: Collection[str] 
         if key in choices:
             before, given = _long(before), _long(given)
         merged[key] = value
-        if key == "pets" and isinstance(before, dict) and isinstance(given, dict):
+        if key in ("pets", "exams") and isinstance(before, dict) and isinstance(given, dict):
             merged[key] = _on_top(before, given, given.keys())  # each of them is a choice
             continue
         if isinstance(before, dict) and isinstance(given, dict):

@@ -1,7 +1,7 @@
 """What can be chosen by name, and the options each choice takes.
 
 A choice is a class or function found by a dotted path: those below, and those that installed packages
-name under the entry points `perpetune.methods`, `.pets`, `.heads`, `.backbones` and `.data`. Its
+name under the entry points `perpetune.methods`, `.pets`, `.heads`, `.backbones`, `.data` and `.exams`. Its
 keyword-only arguments are its options in a recipe: the constructor is the schema. A backbone's choice is the loader
 that the prefix of its name stands for. Sections of the report are found in the same way, under `perpetune.sections`; no
 recipe names them.
@@ -23,7 +23,7 @@ from perpetune.errors import UsageError, closest
 from perpetune.models.loaders.options import NOTHING
 from perpetune.models.taps import Count, Read
 
-Kind = Literal["methods", "pets", "heads", "backbones", "data", "sections"]
+Kind = Literal["methods", "pets", "heads", "backbones", "data", "exams", "sections"]
 
 BUILTIN: dict[Kind, dict[str, str]] = {
     "methods": {
@@ -65,10 +65,11 @@ BUILTIN: dict[Kind, dict[str, str]] = {
         "trace": "perpetune.data.texts.trace:TraceSource",
         "cl_benchmark": "perpetune.data.texts.cl_benchmark:ClBenchmarkSource",
     },
+    "exams": {"dataset": "perpetune.exams.dataset:Dataset"},
     "sections": {  # in the order of the page
         name: f"perpetune.report.sections.{name}:section"
         for name in (
-            *("figures", "matrix", "curves", "answers", "headroom", "heads", "tree", "protection", "drift"),
+            *("figures", "matrix", "curves", "answers", "exams", "headroom", "heads", "tree", "protection", "drift"),
             *("tasks", "classes", "storage", "time", "problems", "reproduce"),
         )
     },
@@ -80,6 +81,7 @@ BASES: dict[Kind, str] = {
     "pets": "perpetune.pets.base:PET",
     "heads": "perpetune.heads.base:Head",
     "data": "perpetune.data.sources:Source",
+    "exams": "perpetune.exams.base:Suite",
 }
 MODEL = "perpetune.models.base:Model"  # what brings its own way from the backbone to answers can stand for a head
 

@@ -31,7 +31,7 @@ def read_results(state: State) -> dict[str, Any]:
     """The results document; `perpetune.report` renders it and names its fields."""
     tasks, rows, timings, storage = [], [], [], []
     protection: list[dict[str, Any]] = []
-    facts, drift = [], []
+    facts, drift, exams = [], [], list[dict[str, Any]]()
     bad: list[dict[str, Any]] = []
     warnings: list[str] = []
     for committed in state.committed:
@@ -43,6 +43,10 @@ def read_results(state: State) -> dict[str, Any]:
             rows.append(dict(metrics["cells"]))
             protection += [{"task": committed.index, **found} for found in metrics.get("protection", [])]
             facts.append({"task": committed.index, "of": metrics.get("facts", {})})
+            if before := metrics.get("exams_before"):
+                exams.append({"task": None, "of": before})
+            if after := metrics.get("exams"):
+                exams.append({"task": committed.index, "of": after})
             drift.append({"task": committed.index, "of": metrics.get("drift", {})})
             timings.append({"task": committed.index, **json.loads(files["timings.json"])})
             storage.append({"task": committed.index, **{n: sizes[n] for n in (*FILES, *FIXED) if n in sizes}})
@@ -66,6 +70,7 @@ def read_results(state: State) -> dict[str, Any]:
         "protection": protection,
         "facts": facts,
         "drift": drift,
+        **({"exams": exams} if exams else {}),
         "examples": backbone.get("examples"),
         "trainable_parameters": backbone.get("trainable_parameters"),
         "backbone_parameters": backbone.get("parameters"),

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save
 
 from perpetune.errors import Interrupted
-from perpetune.evaluate import Setting, evaluate, probe
+from perpetune.evaluate import AMONG, Setting, evaluate, probe
+from perpetune.exams.base import Exam, take_all
 from perpetune.methods.base import Method
 from perpetune.oracle import Oracle, solve
 from perpetune.results import read_results
@@ -41,6 +42,7 @@ class Step:
         reference: data without labels, protected before the task is learned; for the first task.
         seen: all tasks so far, this one too, with their training data: what the oracle head is solved on afterwards
             (`evaluate.oracle`), which the method never sees; empty without it.
+        exams: what is asked beside the tasks: before the first task, and after each.
     """
 
     task: Task
@@ -48,6 +50,7 @@ class Step:
     document: Mapping[str, Any]
     reference: Examples | None = None
     seen: Sequence[Task] = ()
+    exams: Sequence[Exam] = ()
 
 
 def run(method: Method, steps: Iterable[Step], state: State) -> None:
@@ -75,12 +78,14 @@ def learn_task(method: Method, step: Step, state: State) -> None:
         run.checkpoints = MidTask(state.folder / "resume", method, about_task, every, writes=main)
     run.progress.task(task.index, task.name, len(task.classes), len(task.train))
     _reset_peak(run)
+    before = take_all(step.exams, method, recipe.evaluate.batch_size) if task.index == 0 else {}
     began = time.perf_counter()
     certificates = learn_protected(method, task, step.reference, recipe.evaluate.batch_size)
     learned = time.perf_counter()
     oracle = solve(method, step.seen, recipe) if step.seen else None
     solved = time.perf_counter()
     cells = measure(method, [*step.others, task], recipe.setting, recipe.evaluate.batch_size, oracle)
+    exams = take_all(step.exams, method, recipe.evaluate.batch_size)
     features, drift = _drift(method, step, state)
     evaluated = time.perf_counter()
     seconds = run.checkpoints.seconds + learned - began
@@ -103,6 +108,7 @@ def learn_task(method: Method, step: Step, state: State) -> None:
         run.progress.note(warning)
     document["warnings"] = [*document["warnings"], *warnings]
     found: dict[str, Any] = {"cells": cells, "protection": certificates, "facts": facts, "drift": drift}
+    found |= {"exams_before": before, "exams": exams}
     metrics = {key: value for key, value in found.items() if value or key == "cells"}
     if main:
         documents = {"task.json": document, "metrics.json": metrics, "timings.json": timings}
@@ -204,7 +210,7 @@ def measure(
     method: Method, tasks: Iterable[Task], setting: Setting, batch_size: int, oracle: Oracle | None = None
 ) -> dict[str, Any]:
     """Counts on the test data of each task, by its name; None where it has none."""
-    return {t.name: evaluate(method, t, setting=setting, batch_size=batch_size, oracle=oracle) for t in tasks}
+    return {t.name: evaluate(method, t, among=AMONG[setting], batch_size=batch_size, oracle=oracle) for t in tasks}
 
 
 def _drift(method: Method, step: Step, state: State) -> tuple[dict[str, bytes], dict[str, float]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from perpetune.data.sources import Kind, Source
 from perpetune.data.stream import Stream, StreamOptions, single_task
 from perpetune.data.tasks import TaskData
 from perpetune.errors import DataError, UsageError
+from perpetune.exams.base import Exam, Suite
 from perpetune.recipe import Recipe
 from perpetune.run import Step
 from perpetune.runtime import Runtime
@@ -63,7 +65,7 @@ class TaskSequence:
             others.append(self._of_stream(index + 1))  # its accuracy before it is learned: forward transfer
         warnings = self.stream.warnings if index == 0 else []
         document = _document(task, STREAM, data.fingerprint, data.bad, warnings)
-        return Step(task, others, document, self._first(index), self._seen(index))
+        return Step(task, others, document, self._first(index), self._seen(index), self.exams)
 
     def _seen(self, index: int) -> list[Task]:
         """The tasks up to `index` with their training data, where the oracle head is to be solved on them after it."""
@@ -98,7 +100,7 @@ class TaskSequence:
         for warning in leaks:
             self.runtime.progress.note(warning)
         document = {**document, "warnings": [*document["warnings"], *leaks]}
-        return Step(task, others, document, self._first(task.index))
+        return Step(task, others, document, self._first(task.index), exams=self.exams)
 
     @property
     def reference(self) -> tuple[TableSet, list[str]] | None:
@@ -116,6 +118,31 @@ class TaskSequence:
         for reason in bad:
             self.runtime.progress.note(f"protect.reference: left out, {reason}")
         return pictures
+
+    @cached_property
+    def exams(self) -> list[Exam]:
+        """The exams of the recipe, whose data are looked at once.
+
+        Raises:
+            UsageError: two exams of one name, or data that are not there.
+        """
+        taken: dict[str, Exam] = {}
+        for name, section in self.recipe.exams.items():
+            options = registry.options("exams", section.name, section.options)
+            suite: Suite = registry.find("exams", section.name)(**options)
+            for exam in suite.exams(name, self._opened):
+                if exam.name in taken:
+                    raise UsageError(f"exams: two are called {exam.name!r}; each needs a name of its own")
+                taken[exam.name] = dataclasses.replace(exam, task=self._asked(exam))
+        return list(taken.values())
+
+    def _opened(self, source: str | Mapping[str, Any]) -> Task:
+        return self.whole(source if isinstance(source, str) else _source(dict(source)))
+
+    def _asked(self, exam: Exam) -> Task:
+        if exam.task.test is None or not len(exam.task.test):
+            raise UsageError(f"exam {exam.name}: there is nothing to ask, for its task has no test data")
+        return dataclasses.replace(exam.task, runtime=self.runtime)
 
     def whole(self, data: str | Path | Source) -> Task:
         """All of `data` as something to evaluate on: its test split, or everything where there is none."""

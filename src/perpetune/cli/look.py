@@ -123,6 +123,10 @@ HEADINGS: dict[Kind, tuple[str, str]] = {  # of what a recipe names
     "heads": ("head", "from features to classes known by name; `lm` for language models"),
     "backbones": ("backbone", "the frozen pretrained model, named PREFIX:NAME"),
     "data": ("data", "where the images or texts come from; `stream:` cuts them into tasks"),
+    "exams": (
+        "exams",
+        "questions beside the tasks, before the first and after each; `exams: {NAME: {name: dataset}}`",
+    ),
 }
 FITS = """\
 Under each choice stand its options and their defaults. Whatever the lines above do not rule out fits together;

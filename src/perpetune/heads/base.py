@@ -44,6 +44,8 @@ class Head(nn.Module, ABC):
     """
 
     statistics: ClassVar[bool] = False
+    any_class: ClassVar[bool] = False
+    """Whether `among` takes classes that were not learned: a head that reads their names."""
     carry: bool = False
     """Whether what it sums up follows the features where training moves them."""
 
@@ -68,6 +70,15 @@ class Head(nn.Module, ABC):
     def forward(self, features: Tensor) -> Tensor:
         """Scores `(B, C)` of all classes known so far for features `(B, D)`; their softmax is shown
         to users as probabilities."""
+
+    def among(self, features: Tensor, classes: Sequence[str]) -> Tensor:
+        """Scores `(B, len(classes))` of these classes alone.
+
+        Raises:
+            KeyError: a class that it has not learned, unless it answers with any class.
+        """
+        scores: Tensor = self(features)
+        return scores[:, self.rows(classes, scores.device)]
 
     def logits(self, features: Tensor) -> Tensor:
         """Scores `(B, C)` that gradient training works on; the prediction's own unless said otherwise."""

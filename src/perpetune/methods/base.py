@@ -124,6 +124,18 @@ class Method(nn.Module, ABC):
         own = [p for name in named for p in parameters(self.model, name)]
         return [(own, config.lr), (self.model.trained(), config.head_lr or config.lr)]
 
+    def among(self, inputs: Inputs, classes: Sequence[str]) -> Tensor:
+        """Scores `(B, len(classes))` of inputs over these classes alone, learned or not.
+
+        A class that was not learned has -inf, unless the head answers with any class by its name.
+        """
+        if self.model.any_class:
+            with using(self.model, self.answering):
+                return self.model.among(inputs, classes)
+        scores, rows = self.predict(inputs), {name: i for i, name in enumerate(self.classes)}
+        columns = [scores[:, rows[c]] if c in rows else scores.new_full((len(scores),), -torch.inf) for c in classes]
+        return torch.stack(columns, dim=1)
+
     def features(self, inputs: Inputs) -> Tensor:
         """Features `(B, D)` as at prediction, by which their drift is measured."""
         with using(self.model, self.answering):

@@ -52,6 +52,15 @@ class Model(nn.Module, ABC):
         """Names of the columns of `predict`, in order; none where answers are texts."""
 
     @property
+    def any_class(self) -> bool:
+        """Whether `among` can answer with classes that were not learned."""
+        return False
+
+    def among(self, inputs: Inputs, classes: Sequence[str]) -> Tensor:
+        """Scores `(B, len(classes))` of inputs over these classes, learned or not; only where `any_class`."""
+        raise UsageError(f"{type(self).__name__} answers only with classes that it has learned")
+
+    @property
     def chooses(self) -> bool:
         """Whether answers are scores over `classes`; else they are texts."""
         return True

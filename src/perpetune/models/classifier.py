@@ -107,6 +107,13 @@ class Classifier(Model):
     def predict(self, inputs: Inputs) -> Tensor:
         return self.scores(self.features(inputs))
 
+    @property
+    def any_class(self) -> bool:
+        return self.head.any_class
+
+    def among(self, inputs: Inputs, classes: Sequence[str]) -> Tensor:
+        return self.head.among(self.features(inputs), classes).float()
+
     def scores(self, features: Tensor) -> Tensor:
         """Scores `(B, C)` of features `(B, D)`."""
         found: Tensor = self.head(features)

@@ -66,6 +66,13 @@ class Moved(TypedDict):
     of: dict[str, float]
 
 
+class Exams(TypedDict):
+    """The numbers of the exams before the first task (`task` is None) or after a task, by exam and by name."""
+
+    task: int | None
+    of: dict[str, dict[str, float]]
+
+
 class Timing(TypedDict):
     """Time and memory of one task: seconds, of which `protect_s` went into protecting it and `oracle_s` into solving
     the oracle head, images or other examples trained on (all epochs), their tokens where they are texts, bytes."""
@@ -140,6 +147,7 @@ class Results(TypedDict):
         cells: a row for each task learned so far, a column for each task; None is not measured.
         storage: for each task `{"task": index, file kind: bytes, …}`.
         facts, drift: after each task; what has nothing to tell may be empty. Absent in older documents.
+        exams: in the order in which they were taken; absent where the recipe has none.
         protection: in the order in which data were added; none without `protect:`, absent in older documents.
         recipe: the resolved recipe, every default written out.
         examples: what the backbone's examples are called, in the plural; absent or None in older documents.
@@ -161,6 +169,7 @@ class Results(TypedDict):
     protection: NotRequired[list[Consolidation]]
     facts: NotRequired[list[Facts]]
     drift: NotRequired[list[Moved]]
+    exams: NotRequired[list[Exams]]
     examples: NotRequired[str | None]
     trainable_parameters: int | None
     backbone_parameters: int | None
@@ -234,6 +243,9 @@ def _check_sizes(results: Results, where: str) -> None:
         for entry in entries:
             if not 0 <= entry.get("task", -1) < columns:
                 raise StateError(f"{where}: an entry of {key} names no task: {entry}")
+    for entry in results.get("exams", []):
+        if entry["task"] is not None and not 0 <= entry["task"] < columns:
+            raise StateError(f"{where}: an entry of exams names no task: {entry}")
     names = {task["name"] for task in results["tasks"]}
     for moved in results.get("drift", []):
         if unknown := sorted(moved["of"].keys() - names):
