@@ -336,7 +336,7 @@ def unknown_site(p: Place) -> list[str]:
 
 
 @case(2, "protect", "nothing can be protected", "put in a pet")
-def protection_without_a_pet(p: Place) -> list[str]:
+def protection_of_a_head_alone(p: Place) -> list[str]:
     return p.run(protect=True, pet="none")
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from perpetune.seeding import numpy_generator, own_global_state
@@ -152,3 +154,10 @@ def tiny_tokenizer(chat: bool = True) -> Any:
     if chat:
         tokenizer.chat_template = CHAT
     return tokenizer
+
+
+def package(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: str) -> None:
+    """Another package of one module, importable until the test ends."""
+    (folder / f"{name}.py").write_text(code)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, name, raising=False)
