@@ -346,12 +346,12 @@ def test_what_is_wrong_is_said() -> None:
         Choice(MEMBERS, INDEX[:, 0])
     with pytest.raises(UsageError, match=r"weight is \(8,\) and index \(8, 1\)"):
         Choice(MEMBERS, INDEX, INDEX[:, 0].double())
-    with pytest.raises(UsageError, match="is for 8 examples, and 3 rows go through the net"):
+    with pytest.raises(UsageError, match="is made for 8 examples, but 3 rows go through the net"):
         out(net, PIXELS[:3].double(), Choice(MEMBERS, INDEX))
     add(net, "lora", ["first"], torch.float64, [0])
     assert not blendable(net, ["m0", "first"])
     with (
-        pytest.raises(UsageError, match="'m0' has one around Linear and 'first' has none"),
+        pytest.raises(UsageError, match="set 'm0' has a pet around Linear and set 'first' has none"),
         using(net, Choice(("m0", "first"), INDEX.clamp(max=1))),
     ):
         pass
@@ -362,5 +362,5 @@ def test_a_pet_without_a_blend_cannot_be_chosen(monkeypatch: pytest.MonkeyPatch)
     assert blendable(net, MEMBERS)
     monkeypatch.setattr(Adapter, "blend", PET.blend)
     assert not blendable(net, MEMBERS)
-    with pytest.raises(UsageError, match="Adapter cannot be chosen for each example: its class has no `blend`"):
+    with pytest.raises(UsageError, match="Adapter cannot be chosen for each example, because its class has no `blend`"):
         out(net, PIXELS.double(), Choice(MEMBERS, INDEX))

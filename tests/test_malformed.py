@@ -355,7 +355,7 @@ def protection_of_joint(p: Place) -> list[str]:
     return p.run(protect=True, method="joint")
 
 
-@case(2, "prompt", "no exact linear condition", "deep: true", "conditions: paper")
+@case(2, "prompt", "no linear condition that keeps old outputs exactly", "deep: true", "conditions: paper")
 def exact_protection_of_a_prompt_that_is_not_deep(p: Place) -> list[str]:
     return p.run(protect=True, pet={"name": "prompt", "deep": False, "at": ["block"]})
 

@@ -174,7 +174,7 @@ def test_places_say_what_is_wrong() -> None:
     with pytest.raises(UsageError, match="no place"):
         inject(net, [], lora)
     (elsewhere,) = places(timm_net("vit"), ["q"], [0])
-    with pytest.raises(UsageError, match="not the place"):
+    with pytest.raises(UsageError, match="does not lead to the module"):
         inject(net, [elsewhere], lora)
 
 
@@ -485,7 +485,7 @@ def test_lora_options() -> None:
         with pytest.raises(UsageError, match=f"lora: {next(iter(wrong))} is"):
             lora(place, **wrong)
     (block,) = places(timm_net("vit"), ["block"], [0])
-    with pytest.raises(UsageError, match=r"blocks.0 \(block\) is no linear layer"):
+    with pytest.raises(UsageError, match=r"blocks.0 \(block\) is not a linear layer"):
         lora(block)
 
 

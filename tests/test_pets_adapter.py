@@ -169,8 +169,8 @@ def test_its_values_come_from_the_generator_alone() -> None:
         ({"width": 0}, {}, "adapter: width is 0; at least 1"),
         ({"scale": 0.0}, {}, "adapter: scale is 0.0; a number above 0"),
         ({"scale": float("inf")}, {}, "adapter: scale is inf"),
-        ({}, {"roles": ("block",)}, r"adapter: blocks.0.attn \(block\) is no whole module; use attn or mlp"),
-        ({}, {"roles": ("q", "v"), "parts": ((0, 8), (16, 24))}, r"\(q, v\) is no whole module; use attn or mlp"),
+        ({}, {"roles": ("block",)}, r"adapter: blocks.0.attn \(block\) is not a whole module; use attn or mlp"),
+        ({}, {"roles": ("q", "v"), "parts": ((0, 8), (16, 24))}, r"\(q, v\) is not a whole module; use attn or mlp"),
     ],
 )
 def test_what_cannot_be_is_told(options: dict[str, Any], changes: dict[str, Any], said: str) -> None:

@@ -346,8 +346,8 @@ def test_an_attention_that_cannot_be_reached_is_one_line() -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("timm eva", "EvaBlock is given positions or a mask"),
-        ("hf dinov3", "DINOv3ViTLayer is given positions or a mask"),
+        ("timm eva", "EvaBlock gets positions or a mask"),
+        ("hf dinov3", "DINOv3ViTLayer gets positions or a mask"),
         ("timm beit", "attention in Block has a mask or relative positions"),
         ("timm relpos", "attention in RelPosBlock has a mask or relative positions"),
     ],
@@ -370,13 +370,13 @@ def place(**changes: Any) -> Place:
         (Prefix, {"length": 0}, {}, "prefix: length is 0; at least 1"),
         (Prefix, {"std": 0.0}, {}, "prefix: std is 0.0; a number above 0"),
         (Prefix, {"std": float("nan")}, {}, "prefix: std is nan"),
-        (Prefix, {}, {"roles": ("mlp",)}, r"prefix: blocks.0.attn \(mlp\) is no attention; use the role attn"),
+        (Prefix, {}, {"roles": ("mlp",)}, r"prefix: blocks.0.attn \(mlp\) is not an attention; use the role attn"),
         (Prefix, {}, {"heads": 0}, r"\(Identity\) has width 8 and 0 heads"),
         (Prefix, {}, {"heads": 3}, "has width 8 and 3 heads"),
         (Prompt, {"length": -1}, {}, "prompt: length is -1"),
         (Prompt, {"std": -1.0}, {}, "prompt: std is -1.0"),
-        (Prompt, {}, {"roles": ("block",)}, r"\(block\) is no attention"),
-        (Prompt, {"deep": False}, {}, r"\(attn\) is no block.*set at: block"),
+        (Prompt, {}, {"roles": ("block",)}, r"\(block\) is not an attention"),
+        (Prompt, {"deep": False}, {}, r"\(attn\) is not a block.*set at: block"),
     ],
 )
 def test_what_cannot_be_is_told(kind: type, options: dict[str, Any], changes: dict[str, Any], said: str) -> None:
@@ -523,7 +523,7 @@ def test_conditions_there_are_none_for_are_told() -> None:
     with pytest.raises(UsageError, match=r"keys of blocks.0.attn \(Attention\) are not linear.*use prefix"):
         lift(torch.zeros(HEADS, DIM // HEADS, DIM // HEADS, dtype=torch.float64))
     shallow = put(backbone, Prompt, "block", "shallow", deep=False)
-    with pytest.raises(UsageError, match="no exact linear condition; use deep: true, or conditions: paper"):
+    with pytest.raises(UsageError, match="that keeps old outputs exactly; use deep: true, or conditions: paper"):
         shallow[0].sites()
     assert [len(p.sites("paper")) for p in shallow] == [1, 0]
     watched: list[Tensor] = []

@@ -191,7 +191,7 @@ def test_the_output_keeps_its_type() -> None:
 @pytest.mark.parametrize("at", ["attn", "mlp", "block"])
 def test_it_cannot_go_to_whole_modules(at: str) -> None:
     backbone = backbone_of("timm vit")
-    with pytest.raises(UsageError, match=rf"ssf: blocks.0\S* \({at}\) is no single operation; use operations, or"):
+    with pytest.raises(UsageError, match=rf"ssf: blocks.0\S* \({at}\) is not a single operation; use operations, or"):
         put(backbone, SSF, at)
     assert not list(slots(backbone.net))
 
@@ -207,9 +207,9 @@ def test_other_pets_say_that_a_norm_is_no_place_for_them() -> None:
     net = backbone_of("timm vit").net
     for role in ("norm1", "norm", "patch"):
         (place,) = places(net, [role], [0])
-        with pytest.raises(UsageError, match=rf"lora: \S+ \({role}\) is no linear layer"):
+        with pytest.raises(UsageError, match=rf"lora: \S+ \({role}\) is not a linear layer"):
             LoRA(place, generator("test"))
-        with pytest.raises(UsageError, match=rf"adapter: \S+ \({role}\) is no whole module"):
+        with pytest.raises(UsageError, match=rf"adapter: \S+ \({role}\) is not a whole module"):
             Adapter(place, generator("test"))
 
 

@@ -1,4 +1,4 @@
-"""From features to answers: classifiers that grow by class name."""
+"""Heads: classifiers that turn features into scores and grow by class name."""
 
 from perpetune.heads.base import Borrowed, Head
 from perpetune.heads.cosine import Cosine

@@ -1,4 +1,4 @@
-"""From features to scores of classes known by name."""
+"""The interface of heads: they turn features into scores of classes, which are known by name."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from perpetune.numerics.carry import Carry
 
 
 def alone(value: Tensor) -> Tensor:
-    """The sum over processes where there is one."""
+    """The sum over processes if there is only one process."""
     return value
 
 
 class Borrowed:
     """A module of the backbone that a head calls and does not own.
 
-    Its parameters are none of the head's, it is stored with the backbone, and a copy of the head calls the same one.
+    Its parameters do not belong to the head. It is stored with the backbone, and a copy of the head calls the same
+    module.
     """
 
     def __init__(self, module: nn.Module):
@@ -34,20 +35,20 @@ class Borrowed:
 
 
 class Head(nn.Module, ABC):
-    """A classifier that grows by class name; rows follow the order in which classes came.
+    """A classifier that grows by class name; its rows are in the order in which the classes came.
 
-    A head with `statistics = True` is not (only) trained by gradient: after the features have been
-    trained, the method shows it the training data once: `expect`, `observe` for each batch, `flush`, `settle`.
-    While features are trained, its `logits` come from a probe that takes no part in the prediction.
+    A head with `statistics = True` learns from statistics. After the features have been trained, the method shows it
+    the training data once: `expect`, `observe` for each batch, `flush`, `settle`. While features are trained, its
+    `logits` come from a second classifier, the probe, which is trained by gradient and not used at prediction.
 
-    Options in the recipe are the keyword-only arguments of `__init__`; `of` says what it takes from the backbone.
+    Options in the recipe are the keyword-only arguments of `__init__`; `of` makes the head for a backbone.
     """
 
     statistics: ClassVar[bool] = False
     any_class: ClassVar[bool] = False
     """Whether `among` takes classes that were not learned: a head that reads their names."""
     carry: bool = False
-    """Whether what it sums up follows the features where training moves them."""
+    """Whether its sums are moved as training moves the features."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -56,20 +57,20 @@ class Head(nn.Module, ABC):
 
     @classmethod
     def of(cls, backbone: Any, **options: Any) -> Head:
-        """The head for a `models.backbone.Backbone`: of most heads the width of its features is all that counts.
+        """Make the head for a `models.backbone.Backbone`. Most heads need only the width of its features.
 
-        A head that needs more than features, such as the tower of `backbone.net` for texts, takes it here, as
+        A head that needs more, such as the tower of `backbone.net` for texts, overrides this and takes the module as
         `Borrowed`.
 
         Raises:
-            UsageError: the backbone lacks what the head needs.
+            UsageError: the backbone lacks something that the head needs.
         """
         return cls(backbone.dim, **options)
 
     @abstractmethod
     def forward(self, features: Tensor) -> Tensor:
-        """Scores `(B, C)` of all classes known so far for features `(B, D)`; their softmax is shown
-        to users as probabilities."""
+        """Scores `(B, C)` of all classes known so far for features `(B, D)`. Users see their softmax as
+        probabilities."""
 
     def among(self, features: Tensor, classes: Sequence[str]) -> Tensor:
         """Scores `(B, len(classes))` of these classes alone.
@@ -81,47 +82,51 @@ class Head(nn.Module, ABC):
         return scores[:, self.rows(classes, scores.device)]
 
     def logits(self, features: Tensor) -> Tensor:
-        """Scores `(B, C)` that gradient training works on; the prediction's own unless said otherwise."""
+        """Scores `(B, C)` for training by gradient; by default the same as at prediction."""
         scores: Tensor = self(features)
         return scores
 
     @abstractmethod
     def resize(self, rows: int, generator: torch.Generator) -> None:
-        """Make it `rows` classes: the rows there already keep their values, or the last are dropped."""
+        """Give the head `rows` rows. Rows that exist keep their values; if there are too many, the last are dropped."""
 
     def reset(self) -> None:
-        """Forget everything: as if newly made."""
+        """Forget everything; the head is then like a new one."""
         self.classes = []
         self.resize(0, torch.Generator())
 
     def widen(self, dim: int) -> None:
-        """Statistics will be of features `dim` wide; what is trained by gradient keeps its width. Before any task."""
+        """Set the width of the features that statistics are made of. Called before any task.
+
+        Parameters that are trained by gradient keep their width.
+        """
         self.dim = dim
 
     def train_on(self, columns: slice) -> None:
-        """While features are trained, a probe reads these columns alone; before any task.
+        """Set the columns of the features that the probe reads while features are trained. Called before any task.
 
-        A head that is trained itself reads all columns, for it predicts by them.
+        A head without a probe reads all columns, because it predicts from them.
         """
 
     def ready(self) -> None:
-        """UsageError where its options do not go with the features' width, which is final now: before any task."""
+        """Raise UsageError if the options do not fit the width of the features, which is final now. Called before any
+        task."""
 
     def expect(self, counts: Tensor) -> None:
-        """So many examples of each row, int64 `(C,)`, are about to be observed by all processes together."""
+        """Announce how many examples of each row all processes together will observe, int64 `(C,)`."""
 
     def observe(self, features: Tensor, rows: Tensor) -> None:
-        """Take in features `(B, D)` of training examples and their class rows `(B,)`; statistics heads only."""
+        """Add features `(B, D)` of training examples and their class rows `(B,)` to the statistics."""
 
     def flush(self) -> None:
-        """All examples of this process have been observed: nothing may be missing in `additive` any more."""
+        """Called when this process has observed all its examples: everything has to be in `additive` now."""
 
     def follow(self, before: Tensor, after: Tensor, targets: Tensor) -> None:
-        """Training has moved the features of the new task's examples: move what is known of old ones accordingly.
+        """Move the sums over old examples in the way in which training has moved the features.
 
         Args:
-            before, after: features `(n, D)` of the same examples, on every process the same.
-            targets: int64 `(n,)`: which of them are of one class.
+            before, after: features `(n, D)` of the same examples of the new task, the same on every process.
+            targets: int64 `(n,)`, the class of each example.
         """
 
     def per_class(self) -> list[nn.Parameter]:
@@ -129,29 +134,32 @@ class Head(nn.Module, ABC):
         return []
 
     def additive(self) -> list[Tensor]:
-        """The buffers that are sums over examples: what several processes observed is added up there, and no step of
-        an optimizer changes them."""
+        """The buffers that are sums over examples. They are summed over processes, and no optimizer changes them."""
         return []
 
     def settle(self, total: Callable[[Tensor], Tensor] = alone) -> None:
-        """All training data of a task have been observed, and `additive` is summed; `total` sums over processes."""
+        """Compute the classifier. Called when all training data of a task have been observed and `additive` is summed.
+
+        Args:
+            total: sums a tensor over all processes.
+        """
 
     def needed(self) -> dict[str, Tensor]:
-        """What `forward` needs, by name: what is stored, without the sums it was computed from."""
+        """The tensors that `forward` needs, by name: all stored tensors except the sums."""
         sums = {id(t) for t in self.additive()}
         return {n: t for n, t in self.state_dict(keep_vars=True).items() if isinstance(t, Tensor) and id(t) not in sums}
 
     def facts(self) -> dict[str, Any]:
-        """What is worth reporting of the last `settle`, in JSON's types; a `warning` among them is shown as one."""
+        """Facts about the last `settle` for the report, in JSON's types. The entry `warning` is shown as a warning."""
         return {}
 
     def grow(self, classes: Sequence[str], generator: torch.Generator) -> None:
-        """Add the names among `classes` that are new."""
+        """Add those of `classes` that are new."""
         self.classes += [c for c in dict.fromkeys(classes) if c not in self.classes]
         self.resize(len(self.classes), generator)
 
     def rows(self, classes: Sequence[str], device: torch.device | None = None) -> Tensor:
-        """Row of each of `classes`, int64 `(len(classes),)`; KeyError for an unknown name."""
+        """The row of each of `classes`, int64 `(len(classes),)`; raises KeyError for an unknown name."""
         row = {name: i for i, name in enumerate(self.classes)}
         return torch.tensor([row[c] for c in classes], dtype=torch.int64, device=device)
 
@@ -164,11 +172,12 @@ class Head(nn.Module, ABC):
 
 
 def carry_facts(carry: Carry) -> dict[str, Any]:
-    """What is reported of sums that followed their features: how far those moved, and what the map misses of it."""
+    """Facts for the report about sums that followed their features: how far the features moved, whether the sums were
+    moved, and the part of the movement that the map does not explain."""
     return {"moved": carry.moved, "carried": bool(carry), "unexplained": carry.unexplained}
 
 
 def grow_rows(old: Tensor, rows: int, generator: torch.Generator, std: float) -> Tensor:
-    """`old (R, D)` cut to `rows`, or with normally distributed rows added; the result is detached."""
+    """`old (R, D)` cut to `rows` rows, or with normally distributed rows added; the result is detached."""
     new = torch.randn(max(0, rows - len(old)), old.shape[1], generator=generator) * std
     return torch.cat([old.detach()[:rows], new.to(old)])

@@ -1,4 +1,4 @@
-"""A cosine classifier."""
+"""The head `cosine`: scores by cosine."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Cosine(Head):
 
     Args:
         scale: σ at the start.
-        learn_scale: train σ too. It is shared by all classes, so a later task moves the scores of
-            earlier ones, though not their order.
+        learn_scale: train σ too. All classes share it, so a later task changes the scores of earlier classes, but
+            not their order.
     """
 
     def __init__(self, dim: int, *, scale: float = 16.0, learn_scale: bool = False):
@@ -33,11 +33,11 @@ class Cosine(Head):
         return self.scale * F.normalize(self.read(features), dim=-1) @ F.normalize(self.weight, dim=-1).T
 
     def read(self, features: Tensor) -> Tensor:
-        """The columns of features `(B, D)` that it reads; what has no others is left as it is."""
+        """The columns of features `(B, D)` that the head reads; features of its own width are returned unchanged."""
         return features if features.shape[-1] == self.weight.shape[1] else features[..., self.columns]
 
     def narrowed(self, columns: slice) -> Cosine:
-        """As newly made, one that reads `columns` of the features alone."""
+        """A new head with the same options that reads only `columns` of the features."""
         learned = isinstance(self.scale, nn.Parameter)
         new = Cosine(len(range(self.dim)[columns]), scale=self.start, learn_scale=learned)
         new.columns = columns

@@ -1,4 +1,4 @@
-"""A linear classifier."""
+"""The head `linear`: a linear classifier."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from perpetune.heads.base import Head, grow_rows
 
 
 class Linear(Head):
-    """Scores `f Wᵀ + b`; new rows start small and random, old rows as they were.
+    """Scores `f Wᵀ + b`. New rows start small and random; old rows keep their values.
 
     Args:
         std: standard deviation of a new class's weights.

@@ -1,4 +1,4 @@
-"""The nearest class mean."""
+"""The head `ncm`: the nearest class mean."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from perpetune.numerics.ridge import CONSTANT
 
 
 class NCM(Head):
-    """The class whose mean training feature is nearest.
+    """Predicts the class whose mean training feature is nearest.
 
-    Kept are the sum of features and the count of each class, in float64, so a class that comes back
-    (domain-incremental) goes on from where it stood. While features stay what they are, the result is
-    exact under any order of batches and tasks; where a method moves them, the means of earlier classes
-    stay behind in the old feature space, unless they `carry`. While features are trained, a cosine probe
-    gives the logits; it takes no part in the prediction. Mensink et al. 2013; SimpleCIL,
-    arXiv:2303.07338, is this head on frozen features with `metric: cosine`.
+    The head stores the sum of features and the number of examples of each class, in float64. A class that comes back
+    (domain-incremental) continues its sum. As long as the features do not change, the result is exact for any order of
+    batches and tasks. If a method changes the features, the means of earlier classes stay those of the old features,
+    unless `carry` is on. While features are trained, a cosine probe gives the logits; it is not used at prediction.
+    Mensink et al. 2013. SimpleCIL, arXiv:2303.07338, is this head on frozen features with `metric: cosine`.
 
     Args:
         metric: `cosine` (scores are `σ cos(f, μ_c)`) or `euclidean` (scores are `−σ ‖f − μ_c‖² / D`).
-        scale: σ; it changes the probabilities shown, never which class wins.
-        carry: after training, sums of old classes are moved as the new task's features have moved
-            (`numerics.carry`); only where left-out classes say that this is better than to leave them.
+        scale: σ. It changes the probabilities that users see, but never the class with the highest score.
+        carry: after training, move the sums of old classes as the new task's features have moved (`numerics.carry`).
+            The head tests the map on classes that were left out of it, and moves the sums only if that gives a smaller
+            error than to leave them.
     """
 
     statistics: ClassVar[bool] = True
@@ -53,7 +53,7 @@ class NCM(Head):
         if self.metric == "cosine":
             scores = F.normalize(features, dim=-1) @ F.normalize(self.means, dim=-1).T
         else:
-            # ‖f − μ‖² = ‖f‖² − 2 f·μ + ‖μ‖²; each row alone, so batch companions cannot matter.
+            # ‖f − μ‖² = ‖f‖² − 2 f·μ + ‖μ‖², row by row, so the other examples of a batch have no effect.
             square = features.pow(2).sum(-1, keepdim=True) + self.means.pow(2).sum(-1)
             scores = (2 * features @ self.means.T - square) / self.dim
         return (self.scale * scores).masked_fill(self.counts == 0, -torch.inf)
@@ -93,10 +93,10 @@ class NCM(Head):
         varies = variance > CONSTANT[torch.float64] * first.square().mean(0)
         scale = torch.where(varies, variance, 1.0).rsqrt() * varies
         scale[-1] = 1.0
-        found = carrying.follow(first, then, targets.to(first.device), scale, first[:, :-1].mean(0))
-        self._carried = carry_facts(found)
-        if found:
-            self.sums = found.of_rows(torch.cat([self.sums, moved_exactly(self.counts, self.sums)[:, None]], 1))[
+        carry = carrying.follow(first, then, targets.to(first.device), scale, first[:, :-1].mean(0))
+        self._carried = carry_facts(carry)
+        if carry:
+            self.sums = carry.of_rows(torch.cat([self.sums, moved_exactly(self.counts, self.sums)[:, None]], 1))[
                 :, :-1
             ].contiguous()
 

@@ -1,4 +1,4 @@
-"""A frozen pretrained network that turns pixels or tokens into features."""
+"""The backbone: a frozen pretrained network that turns pixels or tokens into features."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from perpetune.pets.base import Place, Slot, frozen, walk
 from perpetune.tasks import IGNORED, Inputs
 
 Forward = Callable[..., Tensor]
-"""`(net, inputs)` to features; that of a language model also takes keywords such as `attention_mask`."""
+"""A function from `(net, inputs)` to features. For a language model it also takes keywords such as `attention_mask`."""
 
 
 def call(net: nn.Module, pixels: Tensor) -> Tensor:
-    """Features of a net that gives them when it is called."""
+    """Features of a net whose output is the features."""
     features: Tensor = net(pixels)
     return features
 
 
 class Backbone(nn.Module):
-    """A pretrained net whose own parameters never change; what is trained are the PETs injected into it.
+    """A pretrained net whose own parameters never change. Only the PETs injected into it are trained.
 
     Args:
         net: the net. Its parameters are frozen here, and it stays in evaluation mode; PETs inside it
             follow `train()` and `eval()` as usual.
-        spec: how a recipe names it.
+        spec: the name of the backbone in a recipe.
         dim: width of the features.
-        preprocess: the view of its kind of examples: how pictures, or texts, become its input.
-        forward: features `(B, dim)` from the net and normalised pixels `(B, 3, H, W)`, or `(B, N, dim)` from the net
-            and tokens `(B, N)`; None when the net gives them itself.
-        prefix: tokens of a picture before those of its patches.
-        class_token: whether the first of them is a class token.
+        preprocess: the view of its kind of examples; it turns pictures or texts into the net's input.
+        forward: computes features `(B, dim)` from the net and normalised pixels `(B, 3, H, W)`, or `(B, N, dim)` from
+            the net and tokens `(B, N)`; None if the net's output is the features.
+        prefix: the number of tokens before those of the patches of a picture.
+        class_token: whether the first of these tokens is a class token.
     """
 
     mean: Tensor
@@ -62,23 +62,23 @@ class Backbone(nn.Module):
         families.call_linears(net)
         self.net = net.requires_grad_(False).eval()
         self.spec, self.dim, self.preprocess = spec, dim, preprocess
-        self.quantised_from: str | None = None  # fingerprint of the float weights, set by whoever quantises
+        self.quantised_from: str | None = None  # fingerprint of the float weights; set by the code that quantises
         self.width, self.prefix, self.class_token = dim, prefix, class_token
         self.taps: Taps | None = None
-        """Where features are read; None is the net's own feature alone."""
+        """The blocks whose tokens are read as features; None means the net's own feature alone."""
         self._features = forward or call
         for name, tensor in preprocess.constants().items():
             self.register_buffer(name, tensor, persistent=False)
-        # Nets that tell order by attention alone have none.
+        # Some nets know the order of tokens from attention alone; their `forward` takes no positions.
         self.places = preprocess.ordered and "position_ids" in inspect.signature(net.forward).parameters
 
     def tap(self, count: Count | None, read: Read = "both") -> Backbone:
-        """Read features behind the last `count` blocks; None reads the net's own feature. Returns itself.
+        """Read features after the last `count` blocks; None reads the net's own feature. Returns the backbone itself.
 
-        With `auto`, a net whose blocks are not known gives its own feature, with a warning.
+        With `auto`, the net's own feature is read if its blocks are not known, with a warning.
 
         Raises:
-            UsageError: a net whose blocks are not known, or that has fewer of them or no class token to read.
+            UsageError: the blocks of the net are not known, the net has fewer blocks, or it has no class token to read.
         """
         try:
             self.taps = None if count is None else Taps(self, count, read)
@@ -92,28 +92,28 @@ class Backbone(nn.Module):
 
     @property
     def end(self) -> slice:
-        """The columns of the features that are read at the end of the net: all of them without taps."""
+        """The columns of the features that come from the end of the net; without taps all columns."""
         return slice(None) if self.taps is None else slice(self.dim - self.width * len(self.taps.kinds), self.dim)
 
     @property
     def takes(self) -> Kind:
-        """What goes in."""
+        """The kind of examples that the backbone takes: pictures or texts."""
         return self.preprocess.takes
 
     def forward(self, inputs: Tensor, **options: Any) -> Tensor:
         """Features `(B, dim)` of normalised pixels `(B, 3, H, W)`, or `(B, N, dim)` of tokens `(B, N)`.
 
         Args:
-            options: for a language model, such as `attention_mask`.
+            options: keywords for a language model, such as `attention_mask`.
         """
         return self._features(self.net, inputs, **options)
 
     def features(self, inputs: Inputs | Tensor) -> Tensor:
-        """Features `(B, dim)` of uint8 pixels `(B, 3, H, W)`, or of texts: all that reads features asks here.
+        """Features `(B, dim)` of uint8 pixels `(B, 3, H, W)`, or of texts. All code that needs features calls this.
 
-        Without taps they are the net's own feature of a picture, and of a text the mean over its tokens of the last
-        hidden state. With `tap` they are those of `Taps`. At training a text's answer is behind its question, and is
-        not read; earlier answers in a chat are part of the question.
+        Without taps the feature of a picture is the net's own, and the feature of a text is the mean of the last hidden
+        states of its tokens. After `tap` the features are those of `Taps`. In training a text contains its answer after
+        the question; the answer is not read. Earlier answers in a chat belong to the question.
         """
         inputs = Inputs.of(inputs)
         if "ids" in inputs:
@@ -125,7 +125,7 @@ class Backbone(nn.Module):
         return self._read(lambda: self(pixels), None)
 
     def _read(self, compute: Callable[[], Tensor], mask: Tensor | None) -> Tensor:
-        """What `compute` gives, or what is caught at the taps meanwhile."""
+        """The result of `compute`, or with taps the features of the tokens that the taps catch while it runs."""
         if self.taps is None:
             return compute()
         with self.taps.listening(self.net) as states:
@@ -133,18 +133,18 @@ class Backbone(nn.Module):
         return self.taps.features(states, mask)
 
     def asked(self, inputs: Inputs) -> dict[str, Any]:
-        """What a language model is given of texts, by keywords."""
+        """The keyword arguments with which a language model is called for these texts."""
         asked: dict[str, Any] = {"input_ids": inputs.ids, "attention_mask": inputs.mask.long()}
         if self.places:
             asked["position_ids"] = positions(inputs.mask)
         return asked
 
     def train(self, mode: bool = True) -> Backbone:
-        """Sets the mode of the PETs; the frozen net stays in evaluation mode.
+        """Set the mode of the PETs; the frozen net stays in evaluation mode.
 
-        Blocks that are to be computed again in the backward pass are the exception, for transformers does that only
-        in a block that is in training mode. Nothing else may depend on that mode: `models.loaders.causal_lm` loads
-        nets without dropout.
+        Blocks with gradient checkpointing are the exception: transformers computes a block again in the backward pass
+        only if the block is in training mode. Nothing else may depend on that mode, so `models.loaders.causal_lm`
+        loads nets without dropout.
         """
         super().train(mode)
         self.net.eval()
@@ -157,10 +157,10 @@ class Backbone(nn.Module):
 
     @property
     def tower(self) -> families.Tower:
-        """The transformer whose features are read: of several in the net, the one for what goes in.
+        """The transformer whose features are read. If the net has several, it is the one for the kind of examples.
 
         Raises:
-            UsageError: a net of unknown family.
+            UsageError: the net belongs to no known family.
         """
         return next(iter(families.towers(self.net, self._answers).values()))
 
@@ -169,22 +169,22 @@ class Backbone(nn.Module):
         return "text" if self.takes == "texts" else "picture"
 
     def roles(self) -> tuple[str, ...]:
-        """The roles at which a PET can be put, of another tower than `tower` with its name, as `text.q`.
+        """The roles at which a PET can be put. Roles of towers other than `tower` have the tower's name: `text.q`.
 
         Raises:
-            UsageError: a net of unknown family.
+            UsageError: the net belongs to no known family.
         """
         return families.roles(self.net, self._answers)
 
     def pet_places(self, roles: Sequence[str], blocks: Sequence[int] | None = None) -> list[Place]:
-        """The places of `roles` in its net: see `families.places`; roles without a tower are those of `tower`."""
+        """The places of `roles` in the net; see `families.places`. A role without a tower's name belongs to `tower`."""
         return families.places(self.net, roles, blocks, self._answers)
 
     def fingerprint(self) -> str:
-        """SHA-256 over names, dtypes, shapes and bytes of the frozen tensors; PETs do not enter.
+        """SHA-256 over names, dtypes, shapes and bytes of the frozen tensors, without those of PETs.
 
-        For a net held in 4 bits it is that of the weights before they were quantised, for bitsandbytes
-        packs them differently on each device.
+        For a net in 4 bits the digest is that of the weights before they were quantised, because bitsandbytes packs
+        them differently on each device.
         """
         if self.quantised_from is not None:
             return self.quantised_from
@@ -199,17 +199,21 @@ class Backbone(nn.Module):
 
 
 def positions(mask: Tensor) -> Tensor:
-    """The place of each token among those that count, `(B, N)`; 0 at padding before them."""
+    """The position `(B, N)` of each token, counted without padding; 0 at padding before the text."""
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def _before_answer(labels: Tensor) -> Tensor:
-    """`(B, N)`, true before the last answer of each text: there a token comes, or is one, that is not learned."""
+    """`(B, N)`, true for the tokens before the last answer of each text: up to the last token that is not learned."""
     return (labels == IGNORED).flip(1).cumsum(1).flip(1) > 0
 
 
 def triple(spec: str, values: object) -> tuple[float, float, float]:
-    """Mean or std of the three channels, from a model's config."""
+    """Mean or std of the three channels, from a model's config.
+
+    Raises:
+        UsageError: the values are not three numbers.
+    """
     if isinstance(values, list | tuple) and len(values) == 3 and all(isinstance(v, int | float) for v in values):
         return float(values[0]), float(values[1]), float(values[2])
-    raise UsageError(f"{spec}: mean and std of three channels are expected in its config, not {values!r}")
+    raise UsageError(f"{spec}: its config gives {values!r} as mean or std; three numbers, one a channel, are expected")

@@ -1,4 +1,4 @@
-"""What is tuned: a frozen pretrained model with a loss on a task's batches and a prediction."""
+"""The interface of a model: a frozen backbone, with a loss on a task's batches and a prediction."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ Mask = Literal["task", "seen", "none"]
 
 
 class Model(nn.Module, ABC):
-    """The interface that methods see, the same for image classifiers and language models.
+    """The interface that methods see, the same for classifiers and language models.
 
     Raises:
-        UsageError: the backbone takes other inputs than this model gives it.
+        UsageError: the backbone takes a kind of examples that this model does not read.
     """
 
     reads: ClassVar[tuple[Kind, ...]] = ("pictures", "texts")
-    """The kinds of inputs it can be made for."""
+    """The kinds of examples that the model can read."""
     nothing: int = 0
-    """Stands in answers where there is no token."""
+    """The token that fills an answer after its end."""
 
     def __init__(self, backbone: Backbone):
         super().__init__()
         if backbone.takes not in self.reads:
             raise UsageError(
                 f"{backbone.spec} takes {backbone.takes}, and this head is for {self.reads[0]}: use `head: ridge` "
-                "or another head of classes"
+                "or another head that chooses among classes"
             )
         self.backbone = backbone
         self.view = copy.copy(backbone.preprocess)
-        """How its examples become the backbone's input; a copy, for each model says what else it wants of a text."""
+        """Turns examples into the backbone's input. It is a copy, because each model sets its own options in it."""
 
     @property
     def takes(self) -> Kind:
-        """What goes in."""
+        """The kind of examples that the model takes: pictures or texts."""
         return self.backbone.takes
 
     @property
     @abstractmethod
     def classes(self) -> list[str]:
-        """Names of the columns of `predict`, in order; none where answers are texts."""
+        """Names of the columns of `predict`, in order; empty if answers are texts."""
 
     @property
     def any_class(self) -> bool:
@@ -62,65 +62,80 @@ class Model(nn.Module, ABC):
 
     @property
     def chooses(self) -> bool:
-        """Whether answers are scores over `classes`; else they are texts."""
+        """True if answers are scores over `classes`, False if they are texts."""
         return True
 
     def posed(self, task: Task) -> Task:
-        """The task as this model learns it."""
+        """The task in the form in which this model learns it."""
         return task
 
     def admits(self, name: str, classes: Sequence[str]) -> None:
-        """UsageError where a task with that name and these classes is none for it: said before any training."""
+        """Raise UsageError if the model cannot learn a task with that name and these classes.
+
+        Called before training.
+        """
 
     @abstractmethod
     def grow(self, task: Task) -> None:
-        """Make room for the classes of `task`."""
+        """Add the classes of `task` that are new."""
 
     def compare(self, among: Mask) -> None:
-        """From now on the training loss compares classes of the task, or of all seen, or all; texts have none."""
+        """Set the classes that the training loss compares: those of the task, all seen so far, or all of the head.
+
+        A model whose answers are texts ignores this.
+        """
 
     @abstractmethod
     def loss(self, task: Task, batch: Batch) -> Tensor:
-        """Mean training loss of a batch of `task`, a scalar; the mean is by the weights of the examples."""
+        """Mean training loss of a batch of `task`, a scalar; the mean is weighted by the weights of the examples."""
 
     @abstractmethod
     def features(self, inputs: Inputs) -> Tensor:
-        """Features `(B, D)` of inputs, by the pet that is active."""
+        """Features `(B, D)` of inputs, computed with the pets in force."""
 
     @abstractmethod
     def predict(self, inputs: Inputs) -> Tensor:
-        """Scores `(B, C)` over `classes`. Where answers are texts: scores `(B, K)` of each question's options,
-        -inf where it has fewer; or the tokens `(B, M)` of the answers, int64, where there are no options."""
+        """Scores `(B, C)` over `classes`.
+
+        If answers are texts: scores `(B, K)` of each question's options, -inf where a question has fewer than `K`; or,
+        without options, the tokens `(B, M)` of the answers, int64.
+        """
 
     @abstractmethod
     def summarise(self, task: Task, batch_size: int) -> None:
-        """One pass over the task's training data for what is learned from statistics, if anything is."""
+        """Learn from statistics in one pass over the task's training data. A model without statistics does nothing."""
 
     @contextlib.contextmanager
     def following(self, task: Task, batch_size: int, features: Callable[[Inputs], Tensor]) -> Iterator[None]:
-        """Inside `features` are trained on `task`; what is known of earlier ones from sums may follow them."""
+        """Inside this context `features` are trained on `task`. Afterwards the model may move its sums over earlier
+        tasks' features as the features have moved."""
         yield
 
     def observe(self, inputs: Inputs) -> None:
-        """One pass as at prediction, the head with it, for those who watch what flows through the model."""
+        """One forward pass as at prediction, with the head, for code that watches the features in the model."""
         self.predict(inputs)
 
     def trained(self) -> list[nn.Parameter]:
-        """What is trained by gradient beside the pets."""
+        """The parameters that are trained by gradient, beside those of the pets."""
         return []
 
     def per_class(self) -> list[nn.Parameter]:
-        """Those of them that have a row for each class, in the order of `classes`."""
+        """Those of `trained()` that have one row for each class, in the order of `classes`."""
         return []
 
     @contextlib.contextmanager
     def resting(self, task: Task) -> Iterator[None]:
-        """Inside the model is trained on `task`; what it has for other tasks alone ends as it began."""
+        """Inside this context the model is trained on `task`. Parameters that only other tasks use are unchanged
+        afterwards."""
         yield
 
     def reset(self) -> None:
-        """Forget all that was learned, but for the pets."""
+        """Forget everything that was learned outside of the pets."""
 
     def read(self, answer: Tensor) -> Any:
-        """One row of `predict` as people read it, where answers are texts."""
+        """One row of `predict` in the form that people read.
+
+        Raises:
+            UsageError: answers are scores of classes, not texts.
+        """
         raise UsageError(f"{type(self).__name__} answers with scores of classes, not with texts")

@@ -18,23 +18,24 @@ from perpetune.models.backbone import Backbone, positions
 from perpetune.models.base import Model
 from perpetune.tasks import IGNORED, Batch, Inputs, Task
 
-AT_ONCE = 256  # options that are scored at a time
-SPACE = 2 << 30  # bytes that they may take: each needs a copy of what attention remembers of its question
+AT_ONCE = 256  # most options that are scored in one pass
+SPACE = 2 << 30  # most bytes for one pass: each option needs a copy of its question's keys and values
 
 
 class CausalLM(Model):
     """The language model's own output layer: answers are generated, or chosen among a question's options.
 
-    The loss is that of the answer's tokens and its end; those of the prompt are not learned. The probability of an
-    option is that of its tokens and the end, so `negative` and `very negative` are told apart by more than a start.
+    The loss is computed on the tokens of the answer and its end token; the tokens of the prompt are not learned. The
+    probability of an option is that of its tokens and the end token. Without the end token, an option would always be
+    at least as likely as a longer one that begins with it.
 
     Args:
         backbone: a language model.
-        eval: `generate` the answer greedily, or score the `options` where there are any.
-        max_new_tokens: the longest answer that is generated.
+        eval: `generate` writes the answer greedily; `options` scores the options of a question that has some.
+        max_new_tokens: the most tokens of a generated answer.
 
     Raises:
-        UsageError: such an answer leaves no room for a question.
+        UsageError: an answer of `max_new_tokens` leaves no room for a question.
     """
 
     reads: ClassVar[tuple[Kind, ...]] = ("texts",)
@@ -57,11 +58,12 @@ class CausalLM(Model):
             )
         self.view.room, self.view.chooses = max_new_tokens, eval != "generate"
         self._keeps = "logits_to_keep" in inspect.signature(backbone.net.forward).parameters
-        # What the checkpoint asks for (sampling, penalties) is filled in wherever a call leaves something open.
+        # transformers fills every setting that a call leaves open from the net's generation config (sampling,
+        # penalties), so that config is replaced as a whole.
         net: Any = backbone.net
         output = net.get_output_embeddings()
         if output is None:
-            raise UsageError(f"{backbone.spec} has no output layer, so it says nothing: another model is needed")
+            raise UsageError(f"{backbone.spec} has no output layer, so it cannot answer: use another model")
         output.register_forward_pre_hook(_whole)
         net.generation_config = self._greedy(getattr(net.generation_config, "eos_token_id", None))
 
@@ -74,15 +76,16 @@ class CausalLM(Model):
         return False
 
     def grow(self, task: Task) -> None:
-        """Any text can be said already."""
+        """Does nothing: the output layer can write any text already."""
 
     def summarise(self, task: Task, batch_size: int) -> None:
-        """Nothing is learned from statistics."""
+        """Does nothing: this model learns nothing from statistics."""
 
     def loss(self, task: Task, batch: Batch) -> Tensor:
-        said, labels = batch.inputs.said, batch.inputs["labels"]
-        logits = self._logits(batch.inputs, keep=said + 1)[:, :-1]  # what token i + 1 is, is said at token i
-        loss: Tensor = F.cross_entropy(logits.flatten(0, 1).float(), labels[:, -said:].flatten(), ignore_index=IGNORED)
+        last, labels = batch.inputs.said, batch.inputs["labels"]
+        logits = self._logits(batch.inputs, keep=last + 1)[:, :-1]  # the logits at token i predict token i + 1
+        targets = labels[:, -last:].flatten()
+        loss: Tensor = F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORED)
         return loss
 
     def features(self, inputs: Inputs) -> Tensor:
@@ -102,19 +105,23 @@ class CausalLM(Model):
         return self.view.decode(answer)
 
     def _logits(self, inputs: Inputs, *, keep: int) -> Tensor:
-        """Logits `(B, keep, V)` at the last tokens: the output layer is wide, and few of them are learned."""
+        """Logits `(B, keep, V)` at the last `keep` tokens only, because the output layer is wide and costly."""
         more = {"logits_to_keep": keep} if self._keeps else {}
         logits: Tensor = self.backbone.net(**self.backbone.asked(inputs), **more, use_cache=False).logits
         return logits[:, -keep:]
 
     def _generated(self, inputs: Inputs) -> Tensor:
-        """The likeliest token after each other, `(B, M)`, padded behind the end."""
+        """Greedy answers: tokens `(B, M)`, padded after the end of each answer."""
         net: Any = self.backbone.net
         whole: Tensor = net.generate(input_ids=inputs.ids, attention_mask=inputs.mask.long())
         return whole[:, inputs.ids.shape[1] :]
 
     def _greedy(self, ends: int | list[int] | None) -> Any:
-        """How answers are generated; `ends`: tokens that the model ends with, beside the tokenizer's."""
+        """The config of transformers for greedy answers.
+
+        Args:
+            ends: tokens with which the model ends an answer, beside those of the tokenizer.
+        """
         from transformers import GenerationConfig
 
         self.view.ends = self.view.ends | set([ends] if isinstance(ends, int) else ends or [])
@@ -127,27 +134,27 @@ class CausalLM(Model):
         )
 
     def _scored(self, inputs: Inputs, options: Tensor) -> Tensor:
-        """Log-probabilities `(B, K)` of the options, -inf for those there are not."""
+        """Log-probabilities `(B, K)` of the options, -inf where a question has fewer options."""
         net: Any = self.backbone.net
         more = {"logits_to_keep": 1} if self._keeps else {}
         asked = net(**self.backbone.asked(inputs), **more, use_cache=True)
         memory = _repeatable(getattr(asked, "past_key_values", None))
         scores = torch.full(options.shape[:2], -torch.inf, device=options.device)
-        there = (options != IGNORED).any(-1)
-        first = asked.logits[:, -1].float().log_softmax(-1)  # (B, V)
-        said = first.gather(1, options[..., 0].clamp(min=0))  # (B, K)
-        size = _at_a_time(options, memory, first.shape[-1])
+        given = (options != IGNORED).any(-1)
+        logs = asked.logits[:, -1].float().log_softmax(-1)  # (B, V)
+        first_scores = logs.gather(1, options[..., 0].clamp(min=0))  # (B, K)
+        size = _at_a_time(options, memory, logs.shape[-1])
         for start in range(0, options.shape[1], size):
             part = options[:, start : start + size]
             rest = self._continued(inputs, part, memory) if part.shape[-1] > 1 else 0
-            scores[:, start : start + size] = said[:, start : start + size] + rest
-        return scores.masked_fill(~there, -torch.inf)
+            scores[:, start : start + size] = first_scores[:, start : start + size] + rest
+        return scores.masked_fill(~given, -torch.inf)
 
     def _continued(self, inputs: Inputs, options: Tensor, memory: Any) -> Tensor:
-        """Log-probabilities `(B, K)` of all tokens of the options but the first.
+        """Log-probabilities `(B, K)` of all tokens of the options except the first.
 
         Args:
-            memory: keys and values of the questions, left as they are; None has the questions read once more.
+            memory: keys and values of the questions; they are not changed. None computes the questions once more.
         """
         count, k, _ = options.shape
         flat = options.flatten(0, 1)  # (B K, M)
@@ -165,21 +172,24 @@ class CausalLM(Model):
         if self._keeps:
             asked["logits_to_keep"] = length
         logits = self.backbone.net(input_ids=ids, **asked).logits[:, -length:].float()
-        said = -F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="none")
-        return said.view(count, k, -1).sum(-1)
+        scores = -F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="none")
+        return scores.view(count, k, -1).sum(-1)
 
 
 def _whole(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The states of a few tokens are a slice, and of a slice torch makes one product for each text, with a copy of the
-    layer for each: several times slower than the rest of the net."""
+    """Make the output layer's input contiguous.
+
+    The states of the last tokens are a slice of all states. For a slice torch computes one product for each text, with
+    a copy of the layer for each, which is several times slower than the rest of the net.
+    """
     return tuple(arg.contiguous() for arg in args)
 
 
 def _repeatable(memory: Any) -> Any:
-    """What a net remembers of questions, if that can be repeated for several options of each; else None.
+    """The net's memory of questions (`past_key_values`), if it can be repeated for several options; else None.
 
-    The states of recurrent layers and convolutions cannot: transformers repeats keys and values alone, and some layers
-    have both.
+    The states of recurrent layers and convolutions cannot be repeated: transformers repeats only keys and values, and
+    some layers have both kinds of state.
     """
     layers = getattr(memory, "layers", None) or ()
     known = all(hasattr(layer, "batch_repeat_interleave") and not hasattr(layer, "conv_states") for layer in layers)
@@ -187,15 +197,16 @@ def _repeatable(memory: Any) -> Any:
 
 
 def _at_a_time(options: Tensor, memory: Any, words: int) -> int:
-    """Of how many options `(B, K, M)` of each question the rest is scored together.
+    """How many options of each question are scored in one pass.
 
     Args:
-        memory: keys and values of the questions; None where they are read once more for each option.
-        words: of the vocabulary.
+        options: their tokens `(B, K, M)`.
+        memory: keys and values of the questions; None if the questions are computed once more for each option.
+        words: the size of the vocabulary.
     """
     if memory is None:
         return 1
     kept: list[Tensor | None] = [t for layer in memory.layers for t in (layer.keys, layer.values)]
     held = sum(t.nbytes for t in kept if t is not None)
-    said = 12 * len(options) * options.shape[-1] * words  # logits, and their logarithms, in float32
-    return max(1, min(AT_ONCE // len(options), SPACE // max(1, held + said)))
+    logits = 12 * len(options) * options.shape[-1] * words  # logits, and their logarithms, in float32
+    return max(1, min(AT_ONCE // len(options), SPACE // max(1, held + logits)))

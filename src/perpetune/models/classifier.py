@@ -17,19 +17,19 @@ from perpetune.models.base import Mask, Model
 from perpetune.runtime import Runtime
 from perpetune.tasks import Batch, Examples, Inputs, Task, balanced, evaluation_batches
 
-SEEN_TWICE = 1000  # examples of a task by which sums of old ones follow the features
+SEEN_TWICE = 1000  # most examples of a task whose features are computed before and after its training
 
 
 class Classifier(Model):
-    """Pictures, or texts, to scores of classes.
+    """Turns pictures or texts into scores of classes.
 
-    A text's classes are the answers that stand to choice in its task; it is read without its answer. Answers that are
-    written alike are one class, whatever task they are of.
+    The classes of a text are the answers that its task offers; the text is read without its answer. Answers with the
+    same spelling are one class, even in different tasks.
 
     Args:
-        mask: the classes among which the training loss compares. `task`: those of the task at hand,
-            so rows of earlier classes rest; `seen`: those of all tasks so far; `none`: every row of
-            the head, the same as `seen` unless the head was given rows ahead of its tasks.
+        mask: the classes that the training loss compares. `task`: those of the present task, so rows of earlier
+            classes do not change; `seen`: those of all tasks so far; `none`: every row of the head, the same as `seen`
+            unless the head was given rows ahead of its tasks.
     """
 
     def __init__(self, backbone: Backbone, head: Head, *, mask: Mask = "task"):
@@ -51,8 +51,8 @@ class Classifier(Model):
         if not classes:
             raise UsageError(
                 f"task {name}: head {type(self.head).__name__.lower()} chooses among classes, and this task's answers "
-                "are free text, or its options differ from question to question: give `options`, the answers that "
-                "stand to choice in all of it, or use head: lm"
+                "are free text, or its options differ from question to question: give `options`, the answers that all "
+                "questions of the task offer, or use head: lm"
             )
 
     def grow(self, task: Task) -> None:
@@ -62,9 +62,10 @@ class Classifier(Model):
 
     @contextlib.contextmanager
     def resting(self, task: Task) -> Iterator[None]:
-        """Inside the head is trained on `task`; with mask `task`, what it has for other classes ends as it began.
+        """Inside this context the head is trained on `task`. With mask `task`, the rows of other classes are unchanged
+        afterwards.
 
-        The loss has no part of them, so it is weight decay alone that would move them.
+        The loss does not contain these rows, so weight decay alone would move them.
         """
         rows = set(self.head.rows(task.classes).tolist())
         others = [row for row in range(len(self.classes)) if row not in rows] if self.mask == "task" else []
@@ -87,14 +88,14 @@ class Classifier(Model):
         self.head.reset()
 
     def features(self, inputs: Inputs) -> Tensor:
-        """Features `(B, D)` of uint8 pixels `(B, 3, H, W)` or of texts, by the pet that is active."""
+        """Features `(B, D)` of uint8 pixels `(B, 3, H, W)` or of texts, computed with the pets in force."""
         return self.backbone.features(inputs)
 
     def loss(self, task: Task, batch: Batch) -> Tensor:
         return self.head_loss(task, self.features(batch.inputs), batch.targets)
 
     def head_loss(self, task: Task, features: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy of features `(B, D)` among the classes that `mask` leaves."""
+        """Cross-entropy of features `(B, D)` over the classes that `mask` selects."""
         logits = self.head.logits(features).float()
         rows = self.head.rows(task.classes, logits.device)
         if self.mask == "none":
@@ -116,8 +117,8 @@ class Classifier(Model):
 
     def scores(self, features: Tensor) -> Tensor:
         """Scores `(B, C)` of features `(B, D)`."""
-        found: Tensor = self.head(features)
-        return found.float()
+        scores: Tensor = self.head(features)
+        return scores.float()
 
     def summarise(self, task: Task, batch_size: int) -> None:
         if self.head.statistics:
@@ -137,9 +138,10 @@ class Classifier(Model):
 
 @contextlib.contextmanager
 def following(head: Head, task: Task, batch_size: int, features: Callable[[Inputs], Tensor]) -> Iterator[None]:
-    """Inside `features` are trained on `task`; the sums of `head` follow them afterwards, where it wants to carry them.
+    """Inside this context `features` are trained on `task`. Afterwards a head with `carry` moves its sums as the
+    features have moved.
 
-    The features of some examples, balanced over their classes, are looked at before and after.
+    For this the features of some examples, balanced over their classes, are computed before and after the training.
     """
     if not (head.carry and task.index):
         yield
@@ -153,9 +155,9 @@ def following(head: Head, task: Task, batch_size: int, features: Callable[[Input
 
 @torch.no_grad()
 def feature_table(examples: Examples, batch_size: int, run: Runtime, features: Callable[[Inputs], Tensor]) -> Tensor:
-    """Features `(N, D)`, float32, of all `examples` as they look at evaluation, on every process.
+    """Features `(N, D)`, float32, of all `examples` in the form they have at evaluation, on every process.
 
-    They are made in one fixed order, so that a resumed run has the same bits.
+    The features are computed in one fixed order, so that a resumed run has the same bits.
     """
     table: Tensor | None = None
     for batch in evaluation_batches(examples, batch_size, run):
@@ -168,17 +170,17 @@ def feature_table(examples: Examples, batch_size: int, run: Runtime, features: C
     width: int = run.of_first(0 if table is None else table.shape[1])  # the first process always has a batch
     if table is None:
         table = torch.zeros(len(examples), width, device=run.device)
-    return run.sum(table)  # each process has filled in its share
+    return run.sum(table)  # each process has filled in its own rows
 
 
 @torch.no_grad()
 def learn_statistics(task: Task, batch_size: int, heads: Sequence[tuple[Head, Callable[[Batch], Tensor]]]) -> None:
-    """One pass over the task's training data, as for evaluation, for heads that learn from statistics.
+    """One pass over the task's training data, in the form of evaluation, for heads that learn from statistics.
 
     Args:
-        task: its classes are known to every head.
-        batch_size: images at a time.
-        heads: each with the features `(B, D)` that it is shown of a batch.
+        task: the task; every head has its classes already.
+        batch_size: examples in a batch.
+        heads: each head, with the function that computes its features `(B, D)` of a batch.
     """
     run = task.runtime
     counts = torch.bincount(torch.tensor(task.train.targets), minlength=len(task.classes))
@@ -186,15 +188,15 @@ def learn_statistics(task: Task, batch_size: int, heads: Sequence[tuple[Head, Ca
     for (head, _), places in zip(heads, rows, strict=True):
         head.expect(torch.zeros(len(head.classes), dtype=torch.int64).index_add_(0, places.cpu(), counts))
         for tensor in head.additive() if run.rank else ():
-            tensor.zero_()  # the first process has what was there before, and the others bring what is new
+            tensor.zero_()  # only the first process keeps the earlier sums, so that they are counted once
     for batch in task.batches(batch_size):
         for (head, features), places in zip(heads, rows, strict=True):
             with run.autocast():
-                found = features(batch)
-            head.observe(found.float(), places[batch.targets])
+                values = features(batch)
+            head.observe(values.float(), places[batch.targets])
     for head, _ in heads:
         head.flush()
         for tensor in head.additive() if run.world > 1 else ():
-            for part in tensor.flatten().split(1 << 24):  # what is sent is a copy: not all of a large one at once
+            for part in tensor.flatten().split(1 << 24):  # sending copies a tensor, so a large one is sent in parts
                 part.copy_(run.sum(part.to(run.device)))
         head.settle(run.sum)

@@ -1,12 +1,12 @@
-"""What each family of transformers calls its parts: the only place that knows.
+"""The table of families: the names that each family of transformers gives to its parts. No other module knows them.
 
-A row names where each role is found: most relative to a block, some relative to the net. Where a family has
-variants (fused or separate qkv, plain or gated MLP) a role lists its alternatives, and the first that is there counts.
-Vision transformers and the two towers of dual encoders are known by their class. Language models are known by what is
-where, for most new ones name their parts as one of a few old ones.
+A row of the table gives the path of each role, for most roles relative to a block, for some relative to the net. If a
+family has variants (fused or separate qkv, plain or gated MLP), a role lists several paths, and the first that exists
+counts. Vision transformers and the two towers of dual encoders are recognised by their class. Language models are
+recognised by the paths of their parts, because most new ones use the names of a few old ones.
 
-A net may hold several transformers. Each is a `Tower`, named by what it reads. A role such as `q` is one of the tower
-that answers; `text.q` and `picture.q` name the tower too.
+A net may hold several transformers. Each is a `Tower`, named by what it reads. A role such as `q` belongs to the tower
+that answers; `text.q` and `picture.q` also name the tower.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ __all__ = [
 
 Reads = Literal["picture", "text"]
 
-# `qkv` is there only where the rows of q, k and v are mixed in one layer, so that none of them can be had alone.
+# A layer has the role `qkv` only if the rows of q, k and v are mixed in it, so that none can be selected alone.
 LINEAR_ROLES = ("q", "k", "v", "qkv", "proj", "fc1", "gate", "fc2")
-# Roles that stand for a whole submodule whose input and output are tokens.
+# Roles of whole submodules whose input and output are tokens.
 MODULE_ROLES = ("attn", "mlp", "block")
 NORM_ROLES = ("norm1", "norm2", "norm")
 OPERATIONS = "operations"
-"""Stands for all roles of a net that are one operation each: its linear layers, norms and the patch embedding."""
+"""The role that stands for all roles of single operations: linear layers, norms and the patch embedding."""
 
-# A path in the block, and where one linear does the work of several, which of them: of q, k, v or of gate and up.
+# A path in the block, and for a fused layer the index of the part: among q, k, v, or among gate and up.
 Where = tuple[str, int | None]
 
 
@@ -54,14 +54,15 @@ class Family:
     """One row of the table.
 
     Attributes:
-        name: as users know it.
-        classes: names of the net's class, one of which it or a base class of it has; none where `known_by` decides.
-        blocks: path of the sequence of transformer blocks; a net without blocks there is not of the family.
-        roles: for each role, where it is found in a block; the first alternative that is there counts.
-        once: as `roles`, for what the net has once, relative to it: the convolution that embeds patches, and the
-            norm behind the last block.
-        known_by: roles that one of the blocks has to have for the net to be of the family.
-        reads: what goes into the net; None where its embedding says it: a convolution of patches, or a table of tokens.
+        name: the name that users see.
+        classes: names of classes. A net of the family has one of them as its class or as a base class. Empty if
+            `known_by` decides.
+        blocks: path of the sequence of transformer blocks; a net without blocks there does not belong to the family.
+        roles: the possible paths of each role in a block; the first that exists counts.
+        once: as `roles`, for the parts that the net has once, with paths relative to the net: the convolution that
+            embeds patches, and the norm after the last block.
+        known_by: roles that one of the blocks needs to have, or the net does not belong to the family.
+        reads: what goes into the net; None if its embedding decides: a convolution of patches, or a table of tokens.
     """
 
     name: str
@@ -79,7 +80,7 @@ class Tower:
 
     Attributes:
         name: what it reads, `picture` or `text`.
-        path: where it is in the net; `""` where it is the net itself.
+        path: its path in the net; `""` if it is the net itself.
         net: the transformer, never the slot around it.
         family: the row of the table that fits.
     """
@@ -96,21 +97,21 @@ class Tower:
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """Its transformer blocks, without slots around them."""
+        """Its transformer blocks, without the slots around them."""
         return _blocks(self.net, self.family)
 
     @property
     def norm(self) -> str | None:
-        """The path, in the whole net, of the norm behind the last block; None where it has none."""
-        found = _find(self.net, self.family.once, "norm")
-        return None if found is None else self.at(found[0])
+        """The path, in the whole net, of the norm after the last block; None if there is none."""
+        norm = _find(self.net, self.family.once, "norm")
+        return None if norm is None else self.at(norm[0])
 
     def at(self, path: str) -> str:
-        """A path in the tower as one in the whole net."""
+        """Turn a path in the tower into a path in the whole net."""
         return f"{self.path}.{path}" if self.path and path else self.path or path
 
     def roles(self) -> tuple[str, ...]:
-        """The roles that any of its blocks has, then those that it has once."""
+        """The roles that any of its blocks has, then those of the parts that it has once."""
         return (*_has(self.blocks, self.family.roles), *_has([self.net], self.family.once))
 
 
@@ -129,7 +130,7 @@ _TIMM: dict[str, tuple[Where, ...]] = {
     "norm2": (("norm2", None),),
 }
 
-# Where features are means of patches, `norm` does nothing and the norm is that of the mean.
+# If the features are means of patches, timm's `norm` is an identity, and `fc_norm` acts on the mean.
 _TIMM_ONCE: dict[str, tuple[Where, ...]] = {
     "patch": (("patch_embed.proj", None),),
     "norm": (("norm", None), ("fc_norm", None)),
@@ -155,7 +156,7 @@ _TRANSFORMERS_ONCE: dict[str, tuple[Where, ...]] = {
     "norm": (("layernorm", None), ("norm", None)),
 }
 
-# In Gemma the norm before the MLP is not the one that the others have under its old name.
+# In Gemma the norm before the MLP is `pre_feedforward_layernorm`; in the others it is `post_attention_layernorm`.
 _LLAMA: dict[str, tuple[Where, ...]] = {
     "q": (("self_attn.q_proj", None), ("self_attn.qkv_proj", 0)),
     "k": (("self_attn.k_proj", None), ("self_attn.qkv_proj", 1)),
@@ -208,7 +209,7 @@ _GPT: dict[str, tuple[Where, ...]] = {
     "norm2": (("ln_2", None),),
 }
 
-# One layer gives q, k and v of the first head, then those of the second, and so on.
+# One layer computes q, k and v of the first head, then those of the second head, and so on.
 _BY_HEAD: dict[str, tuple[Where, ...]] = {
     "qkv": tuple(
         (path, None)
@@ -242,7 +243,7 @@ _CLIP: dict[str, tuple[Where, ...]] = {
     "norm2": (("layer_norm2", None),),
 }
 
-# Its norms stand behind attention and MLP. It has no module for the MLP as a whole.
+# Its norms come after attention and MLP. It has no module for the whole MLP.
 _BERT: dict[str, tuple[Where, ...]] = {
     "q": (("attention.self.query", None),),
     "k": (("attention.self.key", None),),
@@ -256,7 +257,7 @@ _BERT: dict[str, tuple[Where, ...]] = {
     "norm2": (("output.LayerNorm", None),),
 }
 
-# Its attention is torch's own, which reads the weights of its layers past whatever stands around them.
+# Its attention is torch's own. It reads the weights of its layers directly, so a slot around them would have no effect.
 _OPEN_CLIP: dict[str, tuple[Where, ...]] = {
     "fc1": (("mlp.c_fc", None),),
     "fc2": (("mlp.c_proj", None),),
@@ -318,7 +319,7 @@ FAMILIES = (
         {"norm": (("ln_final", None),)},
         reads="text",
     ),
-    # Its fused layer is a linear one that looks like GPT-2's and may be mixed by head.
+    # Its fused layer is a linear layer with GPT-2's name, but its rows may be mixed by head.
     Family(
         "GPT-BigCode",
         ("GPTBigCodeModel",),
@@ -336,7 +337,7 @@ FAMILIES = (
 
 @runtime_checkable
 class LinearLike(Protocol):
-    """What counts as a linear layer: torch's, a 4-bit one, anybody's."""
+    """A module that counts as a linear layer: torch's, a 4-bit one, or one of another library."""
 
     in_features: int
     out_features: int
@@ -344,13 +345,16 @@ class LinearLike(Protocol):
 
 @runtime_checkable
 class NormLike(Protocol):
-    """What counts as a norm over the width of the tokens: torch's, timm's, anybody's; `_norm_width` knows others."""
+    """A module that counts as a norm over the width of the tokens: torch's, timm's and others.
+
+    `_norm_width` also recognises norms without this attribute.
+    """
 
     normalized_shape: Sequence[int]
 
 
 def widths(module: nn.Module) -> tuple[int, int] | None:
-    """Widths of input and output of a linear layer, GPT-2's `Conv1D` among them; None for what is none."""
+    """Widths of input and output of a linear layer, including GPT-2's `Conv1D`; None for other modules."""
     if isinstance(module, LinearLike):
         return module.in_features, module.out_features
     if type(module).__name__ == "Conv1D" and isinstance(weight := getattr(module, "weight", None), nn.Parameter):
@@ -359,113 +363,123 @@ def widths(module: nn.Module) -> tuple[int, int] | None:
 
 
 def towers(net: nn.Module, answers: str | None = None) -> dict[str, Tower]:
-    """The transformers in `net` whose parts are known by role, by what they read; the one that answers comes first.
+    """The transformers in `net` that belong to a family, by what they read. The one that answers comes first.
 
-    Of two that read the same the outer one counts, or that before the other. In a language model that takes pictures
-    too, the text tower answers; in a dual encoder the picture tower does.
+    If two of them read the same, the outer one counts, or the first one. In a language model that also takes pictures
+    the text tower answers; in a dual encoder the picture tower answers.
 
     Args:
-        answers: the name of the tower that answers, where there is one of that name.
+        answers: the name of the tower that answers, if there is a tower with that name.
 
     Raises:
-        UsageError: no row of the table fits anything in `net`; names the class and the families there are.
+        UsageError: no row of the table fits any module of `net`; the message names the class and the known families.
     """
-    found: dict[str, Tower] = {}
+    by_name: dict[str, Tower] = {}
     for path, module in _text_first(net):
-        if any(path.startswith(f"{tower.sequence}.") for tower in found.values()):
+        if any(path.startswith(f"{tower.sequence}.") for tower in by_name.values()):
             continue  # inside a block
         family = next((family for family in FAMILIES if _is_of(module, family)), None)
         if family is not None:
             name = family.reads or _embedded(net, path)
-            found.setdefault(name, Tower(name, path, module, family))
-    if not found:
+            by_name.setdefault(name, Tower(name, path, module, family))
+    if not by_name:
         known = ", ".join(family.name for family in FAMILIES)
-        raise UsageError(f"{type(net).__name__} is of no family whose parts are known by role: {known}")
-    speaks = getattr(net, "get_output_embeddings", None)
-    first = answers or ("text" if callable(speaks) and speaks() is not None else "picture")
-    return dict(sorted(found.items(), key=lambda entry: entry[0] != first))
+        raise UsageError(f"{type(net).__name__} is of no family whose parts are known; the known families are {known}")
+    output_layer = getattr(net, "get_output_embeddings", None)
+    first = answers or ("text" if callable(output_layer) and output_layer() is not None else "picture")
+    return dict(sorted(by_name.items(), key=lambda entry: entry[0] != first))
 
 
 def roles(net: nn.Module, answers: str | None = None) -> tuple[str, ...]:
-    """The roles of the tower that answers; where there are several, those of each with its name, as `text.q`, too.
+    """The roles of the tower that answers. With several towers also the roles of each with its name, such as `text.q`.
 
     Raises:
-        UsageError: a net of unknown family.
+        UsageError: the net belongs to no known family.
     """
-    found = towers(net, answers)
-    named = [f"{name}.{role}" for name, tower in found.items() for role in tower.roles()] if len(found) > 1 else []
-    return (*next(iter(found.values())).roles(), *named)
+    by_name = towers(net, answers)
+    named = [f"{name}.{role}" for name, tower in by_name.items() for role in tower.roles()] if len(by_name) > 1 else []
+    return (*next(iter(by_name.values())).roles(), *named)
 
 
 def places(
     net: nn.Module, roles: Sequence[str], blocks: Sequence[int] | None = None, answers: str | None = None
 ) -> list[Place]:
-    """The submodules of `net` that play `roles` in `blocks` (None: all), block by block, tower by tower.
+    """The submodules of `net` that have `roles` in `blocks` (None: all), tower by tower, block by block.
 
-    Roles that share one linear layer share one place with several parts. Negative block numbers
-    count from the end. What a tower has once comes last, whatever `blocks` are asked for; its block is -1.
-    The role `operations` stands for every linear layer, norm and patch embedding of a tower. Where blocks are
-    of several kinds (with and without attention, with and without experts) those that lack a role are passed over.
+    Roles that share one linear layer share one place with several parts. Negative block numbers count from the end.
+    Parts that a tower has once come last, whatever `blocks` says; their block is -1. The role `operations` stands for
+    every linear layer, norm and patch embedding of a tower. If a net has several kinds of blocks (with and without
+    attention, with and without experts), the blocks without a role are skipped.
 
     Args:
-        roles: `q` of the tower that answers, or with the name of a tower: `text.q`, `picture.q`.
-        blocks: numbers of the blocks, the same in each tower that is asked for.
+        roles: `q` for the tower that answers, or with the name of a tower: `text.q`, `picture.q`.
+        blocks: numbers of the blocks, the same in each named tower.
         answers: the name of the tower that answers; see `towers`.
 
     Raises:
-        UsageError: a net of unknown family, a tower that is not there, a role that none of its blocks has, or a block
-            that is not there.
+        UsageError: the net belongs to no known family, there is no such tower or block, or no block has the role.
     """
-    there = towers(net, answers)
-    asked: dict[str, list[str]] = {name: [] for name in there}
+    by_name = towers(net, answers)
+    roles_of: dict[str, list[str]] = {name: [] for name in by_name}
     for full in roles:
         name, dot, role = full.rpartition(".")
-        if dot and name not in there:
+        if dot and name not in by_name:
             raise UsageError(
-                f"role {full!r}: {type(net).__name__} has no tower {name!r}; its towers are {', '.join(there)}"
+                f"role {full!r}: {type(net).__name__} has no tower {name!r}; its towers are {', '.join(by_name)}"
             )
-        asked[name if dot else next(iter(there))].append(role)
-    beside = f"; its towers are {', '.join(there)}" if len(there) > 1 else ""
-    return [place for name, some in asked.items() if some for place in _places(there[name], some, blocks, beside)]
+        roles_of[name if dot else next(iter(by_name))].append(role)
+    beside = f"; its towers are {', '.join(by_name)}" if len(by_name) > 1 else ""
+    return [
+        place
+        for name, tower_roles in roles_of.items()
+        if tower_roles
+        for place in _places(by_name[name], tower_roles, blocks, beside)
+    ]
 
 
 def _places(tower: Tower, roles: Sequence[str], blocks: Sequence[int] | None, beside: str) -> list[Place]:
-    """The places of `roles` in one tower; `beside` is the end of an error's message."""
+    """The places of `roles` in one tower.
+
+    Args:
+        beside: the end of an error message, which names the towers if there are several.
+    """
     family, modules = tower.family, tower.blocks
     whole = f"the tower {tower.name}" if beside else "the net"
-    asked = list(range(len(modules))) if blocks is None else _checked(blocks, len(modules), whole)
-    there = (*_has([modules[block] for block in asked], family.roles), *_has([tower.net], family.once))
+    numbers = list(range(len(modules))) if blocks is None else _checked(blocks, len(modules), whole)
+    known = (*_has([modules[block] for block in numbers], family.roles), *_has([tower.net], family.once))
     if OPERATIONS in roles:
-        roles = [*(r for r in roles if r != OPERATIONS), *(r for r in there if r not in MODULE_ROLES)]
+        roles = [*(r for r in roles if r != OPERATIONS), *(r for r in known if r not in MODULE_ROLES)]
     once = [r for r in family.once if r in roles]
     roles = [r for r in roles if r not in once]
     for role in roles:
-        if asked and role not in there:
-            raise UsageError(f"{family.name}: block {asked[0]} has no role {role!r}; it has {', '.join(there)}{beside}")
-    found: list[Place] = []
-    for block in asked:
+        if numbers and role not in known:
+            raise UsageError(
+                f"{family.name}: block {numbers[0]} has no role {role!r}; it has {', '.join(known)}{beside}"
+            )
+    places: list[Place] = []
+    for block in numbers:
         at: dict[str, list[tuple[str, int | None, nn.Module]]] = {}
         for role in [r for r in family.roles if r in roles]:
             if (where := _find(modules[block], family.roles, role)) is not None:
                 at.setdefault(where[0], []).append((role, *where[1:]))
         for inner, played in at.items():
             full = f"{tower.sequence}.{block}.{inner}" if inner else f"{tower.sequence}.{block}"
-            found.append(_place(full, played, block, modules, family))
+            places.append(_place(full, played, block, modules, family))
     for role in once:
         where = _find(tower.net, family.once, role)
         if where is None:
             raise UsageError(
                 f"{family.name}: {type(tower.net).__name__} has no role {role!r} that a pet can go to{beside}"
             )
-        found.append(_place(tower.at(where[0]), [(role, *where[1:])], -1, modules, family))
-    return found
+        places.append(_place(tower.at(where[0]), [(role, *where[1:])], -1, modules, family))
+    return places
 
 
 def call_linears(net: nn.Module) -> None:
-    """Have timm's EVA and BEiT call their fused qkv, as every other net does.
+    """Make timm's EVA and BEiT call their fused qkv, as every other net does.
 
-    By default they read `qkv.weight` past whatever stands around the layer; their own switch
-    `qkv_bias_separate` changes that and nothing but the last bits of the output.
+    By default they read `qkv.weight` directly, so a slot around the layer would have no effect. Their own switch
+    `qkv_bias_separate` makes them call the layer; otherwise it changes only the last bits of the output.
     """
     for _, module in _bare_modules(net):
         if vars(module).get("qkv_bias_separate") is False:
@@ -473,7 +487,7 @@ def call_linears(net: nn.Module) -> None:
 
 
 def _is_of(module: nn.Module, family: Family) -> bool:
-    """Whether `module` has the family's class, or looks like one of the family where classes say nothing."""
+    """Whether `module` has the family's class, or for a family without classes the roles of `known_by`."""
     bases = {base.__name__ for base in type(module).__mro__}
     if not (bases.intersection(family.classes) if family.classes else family.known_by):
         return False
@@ -484,17 +498,17 @@ def _is_of(module: nn.Module, family: Family) -> bool:
 
 
 def _blocks(module: nn.Module, family: Family) -> list[nn.Module]:
-    """The blocks of `module` where the family has them, without slots around them; none where there are none."""
+    """The blocks of `module` at the family's path, without the slots around them; empty if there are none."""
     sequence = submodule(module, family.blocks)
     count = 0 if sequence is None else len(list(sequence.children()))
-    found = [submodule(module, f"{family.blocks}.{number}") for number in range(count)]
-    return [block for block in found if block is not None]
+    blocks = [submodule(module, f"{family.blocks}.{number}") for number in range(count)]
+    return [block for block in blocks if block is not None]
 
 
 def _embedded(net: nn.Module, path: str) -> Reads:
-    """What the transformer at `path` reads, by what is embedded in it, or beside it in what holds it.
+    """What the transformer at `path` reads, decided by the embedding in it or in a module that holds it.
 
-    A tower for pictures may have a table of positions, so a convolution says more than a table does.
+    A tower for pictures may have a table of positions as well, so a convolution decides before a table does.
     """
     parts = path.split(".") if path else []
     for depth in range(len(parts), -1, -1):
@@ -509,10 +523,11 @@ def _embedded(net: nn.Module, path: str) -> Reads:
 def _find(
     module: nn.Module, table: Mapping[str, tuple[Where, ...]], role: str
 ) -> tuple[str, int | None, nn.Module] | None:
+    """The path of `role` in `module`, the index of its part in a fused layer, and the submodule there; or None."""
     for path, nth in table.get(role, ()):
-        found = submodule(module, path)
-        if found is not None and _fits(found, role):
-            return path, nth, found
+        part = submodule(module, path)
+        if part is not None and _fits(part, role):
+            return path, nth, part
     return None
 
 
@@ -522,7 +537,7 @@ def _has(modules: Iterable[nn.Module], table: Mapping[str, tuple[Where, ...]]) -
 
 
 def _fits(module: nn.Module, role: str) -> bool:
-    """Whether it is of the kind that plays the role: a family may have `Identity` where another has a norm."""
+    """Whether the module can have the role. At the path of a norm, for example, a net may have an `Identity`."""
     if role in NORM_ROLES:
         return _norm_width(module) is not None
     if role == "patch":
@@ -531,9 +546,9 @@ def _fits(module: nn.Module, role: str) -> bool:
 
 
 def _norm_width(module: nn.Module) -> int | None:
-    """Width of the tokens that a norm takes, None for what is none.
+    """Width of the tokens that a norm takes; None if the module is not a norm.
 
-    RMSNorm has no one class: each model brings its own, which says its width by its weight alone.
+    There is no common class of RMSNorm: each model has its own, and its width is known only from its weight.
     """
     if isinstance(module, NormLike):
         return module.normalized_shape[-1]
@@ -545,7 +560,11 @@ def _norm_width(module: nn.Module) -> int | None:
 def _place(
     path: str, played: list[tuple[str, int | None, nn.Module]], block: int, modules: list[nn.Module], family: Family
 ) -> Place:
-    """The place at `path` of one module and the roles it plays, each with which part of it it has."""
+    """The place at `path` for one module.
+
+    Args:
+        played: each role of the module, the index of its part in a fused layer, and the module.
+    """
     module, names = played[0][2], tuple(role for role, _, _ in played)
     if names[0] in MODULE_ROLES:
         width = _width(modules[block], family)
@@ -561,7 +580,11 @@ def _place(
 
 
 def _rows(role: str, nth: int | None, rows: int, block: nn.Module, family: Family) -> tuple[int, int]:
-    """From which to which row of a linear layer's output the role goes, where it is the `nth` in it."""
+    """The first row, and the row after the last, that the role has in a linear layer's output of `rows` rows.
+
+    Args:
+        nth: the index of the role's part in a fused layer; None if the role has the whole layer.
+    """
     if nth is None:
         return 0, rows
     sizes = _qkv(rows, block, family) if role in ("q", "k", "v") else (rows // 2, rows // 2)
@@ -569,9 +592,9 @@ def _rows(role: str, nth: int | None, rows: int, block: nn.Module, family: Famil
 
 
 def _qkv(rows: int, block: nn.Module, family: Family) -> tuple[int, int, int]:
-    """Rows of q, k and v in one layer: k and v have fewer where they have fewer heads than q."""
-    found = _find(block, family.roles, "attn")
-    config = getattr(found[2], "config", None) if found is not None else None
+    """The numbers of rows of q, k and v in one fused layer. k and v have fewer rows if they have fewer heads than q."""
+    attention = _find(block, family.roles, "attn")
+    config = getattr(attention[2], "config", None) if attention is not None else None
     heads = getattr(config, "num_attention_heads", None)
     if not isinstance(heads, int):
         return rows // 3, rows // 3, rows // 3
@@ -579,24 +602,24 @@ def _qkv(rows: int, block: nn.Module, family: Family) -> tuple[int, int, int]:
     width = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // heads
     if (heads + 2 * pairs) * width != rows:
         raise UsageError(
-            f"{family.name}: a fused qkv has {rows} rows, and {heads} + 2 * {pairs} heads of width {width} are "
+            f"{family.name}: a fused qkv has {rows} rows, but {heads} + 2 * {pairs} heads of width {width} need "
             f"{(heads + 2 * pairs) * width}; use roles such as proj, fc1, fc2"
         )
     return heads * width, pairs * width, pairs * width
 
 
 def _width(block: nn.Module, family: Family) -> int:
-    """Width of the tokens that the block, its attention and its MLP take in and give out."""
+    """Width of the tokens that go into and come out of the block, its attention and its MLP."""
     for role in ("q", "qkv", "fc1"):
-        if (found := _find(block, family.roles, role)) is not None and (linear := widths(found[2])) is not None:
+        if (layer := _find(block, family.roles, role)) is not None and (linear := widths(layer[2])) is not None:
             return linear[0]
     raise UsageError(f"{family.name}: the block has neither a q nor an fc1 that is a linear layer")
 
 
 def _heads(block: nn.Module, family: Family) -> int:
-    """Heads of the block's attention; 0 where it does not say."""
-    found = _find(block, family.roles, "attn")
-    for source in (found[2], getattr(found[2], "config", None)) if found is not None else ():
+    """The number of heads of the block's attention; 0 if neither it nor its config gives the number."""
+    attention = _find(block, family.roles, "attn")
+    for source in (attention[2], getattr(attention[2], "config", None)) if attention is not None else ():
         for name in ("num_heads", "num_attention_heads"):
             if isinstance(heads := getattr(source, name, None), int):
                 return heads
@@ -611,14 +634,14 @@ def _checked(blocks: Sequence[int], count: int, whole: str) -> list[int]:
 
 
 def _text_first(net: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Every module with its path; those of the part that reads texts first.
+    """Every module with its path. The modules of the part that reads texts come first.
 
-    A model that takes pictures too has a tower for them whose blocks are named like those of a language model.
+    In a model that also takes pictures, the blocks of the picture tower can have the names of a language model's.
     """
-    found, asked = list(_bare_modules(net)), getattr(net, "get_decoder", None)
-    decoder = asked() if callable(asked) else net
-    start = next((path for path, module in found if module is decoder), "")
-    return sorted(found, key=lambda entry: not entry[0].startswith(start))  # in their order otherwise
+    modules, get_decoder = list(_bare_modules(net)), getattr(net, "get_decoder", None)
+    decoder = get_decoder() if callable(get_decoder) else net
+    start = next((path for path, module in modules if module is decoder), "")
+    return sorted(modules, key=lambda entry: not entry[0].startswith(start))  # `sorted` keeps the order otherwise
 
 
 def _bare_modules(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:

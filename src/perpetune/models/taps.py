@@ -1,7 +1,7 @@
-"""What a head reads: the tokens behind the last blocks of a transformer, in the one forward pass.
+"""Taps: features from the tokens after the last blocks of a transformer, all read in one forward pass.
 
-One block's class token is a small part of what a pretrained net knows. Reading the class token and the mean of the
-patches behind several blocks is LayUP's idea: Ahrens et al. 2023, arXiv:2312.08888.
+The class token of one block holds a small part of what a pretrained net knows. LayUP reads the class token and the mean
+of the patches after several blocks: Ahrens et al. 2023, arXiv:2312.08888.
 """
 
 from __future__ import annotations
@@ -21,32 +21,33 @@ from perpetune.pets.base import outermost
 if TYPE_CHECKING:
     from perpetune.models.backbone import Backbone
 
-SOME, WIDE = 7, 6144  # what `auto` reads at most: blocks, and the width of the features
+SOME, WIDE = 7, 6144  # limits of `auto`: the most blocks, and the most columns of the features
 
 Count = Annotated[int, Field(ge=1)] | Literal["auto"]
-"""Blocks that are read; `auto` is the last seven, or fewer where the features would be wider than 6144: sums over them
-grow with the square of that."""
+"""The number of blocks that are read. `auto` reads the last seven, or fewer so that the features have at most 6144
+columns: the size of a head's sums grows with the square of that number."""
 Read = Literal["class", "mean", "both"]
-"""Which tokens are read behind a block: the class token, the mean of the patches, or both. A text has no class token:
-its last token, which alone has seen all others, stands in its place."""
+"""The tokens that are read after a block: the class token, the mean of the patches, or both. A text has no class token.
+Its last token is read instead, because it is the only one that has seen all others."""
 
 
 class Taps:
-    """The places behind the last blocks of a net, and how their tokens become features.
+    """Reads the tokens after the last blocks of a net and turns them into features.
 
-    Of block `l` with tokens `x_l (B, N, D)` are read `n(x_l)` at the class token and the mean of `n(x_l)` over patches,
-    those of all blocks joined, the earliest first. `n` is a layer norm without scale and shift, so that no block is
-    louder than another; behind the last block it is the net's own norm, where that acts on tokens.
+    After block `l` with tokens `x_l (B, N, D)`, two features are read: `n(x_l)` at the class token, and the mean of
+    `n(x_l)` over the patches. The features of all blocks are joined, the earliest block first. `n` is a layer norm
+    without scale and shift, so that all blocks have the same size. After the last block `n` is the net's own norm, if
+    that norm acts on tokens.
 
-    Tokens that a pet carries behind the others are not read.
+    Tokens that a shallow prompt adds are not read.
 
     Args:
         backbone: a transformer of a family whose blocks are known.
-        count: blocks, from the last one backwards; see `Count`.
-        read: tokens of each block; of a net without a class token `both` is the mean alone.
+        count: the number of blocks, counted from the last one backwards; see `Count`.
+        read: the tokens of each block. If the net has no class token, `both` is the mean alone.
 
     Raises:
-        UsageError: a net of unknown family, fewer blocks than asked for, or no class token where it was asked for.
+        UsageError: the net belongs to no known family, has fewer blocks than `count`, or has no class token to read.
     """
 
     def __init__(self, backbone: Backbone, count: Count, read: Read):
@@ -57,7 +58,7 @@ class Taps:
             tower = backbone.tower
         except UsageError as error:
             raise UsageError(
-                f"{spec}: taps are read behind the blocks of a transformer: leave taps out; {error}"
+                f"{spec}: taps read the tokens after the blocks of a transformer: leave taps out; {error}"
             ) from error
         self.sequence, depth = tower.sequence, len(tower.blocks)
         if count != "auto" and not 1 <= count <= depth:
@@ -68,17 +69,20 @@ class Taps:
             raise UsageError(f"{spec}: the net has no class token: set tokens to mean, or leave it out")
         self.prefix = backbone.prefix
         self.kinds = [kind for kind in ("class", "mean") if read in (kind, "both")]
-        """What is read behind each block."""
+        """The features that are read after each block."""
         if not backbone.class_token:
             self.kinds = ["mean"]
         most = max(1, WIDE // (backbone.width * len(self.kinds)))
         self.count = min(SOME, depth, most) if count == "auto" else count
         self.norm = tower.norm
-        """The path of the net's last norm; None where it has none."""
+        """The path of the net's last norm; None if it has none."""
 
     @contextlib.contextmanager
     def listening(self, net: nn.Module) -> Iterator[list[Tensor]]:
-        """Inside, the tokens behind the blocks, and the last as its norm leaves them, are caught as `net` computes."""
+        """Inside this context, hooks catch the tokens after the blocks and after the last norm while `net` computes.
+
+        The list is filled when the context ends: normed tokens `(B, N, D)` of each block.
+        """
         caught: dict[int, Tensor] = {}
         blocks = list(net.get_submodule(self.sequence).children())[-self.count :]
         norm = None if self.norm is None else outermost(net, self.norm)
@@ -99,15 +103,18 @@ class Taps:
             for hook in hooks:
                 hook.remove()
         last = caught[self.count - 1]
-        own = caught.get(self.count)
+        normed_by_net = caught.get(self.count)
         states += [_normed(caught[number][:, : last.shape[1]]) for number in range(self.count - 1)]
-        states.append(own if own is not None and own.shape == last.shape else _normed(last))
+        states.append(
+            normed_by_net if normed_by_net is not None and normed_by_net.shape == last.shape else _normed(last)
+        )
 
     def features(self, states: list[Tensor], mask: Tensor | None = None) -> Tensor:
-        """`(B, count · len(kinds) · D)` of normed tokens `(B, N, D)` of each block.
+        """Features `(B, count · len(kinds) · D)` from the normed tokens `(B, N, D)` of each block.
 
         Args:
-            mask: `(B, N)` of texts: tokens that count, the last of which is read as the class token.
+            states: the tokens of each block, as `listening` gives them.
+            mask: for texts `(B, N)`, true for the tokens that count; the last of them is read as the class token.
         """
         read: list[Tensor] = []
         for tokens in states:
@@ -119,17 +126,17 @@ class Taps:
 
 
 def _normed(tokens: Tensor) -> Tensor:
-    """Layer norm without scale and shift, in float32: what is near zero in one block is not in another."""
+    """Layer norm without scale and shift, in float32. It gives the tokens of all blocks the same size."""
     return F.layer_norm(tokens.float(), tokens.shape[-1:])
 
 
 def last_token(tokens: Tensor, mask: Tensor) -> Tensor:
-    """`(B, D)`: of tokens `(B, N, D)` the last for which `mask (B, N)` is true."""
+    """`(B, D)`: from tokens `(B, N, D)` the last one for which `mask (B, N)` is true."""
     places = torch.arange(mask.shape[1], device=mask.device).expand_as(mask).masked_fill(~mask, -1).amax(1)
     return tokens[torch.arange(len(tokens), device=mask.device), places]
 
 
 def mean_token(tokens: Tensor, mask: Tensor) -> Tensor:
-    """`(B, D)`: the mean of tokens `(B, N, D)` for which `mask (B, N)` is true."""
-    there = mask.unsqueeze(-1)
-    return tokens.float().masked_fill(~there, 0).sum(1) / there.sum(1)
+    """`(B, D)`: the mean of the tokens `(B, N, D)` for which `mask (B, N)` is true."""
+    counted = mask.unsqueeze(-1)
+    return tokens.float().masked_fill(~counted, 0).sum(1) / counted.sum(1)

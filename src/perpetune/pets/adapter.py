@@ -1,4 +1,4 @@
-"""Bottlenecks beside whole modules."""
+"""The pet `adapter`: a small two-layer network beside an attention or an MLP."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ class Adapter(PET):
     """A bottleneck beside a frozen attention or MLP; AdaptFormer, Chen et al. 2022, arXiv:2205.13535.
 
     `y = base(x) + s (W_u φ(W_d x + b_d) + b_u)`, PEGP eq. 5, arXiv:2405.13383. `W_d` is `(width, d)` and `W_u`
-    `(d, width)`; `W_u` and both biases start at zero. Of a base that returns a tuple the first element is changed.
+    `(d, width)`; `W_u` and both biases start at zero. If the base returns a tuple, the adapter changes its first
+    element only.
 
     Args:
-        width: of the bottleneck.
-        scale: `s`, a constant: a learned one would move old outputs however well the matrices are protected.
-        bias: whether there are `b_d` and `b_u`.
+        width: the number of hidden units.
+        scale: `s`, a constant. It is not learned, because a learned scale would move old outputs even when the
+            matrices are protected.
+        bias: whether the biases `b_d` and `b_u` exist.
         activation: `φ`.
 
     Raises:
-        UsageError: an option out of range, or a place that is neither an attention nor an MLP.
+        UsageError: an option is out of range, or the place is neither an attention nor an MLP.
     """
 
     default_at: ClassVar[tuple[str, ...]] = ("mlp",)
@@ -46,7 +48,7 @@ class Adapter(PET):
     ):
         super().__init__()
         if place.roles[0] not in ("attn", "mlp"):
-            raise UsageError(f"adapter: {place.path} ({', '.join(place.roles)}) is no whole module; use attn or mlp")
+            raise UsageError(f"adapter: {place.path} ({', '.join(place.roles)}) is not a whole module; use attn or mlp")
         if width < 1:
             raise UsageError(f"adapter: width is {width}; at least 1 is expected")
         if not (scale > 0 and math.isfinite(scale)):
@@ -70,16 +72,16 @@ class Adapter(PET):
         return self._sum(y, update)
 
     def blend(self, members: Sequence[PET], choice: Choice) -> dict[str, Tensor]:
-        """Several members of one example are one adapter of their joined width; weights are factors on its output."""
-        found = [pet for pet in members if isinstance(pet, Adapter)]
-        ups = choice.weighted(choice.picked([pet.up for pet in found]))  # (B, k, d, width)
+        """The members of one example act as one adapter of their joined width; the choice's weights multiply `W_u`."""
+        pets = [pet for pet in members if isinstance(pet, Adapter)]
+        ups = choice.weighted(choice.picked([pet.up for pet in pets]))  # (B, k, d, width)
         values = {
-            "down": choice.picked([pet.down for pet in found]).flatten(1, 2),
+            "down": choice.picked([pet.down for pet in pets]).flatten(1, 2),
             "up": ups.transpose(1, 2).flatten(2, 3),
         }
         if self.down_bias is not None:
-            values["down_bias"] = choice.picked([p for pet in found if (p := pet.down_bias) is not None]).flatten(1, 2)
-            values["up_bias"] = choice.summed([p for pet in found if (p := pet.up_bias) is not None])
+            values["down_bias"] = choice.picked([p for pet in pets if (p := pet.down_bias) is not None]).flatten(1, 2)
+            values["up_bias"] = choice.summed([p for pet in pets if (p := pet.up_bias) is not None])
         return values
 
     def part_seen(self, site: str, rows: Tensor, position: int, choice: Choice) -> Tensor:
@@ -89,7 +91,8 @@ class Adapter(PET):
         return torch.add(y, update.to(y.dtype), alpha=self.scale)
 
     def sites(self, conditions: Conditions = "exact") -> list[Site]:
-        """`W_d` by the inputs `x`, `W_u` by `φ(W_d x + b_d)`: PEGP eq. 13 and 14, which are exact, biases included."""
+        """`W_d` meets the inputs `x`, and `W_u` meets `φ(W_d x + b_d)`: PEGP eq. 13 and 14. Both are exact, and they
+        include the biases."""
         return [Site("down", Operand(self.down, self.down_bias)), Site("up", Operand(self.up, self.up_bias))]
 
     def idle(self) -> list[str]:
@@ -102,7 +105,10 @@ class Adapter(PET):
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`W x + b`; with `W (B, o, d)` and `b (B, o)`, those of each of the `B` examples that the rows of `x` are of."""
+    """`W x + b`.
+
+    With `W (B, o, d)` and `b (B, o)`, the rows of `x` that belong to example `i` meet `W[i]` and `b[i]`.
+    """
     if weight.dim() == 2:
         return F.linear(x, weight, bias)
     rows, across = x.reshape(len(weight), -1, x.shape[-1]), weight.mT.to(x.dtype)

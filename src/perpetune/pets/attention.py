@@ -1,8 +1,8 @@
-"""Functions around an attention module, without a copy of its source.
+"""Functions that change what an attention module computes, without a copy of its source.
 
-Every attention that counts calls `torch.nn.functional.scaled_dot_product_attention`, whatever it does before and
-after. That one call is intercepted while the module runs, so fused or separate projections, rotary positions,
-norms of queries and keys, 4-bit layers and LoRA inside all stay the module's own affair.
+The attention modules of timm and transformers all call `torch.nn.functional.scaled_dot_product_attention`. The
+functions here intercept that one call while the module runs. What the module does before and after the call stays as
+it is: fused or separate projections, rotary positions, norms of queries and keys, 4-bit layers, LoRA inside it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _Call(NamedTuple):
 
 
 class _Instead(TorchFunctionMode):
-    """Inside, `instead` answers the calls of `scaled_dot_product_attention`; it may make such calls itself."""
+    """Inside this mode, `instead` answers each call of `scaled_dot_product_attention`. `instead` may call it too."""
 
     def __init__(self, instead: Callable[[_Call], Tensor]):
         super().__init__()
@@ -63,18 +63,20 @@ def extended(
     watch: Watch | None = None,
     **kwargs: Any,
 ) -> Any:
-    """`base(x, *args, **kwargs)`, an attention, with further keys and values before its own.
+    """Compute `base(x, *args, **kwargs)`, where `base` is an attention, with more keys and values before its own.
 
-    The further ones are visible to every query, whatever mask there is.
+    Every query sees the added keys, whatever mask the module uses.
 
     Args:
-        keys: `(B or 1, H, L, dh)`, where `H` is the number of heads of `base`'s queries or of its keys. Where `base`
-            has several rows for each of `B` examples (windows), one example after the other, each gets its own.
-        values: as `keys`.
-        watch: is given the queries `(B, H, N, dh)` and the weights `(B, H, N, L)` that the further keys received.
+        keys: the added keys `(B or 1, H, L, dh)`. `H` is the number of heads of `base`'s queries or of its keys. If
+            `base` has several rows (windows) for each of `B` examples, one example after the other, every row gets
+            the keys of its example.
+        values: the added values, of the same shape as `keys`.
+        watch: called with the queries `(B, H, N, dh)` and the weights `(B, H, N, L)` that the added keys received.
 
     Raises:
-        UsageError: `base` computes its attention otherwise, more than once, or in other heads.
+        UsageError: `base` does not call `scaled_dot_product_attention`, calls it more than once, or has another number
+            or width of heads.
     """
 
     def instead(call: _Call) -> Tensor:
@@ -87,12 +89,13 @@ def extended(
 
 
 def projected(base: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values `(B, H_kv, L, dh)` that `base`, an attention, makes of `tokens (B, L, d)`; nothing is attended.
+    """Keys and values `(B, H_kv, L, dh)` that the attention `base` makes of `tokens (B, L, d)`.
 
-    The tokens have no position: rotary positions leave them as they leave a class token.
+    The attention itself is not computed. The tokens have no position: rotary positions do not change them, as they do
+    not change a class token.
 
     Raises:
-        UsageError: `base` computes its attention otherwise, or more than once.
+        UsageError: `base` does not call `scaled_dot_product_attention`, or calls it more than once.
     """
     caught: list[_Call] = []
 
@@ -106,17 +109,17 @@ def projected(base: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unmasked(base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """`base(x, *args, **kwargs)`, where its attention looks at all tokens alike.
+    """Compute `base(x, *args, **kwargs)`, and check that its attention has no mask.
 
     Raises:
-        UsageError: it has a mask, or a bias of relative positions, in which further tokens have no place.
+        UsageError: the attention has a mask, or a bias by relative positions. Neither has entries for added tokens.
     """
 
     def instead(call: _Call) -> Tensor:
         if call.attn_mask is not None or call.is_causal:
             raise UsageError(
-                f"the attention in {type(base).__name__} has a mask or relative positions, in which carried tokens "
-                "have no place; use prompt with deep: true"
+                f"the attention in {type(base).__name__} has a mask or relative positions, which have no entries for "
+                "the tokens that the prompt adds; use prompt with deep: true"
             )
         return call.attend()
 
@@ -130,7 +133,9 @@ def _once(base: nn.Module, instead: Callable[[_Call], Tensor], args: tuple[Any, 
 
     def only_one(call: _Call) -> Tensor:
         if mode.calls > 1:
-            raise UsageError(f"{name} calls scaled_dot_product_attention more than once; one attention is expected")
+            raise UsageError(
+                f"{name} calls scaled_dot_product_attention more than once; prefix and prompt need one call"
+            )
         return instead(call)
 
     mode = _Instead(only_one)
@@ -138,29 +143,30 @@ def _once(base: nn.Module, instead: Callable[[_Call], Tensor], args: tuple[Any, 
         y = base(*args, **kwargs)
     if not mode.calls:
         raise UsageError(
-            f"{name} does not call scaled_dot_product_attention, which prefix and prompt go through: with transformers "
-            'load it with attn_implementation="sdpa", with timm have fused_attn on (TIMM_FUSED_ATTN=1)'
+            f"{name} does not call scaled_dot_product_attention, and prefix and prompt work inside that call: with "
+            'transformers, load the model with attn_implementation="sdpa"; with timm, switch fused_attn on '
+            "(TIMM_FUSED_ATTN=1)"
         )
     return y
 
 
 @cache
 def _rotary(forward: Callable[..., Any]) -> bool:
-    """Whether it is the `forward` of an attention that wants rotary positions: transformers' DINOv3."""
+    """Whether this `forward` takes rotary positions, as the attention of transformers' DINOv3 does."""
     return "position_embeddings" in inspect.signature(forward).parameters
 
 
 def _extend(name: str, call: _Call, keys: Tensor, values: Tensor) -> _Call:
-    """The call with further keys and values first."""
+    """The call with the added keys and values before its own."""
     query, key, value = call.query, call.key, call.value
-    heads, own = keys.shape[1], key.shape[1]
-    if query.dim() != 4 or heads not in (own, query.shape[1]) or keys.shape[-1] != key.shape[-1]:
+    heads, own_heads = keys.shape[1], key.shape[1]
+    if query.dim() != 4 or heads not in (own_heads, query.shape[1]) or keys.shape[-1] != key.shape[-1]:
         raise UsageError(
             f"{name} attends with queries {tuple(query.shape)} and keys {tuple(key.shape)} (batch, heads, tokens, "
             f"width); {heads} heads of width {keys.shape[-1]} do not fit it"
         )
-    if heads != own:  # one for each head of the queries: then the module's own must be so too
-        key, value = (t.repeat_interleave(heads // own, dim=1) for t in (key, value))
+    if heads != own_heads:  # the added keys have one head for each query head, so the module's keys need as many
+        key, value = (t.repeat_interleave(heads // own_heads, dim=1) for t in (key, value))
     length, count = keys.shape[-2], key.shape[-2]
     mask, causal = call.attn_mask, call.is_causal
     if causal and mask is None:
@@ -168,8 +174,8 @@ def _extend(name: str, call: _Call, keys: Tensor, values: Tensor) -> _Call:
         causal = False
     if mask is not None:
         mask = mask.expand(*mask.shape[:-1], count)
-        seen = mask.new_full((*mask.shape[:-1], length), 1 if mask.dtype == torch.bool else 0)
-        mask = torch.cat([seen, mask], dim=-1)
+        visible = mask.new_full((*mask.shape[:-1], length), 1 if mask.dtype == torch.bool else 0)
+        mask = torch.cat([visible, mask], dim=-1)
     return call._replace(
         key=torch.cat([_like(keys, key), key], dim=-2),
         value=torch.cat([_like(values, value), value], dim=-2),
@@ -187,7 +193,7 @@ def _like(further: Tensor, own: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _weights(call: _Call, length: int) -> Tensor:
-    """Weights `(B, H, N, length)` on the first keys, of a softmax over all."""
+    """Attention weights `(B, H, N, length)` of the first `length` keys; the softmax is over all keys."""
     wide = torch.promote_types(call.query.dtype, torch.float32)
     with torch.autocast(call.query.device.type, enabled=False):
         query, key = call.query.to(wide), call.key.to(wide)

@@ -1,10 +1,10 @@
-"""Parameter-efficient modules (PETs) and the slots of a frozen net they act in.
+"""Parameter-efficient modules (PETs), and the slots of a frozen net in which they act.
 
-A `Slot` stands where a frozen submodule stood. The active PET decides how that submodule is called,
-so a PET is a few lines and knows nothing of the net. A net can carry several named sets of PETs;
-`using` says which one is in force, or which several, and none is unless it says so.
+A `Slot` takes the place of a frozen submodule. The active PET decides how that submodule is called, so a PET is a few
+lines and knows nothing of the net. A net can carry several named sets of PETs. `using` puts one or several of them in
+force; outside `using` none is in force.
 
-Paths in this module name a submodule as if no slot were there: `blocks.0.attn.qkv`, wrapped or not.
+Paths in this module name a submodule as if there were no slot around it: `blocks.0.attn.qkv`, wrapped or not.
 """
 
 from __future__ import annotations
@@ -29,26 +29,27 @@ from perpetune.pets.choice import Choice
 Conditions = Literal["exact", "paper"]
 Module = TypeVar("Module", bound=nn.Module)
 Active = str | Choice | tuple[str | Choice, ...] | None
-"""The PETs in force in a slot: one, those that were chosen for each example, several of which the last is the
-outermost, or none."""
+"""The PETs in force in a slot: one by its name, a choice for each example, a tuple whose last one is the outermost, or
+none."""
 InForce = str | Choice | Sequence[str | Choice] | None
-"""The sets of PETs in force in a net: one, a choice for each example, several, or none."""
+"""The sets of PETs in force in a net: one by its name, a choice for each example, several, or none."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """A frozen submodule that a PET can stand around.
+    """A frozen submodule that a PET can be put around.
 
     Attributes:
-        path: where it is in the net.
+        path: its path in the net.
         module: the frozen submodule itself, never the slot around it.
-        roles: what it does there, such as `("q", "v")`.
-        parts: the slices of output rows that the roles stand for, ascending: two of a fused qkv for
-            q and v, all rows of a linear of its own; empty for what is no linear (a norm, a whole block).
-        block: which transformer block it is in, from 0; -1 where that is not known, or it is in none.
+        roles: what it does in the net, such as `("q", "v")`.
+        parts: for a linear layer the slice of output rows of each role, in ascending order: two slices for q and v in
+            a fused qkv, one slice of all rows for a layer with one role. Empty for other modules (a norm, a whole
+            block).
+        block: the number of its transformer block, from 0; -1 if it is in no block or the block is not known.
         d_in, d_out: widths of input and output.
-        heads: heads of the attention that it is or is part of; 0 where that is not known.
-        depth: number of transformer blocks in the net; 0 where that is not known.
+        heads: the number of heads, if it is an attention or part of one; 0 if that is not known.
+        depth: the number of transformer blocks in the net; 0 if that is not known.
     """
 
     path: str
@@ -64,16 +65,18 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """Where features meet parameters of a PET: what has to be known to keep old answers as they are.
+    """A place in a PET where rows of features multiply parameters. Protection observes the rows there.
 
     Attributes:
-        name: of the site in its PET; the PET tells what it sees there by `seen(name, rows)`.
-        operand: the parameters that the rows multiply, and on which axis.
-        groups: kinds of rows, each with moments of its own; the operand's heads unless `lift` maps them.
-        width: of the rows observed, without the constant 1 that meets a bias; None is the operand's.
-        lift: moments of the rows that multiply the operand, `(heads, m, m)`, from those observed,
-            `(groups, width, width)`; None where they are the same.
-        always: whether every pass over data reaches it; else one that does not leaves it as it is.
+        name: the name of the site in its PET. The PET reports the rows by `seen(name, rows)`.
+        operand: the parameters that the rows multiply, and the axis on which they do.
+        groups: the number of kinds of rows; each kind has its own moments. It equals the operand's number of heads,
+            unless `lift` maps one to the other.
+        width: the width of the observed rows, without the constant 1 that meets a bias; None means the operand's.
+        lift: computes the moments `(heads, m, m)` of the rows that multiply the operand from the observed moments
+            `(groups, width, width)`; None if both are the same.
+        always: True if every pass over data reaches the site. If False, a task may never reach it, and then what is
+            known about the site does not change.
     """
 
     name: str
@@ -85,128 +88,140 @@ class Site:
 
 
 class Pair(Protocol):
-    """Two factors `A` and `B` that are trained, whose product may come to rest so that a new pair takes their place.
+    """Two trained factors `A` and `B` that can be renewed.
 
-    What rests acts on, and is never trained again.
+    `renew` stores their product and starts a new pair. The stored product (the resting product) still acts, but it is
+    never trained again.
     """
 
     @property
     def parts(self) -> Sequence[tuple[int, int]]:
-        """The slices of output rows that have a `B` each; the rows of `A` are theirs, part by part, of one rank."""
+        """The slices of output rows. Each has its own `B` and, in the same order, its own rows of `A`, as many as any
+        other."""
 
     def trained(self) -> list[nn.Parameter]:
         """`A` and all `B`."""
 
     def product(self) -> Factors:
-        """All that it adds to the layer's weight, what rests included: `B (o, k)`, of the rows of its parts, and
-        `A (k, d_in)`, for any `k`."""
+        """The whole update of the layer's weight, with the resting product: `B (o, k)` for the rows of its parts, and
+        `A (k, d_in)`, with any `k`."""
 
     def renew(self, start: Tensor, rank: int | None = None, moments: Tensor | None = None) -> None:
-        """The product comes to rest, `A` becomes `start (P r, d_in)` and `B` zero: no output changes.
+        """Store the product as the resting one, set `A` to `start (P r, d_in)` and `B` to zero. No output changes.
 
         Args:
-            rank: of what rests, at most; what is over it is cut off, which does change outputs.
-            moments: `(d_in, d_in)` of the inputs on which the cut is to change as little as it can.
+            rank: the highest rank of the resting product. If its rank is higher, the rest is cut off, and outputs do
+                change.
+            moments: second moments `(d_in, d_in)` of inputs; the cut changes the outputs for these as little as it can.
         """
 
 
 class PET(nn.Module, ABC):
-    """A small trainable module that decides how a frozen one is called.
+    """A small trainable module that decides how a frozen module is called.
 
-    A concrete class is made as `cls(place, generator, **options)`: it takes shapes from the place,
-    draws its initial values from the generator alone, and its keyword-only arguments are its options
-    in a recipe. As made, it leaves the output of `base` bit for bit as it is, unless it adds tokens.
+    The library makes a PET by `cls(place, generator, **options)`. The class takes shapes from the place and draws its
+    initial values from the generator alone. Its keyword-only arguments are its options in a recipe. A new PET leaves
+    the output of `base` unchanged to the bit, unless it adds tokens.
 
-    To be protected it names its `sites`, and its `forward` calls `seen` at each of them.
+    A PET that can be protected lists its `sites`, and its `forward` calls `seen` at each of them.
     """
 
-    default_at: ClassVar[tuple[str, ...]] = ()  # the roles it goes to unless told otherwise
-    adds_tokens: ClassVar[bool] = False  # whether it puts tokens beside those of its input
+    default_at: ClassVar[tuple[str, ...]] = ()  # the roles it is put at if the recipe names none
+    adds_tokens: ClassVar[bool] = False  # whether it adds tokens to those of its input
     watch: Callable[..., None] | None = None
-    """Called as `watch(site, rows)`; where the rows are not of all examples, with their numbers `(n,)` as a third."""
+    """Called as `watch(site, rows)`, or as `watch(site, rows, examples)` if the rows belong to some examples only; then
+    `examples (n,)` are their numbers."""
 
     @abstractmethod
     def forward(self, base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """What stands for `base(x, *args, **kwargs)`, of the same type and shape."""
+        """The output that replaces `base(x, *args, **kwargs)`, of the same type and shape."""
 
     def sites(self, conditions: Conditions = "exact") -> list[Site]:
-        """Where features meet its parameters; a parameter at no site is not protected but kept still.
+        """The sites where rows of features multiply parameters. Under protection a parameter at no site does not move.
 
         Args:
-            conditions: `exact` keeps the outputs on the rows seen; `paper` is what PEGP (arXiv:2405.13383)
-                states in equations 10 to 14, for comparison.
+            conditions: `exact` keeps the outputs on the rows that were seen. `paper` uses equations 10 to 14 of PEGP
+                (arXiv:2405.13383), for comparison.
 
         Raises:
-            UsageError: there are no such conditions for it.
+            UsageError: the PET has no such conditions.
         """
         return []
 
     def free(self, conditions: Conditions = "exact") -> list[nn.Parameter]:
-        """Parameters that these conditions leave free to move, knowing that old outputs move with them."""
+        """Parameters that these conditions do not restrict, although old outputs change with them."""
         return []
 
     def renewable(self) -> tuple[Site, Pair] | None:
-        """The pair that can be renewed, and the site of its `A`, which is all that is held then; None where there is
-        none.
+        """The pair that can be renewed and the site of its `A`; None if the PET has no such pair.
 
-        A new `A` is zero on what old tasks use, so whatever its `B` becomes, old outputs stay.
+        A renewed `A` is zero on the features of old tasks. Then old outputs stay whatever `B` becomes, so only `A`
+        needs protection.
         """
         return None
 
     def make_room(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Give tensors that change their size between tasks that of those about to be loaded, by their names."""
+        """Resize tensors whose size can differ between tasks, before values are loaded.
+
+        Args:
+            shapes: the shape of each tensor that is about to be loaded, by its name.
+        """
 
     def idle(self) -> list[str]:
-        """Sites whose values have no effect as things stand (what follows them is zero), so they may be moved."""
+        """Names of sites whose parameters have no effect now, because the next factor is zero. They may be moved."""
         return []
 
     def joined(self, pets: Sequence[PET]) -> None:
-        """Told of all the pets of its set, itself among them, before any acts; UsageError if it lacks one it needs."""
+        """Check the set that the pet belongs to. Called once with all pets of the set, before any of them acts.
+
+        Raises:
+            UsageError: the set lacks a pet that this one needs.
+        """
 
     def fold(self, base: nn.Module) -> nn.Module | None:
-        """A new module that computes at prediction what this pet makes of `base`, with values of its own.
+        """A new module that computes at prediction what `base` with this pet computes. It shares no values with either.
 
-        None where there is no such module.
+        None if there is no such module.
         """
         return None
 
     def seen(self, site: str, rows: Tensor) -> None:
-        """Show the watcher rows at a site: `(..., width)`, or `(B, groups, N, width)` where there are groups."""
+        """Hand the rows at a site to `watch`: `(..., width)`, or `(B, groups, N, width)` if the site has groups."""
         if self.watch is not None:
             self.watch(site, rows.detach())
 
     # -- one member of several, chosen for each example -----------------------------------------------
 
     def blend(self, members: Sequence[PET], choice: Choice) -> dict[str, Tensor]:
-        """Values for this pet's tensors, by their names, with which it does for each example what its members would do.
+        """Values for this pet's tensors, by their names. With them the pet treats each example as its members would.
 
-        Each has a leading axis of examples, `(B, …)`, and `forward` has to take them so.
+        Each value has a leading axis of examples, `(B, …)`, and `forward` has to accept that.
 
         Args:
-            members: the pets of `choice.members` at this place, this one the first.
+            members: the pets of `choice.members` at this place; this pet is the first.
 
         Raises:
             UsageError: pets of this kind cannot be chosen for each example.
         """
         raise UsageError(
-            f"{type(self).__name__} cannot be chosen for each example: its class has no `blend`; put one set in force "
-            "for all of a batch"
+            f"{type(self).__name__} cannot be chosen for each example, because its class has no `blend`; put one set "
+            "in force for the whole batch"
         )
 
     def part_seen(self, site: str, rows: Tensor, position: int, choice: Choice) -> Tensor:
-        """Of the rows at a site of the blended pet, those that the member at `position` of each example would see."""
+        """The part of `rows` at a site of the blended pet that the member at `position` of each example would see."""
         return rows
 
     def mixed(self, members: Sequence[PET], choice: Choice, base: Any, *args: Any, **kwargs: Any) -> Any:
-        """What stands for `base(*args, **kwargs)` where each example has members of its own."""
+        """The output that replaces `base(*args, **kwargs)` if each example has its own members."""
         choice.check(args[0])
         values = self.blend(members, choice)
-        with self._told_apart(members, choice):
+        with self._watch_by_example(members, choice):
             return torch.func.functional_call(self, values, (base, *args), kwargs, strict=False)
 
     @contextlib.contextmanager
-    def _told_apart(self, members: Sequence[PET], choice: Choice) -> Iterator[None]:
-        """Inside, each member that is watched shows the rows of its own examples."""
+    def _watch_by_example(self, members: Sequence[PET], choice: Choice) -> Iterator[None]:
+        """Inside this context each watched member reports the rows of its own examples."""
         before = self.watch
         watches = {number: member.watch for number, member in enumerate(members) if member.watch is not None}
         if not watches:
@@ -230,19 +245,19 @@ class PET(nn.Module, ABC):
 
 @dataclass(frozen=True)
 class _TypeOnly:
-    """What code may know of a weight that it must not use."""
+    """The type of a weight. Code outside a slot may ask for the type, but must not use the weight."""
 
     dtype: torch.dtype
 
 
 class Slot(nn.Module):
-    """Stands where `base` stood; calls it through the active PET, or plainly when there is none.
+    """Takes the place of `base` in the net. Calls it through the active PET, or directly if no PET is active.
 
-    Of several active PETs each calls the one before it as its base, the first the frozen submodule itself.
+    With several active PETs, the first calls the frozen submodule, and each of the others calls the one before it.
 
-    It does not pass on attributes such as `weight`: code that reads them instead of calling the
-    module would silently leave the PET out, and fails loudly this way. The `weight` of a convolution tells
-    its type and no more, for transformers asks the patch embedding which type its input has to be of.
+    A slot does not pass on attributes such as `weight`. Code that reads them instead of calling the module would leave
+    the PET out without a sign; so it fails with an error. The `weight` of a convolution is an exception: it has a
+    `dtype` and nothing else, because transformers asks the patch embedding for the type of its input.
     """
 
     def __init__(self, base: nn.Module):
@@ -252,7 +267,7 @@ class Slot(nn.Module):
         self.active: Active = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not args and "hidden_states" in kwargs:  # so transformers calls the attention of most language models
+        if not args and "hidden_states" in kwargs:  # transformers calls the attention of most language models like this
             args = (kwargs.pop("hidden_states"),)
         active = self.active
         if active is None:
@@ -265,7 +280,7 @@ class Slot(nn.Module):
         return call(*args, **kwargs)
 
     def _chosen(self, choice: Choice) -> Callable[..., Any]:
-        """The PETs of a choice as one that calls its base."""
+        """The PETs of a choice, joined into one function that calls its base."""
         members = [self.pet(name) for name in choice.members]
         return partial(members[0].mixed, members, choice)
 
@@ -275,55 +290,58 @@ class Slot(nn.Module):
         return super().__getattr__(name)
 
     def pet(self, name: str) -> PET:
-        """The PET of that set.
+        """The PET of the set `name` in this slot.
 
         Raises:
-            KeyError: the set has none here.
+            KeyError: the set has no PET in this slot.
         """
         pet = self.pets[name]
         assert isinstance(pet, PET)
         return pet
 
     def activate(self, wanted: Active) -> None:
-        """Put in force those of the PETs wanted that are here.
+        """Put in force those of the wanted PETs that this slot has.
 
         Raises:
-            UsageError: members of a choice of which some are here and some are not.
+            UsageError: the slot has some members of a choice and lacks others.
         """
-        given = wanted if isinstance(wanted, tuple) else () if wanted is None else (wanted,)
-        here = tuple(one for one in given if self._has(one))
-        self.active = here if len(here) > 1 else here[0] if here else None
+        wanted_ones = wanted if isinstance(wanted, tuple) else () if wanted is None else (wanted,)
+        present = tuple(one for one in wanted_ones if self._has(one))
+        self.active = present if len(present) > 1 else present[0] if present else None
 
     def _has(self, wanted: str | Choice) -> bool:
         if isinstance(wanted, str):
             return wanted in self.pets
-        here = [name for name in wanted.members if name in self.pets]
-        if here and len(here) < len(wanted.members):
+        present = [name for name in wanted.members if name in self.pets]
+        if present and len(present) < len(wanted.members):
             lacking = next(name for name in wanted.members if name not in self.pets)
             raise UsageError(
-                f"a choice of pets: {here[0]!r} has one around {type(self.base).__name__} and {lacking!r} has none: "
-                "sets at the same places are expected"
+                f"a choice of pets: set {present[0]!r} has a pet around {type(self.base).__name__} and set {lacking!r} "
+                "has none: the sets of a choice need the same places"
             )
-        return bool(here)
+        return bool(present)
 
 
 def inject(root: nn.Module, places: Sequence[Place], make: Callable[[Place], PET], name: str = "default") -> list[PET]:
     """Put a set of PETs around the submodules of `root` at `places`; a place may carry several sets.
 
     Returns:
-        The new PETs, in the order of `places`, on the device and in the mode of what they wrap.
+        The new PETs, in the order of `places`, on the device and in the mode of the modules they wrap.
 
     Raises:
-        UsageError: a name that cannot be used or is taken, no place, or a place that is not in `root`.
+        UsageError: the name cannot be used or is taken, there is no place, or a place is not in `root`.
     """
     if not re.fullmatch(r"[\w-]+", name) or name in dir(nn.ModuleDict()):
-        raise UsageError(f"{name!r} cannot name a set of pets: letters, digits, '_' and '-', but no word of torch's")
+        raise UsageError(
+            f"{name!r} cannot name a set of pets: use letters, digits, '_' and '-', and no attribute of torch's "
+            "ModuleDict"
+        )
     if not places:
         raise UsageError("no place to put a pet: name at least one role and one block")
     taken = {path for path, slot in slots(root) if name in slot.pets}
     for place in places:
         if not place.path or submodule(root, place.path) is not place.module:
-            raise UsageError(f"{place.path!r} is not the place of {type(root).__name__} it was found at")
+            raise UsageError(f"{place.path!r} does not lead to the module of its place in {type(root).__name__}")
         if place.path in taken:
             raise UsageError(f"{place.path} has a pet called {name!r} already; remove it or choose another name")
     made = [make(place) for place in places]
@@ -336,32 +354,32 @@ def inject(root: nn.Module, places: Sequence[Place], make: Callable[[Place], PET
 
 
 def copy_set(root: nn.Module, name: str, new: str) -> None:
-    """Make the set `new` a copy of the set `name`: in every slot the same kind of pet with the same values.
+    """Make the set `new` a copy of the set `name`: in every slot the same class of pet with the same values.
 
-    Where `new` is there already, its parameters stay the objects they are.
+    If the set `new` exists already, its parameters keep their identity and get the values.
 
     Raises:
-        UsageError: there is no set `name`; names those there are.
+        UsageError: there is no set `name`; the message lists the sets that exist.
     """
     _known(root, name)
     for _, slot in slots(root):
         if name in slot.pets and new in slot.pets:
             slot.pets[new].load_state_dict(slot.pets[name].state_dict())
         elif name in slot.pets:
-            # a pet may know the place it is at, and the frozen weights there are not its own
+            # A pet may hold its place; the frozen weights in it do not belong to the pet and are not copied.
             slot.pets[new] = copy.deepcopy(slot.pets[name], {id(slot.base): slot.base})
 
 
 def is_plain(base: nn.Module, kind: type[Module]) -> TypeGuard[Module]:
-    """Whether `base` computes with its weight and bias what torch's `kind` does.
+    """Whether `base` computes the same as torch's `kind` does from its weight and bias.
 
-    A 4-bit linear or a weight-standardised convolution is of that class too, and computes something else.
+    A 4-bit linear layer or a weight-standardised convolution is a subclass of `kind` too, but computes something else.
     """
     return isinstance(base, kind) and type(base).forward is kind.forward
 
 
 def with_values(base: Module, weight: Tensor, bias: Tensor | None) -> Module:
-    """A frozen copy of a linear, convolution or norm with another weight and bias, in the type it has."""
+    """A frozen copy of a linear layer, convolution or norm with another weight and bias, in the same type."""
     new = copy.deepcopy(base)
     dtype = next((p.dtype for p in base.parameters()), weight.dtype)
     for name, values in (("weight", weight), ("bias", bias)):
@@ -370,36 +388,36 @@ def with_values(base: Module, weight: Tensor, bias: Tensor | None) -> Module:
 
 
 def slots(root: nn.Module) -> Iterator[tuple[str, Slot]]:
-    """Every slot in `root` with its path, outer ones first."""
+    """Every slot in `root` with its path; outer slots come before inner ones."""
     return ((path, module) for path, module in walk(root) if isinstance(module, Slot))
 
 
 def sets(root: nn.Module) -> list[str]:
-    """The names of the sets of PETs in `root`: in the order of their first places, at one place the oldest first."""
+    """The names of the sets of PETs in `root`, ordered by their first place; at the same place the oldest is first."""
     return list(dict.fromkeys(name for _, slot in slots(root) for name in slot.pets))
 
 
 def has_set(root: nn.Module, name: str, kind: type[PET] | None = None) -> bool:
-    """Whether there is a set of PETs with that name, all of that kind where one is given."""
-    if kind is None:  # asked at every step, and there may be many sets
+    """Whether there is a set of PETs with that name. If `kind` is given, all its PETs have to be of that class."""
+    if kind is None:  # a short cut, because this is called at every step and there may be many sets
         return any(name in slot.pets for _, slot in slots(root))
-    found = [slot.pets[name] for _, slot in slots(root) if name in slot.pets]
-    return bool(found) and all(isinstance(pet, kind) for pet in found)
+    pets = [slot.pets[name] for _, slot in slots(root) if name in slot.pets]
+    return bool(pets) and all(isinstance(pet, kind) for pet in pets)
 
 
 def blendable(root: nn.Module, names: Sequence[str]) -> bool:
-    """Whether these sets can be members of a `Choice`: at the same places, of one kind and shape, with a `blend`."""
+    """Whether these sets can be members of a `Choice`: same places, class and shapes, and the class has `blend`."""
     for _, slot in slots(root):
-        here = [slot.pet(name) for name in names if name in slot.pets]
-        if here and (len(here) < len(names) or len({_form(pet) for pet in here}) > 1):
+        members = [slot.pet(name) for name in names if name in slot.pets]
+        if members and (len(members) < len(names) or len({_form(pet) for pet in members}) > 1):
             return False
-        if here and type(here[0]).blend is PET.blend:
+        if members and type(members[0]).blend is PET.blend:
             return False
     return True
 
 
 def _form(pet: PET) -> tuple[Any, ...]:
-    """What pets that are blended have in common."""
+    """The class and the names, shapes and types of the tensors: equal for pets that can be blended."""
     return (type(pet), *((name, tuple(t.shape), t.dtype) for name, t in pet.state_dict().items()))
 
 
@@ -407,25 +425,25 @@ def pets(root: nn.Module, name: str) -> list[PET]:
     """The PETs of one set, in the order of their paths in the net.
 
     Raises:
-        UsageError: there is no such set; names those there are.
+        UsageError: there is no such set; the message lists the sets that exist.
     """
     _known(root, name)
     return [slot.pet(name) for _, slot in slots(root) if name in slot.pets]
 
 
 def parameters(root: nn.Module, name: str) -> list[nn.Parameter]:
-    """The parameters of one set of PETs; UsageError when there is no such set."""
+    """The parameters of one set of PETs; raises UsageError if there is no such set."""
     return [p for pet in pets(root, name) for p in pet.parameters()]
 
 
 def remove(root: nn.Module, name: str) -> None:
-    """Take one set of PETs out; a slot left without any gives its place back to the frozen submodule.
+    """Take one set of PETs out. An empty slot is replaced by the frozen submodule that it held.
 
     Raises:
-        UsageError: there is no such set; names those there are.
+        UsageError: there is no such set; the message lists the sets that exist.
     """
     _known(root, name)
-    for path, slot in [found for found in slots(root) if name in found[1].pets]:
+    for path, slot in [entry for entry in slots(root) if name in entry[1].pets]:
         del slot.pets[name]
         slot.activate(slot.active)
         if not slot.pets:
@@ -433,23 +451,24 @@ def remove(root: nn.Module, name: str) -> None:
 
 
 def fold(root: nn.Module, name: str) -> int:
-    """Make one set of PETs part of the modules they stand around, for prediction without PETs.
+    """Make one set of PETs part of the modules that they are put around, for prediction without PETs.
 
-    Where such a module stood there is a new one afterwards, and the set is gone. The tensors of the old ones are not
-    written to. This is for a net that goes to work by itself: a method would look for its set in vain, and one that
-    also asks the net without pets (`concat` of `first_session`, a loss that ties features to it) could not any more.
+    A new module replaces each of these modules, and the set is gone afterwards. The tensors of the old modules are not
+    written to. Use this for a net that only predicts. A method cannot go on with it, because the method looks for its
+    set; and a method that also runs the net without pets (`concat` of `first_session`, SAFE's losses) would get the
+    tuned net.
 
     Returns:
-        How many modules were replaced.
+        The number of replaced modules.
 
     Raises:
-        UsageError: there is no such set; a PET that cannot be folded into what it stands around; a place that
-            carries other sets too. Then nothing is changed.
+        UsageError: there is no such set, a PET cannot be folded into its module, or a place carries other sets too.
+            Nothing changes then.
     """
     _known(root, name)
-    found = [(path, slot) for path, slot in slots(root) if name in slot.pets]
+    carriers = [(path, slot) for path, slot in slots(root) if name in slot.pets]
     new: list[nn.Module] = []
-    for path, slot in found:
+    for path, slot in carriers:
         if others := sorted(slot.pets.keys() - {name}):
             raise UsageError(f"{path} also carries the set of pets {others[0]!r}; remove it before {name!r} is folded")
         with torch.no_grad():
@@ -458,30 +477,31 @@ def fold(root: nn.Module, name: str) -> int:
             pet, base = type(slot.pet(name)).__name__, type(slot.base).__name__
             raise UsageError(f"{path}: {pet} cannot be folded into {base}; predict with the set {name!r} in force")
         new.append(folded.train(slot.base.training))
-    for (path, _), folded in zip(found, new, strict=True):
+    for (path, _), folded in zip(carriers, new, strict=True):
         _set_at(root, path, folded)
     return len(new)
 
 
 @contextlib.contextmanager
 def using(root: nn.Module, names: InForce) -> Iterator[None]:
-    """Inside, the PETs of a set are in force and no others; None: the bare frozen net.
+    """Inside this context the PETs of the named sets are in force and no others; None means the bare frozen net.
 
-    Of several sets all are in force. Where more than one has a PET around the same submodule, the PET of the later set
-    calls that of the earlier as its base, so updates that are added, such as LoRA's, add up. A PET that asks of which
-    kind its base is (a prompt in attention) has to be of the first.
+    With several sets all are in force. If more than one has a PET around the same submodule, the PET of the later set
+    calls that of the earlier set as its base; so updates that are added, such as LoRA's, add up. A PET that needs to
+    know the class of its base (a prompt in an attention) has to belong to the first set.
 
-    With a `Choice` each example of the batch has sets of its own, in one pass; where it comes down to one set, that one
-    is in force as by its name.
+    With a `Choice` each example of the batch has its own sets, in one pass. If the choice leaves one set for all
+    examples, that set is in force as if it were named.
 
     Raises:
-        UsageError: there is no such set; names those there are. Members of a choice that stand at other places.
+        UsageError: there is no such set (the message lists the sets that exist), or the members of a choice have
+            different places.
     """
-    given = (names,) if isinstance(names, str | Choice) else () if names is None else names
-    for one in given:
+    entries = (names,) if isinstance(names, str | Choice) else () if names is None else names
+    for one in entries:
         for name in (one,) if isinstance(one, str) else one.members:
             _known(root, name)
-    wanted = tuple(one if isinstance(one, str) else one.narrowed() for one in given)
+    wanted = tuple(one if isinstance(one, str) else one.narrowed() for one in entries)
     before = [(slot, slot.active) for _, slot in slots(root)]
     try:
         for slot, _ in before:
@@ -493,7 +513,7 @@ def using(root: nn.Module, names: InForce) -> Iterator[None]:
 
 
 def submodule(root: nn.Module, path: str) -> nn.Module | None:
-    """The frozen submodule at `path`, seen through slots; None where there is none."""
+    """The frozen submodule at `path`, without the slot around it; None if there is none."""
     module = _bare(root)
     for part in path.split(".") if path else ():
         try:
@@ -504,10 +524,10 @@ def submodule(root: nn.Module, path: str) -> nn.Module | None:
 
 
 def frozen(root: nn.Module) -> dict[str, Tensor]:
-    """The persistent tensors of `root` without its PETs, by the names they have when there is no slot."""
+    """The persistent tensors of `root` without its PETs, by the names they would have without slots."""
     tensors = {name: value for name, value in root.state_dict().items() if isinstance(value, Tensor)}
-    found = [path for path, module in root.named_modules() if isinstance(module, Slot)]
-    for path in sorted(found, key=len, reverse=True):  # inner ones first: their names hold the outer ones'
+    wrapped = [path for path, module in root.named_modules() if isinstance(module, Slot)]
+    for path in sorted(wrapped, key=len, reverse=True):  # inner slots first, because their names contain the outer ones
         start = f"{path}." if path else ""
         tensors = {
             start + name.removeprefix(f"{start}base.") if name.startswith(f"{start}base.") else name: value
@@ -522,7 +542,7 @@ def _bare(module: nn.Module) -> nn.Module:
 
 
 def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every module with its path; what a slot holds comes after the slot, under the same path."""
+    """Every module with its path. The module in a slot comes after the slot and has the same path."""
     yield path, module
     if isinstance(module, Slot):
         yield from walk(module.base, path)
@@ -532,7 +552,7 @@ def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
 
 
 def outermost(root: nn.Module, path: str) -> nn.Module:
-    """What is called where `path` leads: the slot, where one stands there, else the submodule itself."""
+    """The module that is called at `path`: the slot if there is one, else the submodule itself."""
     parent, _, leaf = path.rpartition(".")
     around = submodule(root, parent)
     assert around is not None
@@ -540,7 +560,7 @@ def outermost(root: nn.Module, path: str) -> nn.Module:
 
 
 def _slot_at(root: nn.Module, path: str) -> Slot:
-    """The slot at `path`, made when there is none yet."""
+    """The slot at `path`; a new one if there is none yet."""
     module = outermost(root, path)
     if isinstance(module, Slot):
         return module
@@ -550,7 +570,7 @@ def _slot_at(root: nn.Module, path: str) -> Slot:
 
 
 def _set_at(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Put `module` where `path` leads, in place of a slot or of what stands there without one."""
+    """Put `module` at `path`, in place of the slot or of the bare submodule there."""
     parent, _, leaf = path.rpartition(".")
     around = submodule(root, parent)
     assert around is not None

@@ -1,4 +1,4 @@
-"""Which members of several sets of PETs act on which example of a batch."""
+"""A choice of PETs: which sets of PETs act on which example of a batch."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ Join = Literal["sum", "beside"]
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """For each example of a batch, the sets of PETs that act on it.
+    """The sets of PETs that act on each example of a batch.
 
-    What goes through the net while a choice is in force has the examples of `index` as its first axis, in their order;
-    a net may put further rows there for each example (windows of a picture), one example after the other.
+    While a choice is in force, the first axis of every tensor in the net lists the examples of `index` in the same
+    order. A net may have several rows for each example (the windows of a picture); then they follow example by example.
 
     Attributes:
-        members: names of sets; at one place they are of one kind and shape.
+        members: names of sets. At one place their PETs have the same class and shapes.
         index: int64 `(B, k)`, positions in `members`: the `k` sets of each example.
-        weight: `(B, k)`, a factor on what each of them adds; None is 1.
-        join: how several sets of one example become one. `sum`: what they add is added up; tokens are summed. `beside`:
-            their tokens stand one beside another, as in L2P; what adds no tokens is added up all the same.
+        weight: `(B, k)`, the factor on what each set adds; None means 1.
+        join: how the `k` sets of one example are joined. `sum`: their updates are added, and so are their tokens.
+            `beside`: their tokens are placed side by side, as in L2P; the updates of PETs without tokens are still
+            added.
 
     Raises:
-        UsageError: an index outside of `members`, or shapes that do not go together.
+        UsageError: an index points outside `members`, or the shapes do not match.
     """
 
     members: tuple[str, ...]
@@ -61,7 +62,8 @@ class Choice:
         return self.index.shape[1]
 
     def narrowed(self) -> Choice | str:
-        """The same choice among the members that occur; the name alone where one acts on all examples as it is."""
+        """The same choice with only the members that occur in it. If one member acts on all examples without a weight,
+        the result is its name."""
         used, index = torch.unique(self.index, return_inverse=True)
         members: tuple[str, ...] = tuple(self.members[i] for i in used.tolist())
         if len(members) == 1 and self.each == 1 and self.weight is None:
@@ -69,26 +71,26 @@ class Choice:
         return Choice(members, index, self.weight, self.join)
 
     def rows(self, x: Tensor) -> Tensor:
-        """`x (B or a multiple of it, …, d)` as `(B, n, d)`: the rows of each example."""
+        """`x (B or a multiple of B, …, d)` in the shape `(B, n, d)`: the `n` rows of each example."""
         self.check(x)
         return x.reshape(len(self), -1, x.shape[-1])
 
     def check(self, x: Tensor) -> None:
-        """UsageError if the rows of `x` cannot be those of the examples."""
+        """Raise UsageError if the number of rows of `x` is not a multiple of the number of examples."""
         if len(x) % len(self):
             raise UsageError(
-                f"a choice of pets is for {len(self)} examples, and {len(x)} rows go through the net: one batch is "
-                "expected inside `using`"
+                f"a choice of pets is made for {len(self)} examples, but {len(x)} rows go through the net: run only "
+                "the batch that the choice was made for inside `using`"
             )
 
     # -- values ---------------------------------------------------------------------------------------
 
     def picked(self, values: Sequence[Tensor]) -> Tensor:
-        """`(B, k, …)`: of the members' `values`, those of each example."""
+        """`(B, k, …)`: for each example the values of its members. `values` has one tensor for each member."""
         return torch.stack(list(values))[self.index.to(values[0].device)]
 
     def weighted(self, picked: Tensor) -> Tensor:
-        """`picked (B, k, …)` times the weights, where there are any."""
+        """`picked (B, k, …)` times the weights, or `picked` itself if the choice has no weights."""
         if self.weight is None:
             return picked
         factor = self.weight.to(picked)
@@ -100,7 +102,7 @@ class Choice:
         return picked[:, 0] if self.each == 1 else picked.sum(1)
 
     def tokens(self, values: Sequence[Tensor]) -> Tensor:
-        """`(B, L, d)`, or `(B, k L, d)` with `beside`: the tokens that each example gets, of members' `(L, d)`."""
+        """Tokens of each example, from the members' tokens `(L, d)`: `(B, L, d)`, or `(B, k L, d)` with `beside`."""
         if self.join == "sum":
             return self.summed(values)
         return self.weighted(self.picked(values)).flatten(1, 2)
@@ -108,12 +110,12 @@ class Choice:
     # -- what members see -----------------------------------------------------------------------------
 
     def examples_of(self, member: int, position: int) -> Tensor:
-        """Numbers of the examples `(n,)` whose set at that position is this member."""
-        found: Tensor = (self.index[:, position] == member).nonzero().flatten()
-        return found
+        """Numbers `(n,)` of the examples whose set at `position` is `member`."""
+        examples: Tensor = (self.index[:, position] == member).nonzero().flatten()
+        return examples
 
     def share(self, rows: Tensor, examples: Tensor) -> Tensor:
-        """Of `rows (B or a multiple of it, …)` those of some examples."""
+        """The rows of the given `examples`, taken from `rows (B or a multiple of B, …)`."""
         per = len(rows) // len(self)
         if per == 1:
             return rows.index_select(0, examples.to(rows.device))

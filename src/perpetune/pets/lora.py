@@ -1,4 +1,4 @@
-"""Low-rank updates of linear layers."""
+"""The pet `lora`: a low-rank update of a linear layer."""
 
 from __future__ import annotations
 
@@ -20,26 +20,27 @@ from perpetune.pets.choice import Choice
 class LoRA(PET):
     """A low-rank update beside a frozen linear layer, `y = base(x) + s B A x`; Hu et al. 2021, arXiv:2106.09685.
 
-    `A` is `(P r, d_in)` and `B` `(d_out, P r)`. `P` is the number of parts of the layer that are tuned: 1
-    for a linear of its own, 2 for q and v in a fused qkv. Each part has its own `r` rows of `A` and its
-    own block of `B`; rows of the output that belong to no part stay as they are. `B` starts at zero.
+    `A` is `(P r, d_in)` and `B` `(d_out, P r)`. `P` is the number of tuned parts of the layer: 1 for a linear layer
+    with one role, 2 for q and v in a fused qkv. Each part has its own `r` rows of `A` and its own block of `B`. Output
+    rows that belong to no part do not change. `B` starts at zero.
 
-    `A` and `B` are float32 whatever the frozen layer is, for a step of the optimizer may be smaller than bfloat16 can
-    tell. Products are taken in the type of the input, as under autocast. PEFT keeps the same type and, without
-    autocast, also multiplies in it, which takes a float32 copy of every input; its result differs in the last bits of
-    a half-precision output.
+    `A` and `B` are float32 whatever the type of the frozen layer, because a step of the optimizer may be too small for
+    bfloat16. Products are computed in the type of the input, as under autocast. PEFT also stores float32; without
+    autocast it multiplies in float32 too, which needs a float32 copy of every input. With a half-precision input the
+    result of PEFT differs in the last bits.
 
-    A product of earlier tasks may rest beside the pair that is trained (`renew`): `y = base(x) + s (B A + B' A') x`,
-    with `A' (R, d_in)` and `B' (d_out, R)` as buffers. It acts without dropout. Until then there are no such buffers.
+    After `renew` the product of earlier tasks stays beside the trained pair and is not trained any more:
+    `y = base(x) + s (B A + B' A') x`, with the buffers `A' (R, d_in)` and `B' (d_out, R)`. Dropout does not act on
+    this product. Before the first `renew` the two buffers are None.
 
     Args:
-        rank: `r`, of each part.
-        alpha: `s = alpha / r`.
-        dropout: probability with which entries of `x` are dropped on this path in training.
-        rslora: `s = alpha / sqrt(r)` instead; Kalajdzievski 2023, arXiv:2312.03732.
+        rank: `r`, the rank of each part.
+        alpha: sets the scale, `s = alpha / r`.
+        dropout: the probability with which an entry of `x` is dropped before `A` in training.
+        rslora: use `s = alpha / sqrt(r)` instead; Kalajdzievski 2023, arXiv:2312.03732.
 
     Raises:
-        UsageError: an option out of range, or a place that is no linear layer.
+        UsageError: an option is out of range, or the place is not a linear layer.
     """
 
     default_at: ClassVar[tuple[str, ...]] = ("q", "v")
@@ -59,7 +60,9 @@ class LoRA(PET):
         super().__init__()
         if not place.parts:
             roles = ", ".join(place.roles)
-            raise UsageError(f"lora: {place.path} ({roles}) is no linear layer; use roles such as q, v, proj, fc1, fc2")
+            raise UsageError(
+                f"lora: {place.path} ({roles}) is not a linear layer; use roles such as q, v, proj, fc1, fc2"
+            )
         if rank < 1:
             raise UsageError(f"lora: rank is {rank}; at least 1 is expected")
         if not (alpha > 0 and math.isfinite(alpha)):
@@ -78,7 +81,7 @@ class LoRA(PET):
         y: Tensor = base(x, *args, **kwargs)  # (..., d_out)
         if self.down.dim() == 3:
             return self._each(y, x)
-        every, up = x, self.up_matrix()
+        undropped, up = x, self.up_matrix()
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
         down = F.linear(x, self.down.to(x.dtype))  # (..., P r)
         if self.watch is not None:
@@ -86,9 +89,9 @@ class LoRA(PET):
             for i, rows in enumerate(down.split(self.rank, dim=-1)):
                 self.seen(f"up.{i}", rows)
         if self.rest_down is not None and self.rest_up is not None:
-            down = torch.cat([down, F.linear(every, self.rest_down.to(x.dtype))], dim=-1)  # (..., P r + R)
+            down = torch.cat([down, F.linear(undropped, self.rest_down.to(x.dtype))], dim=-1)  # (..., P r + R)
             up = torch.cat([up, self.rest_up], dim=1)
-        # One pass over the wide output: the scale and the sum are part of the product.
+        # `addmm` scales and adds within the product, so the wide output is read and written once.
         flat: Tensor = torch.addmm(
             y.reshape(-1, self.d_out),
             down.reshape(-1, down.shape[-1]).to(y.dtype),
@@ -98,7 +101,7 @@ class LoRA(PET):
         return flat.view(y.shape)
 
     def _each(self, y: Tensor, x: Tensor) -> Tensor:
-        """`y + s B A x` where `A (B, P r, d_in)` and `B (B, d_out, P r)` are those of each example."""
+        """`y + s B A x` with another `A` and `B` for each of `n` examples: `(n, P r, d_in)` and `(n, d_out, P r)`."""
         every, up = x.reshape(len(self.down), -1, x.shape[-1]), self.up_matrix()  # (B, n, d_in)
         rows = F.dropout(every, self.dropout, self.training) if self.dropout else every
         down = rows @ self.down.mT.to(x.dtype)  # (B, n, P r)
@@ -113,7 +116,7 @@ class LoRA(PET):
         return torch.baddbmm(wide, down.to(y.dtype), up.mT.to(y.dtype), alpha=self.scale).view(y.shape)
 
     def blend(self, members: Sequence[PET], choice: Choice) -> dict[str, Tensor]:
-        """Several members of one example are one LoRA of their joined rank; weights are factors on their `B`."""
+        """The members of one example act as one LoRA of their joined rank; the choice's weights multiply their `B`."""
         loras = [pet for pet in members if isinstance(pet, LoRA)]
         downs = choice.picked([pet.down for pet in loras])  # (B, k, P r, d_in)
         by_part = downs.unflatten(2, (len(self.parts), self.rank)).transpose(1, 2)  # (B, P, k, r, d_in)
@@ -130,8 +133,10 @@ class LoRA(PET):
         return rows if site == "down" else rows.chunk(choice.each, dim=-1)[position]
 
     def up_matrix(self) -> Tensor:
-        """`B (d_out, P r)`, or of each example `(B, d_out, P r)`: each part's block on its own rows and columns, zero
-        elsewhere."""
+        """`B (d_out, P r)`: the block of each part at its own rows and columns, zero elsewhere.
+
+        If each example has its own `B`, a first axis lists the examples.
+        """
         if len(self.parts) == 1 and self.up[0].shape[-2] == self.d_out:
             whole: Tensor = self.up[0]
             return whole
@@ -145,11 +150,14 @@ class LoRA(PET):
         return torch.cat(rows, dim=-2)
 
     def factors(self) -> list[Factors]:
-        """`B (rows, r)` and `A (r, d_in)` of each part, as they are trained; `s B A` is added to the layer's weight."""
+        """The trained `B (rows, r)` and `A (r, d_in)` of each part; the pet adds `s B A` to the layer's weight."""
         return list(zip(self.up, self.down.split(self.rank), strict=True))
 
     def whole(self) -> Factors:
-        """`B (d_out, P r + R)` and `A (P r + R, d_in)` with what rests; `s B A` is all that is added to the weight."""
+        """`B (d_out, P r + R)` and `A (P r + R, d_in)`: the trained pair and the product of earlier tasks together.
+
+        `s B A` is the whole update of the layer's weight.
+        """
         pair = self.up_matrix(), self.down
         if self.rest_up is None or self.rest_down is None:
             return pair
@@ -157,14 +165,18 @@ class LoRA(PET):
 
     @torch.no_grad()
     def set_factors(self, factors: Sequence[Factors]) -> None:
-        """Overwrite them."""
+        """Write `factors` over the trained values; same order and shapes as in `factors()`."""
         for (up, down), (new_up, new_down) in zip(self.factors(), factors, strict=True):
             up.copy_(new_up)
             down.copy_(new_down)
 
     @torch.no_grad()
     def restart(self, generator: torch.Generator) -> None:
-        """Values as newly made: `A` drawn, `B` zero, nothing at rest; the generator is one of the CPU."""
+        """Give the pet the values of a new one: `A` drawn, `B` zero, no product of earlier tasks.
+
+        Args:
+            generator: a generator of the CPU.
+        """
         self.rest_down = self.rest_up = None
         drawn = torch.empty(self.down.shape)
         nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
@@ -174,9 +186,9 @@ class LoRA(PET):
 
     @torch.no_grad()
     def resize(self, rank: int) -> None:
-        """Make room for another rank at the same scale: values are zero then, to be set.
+        """Change the rank and keep the scale. All trained values become zero; the caller sets them afterwards.
 
-        Where it has that rank already, nothing is done.
+        If the pet has that rank already, nothing changes.
         """
         if rank == self.rank:
             return
@@ -186,7 +198,8 @@ class LoRA(PET):
         self.rank = rank
 
     def fold(self, base: nn.Module) -> nn.Module | None:
-        """A linear layer of weight `W + s B A`, or GPT-2's `Conv1D` of its transpose; dropout is for training only."""
+        """A linear layer with weight `W + s B A`, or GPT-2's `Conv1D` with the transpose. Dropout is left out, because
+        it acts in training only."""
         up, down = self.whole()
         update = self.scale * (up @ down)
         if is_plain(base, nn.Linear):
@@ -196,7 +209,8 @@ class LoRA(PET):
         return None
 
     def sites(self, conditions: Conditions = "exact") -> list[Site]:
-        """`A` by the inputs `x`, `B` by `A x`: `(B + ΔB)(A + ΔA) x = B A x`; PEGP eq. 13, 14, which are exact here."""
+        """`A` meets the inputs `x`, and `B` meets `A x`: PEGP eq. 13 and 14. They are exact here, because then
+        `(B + ΔB)(A + ΔA) x = B A x`."""
         return [Site("down", Operand(self.down)), *(Site(f"up.{i}", Operand(up)) for i, up in enumerate(self.up))]
 
     # -- renewal --------------------------------------------------------------------------------------
@@ -214,8 +228,8 @@ class LoRA(PET):
 
     @torch.no_grad()
     def renew(self, start: Tensor, rank: int | None = None, moments: Tensor | None = None) -> None:
-        """The product comes to rest as joined factors, beyond the least of the layer's widths as exact ones of that
-        rank (see `Pair`)."""
+        """As in `Pair.renew`. The resting product is stored as joined factors; once their rank exceeds the smaller
+        width of the layer, they are replaced by exact factors of that width."""
         if any(up.any() for up in self.up):
             up, down = self.whole()
             most = min(sum(stop - start for start, stop in self.parts), down.shape[1])
@@ -230,11 +244,11 @@ class LoRA(PET):
             up.zero_()
 
     def make_room(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """What rests takes the rank that is about to be loaded."""
-        found = {name: shapes.get(name) for name in ("rest_down", "rest_up")}
-        for name, shape in found.items():
+        """Give the buffers of the resting product the shapes of those that are about to be loaded."""
+        wanted = {name: shapes.get(name) for name in ("rest_down", "rest_up")}
+        for name, shape in wanted.items():
             now = getattr(self, name)
-            if shape is None or None in found.values():
+            if shape is None or None in wanted.values():
                 setattr(self, name, None)
             elif now is None or now.shape != shape:
                 setattr(self, name, self.down.detach().new_zeros(shape))
@@ -252,10 +266,10 @@ class LoRA(PET):
 
 
 def _side_by_side(blocks: Tensor) -> Tensor:
-    """`(B, o, k r)` of `(B, k, o, r)`: the columns of one member beside those of the next."""
+    """`(B, k, o, r)` in the shape `(B, o, k r)`: the columns of one member beside those of the next."""
     return blocks.transpose(1, 2).flatten(2, 3)
 
 
 def _tensor(value: Tensor | None) -> Tensor:
-    assert value is not None, "blended pets have the same tensors"
+    assert value is not None, "pets that are blended have the same tensors"
     return value

@@ -1,4 +1,4 @@
-"""Trained keys and values in an attention."""
+"""The pet `prefix`: trained keys and values in an attention."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from perpetune.pets.choice import Choice
 
 
 class Prefix(PET):
-    """Further keys and values in a frozen attention; Li & Liang 2021, arXiv:2101.00190.
+    """Trained keys and values before those of a frozen attention; Li & Liang 2021, arXiv:2101.00190.
 
-    `y = softmax(q [K; k]ᵀ / √dh) [V; v]`. `K` and `V` are `(length, d)`, head by head, and stand behind the
-    projections: PEGP eq. 3 and 4, arXiv:2405.13383.
+    `y = softmax(q [K; k]ᵀ / √dh) [V; v]`. `K` and `V` are `(length, d)`, head by head. The frozen projections do not
+    act on them: PEGP eq. 3 and 4, arXiv:2405.13383.
 
     Args:
-        length: keys and values in each attention.
-        std: of the values they start with.
+        length: the number of trained keys, and of trained values, in each attention.
+        std: the standard deviation of the initial values.
 
     Raises:
-        UsageError: an option out of range, or a place that is no attention whose heads are known.
+        UsageError: an option is out of range, or the place is not an attention with a known number of heads.
     """
 
     default_at: ClassVar[tuple[str, ...]] = ("attn",)
@@ -46,14 +46,14 @@ class Prefix(PET):
         return extended(base, self._by_head(self.keys), self._by_head(self.values), x, *args, watch=watch, **kwargs)
 
     def _by_head(self, rows: Tensor) -> Tensor:
-        """`(1, H, L, dh)` of `(L, d)`; of `(B, L, d)`, those of each example, `(B, H, L, dh)`."""
+        """`(L, d)` in the shape `(1, H, L, dh)`, or `(B, L, d)` in the shape `(B, H, L, dh)`."""
         return rows.view(-1, rows.shape[-2], self.heads, rows.shape[-1] // self.heads).transpose(1, 2)
 
     def blend(self, members: Sequence[PET], choice: Choice) -> dict[str, Tensor]:
-        found = [pet for pet in members if isinstance(pet, Prefix)]
+        pets = [pet for pet in members if isinstance(pet, Prefix)]
         return {
-            "keys": choice.tokens([pet.keys for pet in found]),
-            "values": choice.tokens([pet.values for pet in found]),
+            "keys": choice.tokens([pet.keys for pet in pets]),
+            "values": choice.tokens([pet.values for pet in pets]),
         }
 
     def part_seen(self, site: str, rows: Tensor, position: int, choice: Choice) -> Tensor:
@@ -64,9 +64,11 @@ class Prefix(PET):
         self.seen("values", weights)
 
     def sites(self, conditions: Conditions = "exact") -> list[Site]:
-        """Exact: `q ΔKᵀ = 0` in each head, so the attention weights `a` stay, and `a ΔV = 0`.
+        """The conditions on a step `ΔK`, `ΔV`.
 
-        Paper: `x ΔKᵀ = 0`, PEGP eq. 12, which has the inputs in the place of the queries and leaves the values free.
+        `exact`: `q ΔKᵀ = 0` in each head keeps the attention weights `a`, and `a ΔV = 0` keeps the sum of values.
+
+        `paper`: `x ΔKᵀ = 0`, PEGP eq. 12. It uses the inputs instead of the queries and leaves the values free.
         """
         if conditions == "paper":
             return [Site("keys.inputs", Operand(self.keys))]
@@ -85,14 +87,17 @@ class Prefix(PET):
 
 
 def tokens_seen(site: str, rows: Tensor, position: int, choice: Choice) -> Tensor:
-    """Of rows at a site of blended tokens those of one member: of attention weights, the columns of its own tokens."""
+    """The rows that one member sees at a site where several members' tokens are joined.
+
+    At the site `values` the rows are attention weights, so the member sees the columns of its own tokens.
+    """
     if site == "values" and choice.join == "beside":
         return rows.chunk(choice.each, dim=-1)[position]
     return rows
 
 
 def check_options(pet: str, length: int, std: float) -> None:
-    """UsageError for an option of prefix or prompt that is out of range."""
+    """Raise UsageError if an option of prefix or prompt is out of range."""
     if length < 1:
         raise UsageError(f"{pet}: length is {length}; at least 1 is expected")
     if not 0 < std < float("inf"):
@@ -100,11 +105,11 @@ def check_options(pet: str, length: int, std: float) -> None:
 
 
 def check_attention(pet: str, place: Place) -> None:
-    """UsageError for a place that is no attention whose heads are known."""
+    """Raise UsageError if the place is not an attention with a known number of heads."""
     if place.roles != ("attn",):
-        raise UsageError(f"{pet}: {place.path} ({', '.join(place.roles)}) is no attention; use the role attn")
+        raise UsageError(f"{pet}: {place.path} ({', '.join(place.roles)}) is not an attention; use the role attn")
     if place.heads < 1 or place.d_in % place.heads:
         raise UsageError(
-            f"{pet}: {place.path} ({type(place.module).__name__}) has width {place.d_in} and {place.heads} heads, as "
-            "far as is known; an attention whose heads divide its width is expected"
+            f"{pet}: {place.path} ({type(place.module).__name__}) has width {place.d_in} and {place.heads} heads (0 "
+            "means unknown); an attention whose heads divide its width is expected"
         )

@@ -1,4 +1,4 @@
-"""Trained tokens beside those of the picture."""
+"""The pet `prompt`: trained tokens beside the tokens of the input."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ from perpetune.pets.prefix import check_attention, check_options, tokens_seen
 
 
 class Prompt(PET):
-    """Further tokens `P (length, d)` that a frozen transformer attends to; Jia et al. 2022, arXiv:2203.12119.
+    """Trained tokens `P (length, d)` that a frozen transformer attends to; Jia et al. 2022, arXiv:2203.12119.
 
-    Deep (VPT-deep, and PEGP's prompt, arXiv:2405.13383): each attention has tokens of its own, behind the block's
-    norm. They are keys and values of the pictures' tokens by the frozen projections; what the attention would give
-    for themselves goes nowhere, so it is not computed. Shallow (VPT-shallow): tokens are put behind those that enter
-    block 0, go through all blocks and are taken off after the last; only the pet of block 0 has parameters.
+    Deep (VPT-deep, and PEGP's prompt, arXiv:2405.13383): each attention has its own trained tokens, placed after the
+    block's norm. The frozen projections turn them into more keys and values, which the tokens of the input attend to.
+    The outputs of the trained tokens themselves are never used, so they are not computed.
+
+    Shallow (VPT-shallow): the trained tokens are appended to the tokens that enter block 0. They go through all blocks
+    and are removed after the last one. Only the pet of block 0 has parameters.
 
     Args:
-        length: tokens, in each attention where deep.
-        deep: deep goes to the role `attn`, shallow to `block`.
-        std: of the values they start with.
+        length: the number of trained tokens; with `deep`, in each attention.
+        deep: a deep prompt needs the role `attn`, a shallow one the role `block`.
+        std: the standard deviation of the initial values.
 
     Raises:
-        UsageError: an option out of range, or a place of another role.
+        UsageError: an option is out of range, or the place has another role.
     """
 
     default_at: ClassVar[tuple[str, ...]] = ("attn",)
@@ -46,9 +48,11 @@ class Prompt(PET):
             check_attention("prompt", place)
         elif place.roles != ("block",):
             where = f"{place.path} ({', '.join(place.roles)})"
-            raise UsageError(f"prompt: {where} is no block, where tokens that are not deep go: set at: block")
+            raise UsageError(
+                f"prompt: {where} is not a block, and a prompt with deep: false needs blocks: set at: block"
+            )
         self.place, self.length, self.deep = place, length, deep
-        self._carried = length  # tokens that go through the blocks, where they are not deep
+        self._carried = length  # trained tokens that go through the blocks, if the prompt is shallow
         own = deep or place.block == 0
         self.tokens = nn.Parameter(torch.randn(length, place.d_in, generator=generator) * std) if own else None
 
@@ -57,8 +61,8 @@ class Prompt(PET):
         blocks = {pet.place.block for pet in pets if isinstance(pet, Prompt)}
         if not self.deep and not blocks.issuperset({0, last}):
             raise UsageError(
-                f"prompt: tokens that are not deep enter at block 0 and leave after block {last}, and the pets are at "
-                f"blocks {', '.join(map(str, sorted(blocks)))}; leave `blocks` out"
+                f"prompt: with deep: false the tokens enter at block 0 and leave after block {last}, but the pets are "
+                f"at blocks {', '.join(map(str, sorted(blocks)))}; leave `blocks` out"
             )
 
     def forward(self, base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -69,14 +73,15 @@ class Prompt(PET):
         else:
             if any(isinstance(given, Tensor | tuple | list) for given in (*args, *kwargs.values())):
                 raise UsageError(
-                    f"prompt: {type(base).__name__} is given positions or a mask with its tokens, in which carried "
-                    "tokens have no place; use deep: true"
+                    f"prompt: {type(base).__name__} gets positions or a mask with its tokens, and these have no "
+                    "entries "
+                    "for the tokens that the prompt adds; use deep: true"
                 )
             y = unmasked(base, torch.cat([x, self._seen_tokens(x).expand(len(x), -1, -1)], dim=1), *args, **kwargs)
         return y[:, : -self._carried] if self.place.block == self.place.depth - 1 else y
 
     def mixed(self, members: Sequence[PET], choice: Choice, base: Any, *args: Any, **kwargs: Any) -> Any:
-        """As of any pet; after the last block all the tokens that came in at block 0 are taken off."""
+        """As in `PET.mixed`. Also sets how many tokens to remove after the last block: all that entered at block 0."""
         before = self._carried
         self._carried = self.length * (choice.each if choice.join == "beside" else 1)
         try:
@@ -85,8 +90,8 @@ class Prompt(PET):
             self._carried = before
 
     def blend(self, members: Sequence[PET], choice: Choice) -> dict[str, Tensor]:
-        found = [pet.tokens for pet in members if isinstance(pet, Prompt) and pet.tokens is not None]
-        return {"tokens": choice.tokens(found)} if found else {}
+        tokens = [pet.tokens for pet in members if isinstance(pet, Prompt) and pet.tokens is not None]
+        return {"tokens": choice.tokens(tokens)} if tokens else {}
 
     def part_seen(self, site: str, rows: Tensor, position: int, choice: Choice) -> Tensor:
         return tokens_seen(site, rows, position, choice)
@@ -98,7 +103,7 @@ class Prompt(PET):
         return extended(base, keys, values, x, *args, watch=watch, **kwargs)
 
     def _seen_tokens(self, x: Tensor) -> Tensor:
-        """The tokens `(L, d)`, or those of each example `(B, L, d)`, as what goes along with `x (B, N, d)`."""
+        """The trained tokens in the type of `x (B, N, d)`: `(L, d)`, or `(B, L, d)` if each example has its own."""
         assert self.tokens is not None
         if self.watch is not None:
             self.seen("keys.inputs", x)
@@ -110,14 +115,16 @@ class Prompt(PET):
         self.seen("values", weights)
 
     def sites(self, conditions: Conditions = "exact") -> list[Site]:
-        """Exact: `q W_k ΔPᵀ = 0` in each head, so the attention weights `a` stay, and `a ΔP = 0`, for the values.
+        """The conditions on a step `ΔP`.
 
-        Paper: `x ΔPᵀ = 0` and `p ΔPᵀ = 0` of the tokens that go in, PEGP eq. 10, which leaves out the projections and
-        the values: old outputs move.
+        `exact`: `q W_k ΔPᵀ = 0` in each head keeps the attention weights `a`, and `a ΔP = 0` keeps the sum of values.
+
+        `paper`: `x ΔPᵀ = 0` and `p ΔPᵀ = 0` for the tokens that go in, PEGP eq. 10. It ignores the projections and the
+        values, so old outputs move.
         """
         if conditions == "exact" and not self.deep:
             raise UsageError(
-                "prompt: tokens carried through the net have no exact linear condition; "
+                "prompt: with deep: false there is no linear condition that keeps old outputs exactly; "
                 "use deep: true, or conditions: paper"
             )
         if self.tokens is None:
@@ -131,14 +138,19 @@ class Prompt(PET):
         ]
 
     def _through_keys(self, moments: Tensor) -> Tensor:
-        """`Σ_h W_hᵀ C_h W_h (1, d, d)`, of what meets a token, from the queries' moments `C (H, dh, dh)`."""
+        """Moments `Σ_h W_hᵀ C_h W_h (1, d, d)` of the rows that meet a token, from the queries' moments
+        `C (H, dh, dh)`."""
         weight = self._key_weight().to(moments)
         weight = weight.repeat_interleave(len(moments) // len(weight), dim=0)
         return (weight.mT @ moments @ weight).sum(0, keepdim=True)
 
     @torch.no_grad()
     def _key_weight(self) -> Tensor:
-        """`W_k (H_kv, dh, d)` of the frozen attention, read off the keys that it makes of unit vectors."""
+        """`W_k (H_kv, dh, d)` of the frozen attention, computed from the keys that it makes of unit vectors.
+
+        Raises:
+            UsageError: the keys or values are not linear in the tokens.
+        """
         assert self.tokens is not None
         unit = torch.eye(self.place.d_in, dtype=self.tokens.dtype, device=self.tokens.device)
         with torch.autocast(unit.device.type, enabled=False):
@@ -148,7 +160,8 @@ class Prompt(PET):
             if (twice - 2 * once).abs().max() > 0.01 * once.abs().max():
                 raise UsageError(
                     f"prompt: the {what} of {self.place.path} ({type(self.place.module).__name__}) are not linear in "
-                    "its tokens (they are normed), so there is no exact condition; use prefix, or conditions: paper"
+                    "its tokens (the attention norms them), so no exact condition exists; use prefix, or conditions: "
+                    "paper"
                 )
         keys = made[0][0]
         return (keys[:, 1 : len(unit) + 1] - keys[:, :1]).mT

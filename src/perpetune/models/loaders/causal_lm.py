@@ -1,4 +1,4 @@
-"""Causal language models that transformers builds: an id on the hub, a local folder in its layout, a GGUF file."""
+"""The loader of causal language models by transformers: an id on the hub, a local folder, or a GGUF file."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from perpetune.models.loaders.options import in_4bit
 from perpetune.pets.base import Active, Slot, slots
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-"""Of the frozen weights."""
+"""The type of the frozen weights."""
 Length = Annotated[int, Field(ge=2)]
-"""Tokens of a text, question and answer together; None is what the model and its tokenizer take."""
+"""The most tokens of a text, question and answer together; None is as many as the model and its tokenizer take."""
 
 GGUF = ".gguf"
-ROTATION = "rope_freqs.weight"  # what a GGUF file divides the frequencies of rotary positions by
+ROTATION = "rope_freqs.weight"  # in a GGUF file the tensor by which the frequencies of rotary positions are divided
 
-# Where neither the model nor its tokenizer says how many tokens it takes.
+# The length of texts if neither the model nor its tokenizer gives one.
 SOME_LENGTH = 2048
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model is.
+    """The place from which a model is loaded.
 
     Attributes:
         place: a folder or an id on the hub.
@@ -51,12 +51,12 @@ class Source:
 
     @property
     def where(self) -> dict[str, str]:
-        """What transformers calls the file."""
+        """The keyword by which transformers is given the file."""
         return {} if self.file is None else {"gguf_file": self.file}
 
 
 def is_gguf(rest: str) -> bool:
-    """Whether what a recipe names behind the colon is a GGUF file."""
+    """Whether the text after the colon in a recipe names a GGUF file."""
     return rest.lower().endswith(GGUF)
 
 
@@ -82,9 +82,10 @@ def gguf_source(spec: str, rest: str, *, hub: bool) -> Source:
 
 
 def is_causal(config: Any) -> bool:
-    """Whether transformers has a causal language model for `config` that is one by its nature.
+    """Whether the model of `config` is a causal language model.
 
-    It has such a head for BERT too, whose tokens look both ways unless its config says otherwise.
+    Transformers also offers a causal head for models such as BERT. Their tokens look both ways unless the config says
+    that the model is a decoder, so only then they count.
     """
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -113,22 +114,22 @@ def load(
     Its features are the hidden states `(B, N, dim)` behind the last norm; its logits are those of `backbone.net`.
 
     Args:
-        config: what `config_of` has read there, where that was done already.
+        config: the result of `config_of`, if the caller has it already.
         pretrained: False gives random weights.
-        load_in_4bit: hold the linear layers of the blocks in 4 bits (NF4), by bitsandbytes; a model that comes
-            quantised stays as it is.
-        dtype: of the frozen weights.
-        max_length: tokens of a text; None is what the model and its tokenizer take.
-        chat: whether plain prompts are put into the form of a chat too.
-        gradient_checkpointing: keep only what goes into each block while PETs are trained, and compute the rest again.
+        load_in_4bit: hold the linear layers of the blocks in 4 bits (NF4), by bitsandbytes; a checkpoint that is
+            quantised already is not changed.
+        dtype: the type of the frozen weights.
+        max_length: the most tokens of a text; None is as many as the model and its tokenizer take.
+        chat: put plain prompts into the form of a chat too.
+        gradient_checkpointing: while PETs are trained, keep only the input of each block and compute the rest again.
 
     Raises:
-        UsageError: there is no such model or tokenizer, or an option that does not fit it.
-        PerpetuneError: the tensors in the checkpoint are not those of the model; names them.
+        UsageError: there is no such model or tokenizer, or an option does not fit the model.
+        PerpetuneError: the tensors in the checkpoint are not those of the model; the message names them.
     """
     config = config or config_of(spec, source.place, **source.where)
     if not is_causal(config):
-        raise UsageError(f"{spec}: a {config.model_type!r} model is no causal language model")
+        raise UsageError(f"{spec}: a {config.model_type!r} model is not a causal language model")
     if source.file is not None:
         _check_positions(spec, source.place, source.file, config)
     quantised = getattr(config, "quantization_config", None) is not None
@@ -157,17 +158,17 @@ def load(
 
 
 def hidden_states(net: nn.Module, tokens: Tensor, **options: Any) -> Tensor:
-    """Hidden states `(B, N, D)` behind the last norm, of tokens `(B, N)`."""
+    """Hidden states `(B, N, D)` after the last norm, of tokens `(B, N)`."""
     outer: Any = net
-    inner = outer.base_model if outer.base_model is not outer else outer.model  # Llama 4 does not say where it is
+    inner = outer.base_model if outer.base_model is not outer else outer.model  # `base_model` of Llama 4 is itself
     states: Tensor = inner(input_ids=tokens, use_cache=False, **options).last_hidden_state
     return states
 
 
 def _check_positions(spec: str, place: str, file: str, config: Any) -> None:
-    """Refuse a GGUF file whose rotary positions are scaled by a tensor, as those of Llama 3.1 and later are.
+    """Refuse a GGUF file whose rotary positions are scaled by a tensor, as in Llama 3.1 and later.
 
-    Transformers passes over that tensor without a word, and the model would be another one than was trained.
+    Transformers ignores that tensor without a warning, so the loaded model would differ from the trained one.
     """
     from gguf import GGUFReader
 
@@ -175,13 +176,13 @@ def _check_positions(spec: str, place: str, file: str, config: Any) -> None:
     kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if path is not None and kind == "default" and any(t.name == ROTATION for t in GGUFReader(path).tensors):
         raise UsageError(
-            f"{spec}: its rotary positions are scaled ({ROTATION}), which transformers does not read from a GGUF file; "
-            "load the model's safetensors instead"
+            f"{spec}: a tensor ({ROTATION}) scales its rotary positions, and transformers does not read that tensor "
+            "from a GGUF file; load the model's safetensors instead"
         )
 
 
 def _without_dropout(config: Any) -> None:
-    """Every probability of dropping something set to 0: tuned is what stands beside the frozen net."""
+    """Set every dropout probability in the config to 0. Only the PETs are tuned, and they have their own dropout."""
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         for name, value in vars(part).items():
             if "drop" in name and isinstance(value, float | int) and not isinstance(value, bool):
@@ -189,7 +190,7 @@ def _without_dropout(config: Any) -> None:
 
 
 def _attention(config: Any) -> str:
-    """`sdpa` where the model has it: PETs inside attention go through that one function."""
+    """`sdpa` if the model supports it, because PETs inside attention work in that function; else `eager`."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM._model_mapping[type(config)]
@@ -227,9 +228,10 @@ def _pretrained(spec: str, source: Source, config: Any, dtype: Dtype) -> Any:
 
 
 def _unpacked() -> dict[str, Any]:
-    """Have transformers make plain tensors of what a GGUF file packs: packed ones give no gradient to what is before.
+    """The keyword that makes transformers unpack the tensors of a GGUF file, because no gradient passes through packed
+    ones.
 
-    Older versions always unpack and have no word for it.
+    Older versions of transformers always unpack and have no such keyword.
     """
     import transformers
 
@@ -238,7 +240,8 @@ def _unpacked() -> dict[str, Any]:
 
 
 def _plain(net: Any) -> None:
-    """Take off the mark of a quantised model, which an unpacked GGUF file is not, and by which others refuse it."""
+    """Remove transformers' mark of a quantised model. An unpacked GGUF file is not quantised, and with the mark other
+    libraries would refuse it."""
     net.is_quantized = False
     for owner, name in ((net, "hf_quantizer"), (net.config, "quantization_config")):
         if name in vars(owner):
@@ -247,13 +250,14 @@ def _plain(net: Any) -> None:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """As `quiet`; the reader of GGUF files also has a bar of its own, which nothing but another stderr keeps away."""
+    """As `quiet`, and it redirects stderr, because the reader of GGUF files shows a progress bar that cannot be
+    switched off."""
     with quiet(), contextlib.redirect_stderr(io.StringIO()):
         yield
 
 
 def _tokenizer(spec: str, source: Source) -> Any:
-    """The model's tokenizer; it has to be a fast one, for only those say which characters a token covers."""
+    """The model's tokenizer. It has to be a fast one, because only a fast one gives the characters of each token."""
     from transformers import AutoTokenizer
 
     try:
@@ -264,15 +268,15 @@ def _tokenizer(spec: str, source: Source) -> Any:
     if not len(tokenizer):
         raise UsageError(f"{spec}: it has no tokenizer: tokenizer.json is expected beside config.json")
     if not tokenizer.is_fast:
-        raise UsageError(f"{spec}: its tokenizer has no fast version (tokenizer.json), which offsets need")
+        raise UsageError(f"{spec}: its tokenizer has no fast version (tokenizer.json), and only that gives offsets")
     return tokenizer
 
 
 def _padding(spec: str, tokenizer: Any, rows: int) -> None:
-    """A pad token for a tokenizer that has none, or one that the model has no embedding for.
+    """Give the tokenizer a pad token if it has none, or one without a row in the model's embedding.
 
     Args:
-        rows: of the model's embedding.
+        rows: the number of rows of the model's embedding.
     """
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id < rows:
         return
@@ -284,10 +288,10 @@ def _padding(spec: str, tokenizer: Any, rows: int) -> None:
 
 
 def _max_length(spec: str, config: Any, tokenizer: Any, asked: int | None) -> int:
-    """Tokens of a text: those asked for, or as many as model and tokenizer take."""
+    """The most tokens of a text: `asked`, or as many as the model and its tokenizer take."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if asked is None:
-        # A tokenizer that does not know has a number of 30 digits.
+        # A tokenizer without a length gives a number of 30 digits.
         known = [n for n in (positions, tokenizer.model_max_length) if isinstance(n, int) and 1 < n < 10**9]
         return min(known, default=SOME_LENGTH)
     if isinstance(positions, int) and asked > positions:
@@ -296,11 +300,11 @@ def _max_length(spec: str, config: Any, tokenizer: Any, asked: int | None) -> in
 
 
 def _checkpointing(spec: str, net: nn.Module) -> None:
-    """Have each block computed again in the backward pass; `Backbone.train` says when.
+    """Make each block compute its inside again in the backward pass; `Backbone.train` switches this on and off.
 
-    Transformers has a method that sets the same, whose name has changed. Blocks have a function of their own here, for
-    a block computed again has to have the PETs in force that it had the first time: by then the loss is made and
-    nobody is `using` them any more.
+    Transformers has a method for this, but its name has changed between versions. It also does not know PETs: the
+    backward pass runs after `using` has ended, and the block needs the PETs again that were in force in the forward
+    pass. So each block gets a checkpoint function here that puts them in force.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -317,13 +321,13 @@ def _checkpointing(spec: str, net: nn.Module) -> None:
 
 
 def _same_pets(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """What to compute a block in the first time, and what again: with the PETs that are in force now."""
+    """The contexts for a block's first and second computation. The second puts the PETs in force that are so now."""
     return nullcontext(), _in_force([(slot, slot.active) for _, slot in slots(block)])
 
 
 @contextlib.contextmanager
 def _in_force(active: list[tuple[Slot, Active]]) -> Iterator[None]:
-    """Inside, each slot has the PETs that are given for it."""
+    """Inside this context each slot has the PETs in force that `active` lists for it."""
     before = [(slot, slot.active) for slot, _ in active]
     try:
         for slot, name in active:

@@ -1,4 +1,4 @@
-"""A checkpoint in transformers' layout: what its config says, and whether its tensors are the model's."""
+"""Reads the config of a checkpoint in transformers' layout, and checks that its tensors are those of the model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from perpetune.errors import PerpetuneError, UsageError, closest
 from perpetune.models.loaders.hub import one_line
 
-# Shown as examples when an id is not found: one line of ids that exist, not a limit.
+# Ids that exist. A message shows some of them if an id is not found; other ids can be used as well.
 KNOWN = (
     "google/vit-base-patch16-224",
     "google/vit-base-patch16-224-in21k",
@@ -44,10 +44,10 @@ def config_of(spec: str, source: str, **where: str) -> Any:
     """The config of the model at `source`, a folder or an id on the hub.
 
     Args:
-        where: `gguf_file`, where it is such a file in the folder or repository.
+        where: `gguf_file`, the name of the file if the model is a GGUF file in the folder or repository.
 
     Raises:
-        UsageError: there is none, or transformers cannot read it.
+        UsageError: there is no config, or transformers cannot read it.
     """
     from transformers import AutoConfig
 
@@ -57,23 +57,23 @@ def config_of(spec: str, source: str, **where: str) -> Any:
         return AutoConfig.from_pretrained(source, **where)
     except (OSError, ValueError, KeyError, IndexError, struct.error) as error:  # the last two: torn GGUF files
         if Path(source).is_dir():
-            said = "the file is torn: " if isinstance(error, IndexError | struct.error) else ""
-            raise UsageError(f"{spec}: {said}{one_line(error)}") from error
+            start = "the file is torn: " if isinstance(error, IndexError | struct.error) else ""
+            raise UsageError(f"{spec}: {start}{one_line(error)}") from error
         reason = one_line(error).partition(". ")[0]
         raise UsageError(
-            f"{spec}: no such folder, and not to be had from the hub or its cache ({reason}); {closest(source, KNOWN)}"
+            f"{spec}: no such folder, and neither the hub nor its cache has it ({reason}); {closest(source, KNOWN)}"
         ) from error
 
 
 def check_report(spec: str, report: Mapping[str, Any], ignored: tuple[str, ...] = ()) -> None:
-    """Raise what transformers has noted while it loaded tensors.
+    """Check the report that transformers gives after it has loaded tensors.
 
     Args:
-        report: its `output_loading_info`.
-        ignored: what the names of tensors begin with that may be there beside those of the model.
+        report: the `output_loading_info` of transformers.
+        ignored: beginnings of tensors' names that the checkpoint may have in addition to those of the model.
 
     Raises:
-        PerpetuneError: the checkpoint has too few tensors, too many or others; names up to eight of each.
+        PerpetuneError: tensors are missing, unexpected or of another shape; the message names up to eight of each.
     """
     faults = {
         "missing": sorted(report["missing_keys"]),
@@ -81,13 +81,13 @@ def check_report(spec: str, report: Mapping[str, Any], ignored: tuple[str, ...] 
         "of another shape": sorted(str(entry[0]) for entry in report["mismatched_keys"]),
     }
     if any(faults.values()):
-        said = "; ".join(f"{what}: {', '.join(names[:8])}" for what, names in faults.items() if names)
-        raise PerpetuneError(f"{spec}: the checkpoint does not hold this model's tensors; {said}")
+        details = "; ".join(f"{what}: {', '.join(names[:8])}" for what, names in faults.items() if names)
+        raise PerpetuneError(f"{spec}: the checkpoint does not hold this model's tensors; {details}")
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bar and no loading report from transformers: what is wrong is raised instead."""
+    """Inside this context transformers shows no progress bar and no loading report. Faults are raised as errors."""
     from transformers.utils import logging
 
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -29,7 +29,9 @@ def load_folder(
     """`folder:PATH`: a local checkpoint with its config, in transformers' or timm's layout, or a GGUF file.
 
     Args:
-        architecture: timm's name for weights that have no `config.json` beside them.
+        architecture: timm's name of the model, for weights without a `config.json`.
+
+    The other options are those of the loader for the kind of model in the folder; see `timm`, `vit` and `causal_lm`.
     """
     spec, folder = f"folder:{rest}", Path(rest).expanduser()
     given = {"pretrained": pretrained, "image_size": image_size, "architecture": architecture}
@@ -52,14 +54,14 @@ def load_folder(
 
 
 def _config(spec: str, folder: Path) -> dict[str, Any]:
-    """The folder's `config.json`; empty when there is none."""
+    """The folder's `config.json`; empty if there is none."""
     file = folder / "config.json"
     if not file.is_file():
         return {}
     try:
         config = json.loads(file.read_text())
     except ValueError as error:
-        raise UsageError(f"{spec}: config.json is no JSON: {error}") from error
+        raise UsageError(f"{spec}: config.json is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise UsageError(f"{spec}: config.json holds a {type(config).__name__}; an object is expected")
     return config

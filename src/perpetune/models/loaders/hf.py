@@ -24,9 +24,9 @@ def load_hf(
     chat: bool | None = None,
     gradient_checkpointing: bool | None = None,
 ) -> Backbone:
-    """`hf:ID_OR_FOLDER`, `hf:FILE.gguf`: ViT, DeiT, DINOv2 and their kin, or a language model.
+    """`hf:ID_OR_FOLDER`, `hf:FILE.gguf`: ViT, DeiT, DINOv2 and similar models, or a language model.
 
-    A vision transformer takes the first three options, a language model all but `image_size`.
+    A vision transformer takes the first three options; a language model takes all except `image_size`.
     """
     spec = f"hf:{rest}"
     if causal_lm.is_gguf(rest):
@@ -39,13 +39,13 @@ def load_hf(
 
 
 def load_checkpoint(spec: str, source: Source, given: Mapping[str, Any]) -> Backbone:
-    """A vision transformer or a language model, as the config at `source` says.
+    """The vision transformer or language model at `source`; its config decides which one it is.
 
     Args:
-        given: options of either; None stands for one that is not given.
+        given: options of either kind of model; None means that the option is not given.
 
     Raises:
-        UsageError: there is no such model, or the model at `source` does not take an option that is given.
+        UsageError: there is no such model, or the model at `source` does not take a given option.
     """
     config = config_of(spec, source.place, **source.where)
     if config.model_type in vit.FAMILIES or not causal_lm.is_causal(config):

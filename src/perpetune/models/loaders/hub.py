@@ -1,4 +1,4 @@
-"""Files from the Hugging Face hub, and the errors of getting them in one line."""
+"""Fetches files from the Hugging Face hub, and turns its errors into one line."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from perpetune.errors import PerpetuneError
 
 
 def hub_file(spec: str, repository: str, name: str) -> Path | None:
-    """The local copy of a file of `OWNER/NAME[@REVISION]`, fetched unless it is cached; None if there is no such file.
+    """The local copy of a file of `OWNER/NAME[@REVISION]`. It is fetched unless it is cached. None if there is no such
+    file.
 
     Raises:
-        PerpetuneError: it cannot be fetched; says why.
+        PerpetuneError: the file cannot be fetched; the message gives the reason.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
@@ -23,7 +24,7 @@ def hub_file(spec: str, repository: str, name: str) -> Path | None:
         return None
     except LocalEntryNotFoundError as error:
         raise PerpetuneError(
-            f"{spec}: {name} is not in the hub's cache here and the hub cannot be reached; "
+            f"{spec}: {name} is not in the hub's cache on this machine and the hub cannot be reached; "
             "run once with network, or name a local copy as folder:PATH"
         ) from error
     except OSError as error:
@@ -31,6 +32,6 @@ def hub_file(spec: str, repository: str, name: str) -> Path | None:
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception of another library says, on one line of bearable length."""
+    """The message of another library's exception on one line, cut after 600 characters."""
     text = " ".join(str(error).split())
     return text if len(text) <= 600 else f"{text[:600]} …"

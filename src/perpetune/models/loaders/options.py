@@ -1,4 +1,4 @@
-"""Options that several loaders have, and how they are carried out."""
+"""Options that several loaders share, and the code that carries them out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from perpetune.models.families import LINEAR_ROLES
 from perpetune.models.loaders.hub import one_line
 
 Side = Annotated[int, Field(ge=1)]
-"""Of a square input, in pixels; None is the model's own."""
+"""The side of a square input, in pixels; None is the model's own."""
 
 NOTHING: dict[str, Any] = {
     "pretrained": True,
@@ -25,28 +25,28 @@ NOTHING: dict[str, Any] = {
     "chat": False,
     "gradient_checkpointing": False,
 }
-"""Values of options that ask for nothing, beside None: a loader without the option does just that. Recipes that were
-stored when every loader had every option name them."""
+"""Values of options that, like None, ask for nothing. A loader without the option accepts them, because recipes stored
+by older versions list every option for every loader."""
 
 
 def taken(spec: str, what: str, load: Callable[..., Backbone], given: Mapping[str, Any]) -> dict[str, Any]:
     """The options among `given` that `load` takes and that are not None.
 
     Args:
-        what: the kind of model that `load` is for, as messages name it.
+        what: the kind of model that `load` builds, as messages name it.
 
     Raises:
-        UsageError: one is given that it does not take; names those that it takes.
+        UsageError: `load` does not take a given option; the message lists the options that it takes.
     """
     takes = [p.name for p in inspect.signature(load).parameters.values() if p.kind is p.KEYWORD_ONLY]
     for name, value in given.items():
         if name not in takes and value is not None and value != NOTHING.get(name):
-            raise UsageError(f"{spec}: this is {what}, which takes {', '.join(takes)}, and not {name}")
+            raise UsageError(f"{spec}: this is {what}, which takes {', '.join(takes)}, but not {name}")
     return {name: value for name, value in given.items() if name in takes and value is not None}
 
 
 def try_size(backbone: Backbone, image_size: int | None) -> None:
-    """One forward pass where a size was asked for, so that a wrong one is told now and not when training begins.
+    """Run one forward pass if a size is given, so that a wrong size fails here and not at the start of training.
 
     Raises:
         UsageError: the net cannot take pictures of that size.
@@ -63,7 +63,10 @@ def try_size(backbone: Backbone, image_size: int | None) -> None:
 
 
 def in_4bit(backbone: Backbone) -> Backbone:
-    """The same backbone, the linear layers of its blocks replaced by bitsandbytes' 4-bit ones (NF4, arXiv:2305.14314).
+    """Replace the linear layers of the backbone's blocks by bitsandbytes' 4-bit ones (NF4, arXiv:2305.14314).
+
+    Returns:
+        The same backbone.
 
     Raises:
         PerpetuneError: bitsandbytes is not installed.
@@ -75,11 +78,11 @@ def in_4bit(backbone: Backbone) -> Backbone:
     backbone.quantised_from = f"nf4 of {backbone.fingerprint()}"
     for place in backbone.pet_places([role for role in backbone.roles() if role in LINEAR_ROLES]):
         values = dict(place.module.state_dict())
-        if not isinstance(place.module, nn.Linear):  # GPT-2's Conv1D, whose weight is the other way round
+        if not isinstance(place.module, nn.Linear):  # GPT-2's Conv1D, whose weight is transposed
             values["weight"] = values["weight"].t().contiguous()
         new = bitsandbytes.nn.Linear4bit(place.d_in, place.d_out, bias="bias" in values, quant_type="nf4")
         new.load_state_dict(values)
-        # On some CPUs a layer in evaluation mode, as all are here, would compute by a function without a gradient.
+        # On some CPUs a layer in evaluation mode would use a function without a gradient; all layers here are in it.
         new.support_avx512bf16_for_cpu = False
         backbone.net.set_submodule(place.path, new.requires_grad_(False).eval())
     return backbone

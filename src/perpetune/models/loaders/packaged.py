@@ -1,4 +1,4 @@
-"""Backbones whose weights ship in this package."""
+"""The loader of backbones whose weights are part of this package."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ PACKAGED = {"micro": "micro-vit"}  # name: folder in perpetune/assets
 def load_packaged(
     rest: str, *, pretrained: bool = True, image_size: Side | None = None, load_in_4bit: bool = False
 ) -> Backbone:
-    """`perpetune:micro`: the small ViT whose weights ship in this package; its card lies beside them."""
+    """`perpetune:micro`: the small ViT whose weights are part of this package, with a model card in the same folder.
+
+    Raises:
+        UsageError: there is no packaged model of that name.
+    """
     spec = f"perpetune:{rest}"
     if rest not in PACKAGED:
         raise UsageError(f"{spec}: no such packaged model; {closest(rest, PACKAGED)}")

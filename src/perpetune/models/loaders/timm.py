@@ -1,4 +1,4 @@
-"""Backbones that timm builds: by name, with weights from the hub, or from a folder in timm's layout."""
+"""The loader of backbones that timm builds: by name with weights from the hub, or from a folder in timm's layout."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ FILTERS: dict[str, Interpolation] = {f: f for f in get_args(Interpolation)}
 def load_timm(
     rest: str, *, pretrained: bool = True, image_size: Side | None = None, load_in_4bit: bool = False
 ) -> Backbone:
-    """`timm:NAME[.TAG]`: what `timm.create_model` gives, with the weights of that tag.
+    """`timm:NAME[.TAG]`: the model of `timm.create_model`, with the weights of that tag.
 
     Args:
         pretrained: False gives random weights.
-        image_size: side of the input in pixels where it is not the model's own; position embeddings are interpolated.
+        image_size: side of the input in pixels, if it is not the model's own; position embeddings are interpolated.
         load_in_4bit: hold the linear layers of the blocks in 4 bits (NF4), by bitsandbytes.
 
     Raises:
-        UsageError: unknown name or tag, with the closest three; or the net cannot take pictures of that size.
-        PerpetuneError: timm has no weights for it, none without pickle, or they cannot be fetched.
+        UsageError: the name or tag is unknown (the message gives the closest three), or the net cannot take pictures
+            of that size.
+        PerpetuneError: timm has no weights for the model, has them only as pickle, or they cannot be fetched.
     """
     spec = f"timm:{rest}"
     backbone = _by_name(spec, rest, pretrained, image_size)
@@ -52,8 +53,8 @@ def load_local(
     """A folder with `model.safetensors` and either a `config.json` that holds `config` or a named `architecture`.
 
     Raises:
-        UsageError: no weights file, an unknown architecture, or a net that cannot take pictures of that size.
-        PerpetuneError: the tensors in the file are not those of the architecture; names them.
+        UsageError: there is no weights file, the architecture is unknown, or the net cannot take pictures of that size.
+        PerpetuneError: the tensors in the file are not those of the architecture; the message names them.
     """
     backbone = _in_folder(spec, folder, config, architecture, pretrained, image_size)
     try_size(backbone, image_size)
@@ -131,7 +132,7 @@ def _check_name(timm: ModuleType, spec: str, name: str) -> None:
 
 
 def _create(timm: ModuleType, spec: str, name: str, image_size: int | None, **kwargs: Any) -> Any:
-    """The net; its weights, if asked for, are loaded strictly, with the classifier they come with."""
+    """The net. If weights are wanted, they are loaded strictly, together with their classifier."""
     if image_size is not None:
         kwargs["img_size"] = image_size
     try:
@@ -166,7 +167,7 @@ def _wrap(timm: ModuleType, spec: str, net: Any, image_size: int | None) -> Back
 
 
 def _classes_in(spec: str, file: Path, classifier: str | tuple[str, ...] | None) -> int:
-    """How many classes the classifier in a weights file has; 0 when there is none in it."""
+    """The number of classes of the classifier in a weights file; 0 if the file has no classifier."""
     name = f"{classifier if isinstance(classifier, str) else (classifier or ('head',))[0]}.weight"
     try:
         with safe_open(file, framework="pt") as tensors:

@@ -1,4 +1,4 @@
-"""Vision transformers that transformers builds: an id on the hub or a local folder in its layout."""
+"""The loader of vision transformers by transformers: an id on the hub or a local folder in its layout."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from perpetune.models.loaders.checkpoint import check_report, config_of, quiet
 from perpetune.models.loaders.hub import hub_file, one_line
 from perpetune.models.loaders.options import Side, in_4bit, try_size
 
-# `model_type` of the families whose feature is the class token after the final norm, and whether they
-# interpolate their position embeddings only when they are told to.
+# `model_type` of the families whose feature is the class token after the final norm. True if the family interpolates
+# its position embeddings only with a keyword.
 FAMILIES = {
     "vit": True,
     "deit": True,
@@ -29,7 +29,7 @@ FAMILIES = {
     "dinov3_vit": False,
 }
 
-# Tensors of heads that a checkpoint may hold and a feature extractor has no use for.
+# Tensors of heads that a checkpoint may hold. They are not loaded, because only features are needed.
 HEADS = ("pooler.", "classifier.", "cls_classifier.", "distillation_classifier.", "decoder.")
 
 PREPROCESSOR = "preprocessor_config.json"
@@ -48,27 +48,27 @@ def load(
     """The vision transformer at `source`, a folder or an id on the hub; safetensors only.
 
     Args:
-        config: what `config_of` has read there, where that was done already.
+        config: the result of `config_of`, if the caller has it already.
         pretrained: False gives random weights.
-        image_size: side of the input in pixels where it is not the model's own; position embeddings are interpolated.
+        image_size: side of the input in pixels, if it is not the model's own; position embeddings are interpolated.
         load_in_4bit: hold the linear layers of the blocks in 4 bits (NF4), by bitsandbytes.
 
     Raises:
-        UsageError: there is no such model, it is of a family whose features are not defined here, or it cannot take
-            pictures of that size.
-        PerpetuneError: the tensors in the checkpoint are not those of the model; names them.
+        UsageError: there is no such model, its family is not in `FAMILIES`, or it cannot take pictures of that size.
+        PerpetuneError: the tensors in the checkpoint are not those of the model; the message names them.
     """
     config = config or config_of(spec, source)
     if config.model_type not in FAMILIES:
         raise UsageError(
-            f"{spec}: a {config.model_type!r} model cannot be used; one of {', '.join(FAMILIES)} can, and causal "
+            f"{spec}: a {config.model_type!r} model cannot be used; usable are {', '.join(FAMILIES)}, and causal "
             "language models"
         )
     preprocess = _preprocess(spec, source, config, image_size)
     net = _pretrained(spec, source, config) if pretrained else _random(config)
-    told = FAMILIES[config.model_type] and preprocess.size != _side(spec, config.image_size)
-    forward = partial(class_token, interpolate_pos_encoding=True) if told else class_token
-    prefix = 1 + getattr(config, "num_register_tokens", 0) + (config.model_type == "deit")  # a token to distill by
+    interpolates = FAMILIES[config.model_type] and preprocess.size != _side(spec, config.image_size)
+    forward = partial(class_token, interpolate_pos_encoding=True) if interpolates else class_token
+    # And DeiT's distillation token
+    prefix = 1 + getattr(config, "num_register_tokens", 0) + (config.model_type == "deit")
     backbone = Backbone(net, spec=spec, dim=config.hidden_size, preprocess=preprocess, forward=forward, prefix=prefix)
     try_size(backbone, image_size)
     return in_4bit(backbone) if load_in_4bit else backbone
@@ -116,7 +116,7 @@ def _pretrained(spec: str, source: str, config: Any) -> nn.Module:
 
 
 def _preprocess(spec: str, source: str, config: Any, image_size: int | None) -> PictureView:
-    """From `preprocessor_config.json`; with a warning, ImageNet's mean and std where there is none."""
+    """The view that `preprocessor_config.json` describes; without that file ImageNet's mean and std, with a warning."""
     file = Path(source) / PREPROCESSOR
     path = (file if file.is_file() else None) if Path(source).is_dir() else hub_file(spec, source, PREPROCESSOR)
     if path is None:
@@ -125,7 +125,7 @@ def _preprocess(spec: str, source: str, config: Any, image_size: int | None) -> 
     try:
         given = json.loads(path.read_text())
     except ValueError as error:
-        raise UsageError(f"{spec}: {PREPROCESSOR} is no JSON: {error}") from error
+        raise UsageError(f"{spec}: {PREPROCESSOR} is not valid JSON: {error}") from error
     side, crop = _side(spec, given.get("size", config.image_size)), None
     if given.get("do_center_crop"):
         side, whole = _side(spec, given.get("crop_size", side)), side
@@ -144,7 +144,7 @@ def _preprocess(spec: str, source: str, config: Any, image_size: int | None) -> 
 
 
 def _side(spec: str, size: Any) -> int:
-    """The side in pixels that transformers writes as a number, as height and width, or as the shortest edge."""
+    """The side in pixels. Transformers writes it as a number, as height and width, or as the shortest edge."""
     values = list(size.values()) if isinstance(size, dict) else size if isinstance(size, list | tuple) else [size]
     if len(set(values)) == 1 and isinstance(values[0], int):
         return values[0]
