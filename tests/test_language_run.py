@@ -669,7 +669,7 @@ def test_predict_on_the_command_line(
     for arguments, code, reason in (
         (["x", "--options", ","], 2, "different texts are expected"),
         (["x", "--options", ""], 2, "different texts are expected"),
-        (["x", "--csv"], 2, "--csv is for images"),
+        (["x", "--csv"], 2, "--csv works with images"),
         (["", "x"], 1, "prompt 1: the prompt is empty"),
         ([""], 1, "no prompt is given"),
         (["nowhere.jsonl"], 1, "nowhere.jsonl: no such file"),

@@ -250,7 +250,7 @@ def test_predict_on_the_command_line(tapped: Learner, capsys: pytest.CaptureFixt
     (entry,) = json.loads(said("sky 30 is", "--json", "--options", "green,red")[0])
     assert set(entry["options"]) == {"green", "red"}
     assert "is no class that was learned" in said("sky", "--options", "gren", code=2)[1]
-    assert "--csv is for images" in said("sky", "--csv", code=2)[1]
+    assert "--csv works with images" in said("sky", "--csv", code=2)[1]
     told = said("x" * 400)[1]
     assert told.startswith("perpetune: 1 of 1 prompts are longer than the model's 128 tokens and were cut on the left")
 
