@@ -364,7 +364,7 @@ def test_a_run_stops_with_a_checkpoint_once_its_parent_is_gone(
     run.stdin.close()  # as a parent's end does, kill -9 included
     (line,) = run.stdout.read().splitlines()
     assert json.loads(line)["event"] == "failed"
-    assert "go on with `perpetune resume" in json.loads(line)["message"]
+    assert "continue with `perpetune resume" in json.loads(line)["message"]
     assert run.wait() == 128 + signal.SIGTERM
     assert [p.name for p in (tmp_path / "run" / "resume").iterdir() if p.is_dir()]
 

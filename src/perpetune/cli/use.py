@@ -151,7 +151,7 @@ def export(
 
     learner = Learner.load(state, device="cpu")
     if not learner.state.committed:
-        raise StateError(f"{state} has learned nothing yet: `perpetune update` or `run` it first")
+        raise StateError(f"{state} has learned nothing yet: use `perpetune update` or `run` first")
     written = export_learned(learner.method, learner.backbone, folder)
     if json:
         print_json({"files": [str(p) for p in written]})
