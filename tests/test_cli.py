@@ -145,9 +145,9 @@ def test_run(shell: Shell, world: Path, tmp_path: Path) -> None:
 def test_init_and_update(shell: Shell, world: Path, tmp_path: Path) -> None:
     change = ["--model", f"folder:{world / 'model'}", "--device", "cpu", "--set", "train.epochs=1"]
     said = shell("init", "mine", *change)
-    assert said.lines == ["mine is ready: feed it with `perpetune update mine --data FOLDER`"]
+    assert said.lines == ["mine is ready: add data with `perpetune update mine --data FOLDER`"]
     assert shell("log", "mine").lines == ["nothing has happened yet"]
-    assert shell("resume", "mine").lines == ["nothing to resume: no tasks learned, and none is open"]
+    assert shell("resume", "mine").lines == ["nothing to resume: no tasks learned, no task unfinished"]
 
     said = shell("update", "mine", "--data", world / "images")
     assert said.lines[0] == "task 1 images  4 classes, 24 training examples"
@@ -169,7 +169,7 @@ def test_init_and_update(shell: Shell, world: Path, tmp_path: Path) -> None:
 
 
 def test_resume(shell: Shell, world: Path, state: Path) -> None:
-    assert shell("resume", state).lines[0] == "nothing to resume: 2 tasks learned, and none is open"
+    assert shell("resume", state).lines[0] == "nothing to resume: 2 tasks learned, no task unfinished"
     assert len(shell.json("resume", state)["tasks"]) == 2
 
     class Stopping(Silent):
@@ -238,11 +238,11 @@ def test_several_runs_end_in_one_comparison(
     monkeypatch.setattr(jobs, "CHILD", ["/there/is/no/such/program"])  # nothing is left to be run
     table = shell.json("run", *recipes, "--out", out)
     assert [row["runs"] for row in table["rows"]] == [[str(out / "tiny-s0")], [str(out / "held-s0")]]
-    assert shell("run", *recipes, "--out", out).lines[0] == "2 of 2 runs complete already"
+    assert shell("run", *recipes, "--out", out).lines[0] == "2 of 2 runs already complete"
     said = shell("run", *recipes, "--out", out, "--set", "train.epochs=1", code=2)
     assert said.err == (
-        f"perpetune: {out / 'tiny-s0'} was begun with another recipe (train differs): choose another --out, or delete "
-        "that folder\n"
+        f"perpetune: {out / 'tiny-s0'} belongs to another recipe (train differs): choose another --out, or delete "
+        "this folder\n"
     )
 
 
@@ -277,7 +277,7 @@ def test_ctrl_c_stops_all_and_the_same_command_goes_on(
 
     threading.Thread(target=stop, daemon=True).start()
     said = shell("run", recipes[0], "--seeds", "2", "--out", out, "--set", "train.epochs=5000", code=130)
-    assert said.err == "perpetune: stopped by SIGINT with 0 of 2 runs complete; the same command goes on\n"
+    assert said.err == "perpetune: stopped by SIGINT with 0 of 2 runs complete; the same command continues the others\n"
     assert "failed" not in said.out
     assert [p.name for p in out.iterdir()] == ["tiny-s0"]  # the second was not begun
     assert [p.name for p in (out / "tiny-s0" / "resume").iterdir() if p.is_dir()]  # where it goes on
@@ -364,7 +364,7 @@ def test_a_run_stops_with_a_checkpoint_once_its_parent_is_gone(
     run.stdin.close()  # as a parent's end does, kill -9 included
     (line,) = run.stdout.read().splitlines()
     assert json.loads(line)["event"] == "failed"
-    assert "go on with `perpetune resume" in json.loads(line)["message"]
+    assert "continue with `perpetune resume" in json.loads(line)["message"]
     assert run.wait() == 128 + signal.SIGTERM
     assert [p.name for p in (tmp_path / "run" / "resume").iterdir() if p.is_dir()]
 
@@ -419,12 +419,12 @@ def test_without_a_recipe_it_is_the_demo(shell: Shell, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["demo", "--seeds", "x"], "--seeds 'x': how many, or which, is expected: 3, or 0,3,5"),
-        (["demo", "--seeds", "0"], "--seeds '0': how many"),
-        (["demo", "--seeds", "-1"], "--seeds '-1': how many"),
-        (["demo", "--seeds", "1,1"], "--seeds '1,1': a seed stands twice"),
+        (["demo", "--seeds", "x"], "--seeds 'x': expected a number of seeds, such as 3, or a list, such as 0,3,5"),
+        (["demo", "--seeds", "0"], "--seeds '0': expected a number"),
+        (["demo", "--seeds", "-1"], "--seeds '-1': expected a number"),
+        (["demo", "--seeds", "1,1"], "--seeds '1,1': the list has a seed twice"),
         (["demo", "--seeds", "2", "--seed", "1"], "--seed and --seeds: choose one of them"),
-        (["demo", "demo"], "two recipes are called 'demo', and their folders would be the same: rename one"),
+        (["demo", "demo"], "two recipes have the name 'demo' and would use the same folder: rename one of them"),
         (["demo", "dmo"], "there is no recipe 'dmo'"),
         (["demo", "demo-ncm", "--out", "one"], "one is the state folder of one run: choose another --out for several"),
     ],

@@ -63,8 +63,8 @@ def test_what_protection_cannot_hold_is_told_before_any_rule() -> None:
         check_method("joint", ["protect=true"])
     for changes, why in {
         ("finetune", "pet=adapter"): "adapter cannot be renewed: use lora, or leave renew out",
-        ("treelora", "start=last"): "treelora keeps its pet through the tasks or renews it by itself: leave protect",
-        ("safe", "head=ncm"): "safe keeps its pet through the tasks or renews it by itself: leave protect",
+        ("treelora", "start=last"): "treelora decides by itself whether its pet is renewed: leave protect",
+        ("safe", "head=ncm"): "safe decides by itself whether its pet is renewed: leave protect",
         ("finetune", "protect.strength=soft"): "renew needs strength: hard",
         ("finetune", "protect.sites=[up]"): "there is no site 'up'; sites here are down",
     }.items():

@@ -238,7 +238,7 @@ def test_a_signal_to_one_process_stops_both_and_both_go_on(pair: Path) -> None:
 
 
 def test_several_processes_need_a_folder_that_all_can_see(pair: Path) -> None:
-    told = "several processes share one state folder: give `folder` a path that all of them see"
+    told = "several processes must share one state folder: give `folder` a path that all of them see"
     assert [s["without a folder"] for s in seen(pair)] == [told] * 2
 
 

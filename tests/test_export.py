@@ -205,7 +205,7 @@ def test_writing_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no set of pets called 'x'; one of default"):
         write_peft(backbone, "x", tmp_path / "a")
     inject(backbone.net, places(backbone.net, ["mlp"]), lambda place: Other(), "mixed")
-    with pytest.raises(UsageError, match="the set 'mixed' holds Other"):
+    with pytest.raises(UsageError, match="the set 'mixed' has Other"):
         write_peft(backbone, "mixed", tmp_path / "a")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("keep")
@@ -234,12 +234,12 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "bias": ({"bias": "all"}, "bias 'all'"),
     "saved modules": ({"modules_to_save": ["head"]}, "sets modules_to_save"),
     "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),
-    "another method": ({"peft_type": "LOHA"}, "not 'LOHA'"),
+    "another method": ({"peft_type": "LOHA"}, "is 'LOHA'"),
     "no rank": ({"r": None}, "r is None"),
     "no targets": ({"target_modules": None}, "target_modules is None"),
     "foreign targets": ({"target_modules": ["q_proj"]}, "unexpected: base_model.model.blocks.0.attn.qkv.lora_A.weight"),
     "one more target": ({"target_modules": ["qkv", "fc1"]}, "missing: base_model.model.blocks.0.mlp.fc1.lora_A.weight"),
-    "another rank": ({"r": 5}, r"blocks.0.attn.qkv: a LoRA matrix is \(6, 24\); \(5, 24\) is expected"),
+    "another rank": ({"r": 5}, r"blocks.0.attn.qkv: a LoRA matrix has shape \(6, 24\); expected \(5, 24\)"),
 }
 
 
@@ -272,7 +272,7 @@ def test_reading_tensors_is_strict(tmp_path: Path) -> None:
         read({k: v for k, v in whole.items() if k != name})
     with pytest.raises(StateError, match="unexpected: extra"):
         read({**whole, "extra": torch.zeros(1)})
-    with pytest.raises(StateError, match=r"blocks.1.attn.qkv: a LoRA matrix is \(3, 6\); \(72, 6\) is expected"):
+    with pytest.raises(StateError, match=r"blocks.1.attn.qkv: a LoRA matrix has shape \(3, 6\); expected \(72, 6\)"):
         read({**whole, name: torch.zeros(3, 6)})
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(StateError, match="cannot be read"):
@@ -280,7 +280,7 @@ def test_reading_tensors_is_strict(tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(UsageError, match=r"has no adapter_model.safetensors"):
         read_peft(built(timm_vit), folder, "default")
-    with pytest.raises(UsageError, match="holds no PEFT adapter"):
+    with pytest.raises(UsageError, match="has no PEFT adapter"):
         read_peft(built(timm_vit), tmp_path, "default")
 
 

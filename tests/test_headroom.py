@@ -345,7 +345,7 @@ def test_a_run_that_goes_on_has_the_same_oracle(world: Path, tmp_path: Path) -> 
 
 def test_an_update_has_no_old_data(world: Path, tmp_path: Path) -> None:
     content = recipe(world / "vit", head=RIDGE)
-    with pytest.raises(UsageError, match=r"evaluate\.oracle solves the head on the training data of all tasks"):
+    with pytest.raises(UsageError, match=r"evaluate\.oracle needs the training data of all tasks"):
         Learner({**content, "evaluate": {"oracle": True}}, tmp_path / "state")
     assert not (tmp_path / "state").exists()
     learned(world, tmp_path / "ran", "last", method="frozen", head=RIDGE)

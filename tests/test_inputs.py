@@ -29,7 +29,7 @@ def test_tensors_that_are_none_are_not_there() -> None:
     assert "labels" not in inputs
     assert inputs.labels is None
     assert inputs.options is None
-    with pytest.raises(UsageError, match="a model asks for pixels, and its inputs are ids, mask"):
+    with pytest.raises(UsageError, match="the model needs the input pixels, but the batch has only ids, mask"):
         _ = inputs.pixels
 
 
@@ -86,7 +86,7 @@ def test_examples_have_defaults() -> None:
     assert (plain.deterministic, plain.weights, plain.lengths) == (False, None, None)
     assert plain.questions() is plain
     assert plain.weight([0, 2]) == 2.0
-    with pytest.raises(UsageError, match="no texts"):
+    with pytest.raises(UsageError, match="not texts"):
         plain.text(0)
     items = [(plain.load(i, None), plain.targets[i], i) for i in range(3)]
     assert torch.equal(plain.collate(items).inputs.pixels, stack(items).inputs.pixels)

@@ -206,7 +206,7 @@ def test_prompts_in_every_form(done: Learner) -> None:
         with pytest.raises(DataError, match=reason):
             done.answer(wrong)  # type: ignore[arg-type]
     for options in ([], [""], ["a", " a"]):
-        with pytest.raises(UsageError, match="different texts are expected"):
+        with pytest.raises(UsageError, match="expected different texts"):
             done.answer("a", options=options)
     with pytest.raises(UsageError, match="takes texts, not pictures: call `answer`"):
         done.predict(["x.png"])
@@ -341,7 +341,7 @@ def test_zero_shot_is_the_same_after_every_task(folders: dict[str, Path], data: 
         ({"stream": {"order": ["colours"]}}, r"stream\.order: 'colours' is not among the tasks"),
         ({"protect": True, "method": "joint"}, "joint keeps all data"),
         ({"protect": True, "method": "treelora"}, "start: nearest; protect: needs start: last"),
-        ({"pet": "prompt"}, "pet: prompt adds tokens, which have no place in the order of a text"),
+        ({"pet": "prompt"}, "pet: prompt adds tokens, but the tokens of a text have a fixed order"),
         ({"pet": "prefix"}, "pet: prefix adds tokens"),
         (
             {"method": {"name": "finetune", "head_first": 0.6}},
@@ -361,7 +361,7 @@ def test_what_does_not_go_together_is_said_in_one_line(
 
 def test_float16_needs_a_scaled_loss(folders: dict[str, Path]) -> None:
     backbone = {"name": f"hf:{folders['llama']}", "dtype": "float16"}
-    with pytest.raises(UsageError, match=r"use it with run.precision: fp16, or dtype bfloat16"):
+    with pytest.raises(UsageError, match=r"add run.precision: fp16, or use dtype bfloat16"):
         Learner(recipe(folders["llama"], backbone=backbone))
 
 
@@ -577,7 +577,7 @@ def test_keys_of_the_data_section_can_be_given_with_an_update(
     assert cell is not None
     assert cell["score"] == "rouge_l"
     learner = Learner.load(state)
-    with pytest.raises(UsageError, match="options are for data that are a path or an id"):
+    with pytest.raises(UsageError, match="options need data that are a path or an id"):
         learner.learn({"name": "text", "path": str(path)}, options={"score": "f1"})
 
 
@@ -667,9 +667,9 @@ def test_predict_on_the_command_line(
         "the left (the longest by 284)\n"
     )
     for arguments, code, reason in (
-        (["x", "--options", ","], 2, "different texts are expected"),
-        (["x", "--options", ""], 2, "different texts are expected"),
-        (["x", "--csv"], 2, "--csv is for images"),
+        (["x", "--options", ","], 2, "expected different texts"),
+        (["x", "--options", ""], 2, "expected different texts"),
+        (["x", "--csv"], 2, "--csv works with images"),
         (["", "x"], 1, "prompt 1: the prompt is empty"),
         ([""], 1, "no prompt is given"),
         (["nowhere.jsonl"], 1, "nowhere.jsonl: no such file"),

@@ -147,14 +147,14 @@ def test_without_a_folder_the_state_is_temporary_until_it_is_saved(
 def test_saving_replaces_nothing(state: Path, tmp_path: Path) -> None:
     learner = Learner.load(state)
     (tmp_path / "there").mkdir()
-    with pytest.raises(UsageError, match="there is there already"):
+    with pytest.raises(UsageError, match="there already exists"):
         learner.save(tmp_path / "there")
     assert list((tmp_path / "there").iterdir()) == []
 
 
 def test_a_folder_that_is_taken_stays_as_it_is(vit: Path, state: Path) -> None:
     before = sorted(p.name for p in state.rglob("*"))
-    with pytest.raises(UsageError, match="is there already: go on with `perpetune resume"):
+    with pytest.raises(UsageError, match="already exists: continue with `perpetune resume"):
         Learner(recipe(vit), state)
     assert sorted(p.name for p in state.rglob("*")) == before
 
@@ -214,7 +214,7 @@ def test_a_run_that_is_finished_is_left_as_it_is(state: Path) -> None:
 
 def test_a_state_without_data_has_nothing_to_run(vit: Path) -> None:
     learner = Learner(recipe(vit))
-    with pytest.raises(UsageError, match="recipe tiny names no data"):
+    with pytest.raises(UsageError, match="recipe tiny has no data"):
         learner.run()
     assert learner.resume()["tasks"] == []
 
@@ -341,7 +341,7 @@ def test_a_name_is_made_safe_and_is_taken_once(state: Path, two_classes: Path) -
     name = results["tasks"][2]["name"]
     assert "/" not in name
     assert (state / "tasks" / f"0002-{name}").is_dir()
-    with pytest.raises(UsageError, match="has a task 'a-b' already: choose another --name"):
+    with pytest.raises(UsageError, match="already has a task 'a-b': choose another --name"):
         learner.learn(two_classes, name="a-b")
 
 
@@ -362,7 +362,7 @@ def test_names_of_updates(vit: Path, two_classes: Path, tmp_path: Path) -> None:
         results = learner.learn(data, name=asked)
     names = ["2026-10", "2026-10-2", "十月", "task-4", "list", "start-1"]
     assert [t["name"] for t in results["tasks"]] == names
-    with pytest.raises(UsageError, match="a task cannot be called 'start'"):
+    with pytest.raises(UsageError, match="a task cannot have the name 'start'"):
         learner.learn(october, name="start")
     state = State(tmp_path / "state")
     assert [t.name for t in state.committed] == names
@@ -393,7 +393,7 @@ def test_new_images_that_earlier_tasks_are_tested_on_are_named(vit: Path, two_cl
 
 def test_a_run_is_finished_before_it_is_updated(vit: Path, data: Path, two_classes: Path) -> None:
     learner = Learner(recipe(vit, data))
-    with pytest.raises(UsageError, match="has learned 0 of the 2 tasks of its own stream: finish them first"):
+    with pytest.raises(UsageError, match="has learned 0 of the 2 tasks of its stream: finish them first"):
         learner.learn(two_classes)
     learner.run()
     assert len(learner.learn(two_classes)["tasks"]) == 3
@@ -530,7 +530,7 @@ def test_a_stopped_run_goes_on_where_it_stood(vit: Path, data: Path, tmp_path: P
     whole = Learner(content)
     expected = whole.run()
     learner = stopping(content, tmp_path / "state", at=2)
-    with pytest.raises(Interrupted, match=r"after step 3 of 4; go on with `perpetune resume .*state`"):
+    with pytest.raises(Interrupted, match=r"after step 3 of 4; continue with `perpetune resume .*state`"):
         learner.run()
     assert learner.state.committed == []
     with pytest.raises(StateError, match="has learned nothing yet"):  # not half of a task either
@@ -587,7 +587,7 @@ def test_a_stopped_update_from_an_object_asks_for_it_again(vit: Path, tmp_path: 
     with pytest.raises(Interrupted):
         learner.learn(squares(), name="squares")
     later = Learner.load(tmp_path / "state")
-    with pytest.raises(UsageError, match="task squares was given as a Python object"):
+    with pytest.raises(UsageError, match="the data of task squares were a Python object"):
         later.resume()
     later.learn(squares(), name="squares")
     whole = Learner(recipe(vit))
@@ -623,7 +623,7 @@ def test_other_weights_of_the_same_backbone_are_refused(data: Path, tmp_path: Pa
     Learner(recipe(mine, data, method="frozen", head="ncm", pet="none"), tmp_path / "state").run()
     shutil.rmtree(mine)
     vit_folder(mine, seed=2)
-    with pytest.raises(StateError, match=r"was made with other weights of folder:.*bring back the checkpoint"):
+    with pytest.raises(StateError, match=r"was made with other weights of folder:.*restore the checkpoint"):
         Learner.load(tmp_path / "state")
     shutil.rmtree(mine)
     vit_folder(mine, seed=1)
@@ -649,7 +649,7 @@ def test_loading_changes_nothing_and_a_device_may_be_named(state: Path) -> None:
 def test_a_state_that_somebody_else_went_on_with_is_loaded_again(state: Path, two_classes: Path) -> None:
     first, second = Learner.load(state), Learner.load(state)
     first.learn(two_classes)
-    with pytest.raises(StateError, match="was changed after it was loaded here: load it again"):
+    with pytest.raises(StateError, match="was changed after this learner loaded it: load it again"):
         second.learn(two_classes, name="other")
     assert len(State(state).committed) == 3
 

@@ -396,7 +396,7 @@ def merge_out_of_range(p: Place) -> list[str]:
     return p.run(method={"name": "finetune", "merge": 1.5})
 
 
-@case(2, "names no data", "data:", "perpetune update")
+@case(2, "has no data", "data:", "perpetune update")
 def recipe_without_data(p: Place) -> list[str]:
     return p.run(data=...)
 
@@ -499,7 +499,7 @@ def device_that_holds_nothing(p: Place) -> list[str]:
     return p.run("--device", "meta")
 
 
-@case(2, "out", "there already", "perpetune resume", "another folder")
+@case(2, "out", "already exists", "perpetune resume", "another folder")
 def out_is_there_already(p: Place) -> list[str]:
     (p.tmp / "out").mkdir()
     (p.tmp / "out" / "notes.txt").write_text("mine")
@@ -833,7 +833,7 @@ def state_with_a_gap_in_its_tasks(p: Place) -> list[str]:
     return p.predict(state)
 
 
-@case(1, "notes", "not a task's folder", "0003-NAME")
+@case(1, "notes", "not the folder of a task", "0003-NAME")
 def state_with_a_strange_folder(p: Place) -> list[str]:
     state = p.state()
     (state / "tasks" / "notes").mkdir()

@@ -156,14 +156,14 @@ def test_an_unexpected_tensor_is_named(files: Files) -> None:
 
 def test_a_tensor_of_another_shape_is_named(files: Files) -> None:
     changed = edited(files, HEAD, lambda found: found.update({MEANS: found[MEANS][:, :-1].contiguous()}))
-    with pytest.raises(StateError, match=rf"there/{HEAD}: {MEANS} is .*\(4, 31\) where .* \(4, 32\)"):
+    with pytest.raises(StateError, match=rf"there/{HEAD}: {MEANS} is .*\(4, 31\), but .* \(4, 32\)"):
         restore(make(head="ncm"), changed, "there")
 
 
 def test_a_tensor_of_another_type_is_named(files: Files) -> None:
     name = a_pet_tensor(files)
     changed = edited(files, PET, lambda found: found.update({name: found[name].half()}))
-    with pytest.raises(StateError, match=rf"there/{PET}: {name} is torch.float16 .* has torch.float32"):
+    with pytest.raises(StateError, match=rf"there/{PET}: {name} is torch.float16 .* it is torch.float32"):
         restore(make(head="ncm"), changed, "there")
 
 
@@ -179,7 +179,7 @@ def test_a_method_of_another_make_is_refused(files: Files, change: dict[str, Any
 
 
 def test_another_rank_is_refused(files: Files) -> None:
-    with pytest.raises(StateError, match=r"is .* where the recipe's model has .*do not belong together"):
+    with pytest.raises(StateError, match=r"is .*, but in the recipe's model it is .*do not belong together"):
         restore(make(head="ncm", pet={"name": "lora", "rank": 2}), files, "there")
 
 

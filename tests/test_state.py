@@ -107,7 +107,7 @@ def test_a_state_is_not_made_over_anything(state: State, tmp_path: Path) -> None
         (folder / name).write_text("mine")
     before = sorted(tmp_path.rglob("*"))
     for folder in taken:
-        with pytest.raises(UsageError, match=f"{re.escape(str(folder))} is there already: .*choose another folder"):
+        with pytest.raises(UsageError, match=f"{re.escape(str(folder))} already exists: .*choose another folder"):
             State.create(folder, make_recipe({}), {})
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -181,7 +181,7 @@ def test_a_bad_line_in_the_middle_is_named(state: State, line: bytes) -> None:
     with open(state.folder / "journal.jsonl", "ab") as file:
         file.write(line + b"\n")
     state.log("task begun", task=0)
-    with pytest.raises(StateError, match=r"journal\.jsonl, line 2: not JSON of an event; restore the file or delete"):
+    with pytest.raises(StateError, match=r"journal\.jsonl, line 2: not an event in JSON; restore the file or delete"):
         state.journal()
 
 
@@ -232,7 +232,7 @@ def test_a_number_that_is_there_twice_is_named(state: State, method: Method) -> 
 def test_a_foreign_folder_is_named(state: State, method: Method, name: str) -> None:
     commit(state, method, "a")
     (state.folder / "tasks" / name).mkdir()
-    with pytest.raises(StateError, match=rf"tasks/{re.escape(name)} is not a task's folder .*: move it away"):
+    with pytest.raises(StateError, match=rf"tasks/{re.escape(name)} is not the folder of a task .*: move it away"):
         _ = state.committed
 
 
@@ -336,7 +336,7 @@ def test_a_second_writer_is_refused(state: State) -> None:
     with state.writing():
         for _ in range(2):  # the refusal does not break the lock
             with (
-                pytest.raises(StateError, match="is being written by another process: wait for it, or stop it"),
+                pytest.raises(StateError, match=r"another process is writing to .*: wait for it, or stop it"),
                 State(state.folder).writing(),
             ):
                 pass
@@ -362,7 +362,7 @@ def test_the_lock_ends_with_its_process_though_a_child_of_it_lives(state: State)
             signal.pause()
     child = int(os.read(read, 20))
     try:
-        with pytest.raises(StateError, match="being written"), state.writing():
+        with pytest.raises(StateError, match="is writing to"), state.writing():
             pass
         os.kill(holder, signal.SIGKILL)
         os.waitpid(holder, 0)
@@ -391,7 +391,7 @@ def test_the_second_of_two_learners_is_told(world: Path, tmp_path: Path) -> None
     state = shutil.copytree(world / "open", tmp_path / "state")
     first, second = Learner.load(state), Learner.load(state)
     first.resume()
-    with pytest.raises(StateError, match="was changed after it was loaded here: load it again"):
+    with pytest.raises(StateError, match="was changed after this learner loaded it: load it again"):
         second.resume()
     assert learned(state) == learned(world / "whole")
 
@@ -566,7 +566,7 @@ def test_statistics_are_not_counted_twice(world: Path, tmp_path: Path) -> None:
         state = tmp_path / f"stopped-{again}"
         learner = Learner(recipe(world, **plain), state)
         learner.runtime.progress = Terminates()
-        with pytest.raises(Interrupted, match=f"go on with `perpetune resume {re.escape(str(state))}`") as stopped:
+        with pytest.raises(Interrupted, match=f"continue with `perpetune resume {re.escape(str(state))}`") as stopped:
             learner.run()
         assert stopped.value.exit_code == 143
         assert [t.name for t in State(state).committed] == NAMES[:1]
@@ -614,7 +614,7 @@ def test_a_rolled_back_task_was_never_learned(world: Path, tmp_path: Path) -> No
     state = State(tmp_path / "around")
     with state.writing():
         assert state.rollback("A") == ["B"]
-    with pytest.raises(StateError, match="was changed after it was loaded here"):
+    with pytest.raises(StateError, match="was changed after this learner loaded it"):
         around.learn(c, name="C")
     Learner.load(tmp_path / "around").learn(c, name="C")
     assert learned(tmp_path / "around") == learned(tmp_path / "straight")

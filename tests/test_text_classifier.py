@@ -209,10 +209,10 @@ def test_answers_are_classes_with_probabilities(tapped: Learner) -> None:
     whole = dict(first.options)
     share = whole["green"] / (whole["green"] + whole["red"])
     assert dict(some.options)["green"] == pytest.approx(share, rel=1e-4)
-    with pytest.raises(UsageError, match="options: 'gren' is no class that was learned; closest: green") as caught:
+    with pytest.raises(UsageError, match="options: 'gren' is not a learned class; closest: green") as caught:
         tapped.answer("sky", options=["gren"])
     assert "\n" not in str(caught.value)
-    with pytest.raises(UsageError, match="different texts are expected"):
+    with pytest.raises(UsageError, match="expected different texts"):
         tapped.answer("sky", options=[])
     with pytest.raises(UsageError, match="call `answer`"):
         tapped.predict(["x.png"])
@@ -249,8 +249,8 @@ def test_predict_on_the_command_line(tapped: Learner, capsys: pytest.CaptureFixt
     assert len(entry["options"]) == 2
     (entry,) = json.loads(said("sky 30 is", "--json", "--options", "green,red")[0])
     assert set(entry["options"]) == {"green", "red"}
-    assert "is no class that was learned" in said("sky", "--options", "gren", code=2)[1]
-    assert "--csv is for images" in said("sky", "--csv", code=2)[1]
+    assert "is not a learned class" in said("sky", "--options", "gren", code=2)[1]
+    assert "--csv works with images" in said("sky", "--csv", code=2)[1]
     told = said("x" * 400)[1]
     assert told.startswith("perpetune: 1 of 1 prompts are longer than the model's 128 tokens and were cut on the left")
 
@@ -347,7 +347,7 @@ def test_free_texts_are_told_before_anything_is_learned(kind: str, model: Path, 
         ({"method": "olora", "pet": "lora"}, None),
         (
             {"pet": "prompt", "method": "finetune"},
-            "pet: prompt adds tokens, which have no place in the order of a text",
+            "pet: prompt adds tokens, but the tokens of a text have a fixed order",
         ),
     ],
 )

@@ -1,5 +1,5 @@
-"""perpetune keeps tuning a pretrained model as new data arrive: without forgetting, without keeping old
-data, training only a few parameters.
+"""perpetune keeps tuning a pretrained model as new data arrive. The model does not forget, the old data need not be
+kept, and only a few parameters are trained.
 
     import perpetune
     learner = perpetune.Learner("demo")

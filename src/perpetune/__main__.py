@@ -1,4 +1,4 @@
-"""`python -m perpetune`, and what `accelerate launch -m perpetune` runs."""
+"""The entry point of `python -m perpetune` and of `accelerate launch -m perpetune`."""
 
 from perpetune.cli import main
 

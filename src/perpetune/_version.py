@@ -1,3 +1,3 @@
-"""The one place the version is written."""
+"""The version. It is written in this place only."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""From a recipe to the things it names."""
+"""Make the objects that a recipe names: backbone, method, protection, data, runtime."""
 
 from __future__ import annotations
 
@@ -34,16 +34,17 @@ def load_backbone(spec: str, *, seed: int = 0, **options: Any) -> Backbone:
     """The frozen model that `PREFIX:REST` names, on the CPU, in evaluation mode.
 
     Args:
-        spec: as in a recipe. Installed packages may bring prefixes by the entry point `perpetune.backbones`.
-        seed: decides random weights, which `pretrained=False` gives.
-        options: those of the prefix's loader (`perpetune methods` lists them); `taps`, blocks behind which features are
-            read, or `auto`; and `tokens`, which the taps read.
+        spec: the backbone's name, as in a recipe. Installed packages can add prefixes with the entry point
+            `perpetune.backbones`.
+        seed: the seed of random weights, which `pretrained=False` gives.
+        options: the options of the prefix's loader (`perpetune methods` lists them). Also `taps`: the blocks behind
+            which features are read, or `auto`; and `tokens`: the tokens that the taps read.
 
     Raises:
-        UsageError: an unknown prefix or name (with the closest three), an option that the loader does not take, or
-            options that do not fit.
-        MissingExtra: the package that the prefix needs is not installed.
-        PerpetuneError: the weights cannot be fetched, or are not those of the model.
+        UsageError: the prefix or the name is unknown (the message has the three closest), the loader does not know an
+            option, or options do not fit together.
+        MissingExtra: a package that the prefix needs is not installed.
+        PerpetuneError: the weights cannot be downloaded, or they do not belong to the model.
     """
     name = registry.loader_of(spec)
     load, given = registry.find("backbones", name), registry.options("backbones", name, options)
@@ -57,7 +58,7 @@ def load_backbone(spec: str, *, seed: int = 0, **options: Any) -> Backbone:
 
 
 def build_method(recipe: Recipe, backbone: Backbone) -> Method:
-    """A method that has learned nothing yet, on the backbone's device."""
+    """A new method without learned tasks, on the backbone's device."""
     if recipe.pet is not None:
         _inject(recipe.pet, backbone, generator(recipe.seed, "pet"), "default")
     for name, section in recipe.pets.items():
@@ -67,25 +68,24 @@ def build_method(recipe: Recipe, backbone: Backbone) -> Method:
         kind = registry.find("methods", recipe.method.name)
         if recipe.pets and not kind.several:
             raise UsageError(
-                f"method: {recipe.method.name} trains one set of pets, and the recipe names "
-                f"{', '.join(recipe.pets)} under pets: describe one under pet, or use a method for several sets, such "
-                "as finetune"
+                f"method: {recipe.method.name} trains one set of pets, but the recipe has several under pets: "
+                f"{', '.join(recipe.pets)}. Describe one under pet, or use a method for several sets, such as finetune"
             )
         method: Method = kind(model, **recipe.method_options())
     if isinstance(model, Classifier):
         model.head.ready()
     if recipe.backbone.options.get("dtype") == "float16" and recipe.run.precision != "fp16":
         raise UsageError(
-            "backbone.dtype: float16 is trained with a scaled loss, else small gradients become zero: use it with "
-            "run.precision: fp16, or dtype bfloat16"
+            "backbone.dtype: float16 needs a scaled loss, because small gradients become zero in float16: add "
+            "run.precision: fp16, or use dtype bfloat16"
         )
     if recipe.protect is not None:
         if method.unprotectable:
             raise UsageError(f"method: {recipe.method.name} {method.unprotectable}")
         if recipe.protect.renew and not method.renewable:
             raise UsageError(
-                f"method: {recipe.method.name} keeps its pet through the tasks or renews it by itself: leave "
-                "protect.renew out, or use finetune"
+                f"method: {recipe.method.name} decides by itself whether its pet is renewed: leave protect.renew out, "
+                "or use finetune"
             )
         _check_renewed(recipe.protect, method)
         method.protection = build_protection(recipe, method)
@@ -93,19 +93,19 @@ def build_method(recipe: Recipe, backbone: Backbone) -> Method:
 
 
 def _inject(section: PetSection, backbone: Backbone, rng: torch.Generator, name: str) -> None:
-    """Put the pets that a section describes on the backbone, as the set `name`."""
+    """Put the pets that a section of the recipe describes on the backbone, as the set `name`."""
     kind = registry.find("pets", section.name)
     options = registry.options("pets", section.name, section.options)
     if kind.adds_tokens and backbone.preprocess.ordered:
         raise UsageError(
-            f"pet: {section.name} adds tokens, which have no place in the order of a text: use lora or adapter"
+            f"pet: {section.name} adds tokens, but the tokens of a text have a fixed order: use lora or adapter"
         )
     at = kind.default_at if section.at is None else section.at
     inject(backbone.net, backbone.pet_places(at, section.blocks), lambda place: kind(place, rng, **options), name)
 
 
 def _build_model(recipe: Recipe, backbone: Backbone) -> Model:
-    """The backbone with what turns its features into answers: a head of classes, or a model with its own way."""
+    """The model: the backbone with a head of classes, or a model that turns features into answers in its own way."""
     head = registry.find("heads", recipe.head.name)
     options = registry.options("heads", recipe.head.name, recipe.head.options)
     if issubclass(head, Model):
@@ -113,7 +113,7 @@ def _build_model(recipe: Recipe, backbone: Backbone) -> Model:
         return model
     made = head.of(backbone, **options)
     if backbone.taps is not None:
-        made.train_on(backbone.end)  # what is trained by the loss of one block's tokens is every block before it
+        made.train_on(backbone.end)  # a loss on the last block's tokens trains every block before it
     return Classifier(backbone, made)
 
 
@@ -122,12 +122,13 @@ def _check_renewed(config: ProtectConfig, method: Method) -> None:
     for name in named:
         if name not in method.trained:
             raise UsageError(
-                f"protect.renew names the set of pets {name!r}, which is not trained; {closest(name, method.trained)}"
+                f"protect.renew names the set of pets {name!r}, but the method does not train this set; "
+                f"{closest(name, method.trained)}"
             )
 
 
 def build_protection(recipe: Recipe, method: Method) -> Protection:
-    """The protection of every site of the method's pets, with nothing protected yet."""
+    """A new protection for every site of the method's pets; it does not protect any direction yet."""
     assert recipe.protect is not None
     config = recipe.protect
     sites, loose, free = pet_sites(method, config.conditions, method.trained, config.renews, method.sometimes)
@@ -135,35 +136,33 @@ def build_protection(recipe: Recipe, method: Method) -> Protection:
 
 
 def build_data(recipe: Recipe, view: View) -> Stream:
-    """The stream of tasks, images not yet read; `view` says how pictures or texts are prepared."""
+    """The stream of tasks. It has not read any image yet; `view` prepares pictures or texts for the backbone."""
     if recipe.data is None:
-        raise UsageError(
-            f"recipe {recipe.name} names no data: add a `data:` section, or feed it with `perpetune update`"
-        )
+        raise UsageError(f"recipe {recipe.name} has no data: add a `data:` section, or give data to `perpetune update`")
     options = registry.options("data", recipe.data.name, recipe.data.options)
     source: Source = registry.find("data", recipe.data.name)(**options)
     return build_stream(source, recipe.stream, view, seed=recipe.seed)
 
 
 def build_runtime(recipe: Recipe) -> Runtime:
-    """Device, precision, processes and threads, with nothing stored and nobody watching yet."""
+    """The runtime with device, precision, processes and threads. It has no checkpoints and shows no progress yet."""
     section = recipe.run
     if section.threads:
         torch.set_num_threads(section.threads)
     try:
         device = pick_device(section.device)
-        torch.empty(0, device=device).cpu()  # `meta` can be made, and holds nothing
+        torch.empty(0, device=device).cpu()  # fails on the device `meta`, which holds no values
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"run.device {section.device!r} cannot be used here: {reason}; `auto` picks one") from None
     runtime = Runtime(recipe.seed, device, section.precision, section.workers)
     try:
         given = runtime.accelerator.device
-    except ValueError as error:  # accelerate knows no such precision there
+    except ValueError as error:  # accelerate does not know this precision on this device
         why = str(error).splitlines()[0]
         raise UsageError(f"run.precision {section.precision!r} cannot be used on {device}: {why}; `no` can") from None
-    if runtime.world > 1 or given.type != device.type:  # a launcher decides; else `cuda:1` means just that
+    if runtime.world > 1 or given.type != device.type:  # a launcher chooses the device; otherwise `cuda:1` stays
         runtime.device = torch.device("cpu") if given.type == "cpu" else given
     if runtime.device.type == "cuda":
-        torch.cuda.set_device(runtime.device)  # seeds and memory figures are those of the current device
+        torch.cuda.set_device(runtime.device)  # torch seeds and measures the current device
     return runtime

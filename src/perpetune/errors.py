@@ -1,4 +1,4 @@
-"""Errors a user sees: one line that says what is wrong, where, and what would be right."""
+"""Errors that a user sees. Each is one line that says what is wrong, where it is, and how to correct it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterable
 
 
 class PerpetuneError(Exception):
-    """The work failed; the command line prints the message alone and exits with `exit_code`."""
+    """The base of all errors. The command line prints only the message and exits with `exit_code`."""
 
     exit_code = 1
 
 
 class UsageError(PerpetuneError):
-    """What was asked for makes no sense: a recipe, an option or an argument is wrong."""
+    """A recipe, an option or an argument is wrong."""
 
     exit_code = 2
 
@@ -23,15 +23,15 @@ class DataError(PerpetuneError):
 
 
 class StateError(PerpetuneError):
-    """A state folder is torn, foreign, or does not fit what is asked of it."""
+    """A state folder is damaged, belongs to something else, or does not allow what the user wants to do with it."""
 
 
 class MissingExtra(PerpetuneError):
     """An optional dependency is not installed.
 
     Args:
-        what: what needs it, as the user named it.
-        extra: the extra of perpetune that brings it.
+        what: the thing that needs the dependency, as the user named it.
+        extra: the extra of perpetune that installs the dependency.
     """
 
     def __init__(self, what: str, extra: str):
@@ -39,7 +39,7 @@ class MissingExtra(PerpetuneError):
 
 
 class Interrupted(PerpetuneError):
-    """Stopped by a signal after a checkpoint was written."""
+    """A signal stopped the work, after a checkpoint was written."""
 
     def __init__(self, message: str, signum: int):
         super().__init__(message)
@@ -48,7 +48,7 @@ class Interrupted(PerpetuneError):
 
 
 def closest(name: str, known: Iterable[str], n: int = 3) -> str:
-    """A tail for an error about an unknown `name`: the `n` most similar known names."""
+    """The end of an error message about an unknown `name`: the `n` known names that are most similar to it."""
     names = sorted(set(known))
     if len(names) <= n:
         return f"one of {', '.join(names)}" if names else "there is none"
@@ -57,8 +57,8 @@ def closest(name: str, known: Iterable[str], n: int = 3) -> str:
 
 
 def out_of_memory(error: RuntimeError) -> str:
-    """What to say where the memory of the device was too small; empty where that is not what is wrong."""
-    if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for it
+    """The message for an error about too little device memory; an empty string for any other error."""
+    if type(error).__name__ != "OutOfMemoryError":  # the class is torch's; this module does not import torch
         return ""
     cure = "lower evaluate.batch_size or backbone.max_length, raise train.accumulate, or take a smaller backbone.dtype"
     return f"{str(error).splitlines()[0].rstrip('.')}: {cure}"

@@ -1,8 +1,8 @@
-"""LoRA adapters in the format of the PEFT library: `adapter_config.json` and `adapter_model.safetensors`.
+"""Write and read LoRA adapters in the format of the PEFT library: `adapter_config.json`, `adapter_model.safetensors`.
 
-The format as PEFT 0.21 writes it: `A` and `B` of the linear at PATH are called
-`base_model.model.PATH.lora_A.weight` and `base_model.model.PATH.lora_B.weight`, and the update is
-`lora_alpha / r * B A`, with exceptions from `r` and `lora_alpha` in `rank_pattern` and `alpha_pattern`.
+The format is that of PEFT 0.21. The matrices `A` and `B` of the linear layer at PATH have the names
+`base_model.model.PATH.lora_A.weight` and `base_model.model.PATH.lora_B.weight`. The update of its weight is
+`lora_alpha / r * B A`. `rank_pattern` and `alpha_pattern` list the layers with another `r` or `lora_alpha`.
 """
 
 from __future__ import annotations
@@ -35,32 +35,34 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 A, B = ".lora_A.weight", ".lora_B.weight"
 
-# Keys of an adapter_config.json that are understood, or say nothing about the function; any other key
-# that is set to something belongs to a variant of LoRA that is not.
+# Keys of an adapter_config.json that this module understands (UNDERSTOOD), or that do not change what the adapter
+# computes (SILENT). Any other key with a value belongs to a variant of LoRA that this module does not understand.
 UNDERSTOOD = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout", "target_modules"}
 UNDERSTOOD |= {"exclude_modules", "peft_type", "bias", "init_lora_weights", "base_model_name_or_path"}
 SILENT = {"auto_mapping", "fan_in_fan_out", "inference_mode", "megatron_core", "peft_version", "qalora_group_size"}
 SILENT |= {"revision", "runtime_config", "task_type"}
 
-# Initialisations that leave the frozen weights alone; the others (PiSSA, OLoRA, …) change them.
+# Initialisations that do not change the frozen weights; the others (PiSSA, OLoRA, …) do.
 HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def write_peft(backbone: Backbone, name: str, folder: Path) -> None:
-    """Write the set `name` of LoRA adapters as one PEFT folder, which `PeftModel.from_pretrained` loads
-    onto the same net.
+    """Write the LoRA adapters of the set `name` as a PEFT folder.
 
-    An adapter on parts of a fused qkv becomes one of rank `P r` on the whole linear, with `B` zero
-    outside the parts' blocks; what rests of earlier tasks is a part of it too. The folder is written aside and renamed.
+    `PeftModel.from_pretrained` loads the folder onto the same net.
 
-    PEFT itself can do nothing on a fused qkv of timm's BEiT or EVA as they come: they read its weight
-    without calling it. Set `qkv_bias_separate = True` on their attention first, as `Backbone` does.
+    An adapter on `P` parts of a fused qkv layer becomes one adapter of rank `P r` on the whole layer; its `B` is zero
+    outside the blocks of these parts. It includes the updates kept from earlier tasks. The folder is written under
+    another name first and then renamed, so it is never half written.
+
+    In timm's BEiT and EVA, the attention reads the weight of the fused qkv layer without calling the layer, so PEFT has
+    no effect there. Set `qkv_bias_separate = True` on their attention first, as `Backbone` does.
 
     Raises:
-        UsageError: no such set, pets in it that are not LoRA, or a folder with something in it.
+        UsageError: the set does not exist or has pets that are not LoRA, or the folder is not empty.
     """
     if foreign := sorted({type(pet).__name__ for pet in pets(backbone.net, name) if not isinstance(pet, LoRA)}):
-        raise UsageError(f"only LoRA has a place in PEFT's format; the set {name!r} holds {', '.join(foreign)}")
+        raise UsageError(f"PEFT's format can store LoRA only; the set {name!r} has {', '.join(foreign)}")
     wrapped = {path: slot.pet(name) for path, slot in slots(backbone.net) if name in slot.pets}
     adapters = {path: pet for path, pet in wrapped.items() if isinstance(pet, LoRA)}
     tensors: dict[str, Tensor] = {}
@@ -76,19 +78,19 @@ def write_peft(backbone: Backbone, name: str, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _aside(folder: Path) -> Iterator[Path]:
-    """An empty folder that becomes `folder` when all in it is written, and goes where that fails.
+    """Give an empty folder to write into, and rename it to `folder` at the end; after an error, delete it.
 
     Raises:
-        UsageError: there is something at `folder`.
+        UsageError: `folder` exists and is not empty.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder} is there already and not empty; name a new folder")
+        raise UsageError(f"{folder} already exists and is not empty; choose a new folder")
     aside = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
     aside.mkdir(parents=True)
     try:
         yield aside
         if folder.is_dir():
-            folder.rmdir()  # Windows replaces no folder, not even an empty one
+            folder.rmdir()  # Windows cannot replace a folder, not even an empty one
         os.replace(aside, folder)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
@@ -96,17 +98,17 @@ def _aside(folder: Path) -> Iterator[Path]:
 
 
 def read_peft(backbone: Backbone, folder: Path, name: str) -> list[PET]:
-    """Inject the LoRA adapters of a PEFT folder as the set `name`.
+    """Put the LoRA adapters of a PEFT folder into the backbone, as the set `name`.
 
     Args:
-        folder: holds the two files, or PEFT's sub-folder for one named adapter: `name`, or `default`.
+        folder: has the two files, or a sub-folder with them that has the adapter's name: `name`, or `default`.
 
     Returns:
-        The new PETs, each on the whole of its linear layer.
+        The new PETs. Each acts on the whole of its linear layer.
 
     Raises:
-        UsageError: no adapter there, or a variant of LoRA that is not understood.
-        StateError: tensors that are missing, unexpected or of the wrong shape, named.
+        UsageError: the folder has no adapter, or a variant of LoRA that this function does not understand.
+        StateError: tensors are missing, unexpected or of the wrong shape; the message names them.
     """
     folder = _adapter_folder(folder, name)
     config = _read_config(folder / CONFIG)
@@ -122,7 +124,7 @@ def read_peft(backbone: Backbone, folder: Path, name: str) -> list[PET]:
         place, rank = targets[path], int(rank_of(path))
         for matrix, shape in ((down, (rank, place.d_in)), (up, (place.d_out, rank))):
             if matrix.shape != shape:
-                raise StateError(f"{folder}: {path}: a LoRA matrix is {tuple(matrix.shape)}; {shape} is expected")
+                raise StateError(f"{folder}: {path}: a LoRA matrix has shape {tuple(matrix.shape)}; expected {shape}")
         lora = LoRA(
             place,
             torch.Generator(),
@@ -139,7 +141,7 @@ def read_peft(backbone: Backbone, folder: Path, name: str) -> list[PET]:
 
 
 def _config(backbone: Backbone, adapters: Mapping[str, LoRA]) -> dict[str, Any]:
-    """What PEFT needs to rebuild the adapters: the commonest rank and scale, and the exceptions."""
+    """The configuration from which PEFT rebuilds the adapters: the commonest rank and alpha, and the exceptions."""
     ranks = {path: len(lora.whole()[1]) for path, lora in adapters.items()}
     alphas = {path: _plain(lora.scale * ranks[path]) for path, lora in adapters.items()}
     rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
@@ -150,13 +152,13 @@ def _config(backbone: Backbone, adapters: Mapping[str, LoRA]) -> dict[str, Any]:
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
-        # PEFT reads the keys of a pattern as regular expressions that may begin anywhere in the path.
+        # PEFT reads these keys as regular expressions, and a match may begin anywhere in the path.
         "rank_pattern": {f"^{re.escape(path)}": r for path, r in ranks.items() if r != rank},
         "alpha_pattern": {f"^{re.escape(path)}": a for path, a in alphas.items() if a != alpha},
         "target_modules": _target_modules(backbone.net, list(adapters)),
         "lora_dropout": _commonest(lora.dropout for lora in adapters.values()),
         "bias": "none",
-        # Whether weights are `(d_in, d_out)`: those of GPT-2's Conv1D, which no other linear stands beside.
+        # Whether weights have the shape `(d_in, d_out)`, as in GPT-2's Conv1D. A net with Conv1D has no other linear.
         "fan_in_fan_out": not any(isinstance(submodule(backbone.net, path), LinearLike) for path in adapters),
         "init_lora_weights": True,
         "use_rslora": False,
@@ -166,7 +168,7 @@ def _config(backbone: Backbone, adapters: Mapping[str, LoRA]) -> dict[str, Any]:
 
 
 def _target_modules(net: nn.Module, paths: list[str]) -> list[str] | str:
-    """The paths; as one regular expression where PEFT, which compares endings, would find more modules by them."""
+    """The paths. PEFT compares the endings of paths; if it would match more modules, one regular expression instead."""
     others = {path for path, _ in walk(net)} - set(paths)
     if any(other.endswith(f".{path}") for other in others for path in paths):
         return "|".join(re.escape(path) for path in paths)
@@ -178,7 +180,7 @@ def _commonest(values: Iterable[Any]) -> Any:
 
 
 def _plain(number: float) -> float:
-    """An integer as such, the way PEFT writes `lora_alpha`."""
+    """A whole number as `int`, as PEFT writes `lora_alpha`."""
     return int(number) if float(number).is_integer() else number
 
 
@@ -187,23 +189,23 @@ def _adapter_folder(folder: Path, name: str) -> Path:
         if (candidate / CONFIG).is_file():
             if (candidate / WEIGHTS).is_file():
                 return candidate
-            raise UsageError(f"{candidate} has no {WEIGHTS}; adapters as pickle are not loaded")
-    raise UsageError(f"{folder} holds no PEFT adapter: {CONFIG} is expected in it")
+            raise UsageError(f"{candidate} has no {WEIGHTS}; perpetune does not load adapters from pickle files")
+    raise UsageError(f"{folder} has no PEFT adapter: expected a file {CONFIG} in it")
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    """The adapter's configuration, checked to be of plain LoRA."""
+    """The adapter's configuration; UsageError if it is not plain LoRA."""
     try:
         config = json.loads(file.read_text())
     except ValueError as error:
-        raise UsageError(f"{file} is no JSON: {error}") from error
+        raise UsageError(f"{file} is not JSON: {error}") from error
     kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
     if kind != "LORA":
-        raise UsageError(f"{file}: peft_type 'LORA' is expected, not {kind!r}")
+        raise UsageError(f"{file}: peft_type is {kind!r}; expected 'LORA'")
     if variant := sorted(key for key, value in config.items() if value and key not in UNDERSTOOD | SILENT):
-        raise UsageError(f"{file}: only plain LoRA is read, and this sets {', '.join(variant)}")
+        raise UsageError(f"{file}: perpetune reads plain LoRA only, and this file sets {', '.join(variant)}")
     if config.get("bias", "none") != "none":
-        raise UsageError(f"{file}: bias {config['bias']!r} changes frozen biases; bias 'none' is expected")
+        raise UsageError(f"{file}: bias {config['bias']!r} changes frozen biases; expected bias 'none'")
     if config.get("init_lora_weights", True) not in HARMLESS_STARTS:
         raise UsageError(
             f"{file}: init_lora_weights {config['init_lora_weights']!r} changes the frozen weights; "
@@ -211,49 +213,51 @@ def _read_config(file: Path) -> dict[str, Any]:
         )
     for key in ("r", "lora_alpha"):
         if not isinstance(config.get(key), int | float) or not (config[key] > 0 and math.isfinite(config[key])):
-            raise UsageError(f"{file}: {key} is {config.get(key)!r}; a number above 0 is expected")
+            raise UsageError(f"{file}: {key} is {config.get(key)!r}; expected a number above 0")
     if not isinstance(config.get("target_modules"), str | list):
-        raise UsageError(f"{file}: target_modules is {config.get('target_modules')!r}; names are expected")
+        raise UsageError(f"{file}: target_modules is {config.get('target_modules')!r}; expected names of modules")
     return dict(config)
 
 
 def _targets(net: nn.Module, config: Mapping[str, Any]) -> dict[str, Place]:
-    """The linear layers that the configuration asks for, whole, in the order of the net."""
+    """The whole linear layers that the configuration names, in the net's order."""
     wanted, unwanted = config["target_modules"], config.get("exclude_modules") or []
-    found: dict[str, Place] = {}
+    places: dict[str, Place] = {}
     for path, module in walk(net):
         linear = widths(module) if path else None
         if linear is not None and _matches(wanted, path) and not _matches(unwanted, path):
-            found[path] = Place(path, module, (), ((0, linear[1]),), -1, *linear)
-    return found
+            places[path] = Place(path, module, (), ((0, linear[1]),), -1, *linear)
+    return places
 
 
 def _matches(names: str | list[str], path: str) -> bool:
-    """PEFT's rule: a string is a regular expression for the whole path, a list holds paths or their endings."""
+    """Whether `path` matches by PEFT's rule: a string is a regular expression for the whole path; a list has paths or
+    endings of paths."""
     if isinstance(names, str):
         return re.fullmatch(names, path) is not None
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
 def _pairs(folder: Path, tensors: Mapping[str, Tensor], targets: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """`A` and `B` of every target, strictly.
+    """The matrices `A` and `B` of every target.
 
     Raises:
-        StateError: names the tensors that are missing or unexpected.
+        StateError: a tensor is missing, or there is another one; the message names it.
     """
     names = {path: (f"{PREFIX}{path}{A}", f"{PREFIX}{path}{B}") for path in targets}
     expected = {name for pair in names.values() for name in pair}
     faults = {"missing": sorted(expected - tensors.keys()), "unexpected": sorted(tensors.keys() - expected)}
     if any(faults.values()):
-        said = "; ".join(f"{what}: {', '.join(found[:6])}" for what, found in faults.items() if found)
-        raise StateError(f"{folder} does not fit this net; {said}")
+        message = "; ".join(f"{fault}: {', '.join(listed[:6])}" for fault, listed in faults.items() if listed)
+        raise StateError(f"{folder} does not fit this net; {message}")
     if not expected:
-        raise StateError(f"{folder} does not fit this net: none of its target_modules is in it")
+        raise StateError(f"{folder} does not fit this net: the net has none of its target_modules")
     return {path: (tensors[down], tensors[up]) for path, (down, up) in names.items()}
 
 
 def _exceptions(config: Mapping[str, Any], pattern: str, default: str) -> Callable[[str], float]:
-    """The value for a path: that of the first key of `pattern` which matches its end, else the default."""
+    """A function that gives the value for a path: of the first key of `pattern` that matches the path's end, else the
+    default."""
 
     def of(path: str) -> float:
         for key, value in (config.get(pattern) or {}).items():
@@ -265,23 +269,24 @@ def _exceptions(config: Mapping[str, Any], pattern: str, default: str) -> Callab
 
 
 def export_learned(method: Method, backbone: Backbone, folder: Path) -> list[Path]:
-    """Write what a method has learned for use elsewhere: its LoRA in PEFT's format, and the head.
+    """Write a learned model for use in other programs: its LoRA in PEFT's format, and the head.
 
-    Beside PEFT's two files stand `head.safetensors` and `head.json` with the head's kind and the class names in
-    the order of its rows; a language model answers by its own output layer and has neither. A method that keeps
-    several adapters which can be used by themselves gets a folder for each. All is written aside and renamed.
+    Beside PEFT's two files, the folder has `head.safetensors`, and `head.json` with the kind of head and the class
+    names in the order of its rows. A language model that answers with its own output layer has neither file. If a
+    method keeps several adapters and each can be used alone, each gets its own folder. Everything is written under
+    another name first and then renamed.
 
     Returns:
-        The files written.
+        The paths of the written files.
 
     Raises:
-        UsageError: the pets are not LoRA or several sets, or there is something at `folder`.
+        UsageError: the pets are not LoRA, the method uses several sets together, or `folder` is not empty.
     """
     sets = method.exported()
     with _aside(folder) as aside:
-        for name, own in sets.items():
-            with method.acting(own):
-                _export_set(method, backbone, own, aside / name)
+        for name, set_name in sets.items():
+            with method.acting(set_name):
+                _export_set(method, backbone, set_name, aside / name)
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
@@ -292,6 +297,6 @@ def _export_set(method: Method, backbone: Backbone, name: str, folder: Path) -> 
         tensors = {n: t.detach().cpu().contiguous() for n, t in head.needed().items()}
         save_file(tensors, folder / "head.safetensors", metadata={"format": "pt"})
         about: dict[str, Any] = {"head": type(head).__name__, "classes": head.classes}
-        if (taps := backbone.taps) is not None:  # what its features are read at
+        if (taps := backbone.taps) is not None:  # the blocks at which the features are read
             about |= {"taps": taps.count, "tokens": taps.kinds}
         (folder / "head.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

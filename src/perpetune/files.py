@@ -1,4 +1,5 @@
-"""Files that are there whole or not at all: written aside, synced, renamed into place, checked on reading."""
+"""Files that are complete or do not exist. They are written under another name, synced to the disk, and then renamed;
+reading checks them."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ def to_json(value: Any) -> bytes:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`; a crash leaves the old file or the new one."""
+    """Write `content` to the file `path`. After a crash, the file is the old one or the new one."""
     aside = path.with_name(f".{path.name}.tmp")
     _write_synced(aside, content)
     os.replace(aside, path)
@@ -28,7 +29,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
-    """Make the folder `path`, which is not there yet, with `files` and a manifest of their hashes."""
+    """Make the new folder `path` with `files` and a manifest of their hashes."""
     aside = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -42,10 +43,10 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
 
 
 def listed(path: Path, cure: str = "restore it from a backup") -> dict[str, tuple[int, str]]:
-    """Size and SHA-256 of each file of a folder that `write_folder` made, as its manifest has them.
+    """The size and the SHA-256 of each file in a folder from `write_folder`, as its manifest gives them.
 
     Raises:
-        StateError: the manifest is missing or torn.
+        StateError: the manifest is missing or damaged.
     """
     try:
         hashes = json.loads((path / MANIFEST).read_bytes())
@@ -57,14 +58,14 @@ def listed(path: Path, cure: str = "restore it from a backup") -> dict[str, tupl
 def read_folder(
     path: Path, cure: str = "restore it from a backup", only: Collection[str] | None = None
 ) -> dict[str, bytes]:
-    """The files of a folder that `write_folder` made.
+    """The contents of the files in a folder from `write_folder`, by name.
 
     Args:
-        cure: what to do when it is torn, for the error.
-        only: the names of those wanted, as far as there are such; None is all.
+        cure: the end of the error message: what the user can do about a damaged folder.
+        only: names of files; only those of them that exist are read. None reads all files.
 
     Raises:
-        StateError: a file is missing, torn or changed; says which.
+        StateError: a file is missing, damaged or changed; the message names it.
     """
     files = {}
     for name, (size, digest) in listed(path, cure).items():
@@ -76,15 +77,15 @@ def read_folder(
             raise StateError(f"{path / name} cannot be read ({_reason(error)}): {cure}") from None
         if len(content) != size or hashlib.sha256(content).hexdigest() != digest:
             raise StateError(
-                f"{path / name} is torn or was changed ({len(content)} bytes that do not match the manifest's {size} "
-                f"bytes and hash): {cure}"
+                f"{path / name} is torn or was changed ({len(content)} bytes; the manifest has {size} bytes and their "
+                f"hash): {cure}"
             )
         files[name] = content
     return files
 
 
 def remove_folder(path: Path) -> None:
-    """Take a folder out of sight in one step, then delete it."""
+    """Delete a folder. It is renamed first, so that a crash leaves no half of it under its name."""
     if path.exists():
         aside = path.with_name(f".{path.name}.gone")
         shutil.rmtree(aside, ignore_errors=True)
@@ -93,7 +94,7 @@ def remove_folder(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what a crash left aside in `folder`."""
+    """Delete the temporary files and folders that a crash left in `folder`."""
     for path in [*folder.glob(".*.tmp"), *folder.glob(".*.gone")]:
         if path.is_dir():
             shutil.rmtree(path)
@@ -109,7 +110,7 @@ def _write_synced(path: Path, content: bytes) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    if os.name == "posix":  # elsewhere a folder cannot be opened; the rename itself is durable enough there
+    if os.name == "posix":  # other systems cannot open a folder; there the rename alone is safe enough
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -118,7 +119,7 @@ def _sync_folder(path: Path) -> None:
 
 
 def _plain(name: str) -> str:
-    """`name`, which must be a file's and lead nowhere else."""
+    """`name`; ValueError if it is not a plain file name, such as a path to another folder."""
     if "\0" in name or Path(name).name != name:
         raise ValueError(name)
     return name

@@ -1,8 +1,8 @@
-"""The one gradient-descent loop of the library. Methods call it; it knows nothing of them.
+"""The library's only loop of gradient descent. Methods call it; it does not know any method.
 
-A step is counted over all processes and micro-batches: `batch_size` examples, whatever the number of
-processes or `accumulate`. Where it stands is one number, the steps done; order, augmentation and
-dropout are functions of (seed, task, phase, epoch or step), so nothing random is ever stored.
+One step always takes `batch_size` examples, over all processes and micro-batches together. So a step means the same
+for every number of processes and every `accumulate`. One number, the count of finished steps, says how far the loop
+is: order, augmentation and dropout are functions of (seed, task, phase, epoch or step), so no random state is stored.
 """
 
 from __future__ import annotations
@@ -23,42 +23,42 @@ from perpetune.tasks import Batch, Task, load_batches
 
 Loss = Callable[[Task, Batch], Tensor]
 Groups = list[tuple[list[nn.Parameter], float]]
-"""Parameters that are trained with one learning rate, and the rate."""
+"""Lists of parameters, each with the learning rate of its parameters."""
 CURE = "lower train.lr, set train.clip, or use run.precision: no, in the state's recipe.yaml"
-LOG_EVERY = 10  # steps between two looks at the loss; each look waits for the device
+LOG_EVERY = 10  # steps between two readings of the loss; each reading waits for the device
 
 
 class FitConfig(BaseModel):
-    """How one phase of gradient training goes; the `train:` section of a recipe."""
+    """The settings of one phase of gradient training; the `train:` section of a recipe."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     epochs: Annotated[int, Field(ge=0)] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = 5
-    """A number, or one for each task; the last of them holds for all further tasks."""
+    """One number for all tasks, or a list with one for each task; further tasks use the last number of the list."""
     batch_size: Annotated[int, Field(ge=1)] = 32
-    """Examples per optimizer step, over all processes."""
+    """Examples per optimizer step, over all processes together."""
     accumulate: Annotated[int, Field(ge=1)] = 1
-    """Micro-batches that a step's examples are cut into, to save memory; the result is the same."""
+    """The number of micro-batches for one step's examples. More of them save memory; the result is the same."""
     order: Literal["random", "length"] = "random"
-    """How examples of an epoch come together: drawn at random, or so that those of a batch are of about one length
-    and little is padded; for texts."""
+    """How an epoch's examples are put into batches: at random, or (for texts) so that the examples of a batch have
+    similar lengths and need little padding."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 1e-3
     head_lr: Annotated[float, Field(gt=0)] | None = None
-    """Learning rate of the head, when it differs from the PET's."""
+    """Learning rate of the head; None takes `lr`, the rate of the PET."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Of SGD."""
+    """Momentum of SGD."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    """Of AdamW."""
+    """Betas of AdamW."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the steps over which the learning rate rises linearly from zero."""
+    """Share of the steps at the start in which the learning rate rises linearly from zero."""
     clip: Annotated[float, Field(gt=0)] | None = None
-    """Largest norm of the gradient over all trained parameters."""
+    """The largest allowed norm of the gradient of all trained parameters; None does not clip."""
 
     def epochs_of(self, task: int) -> int:
-        """Epochs for the task of that index."""
+        """The number of epochs for the task with that index."""
         return self.epochs if isinstance(self.epochs, int) else self.epochs[min(task, len(self.epochs) - 1)]
 
 
@@ -75,21 +75,20 @@ def fit(
     """Minimise the mean of `loss(task, batch)` over the task's training data, in place.
 
     Args:
-        loss: the mean loss of a batch, a scalar.
-        parameters: what is trained, or groups of (parameters, learning rate); `requires_grad` is set
-            for the time of the call and all else keeps it off.
-        task: the data, and through `task.runtime` the device, processes, checkpoints and progress.
+        loss: gives the mean loss of a batch, a scalar.
+        parameters: the parameters to train, or groups of (parameters, learning rate). `fit` turns their `requires_grad`
+            on during the call; the other parameters keep it off.
+        task: has the data, and in `task.runtime` the device, processes, checkpoints and progress.
         config: epochs, batch size, optimizer, schedule.
-        phase: a name unique among the calls that one `learn` makes. A resumed run loads a finished
-            phase instead of repeating it, and goes on in the open one.
-        guarded: whether the run's companions of optimizers, the protection of old answers first of all, go with these
-            steps.
-        each_step: called with the number of examples of a step when its gradient is complete, before it is taken; it
-            runs in all processes alike.
+        phase: a name that no other call in the same `learn` uses. A resumed run loads a finished phase instead of
+            repeating it, and continues the unfinished phase.
+        guarded: whether the run's companions (first of all the protection of old answers) are put around the optimizer.
+        each_step: is called in every process with the step's number of examples, after the gradient is complete and
+            before the optimizer takes the step.
 
     Raises:
-        PerpetuneError: the loss is not finite; says where.
-        Interrupted: a signal asked for a stop; a checkpoint is written.
+        PerpetuneError: the loss is not finite; the message says where.
+        Interrupted: a signal asked the run to stop. A checkpoint was written.
     """
     run = task.runtime
     groups = [{"params": list(p), "lr": lr, "peak": lr} for p, lr in _grouped(parameters, config.lr) if len(p) > 0]
@@ -102,7 +101,7 @@ def fit(
     with contextlib.ExitStack() as stack:
         stack.enter_context(_trainable(trained))
         optimizer, scaler = make_optimizer(groups, config), run.accelerator.scaler
-        if scaler is not None:  # each phase starts from the same scale, whatever the phases before it found
+        if scaler is not None:  # each phase starts from the same scale, so that it does not depend on earlier phases
             scaler.load_state_dict(torch.amp.GradScaler(run.device.type).state_dict())
         done = run.checkpoints.begin(phase, optimizer, run.accelerator) if run.checkpoints else 0
         if done is None:
@@ -122,7 +121,7 @@ def fit(
                 each_step(images)
             _update(optimizer, trained, config.clip, scaler)
             done = step + 1
-            # No checkpoint may hold what an unseen nan has spoiled: going on from it would fail for ever.
+            # A checkpoint must not store values after a nan that nobody has noticed: every resumed run would fail.
             every = run.checkpoints.every if run.checkpoints else LOG_EVERY
             due = done % LOG_EVERY == 0 or done % every == 0 or done == total
             stop = run.stop_requested(due=due)
@@ -132,23 +131,23 @@ def fit(
             if run.checkpoints:
                 run.checkpoints.step(done, total, images, tokens, force=stop is not None)
             if stop is not None:
-                run.accelerator.wait_for_everyone()  # a launcher ends them all as soon as one has left
+                run.accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one of them ends
                 raise Interrupted(f"stopped in task {task.name}, phase {phase}, after step {done} of {total}", stop)
-        if not all(bool(torch.isfinite(p).all()) for p in trained):  # the last step may have spoiled what the loss saw
+        if not all(bool(torch.isfinite(p).all()) for p in trained):  # no loss shows what the last step changed
             raise PerpetuneError(f"task {task.name}, phase {phase} ended with values that are not finite: {CURE}")
     if run.checkpoints:
         run.checkpoints.finish()
 
 
 def make_optimizer(groups: Iterable[dict[str, Any]], config: FitConfig) -> torch.optim.Optimizer:
-    """The optimizer that `config` names, over `groups` of parameters."""
+    """The optimizer that `config` names, for `groups` of parameters."""
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
     return torch.optim.AdamW(groups, config.lr, betas=config.betas, weight_decay=config.weight_decay)
 
 
 def schedule(config: FitConfig, step: int, total: int) -> float:
-    """Factor on the learning rate at `step` of `total`: warm-up, then constant, linear or cosine to zero."""
+    """The factor on the learning rate at `step` of `total`: first warm-up, then constant, linear or cosine to zero."""
     warm = config.warmup * total
     if step < warm:
         return (step + 1) / (warm + 1)
@@ -177,8 +176,11 @@ def _trainable(parameters: list[nn.Parameter]) -> Iterator[None]:
 def _steps(
     task: Task, config: FitConfig, phase: str, done: int
 ) -> Iterator[tuple[int, list[tuple[Batch, float]], int, int]]:
-    """(step, this process's micro-batches with their weights in the step's mean, examples and tokens of the step in all
-    processes), from step `done` on."""
+    """Yield a tuple for each step after the first `done` steps.
+
+    The tuple has the step's number; this process's micro-batches with their weights in the step's mean; and the numbers
+    of examples and of tokens of the step in all processes.
+    """
     run, n, sizes = task.runtime, len(task.train), task.train.lengths
     per_epoch = math.ceil(n / config.batch_size)
     for epoch in range(done // per_epoch, config.epochs_of(task.index)):
@@ -190,7 +192,7 @@ def _steps(
         for step in range(first, per_epoch):
             rows = order[step * config.batch_size : (step + 1) * config.batch_size]
             mine = rows[run.rank :: run.world]
-            # A process without a share still takes part, with weight 0: the same parameters get a gradient.
+            # A process without examples takes part with weight 0, so that each process has the same gradients to sum.
             parts = [(part, task.train.weight(part)) for part in _cut(mine, config.accumulate, sizes)]
             whole = task.train.weight(rows)
             shares = [(part, share / whole) for part, share in parts] or [(rows[:1], 0.0)]
@@ -202,11 +204,11 @@ def _steps(
             yield step, [(next(batches), share) for share in shares_of], *count
 
 
-ALIKE = 32  # batches whose examples are sorted by length together: more pads less, and mixes less
+ALIKE = 32  # `_order` sorts the examples of so many batches by length together: more pads less, but mixes less
 
 
 def _order(task: Task, config: FitConfig, rng: torch.Generator) -> list[int]:
-    """The examples of an epoch in the order in which they are cut into batches."""
+    """An epoch's examples, in the order in which they are cut into batches."""
     order: list[int] = torch.randperm(len(task.train), generator=rng).tolist()
     sizes = task.train.lengths
     if config.order == "random" or sizes is None:
@@ -216,13 +218,13 @@ def _order(task: Task, config: FitConfig, rng: torch.Generator) -> list[int]:
     for start in range(0, len(order), chunk):
         order[start : start + chunk] = sorted(order[start : start + chunk], key=lambda i: sizes[i])
     batches = [order[start : start + size] for start in range(0, len(order), size)]
-    last = [batches.pop()] if len(batches[-1]) < size else []  # the short one stays last, else it would shift the cuts
+    last = [batches.pop()] if len(batches[-1]) < size else []  # a short batch must stay last, or all cuts shift
     mixed = [batches[i] for i in torch.randperm(len(batches), generator=rng).tolist()]
     return [i for batch in mixed + last for i in batch]
 
 
 def _cut(rows: list[int], parts: int, sizes: Sequence[int] | None) -> list[list[int]]:
-    """`rows` in so many micro-batches; where lengths are known each is of about one length, which pads less."""
+    """Cut `rows` into `parts` micro-batches. If `sizes` are known, examples of similar length go together."""
     if parts > 1 and sizes is not None:
         rows = sorted(rows, key=lambda i: sizes[i])
     size = max(1, math.ceil(len(rows) / parts))
@@ -230,7 +232,7 @@ def _cut(rows: list[int], parts: int, sizes: Sequence[int] | None) -> list[list[
 
 
 def _backward(loss: Loss, task: Task, shares: list[tuple[Batch, float]], run: Runtime) -> Tensor:
-    """Add the gradient of this process's part of the step; returns that part of the loss."""
+    """Add the gradient of this process's part of the step, and return this part of the loss."""
     total: Tensor | None = None
     for batch, share in shares:
         with run.autocast():
@@ -243,7 +245,7 @@ def _backward(loss: Loss, task: Task, shares: list[tuple[Batch, float]], run: Ru
 
 
 def _sum_gradients(parameters: list[nn.Parameter], run: Runtime) -> None:
-    """Sum the gradients over the processes in one message; PETs are small enough for that."""
+    """Sum the gradients over the processes in one message. PETs are small enough for this."""
     grads = [p.grad for p in parameters if p.grad is not None]
     flat = run.sum(torch.cat([g.flatten() for g in grads]))
     for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
@@ -256,7 +258,7 @@ def _update(
     clip: float | None,
     scaler: torch.amp.GradScaler | None,
 ) -> None:
-    """One step of the optimizer, on clipped gradients; `scaler` is there for fp16 and skips a step that overflowed."""
+    """Clip the gradients and take one step. fp16 has a `scaler`, which skips a step whose gradient overflowed."""
     if clip is not None:
         if scaler is not None:
             scaler.unscale_(optimizer)

@@ -1,4 +1,4 @@
-"""The library's front door: a recipe's model over its state folder."""
+"""`Learner`, the main class of the library: a recipe's model together with its state folder."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ if TYPE_CHECKING:
 
 
 Prompt = str | Sequence[tuple[str, str]] | Sequence[dict[str, str]]
-"""What a language model is asked: a text, or the messages of a chat."""
+"""A prompt for a language model: a text, or the messages of a chat."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a learner says of one image: names with probabilities, the likeliest first."""
+    """A learner's prediction for one image: `classes` has names with probabilities, the likeliest first."""
 
     image: str
     classes: list[tuple[str, float]]
@@ -57,13 +57,13 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a learner says to one prompt.
+    """A learner's answer to one prompt.
 
     Attributes:
-        prompt: as it was given.
+        prompt: the prompt as the caller gave it.
         text: the answer.
-        options: where there was a choice: each option with its probability among them, the likeliest first.
-        cut: how many tokens of the prompt were cut off on its left, for the model takes no more.
+        options: each option with its probability among the options, the likeliest first; empty for a generated answer.
+        cut: the number of tokens that were cut off from the prompt's left, because the model cannot take more.
     """
 
     prompt: str | Messages
@@ -77,8 +77,8 @@ class Learner:
 
     Args:
         recipe: a `Recipe`, a mapping of its keys, the name of a packaged recipe, or a YAML file.
-        folder: the state folder, which must not exist yet; None keeps it in a temporary one until `save`.
-        progress: whoever watches; nobody by default.
+        folder: the state folder to make; it must not exist yet. None makes a temporary one; `save` copies it.
+        progress: shows the progress; by default nothing is shown.
 
     Raises:
         UsageError: the recipe or the folder cannot be used.
@@ -103,11 +103,11 @@ class Learner:
         path = Path(folder) if folder else Path(str(self._temporary and self._temporary.name)) / recipe.name
         self._build(recipe, progress)
         if self._temporary and self.runtime.world > 1:
-            raise UsageError("several processes share one state folder: give `folder` a path that all of them see")
-        # Before the folder is made, so that data that cannot be used leave none.
+            raise UsageError("several processes must share one state folder: give `folder` a path that all of them see")
+        # Read the data before the folder is made, so that unusable data leave no folder behind.
         if recipe.data is not None:
-            self._admit(self.stream.tasks)  # read here
-        self._tasks.reference  # noqa: B018  and here
+            self._admit(self.stream.tasks)  # reads the data of the tasks
+        self._tasks.reference  # noqa: B018  reads the reference data
         if self.runtime.rank == 0:
             State.create(path, recipe, self._model_document())
         self.runtime.accelerator.wait_for_everyone()
@@ -115,24 +115,24 @@ class Learner:
 
     @classmethod
     def load(cls, folder: str | Path, *, device: str | None = None, progress: Progress | None = None) -> Learner:
-        """The learner that a state folder holds.
+        """Load the learner that a state folder stores.
 
         Args:
             folder: the state folder.
-            device: where to run, when it differs from the recipe's.
+            device: the device to run on; None takes the recipe's device.
 
         Raises:
-            StateError: the folder is torn, or its weights are not those of the recipe's backbone.
+            StateError: the folder is damaged, or it was made with other weights of the backbone.
         """
         learner = cls.__new__(cls)
         learner._temporary = None
         learner.state = State(Path(folder))
         learner._build(learner.state.recipe, progress, device)
-        known, found = learner.state.backbone["fingerprint"], learner._fingerprint
-        if known != found:
+        known, here = learner.state.backbone["fingerprint"], learner._fingerprint
+        if known != here:
             raise StateError(
-                f"{folder} was made with other weights of {learner.recipe.backbone.name} (fingerprint {known[:12]}, "
-                f"here {found[:12]}): bring back the checkpoint it was made with"
+                f"{folder} was made with other weights of {learner.recipe.backbone.name} (their fingerprint is "
+                f"{known[:12]}, here it is {here[:12]}): restore the checkpoint that it was made with"
             )
         learner._reload()
         return learner
@@ -158,7 +158,7 @@ class Learner:
 
     def _model_document(self) -> dict[str, Any]:
         pets = [m for m in self.method.modules() if isinstance(m, PET)]
-        # A language model's output layer is often its embedding: one tensor under two names.
+        # A language model's output layer is often also its embedding: one tensor with two names, counted once.
         distinct = {(t.data_ptr(), t.numel()): t.numel() for t in frozen(self.backbone.net).values()}
         return {
             "spec": self.backbone.spec,
@@ -171,11 +171,11 @@ class Learner:
     # -- learning -------------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
-        """Learn every task of the recipe's stream that is not learned yet; returns the results document.
+        """Learn every task of the recipe's stream that is not learned yet, and return the results document.
 
         Raises:
-            UsageError: the recipe names no data.
-            Interrupted: a signal asked for a stop; `resume` goes on.
+            UsageError: the recipe has no data.
+            Interrupted: a signal asked the run to stop; `resume` continues it.
         """
         stream = self.stream
         count = len(stream.tasks)
@@ -197,33 +197,33 @@ class Learner:
         holdout: float = 0.2,
         options: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Learn one more batch of data as one task; returns the results document.
+        """Learn one more batch of data as one task, and return the results document.
 
         Args:
             data: a folder, manifest, parquet file or dataset id; a `data:` section; a source; or a
-                ready-made task. Earlier data are not read again, but for the held-out images of
-                earlier tasks that are still where they were, which are evaluated.
-            name: of the task; by default that of the folder or file, else `task-N`.
-            holdout: share kept for testing where the data bring no test split.
-            options: further keys of the data section that a path or id stands for, such as `score` or `label_column`.
+                ready-made task. The training data of earlier tasks are not read again. The test data of earlier tasks
+                are evaluated if they are still in their place.
+            name: the name of the task; by default the name of the folder or file, else `task-N`.
+            holdout: the share of the data that is kept for testing if the data have no test split.
+            options: further keys of the data section for a path or id, such as `score` or `label_column`.
         """
         if self.method.needs_earlier_data:
             raise UsageError(
-                f"method: {self.recipe.method.name} needs the data of all tasks, and an update has only its own: use "
-                "`perpetune run`, or another method"
+                f"method: {self.recipe.method.name} needs the data of all tasks, but an update has the data of its own "
+                "task only: use `perpetune run`, or another method"
             )
         if self.recipe.evaluate.oracle:
             raise UsageError(oracle.NO_OLD_DATA)
         index = len(self.state.committed)
         if self.recipe.data is not None and index < (planned := self._planned()):
             raise UsageError(
-                f"{self.state.folder} has learned {index} of the {planned} tasks of its own stream: "
+                f"{self.state.folder} has learned {index} of the {planned} tasks of its stream: "
                 f"finish them first with `perpetune resume {self.state.folder}`"
             )
         name = self._name(data, name, index)
         if options:
             if not isinstance(data, (str, Path)):
-                raise UsageError("options are for data that are a path or an id; put them into the data section itself")
+                raise UsageError("options need data that are a path or an id; put them into the data section instead")
             data = {**self._tasks.origin(data), **options}
         task, document = self._tasks.given(data, index, name, holdout)
         self._admit([task])
@@ -232,20 +232,21 @@ class Learner:
         return read_results(self.state)
 
     def _admit(self, tasks: Sequence[Task | TaskData]) -> None:
-        """UsageError where one of them is none for this model: before the first is begun."""
+        """Check all tasks before the first one begins; UsageError if the model cannot learn one of them."""
         for task in tasks:
             self.method.model.admits(task.name, task.classes)
 
     def _name(self, data: Data, asked: str | None, index: int) -> str:
-        """The name of an update's task: the one asked for, made safe, or one that no task has yet."""
+        """The name of an update's task: the requested name in safe characters, or a name that no task has yet."""
         taken = [t.name for t in self.state.committed]
         safe = safe_name(asked or "")
         if safe == START:
             raise UsageError(
-                f"a task cannot be called {START!r}, `rollback --to {START}` drops all: choose another --name"
+                f"a task cannot have the name {START!r}, because `rollback --to {START}` drops all tasks: "
+                "choose another --name"
             )
         if safe in taken:
-            raise UsageError(f"{self.state.folder} has a task {safe!r} already: choose another --name")
+            raise UsageError(f"{self.state.folder} already has a task {safe!r}: choose another --name")
         if not safe and not asked and isinstance(data, (str, Path)):
             path = Path(data).expanduser().resolve()
             own = path.name if path.is_dir() else path.stem if path.is_file() else ""
@@ -253,17 +254,18 @@ class Learner:
         return safe or task_names([""], first=index + 1, taken=taken)[0]
 
     def resume(self) -> dict[str, Any]:
-        """Go on where an interrupted `run` or `learn` stopped; returns the results document."""
+        """Continue an interrupted `run` or `learn` where it stopped, and return the results document."""
         opened = self.state.open_task()
         if opened is not None and opened["from"] != STREAM:
             if not opened["from"].get("name"):
                 raise UsageError(
-                    f"task {opened['name']} was given as a Python object: call `Learner.load(...).learn` with it again"
+                    f"the data of task {opened['name']} were a Python object: "
+                    "call `Learner.load(...).learn` with it again"
                 )
             return self.learn(opened["from"], name=opened["name"], holdout=opened["from"]["holdout"])
         if self.recipe.data is None:
             if self.runtime.rank == 0:
-                with self.state.writing():  # finishes what a crash left undone
+                with self.state.writing():  # finishes an interrupted commit
                     pass
             return read_results(self.state)
         return self.run()
@@ -274,18 +276,19 @@ class Learner:
         return self._tasks.stream
 
     def _planned(self) -> int:
-        """How many tasks the recipe's stream has; once it was begun the journal knows, and the data may be gone."""
+        """The number of tasks in the recipe's stream. If the run has begun, it is in the journal, and the data need not
+        exist any more."""
         begun = [e["tasks"] for e in self.state.journal() if e["event"] == "run begun" and "tasks" in e]
         return int(begun[-1]) if begun else len(self.stream.tasks)
 
     @contextlib.contextmanager
     def _writing(self, **facts: Any) -> Iterator[None]:
-        """Hold the state folder, with signals turned into a checkpoint and an orderly stop."""
+        """Lock the state folder for writing; a signal leads to a checkpoint and then a stop."""
         with contextlib.ExitStack() as stack:
             if self.runtime.rank == 0:
                 stack.enter_context(self.state.writing())
                 if self._learned != self._last():
-                    raise StateError(f"{self.state.folder} was changed after it was loaded here: load it again")
+                    raise StateError(f"{self.state.folder} was changed after this learner loaded it: load it again")
                 device = str(self.runtime.device)
                 self.state.log("run begun", versions=versions(), device=device, seed=self.recipe.seed, **facts)
             stack.enter_context(stop_signals(self.runtime))
@@ -295,8 +298,8 @@ class Learner:
                 yield
                 self._halfway = False
             except Interrupted as stop:
-                told = f"{stop}; go on with `perpetune resume {self.state.folder}`"
-                raise Interrupted(told, stop.signum) from stop
+                message = f"{stop}; continue with `perpetune resume {self.state.folder}`"
+                raise Interrupted(message, stop.signum) from stop
             finally:
                 self._learned = self._last()
 
@@ -305,13 +308,13 @@ class Learner:
         return tasks[-1].folder.name if tasks else ""
 
     def _leave_halfway(self) -> None:
-        """After a task that failed or was stopped, go back to the last commit."""
+        """If the last task failed or was stopped, restore the method as of the last commit."""
         if self._halfway:
             self._reload()
             self._halfway = False
 
     def _reload(self) -> None:
-        """Make `method` what the last commit left, or what it was before the first."""
+        """Restore `method` as of the last commit, or as it was before the first one."""
         tasks = self.state.committed
         if tasks:
             self.state.load(self.method, tasks[-1])
@@ -329,22 +332,22 @@ class Learner:
         top: int = 5,
         unreadable: list[str] | None = None,
     ) -> list[Prediction]:
-        """Names and probabilities for pictures; for a language model see `answer`.
+        """Names and probabilities for images. A language model has `answer` instead.
 
         Args:
-            images: a path, several paths or PIL images, or a uint8 tensor `(N, 3, S, S)` of the backbone's size.
-            top: how many names for each.
-            unreadable: takes a line for each picture that cannot be read, instead of an error; such a picture
-                has no prediction.
+            images: a path, several paths or PIL images, or a uint8 tensor `(N, 3, S, S)` with the backbone's size S.
+            top: the number of names for each image.
+            unreadable: a list that gets one line for each image that cannot be read. Such an image has no prediction.
+                Without this list, it is an error.
 
         Raises:
-            StateError: nothing is learned yet.
-            UsageError: a tensor is not what the backbone takes.
-            DataError: a picture cannot be read; names it.
+            StateError: the learner has not learned anything yet.
+            UsageError: the tensor does not have the shape or type that the backbone takes.
+            DataError: an image cannot be read; the message names it.
         """
         self._need_learned("pictures")
         images = [images] if isinstance(images, (str, Path)) else images
-        size, found = self.recipe.evaluate.batch_size, []
+        size, predictions = self.recipe.evaluate.batch_size, []
         for start in range(0, len(images), size):
             some = self.method.model.view.ask(images[start : start + size], first=start, unreadable=unreadable)
             if not some:
@@ -353,11 +356,11 @@ class Learner:
             best = scores.float().softmax(1).topk(min(top, scores.shape[1]), dim=1)
             for question, values, rows in zip(some, best.values.tolist(), best.indices.tolist(), strict=True):
                 pairs = [(self.method.classes[row], value) for row, value in zip(rows, values, strict=True)]
-                found.append(Prediction(question.given, pairs))
-        return found
+                predictions.append(Prediction(question.given, pairs))
+        return predictions
 
     def _asked(self, questions: Sequence[Question]) -> Tensor:
-        """What the method predicts for some questions at once."""
+        """The method's prediction for some questions, as one batch."""
         items = [(question.item, 0, number) for number, question in enumerate(questions)]
         batch = self.method.model.view.collate(items).to(self.runtime.device)
         with self.runtime.autocast():
@@ -365,56 +368,59 @@ class Learner:
 
     @torch.no_grad()
     def answer(self, prompts: str | Sequence[Prompt], *, options: Sequence[str] | None = None) -> list[Answer]:
-        """What the tuned language model says to prompts: generated, or the likeliest of some options.
+        """The tuned language model's answers to prompts: a generated text, or the likeliest of some options.
 
-        With a head of classes it is the likeliest of the classes that were learned.
+        A model with a head of classes answers with the likeliest of the learned classes.
 
         Args:
-            prompts: one text, or several; each a text, or the messages of a chat as (role, content) or
+            prompts: one prompt or several. A prompt is a text, or the messages of a chat as (role, content) or
                 `{"role": …, "content": …}`.
-            options: the answers that stand to choice; None generates the answer. With a head of classes they are some
-                of those, and None is all.
+            options: the answers among which the model chooses; with None it generates the answer. With a head of
+                classes, options are some of the classes, and None means all of them.
 
         Raises:
-            StateError: nothing is learned yet.
-            UsageError: the options are none, or one is empty or stands twice, or is no class that was learned.
-            DataError: a prompt cannot be put into the model's form; says which.
+            StateError: the learner has not learned anything yet.
+            UsageError: the list of options is empty; or an option is empty, is in the list twice, or is not a learned
+                class.
+            DataError: a prompt cannot be put into the model's format; the message says which.
         """
         self._need_learned("texts")
         chosen = tuple(option.strip() for option in options or ())
         if options is not None and (not all(chosen) or len(set(chosen)) < max(1, len(chosen))):
-            raise UsageError(f"options {list(options)}: different texts are expected, none of them empty")
+            raise UsageError(f"options {list(options)}: expected different texts, none of them empty")
         known: dict[str, int] = {}
         if self.method.model.chooses:
             known = {name: row for row, name in enumerate(self.method.classes)}
             chosen = chosen or tuple(known)
             for option in chosen:
                 if option not in known:
-                    raise UsageError(f"options: {option!r} is no class that was learned; {closest(option, known)}")
+                    raise UsageError(f"options: {option!r} is not a learned class; {closest(option, known)}")
         several = [prompts] if isinstance(prompts, str) else prompts
-        asked = self.method.model.view.ask(several, options=chosen, choose=not known)
-        size, found = self.recipe.evaluate.batch_size, []
-        for start in range(0, len(asked), size):
-            some = asked[start : start + size]
+        questions = self.method.model.view.ask(several, options=chosen, choose=not known)
+        size, answers = self.recipe.evaluate.batch_size, []
+        for start in range(0, len(questions), size):
+            some = questions[start : start + size]
             rows = self._asked(some)
             if known:
                 rows = rows[:, [known[option] for option in chosen]]
             for question, row in zip(some, rows, strict=True):
                 if not row.is_floating_point():
-                    found.append(Answer(question.given, self.method.model.read(row), [], question.cut))
+                    answers.append(Answer(question.given, self.method.model.read(row), [], question.cut))
                     continue
-                # of classes without an example the score is -inf; where there is no other, none is likely
+                # a class without examples has the score -inf; if all have it, no class gets a probability
                 shares = row.float().softmax(0).nan_to_num(0.0).tolist()
                 pairs = sorted(zip(question.options, shares, strict=True), key=lambda pair: -pair[1])
-                found.append(Answer(question.given, pairs[0][0], pairs, question.cut))
-        return found
+                answers.append(Answer(question.given, pairs[0][0], pairs, question.cut))
+        return answers
 
     def evaluate(self, data: str | Path | Source | None = None) -> dict[str, dict[str, Any] | None]:
-        """Counts of right predictions by task: on the test data of every learned task, or on `data`
-        (its test split, or all of it where there is none).
+        """The counts of right answers for each learned task on its test data, or on `data`.
+
+        Args:
+            data: labelled data; their test split is used, or all of them if there is none.
 
         Raises:
-            StateError: nothing is learned yet.
+            StateError: the learner has not learned anything yet.
         """
         self._need_learned()
         setting, size = self.recipe.setting, self.recipe.evaluate.batch_size
@@ -429,18 +435,18 @@ class Learner:
 
     def _need_learned(self, takes: str | None = None) -> None:
         self._leave_halfway()
-        own = self.backbone.takes
-        if takes is not None and takes != own:
+        kind = self.backbone.takes
+        if takes is not None and takes != kind:
             call = self.method.model.view.verb
-            raise UsageError(f"{self.recipe.backbone.name} takes {own}, not {takes}: call `{call}`")
+            raise UsageError(f"{self.recipe.backbone.name} takes {kind}, not {takes}: call `{call}`")
         if not self.state.committed:
-            raise StateError(f"{self.state.folder} has learned nothing yet: `perpetune update` or `run` it first")
+            raise StateError(f"{self.state.folder} has learned nothing yet: use `perpetune update` or `run` first")
 
     def save(self, folder: str | Path) -> Path:
         """Copy the state folder to `folder`, which must not exist."""
         folder = Path(folder)
         if folder.exists():
-            raise UsageError(f"{folder} is there already: choose another folder")
+            raise UsageError(f"{folder} already exists: choose another folder")
         aside = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(aside, ignore_errors=True)
         shutil.copytree(self.state.folder, aside)
@@ -449,7 +455,7 @@ class Learner:
 
 
 def stopping_signals() -> list[int]:
-    """The signals that ask for a stop; not SIGHUP where it is ignored, as under nohup, or unknown, as on Windows."""
+    """The signals that ask a run to stop; without SIGHUP if it is ignored (under nohup) or unknown (on Windows)."""
     hangup = getattr(signal, "SIGHUP", None)
     heard = hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN
     return [signal.SIGTERM, signal.SIGINT, *([hangup] if hangup is not None and heard else [])]
@@ -457,20 +463,20 @@ def stopping_signals() -> list[int]:
 
 @contextlib.contextmanager
 def stop_signals(runtime: Runtime) -> Iterator[None]:
-    """SIGTERM, SIGINT and SIGHUP ask the run to stop at the next step; a second one acts at once."""
+    """In this context, SIGTERM, SIGINT and SIGHUP ask the run to stop at the next step; a second one acts at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    asked: list[int] = []
+    received: list[int] = []
     before: dict[int, Any] = {number: signal.getsignal(number) for number in stopping_signals()}
 
     def ask(number: int, frame: Any) -> None:
-        asked.append(number)
+        received.append(number)
         signal.signal(number, before[number] or signal.SIG_DFL)
 
     for number in before:
         signal.signal(number, ask)
-    runtime.stopping = lambda: asked[0] if asked else None
+    runtime.stopping = lambda: received[0] if received else None
     try:
         yield
     finally:

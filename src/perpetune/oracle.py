@@ -1,8 +1,10 @@
-"""What a head would answer if all old data were still there: a diagnosis of the features, never a method's result.
+"""The oracle head: the answers of a head that still has all old data. It is a diagnosis of the features, never a
+method's result.
 
-A head that sums up features is right as long as the features of old data stay what they were. Here the same head is
-solved anew, on the training data of all tasks so far, with the features as they are now. What it gains over the
-method's own head is what stale sums cost; what it gains over frozen features is what tuning is worth at most.
+Some heads are solved from sums over features. They are right as long as the features of the old data do not change.
+The oracle solves the same head again, on the training data of all tasks so far, with today's features. Its gain over
+the method's own head is the cost of sums that are out of date. Its gain over frozen features is the most that tuning
+can bring.
 """
 
 from __future__ import annotations
@@ -26,19 +28,19 @@ from perpetune.recipe import Recipe
 from perpetune.seeding import own_global_state
 from perpetune.tasks import Batch, Inputs, Task, load_batches
 
-FALLBACK = "ridge"  # with its default options, where the recipe's head is trained and not solved
+FALLBACK = "ridge"  # the oracle's head, with default options, if the recipe's head is trained by gradients
 NO_OLD_DATA = (
-    "evaluate.oracle solves the head on the training data of all tasks, and an update has only its own: leave it out, "
-    "or use `perpetune run`"
+    "evaluate.oracle needs the training data of all tasks, but an update has the data of its own task only: leave "
+    "evaluate.oracle out, or use `perpetune run`"
 )
 
 
 @dataclass(frozen=True)
 class Oracle:
-    """The head solved on all data so far, on the features of `method` as they are at prediction.
+    """A head that was solved on all data so far, with the features that `method` has at prediction.
 
     Attributes:
-        name: of the kind of head.
+        name: the name of the kind of head.
     """
 
     method: Method
@@ -56,51 +58,52 @@ class Oracle:
 
 
 def check(recipe: Recipe, method: Method) -> str | None:
-    """What to know of the oracle of this recipe before anything is learned; None where there is nothing to say.
+    """A note about this recipe's oracle, for the user before learning begins; None if there is nothing to note.
 
     Raises:
-        UsageError: the method's answers are texts, which no head is solved for.
+        UsageError: the method's answers are texts, so there is no head of classes.
     """
     head = getattr(method.model, "head", None)
     if not isinstance(head, Head):
         raise UsageError(
-            f"evaluate.oracle solves a head of classes, and head: {recipe.head.name} has none: leave it out"
+            f"evaluate.oracle needs a head of classes, but head: {recipe.head.name} has no classes: leave "
+            "evaluate.oracle out"
         )
     if head.statistics:
         return None
     return (
-        f"evaluate.oracle: head {recipe.head.name} is trained, not solved from statistics; the oracle is head "
-        f"{FALLBACK} with its default options"
+        f"evaluate.oracle: head {recipe.head.name} is trained by gradients, so the oracle uses head {FALLBACK} with "
+        "default options"
     )
 
 
 @torch.no_grad()
 def solve(method: Method, tasks: Sequence[Task], recipe: Recipe) -> Oracle:
-    """The oracle after the last of `tasks`.
+    """Make the oracle after the last of `tasks`.
 
-    It goes through the tasks one by one as the method's own head did, so that with features that never moved it is
-    that head: same sums, same penalty. A method that sees all data at once has an oracle that does too. Nothing of
-    the method is changed.
+    The oracle reads the tasks one by one, as the method's own head did. So if the features never changed, it equals
+    that head: it has the same sums and the same penalty. If the method reads the data of all tasks at once, so does
+    its oracle. The method itself is not changed.
 
     Args:
         method: has learned the tasks.
-        tasks: all so far, with their training data.
-        recipe: says which head, and how many examples go through the model at a time.
+        tasks: all tasks so far, with their training data.
+        recipe: names the head, and says how many examples go through the model at a time.
     """
-    own = method.model.head
-    assert isinstance(own, Head)
-    name, options = (recipe.head.name, recipe.head.options) if own.statistics else (FALLBACK, {})
+    own_head = method.model.head
+    assert isinstance(own_head, Head)
+    name, options = (recipe.head.name, recipe.head.options) if own_head.statistics else (FALLBACK, {})
     run, size = tasks[-1].runtime, recipe.evaluate.batch_size
-    asked = [dataclasses.replace(task, train=task.train.questions(), earlier=None) for task in tasks]
+    questions = [dataclasses.replace(task, train=task.train.questions(), earlier=None) for task in tasks]
     if method.needs_earlier_data:
-        asked = [union(asked)]
-    one = next(load_batches(asked[0].train, [[(0, None)]], run))
+        questions = [union(questions)]
+    one = next(load_batches(questions[0].train, [[(0, None)]], run))
     with run.autocast():
         width = method.features(one.inputs).shape[-1]
     with own_global_state(recipe.seed, "oracle"):
         made: Any = registry.find("heads", name)(width, **registry.options("heads", name, options))
     head: Head = made.requires_grad_(False).eval().to(run.device)
-    steps = sum(math.ceil(len(range(run.rank, len(task.train), run.world)) / size) for task in asked)
+    steps = sum(math.ceil(len(range(run.rank, len(task.train), run.world)) / size) for task in questions)
     run.progress.phase("oracle head", steps, 1, 0)
     done = 0
 
@@ -113,7 +116,7 @@ def solve(method: Method, tasks: Sequence[Task], recipe: Recipe) -> Oracle:
             raise Interrupted("stopped while the oracle head was solved", signum)
         return method.features(batch.inputs)
 
-    for task in asked:
+    for task in questions:
         head.grow(task.classes, task.generator("head"))
         learn_statistics(task, size, [(head, features)])
     return Oracle(method, head, name)

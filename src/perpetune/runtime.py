@@ -1,4 +1,4 @@
-"""Where and how a run happens: device, precision, processes, seed, checkpoints, progress."""
+"""The surroundings of a run: device, precision, processes, seed, checkpoints, progress."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Value = TypeVar("Value")
 
 
 class Checkpoints(Protocol):
-    """What `fit` asks of the state folder; see `perpetune.state.MidTask`."""
+    """The calls that `fit` makes to store and restore its progress; `perpetune.state.MidTask` implements them."""
 
     seconds: float
     images: int
@@ -27,26 +27,29 @@ class Checkpoints(Protocol):
     every: int  # steps between two checkpoints
 
     def begin(self, phase: str, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> int | None:
-        """Restore what is known of `phase`: the number of steps done, or None when it is finished."""
+        """Restore the stored progress of `phase`; return the number of finished steps, or None if it is complete."""
 
     def step(self, done: int, total: int, images: int, tokens: int, *, force: bool) -> None:
-        """`done` steps of the open phase are complete, the last on `images` examples of so many tokens in all; writes
-        a checkpoint when one is due or forced."""
+        """Note that `done` steps of the open phase are complete; write a checkpoint if one is due or forced.
+
+        Args:
+            images, tokens: the numbers of examples and of their tokens in the last step.
+        """
 
     def finish(self) -> None:
-        """The open phase is complete."""
+        """Note that the open phase is complete."""
 
 
 class Progress(Protocol):
-    """What `fit` and `run` tell whoever watches. Every call is cheap and may be ignored."""
+    """The calls by which `fit` and `run` show their progress. Each is cheap, and an implementation may ignore it."""
 
     def note(self, message: str) -> None:
-        """A warning about the data, in one line."""
+        """Show a warning about the data, in one line."""
 
     def task(self, index: int, name: str, classes: int, examples: int) -> None: ...
 
     def results(self, results: dict[str, Any]) -> None:
-        """A task is committed; the results document so far."""
+        """Show the results document so far, after a task was committed."""
 
     def phase(self, phase: str, steps: int, epochs: int, done: int) -> None: ...
 
@@ -73,7 +76,7 @@ class Silent:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the first accelerator there is, else the CPU."""
+    """The device of that name; `auto` is the first accelerator of this machine, or the CPU if it has none."""
     if name != "auto":
         return torch.device(name)
     if torch.cuda.is_available():
@@ -82,15 +85,16 @@ def pick_device(name: str) -> torch.device:
 
 
 Companion = Callable[[torch.optim.Optimizer], contextlib.AbstractContextManager[object]]
-"""What accompanies an optimizer: it is entered when the optimizer is made, and left after the last step."""
+"""A function that makes a context manager for an optimizer. `fit` enters it after it has made the optimizer, and leaves
+it after the last step."""
 
 
 @dataclass
 class Runtime:
-    """Handed to methods with every task; a default one runs on the CPU and stores nothing.
+    """The surroundings of a run, which each task gives to its method. The default runs on the CPU and stores nothing.
 
-    `companions` are put around every optimizer that `fit` makes, in their order: the protection of old answers first,
-    so that those after it (an average) see a step as the protection leaves it.
+    `fit` puts the `companions` around every optimizer, in their order. The protection of old answers comes first, so
+    that the companions after it (such as an average of parameters) see each step as the protection leaves it.
     """
 
     seed: int = 0
@@ -99,7 +103,7 @@ class Runtime:
     workers: int = 0
     checkpoints: Checkpoints | None = None
     progress: Progress = field(default_factory=Silent)
-    stopping: Callable[[], int | None] = lambda: None  # the signal that asks for a stop, if one came
+    stopping: Callable[[], int | None] = lambda: None  # gives the signal that asked the run to stop, if one came
     companions: Sequence[Companion] = ()
 
     @cached_property
@@ -107,14 +111,14 @@ class Runtime:
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
 
-        # accelerate keeps device and precision once per process and refuses a second choice; here each run has its own.
+        # accelerate keeps one device and precision per process and refuses another; but each run needs its own choice.
         joined = torch.distributed.is_available() and torch.distributed.is_initialized()
         AcceleratorState._reset_state(reset_partial_state=not joined)
         return Accelerator(cpu=self.device.type == "cpu", mixed_precision=self.precision)
 
     @contextlib.contextmanager
     def accompanied(self, companions: Sequence[Companion]) -> Iterator[None]:
-        """Inside, these go with every optimizer, after those that do so already."""
+        """Inside this context, `fit` puts these companions around every optimizer too, after the earlier ones."""
         before = self.companions
         self.companions = (*before, *companions)
         try:
@@ -124,7 +128,7 @@ class Runtime:
 
     @property
     def rank(self) -> int:
-        return int(self.accelerator.process_index)  # asking joins the processes, if that was not done yet
+        return int(self.accelerator.process_index)  # the first use of the accelerator connects the processes
 
     @property
     def world(self) -> int:
@@ -135,7 +139,7 @@ class Runtime:
         return self.accelerator.reduce(value, "sum") if self.world > 1 else value
 
     def of_first(self, value: Value) -> Value:
-        """`value` as the first process has it, on all of them; plain values only."""
+        """The first process's `value`, in all processes; for plain values only."""
         if self.world == 1:
             return value
         from accelerate.utils import broadcast_object_list
@@ -144,14 +148,14 @@ class Runtime:
         return shared[0]
 
     def stop_requested(self, *, due: bool) -> int | None:
-        """The signal that asks for a stop. Several processes agree on it, and look only when `due`."""
+        """The signal that asked the run to stop, or None. Several processes agree on it, and do so only when `due`."""
         if self.world == 1:
             return self.stopping()
         if not due:
             return None
-        asked = torch.tensor([self.stopping() or 0], device=self.device)
-        torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
-        return int(asked) or None
+        signum = torch.tensor([self.stopping() or 0], device=self.device)
+        torch.distributed.all_reduce(signum, torch.distributed.ReduceOp.MAX)
+        return int(signum) or None
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.precision == "no":

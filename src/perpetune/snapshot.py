@@ -1,4 +1,4 @@
-"""A method's and an optimizer's state as plain files: tensors in safetensors, the rest in JSON."""
+"""Store the state of a method and of an optimizer in plain files: tensors in safetensors, everything else in JSON."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ from perpetune.protection.protection import Protection
 
 EXTRA = "extra.json"
 FILES = ("pet.safetensors", "head.safetensors", "method.safetensors")
-MEMORY = "protect.safetensors"  # what protection keeps; only where the recipe has it
-SUMS = "statistics.safetensors"  # what heads sum up over examples; only where they do
-EARLIER = "earlier.safetensors"  # what was learned of earlier tasks and rests; only where a method has it
-FIXED = (MEMORY, SUMS, EARLIER)  # what no step of an optimizer changes
+MEMORY = "protect.safetensors"  # the tensors of protection, if the recipe has it
+SUMS = "statistics.safetensors"  # the sums over examples that some heads keep
+EARLIER = "earlier.safetensors"  # tensors of earlier tasks that are not trained any more, if the method has such
+FIXED = (MEMORY, SUMS, EARLIER)  # an optimizer's step does not change these files
 
 
 def tensors(method: Method) -> dict[str, dict[str, Tensor]]:
-    """Everything a method has learned, by file and by name: all but the frozen backbone."""
+    """All tensors of a method, by file and by name, without the frozen backbone."""
     memory = _owned(method, Protection)
     pets = _owned(method, PET)
     frozen = _owned(method, Backbone) - pets
     heads = _owned(method, Head)
     sums = {id(t) for m in method.modules() if isinstance(m, Head) for t in m.additive()}
     earlier = {id(t) for t in method.earlier()}
-    own = [name for name, owned in ((MEMORY, memory), (SUMS, sums), (EARLIER, earlier)) if owned]
-    found: dict[str, dict[str, Tensor]] = {name: {} for name in (*FILES, *own)}
+    further = [name for name, owned in ((MEMORY, memory), (SUMS, sums), (EARLIER, earlier)) if owned]
+    by_file: dict[str, dict[str, Tensor]] = {name: {} for name in (*FILES, *further)}
     for name, tensor in _persistent(method).items():
         if id(tensor) in frozen:
             continue
         owners = ((earlier, EARLIER), (pets, FILES[0]), (sums, SUMS), (heads, FILES[1]), (memory, MEMORY))
         file = next((file for owner, file in owners if id(tensor) in owner), FILES[2])
-        found[file][name] = tensor
-    return found
+        by_file[file][name] = tensor
+    return by_file
 
 
 def snapshot(method: Method, *, memory: bool = True) -> dict[str, bytes]:
-    """The files that `restore` reads; `memory`: with those that no step of an optimizer changes."""
+    """The files that `restore` reads. Without `memory`, those that an optimizer's step cannot change are left out."""
     files = {
         file: save({name: t.detach().cpu().contiguous() for name, t in group.items()})
         for file, group in tensors(method).items()
@@ -59,14 +59,13 @@ def snapshot(method: Method, *, memory: bool = True) -> dict[str, bytes]:
 
 @torch.no_grad()
 def restore(method: Method, files: Mapping[str, bytes], where: str, *, memory: bool = True) -> None:
-    """Put a snapshot back into a method of the same make; `memory` as it was for `snapshot`.
+    """Restore a method from a snapshot. The method must be of the same recipe, and `memory` must be as in `snapshot`.
 
-    Parameters stay the objects they are wherever their shape allows, so an optimizer that holds them
-    goes on with them.
+    Parameters stay the same objects if their shape allows it, so an optimizer that has them can continue.
 
     Raises:
-        StateError: tensors are missing, unexpected or of another shape or type; says which. The
-            method is untouched then, but for room made for classes.
+        StateError: tensors are missing, unexpected, or have another shape or type; the message names them. Then the
+            method is unchanged, except that it may have more room for classes.
     """
     extra = _json(files, EXTRA, where)
     modules = _with_extra(method, memory)
@@ -84,7 +83,7 @@ def restore(method: Method, files: Mapping[str, bytes], where: str, *, memory: b
     for prefix, pet in ((f"{name}.", m) for name, m in method.named_modules() if isinstance(m, PET)):
         pet.make_room({name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)})
     pairs, groups = [], tensors(method)
-    if memory and SUMS in groups and SUMS not in files:  # a state from before they had a file of their own
+    if memory and SUMS in groups and SUMS not in files:  # an old state, in which the sums have no separate file
         groups[FILES[1]] |= groups.pop(SUMS)
     for file, group in groups.items():
         if not memory and file in FIXED:
@@ -95,7 +94,7 @@ def restore(method: Method, files: Mapping[str, bytes], where: str, *, memory: b
             value = stored[name]
             if value.shape != tensor.shape or value.dtype != tensor.dtype:
                 raise StateError(
-                    f"{where}/{file}: {name} is {value.dtype} {tuple(value.shape)} where the recipe's model has "
+                    f"{where}/{file}: {name} is {value.dtype} {tuple(value.shape)}, but in the recipe's model it is "
                     f"{tensor.dtype} {tuple(tensor.shape)}: the state and its recipe do not belong together"
                 )
             pairs.append((tensor, value))
@@ -106,22 +105,22 @@ def restore(method: Method, files: Mapping[str, bytes], where: str, *, memory: b
 def snapshot_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, bytes]:
     """The optimizer's state, for `restore_optimizer`."""
     state = optimizer.state_dict()
-    found: dict[str, Tensor] = {}
+    stored: dict[str, Tensor] = {}
     plain: dict[str, dict[str, Any]] = {}
     for index, entries in state["state"].items():
         for name, value in entries.items():
             if isinstance(value, Tensor):
-                found[f"{index}.{name}"] = value.detach().cpu().contiguous()
+                stored[f"{index}.{name}"] = value.detach().cpu().contiguous()
             else:
                 plain.setdefault(str(index), {})[name] = value
     return {
-        "optimizer.safetensors": save(found),
+        "optimizer.safetensors": save(stored),
         "optimizer.json": to_json({"groups": state["param_groups"], "plain": plain}),
     }
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, files: Mapping[str, bytes], where: str) -> None:
-    """Put back what `snapshot_optimizer` wrote."""
+    """Restore an optimizer from the files of `snapshot_optimizer`."""
     settings = _json(files, "optimizer.json", where)
     state: dict[int, dict[str, Any]] = {int(i): dict(entries) for i, entries in settings["plain"].items()}
     for key, value in read_tensors(files, "optimizer.safetensors", where).items():
@@ -164,25 +163,28 @@ def _persistent(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _owned(method: Method, kind: type[nn.Module]) -> set[int]:
-    """Identity of every tensor that sits in a module of `kind`."""
-    found = [m for m in method.modules() if isinstance(m, kind)]
-    return {id(t) for m in found for t in [*m.parameters(), *m.buffers()]}
+    """The `id` of every tensor in modules of class `kind`."""
+    modules = [m for m in method.modules() if isinstance(m, kind)]
+    return {id(t) for m in modules for t in [*m.parameters(), *m.buffers()]}
 
 
 def _with_extra(method: Method, memory: bool) -> dict[str, nn.Module]:
-    """Modules with extra state, by name; without `memory` none of protection's and none that has tensors of earlier
-    tasks, for setting it empties tensors."""
-    kept: set[nn.Module] = set()
+    """Modules with extra state, by name.
+
+    Without `memory`, modules of protection and modules with tensors of earlier tasks are left out, because setting
+    their extra state would empty their tensors.
+    """
+    left_out: set[nn.Module] = set()
     if not memory:
-        kept = {m for p in method.modules() if isinstance(p, Protection) for m in p.modules()}
-        rest = {id(t) for t in method.earlier()}
-        kept |= {
+        left_out = {m for p in method.modules() if isinstance(p, Protection) for m in p.modules()}
+        resting = {id(t) for t in method.earlier()}
+        left_out |= {
             m
             for m in method.modules()
-            if any(id(t) in rest for t in [*m.parameters(recurse=False), *m.buffers(recurse=False)])
+            if any(id(t) in resting for t in [*m.parameters(recurse=False), *m.buffers(recurse=False)])
         }
-    found = {n: m for n, m in method.named_modules() if m not in kept}
-    return {n: m for n, m in found.items() if type(m).get_extra_state is not nn.Module.get_extra_state}
+    modules = {n: m for n, m in method.named_modules() if m not in left_out}
+    return {n: m for n, m in modules.items() if type(m).get_extra_state is not nn.Module.get_extra_state}
 
 
 def _same_names(expected: Mapping[str, Any], stored: Mapping[str, Any], where: str, what: str) -> None:

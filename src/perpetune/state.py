@@ -1,11 +1,11 @@
-"""The state folder: everything a tuned model is, and everything needed to go on with it.
+"""The state folder: it stores a tuned model, and everything that is needed to continue its training.
 
 STATE/
   recipe.yaml         the resolved recipe
-  backbone.json       which frozen weights it belongs to
+  backbone.json       the name and the fingerprint of the frozen weights
   journal.jsonl       one line per event
-  tasks/0003-NAME/    one folder per committed task, whole or not there
-  resume/             checkpoints inside the task at hand; gone after its commit
+  tasks/0003-NAME/    one folder per committed task; it is complete, or it does not exist
+  resume/             checkpoints of the unfinished task; the commit of the task deletes them
 """
 
 from __future__ import annotations
@@ -43,22 +43,22 @@ class Committed:
     name: str
     folder: Path
     before: str
-    """The task before it, or `start`: where a rollback leads that drops it."""
+    """The name of the task before it, or `start`. A rollback to this name drops the task."""
 
     def read(self, *only: str) -> dict[str, bytes]:
-        """Its files; those named, as far as there are such, where any is.
+        """The contents of the task's files, by name; if names are given, only of those of them that exist.
 
         Raises:
-            StateError: one is missing, torn or changed; says which, and what can be done.
+            StateError: a file is missing, damaged or changed. The message names it and says what the user can do.
         """
         return read_folder(self.folder, self._cure, only or None)
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each of its files."""
+        """The size of each of the task's files, in bytes."""
         return {name: size for name, (size, _) in listed(self.folder, self._cure).items()}
 
     def json(self, name: str) -> dict[str, Any]:
-        """One of its JSON files, checked against the manifest."""
+        """The content of one of the task's JSON files, checked against the manifest."""
         content: dict[str, Any] = json.loads(self.read(name)[name])
         return content
 
@@ -69,10 +69,10 @@ class Committed:
 
 
 class State:
-    """A state folder that exists. Make one with `State.create`, open one with `State(folder)`.
+    """An existing state folder. `State.create` makes one, `State(folder)` opens one.
 
     Raises:
-        StateError: the folder is not a state, or what it holds is not one's.
+        StateError: the folder is not a state folder, or its recipe is damaged.
     """
 
     def __init__(self, folder: Path):
@@ -88,32 +88,32 @@ class State:
             self.recipe: Recipe = parse_recipe(text, str(folder / "recipe.yaml"))
         except UsageError as error:
             raise StateError(str(error)) from None
-        if "checkpoint_every" not in self.recipe.run.model_fields_set:  # a part of it would be filled up by defaults
+        if "checkpoint_every" not in self.recipe.run.model_fields_set:  # defaults must not fill up a torn recipe
             raise StateError(f"{folder / 'recipe.yaml'} is torn, its last key is missing: restore it from a backup")
 
     @classmethod
     def create(cls, folder: Path, recipe: Recipe, backbone: Mapping[str, Any]) -> State:
-        """A new state folder with nothing learned.
+        """Make a new state folder without learned tasks.
 
         Raises:
-            UsageError: there is something at `folder` already.
+            UsageError: `folder` already exists.
         """
         if folder.exists() and not (folder.is_dir() and _unused(folder)):
             raise UsageError(
-                f"{folder} is there already: go on with `perpetune resume {folder}` or `perpetune update {folder}`, or "
-                "choose another folder"
+                f"{folder} already exists: continue with `perpetune resume {folder}` or `perpetune update {folder}`, "
+                "or choose another folder"
             )
         try:
             (folder / "tasks").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"{folder} cannot be made: {error.strerror}") from None
         write_file(folder / "backbone.json", to_json(dict(backbone)))
-        write_file(folder / "recipe.yaml", recipe.to_yaml().encode())  # last: it makes the folder a state
+        write_file(folder / "recipe.yaml", recipe.to_yaml().encode())  # last: this file makes the folder a state folder
         return cls(folder)
 
     @property
     def backbone(self) -> dict[str, Any]:
-        """Spec and fingerprint of the frozen weights."""
+        """The name (`spec`) and the fingerprint of the frozen weights."""
         try:
             content: dict[str, Any] = json.loads((self.folder / "backbone.json").read_bytes())
             return {"spec": content["spec"], "fingerprint": content["fingerprint"], **content}
@@ -127,18 +127,20 @@ class State:
         """The tasks learned so far, in order.
 
         Raises:
-            StateError: one is missing in between or there twice, or a folder has no task's name.
+            StateError: a task between others is missing, a task exists twice, or a folder's name is not that of a task.
         """
-        found: dict[int, Path] = {}
+        folders: dict[int, Path] = {}
         for path in sorted((self.folder / "tasks").glob("[!.]*")):
             number, dash, name = path.name.partition("-")
             if not (number.isdecimal() and dash and name):
-                raise StateError(f"{path} is not a task's folder (0003-NAME is expected): move it away")
-            other = found.setdefault(int(number), path)
+                raise StateError(
+                    f"{path} is not the folder of a task (expected a name such as 0003-NAME): move it away"
+                )
+            other = folders.setdefault(int(number), path)
             if other != path:
                 raise StateError(f"{path} and {other.name} are both task {int(number)}: move one of them away")
         tasks: list[Committed] = []
-        for expected, (index, path) in enumerate(sorted(found.items())):
+        for expected, (index, path) in enumerate(sorted(folders.items())):
             if index != expected:
                 raise StateError(f"{self.folder / 'tasks'}: task {expected} is missing before {path.name}")
             name, before = path.name.partition("-")[2], tasks[-1].name if tasks else START
@@ -146,7 +148,7 @@ class State:
         return tasks
 
     def load(self, method: Method, task: Committed | None = None) -> None:
-        """Put what the last committed task (or `task`) left into `method`."""
+        """Restore `method` to its state after `task`; by default after the last committed task."""
         task = task or (self.committed[-1] if self.committed else None)
         if task is not None:
             restore(method, task.read(), str(task.folder))
@@ -159,7 +161,7 @@ class State:
         documents: Mapping[str, Any],
         files: Mapping[str, bytes] = MappingProxyType({}),
     ) -> None:
-        """Store a learned task, in one step, with JSON documents and other files; its mid-task checkpoints go."""
+        """Store a learned task in one step, with JSON documents and other files; then delete its checkpoints."""
         folder = self.folder / "tasks" / f"{index:04d}-{name}"
         files = {**snapshot(method), **{file: to_json(content) for file, content in documents.items()}, **files}
         write_folder(folder, files)
@@ -167,23 +169,23 @@ class State:
         remove_folder(self.folder / "resume")
 
     def rollback(self, to: str) -> list[str]:
-        """Drop every task after `to`, and one that was begun; returns the names dropped.
+        """Drop every task after `to`, and an unfinished one; return the names of the dropped tasks.
 
         Args:
-            to: a task's name, its number or its folder's name; or `start`, which drops all.
+            to: a task's name, its number or its folder's name; or `start`, which drops all tasks.
         """
         tasks = self.committed
         if to == START:
             keep = 0
         else:
-            # A name comes first: tasks of digits have numbers for names.
-            found = [t for t in tasks if t.name == to] or [t for t in tasks if to in (str(t.index), t.folder.name)]
-            if not found:
+            # A name counts before a number, because numbers may be names: tasks of digit images have such names.
+            matches = [t for t in tasks if t.name == to] or [t for t in tasks if to in (str(t.index), t.folder.name)]
+            if not matches:
                 raise UsageError(f"{self.folder} has no task {to!r}; {closest(to, [START, *(t.name for t in tasks)])}")
-            keep = found[0].index + 1
+            keep = matches[0].index + 1
         opened = self.open_task()
         remove_folder(self.folder / "resume")
-        for task in reversed(tasks[keep:]):  # from the end, so a crash leaves a shorter state, never one with a gap
+        for task in reversed(tasks[keep:]):  # from the end, so that a crash leaves no gap between the tasks
             remove_folder(task.folder)
         dropped = [t.name for t in tasks[keep:]]
         if dropped or opened:
@@ -201,7 +203,7 @@ class State:
             os.fsync(file.fileno())
 
     def journal(self) -> list[dict[str, Any]]:
-        """All events; a last line that a crash tore is left out."""
+        """All events, without a last line that a crash cut off."""
         path = self.folder / "journal.jsonl"
         lines = path.read_bytes().split(b"\n") if path.exists() else []
         events = []
@@ -215,17 +217,18 @@ class State:
                     break
                 event = None
             if not (isinstance(event, dict) and isinstance(event.get("event"), str)):
-                raise StateError(f"{path}, line {number}: not JSON of an event; restore the file or delete that line")
+                raise StateError(f"{path}, line {number}: not an event in JSON; restore the file or delete this line")
             events.append(event)
         return events
 
     def open_task(self) -> dict[str, Any] | None:
-        """The journal's line of the task that was begun and neither committed nor dropped, if there is one."""
+        """The journal's line of the unfinished task, which was begun but neither committed nor dropped; None if there
+        is no such task."""
         begun = self._last_begun()
         return begun if begun and begun["task"] == len(self.committed) else None
 
     def _last_begun(self) -> dict[str, Any] | None:
-        """The journal's line of the last task that was begun, unless a commit or a rollback came after it."""
+        """The journal's line about the last task that was begun; None if a commit or a rollback came after it."""
         turns = ("task begun", "task committed", "rolled back")
         last = next((e for e in reversed(self.journal()) if e["event"] in turns), None)
         return last if last and last["event"] == "task begun" else None
@@ -234,10 +237,10 @@ class State:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Hold the folder for writing, with what a crash left undone finished first.
+        """Lock the folder for writing. First finish or remove what a crash left behind.
 
         Raises:
-            StateError: another process writes to it.
+            StateError: another process is writing to the folder.
         """
         lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         _held.add(lock)
@@ -249,7 +252,7 @@ class State:
             self._finish_commit()
             yield
         finally:
-            if lock in _held:  # a forked child has let go of it
+            if lock in _held:  # not in a forked child, which has closed its copy of the lock
                 _held.remove(lock)
                 os.close(lock)
 
@@ -261,7 +264,10 @@ class State:
                 write_file(path, content[: content.rfind(b"\n") + 1])
 
     def _finish_commit(self) -> None:
-        """A crash after the rename of a task's folder leaves its line out, or checkpoints of no use."""
+        """Finish a commit that a crash interrupted after the task's folder was renamed.
+
+        Then the journal has no line about the commit, or useless checkpoints are left.
+        """
         begun, tasks = self._last_begun(), self.committed
         if begun and tasks and (begun["task"], begun["name"]) == (tasks[-1].index, tasks[-1].name):
             self.log("task committed", task=begun["task"], name=begun["name"])
@@ -270,12 +276,12 @@ class State:
 
 
 def _unused(folder: Path) -> bool:
-    """Whether a folder holds nothing but what a `State.create` left that a crash ended."""
+    """Whether a folder has nothing in it but the files of a `State.create` that crashed."""
     made = {"tasks", "backbone.json", ".backbone.json.tmp", ".recipe.yaml.tmp"}
     return all(path.name in made for path in folder.iterdir()) and not any((folder / "tasks").glob("*"))
 
 
-_held: set[int] = set()  # descriptors of the locks that this process holds
+_held: set[int] = set()  # file descriptors of the locks that this process has
 
 
 def _let_go() -> None:
@@ -285,7 +291,7 @@ def _let_go() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    # Else a process that loads images would keep the lock for seconds after its parent was killed.
+    # Otherwise a child process that loads images would keep the lock for seconds after its parent was killed.
     os.register_at_fork(after_in_child=_let_go)
 
 
@@ -297,21 +303,21 @@ def _lock(descriptor: int, folder: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the kernel however the process ends
     except OSError:
-        raise StateError(f"{folder} is being written by another process: wait for it, or stop it") from None
+        raise StateError(f"another process is writing to {folder}: wait for it, or stop it") from None
 
 
 class MidTask:
-    """Checkpoints inside one task, in STATE/resume/: finished phases, and where the open one stands.
+    """Checkpoints inside one task, in STATE/resume/: the finished phases, and the progress of the open one.
 
-    `learn` is entered again after a crash. What it does between the calls of `fit` is repeated; each
-    finished call of `fit` is replaced by loading what it had reached; the open one goes on.
+    After a crash, `run` calls the method's `learn` again. `learn` repeats its work between the calls of `fit`. A
+    finished call of `fit` loads its result instead of training again; the interrupted call continues.
 
     Args:
         folder: STATE/resume.
-        method: what is saved and restored.
-        task: (index, name, fingerprint of its data); checkpoints of any other are removed.
+        method: the method to save and restore.
+        task: (index, name, fingerprint of its data). Checkpoints of any other task are deleted.
         every: optimizer steps between two checkpoints.
-        writes: whether this process writes; all read.
+        writes: whether this process writes checkpoints; every process reads them.
     """
 
     def __init__(self, folder: Path, method: Method, task: tuple[int, str, str], every: int, *, writes: bool = True):
@@ -321,11 +327,11 @@ class MidTask:
         self.optimizer: torch.optim.Optimizer | None = None
         self.accelerator: Accelerator | None = None
         self.seconds = 0.0
-        """Time that earlier, interrupted attempts at this task had spent by their last checkpoint."""
+        """Seconds that earlier, interrupted attempts at this task had used at their last checkpoint."""
         self.images = 0
-        """Examples trained on so far, earlier attempts included."""
+        """The number of examples trained on so far, with earlier attempts."""
         self.tokens = 0
-        """And their tokens, where they are texts."""
+        """The number of tokens of these examples, if they are texts."""
         self._began = time.perf_counter()
         self._cure = f"delete {folder}, and the task begins again"
         header = {"task": task[0], "name": task[1], "data": task[2]}
@@ -408,5 +414,5 @@ class MidTask:
         return sorted(p for p in self._saved() if p.name.startswith(prefix))
 
     def _newest_open(self) -> Path | None:
-        found = self._open()
-        return found[-1] if found else None
+        saved = self._open()
+        return saved[-1] if saved else None

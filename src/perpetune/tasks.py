@@ -1,4 +1,4 @@
-"""A task: its data, its classes by name, and the place it runs in. Everything above speaks in these."""
+"""A task: its data, the names of its classes, and the runtime. The modules above this one all use these types."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from perpetune.runtime import Runtime
 from perpetune.seeding import generator, seed_of
 
 N = TypeVar("N", int, float)
-IGNORED = -100  # where a label would stand and there is none: torch's and transformers' word for it
+IGNORED = -100  # torch and transformers put this number where a token has no label
 
 
 class Inputs:
-    """What a model reads of some examples: named tensors whose first axis is the example.
+    """The inputs of a model for some examples: named tensors whose first axis is the example.
 
     Args:
-        tensors: by name; those that are None are left out. The names that are used here: `pixels`, uint8
-            `(B, 3, H, W)`, not normalised; and of texts, padded on the left so that all end at the same place, `ids`,
-            int64 `(B, N)`; `mask`, bool `(B, N)`, false at padding; `labels`, int64 `(B, N)`, the tokens that are
-            learned to be said and -100 elsewhere, not there for questions; `options`, int64 `(B, K, M)`, the tokens of
-            each answer that stands to choice, -100 after its end and where a question has fewer, not there where
-            answers are free. A view may add others.
-        said: how many of the last columns hold all `labels`, known without a look at the device.
+        tensors: the tensors, by name; a name with None is left out. A view may use further names. The library uses:
+            `pixels`: images, uint8 `(B, 3, H, W)`, not normalised.
+            `ids`: tokens of texts, int64 `(B, N)`, padded on the left, so that all texts end in the last column.
+            `mask`: bool `(B, N)`, false at padding.
+            `labels`: int64 `(B, N)`, the tokens that the model learns to say, and -100 elsewhere. Questions have none.
+            `options`: int64 `(B, K, M)`, the tokens of each answer that the model can choose, -100 after the answer's
+            end and in place of missing answers. Questions with free answers have none.
+        said: the number of last columns that contain all `labels`. So the code need not read it from the device.
     """
 
     def __init__(self, *, said: int = 0, **tensors: Tensor | None):
@@ -39,7 +40,7 @@ class Inputs:
 
     @classmethod
     def of(cls, given: Inputs | Tensor) -> Inputs:
-        """`given`, or a bare tensor of images as inputs: the one place where people's tensors are taken in."""
+        """`given` itself, or inputs made of a bare tensor of images. Every tensor from users comes in through here."""
         return given if isinstance(given, Inputs) else cls(pixels=given)
 
     def __len__(self) -> int:
@@ -49,9 +50,9 @@ class Inputs:
         return name in self.tensors
 
     def __getitem__(self, name: str) -> Tensor:
-        """The tensor of that name; UsageError where these inputs have none."""
+        """The tensor of that name; UsageError if the inputs have no such tensor."""
         if name not in self.tensors:
-            raise UsageError(f"a model asks for {name}, and its inputs are {', '.join(self.tensors)}")
+            raise UsageError(f"the model needs the input {name}, but the batch has only {', '.join(self.tensors)}")
         return self.tensors[name]
 
     @property
@@ -75,11 +76,11 @@ class Inputs:
         return self.tensors.get("options")
 
     def each(self, act: Callable[[Tensor], Tensor]) -> Inputs:
-        """The same with `act` done to every tensor."""
+        """New inputs, with the result of `act` for every tensor."""
         return Inputs(said=self.said, **{name: act(tensor) for name, tensor in self.tensors.items()})
 
     def rows(self, index: Sequence[int]) -> Inputs:
-        """Some of the examples, by their places."""
+        """The inputs of the examples at the positions `index`."""
         places = torch.tensor(index, dtype=torch.int64)
         return self.each(lambda tensor: tensor[places.to(tensor.device)])
 
@@ -92,9 +93,9 @@ class Batch:
     """Some examples of one task.
 
     Attributes:
-        inputs: what the model reads; a bare tensor is taken for images.
-        targets: int64 `(B,)`, positions in the task's `classes`; 0 where it has none.
-        numbers: int64 `(B,)`, positions among the examples it was loaded from; on the CPU.
+        inputs: the model's inputs; a bare tensor means images.
+        targets: int64 `(B,)`, positions in the task's `classes`; 0 if the task has no classes.
+        numbers: int64 `(B,)`, the examples' positions in the set that they were loaded from; on the CPU.
     """
 
     inputs: Inputs
@@ -109,11 +110,11 @@ class Batch:
 
     @property
     def mask(self) -> Tensor | None:
-        """`(B, N)`, true where there is a token; None where all are."""
+        """`(B, N)`, true at tokens and false at padding; None if there is no padding."""
         return self.inputs.tensors.get("mask")
 
     def pin_memory(self) -> Batch:
-        """Called by torch's loader, so that the copy to a GPU need not wait."""
+        """Put the tensors into pinned memory. Torch's loader calls this, so that the copy to a GPU need not wait."""
         return self._each(lambda tensor: tensor.pin_memory())
 
     def to(self, device: torch.device) -> Batch:
@@ -123,20 +124,19 @@ class Batch:
         return Batch(self.inputs.each(act), act(self.targets), self.numbers)
 
 
-Item = tuple[Any, int, int]  # an example as it was loaded, its target, its number
+Item = tuple[Any, int, int]  # a loaded example, its target, its number
 
 
 class Examples(ABC):
     """Labelled examples that are loaded one at a time.
 
     Attributes:
-        targets: position of each example's label in the task's `classes`.
-        deterministic: whether each is the same whenever it is loaded, so that what was computed of it can be kept: the
-            seed of `load` changes nothing.
-        weights: a number for each example: the loss of a step is the mean by these (the tokens to be said in a text);
-            None weighs all alike.
-        lengths: how long each example is, in tokens, by which examples can be put together in batches; None where all
-            are of one size.
+        targets: for each example the position of its label in the task's `classes`.
+        deterministic: whether `load` gives the same example for every seed. Then results computed from it can be kept.
+        weights: a number for each example; the loss of a step is the mean with these weights. For a text it is the
+            number of tokens to say. None gives all examples the same weight.
+        lengths: the length of each example in tokens, so that a batch can have examples of similar length. None if all
+            examples have the same size.
     """
 
     targets: Sequence[int]
@@ -149,22 +149,22 @@ class Examples(ABC):
 
     @abstractmethod
     def load(self, index: int, seed: int | None) -> Any:
-        """Example `index` as `collate` takes it; augmented by `seed`, or as for evaluation when None."""
+        """Example `index`, in the form that `collate` takes; augmented at random by `seed`, or not if it is None."""
 
     def collate(self, items: Sequence[Item]) -> Batch:
-        """A batch of (loaded example, target, number); by default of images of one size."""
+        """A batch of the `items`, each (loaded example, target, number). The default is for images of one size."""
         return stack(items)
 
     def questions(self) -> Examples:
-        """The same as they are asked at prediction: texts without their answers, pictures as they are."""
+        """The same examples as the model gets them at prediction: texts without their answers, images unchanged."""
         return self
 
     def text(self, index: int) -> Any:
-        """Example `index` as people wrote it; UsageError where examples are no texts."""
-        raise UsageError("these examples are no texts")
+        """The original text of example `index`; UsageError if the examples are not texts."""
+        raise UsageError("these examples are not texts")
 
     def weight(self, rows: Sequence[int]) -> float:
-        """What `rows` count for in the mean of a step: their number, or the sum of their weights."""
+        """The weight of `rows` in the mean of a step: their number, or the sum of their `weights`."""
         weights = self.weights
         return float(len(rows)) if weights is None else float(sum(weights[i] for i in rows))
 
@@ -174,14 +174,15 @@ class Task:
     """One step of a stream.
 
     Attributes:
-        index: position in the stream, from 0.
-        name: unique in the stream; letters, digits, `.`, `_` and `-` only.
-        classes: names of the labels that occur, in a fixed order; `Batch.targets` point into it. None where answers
-            are free text.
-        train, validation, test: the data; validation is cut from train, never from test.
-        score: how the text of an answer is scored, by its name in `numerics.text_scores`; None is right or wrong.
-        earlier: the tasks before this one, only where the run may keep their data (method `joint`).
-        runtime: where and how it runs: seed, device, workers, checkpoints, progress.
+        index: the position in the stream, from 0.
+        name: unique in the stream; has only letters, digits, `.`, `_` and `-`.
+        classes: the names of the labels, in a fixed order; `Batch.targets` are positions in it. Empty if answers are
+            free text.
+        train, validation, test: the examples; validation is cut off from train, never from test.
+        score: the name of the score for answers in text, in `numerics.text_scores`; None counts answers as right or
+            wrong.
+        earlier: the tasks before this one, only if the run may keep their data (method `joint`).
+        runtime: the surroundings of the run: seed, device, workers, checkpoints, progress.
     """
 
     index: int
@@ -198,20 +199,25 @@ class Task:
         return seed_of(self.runtime.seed, "task", self.index, *purpose)
 
     def generator(self, *purpose: int | str) -> torch.Generator:
-        """A generator of this task's own, for the purpose named."""
+        """A generator of this task for the given purpose."""
         return generator(self.runtime.seed, "task", self.index, *purpose)
 
     def batches(self, size: int) -> Iterator[Batch]:
-        """The training data once, in order, in the evaluation transform, on the run's device.
+        """The training data once, in order, without augmentation, on the run's device.
 
-        On several processes each sees its own share: sum what you collect with `runtime.sum`.
+        If there are several processes, each gets its own share of the examples: add the results with `runtime.sum`.
         """
         return evaluation_batches(self.train, size, self.runtime)
 
 
 class Pick(Examples):
-    """Examples picked out of several sets of one kind, in any order; `maps[k][y]` is the common position of label y
-    of set k."""
+    """Examples picked from several sets of one kind, in any order.
+
+    Args:
+        sets: the sets of examples.
+        picked: for each example (number of its set, its number in the set).
+        maps: `maps[k][y]` is the new target of an example of set k whose target is y; None keeps the targets.
+    """
 
     def __init__(
         self,
@@ -248,12 +254,12 @@ class Pick(Examples):
 
 
 def part(examples: Examples, numbers: Iterable[int]) -> Pick:
-    """Some of the `examples`, by their numbers."""
+    """The `examples` with the given numbers."""
     return Pick([examples], [(0, i) for i in numbers])
 
 
 def balanced(examples: Examples, count: int, generator: torch.Generator) -> Examples:
-    """`count` of the examples drawn by `generator`, balanced over their targets, in their order; or all."""
+    """`count` examples, drawn by `generator`, balanced over the targets, in their old order; all if there are fewer."""
     if count >= len(examples):
         return examples
     turns: dict[int, int] = {}
@@ -266,7 +272,7 @@ def balanced(examples: Examples, count: int, generator: torch.Generator) -> Exam
 
 
 class _Requests(torch.utils.data.Dataset):  # type: ignore[type-arg]
-    """Examples addressed by (index, seed), so that a loader process needs no state of its own."""
+    """Examples that are requested by (index, seed), so that a loader process needs no state."""
 
     def __init__(self, examples: Examples):
         self.examples = examples
@@ -279,11 +285,11 @@ class _Requests(torch.utils.data.Dataset):  # type: ignore[type-arg]
         try:
             return self.examples.load(index, seed), self.examples.targets[index], index
         except DataError as error:
-            return str(error)  # torch would wrap an exception of a loader process in a page of traceback
+            return str(error)  # torch would add a page of traceback to an exception from a loader process
 
 
 def stack(items: Sequence[Item]) -> Batch:
-    """A batch of images of one size, uint8 `(3, H, W)` each."""
+    """A batch of images of one size, each uint8 `(3, H, W)`."""
     images, targets, numbers = zip(*items, strict=True)
     inputs = Inputs(pixels=torch.stack(images))
     return Batch(inputs, torch.tensor(targets, dtype=torch.int64), torch.tensor(numbers, dtype=torch.int64))
@@ -299,10 +305,10 @@ def _collate(make: Callable[[Sequence[Item]], Batch], items: list[Item | str]) -
 def load_batches(
     examples: Examples, requests: Sequence[Sequence[tuple[int, int | None]]], runtime: Runtime
 ) -> Iterator[Batch]:
-    """The batches named by `requests`, each a list of (index, seed), on the run's device.
+    """Load a batch for each list of (index, seed) in `requests`, onto the run's device.
 
     Raises:
-        DataError: an example cannot be loaded; names it.
+        DataError: an example cannot be loaded; the message names it.
     """
     loader: torch.utils.data.DataLoader[Batch | str] = torch.utils.data.DataLoader(
         _Requests(examples),
@@ -310,8 +316,8 @@ def load_batches(
         num_workers=runtime.workers,
         collate_fn=partial(_collate, examples.collate),
         pin_memory=runtime.device.type == "cuda",
-        generator=torch.Generator().manual_seed(0),  # else the loader draws from the global generator
-        multiprocessing_context="fork" if runtime.workers and sys.platform == "linux" else None,  # starts at once
+        generator=torch.Generator().manual_seed(0),  # otherwise the loader draws from the global generator
+        multiprocessing_context="fork" if runtime.workers and sys.platform == "linux" else None,  # fast
     )
     for batch in loader:
         if isinstance(batch, str):
@@ -320,7 +326,7 @@ def load_batches(
 
 
 def evaluation_batches(examples: Examples, size: int, runtime: Runtime) -> Iterator[Batch]:
-    """This process's share of `examples`, in order, in the evaluation transform."""
+    """Batches of this process's share of `examples`, in order, without augmentation."""
     mine = range(runtime.rank, len(examples), runtime.world)
     requests = [[(i, None) for i in mine[s : s + size]] for s in range(0, len(mine), size)]
     return load_batches(examples, requests, runtime)

@@ -1,5 +1,5 @@
-"""The command line. Verbs live in `learn` (run, init, update, resume, rollback), `use` (predict, evaluate,
-export) and `look` (report, log, compare, and what there is to choose from)."""
+"""The command line. The verbs are in three modules: `learn` has run, init, update, resume and rollback; `use` has
+predict, evaluate and export; `look` has report, log, compare and the lists of choices."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ for module in (learn, use, look):
     for verb in module.VERBS:
         app.command()(verb)
 
-# What is wrong with an argument: click's class, or that of the copy of click that newer typers carry.
+# The class of errors about arguments. It is click's class, or the class of the copy of click inside newer typers.
 ArgumentError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
@@ -47,15 +47,15 @@ def _options(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command and leave with its exit code: 0 fine, 1 the work failed, 2 bad usage."""
-    sys.path.append(os.getcwd())  # so that PACKAGE.MODULE:CLASS finds what lies where the command runs
+    """Run one command and exit with its code: 0 for success, 1 when the work failed, 2 when an argument is wrong."""
+    sys.path.append(os.getcwd())  # so that PACKAGE.MODULE:CLASS finds modules in the current folder
     warnings.showwarning = _show_warning
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # without a network it tells of every attempt
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # without a network, the hub prints every attempt
     sys.exit(call(list(sys.argv[1:] if arguments is None else arguments)))
 
 
 def call(arguments: list[str]) -> int:
-    """Run one command; returns its exit code. A failure is one line on standard error."""
+    """Run one command and return its exit code. A failure prints one line on standard error."""
     try:
         return int(app(args=arguments or ["--help"], prog_name="perpetune", standalone_mode=False) or 0)
     except PerpetuneError as error:
@@ -73,7 +73,7 @@ def call(arguments: list[str]) -> int:
         return 1
     except typer.Abort:
         return 130
-    except BrokenPipeError:  # whoever read our output has gone
+    except BrokenPipeError:  # the program that read our output has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
@@ -84,7 +84,7 @@ def call(arguments: list[str]) -> int:
 
 
 def _usage(error: Any) -> str:
-    """What is wrong with the arguments, and the help that tells what would be right."""
+    """A message that says what is wrong with the arguments and names the command that prints the help."""
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "perpetune"
     text = str(error.format_message())

@@ -1,4 +1,4 @@
-"""What several verbs share."""
+"""Functions that several verbs use."""
 
 from __future__ import annotations
 

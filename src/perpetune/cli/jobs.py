@@ -1,8 +1,9 @@
-"""Several runs, each in a process of its own and some at a time, that can be stopped and begun again.
+"""Several runs, each in its own process and a few at a time. They can be stopped, and the same call continues them.
 
-The parent hands each child a run, a line of JSON on standard input; the child tells of it on standard output, a line
-for each event. Children are in sessions of their own, so that Ctrl-C reaches them once, from the parent. The parent
-keeps their standard input open as long as it lives: where that ends, it is gone, and they stop with a checkpoint.
+The parent process gives each child one run, as a line of JSON on the child's standard input. The child reports events
+on its standard output, one line of JSON for each event. Each child has its own session, so that Ctrl-C reaches it only
+once, through the parent. The parent keeps the child's standard input open as long as the parent lives. When standard
+input ends, the child knows that its parent has ended, and stops with a checkpoint.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ class Job:
     """One run.
 
     Attributes:
-        folder: its state folder, which may hold a part of it.
-        device: where to go on, when it differs from where it began.
-        failure: why it did not come to its end.
+        folder: the run's state folder. It may already hold a part of the run.
+        device: the device on which the run continues, if it is another one than the run began on.
+        failure: the reason why the run failed; None if it did not fail.
     """
 
     recipe: Recipe
@@ -53,17 +54,18 @@ class Job:
 
 @dataclass(eq=False)
 class _Running:
-    """A child. `told` counts the signals passed on to it; `ended` is whether it has said how its run came out."""
+    """A child process. `passed` is the number of signals that the parent has sent to it; `ended` is true when the child
+    has reported the end of its run."""
 
     job: Job
     process: subprocess.Popen[str]
-    told: int = 0
+    passed: int = 0
     ended: bool = False
 
 
 @dataclass
 class _Stop:
-    """The signals that came, passed on to whoever runs."""
+    """The signals that this process received. It sends them on to the running children."""
 
     running: list[_Running] = field(default_factory=list)
     signals: list[int] = field(default_factory=list)
@@ -74,23 +76,26 @@ class _Stop:
 
     def pass_on(self) -> None:
         for child in self.running:
-            for signum in self.signals[child.told :]:
-                child.told += 1
+            for signum in self.signals[child.passed :]:
+                child.passed += 1
                 _send(child.process, signum)
 
 
 def plan(recipes: Sequence[Recipe], seeds: Sequence[int] | None, folder: Path, device: str | None) -> list[Job]:
-    """A run of each recipe with each seed (with its own, where `seeds` is None), in `folder/NAME-sSEED`.
+    """Make a job for each recipe and each seed. The state folder of a job is `folder/NAME-sSEED`.
+
+    Args:
+        seeds: None takes the seed in each recipe.
 
     Raises:
-        UsageError: two recipes have one name, or a state folder there belongs to another recipe.
+        UsageError: two recipes have the same name, or a state folder in `folder` belongs to another recipe.
     """
     from perpetune.state import State
 
     names = [recipe.name for recipe in recipes]
     twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
     if twice is not None:
-        raise UsageError(f"two recipes are called {twice!r}, and their folders would be the same: rename one")
+        raise UsageError(f"two recipes have the name {twice!r} and would use the same folder: rename one of them")
     jobs = []
     for recipe in recipes:
         for seed in seeds if seeds is not None else [recipe.seed]:
@@ -100,15 +105,15 @@ def plan(recipes: Sequence[Recipe], seeds: Sequence[int] | None, folder: Path, d
                 other = _differs(State(path).recipe, job.recipe)
                 if other:
                     raise UsageError(
-                        f"{path} was begun with another recipe ({', '.join(other)} differ{'s' * (len(other) == 1)}): "
-                        "choose another --out, or delete that folder"
+                        f"{path} belongs to another recipe ({', '.join(other)} differ{'s' * (len(other) == 1)}): "
+                        "choose another --out, or delete this folder"
                     )
             jobs.append(job)
     return jobs
 
 
 def _differs(one: Recipe, other: Recipe) -> list[str]:
-    """The sections in which two recipes learn something else; where a run happens is none of them."""
+    """The sections whose difference changes what the two recipes learn. Device and threads do not change that."""
     a, b = one.model_dump(mode="json"), other.model_dump(mode="json")
     for content in (a, b):
         content["run"] = content["run"]["precision"]
@@ -117,7 +122,7 @@ def _differs(one: Recipe, other: Recipe) -> list[str]:
 
 
 def finished(job: Job) -> dict[str, Any] | None:
-    """The results of a run that is complete; None where something is left to do."""
+    """The results of a complete run; None if the run is not complete."""
     from perpetune.results import read_results
     from perpetune.state import State
 
@@ -128,13 +133,13 @@ def finished(job: Job) -> dict[str, Any] | None:
 
 
 def run_all(jobs: Sequence[Job], at_once: int, tell: Tell) -> None:
-    """Bring the runs to their end, `at_once` at a time; why one failed is its `failure`.
+    """Finish all runs, `at_once` of them at a time. If a run fails, its job's `failure` says why.
 
     Args:
-        tell: takes what the runs say of themselves.
+        tell: is called with each event of each run.
 
     Raises:
-        Interrupted: a signal came; the runs have stopped, each with a checkpoint.
+        Interrupted: this process received a signal. The runs have stopped, each with a checkpoint.
     """
     waiting, events = list(jobs), queue.SimpleQueue[tuple[_Running, Event | None]]()
     with _signals() as stop:
@@ -142,7 +147,7 @@ def run_all(jobs: Sequence[Job], at_once: int, tell: Tell) -> None:
             while waiting or stop.running:
                 while waiting and len(stop.running) < at_once and not stop.signals:
                     stop.running.append(_start(waiting.pop(0), events))
-                    stop.pass_on()  # what came while the child was begun
+                    stop.pass_on()  # signals that came while the child was starting
                 if not stop.running:
                     break
                 child, event = events.get()
@@ -155,12 +160,12 @@ def run_all(jobs: Sequence[Job], at_once: int, tell: Tell) -> None:
                     event = {"event": "failed", "message": f"its process ended with {_named(code)}"}
                 child.ended = event["event"] in ("done", "failed")
                 if event["event"] == "failed":
-                    if stop.signals:  # as it was asked to
+                    if stop.signals:  # we asked the child to stop, so this is no failure
                         continue
                     child.job.failure = event["message"]
                 tell(child.job, event)
         finally:
-            for child in stop.running:  # after an error here they stop by themselves
+            for child in stop.running:  # after an error in this process, the children stop by themselves
                 _let_go(child)
         if stop.signals:
             raise Interrupted(f"stopped by {signal.Signals(stop.signals[0]).name}", stop.signals[0])
@@ -168,7 +173,7 @@ def run_all(jobs: Sequence[Job], at_once: int, tell: Tell) -> None:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[_Stop]:
-    """Signals that ask for a stop stop the children instead of this process."""
+    """While this is open, a signal that would stop this process stops its children instead."""
     from perpetune.learner import stopping_signals
 
     stop = _Stop()
@@ -197,29 +202,29 @@ def _start(job: Job, events: queue.SimpleQueue[tuple[_Running, Event | None]]) -
     )  # fmt: skip
     child = _Running(job, process)
     assert process.stdin is not None
-    asked = {"recipe": job.recipe.model_dump(mode="json"), "folder": str(job.folder), "device": job.device}
-    with contextlib.suppress(BrokenPipeError):  # it may be gone; its end tells of that
-        print(json.dumps(asked), file=process.stdin, flush=True)
+    request = {"recipe": job.recipe.model_dump(mode="json"), "folder": str(job.folder), "device": job.device}
+    with contextlib.suppress(BrokenPipeError):  # the child may have ended; `_listen` reports that
+        print(json.dumps(request), file=process.stdin, flush=True)
     threading.Thread(target=_listen, args=(child, events), daemon=True).start()
     return child
 
 
 def _let_go(child: _Running) -> None:
-    """Close what tells the child that its parent is there."""
+    """Close the child's standard input, which tells the child that it has no parent any more."""
     assert child.process.stdin is not None
     with contextlib.suppress(BrokenPipeError):
         child.process.stdin.close()
 
 
 def _listen(child: _Running, events: queue.SimpleQueue[tuple[_Running, Event | None]]) -> None:
-    """Pass on what a child says, and None once it has gone."""
+    """Put each event of a child into the queue, and None when the child has ended."""
     assert child.process.stdout is not None
     try:
         with child.process.stdout as lines:
             for line in lines:
                 events.put((child, json.loads(line)))
     except ValueError:
-        pass  # it died inside a line, and how it ended is what is told
+        pass  # the child died in the middle of a line; its exit code will be reported
     finally:
         events.put((child, None))
 
@@ -232,35 +237,35 @@ def _named(code: int) -> str:
 
 
 def main() -> int:
-    """Bring the run on standard input to its end."""
+    """Finish the run that standard input describes, and return the exit code."""
     for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-        if hasattr(signal, name):  # until there is something to save
+        if hasattr(signal, name):  # as long as there is nothing to save
             signal.signal(getattr(signal, name), lambda signum, frame: sys.exit(128 + signum))
-    said = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print is no event
+    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # the text that libraries print must not go between the events
     try:
-        return _answer(sys.stdin.readline(), said)
-    except BrokenPipeError:  # the parent has gone; what was learned is stored
-        os.dup2(os.open(os.devnull, os.O_WRONLY), said.fileno())  # where what is not written yet goes
+        return _answer(sys.stdin.readline(), events)
+    except BrokenPipeError:  # the parent has ended; everything learned so far is stored
+        os.dup2(os.open(os.devnull, os.O_WRONLY), events.fileno())  # takes the events that are not written yet
         return 1
 
 
-def _answer(line: str, said: TextIO) -> int:
-    """Bring the run that `line` asks for to its end, telling of it to `said`; the exit code."""
+def _answer(line: str, events: TextIO) -> int:
+    """Finish the run that `line` describes, write its events to `events`, and return the exit code."""
 
     def emit(event: str, **facts: Any) -> None:
-        print(json.dumps({"event": event, **facts}), file=said, flush=True)
+        print(json.dumps({"event": event, **facts}), file=events, flush=True)
 
     def warn(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
         emit("note", message=" ".join(str(message).split()))
 
     warnings.showwarning = warn
-    if not line.endswith("\n"):  # the parent went while it asked
+    if not line.endswith("\n"):  # the parent ended while it was writing the line
         return 1
-    asked = json.loads(line)
+    request = json.loads(line)
     threading.Thread(target=_stop_without_parent, daemon=True).start()
     try:
-        emit("done", results=_learn(asked["recipe"], Path(asked["folder"]), asked["device"], _Lines(emit)))
+        emit("done", results=_learn(request["recipe"], Path(request["folder"]), request["device"], _Lines(emit)))
     except PerpetuneError as error:
         if os.environ.get("PERPETUNE_DEBUG"):
             raise
@@ -280,7 +285,7 @@ def _answer(line: str, said: TextIO) -> int:
 
 
 def _stop_without_parent() -> None:
-    """Ask this process to stop, as a signal does, once standard input ends."""
+    """Wait until standard input ends, then stop this process with a signal."""
     os.read(0, 1)  # not `sys.stdin`, whose lock a thread must not hold at exit
     signal.raise_signal(signal.SIGTERM)
 
@@ -299,7 +304,7 @@ def _learn(content: dict[str, Any], folder: Path, device: str | None, view: _Lin
 
 
 class _Lines:
-    """A `perpetune.runtime.Progress` that tells the parent of each task learned."""
+    """A `perpetune.runtime.Progress` that reports each learned task to the parent."""
 
     def __init__(self, emit: Callable[..., None]):
         self.emit = emit

@@ -1,4 +1,4 @@
-"""Verbs that learn: run, init, update, resume, rollback."""
+"""The verbs that change what was learned: run, init, update, resume, rollback."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ StateFolder = Annotated[Path, typer.Argument(metavar="STATE", help="A state fold
 
 
 DEMO = ("turned", "turned-control", "turned-taps", "turned-first", "turned-joint")
-"""Recipes that are run when none is named: plain fine-tuning; no training, with one and with all blocks read; training
-on the first task; training on all data."""
+"""The recipes of `perpetune run` without an argument: plain fine-tuning; no training, with features of one block; no
+training, with features of all blocks; training on the first task only; training on all data at once."""
 DEMO_SEEDS = "2"
 
 
@@ -35,20 +35,20 @@ def run(
         list[str] | None, typer.Argument(metavar="RECIPE", help="Packaged recipes by name, or YAML files.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="The state folder to make, or that of several runs; runs/NAME by default.")
+        Path | None, typer.Option(help="The state folder to make, or the folder of several runs; default runs/NAME.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="A seed to use instead of the recipe's seed.")] = None,
     seeds: Annotated[
-        str | None, typer.Option(metavar="N|A,B,…", help="Run each recipe with seeds 0 to N-1, or with those named.")
+        str | None, typer.Option(metavar="N|A,B,…", help="Run each recipe with the seeds 0 to N-1, or A, B, …")
     ] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="How many of several runs go on at a time.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="How many runs learn at the same time.")] = None,
     oracle: Annotated[
         bool,
         typer.Option(
             "--oracle",
-            help="Also report the head solved on all old data, as a diagnosis of the features. After each task this "
-            "costs a pass over the training data of all tasks so far; after the last task alone: "
-            "--set evaluate.oracle=last.",
+            help="Also report the accuracy of a head that is fitted to the data of all tasks so far. It shows how good "
+            "the features are. After each task this costs one pass over the training data of all tasks so far; "
+            "--set evaluate.oracle=last does it after the last task only.",
         ),
     ] = False,
     device: Device = None,
@@ -56,10 +56,10 @@ def run(
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Learn a whole stream of tasks, evaluate after each, write the report. No argument: the packaged demo.
+    """Learn a whole stream of tasks, evaluate after each, and write the report. Without an argument: run the demo.
 
-    Several recipes or seeds: a state folder for each in OUT, and OUT/comparison.html. The same command goes on with
-    what was interrupted.
+    With several recipes or seeds, each run gets a state folder in OUT, and OUT/comparison.html compares them. After an
+    interruption, the same command continues the runs.
     """
     from perpetune.recipe import load_recipe
 
@@ -100,14 +100,14 @@ def _run_several(
     from perpetune.report import compare, write_comparison
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("several processes learn one run: start several runs one after the other, or use --jobs")
-    if at_once > 1:  # else each would use all cores
+        raise UsageError("several processes together can learn only one run: start the runs one by one, or use --jobs")
+    if at_once > 1:  # otherwise each run would use all cores
         recipes = [
             r.model_copy(update={"run": r.run.model_copy(update={"threads": r.run.threads or 1})}) for r in recipes
         ]
     folder = out or _shared(Path("runs") / recipes[0].name)
     if (folder / "recipe.yaml").exists():
-        raise UsageError(f"{folder} is the state folder of one run: choose another --out for several")
+        raise UsageError(f"{folder} is the state folder of one run: choose another --out for several runs")
     planned = plan(recipes, seeds, folder, device)
     results = {job.name: done for job in planned if (done := finished(job)) is not None}
     open_ = [job for job in planned if job.name not in results]
@@ -116,13 +116,13 @@ def _run_several(
         run_all(open_, at_once, view.tell)
     except Interrupted as stop:
         count = sum(finished(job) is not None for job in planned)
-        told = f"{stop} with {count} of {len(planned)} runs complete; the same command goes on"
-        raise Interrupted(told, stop.signum) from None
+        message = f"{stop} with {count} of {len(planned)} runs complete; the same command continues the others"
+        raise Interrupted(message, stop.signum) from None
     results |= {job.name: done for job in open_ if (done := finished(job)) is not None}
     named = [(str(job.folder), results[job.name]) for job in planned if job.name in results]
     if named:
         written = write_comparison(named, folder, "comparison")
-        table = compare([found for _, found in named], [name for name, _ in named])
+        table = compare([document for _, document in named], [name for name, _ in named])
         if json:
             print_json(table)
         else:
@@ -137,17 +137,17 @@ def _run_several(
 
 
 def _seeds(text: str | None) -> list[int] | None:
-    """`3` is 0, 1 and 2; `0,3,5` is what it says."""
+    """The seeds that `text` means: `3` means 0, 1 and 2; `0,3,5` means these three."""
     if text is None:
         return None
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts or not all(part.isdecimal() for part in parts) or text.strip() == "0":
-        raise UsageError(f"--seeds {text!r}: how many, or which, is expected: 3, or 0,3,5")
+        raise UsageError(f"--seeds {text!r}: expected a number of seeds, such as 3, or a list, such as 0,3,5")
     named = [int(part) for part in parts]
     if "," not in text:
         return list(range(named[0]))
     if len(set(named)) < len(named):
-        raise UsageError(f"--seeds {text!r}: a seed stands twice")
+        raise UsageError(f"--seeds {text!r}: the list has a seed twice")
     return named
 
 
@@ -168,14 +168,14 @@ def init(
     data: Annotated[
         str | None, typer.Option(help="First batch of data: a folder, manifest, parquet file or id.")
     ] = None,
-    recipe: Annotated[str, typer.Option(help="Recipe to start from; its data are not used.")] = "update",
+    recipe: Annotated[str, typer.Option(help="The recipe to start from; its data section is not used.")] = "update",
     name: Annotated[str | None, typer.Option(help="Name of the first task.")] = None,
     device: Device = None,
     change: Set = None,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Make a state folder that `update` feeds, one batch of data after the other."""
+    """Make a state folder; `update` then adds one batch of data after the other."""
     from perpetune.learner import Learner
     from perpetune.recipe import load_recipe
 
@@ -188,25 +188,27 @@ def init(
     if results:
         _finish(learner, results, json)
     elif not json:
-        print(f"{state} is ready: feed it with `perpetune update {state} --data FOLDER`")
+        print(f"{state} is ready: add data with `perpetune update {state} --data FOLDER`")
 
 
 def update(
     state: StateFolder,
     data: Annotated[str, typer.Option(help="A folder, manifest, parquet file or dataset id.")],
-    name: Annotated[str | None, typer.Option(help="Name of the task; by default that of the folder or file.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the task; by default the name of the folder or file.")
+    ] = None,
     holdout: Annotated[
-        float, typer.Option(min=0.0, max=0.9, help="Share kept for testing if there is no test split.")
+        float, typer.Option(min=0.0, max=0.9, help="Share of the data kept for testing if there is no test split.")
     ] = 0.2,
     changes: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A key of its data section, such as score=rouge_l."),
+        typer.Option("--set", metavar="KEY=VALUE", help="A key of the data section, such as score=rouge_l."),
     ] = None,
     device: Device = None,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Learn one more batch of data: new images, classes or texts."""
+    """Learn one more batch of data: new images, new classes or new texts."""
     from perpetune.learner import Learner
     from perpetune.recipe import apply_change
 
@@ -220,7 +222,7 @@ def update(
 
 
 def resume(state: StateFolder, device: Device = None, quiet: Quiet = False, json: Json = False) -> None:
-    """Go on where an interrupted run or update stopped."""
+    """Continue an interrupted run or update where it stopped."""
     from perpetune.learner import Learner
 
     with _watch(quiet or json) as view:
@@ -228,7 +230,7 @@ def resume(state: StateFolder, device: Device = None, quiet: Quiet = False, json
         before = len(learner.state.committed)
         results = learner.resume()
     if learner.runtime.rank == 0 and len(results["tasks"]) == before and not json:
-        print(f"nothing to resume: {before or 'no'} task{'s' if before != 1 else ''} learned, and none is open")
+        print(f"nothing to resume: {before or 'no'} task{'s' if before != 1 else ''} learned, no task unfinished")
     if before or results["tasks"] or json:
         _finish(learner, results, json)
 
@@ -237,11 +239,13 @@ def rollback(
     state: StateFolder,
     to: Annotated[
         str,
-        typer.Option(metavar="TASK", help="Last task to keep: its name or folder (0003-NAME), or `start` to drop all."),
+        typer.Option(
+            metavar="TASK", help="Last task to keep: its name or folder (0003-NAME); `start` drops all tasks."
+        ),
     ],
     json: Json = False,
 ) -> None:
-    """Drop the tasks after one, as if they had never been learned."""
+    """Drop all tasks after a given task, as if they had never been learned."""
     from perpetune.cli.common import print_json
     from perpetune.report import write_report
     from perpetune.results import read_results
@@ -250,20 +254,20 @@ def rollback(
     opened = State(state)
     with opened.writing():
         dropped = opened.rollback(to)
-        if dropped and (state / "report.html").is_file():  # it tells of tasks that are gone
+        if dropped and (state / "report.html").is_file():  # the old report describes the dropped tasks
             write_report(read_results(opened), state)
     kept = [t.name for t in opened.committed]
     if json:
         print_json({"dropped": dropped, "kept": kept})
     else:
-        told = f"dropped {', '.join(dropped)}" if dropped else "nothing to drop"
-        print(f"{told}; {state} has {', '.join(kept) or 'nothing learned'}")
+        message = f"dropped {', '.join(dropped)}" if dropped else "nothing to drop"
+        print(f"{message}; {state} has {', '.join(kept) or 'no learned tasks'}")
 
 
 def _free(folder: Path) -> Path:
-    """`folder`, or the first of `folder-2`, `folder-3`, … that is not there."""
+    """`folder`, or the first of `folder-2`, `folder-3`, … that does not exist."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("several processes need one state folder: name it with --out")
+        raise UsageError("several processes must share one state folder: give it with --out")
     number, path = 1, folder
     while path.exists():
         number += 1
@@ -278,7 +282,7 @@ def _watch(quiet: bool) -> Any:
 
 
 def _finish(learner: Any, results: dict[str, Any], json: bool) -> None:
-    """Print the figures and write the report; one process of several does."""
+    """Print the figures and write the report. If several processes learn, only the first one does."""
     from perpetune.cli.common import print_json
     from perpetune.report import write_report
 

@@ -1,4 +1,5 @@
-"""What a person sees while it learns: a line per task, a moving bar, and the accuracy row with what changed."""
+"""The terminal output during learning: a line for each task, a progress bar, and after each task its accuracies with
+their changes."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def watch(quiet: bool) -> Iterator[Any]:
-    """A `perpetune.runtime.Progress` that draws on the terminal; one process of several draws."""
+    """A `perpetune.runtime.Progress` that draws on the terminal. If several processes learn, only one of them draws."""
     import os
 
     if quiet or os.environ.get("RANK", "0") != "0":
@@ -46,7 +47,7 @@ def watch(quiet: bool) -> Iterator[Any]:
 
 
 class Live:
-    """The live view; see `perpetune.runtime.Progress` for its calls."""
+    """Draws the progress of one run on the terminal. `perpetune.runtime.Progress` documents the methods."""
 
     def __init__(self, console: Console, bars: Progress):
         self.console, self.bars = console, bars
@@ -80,22 +81,22 @@ class Live:
 
 
 class RunLines:
-    """The live view of several runs: a line for each task learned and each run.
+    """Shows the progress of several runs: one line for each learned task and one for each finished run.
 
     Args:
-        quiet: show nothing.
-        names: of all runs.
-        done: how many of them are complete already.
+        quiet: print nothing.
+        names: the names of all runs.
+        done: the number of runs that were complete before.
     """
 
     def __init__(self, quiet: bool, names: Sequence[str], done: int):
         self.quiet, self.console = quiet, Console(highlight=False)
         self.width, self.total, self.ended = max(map(len, names)), len(names), done
         if done and not quiet:
-            self.console.print(Text(f"{done} of {form.plural(self.total, 'run')} complete already", "dim"))
+            self.console.print(Text(f"{done} of {form.plural(self.total, 'run')} already complete", "dim"))
 
     def tell(self, job: Job, event: Event) -> None:
-        """Take an event of a run, see `perpetune.cli.jobs`."""
+        """Print a line for an event of a run; `perpetune.cli.jobs` has the events."""
         kind = event["event"]
         self.ended += kind in ("done", "failed")
         if self.quiet:
@@ -120,14 +121,14 @@ class RunLines:
 
 
 def show_results(results: dict[str, Any]) -> None:
-    """The accuracy matrix, the figures under it, and a line for each further section of the report that has one."""
+    """Print the accuracy matrix, the figures below it, and the lines that other sections of the report have."""
     console = Console(highlight=False)
     console.print()
     show(console, summary(collect(cast("Results", results)), console.width))
 
 
 def show_comparison(comparison: Comparison) -> None:
-    """Several runs in one table, and what to know before reading it."""
+    """Print several runs in one table, and the notes that help to read it."""
     console = Console(highlight=False)
     console.print(compare_table(comparison, console.width))
     if comparison["effects"]:
@@ -136,8 +137,8 @@ def show_comparison(comparison: Comparison) -> None:
         console.print(Text(f"note: {note}", style="yellow"))
 
 
-def show_headroom(found: Sequence[Headroom]) -> None:
-    """What there was to win over doing nothing, which run is missing to know it, and in the last lines who won how
-    much."""
+def show_headroom(streams: Sequence[Headroom]) -> None:
+    """Print how much there was to win over not learning, which run is missing to know this, and in the last lines how
+    much each run has won."""
     console = Console(highlight=False)
-    show(console, drawn(in_terminal(found), console.width))
+    show(console, drawn(in_terminal(streams), console.width))

@@ -1,4 +1,4 @@
-"""Verbs that use what was learned: predict, evaluate, export."""
+"""The verbs that use a learned model: predict, evaluate, export."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def predict(
         list[str],
         typer.Argument(
             metavar="INPUT...",
-            help="Image files or folders of them. For a language model: prompts, .txt files with one on each line, or "
-            ".jsonl files with `prompt` or `messages`; - reads lines from standard input.",
+            help="Image files, or folders of images. For a language model: prompts, .txt files with one prompt on each "
+            "line, or .jsonl files with `prompt` or `messages`; - reads lines from standard input.",
         ),
     ],
     top: Annotated[int, typer.Option(min=1, help="Names to print for each image or text.")] = 3,
     options: Annotated[
         str | None,
-        typer.Option(help="Answers a language model chooses among, with commas; of a head of classes some of those."),
+        typer.Option(help="Answers to choose among, with commas between them; with a classifier, some of its classes."),
     ] = None,
     device: Device = None,
     json: Json = False,
@@ -37,7 +37,7 @@ def predict(
     from perpetune.learner import Learner
 
     if json and csv:
-        raise UsageError("--json and --csv: choose one of them")
+        raise UsageError("--json and --csv exclude each other: choose one of them")
     learner = Learner.load(state, device=device)
     show = {"predict": _predictions, "answer": _answers}[learner.method.model.view.verb]
     show(learner, inputs, top, options, json, csv)
@@ -52,21 +52,21 @@ def _predictions(learner: Learner, inputs: list[str], top: int, options: str | N
     from perpetune.errors import DataError, UsageError
 
     if options is not None:
-        raise UsageError("--options is for language models: an image classifier knows its classes")
+        raise UsageError("--options works with language models only: an image classifier chooses among its classes")
     files = learner.method.model.view.typed(inputs)
     unreadable: list[str] = []
-    found = learner.predict(files, top=top, unreadable=unreadable)
+    predictions = learner.predict(files, top=top, unreadable=unreadable)
     if json:
         print_json(
-            [{"image": p.image, "classes": [{"name": n, "probability": v} for n, v in p.classes]} for p in found]
+            [{"image": p.image, "classes": [{"name": n, "probability": v} for n, v in p.classes]} for p in predictions]
         )
     elif csv:
         writer = csv_writer.writer(sys.stdout)
-        ranks = range(1, max((len(p.classes) for p in found), default=0) + 1)
+        ranks = range(1, max((len(p.classes) for p in predictions), default=0) + 1)
         writer.writerow(["image", *(f"{what}_{rank}" for rank in ranks for what in ("name", "probability"))])
-        writer.writerows([p.image, *(x for name, v in p.classes for x in (name, f"{v:.6f}"))] for p in found)
+        writer.writerows([p.image, *(x for name, v in p.classes for x in (name, f"{v:.6f}"))] for p in predictions)
     else:
-        for p in found:
+        for p in predictions:
             print(f"{p.image}: {', '.join(f'{name} {value:.3f}' for name, value in p.classes)}")
     if unreadable:
         raise DataError(f"{len(unreadable)} of {len(files)} pictures cannot be read: {several(unreadable)}")
@@ -80,34 +80,36 @@ def _answers(learner: Learner, inputs: list[str], top: int, options: str | None,
     from perpetune.errors import UsageError
 
     if csv:
-        raise UsageError("--csv is for images: use --json for answers")
+        raise UsageError("--csv works with images only: use --json for answers")
     view = learner.method.model.view
-    found = learner.answer(view.typed(inputs), options=None if options is None else options.split(","))
+    answers = learner.answer(view.typed(inputs), options=None if options is None else options.split(","))
     if learner.method.model.chooses:  # among all classes; with the output layer, among the options of this call
-        found = [dataclasses.replace(a, options=a.options[:top]) for a in found]
-    cut = [a.cut for a in found if a.cut]
+        answers = [dataclasses.replace(a, options=a.options[:top]) for a in answers]
+    cut = [a.cut for a in answers if a.cut]
     if cut:
-        print(f"perpetune: {view.cut_note(cut, len(found), 'prompts')}", file=sys.stderr)
+        print(f"perpetune: {view.cut_note(cut, len(answers), 'prompts')}", file=sys.stderr)
     if json:
-        print_json([_shown(a) for a in found])
+        print_json([_shown(a) for a in answers])
         return
-    for a in found:
+    for a in answers:
         shares = f"  ({', '.join(f'{name} {value:.3f}' for name, value in a.options)})" if a.options else ""
         print(f"{a.text}{shares}")
 
 
 def _shown(answer: Answer) -> dict[str, Any]:
-    """An answer as plain values; what does not apply to it is left out."""
-    asked: Any = answer.prompt
-    if not isinstance(asked, str):
-        asked = [{"role": role, "content": content} for role, content in asked]
+    """An answer as plain values, without the fields that do not apply to it."""
+    prompt: Any = answer.prompt
+    if not isinstance(prompt, str):
+        prompt = [{"role": role, "content": content} for role, content in prompt]
     more = {"options": dict(answer.options), "cut": answer.cut}
-    return {"prompt": asked, "answer": answer.text, **{key: value for key, value in more.items() if value}}
+    return {"prompt": prompt, "answer": answer.text, **{key: value for key, value in more.items() if value}}
 
 
 def evaluate(
     state: StateFolder,
-    data: Annotated[str | None, typer.Option(help="Labelled data; by default the test data of every task.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Labelled data; by default the test data of each learned task.")
+    ] = None,
     device: Device = None,
     json: Json = False,
 ) -> None:
@@ -123,7 +125,7 @@ def evaluate(
     rows = list(cells.items())
     known = [c for c in cells.values() if c is not None]
     if len(known) > 1:
-        scores = {c.get("score") for c in known}  # of several, the sum is of no one score
+        scores = {c.get("score") for c in known}  # if they differ, the sum belongs to no score
         totals = {key: sum(c[key] for c in known) for key in ("correct", "total")}
         rows.append(("all", {**totals, "score": scores.pop() if len(scores) == 1 else None}))
     width = max(len(name) for name, _ in rows)
@@ -141,7 +143,7 @@ def export(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to write; must not exist.")],
     json: Json = False,
 ) -> None:
-    """Write the tuned LoRA in PEFT's format, with the head and the class names beside it."""
+    """Write the trained LoRA in PEFT's format, and the head and the class names in files beside it."""
     from perpetune.cli.common import print_json
     from perpetune.errors import StateError
     from perpetune.export import export_learned
@@ -149,7 +151,7 @@ def export(
 
     learner = Learner.load(state, device="cpu")
     if not learner.state.committed:
-        raise StateError(f"{state} has learned nothing yet: `perpetune update` or `run` it first")
+        raise StateError(f"{state} has learned nothing yet: use `perpetune update` or `run` first")
     written = export_learned(learner.method, learner.backbone, folder)
     if json:
         print_json({"files": [str(p) for p in written]})
