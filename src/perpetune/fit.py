@@ -99,7 +99,7 @@ def fit(
     if not trained or total == 0:
         return
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_trainable(trained))
+        stack.enter_context(trainable(trained))
         optimizer, scaler = make_optimizer(groups, config), run.accelerator.scaler
         if scaler is not None:  # each phase starts from the same scale, so that it does not depend on earlier phases
             scaler.load_state_dict(torch.amp.GradScaler(run.device.type).state_dict())
@@ -162,7 +162,8 @@ def _grouped(parameters: Sequence[Any], lr: float) -> list[tuple[Sequence[nn.Par
 
 
 @contextlib.contextmanager
-def _trainable(parameters: list[nn.Parameter]) -> Iterator[None]:
+def trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Inside, these parameters take gradients; afterwards they do not, and no gradient is left on them."""
     for p in parameters:
         p.requires_grad_(True)
     try:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from perpetune.fit import FitConfig
+from perpetune.fit import FitConfig, trainable
 from perpetune.seeding import own_global_state
 from perpetune.tasks import Batch, Task, balanced, load_batches
 
@@ -32,20 +31,8 @@ def gradients_of(
     mine = range(run.rank, len(few), run.world)
     parts = [mine[start : start + size] for start in range(0, len(mine), size)]
     batches = load_batches(few, [[(i, None) for i in part] for part in parts], run)
-    with _trainable(parameters):
+    with trainable(parameters):
         for part, batch in zip(parts, batches, strict=True):
             with own_global_state(task.seed_of("probe", part[0])), run.autocast():
                 value = loss(task, batch)
             (value * few.weight(part)).backward()
-
-
-@contextlib.contextmanager
-def _trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    for p in parameters:
-        p.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for p in parameters:
-            p.requires_grad_(False)
-            p.grad = None
