@@ -308,7 +308,7 @@ def test_what_is_taken_is_the_sketch_of_the_sum_and_starts_anew() -> None:
 def test_another_pet_is_refused() -> None:
     net = Two()
     inject(net, [Place("one", net.one, ("mlp",), (), 0, 5, 4)], lambda place: Adapter(place, generator("a")))
-    with pytest.raises(UsageError, match="signatures of tasks are made of LoRA's gradients, and one has Adapter"):
+    with pytest.raises(UsageError, match="signatures of tasks are made of LoRA's gradients, but one has Adapter"):
         GradientSketch(net, "default")
 
 

@@ -490,7 +490,7 @@ def test_an_orthogonal_projection_keeps_lengths_in_its_span() -> None:
     assert not torch.allclose(other.projected, head.projected)
     assert (head.expand(features("a", 9)) < 0).any(), "no relu"
     for width in (D, D + 3):
-        with pytest.raises(UsageError, match="saves nothing, for the features have 8: set projection to 0") as caught:
+        with pytest.raises(UsageError, match="saves nothing, because the features have 8: set projection to 0") as caught:
             learned(TEN[:1], projection=width, kind="orthogonal")
         assert "\n" not in str(caught.value)
 
@@ -807,7 +807,7 @@ def test_a_given_scale_stays() -> None:
 
 
 @pytest.mark.parametrize(
-    ("penalty", "cure"), [("chosen", "the penalty chosen guards against it"), (0.1, "set penalty: chosen")]
+    ("penalty", "cure"), [("chosen", "the chosen penalty reduces this"), (0.1, "set penalty: chosen")]
 )
 def test_as_many_examples_as_random_features_are_warned_of(penalty: float | str, cure: str) -> None:
     head = Ridge(D, projection=20, penalty=penalty)
@@ -817,8 +817,8 @@ def test_as_many_examples_as_random_features_are_warned_of(penalty: float | str,
         found[head.facts()["rows"]] = head.facts()["warning"]
     assert found[8] is None
     assert found[16] == (
-        "head ridge has seen 16 examples with 20 features: near-equal numbers are where a regression overfits "
-        f"most; {cure}, or choose a projection well below or above"
+        "head ridge has seen 16 examples with 20 features: a regression overfits most if both numbers are about the "
+        f"same; {cure}, or choose a projection well below or above"
     )
     assert found[24] is not None
     teach(head, task_of(3, "gh", 4))

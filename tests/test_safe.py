@@ -589,9 +589,9 @@ def test_it_goes_with_any_pet_and_head_of_statistics(changes: dict[str, Any]) ->
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"head": "linear"}, "method: safe learns classes from statistics, head linear does not: use ridge or ncm"),
-        ({"head": "cosine"}, "method: safe learns classes from statistics, head cosine does not: use ridge or ncm"),
-        ({"pet": "none"}, "method: safe trains a pet, and there is none: name one, or use method: frozen"),
+        ({"head": "linear"}, "method: safe learns classes from statistics, but head linear does not: use ridge or ncm"),
+        ({"head": "cosine"}, "method: safe learns classes from statistics, but head cosine does not: use ridge or ncm"),
+        ({"pet": "none"}, "method: safe trains a pet, but the recipe has none: name one, or use method: frozen"),
     ],
 )
 def test_what_it_does_not_go_with(changes: dict[str, Any], told: str) -> None:

@@ -476,7 +476,7 @@ def test_a_task_starts_where_it_is_asked_to(start: str) -> None:
     method._begin(tasks[3])
     wanted = {"nearest": weights(method.model, "task-0"), "last": weights(method.model, "task-2"), "fresh": initial}
     assert [same(weights(method.model), values) for values in wanted.values()] == [start == name for name in wanted]
-    assert method.told["start"] == {"nearest": "t0", "last": "t2", "fresh": None}[start]
+    assert method.task_facts["start"] == {"nearest": "t0", "last": "t2", "fresh": None}[start]
 
 
 def test_the_merged_set_is_the_mean_of_all() -> None:
@@ -524,7 +524,7 @@ def test_over_the_budget_the_nearest_become_one(budget: int, monkeypatch: pytest
         assert sorted(t for kept in bank.kept.values() for t in kept.tasks) == [f"t{j}" for j in range(i + 1)]
         assert sum(kept.weight for kept in bank.kept.values()) == 24 * (i + 1)
         assert len(told["merged"]) == (1 if i >= budget else 0)
-        assert method.told["start"] is None or "t" in method.told["start"]
+        assert method.task_facts["start"] is None or "t" in method.task_facts["start"]
     if budget == 2:
         assert [sorted(kept.tasks) for kept in bank.kept.values()] == [["t0", "t2"], ["t1", "t3"]]
     else:
