@@ -428,7 +428,7 @@ def test_a_pass_that_leaves_the_pets_out_is_an_error() -> None:
     with pytest.raises(PerpetuneError) as error:
         learn_protected(method, task_of(0, "ab", 1))
     assert "\n" not in str(error.value)
-    assert "saw no data, for the pass did not go through it" in str(error.value)
+    assert "saw no data, because the pass did not go through it" in str(error.value)
 
 
 class TrainsAnother(FineTune):
@@ -462,7 +462,7 @@ def test_a_guard_that_guards_nothing_of_what_is_trained_is_an_error() -> None:
     with pytest.raises(UsageError) as error:
         learn_protected(method, task_of(0, "ab", 1))
     assert str(error.value).startswith(
-        "protect: the optimizer trains the set of pets 'another', and protection holds 'default': the method has to"
+        "protect: the optimizer trains the set of pets 'another', but protection holds 'default': the method has to"
     )
     learn_protected(method_of(tiny_backbone(), "lora", True, method=f"{kind}InPrivate"), task_of(0, "ab", 1))
     learn_protected(method_of(tiny_backbone(), "lora", None, method=kind), task_of(0, "ab", 1))

@@ -335,7 +335,7 @@ def test_features_that_are_not_finite(world: World, tmp_path: Path) -> None:
     told = str(error.value)
     assert "\n" not in told
     assert told.startswith("protect: features at ")
-    assert "are not finite; nothing was added" in told
+    assert "are not finite, so nothing was added" in told
     assert [task.name for task in State(state).committed] == ["a-b"]
     before = learned(state)
     assert before == {name: content for name, content in learned(whole).items() if name.startswith("0000-")}
