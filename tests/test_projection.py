@@ -608,7 +608,7 @@ def test_a_weight_added_without_its_bias_stops_the_step() -> None:
         optimizer.add_param_group({"params": [it.layer.weight]})
         loose.grad = torch.ones(3)
         for _ in range(2):
-            with pytest.raises(UsageError, match="holds only one of a protected weight and its bias"):
+            with pytest.raises(UsageError, match="has only one of a protected weight and its bias"):
                 optimizer.step()
     assert torch.equal(loose, torch.ones(3))
 
@@ -630,5 +630,5 @@ def test_a_weight_without_its_bias_is_not_left_unprotected(there: str) -> None:
     optimizer = torch.optim.SGD([getattr(it.layer, there)], lr=0.1)
     with pytest.raises(UsageError) as error:
         ProjectedStep(optimizer, [(it.operand, [it.subspace])])
-    assert str(error.value).startswith("the optimizer holds only one of a protected weight and its bias: ")
+    assert str(error.value).startswith("the optimizer has only one of a protected weight and its bias: ")
     assert "\n" not in str(error.value)

@@ -312,7 +312,7 @@ class TestNearest:
         order = distance(made, made[4]).argsort().tolist()
         assert tree.nearest(made[4]).id == order[0] == 4
         assert tree.nearest(made[4], exclude=order[:7]).id == order[7]
-        with pytest.raises(UsageError, match="all of them excluded"):
+        with pytest.raises(UsageError, match="all of them are excluded"):
             tree.nearest(made[4], exclude=range(20))
 
     def test_of_equals_is_the_smallest_id(self) -> None:
