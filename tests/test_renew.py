@@ -1,5 +1,5 @@
-"""Renewed protected LoRA: the pair of each task rests and a new one starts where old features do not reach
-(shared/design/features.md §6, and its toy). Brute force in float64, and a control that must fail for each claim."""
+"""Renewed protected LoRA: the pair of each task rests and a new one starts where old features do not reach.
+Brute force in float64, and a control that must fail for each claim."""
 
 from __future__ import annotations
 
