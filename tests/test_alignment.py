@@ -1,4 +1,4 @@
-"""How far a student's features are from a teacher's (safe.md §5.1: V10, V11; §5.2)."""
+"""How far a student's features are from a teacher's measured by the losses of SAFE."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def by_hand(student: Tensor, teacher: Tensor) -> tuple[float, float]:
 
 
 def test_golden_values() -> None:
-    """safe.md §5.2; the released code sums the cosine distance over the batch, here it is the mean."""
+    """Values computed by hand. SAFE's released code sums the cosine distance over the batch; here it is the mean."""
     diagonal, rest = correlation_losses(STUDENT, TEACHER)
     assert float(diagonal) == pytest.approx(1.7898074, abs=1e-6)
     assert float(rest) == pytest.approx(0.4501926, abs=1e-6)

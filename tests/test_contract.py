@@ -200,15 +200,15 @@ BROKEN: dict[type, tuple[Callable[[Checker], None], str]] = {
     LeavesGradientsOn: (rules.only_own_parameters_trained, "requires_grad"),
     DrawsFromTheGlobalGenerator: (rules.global_generators_untouched, "global generator"),
     IsNotRepeatable: (rules.same_seed_same_result, "same seed"),
-    HidesMemory: (rules.checkpoint_round_trip, "brings everything back"),
-    LooksAtItsCompanions: (rules.batch_companions_do_not_matter, "batch companions"),
+    HidesMemory: (rules.checkpoint_round_trip, "restores the whole method"),
+    LooksAtItsCompanions: (rules.batch_companions_do_not_matter, "other inputs of its batch"),
     ScoresUnseenClasses: (rules.scores_only_for_classes_seen, "one score for each class"),
-    WantsTheTask: (rules.nothing_but_inputs_reaches_predict, "takes inputs alone"),
-    LooksAtTheTest: (rules.nothing_but_inputs_reaches_predict, "takes inputs alone"),
+    WantsTheTask: (rules.nothing_but_inputs_reaches_predict, "takes only inputs"),
+    LooksAtTheTest: (rules.nothing_but_inputs_reaches_predict, "takes only inputs"),
     NeedsTwoClasses: (rules.small_tasks, "a task of one class"),
-    ForgetsItsGuard: (rules.protection_protects, "the worst site moves"),
+    ForgetsItsGuard: (rules.protection_protects, "the worst site"),
     AnswersWithAnUnprotectedCopy: (rules.protection_protects, "the optimizer trains the set of pets 'default'"),
-    ForgetsItsPhase: (rules.stopping_inside_a_task_changes_nothing, "entered again"),
+    ForgetsItsPhase: (rules.stopping_inside_a_task_changes_nothing, "starting again"),
 }
 
 

@@ -519,7 +519,7 @@ def test_an_error_in_the_second_look_takes_the_move_back() -> None:
 
 
 def test_no_room_at_all_is_said_before_anything_is_learned() -> None:
-    with pytest.raises(PerpetuneError, match=r"these data leave no room at down/weight"):
+    with pytest.raises(PerpetuneError, match=r"these data leave no free direction at down/weight"):
         perpetune.protect(made(HandMade).double(), energy=1.0).consolidate([drawn(64, 8)])
 
 
@@ -638,13 +638,13 @@ def spoiled(state: dict[str, Any], how: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("how", "says"),
     [
-        ("missing", "knows nothing of 2/weight"),
-        ("unexpected", r"has memory.9/weight.total, and the model no such site"),
-        ("shape", r"0/weight: the state is of shape \(1, 3, 3\), the model \(1, 24, 9\)"),
+        ("missing", "has nothing for 2/weight"),
+        ("unexpected", r"has memory.9/weight.total, but the model has no such site"),
+        ("shape", r"0/weight: the state has shape \(1, 3, 3\), the model \(1, 24, 9\)"),
         ("cut", r"0/weight: vectors is"),
         ("nan", "0/weight: not finite"),
-        ("forms", "does not say what it is"),
-        ("none", "does not say how often it was consolidated"),
+        ("forms", "it lacks its shape, forms or figures"),
+        ("none", "has no count of consolidated data"),
     ],
 )
 def test_a_state_that_does_not_fit_changes_nothing(how: str, says: str) -> None:
@@ -752,7 +752,7 @@ def test_a_full_site_is_said_and_stays_as_it_is() -> None:
     protection, optimizer = perpetune.protect(model, energy=1.0), adamw(model)
     protection.guard(optimizer)
     with pytest.warns(
-        UserWarning, match=r"1 of 2 sites have no room left and stay as they are from now on \(0/weight\)"
+        UserWarning, match=r"1 of 2 sites have no free direction left and do not change from now on \(0/weight\)"
     ):
         protection.consolidate([drawn(20, 8, scale=0.3)])
     weight = model[0].weight.detach().clone()
@@ -780,7 +780,7 @@ def test_features_that_are_not_finite_add_nothing(bad: float) -> None:
     _, protection = grown()
     before, x = copy.deepcopy(protection.state_dict()), inputs(3)
     x[0, 0] = bad
-    with pytest.raises(PerpetuneError, match="features at 0/weight are not finite; nothing was added"):
+    with pytest.raises(PerpetuneError, match="features at 0/weight are not finite, so nothing was added"):
         protection.consolidate([inputs(4), x])
     after = protection.state_dict()
     assert all(torch.equal(v, after[name]) for name, v in before.items() if isinstance(v, Tensor))
@@ -798,7 +798,7 @@ def test_a_layer_that_grew_is_named() -> None:
     model, protection = grown()
     optimizer = adamw(model)
     model[2].weight.data = torch.zeros(6, 24, dtype=torch.float64)
-    with pytest.raises(UsageError, match=r"2/weight is \(1, 6, \d+\) now and was \(1, 4, 25\)"):
+    with pytest.raises(UsageError, match=r"2/weight has shape \(1, 6, \d+\) now and had \(1, 4, 25\)"):
         protection.guard(optimizer)
 
 

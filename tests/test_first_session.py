@@ -124,9 +124,12 @@ def test_prediction_takes_no_more_passes_than_it_says(concat: bool, passes: int)
     [
         (
             {"head": "linear"},
-            "method: first_session learns classes from statistics, head linear does not: use ridge or ncm",
+            "method: first_session learns classes from statistics, but head linear does not: use ridge or ncm",
         ),
-        ({"pet": "none"}, "method: first_session trains a pet, and there is none: name one, or use method: frozen"),
+        (
+            {"pet": "none"},
+            "method: first_session trains a pet, but the recipe has none: name one, or use method: frozen",
+        ),
     ],
 )
 def test_what_it_does_not_go_with(changes: dict[str, Any], told: str) -> None:

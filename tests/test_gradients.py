@@ -1,4 +1,4 @@
-"""V10: what a `GradientSketch` collects are the loss's true gradients, in every place, type and way of training."""
+"""A `GradientSketch` collects the true gradients of the loss, in every place, type and way of training."""
 
 from __future__ import annotations
 
@@ -308,7 +308,7 @@ def test_what_is_taken_is_the_sketch_of_the_sum_and_starts_anew() -> None:
 def test_another_pet_is_refused() -> None:
     net = Two()
     inject(net, [Place("one", net.one, ("mlp",), (), 0, 5, 4)], lambda place: Adapter(place, generator("a")))
-    with pytest.raises(UsageError, match="signatures of tasks are made of LoRA's gradients, and one has Adapter"):
+    with pytest.raises(UsageError, match="signatures of tasks are made of LoRA's gradients, but one has Adapter"):
         GradientSketch(net, "default")
 
 
@@ -407,7 +407,8 @@ def test_what_a_grad_scaler_scales_is_taken_out() -> None:
             runtime.accelerator.scaler = torch.amp.GradScaler("cpu")
         calls = iter(range(100))
         loss = method.model.loss
-        method.model.loss = lambda *a: loss(*a) * (torch.inf if next(calls) == spoil else 1.0)  # type: ignore[method-assign]
+        # Type: ignore[method-assign]
+        method.model.loss = lambda *a: loss(*a) * (torch.inf if next(calls) == spoil else 1.0)
         method.learn(pictures(runtime))
         return method
 
@@ -452,7 +453,7 @@ def test_fit_with_and_without_a_sketch_has_the_same_bits() -> None:
 
 
 def test_micro_batches_give_what_the_batch_gives(folders: dict[str, Path]) -> None:
-    """V13, for pictures and for texts, whose examples weigh what their answers have in tokens."""
+    """For pictures, and for texts, whose examples are weighted by the number of tokens in their answers."""
     whole, parts = treelora(), treelora({"accumulate": 3})
     for method in (whole, parts):
         method.learn(pictures())
@@ -503,5 +504,6 @@ def test_the_probe_is_the_gradient_of_its_batches(folders: dict[str, Path]) -> N
             p.requires_grad_(True)
         wanted = true_gradients(model, partial(_used, model, partial(model.loss, task, whole)))
         rows = torch.stack([method.gradients._sketches[w.numel()](w.flatten()) for w in wanted])
-        torch.testing.assert_close(found[-1], rows * sum(task.train.weights), rtol=1e-3, atol=1e-4)  # type: ignore[attr-defined]
+        # Type: ignore[attr-defined]
+        torch.testing.assert_close(found[-1], rows * sum(task.train.weights), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)

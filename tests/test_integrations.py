@@ -158,7 +158,7 @@ def test_a_run_that_knows_nothing_of_an_earlier_one_is_told(tmp_path: Path) -> N
             trainer(model, tmp_path, texts(0), ProtectionCallback(protection), max_steps=1).train()
         told = [str(w.message) for w in said if str(w.message).startswith("protect: ")]
         assert len(told) == (number == 1)
-        assert not told or f"{tmp_path / FILE} holds what an earlier run protected" in told[0]
+        assert not told or f"{tmp_path / FILE} holds the protection of an earlier run" in told[0]
         assert protection.consolidated == 1 + (number == 2)
 
 

@@ -1,4 +1,4 @@
-"""The mixture of two learners (safe.md §5.1: V12; §5.2)."""
+"""The mixture of two learners by the entropy of their scores."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def pair(shape: tuple[int, int], seed: int, *, absent: bool) -> tuple[Tensor, Te
 
 
 def test_golden_values() -> None:
-    """safe.md §5.2."""
+    """Values computed by hand."""
     fast = torch.tensor([[2.0, 0, 0], [1, 1.2, 0]], dtype=torch.float64)
     slow = torch.tensor([[0.0, 1, 0], [3, 0, 0]], dtype=torch.float64)
     close = {"rtol": 0, "atol": 1e-6}

@@ -140,11 +140,11 @@ def test_memory_is_that_of_the_matrix() -> None:
 @pytest.mark.parametrize(
     ("groups", "shape", "expected"),
     [
-        (None, (4,), "moments of rows (n, 3) were asked for, got (4,)"),
-        (None, (4, 2), "moments of rows (n, 3) were asked for, got (4, 2)"),
-        (None, (2, 4, 3), "moments of rows (n, 3) were asked for, got (2, 4, 3)"),
-        (2, (4, 3), "moments of rows (2, n, 3) were asked for, got (4, 3)"),
-        (2, (3, 4, 3), "moments of rows (2, n, 3) were asked for, got (3, 4, 3)"),
+        (None, (4,), "moments expect rows of shape (n, 3), got (4,)"),
+        (None, (4, 2), "moments expect rows of shape (n, 3), got (4, 2)"),
+        (None, (2, 4, 3), "moments expect rows of shape (n, 3), got (2, 4, 3)"),
+        (2, (4, 3), "moments expect rows of shape (2, n, 3), got (4, 3)"),
+        (2, (3, 4, 3), "moments expect rows of shape (2, n, 3), got (3, 4, 3)"),
     ],
 )
 def test_rows_of_another_shape(groups: int | None, shape: tuple[int, ...], expected: str) -> None:

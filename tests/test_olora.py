@@ -367,9 +367,9 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
 
 def test_what_it_cannot_work_with_is_said_in_one_line() -> None:
     for content, message in (
-        ({"pet": None}, "olora tunes LoRA, and the recipe has no pet"),
-        ({"pet": "adapter"}, "olora tunes LoRA, and the recipe has adapter"),
-        ({"pet": "lora", "protect": True}, "olora trains a new LoRA for each task, which protect: cannot hold"),
+        ({"pet": None}, "olora tunes LoRA, but the recipe has no pet"),
+        ({"pet": "adapter"}, "olora tunes LoRA, but the recipe has adapter"),
+        ({"pet": "lora", "protect": True}, "olora trains a new LoRA for each task, and protect: cannot hold that"),
         ({"pet": "lora", "method": {"name": "olora", "shrink": -1}}, "shrink: .* greater than or equal to 0"),
         ({"pet": "lora", "method": {"name": "olora", "orthogonality": []}}, "orthogonality: .* at least 1 item"),
         ({"pet": "lora", "method": {"name": "olora", "orthogonality": [0.5, "x"]}}, "orthogonality"),

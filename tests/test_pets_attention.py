@@ -478,7 +478,8 @@ def test_keys_alone_or_the_values_alone_are_not_enough_and_sum_space_is_none() -
 
 
 def test_prefix_keys_by_the_inputs_move_the_attention_itself() -> None:
-    """I9's control: with the values still, keys that are free of the inputs move old outputs, of the queries not."""
+    """The control: with fixed values, keys projected by the inputs move old outputs, and keys projected by the queries
+    do not."""
     for by_queries in (True, False):
         net, pet, attn, old = one_attention("timm vit", Prefix, 1)
         assert isinstance(pet, Prefix)

@@ -1,5 +1,5 @@
-"""Projected steps: whatever the optimizer, no step leads into a protected subspace (pgp-pegp.md §6.1, I5, I6, I8,
-I12), against a dense reference in float64; and the controls that must fail to protect."""
+"""Projected steps: whatever the optimizer, no step leads into a protected subspace. Against a dense
+reference in float64; and the controls that must fail to protect."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def joined(layer: nn.Linear) -> Tensor:
 def test_no_step_of_any_optimizer_leads_into_the_subspace(
     kind: type[torch.optim.Optimizer], options: dict[str, Any], dtype: torch.dtype, tolerance: float
 ) -> None:
-    """I5, with gradients clipped."""
+    """With clipped gradients too."""
     it = toy(dtype)
     optimizer = make(kind, it.layer.parameters(), options)
     last, shares = joined(it.layer), []
@@ -146,7 +146,7 @@ def test_no_step_of_any_optimizer_leads_into_the_subspace(
 def test_outputs_on_old_data_stay_after_many_steps(
     kind: type[torch.optim.Optimizer], options: dict[str, Any], dtype: torch.dtype, tolerance: float
 ) -> None:
-    """I6; what is learned of the new data is what the free directions allow."""
+    """The new data are learned as far as the free directions allow."""
     it = toy(dtype)
     optimizer = make(kind, it.layer.parameters(), options)
     began = float((it.layer(it.new).detach() - it.target).square().mean())
@@ -157,7 +157,7 @@ def test_outputs_on_old_data_stay_after_many_steps(
 
 @pytest.mark.parametrize("energy", [0.5, 0.9, 0.99])
 def test_a_cut_basis_bounds_the_change(energy: float) -> None:
-    """I8: `‖X ΔWᵀ‖ ≤ √(1 − ε) ‖X‖ ‖ΔW‖₂` for the sum of all steps."""
+    """`‖X ΔWᵀ‖ ≤ √(1 − ε) ‖X‖ ‖ΔW‖₂` for the sum of all steps."""
     it = toy(energy=energy)
     optimizer = torch.optim.AdamW(it.layer.parameters(), lr=0.05, weight_decay=0.1)
     before = joined(it.layer)
@@ -183,7 +183,7 @@ def test_a_cut_basis_bounds_the_change(energy: float) -> None:
 def test_projected_gradients_protect_nothing_under_adam_or_decay(
     kind: type[torch.optim.Optimizer], options: dict[str, Any]
 ) -> None:
-    """Control: pgp-pegp.md §5, point 1, where Adam changes old outputs by 5.6e-1 and weight decay by 1.9e-2."""
+    """The control: with only the gradient projected, Adam changes old outputs by 5.6e-1 and weight decay by 1.9e-2."""
     it = toy()
     optimizer = make(kind, it.layer.parameters(), options)
     with ProjectedStep(optimizer, [(it.operand, [it.subspace])], project="gradient"):
@@ -239,7 +239,7 @@ def test_a_subspace_of_sums_protects_neither() -> None:
 def test_nothing_protected_changes_no_bit(
     kind: type[torch.optim.Optimizer], options: dict[str, Any], project: Literal["step", "gradient"]
 ) -> None:
-    """I12: a subspace of rank 0, as before the first task is over or with energy 0."""
+    """A subspace of rank 0, as before the end of the first task or with energy 0."""
     bits = []
     for guarded in (False, True):
         it = toy(torch.float32)
@@ -255,7 +255,7 @@ def test_nothing_protected_changes_no_bit(
 
 @pytest.mark.parametrize(("kind", "options"), PLAIN)
 def test_no_room_freezes_to_the_bit(kind: type[torch.optim.Optimizer], options: dict[str, Any]) -> None:
-    """I12: energy 1 of features of full rank; weight decay included."""
+    """Features of full rank with energy 1; weight decay included."""
     it = toy(torch.float32)
     optimizer = make(kind, it.layer.parameters(), options)
     full = span(randn(generator("full"), 30, 13))
@@ -608,7 +608,7 @@ def test_a_weight_added_without_its_bias_stops_the_step() -> None:
         optimizer.add_param_group({"params": [it.layer.weight]})
         loose.grad = torch.ones(3)
         for _ in range(2):
-            with pytest.raises(UsageError, match="holds only one of a protected weight and its bias"):
+            with pytest.raises(UsageError, match="has only one of a protected weight and its bias"):
                 optimizer.step()
     assert torch.equal(loose, torch.ones(3))
 
@@ -630,5 +630,5 @@ def test_a_weight_without_its_bias_is_not_left_unprotected(there: str) -> None:
     optimizer = torch.optim.SGD([getattr(it.layer, there)], lr=0.1)
     with pytest.raises(UsageError) as error:
         ProjectedStep(optimizer, [(it.operand, [it.subspace])])
-    assert str(error.value).startswith("the optimizer holds only one of a protected weight and its bias: ")
+    assert str(error.value).startswith("the optimizer has only one of a protected weight and its bias: ")
     assert "\n" not in str(error.value)

@@ -1,5 +1,5 @@
-"""Protection inside the library's loop: whole transformers in float64 (pgp-pegp.md §6.1, I7, I11, I13), the
-certificate against what is measured on the old pictures themselves, and the controls that must fail to protect."""
+"""Protection inside the library's loop: whole transformers in float64, the certificate against
+measurements on the old pictures themselves, and the controls that must fail to protect."""
 
 from __future__ import annotations
 
@@ -97,17 +97,17 @@ class Losses(Silent):
             self.seen.append(loss)
 
 
-# -- I7: one pet around one module ------------------------------------------------------------------------
+# -- one pet around one module ----------------------------------------------------------------------------
 
 
 def around(kind: type[PET], dtype: torch.dtype = torch.float64) -> tuple[nn.Module, PET]:
     """A module of one linear layer with a pet around it."""
-    with own_global_state("I7"):
+    with own_global_state("one pet"):
         root = nn.Sequential(nn.Linear(24, 10)).to(dtype)
     role, parts = ("q", ((0, 10),)) if kind is LoRA else ("mlp", ())
     place = Place("0", root[0], (role,), parts, 0, 24, 10)
     options: Any = {"rank": 6} if kind is LoRA else {"width": 20}
-    (pet,) = inject(root, [place], lambda p: kind(p, generator("I7"), **options))
+    (pet,) = inject(root, [place], lambda p: kind(p, generator("one pet"), **options))
     return root, pet.to(dtype)
 
 
@@ -116,8 +116,8 @@ def around(kind: type[PET], dtype: torch.dtype = torch.float64) -> tuple[nn.Modu
 def test_outputs_of_old_inputs_stay_through_two_hundred_steps(
     kind: type[PET], dtype: torch.dtype, tolerance: float
 ) -> None:
-    """I7: the cross term of LoRA, the nonlinearity and both biases of the adapter."""
-    source = generator("I7", "data")
+    """This includes the cross term of LoRA, and the nonlinearity and both biases of the adapter."""
+    source = generator("one pet", "data")
     old = torch.randn(5, 24, generator=source, dtype=torch.float64).to(dtype)
     new = torch.randn(30, 24, generator=source, dtype=torch.float64).to(dtype)
     target = torch.randn(30, 10, generator=source, dtype=torch.float64).to(dtype)
@@ -147,7 +147,7 @@ def test_outputs_of_old_inputs_stay_through_two_hundred_steps(
     assert found["none"] > 1e-2
 
 
-# -- I11: whole transformers ------------------------------------------------------------------------------
+# -- whole transformers -----------------------------------------------------------------------------------
 
 LINEARS = ["q", "k", "v", "proj", "fc1", "fc2"]
 PETS: dict[str, dict[str, Any]] = {  # so large that ten tokens do not fill a site
@@ -164,7 +164,7 @@ FASTER = {"prefix": {**TRAIN, "lr": 0.05}, "prompt": {**TRAIN, "lr": 0.05}}
 @pytest.mark.parametrize("pet", PETS)
 @pytest.mark.parametrize("family", ["timm", "transformers"])
 def test_final_features_of_old_pictures_stay(family: str, pet: str) -> None:
-    """I11: with all directions of the old tokens closed in every block, block after block stays what it was."""
+    """All directions of the old tokens are closed in every block, so the features after each block stay."""
     losses = Losses()
     old, new = task_of(0, "ab", 1), task_of(1, "cd", 4, Runtime(progress=losses))
     method = method_of(net_of(family), PETS[pet], {"energy": 1.0}, train=FASTER.get(pet, TRAIN))
@@ -205,7 +205,7 @@ def test_conditions_of_the_paper_do_not_hold_old_features(pet: str) -> None:
     assert moved(features(method, old), before) > 1e-3
 
 
-# -- I13: the head ----------------------------------------------------------------------------------------
+# -- the head ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -213,7 +213,7 @@ def test_conditions_of_the_paper_do_not_hold_old_features(pet: str) -> None:
 @pytest.mark.parametrize("head", ["linear", "cosine", "ncm"])
 @pytest.mark.parametrize("protect", [True, None])
 def test_rows_of_old_classes_rest(protect: Any, head: str, weight_decay: float, optimizer: str) -> None:
-    """I13: under mask `task` the loss has no part of them, and decay may not move them either."""
+    """With mask `task` the loss does not contain these rows, and weight decay must not move them either."""
     train = {"epochs": 2, "batch_size": 4, "lr": 0.05, "weight_decay": weight_decay, "optimizer": optimizer}
     method: Any = method_of(tiny_backbone(), {"name": "lora", "rank": 2}, protect, head=head, train=train)
     learn_protected(method, task_of(0, "ab", 2))
@@ -379,7 +379,8 @@ def test_samples_are_balanced_and_drawn_by_a_generator_of_their_own(samples: Any
             torch.rand(drawn_before)
             (certificate,) = learn_protected(method, Task(0, "t", tuple("abc"), train))
         looked.append(train.seen)
-        memories.append([m.clone() for m in method.protection.state_dict().values() if isinstance(m, Tensor)])  # type: ignore[union-attr]
+        # Type: ignore[union-attr]
+        memories.append([m.clone() for m in method.protection.state_dict().values() if isinstance(m, Tensor)])
     expected = 12 if samples == "all" else min(samples, 12)
     assert certificate["examples"] == expected
     assert looked[0] == looked[1]
@@ -428,7 +429,7 @@ def test_a_pass_that_leaves_the_pets_out_is_an_error() -> None:
     with pytest.raises(PerpetuneError) as error:
         learn_protected(method, task_of(0, "ab", 1))
     assert "\n" not in str(error.value)
-    assert "saw no data, for the pass did not go through it" in str(error.value)
+    assert "saw no data, because the pass did not go through it" in str(error.value)
 
 
 class TrainsAnother(FineTune):
@@ -462,7 +463,7 @@ def test_a_guard_that_guards_nothing_of_what_is_trained_is_an_error() -> None:
     with pytest.raises(UsageError) as error:
         learn_protected(method, task_of(0, "ab", 1))
     assert str(error.value).startswith(
-        "protect: the optimizer trains the set of pets 'another', and protection holds 'default': the method has to"
+        "protect: the optimizer trains the set of pets 'another', but protection holds 'default': the method has to"
     )
     learn_protected(method_of(tiny_backbone(), "lora", True, method=f"{kind}InPrivate"), task_of(0, "ab", 1))
     learn_protected(method_of(tiny_backbone(), "lora", None, method=kind), task_of(0, "ab", 1))
@@ -475,7 +476,7 @@ def test_a_method_that_keeps_all_data_has_nothing_to_protect() -> None:
 
 
 def test_a_site_without_room_stays_and_the_run_goes_on() -> None:
-    """I12: with full rank and energy 1 nothing is left to move, bit for bit."""
+    """With full rank and energy 1 no bit of the site changes."""
     method: Any = method_of(net_of("transformers"), {"name": "lora", "rank": 2}, {"energy": 1.0})
     (first,) = learn_protected(method, task_of(0, "ab", 12))
     assert first["room"] == 0

@@ -1,5 +1,5 @@
-"""Protection in the state folder (pgp-pegp.md §6.1, I12 and I15): stopped at any moment and gone on with it ends with
-the same bits, older states load, and what does not fit is told in one line."""
+"""Protection in the state folder: a run that is stopped at any moment and resumed ends with the same bits, older states
+load, and a state that does not fit gives an error in one line."""
 
 from __future__ import annotations
 
@@ -92,11 +92,11 @@ def certificates(state: Path) -> list[dict[str, Any]]:
     return [entry for task in State(state).committed for entry in task.json("metrics.json").get("protection", [])]
 
 
-# -- I12 --------------------------------------------------------------------------------------------------
+# -- the first task ---------------------------------------------------------------------------------------------
 
 
 def test_the_first_task_is_learned_the_same_with_and_without(world: World, tmp_path: Path) -> None:
-    """I12: protection has its own generators, and what is protected counts from the second task on."""
+    """Protection has its own generators, and it takes effect from the second task on."""
     Learner(world.recipe(pet={"name": "lora", "rank": 2, "dropout": 0.1}), tmp_path / "with").run()
     Learner(world.recipe(pet={"name": "lora", "rank": 2, "dropout": 0.1}, protect=None), tmp_path / "without").run()
     for name in ("pet.safetensors", "head.safetensors"):
@@ -132,7 +132,7 @@ def test_a_site_without_room_is_told_once_and_stays(world: World, tmp_path: Path
     assert all(torch.equal(values[0][name], later[name]) for name in ups for later in values[1:])
 
 
-# -- I15: stopped and gone on with ------------------------------------------------------------------------
+# -- stopped and gone on with -----------------------------------------------------------------------------
 
 MERGED = {"name": "finetune", "head_first": 0.5, "merge": "falling", "merge_epochs": 2}
 LORA = {"name": "lora", "rank": 4, "dropout": 0.2}
@@ -335,7 +335,7 @@ def test_features_that_are_not_finite(world: World, tmp_path: Path) -> None:
     told = str(error.value)
     assert "\n" not in told
     assert told.startswith("protect: features at ")
-    assert "are not finite; nothing was added" in told
+    assert "are not finite, so nothing was added" in told
     assert [task.name for task in State(state).committed] == ["a-b"]
     before = learned(state)
     assert before == {name: content for name, content in learned(whole).items() if name.startswith("0000-")}

@@ -1,5 +1,5 @@
-"""Renewed protected LoRA: the pair of each task rests and a new one starts where old features do not reach
-(shared/design/features.md §6, and its toy). Brute force in float64, and a control that must fail for each claim."""
+"""Renewed protected LoRA: the pair of each task rests and a new one starts where old features do not reach.
+Brute force in float64, and a control that must fail for each claim."""
 
 from __future__ import annotations
 
@@ -314,7 +314,7 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
         plain.load(tmp_path / "protection.safetensors")
     state = protection.state_dict()
     torn = {n: v for n, v in state.items() if not n.startswith("rests.")}
-    with pytest.raises(StateError, match="does not say what rests"):
+    with pytest.raises(StateError, match="has no product of earlier tasks"):
         loaded.load_state_dict(torn)
     with pytest.raises(StateError, match="it was made without renew"):
         loaded.load_state_dict(plain.state_dict())
@@ -386,7 +386,7 @@ def test_gpt2s_turned_weights_merge_too() -> None:
 
 
 def test_what_cannot_be_renewed_is_said() -> None:
-    with pytest.raises(UsageError, match="no LoRA here to renew"):
+    with pytest.raises(UsageError, match="has no LoRA to renew"):
         perpetune.protect(nn.Linear(4, 4), renew=True)
     with pytest.raises(UsageError, match="renew is off"):
         perpetune.protect(nn.Linear(4, 4)).renew()
@@ -394,7 +394,7 @@ def test_what_cannot_be_renewed_is_said() -> None:
         ProtectionCallback(perpetune.protect(nn.Linear(4, 4)), renew=True)
     with pytest.raises(UsageError, match="needs strength: hard"):
         perpetune.protect(with_peft(), renew=True, strength="soft")
-    with pytest.raises(UsageError, match="is for renew: true alone"):
+    with pytest.raises(UsageError, match="needs renew: true"):
         perpetune.protect(with_peft(), start="leading")
     leading = perpetune.protect(with_peft(), renew=True, start="leading")
     leading.consolidate([rows(0)])

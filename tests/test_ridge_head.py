@@ -1,4 +1,4 @@
-"""The head `ridge` over tasks, against regressions on all data at once (safe.md §5.1: V1 to V3; §5.2)."""
+"""The head `ridge` over tasks, against regressions on all data at once."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ every_kind = pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
 
 
 def test_golden_value() -> None:
-    """safe.md §5.2."""
+    """A value computed by hand."""
     head = Ridge(2, standardise=False, penalty=1 / 3.5)  # of tr G / M = 7 / 2
     train: Any = Rows(torch.tensor([[1.0, 0], [1, 1], [0, 2]]), [0, 1, 1])
     head.grow("abc", generator("golden"))
@@ -220,7 +220,7 @@ def test_classes_that_come_back_go_on_from_where_they_stood(options: dict[str, A
 
 
 def test_sums_are_what_they_are_called() -> None:
-    """V3: trace and columns; G is symmetric and positive semidefinite."""
+    """Trace and columns; G is symmetric and positive semidefinite."""
     head = learned(TEN[:3], projection=20)
     found, targets = everything(TEN[:3], head.classes)
     h = head.expand(found.double())
@@ -332,7 +332,8 @@ def test_scale_and_shift_of_features_change_no_score(penalty: float | str) -> No
         plain = learned(tasks, penalty=penalty, standardise=standardise)
         other = Ridge(D, penalty=penalty, standardise=standardise)
         for task in tasks:
-            teach(other, shown(task.train.features * stretch + shift, task.train.targets, task.classes, task.index))  # type: ignore[arg-type,attr-defined]
+            # Type: ignore[arg-type,attr-defined]
+            teach(other, shown(task.train.features * stretch + shift, task.train.targets, task.classes, task.index))
         one, two = plain(new) / plain.scale, other(new * stretch + shift) / other.scale
         same = float((one - two).abs().max()) < 1e-5
         assert same == standardise, "the control: without standardising they change"
@@ -442,7 +443,7 @@ def test_what_is_kept_of_another_order_is_the_same_in_float32_sums_too() -> None
 
 
 class TapRidge:
-    """The reference of features.md in words of our own: sums of `[z, 1]`, standardised by a change of basis.
+    """A second implementation as a reference: sums of `[z, 1]`, standardised by a change of basis.
 
     The one difference is that the intercept is not penalised there.
     """
@@ -490,7 +491,9 @@ def test_an_orthogonal_projection_keeps_lengths_in_its_span() -> None:
     assert not torch.allclose(other.projected, head.projected)
     assert (head.expand(features("a", 9)) < 0).any(), "no relu"
     for width in (D, D + 3):
-        with pytest.raises(UsageError, match="saves nothing, for the features have 8: set projection to 0") as caught:
+        with pytest.raises(
+            UsageError, match="saves nothing, because the features have 8: set projection to 0"
+        ) as caught:
             learned(TEN[:1], projection=width, kind="orthogonal")
         assert "\n" not in str(caught.value)
 
@@ -807,7 +810,7 @@ def test_a_given_scale_stays() -> None:
 
 
 @pytest.mark.parametrize(
-    ("penalty", "cure"), [("chosen", "the penalty chosen guards against it"), (0.1, "set penalty: chosen")]
+    ("penalty", "cure"), [("chosen", "the chosen penalty reduces this"), (0.1, "set penalty: chosen")]
 )
 def test_as_many_examples_as_random_features_are_warned_of(penalty: float | str, cure: str) -> None:
     head = Ridge(D, projection=20, penalty=penalty)
@@ -817,8 +820,8 @@ def test_as_many_examples_as_random_features_are_warned_of(penalty: float | str,
         found[head.facts()["rows"]] = head.facts()["warning"]
     assert found[8] is None
     assert found[16] == (
-        "head ridge has seen 16 examples with 20 features: near-equal numbers are where a regression overfits "
-        f"most; {cure}, or choose a projection well below or above"
+        "head ridge has seen 16 examples with 20 features: a regression overfits most if both numbers are about the "
+        f"same; {cure}, or choose a projection well below or above"
     )
     assert found[24] is not None
     teach(head, task_of(3, "gh", 4))

@@ -1,4 +1,4 @@
-"""Streaming ridge regression against brute force in float64 (safe.md §5.1: V1 to V7; §5.2)."""
+"""Streaming ridge regression against brute force in float64."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def error(got: Tensor, expected: Tensor) -> float:
 @given(seed=SEEDS, width=WIDTHS, sizes=st.lists(st.integers(0, 9), min_size=1, max_size=4), weighted=st.booleans())
 @settings(max_examples=30, deadline=None)
 def test_packed_sums_are_the_gram_matrix(seed: int, width: int, sizes: list[int], weighted: bool) -> None:
-    """V3, V4: symmetric, positive semi-definite, of the right trace, however the rows are cut into batches."""
+    """Symmetric, positive semi-definite, with the right trace, however the rows are cut into batches."""
     rows = normal(sum(sizes), width, seed=seed)
     weights = positive(len(rows), seed) if weighted else torch.ones(len(rows), dtype=torch.float64)
     packed = torch.zeros(ridge.packed_size(width), dtype=torch.float64)
@@ -243,7 +243,7 @@ def test_golden_value() -> None:
 @given(seed=SEEDS, data=st.data(), standard=st.booleans())
 @settings(max_examples=15, deadline=None)
 def test_streamed_is_joint_in_any_order(seed: int, data: st.DataObject, standard: bool) -> None:
-    """V1, V2, V4: ten tasks of two classes each, tasks and batches in any order, equal one solve over all rows."""
+    """Ten tasks of two classes each, tasks and batches in any order, equal one solve over all rows."""
     rows, targets = clusters(300, 40, 20, dim=16, seed=seed)
     weights = positive(300, seed)
     batch = data.draw(st.sampled_from([1, 7, 64, 300]))
@@ -267,7 +267,6 @@ def test_streamed_is_joint_in_any_order(seed: int, data: st.DataObject, standard
 
 
 def test_unseen_classes_have_no_weights() -> None:
-    """V3."""
     rows, targets = clusters(50, 30, 4)
     weights = Sums(30, 9).add(rows, targets).fit(1.0).weights
     assert weights[:, :4].any(dim=0).all()
@@ -276,7 +275,6 @@ def test_unseen_classes_have_no_weights() -> None:
 
 @pytest.mark.parametrize("kappa", KAPPAS)
 def test_residual_of_the_normal_equations(kappa: float) -> None:
-    """V5."""
     rows, targets = clusters(500, 300, 8)
     sums = Sums(300, 8).add(rows, targets)
     fit = sums.fit(kappa * sums.scale)
@@ -285,7 +283,7 @@ def test_residual_of_the_normal_equations(kappa: float) -> None:
 
 
 def test_limits_of_the_penalty() -> None:
-    """V7: prototype sums for a large one, least squares for a small one."""
+    """Prototype sums for a large penalty, least squares for a small one."""
     rows, targets = normal(90, 12), labels(90, 3)
     sums = Sums(12, 3).add(rows, targets)
     assert error(sums.fit(1e9).weights * 1e9, sums.cross) < 1e-3
@@ -373,7 +371,7 @@ def test_what_cannot_be_fitted_is_refused() -> None:
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(("count", "width"), [(1, 20), (30, 80), (60, 60), (90, 40)])
 def test_dual_is_primal(count: int, width: int, weighted: bool, standard: bool) -> None:
-    """V6, for every penalty of the grid."""
+    """For every penalty of the grid."""
     rows, targets = clusters(count, width, 5, seed=count)
     weights = positive(count) if weighted else None
     if standard and count == 1:
@@ -453,7 +451,7 @@ def test_slope_and_curvature_are_finite_differences(
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(("count", "width"), [(18, 30), (30, 12)])
 def test_leave_one_out_is_refitting(count: int, width: int, weighted: bool, standard: bool) -> None:
-    """V6: both shortcuts equal one refit per row; mean and scale of columns are held."""
+    """Both shortcuts equal one refit per row, with fixed mean and scale of the columns."""
     rows, targets = clusters(count, width, 3, seed=11)
     weights = positive(count) if weighted else None
     sums = Sums(width, 3, standard).add(rows, targets, weights)

@@ -1,4 +1,4 @@
-"""SAFE: its losses, what moves when, and what it says (safe.md §5.1: V8, V9, V11, V13, V16 to V18; §5.2)."""
+"""SAFE: its losses, which parameters move in which task, and its answers."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ OURS, THEIRS = wide([[1, 2, 2], [3, 0, 4]]), wide([[2, 1, 2], [0, 3, 4]])
 
 @pytest.fixture
 def golden(monkeypatch: pytest.MonkeyPatch) -> tuple[Safe, Task, Batch]:
-    """safe.md §5.2: three classes, two of them known, and a batch of two examples of the third."""
+    """Three classes, two of them known, and a batch of two examples of the third."""
     options = {"align": 0.0, "cross": 0.0, "later": {"batch_size": 2}}
     method = made(head={**RIDGE, "probe_scale": 10.0}, options=options)
     train: Any = Still("c", 2, seed=0)
@@ -206,7 +206,7 @@ def features_of(method: Safe, batch: Batch, name: str | None) -> Tensor:
 
 
 def test_cross_classification_is_the_formula_and_reaches_whom_it_should(ready: tuple[Safe, Task, Batch]) -> None:
-    """V11: `s2f` teaches W_f and σ_f only, `f2s` the fast features and the old rows of W_f only."""
+    """`s2f` teaches W_f and σ_f only, `f2s` the fast features and the old rows of W_f only."""
     method, task, batch = ready
     fast, slow = probe(method.model.head), probe(method.slow)
     method.later = method.later.model_copy(update={"batch_size": len(batch)})
@@ -242,7 +242,7 @@ def test_cross_classification_is_the_formula_and_reaches_whom_it_should(ready: t
 
 
 def test_no_loss_reaches_a_teacher(ready: tuple[Safe, Task, Batch]) -> None:
-    """V10, V11: not the frozen model, not the slow pets; W_s gets nothing where only the fast head is trained."""
+    """Neither the frozen model nor the slow pets get a gradient; W_s gets none if only the fast head is trained."""
     method, task, batch = ready
     slow_pets = {id(p) for p in parameters(method.model, SLOW)}
     for loss in (
@@ -329,7 +329,6 @@ def kept(method: Safe) -> dict[str, str]:
 
 @pytest.mark.parametrize("head", [RIDGE, "ncm"], ids=["ridge", "ncm"])
 def test_after_the_first_task_only_the_fast_learner_moves(head: Any) -> None:
-    """V8."""
     tasks, method = stream(), made(head=head)
     before = digest(frozen(method.model.backbone.net))
     learn_protected(method, tasks[0])
@@ -365,7 +364,7 @@ def test_both_heads_are_regressions_on_their_own_features() -> None:
 
 
 def test_after_the_first_task_both_answer_alike() -> None:
-    """V9; and one forward pass is enough then, two are needed later."""
+    """One forward pass is enough then; two are needed later."""
     tasks, method = stream(), made()
     passes: list[int] = []
     method.model.backbone.register_forward_hook(lambda *_: passes.append(1))
@@ -422,7 +421,7 @@ SGD = {"epochs": 1, "batch_size": 8, "optimizer": "sgd", "lr": 0.01}
 
 @pytest.mark.parametrize("imprinted", [True, False], ids=["imprinted", "zero rows"])
 def test_new_rows_are_imprinted_and_the_first_step_is_small(imprinted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """V13. The control, rows of zero as in the released code, explodes at the first step (D3)."""
+    """The control, rows of zero as in the released code, explodes at the first step."""
     tasks, method = stream(), made(train=SGD)
     learn_protected(method, tasks[0])
     steps = Steps(method)
@@ -514,7 +513,7 @@ def test_what_is_kept_changes_nothing() -> None:
 
 
 def test_the_same_seed_twice_gives_the_same_bits() -> None:
-    """V18, statistics and all; another seed does not."""
+    """Statistics included; another seed gives other bits."""
     first, second, third = (taught(stream(Runtime(seed=seed))[:2], seed=seed) for seed in (0, 0, 1))
     assert snapshot(first) == snapshot(second)
     assert torch.equal(scores_of(first, "abcd"), scores_of(second, "abcd"))
@@ -532,7 +531,6 @@ def whole() -> list[dict[str, bytes]]:
 
 
 def test_stopped_between_tasks(whole: list[dict[str, bytes]]) -> None:
-    """V17."""
     method = made()
     restore(method, whole[0], "memory")
     assert snapshot(method) == whole[0]
@@ -543,7 +541,7 @@ def test_stopped_between_tasks(whole: list[dict[str, bytes]]) -> None:
 @pytest.mark.parametrize("stop", [1, 4, 5])
 @pytest.mark.parametrize("number", [0, 1], ids=["slow phase", "fast phase"])
 def test_stopped_inside_a_phase(number: int, stop: int, whole: list[dict[str, bytes]], tmp_path: Path) -> None:
-    """V17: six steps each; the features of teachers are made again, in the same order."""
+    """Six steps each; the features of teachers are computed again, in the same order."""
     method = made()
     if number:
         restore(method, whole[0], "memory")
@@ -589,9 +587,9 @@ def test_it_goes_with_any_pet_and_head_of_statistics(changes: dict[str, Any]) ->
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"head": "linear"}, "method: safe learns classes from statistics, head linear does not: use ridge or ncm"),
-        ({"head": "cosine"}, "method: safe learns classes from statistics, head cosine does not: use ridge or ncm"),
-        ({"pet": "none"}, "method: safe trains a pet, and there is none: name one, or use method: frozen"),
+        ({"head": "linear"}, "method: safe learns classes from statistics, but head linear does not: use ridge or ncm"),
+        ({"head": "cosine"}, "method: safe learns classes from statistics, but head cosine does not: use ridge or ncm"),
+        ({"pet": "none"}, "method: safe trains a pet, but the recipe has none: name one, or use method: frozen"),
     ],
 )
 def test_what_it_does_not_go_with(changes: dict[str, Any], told: str) -> None:
@@ -657,7 +655,8 @@ def test_a_run_from_folder_to_answers(tmp_path: Path) -> None:
 
 
 def test_no_label_of_the_test_reaches_what_is_learned(tmp_path: Path) -> None:
-    """V16: with other labels there, values, penalties, scales and answers are the same, and only the counts differ."""
+    """With other labels in the test data, values, penalties, scales and answers are the same, and only the counts
+    differ."""
     vit, learners = vit_folder(tmp_path / "vit"), []
     for name, labels in (("right", "abcd"), ("permuted", "badc")):
         data = picture_folder(tmp_path / name / "train", "abcd", 6).parent

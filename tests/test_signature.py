@@ -1,5 +1,5 @@
-"""Signatures: sketches are linear and keep inner products on average, running means do not depend on micro-batches
-(V13), and the distance is a metric in [0, 1]."""
+"""Signatures: sketches are linear and keep inner products on average, running means do not depend on micro-batches,
+and the distance is a metric in [0, 1]."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class TestSketch:
 class TestRunningMean:
     @given(SEEDS, st.lists(st.integers(1, 9), min_size=1, max_size=8), st.sampled_from([1e-6, 1.0, 1e6]))
     def test_micro_batches_are_one_batch(self, seed: int, sizes: list[int], offset: float) -> None:
-        """V13, and against float64."""
+        """Compared with float64 too."""
         examples = offset + randn(seed, sum(sizes), 3, 8).double()
         whole, parts = RunningMean((3, 8)), RunningMean((3, 8))
         whole.update(examples.mean(0), len(examples))
@@ -175,7 +175,7 @@ class TestDistance:
 
     @pytest.mark.parametrize("factor", [1e-42, 1e-30, 3.0, 1e30, 1e37])
     def test_a_factor_does_not_matter(self, factor: float) -> None:
-        """V3, also where a norm would overflow or vanish."""
+        """Also if a norm would overflow or vanish."""
         rows = torch.tensor([[1.0, -2.0, 4.0, 0.0] * 20])
         torch.testing.assert_close(
             normalised(factor * rows), normalised(rows), rtol=1e-2 if factor < 1e-38 else 1e-6, atol=0

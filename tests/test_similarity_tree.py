@@ -1,5 +1,7 @@
-"""The tree of tasks and its searches: V1 to V9 and V17 of treelora.md §6.1, against brute force, and the controls that
-must fail. benchmarks/treelora.py has the same with more seeds."""
+"""The tree of tasks and its searches, against brute force, and the controls that must fail.
+
+benchmarks/treelora.py has the same with more seeds.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,7 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 
 def check(tree: SimilarityTree, reference: dict[int, Tensor]) -> None:
-    """Every promise about the tree's shape and what nodes know (V1), against a plain list of points."""
+    """Every promise about the tree's shape and the figures of its nodes, against a plain list of points."""
     assert tree.ids == tuple(sorted(reference))
     assert len(tree) == len(reference)
     if not reference:
@@ -121,7 +123,7 @@ def same(one: SimilarityTree, other: SimilarityTree) -> None:
 class TestShape:
     @pytest.mark.parametrize("kind", KINDS)
     def test_covers_each_task_once_at_logarithmic_depth(self, kind: str) -> None:
-        """V1, N = 1 to 64, made at once."""
+        """N = 1 to 64, built at once."""
         for count in range(1, 65):
             made = degenerate(kind, count)
             check(SimilarityTree.build(made, GROUPS), dict(enumerate(made)))
@@ -174,7 +176,6 @@ class TestShape:
         assert any(node in before for node in tree)
 
     def test_does_not_depend_on_ids(self) -> None:
-        """V2."""
         for count in (2, 3, 5, 16, 37, 64):
             made = points(count, seed=count)
             order = torch.randperm(count, generator=generator("order", count))
@@ -185,7 +186,7 @@ class TestShape:
 
     @pytest.mark.parametrize("factor", [1e-12, 0.3, 7.0, 1e12])
     def test_a_scale_of_all_signatures_changes_nothing(self, factor: float) -> None:
-        """V3: the tree, and what both searches find."""
+        """Neither the tree nor the results of both searches."""
         raw, query = randn(5, 40, MODULES, SIZE), randn(6, MODULES, SIZE)
         trees = [SimilarityTree.build(normalised(by * raw), GROUPS) for by in (1.0, factor)]
         assert trees[0].root is not None
@@ -282,7 +283,7 @@ class TestState:
 class TestNearest:
     @pytest.mark.parametrize("kind", KINDS)
     def test_is_that_of_brute_force(self, kind: str) -> None:
-        """V4: 5 times 200 queries of all sorts."""
+        """5 times 200 queries of all sorts."""
         made = [degenerate(kind, count) for count in range(1, 41, 2)]
         trees = [grown(some, GROUPS, 64 if i % 2 else 3) for i, some in enumerate(made)]
         for i in range(200):
@@ -312,7 +313,7 @@ class TestNearest:
         order = distance(made, made[4]).argsort().tolist()
         assert tree.nearest(made[4]).id == order[0] == 4
         assert tree.nearest(made[4], exclude=order[:7]).id == order[7]
-        with pytest.raises(UsageError, match="all of them excluded"):
+        with pytest.raises(UsageError, match="all of them are excluded"):
             tree.nearest(made[4], exclude=range(20))
 
     def test_of_equals_is_the_smallest_id(self) -> None:
@@ -325,7 +326,7 @@ class TestDescend:
     @pytest.mark.parametrize(("count", "clusters"), [(32, 8), (64, 64), (128, 32), (100, 25)])
     @pytest.mark.parametrize("incremental", [False, True])
     def test_recall_on_clusters(self, count: int, clusters: int, incremental: bool) -> None:
-        """V5, ratio .3, rows as long as signatures are."""
+        """With rows as long as those of signatures."""
         raw = clustered(count, clusters, 8, 256, seed=count)
         made, groups = normalised(raw), [[i] for i in range(8)]
         tree = grown(made, groups) if incremental else SimilarityTree.build(made, groups)
@@ -410,20 +411,18 @@ def runs(request: pytest.FixtureRequest) -> list[tuple[Problem, Run]]:
 
 class TestSearch:
     def test_most_pulled_is_the_nearest(self, runs: list[tuple[Problem, Run]]) -> None:
-        """V6."""
         assert all(done.most_pulled == one.best for one, done in runs)
 
     def test_regret_is_sublinear(self, runs: list[tuple[Problem, Run]]) -> None:
-        """V7; 8 for uniform choice."""
+        """The regret grows less than 2.5 times; with uniform choice it would grow 8 times."""
         assert statistics.mean(done.regret for _, done in runs) < 2.5 * statistics.mean(done.early for _, done in runs)
 
     def test_regret_is_a_small_part_of_uniform(self, runs: list[tuple[Problem, Run]]) -> None:
-        """V8, with δ from the tree."""
+        """With δ from the tree."""
         mean = statistics.mean(done.regret for _, done in runs)
         assert mean <= 0.05 * statistics.mean(one.uniform for one, _ in runs)
 
     def test_evaluations_are_logarithmic(self, runs: list[tuple[Problem, Run]]) -> None:
-        """V9."""
         for one, done in runs:
             assert done.evaluations <= 2 * math.ceil(math.log2(len(one.values))) + 2
 
@@ -504,7 +503,7 @@ class TestSearch:
             search.observe(chosen.pop(), (i % 10) / 10)
 
     def test_ties_depend_on_the_seed_only(self) -> None:
-        """All processes choose the same (V14), whatever the global generators are at."""
+        """All processes choose the same, whatever the state of the global generators."""
         tree = SimilarityTree.build(points(64))
         first = [LowerConfidenceSearch(tree, seed=seed).select() for seed in range(300)]
         torch.manual_seed(1)
@@ -513,7 +512,7 @@ class TestSearch:
 
     @pytest.mark.parametrize("at", [0, 1, 7, 150])
     def test_goes_on_from_its_state(self, at: int) -> None:
-        """V17, through JSON, with the tree from its state too."""
+        """The state goes through JSON, and the tree is restored from its state too."""
         tree = grown(points(23), GROUPS, max_depth=3)
         tree.remove(4)
         values = distance(points(23), points(1, seed=8)[0]).tolist()

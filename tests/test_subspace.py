@@ -1,4 +1,4 @@
-"""Subspaces of old features: the invariants of gradient projection memory (pgp-pegp.md §6.1) against explicit
+"""Subspaces of old features: the invariants of gradient projection memory against explicit
 singular value decompositions, and the controls that must fail."""
 
 from __future__ import annotations
@@ -103,7 +103,6 @@ def by_svd(given_tasks: Tasks) -> tuple[Tensor, list[int]]:
 @MANY
 @given(tasks())
 def test_a_basis_is_orthonormal_and_its_projector_idempotent(given_tasks: Tasks) -> None:
-    """I1."""
     subspace = learned(given_tasks)
     for columns in (subspace.basis, subspace.free):
         gram = columns.mT @ columns
@@ -119,7 +118,6 @@ def test_a_basis_is_orthonormal_and_its_projector_idempotent(given_tasks: Tasks)
 @MANY
 @given(tasks(), SEEDS)
 def test_projecting_twice_is_projecting_once_in_float32(given_tasks: Tasks, seed: int) -> None:
-    """I1 in float32."""
     subspace = learned(given_tasks)
     x = randn(generator(seed), 5, given_tasks.dim).float()
     for once in (subspace.keep, subspace.remove):
@@ -131,7 +129,6 @@ def test_projecting_twice_is_projecting_once_in_float32(given_tasks: Tasks, seed
 @MANY
 @given(tasks(), st.data())
 def test_neither_order_nor_cut_nor_copies_of_the_samples_matter(given_tasks: Tasks, data: st.DataObject) -> None:
-    """I2."""
     P, _ = by_svd(given_tasks)
     other = Subspace(given_tasks.dim)
     for rows, energy in zip(given_tasks.features, given_tasks.energies, strict=True):
@@ -147,7 +144,7 @@ def test_neither_order_nor_cut_nor_copies_of_the_samples_matter(given_tasks: Tas
 @MANY
 @given(tasks(), SEEDS)
 def test_rotated_features_have_a_rotated_subspace(given_tasks: Tasks, seed: int) -> None:
-    """I2: `U(X R) = Rᵀ U(X)`."""
+    """`U(X R) = Rᵀ U(X)`."""
     by_svd(given_tasks)  # takes no example where rounding decides
     rotation = torch.linalg.qr(randn(generator(seed), given_tasks.dim, given_tasks.dim)).Q
     turned = Tasks([rows @ rotation for rows in given_tasks.features], given_tasks.energies)
@@ -158,7 +155,7 @@ def test_rotated_features_have_a_rotated_subspace(given_tasks: Tasks, seed: int)
 @MANY
 @given(tasks())
 def test_what_is_left_out_is_at_most_the_rest_of_the_energy(given_tasks: Tasks) -> None:
-    """I3, for each task when it is merged and never more afterwards."""
+    """This holds for each task when it is merged, and the rest does not grow afterwards."""
     subspace = Subspace(given_tasks.dim)
     left: list[float] = []
     for i, (rows, energy) in enumerate(zip(given_tasks.features, given_tasks.energies, strict=True)):
@@ -175,7 +172,7 @@ def test_what_is_left_out_is_at_most_the_rest_of_the_energy(given_tasks: Tasks) 
 @MANY
 @given(tasks())
 def test_a_subspace_only_grows(given_tasks: Tasks) -> None:
-    """I4, and what `extend`, `rank` and `room` say of it."""
+    """`extend`, `rank` and `room` agree with it."""
     subspace = Subspace(given_tasks.dim)
     for rows, energy in zip(given_tasks.features, given_tasks.energies, strict=True):
         before, rank = subspace.basis, subspace.rank
@@ -191,7 +188,6 @@ def test_a_subspace_only_grows(given_tasks: Tasks) -> None:
 @MANY
 @given(tasks())
 def test_moments_give_what_singular_vectors_of_the_features_give(given_tasks: Tasks) -> None:
-    """I14."""
     P, ranks = by_svd(given_tasks)
     subspace = Subspace(given_tasks.dim)
     for rows, energy, rank in zip(given_tasks.features, given_tasks.energies, ranks, strict=True):
@@ -203,7 +199,7 @@ def test_moments_give_what_singular_vectors_of_the_features_give(given_tasks: Ta
 @MANY
 @given(tasks(), SEEDS, st.integers(1, 6))
 def test_the_change_of_old_outputs_is_bounded_by_the_energy(given_tasks: Tasks, seed: int, out: int) -> None:
-    """I8: `‖X ΔWᵀ‖ ≤ √(1 − ε) ‖X‖ ‖ΔW‖₂`."""
+    """`‖X ΔWᵀ‖ ≤ √(1 − ε) ‖X‖ ‖ΔW‖₂`."""
     subspace = learned(given_tasks)
     step = subspace.remove(randn(generator(seed), out, given_tasks.dim))
     for rows, energy in zip(given_tasks.features, given_tasks.energies, strict=True):

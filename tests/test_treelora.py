@@ -135,10 +135,10 @@ def tree(method: TreeLoRA) -> dict[str, Any]:
     return found
 
 
-# -- the plain training inside (V12) ------------------------------------------------------------------
+# -- the plain training inside -----------------------------------------------------------------------
 
-V12_TREE: dict[str, Any] = {"name": "treelora", "regularise": 0.0, "start": "last", "answer": "last"}
-V12: dict[str, dict[str, Any]] = {
+PLAIN_TREE: dict[str, Any] = {"name": "treelora", "regularise": 0.0, "start": "last", "answer": "last"}
+PLAIN: dict[str, dict[str, Any]] = {
     "adamw": {},
     "sgd": {
         "train": {"epochs": 4, "batch_size": 8, "lr": 0.05, "optimizer": "sgd", "clip": 0.5, "accumulate": 2},
@@ -149,14 +149,14 @@ V12: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", V12)
+@pytest.mark.parametrize("case", PLAIN)
 def test_without_its_regulariser_and_from_the_last_adapter_it_is_plain_training(
     vit: Path, data: Path, case: str
 ) -> None:
-    """V12: bit for bit, after 24 updates."""
-    changes = {"train": {"epochs": 4, "batch_size": 8, "lr": 0.01}, **V12[case]}
+    """The bits are the same after 24 updates."""
+    changes = {"train": {"epochs": 4, "batch_size": 8, "lr": 0.01}, **PLAIN[case]}
     plain = learned(vit, data, {"name": "finetune"}, **changes)
-    ours = learned(vit, data, V12_TREE, **changes)
+    ours = learned(vit, data, PLAIN_TREE, **changes)
     assert isinstance(plain.method, FineTune)
     assert isinstance(ours.method, TreeLoRA)
     assert same(weights(plain.method), weights(ours.method))
@@ -180,7 +180,7 @@ def test_the_control_with_its_regulariser_it_is_not(vit: Path, data: Path) -> No
     assert not same(weights(plain.method), weights(drawn.method))
 
 
-# -- the loss (V11) -----------------------------------------------------------------------------------
+# -- the loss ----------------------------------------------------------------------------------------
 
 
 def searching(**options: Any) -> tuple[TreeLoRA, Task, Batch]:
@@ -383,7 +383,7 @@ class Reads(TorchDispatchMode):
 
 
 def test_no_more_is_read_from_the_device_where_there_are_more_modules() -> None:
-    """V16: in a step's loss, and in what is done with its gradient."""
+    """Neither for the loss of a step nor for its gradient."""
     counts = []
     for blocks in ([0], [0, 1]):
         method, reads = treelora(pet={"name": "lora", "rank": 2, "blocks": blocks}, groups=1), Reads()
@@ -476,7 +476,7 @@ def test_a_task_starts_where_it_is_asked_to(start: str) -> None:
     method._begin(tasks[3])
     wanted = {"nearest": weights(method.model, "task-0"), "last": weights(method.model, "task-2"), "fresh": initial}
     assert [same(weights(method.model), values) for values in wanted.values()] == [start == name for name in wanted]
-    assert method.told["start"] == {"nearest": "t0", "last": "t2", "fresh": None}[start]
+    assert method.task_facts["start"] == {"nearest": "t0", "last": "t2", "fresh": None}[start]
 
 
 def test_the_merged_set_is_the_mean_of_all() -> None:
@@ -524,7 +524,7 @@ def test_over_the_budget_the_nearest_become_one(budget: int, monkeypatch: pytest
         assert sorted(t for kept in bank.kept.values() for t in kept.tasks) == [f"t{j}" for j in range(i + 1)]
         assert sum(kept.weight for kept in bank.kept.values()) == 24 * (i + 1)
         assert len(told["merged"]) == (1 if i >= budget else 0)
-        assert method.told["start"] is None or "t" in method.told["start"]
+        assert method.task_facts["start"] is None or "t" in method.task_facts["start"]
     if budget == 2:
         assert [sorted(kept.tasks) for kept in bank.kept.values()] == [["t0", "t2"], ["t1", "t3"]]
     else:
@@ -755,7 +755,7 @@ RESUMED: dict[str, dict[str, Any]] = {
 def test_stopped_and_resumed_is_never_stopped(
     name: str, task: int, step: int, whole: dict[str, Path], vit: Path, data: Path, tmp_path: Path
 ) -> None:
-    """V17: weights, tree, counts and picks, to the bit."""
+    """Weights, tree, counts and picks have the same bits."""
     content = recipe(vit, data, method={"name": "treelora", **RESUMED[name]})
     with pytest.raises(Interrupted):
         Learner(content, tmp_path / "state", progress=StopsAt(task, step)).run()
@@ -883,7 +883,7 @@ def test_the_command_checks_it(capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert "bit-identical" in capsys.readouterr().out
 
 
-# -- several processes (V14) --------------------------------------------------------------------------
+# -- several processes -------------------------------------------------------------------------------
 
 
 def trained_beside_another(folder: Path, name: str, content: dict[str, Any]) -> None:
@@ -961,9 +961,9 @@ def questions(root: Path) -> dict[str, Any]:
 
 
 def test_for_texts_too_it_is_plain_training_without_its_regulariser(tmp_path: Path) -> None:
-    """V12: bit for bit, after 24 updates."""
+    """The bits are the same after 24 updates."""
     content, found = questions(tmp_path), []
-    for name, method in (("plain", "finetune"), ("ours", V12_TREE), ("drawn", {**V12_TREE, "regularise": 0.1})):
+    for name, method in (("plain", "finetune"), ("ours", PLAIN_TREE), ("drawn", {**PLAIN_TREE, "regularise": 0.1})):
         learner = Learner({**content, "method": method, "train": {**content["train"], "epochs": 4}}, tmp_path / name)
         learner.run()
         found.append(weights(learner.method))
@@ -972,7 +972,7 @@ def test_for_texts_too_it_is_plain_training_without_its_regulariser(tmp_path: Pa
 
 
 def test_a_language_model_learns_reloads_and_answers_in_three_ways(tmp_path: Path) -> None:
-    """V17: stopped and resumed, it has the bits of one that was not."""
+    """Stopped and resumed, it has the same bits as without a stop."""
     content = questions(tmp_path)
     Learner(content, tmp_path / "whole").run()
     with pytest.raises(Interrupted):

@@ -1,4 +1,4 @@
-"""The contract that every method keeps, as checks that run on anybody's."""
+"""The contract of methods: rules that `perpetune check` tests on any method."""
 
 from __future__ import annotations
 

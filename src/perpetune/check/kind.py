@@ -1,4 +1,4 @@
-"""What the rules need of a kind of example: a small model, tasks, and questions."""
+"""The interface of a kind of example for the rules: it makes a small model, tasks, and questions."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ CLASSES: Sequence[Sequence[str]] = (("a", "b"), ("c", "d"), ("e", "f"))
 
 
 class Untouchable(Examples):
-    """Test data that a method must not look at."""
+    """Test data that a method must not read; every access raises AssertionError."""
 
     def __getattribute__(self, name: str) -> Any:
-        if name == "__class__":  # what `isinstance` asks for
+        if name == "__class__":  # `isinstance` reads this
             return Untouchable
-        raise AssertionError(f"the method looked at the test data ({name})")
+        raise AssertionError(f"the method read the test data ({name})")
 
     def __len__(self) -> int:
-        raise AssertionError("the method looked at the test data")
+        raise AssertionError("the method read the test data")
 
     def load(self, index: int, seed: int | None) -> Any:
-        raise AssertionError("the method looked at the test data")
+        raise AssertionError("the method read the test data")
 
 
 class TinyKind(ABC):
-    """Makes everything small: a method learns its stream in a fraction of a second."""
+    """Makes small models and tasks, so that a method learns the stream in a fraction of a second."""
 
     name: ClassVar[str]
 
     @abstractmethod
     def backbone(self) -> Backbone:
-        """A backbone that nobody else has; its weights are always the same."""
+        """A new backbone, not shared with anyone; its weights are always the same."""
 
     @abstractmethod
     def examples(self, classes: Sequence[str], each: int, seed: int) -> Examples:
@@ -43,10 +43,10 @@ class TinyKind(ABC):
 
     @abstractmethod
     def asked(self, classes: Sequence[str]) -> Inputs:
-        """Three new examples of each class, as a method is asked about them."""
+        """Three new examples of each class, as inputs of a method's `predict`."""
 
     def stream(self, runtime: Runtime, classes: Sequence[Sequence[str]] = CLASSES) -> list[Task]:
-        """Tasks of twelve examples a class, with test data that raise when they are looked at."""
+        """Tasks of twelve examples a class, with test data that raise an error if they are read."""
         return [
             Task(i, f"task-{i + 1}", tuple(names), self.examples(names, 12, i), test=Untouchable(), runtime=runtime)
             for i, names in enumerate(classes)

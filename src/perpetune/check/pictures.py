@@ -57,7 +57,7 @@ def _made() -> Backbone:
 
 
 class TinyPictures(TinyKind):
-    """Pictures of patterns, for heads of classes."""
+    """Pictures of patterns, for heads that choose among classes."""
 
     name = "pictures"
 

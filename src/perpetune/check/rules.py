@@ -1,6 +1,7 @@
-"""The rules: `perpetune check PKG.MOD:CLASS`.
+"""The rules of `perpetune check PKG.MOD:CLASS`.
 
-Each learns a stream of tiny made-up pictures, and where the method fits it of tiny texts, on the CPU.
+For each rule the method learns a stream of tiny made-up pictures, and if it can train a language model also of tiny
+texts, on the CPU.
 """
 
 from __future__ import annotations
@@ -38,19 +39,19 @@ from perpetune.snapshot import restore, snapshot, tensors
 from perpetune.state import MidTask
 from perpetune.tasks import Task
 
-HELD = 0.1  # of what old outputs move without protection, the most that they may move with it
-ENERGY = 0.9999  # share of the features' energy that is protected for that, at least
+HELD = 0.1  # with protection old outputs may move by at most this share of their movement without it
+ENERGY = 0.9999  # the least share of the features' energy that is protected in this test
 KEYS = ("head", "pet", "pets", "protect")  # sections of a recipe that `perpetune check --set` can change
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one rule went.
+    """The outcome of one rule.
 
     Attributes:
-        rule: what has to hold.
-        fault: why it does not; None where it does.
-        on: the kind of example it was tried on.
+        rule: the rule as a sentence.
+        fault: why the method breaks the rule; None if it keeps it.
+        on: the kind of example on which the rule was tested.
     """
 
     rule: str
@@ -60,15 +61,15 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Learned:
-    """A method that has learned the whole stream without a stop, and what was seen on the way.
+    """A method that has learned the whole stream without a stop, and records of the learning.
 
     Attributes:
-        method: to be looked at alone.
+        method: the method; the rules only read it.
         before: the backbone's tensors before the first task.
         snapshots: the method as files after each task.
         classes: its classes after each task.
-        shapes: of its scores for new examples of all classes, after each task.
-        global_states: of the generators of torch, numpy and random, before and after.
+        shapes: the shapes of its scores for new examples of all classes, after each task.
+        global_states: the states of the global generators of torch, numpy and random, before and after.
     """
 
     method: Method
@@ -99,7 +100,7 @@ class Checker:
         return self.kind.stream(Runtime(seed=self.recipe.seed), classes)
 
     def learn(self, method: Method, tasks: Sequence[Task], first: int = 0) -> Method:
-        """Teach it the tasks, from number `first` on."""
+        """Let the method learn the tasks, from number `first` on."""
         for task in with_earlier(method, tasks)[first:]:
             learn_protected(method, task)
         return method
@@ -108,19 +109,19 @@ class Checker:
         return self.learn(self.make(), tasks or self.stream())
 
     def stored(self, task: int) -> Method:
-        """A fresh method into which the state after a task of the whole stream was loaded."""
+        """A new method with the stored state after a task of the whole stream."""
         method = self.make()
         restore(method, self.whole.snapshots[task], "memory")
         return method
 
     def scores(self, method: Method, classes: Sequence[str] = "abcdef") -> Tensor:
-        """What it says of a few new examples of each class."""
+        """The method's scores for a few new examples of each class."""
         with torch.no_grad():
             return method.predict(self.kind.asked(classes))
 
     @cached_property
     def whole(self) -> Learned:
-        """Learned once, for all rules that only look."""
+        """The whole stream, learned once for all rules that only read the result."""
         generators = global_states()
         method = self.make()
         before = {name: t.clone() for name, t in frozen(self.backbone.net).items()}
@@ -134,15 +135,15 @@ class Checker:
 
 
 def with_earlier(method: Method, tasks: Sequence[Task]) -> list[Task]:
-    """The tasks, each with those before it where the method may keep their data."""
+    """The tasks. If the method needs earlier data, each task also carries the tasks before it."""
     if not method.needs_earlier_data:
         return list(tasks)
     return [dataclasses.replace(task, earlier=tuple(tasks[:i])) for i, task in enumerate(tasks)]
 
 
 def global_states() -> tuple[Tensor, str, object]:
-    """Of the generators that everybody shares."""
-    # The legacy call is the one way to see numpy's global state.
+    """The states of the global generators of torch, numpy and random."""
+    # Only this legacy call gives numpy's global state.
     return torch.get_rng_state(), repr(np.random.get_state()), random.getstate()  # noqa: NPY002
 
 
@@ -162,11 +163,11 @@ def backbone_untouched(c: Checker) -> None:
 def only_own_parameters_trained(c: Checker) -> None:
     """only pets, the head and the method's own tensors change, and no gradient is left on"""
     method = c.whole.method
-    own = {id(t) for group in tensors(method).values() for t in group.values()}
+    stored = {id(t) for group in tensors(method).values() for t in group.values()}
     left = [n for n, p in method.named_parameters() if p.requires_grad or p.grad is not None]
     assert not left, f"requires_grad or a gradient is left on {left[0]}"
     held = {id(t) for m in method.modules() if isinstance(m, (PET, Head)) for t in m.parameters()}
-    assert held <= own, "a pet or head is not part of what is stored"
+    assert held <= stored, "a pet or head is not part of what is stored"
 
 
 def same_seed_same_result(c: Checker) -> None:
@@ -175,14 +176,14 @@ def same_seed_same_result(c: Checker) -> None:
 
 
 def checkpoint_round_trip(c: Checker) -> None:
-    """what is stored brings everything back"""
+    """the stored state restores the whole method"""
     method, other = c.whole.method, c.stored(-1)
     assert other.classes == method.classes, f"classes {other.classes} came back, not {method.classes}"
     assert torch.equal(c.scores(method), c.scores(other)), "the restored method predicts differently"
 
 
 def stopping_between_tasks_changes_nothing(c: Checker) -> None:
-    """stopped after a task, stored, loaded and continued = never stopped"""
+    """stopping after a task, storing, loading and continuing gives the same result as not stopping"""
     tasks = c.stream()
     for stop in range(1, len(tasks)):
         second = c.learn(c.stored(stop - 1), tasks, stop)
@@ -190,7 +191,7 @@ def stopping_between_tasks_changes_nothing(c: Checker) -> None:
 
 
 def stopping_inside_a_task_changes_nothing(c: Checker) -> None:
-    """stopped at any step of a task and entered again = never stopped"""
+    """stopping at a step inside a task and starting again gives the same result as not stopping"""
     whole = c.scores(c.whole.method)
     with tempfile.TemporaryDirectory() as folder:
         for stop in (1, 3):
@@ -211,12 +212,12 @@ def stopping_inside_a_task_changes_nothing(c: Checker) -> None:
 
 
 def _after(steps: int) -> Callable[[], int | None]:
-    asked = iter(range(1, 1_000_000))
-    return lambda: 15 if next(asked) >= steps else None
+    calls = iter(range(1, 1_000_000))
+    return lambda: 15 if next(calls) >= steps else None
 
 
 def batch_companions_do_not_matter(c: Checker) -> None:
-    """the score of one input is independent of its batch companions"""
+    """the score of an input does not depend on the other inputs of its batch"""
     method, inputs = c.whole.method, c.kind.asked("abcdef")
     order = torch.randperm(len(inputs), generator=generator("order"))
     with torch.no_grad():
@@ -237,8 +238,8 @@ def scores_only_for_classes_seen(c: Checker) -> None:
 
 
 def nothing_but_inputs_reaches_predict(c: Checker) -> None:
-    """`predict` takes inputs alone; learning never looks at test data"""
-    method = c.whole.method  # its tasks had test data that raise when looked at
+    """`predict` takes only inputs, and learning never reads test data"""
+    method = c.whole.method  # its tasks had test data that raise an error if they are read
     parameters = list(inspect.signature(method.predict).parameters)
     assert len(parameters) == 1, f"predict takes {parameters}"
 
@@ -251,7 +252,7 @@ def small_tasks(c: Checker) -> None:
 
 
 def known_classes_come_back(c: Checker) -> None:
-    """a class that comes again, alone or beside new ones, keeps its name and place"""
+    """a class that comes again, alone or with new ones, keeps its name and place"""
     method = c.learned(c.stream((("a", "b"), ("b", "c"), ("a", "b"))))
     if method.model.chooses:
         assert sorted(method.classes) == ["a", "b", "c"], f"it knows {method.classes}"
@@ -272,7 +273,7 @@ def global_generators_untouched(c: Checker) -> None:
 def protection_protects(c: Checker) -> None:
     """under `protect:` old outputs move less than a tenth of what they move without it"""
     given = (c.recipe.protect or ProtectConfig()).model_dump()
-    given["energy"] = max(ENERGY, given["energy"])  # the rule is about what is held, and not about how much is wanted
+    given["energy"] = max(ENERGY, given["energy"])  # a low energy in the recipe is no fault of the method
     moved: list[float | None] = []
     for directions in ("features", "none"):
         config = ProtectConfig.model_validate({**given, "directions": directions})
@@ -289,7 +290,9 @@ def protection_protects(c: Checker) -> None:
     held, free = moved
     if held is None or free is None:
         return  # the outputs of all sites are zero
-    assert held <= HELD * free, f"the worst site moves {held:.2g} of its outputs with it, and {free:.2g} without"
+    assert held <= HELD * free, (
+        f"the worst site's outputs move by {held:.2g} with protection, and by {free:.2g} without it"
+    )
 
 
 Rule = Callable[[Checker], None]
@@ -311,13 +314,14 @@ RULES: tuple[Rule, ...] = (
 
 
 def check_method(method: str, changes: Sequence[str] = (), on: str | None = None) -> list[Outcome]:
-    """Run every rule on a method: on pictures, and where it can train a language model also on texts.
+    """Test every rule on a method: with pictures, and if it can train a language model also with texts.
 
     Args:
-        method: a built-in's name or PACKAGE.MODULE:CLASS.
-        changes: `key=value`: `head=NAME`, `pet=NAME` or `pet=none`, `protect=true` or a key of it, else an option
-            of the method. A head of classes is for pictures alone, `head=lm` for texts alone.
-        on: `pictures` or `texts`: this kind alone.
+        method: the name of a built-in method, or PACKAGE.MODULE:CLASS.
+        changes: `key=value`: `head=NAME`, `pet=NAME` or `pet=none`, `protect=true` or a key of `protect`, else an
+            option of the method. With a head that chooses among classes only pictures are used, with `head=lm` only
+            texts.
+        on: `pictures` or `texts`, to use only this kind.
 
     Raises:
         UsageError: there is no such method, it cannot be built with these options, or nothing is left to check.
@@ -342,18 +346,18 @@ def check_method(method: str, changes: Sequence[str] = (), on: str | None = None
         checkers.append(Checker(make_recipe({"head": "lm", **content}), TinyTexts()))
     if on is not None and not checkers:
         raise UsageError(f"method {method} with these options is not for {on}")
-    found = []
+    outcomes = []
     for number, checker in enumerate(checkers):
         try:
             checker.make()
         except UsageError:
             if number == 0 or not changes:
                 raise
-            continue  # these options are for classes
-        found += [
+            continue  # these options need a head that chooses among classes
+        outcomes += [
             Outcome((rule.__doc__ or rule.__name__).strip(), _fault(rule, checker), checker.kind.name) for rule in RULES
         ]
-    return found
+    return outcomes
 
 
 def _fault(rule: Rule, checker: Checker) -> str | None:
@@ -362,7 +366,7 @@ def _fault(rule: Rule, checker: Checker) -> str | None:
     except PerpetuneError as error:
         return str(error)
     except AssertionError as error:
-        return " ".join(str(error).split()) or "it does not hold"
-    except Exception as error:  # noqa: BLE001  somebody's method may fail in any way; the next rule is still worth a look
+        return " ".join(str(error).split()) or "the method breaks the rule"
+    except Exception as error:  # noqa: BLE001  a foreign method may fail in any way, and the other rules are still tested
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
     return None

@@ -21,7 +21,7 @@ ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789 :"
 
 
 class TinyTexts(TinyKind):
-    """Questions with a few answers to choose from, for a language model's own output layer."""
+    """Questions with a few possible answers, for a language model's own output layer."""
 
     name = "texts"
 

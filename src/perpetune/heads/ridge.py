@@ -1,4 +1,4 @@
-"""Ridge regression of classes on features, from sums that only grow."""
+"""The head `ridge`: ridge regression of classes on features, computed from sums over examples."""
 
 from __future__ import annotations
 
@@ -20,48 +20,50 @@ from perpetune.numerics import ridge
 from perpetune.numerics.lowrank import moved_exactly
 from perpetune.seeding import generator
 
-BUFFER = 512  # examples that are added to the sums at a time, so that the large matrix is gone over seldom
-SAMPLE = 256  # examples of a task by which the penalty's error is corrected and the scale is calibrated
-ENOUGH = 64  # examples of a task that may move the penalty freely
-FAR = 4  # examples per random feature from which on the error needs no correction
+BUFFER = 512  # examples that are added to the sums together; the large matrix is read and written once for them
+SAMPLE = 256  # most examples of a task that are kept to correct the penalty's error and to calibrate the scale
+ENOUGH = 64  # a task with at least as many examples may change the penalty freely
+FAR = 4  # with at least as many examples per column the penalty's error needs no correction
 SCALES = tuple(10 ** (i / 20) for i in range(61))  # 1 to 1000
 SUMS = ("packed", "cross", "counts", "mass")
 SOLVED = ("weight", "centre", "offset", "scale")
 
 
 class Ridge(Head):
-    """Linear regression of one-hot classes on features, with an L2 penalty, from sums.
+    """Linear regression of one-hot classes on features, with an L2 penalty, computed from sums over examples.
 
-    Kept are the matrices `G = Σ h hᵀ (M, M)` and `Q = Σ h yᵀ (M, C)` in float64; the weights solve
-    `(G + λI) W = Q` after every task. With features that stay what they are the result is that of a regression on all
-    data at once, for any order of tasks and batches: RanPAC, McDonnell et al. 2023, arXiv:2307.02251. `λ` is chosen
-    after each task on all data so far, from the sums and a sample of the task, by what left-out examples would be
-    missed by (`numerics.ridge.Fit`). While features are trained, a cosine probe gives the logits; it takes no part in
-    the prediction.
+    The head stores the matrices `G = Σ h hᵀ (M, M)` and `Q = Σ h yᵀ (M, C)` in float64. After every task it solves
+    `(G + λI) W = Q` for the weights. As long as the features do not change, the result is that of one regression on all
+    data, for any order of tasks and batches: RanPAC, McDonnell et al. 2023, arXiv:2307.02251. After each task `λ` is
+    chosen for all data so far: the one with the smallest estimated error on left-out examples, from the sums and a
+    sample of the task (`numerics.ridge.Fit`). While features are trained, a cosine probe gives the logits; it is not
+    used at prediction.
 
     Args:
-        projection: `M`, the number of columns that features are turned into; 0 takes the features themselves. The
-            matrix is drawn from a seed, which is all that is stored of it. `G` takes `4 M²` bytes on disk.
-        kind: `relu` makes random features `relu(f P)` of normal `P`, as RanPAC does; `orthogonal` makes `f P` with
-            orthonormal columns, fewer than the features have, which only saves space.
-        standardise: each column is centred and divided by its deviation over all examples so far, exactly, from the
-            sums, and an intercept is added. None does so unless there are `relu` features.
-        sums: the type in which `G` is kept; `float32` takes half the space, `2 M²` bytes, and rounds the sums once for
-            every 512 examples.
-        penalty: `λ` as a share of `tr G / M`, which makes it free of scale; `chosen` by leaving out.
-        balance: examples weigh in inverse proportion to their class's number of examples in their task, so that
-            frequent classes do not win by number.
-        carry: after training, the sums of old examples are moved as the new task's features have moved
-            (`numerics.carry`); only where left-out classes say that this is better than to leave them.
-        scale: factor on the scores, the inverse temperature of the probabilities that users see and of mixtures;
-            `calibrated` on the exact leave-one-out scores of up to 256 training examples of the last task. Which class
-            wins does not depend on it.
+        projection: `M`, the number of columns into which the features are turned; 0 uses the features themselves. The
+            head draws the projection matrix from a seed and stores only the seed. `G` takes `4 M²` bytes on disk.
+        kind: `relu` computes random features `relu(f P)` with normal `P`, as RanPAC does. `orthogonal` computes `f P`
+            with orthonormal columns, fewer than the features have; its only purpose is to save space.
+        standardise: centre each column and divide it by its standard deviation over all examples so far, computed
+            exactly from the sums, and add an intercept. None means yes, unless there are `relu` features.
+        sums: the type of `G`. `float32` takes half the space, `2 M²` bytes, and rounds the sums once for every 512
+            examples.
+        penalty: `λ` as a share of `tr G / M`, so that the scale of the features does not matter; `chosen` finds it by
+            the error on left-out examples.
+        balance: weight each example by the inverse of the number of examples of its class in its task, so that
+            frequent classes get no advantage.
+        carry: after training, move the sums of old examples as the new task's features have moved (`numerics.carry`).
+            The head tests the map on classes that were left out of it, and moves the sums only if that gives a smaller
+            error than to leave them.
+        scale: the factor on the scores: the inverse temperature of the probabilities that users see and of mixtures.
+            `calibrated` fits it to the exact leave-one-out scores of up to 256 training examples of the last task. The
+            class with the highest score does not depend on it.
         probe_scale: σ of the probe.
         learn_scale: train σ too.
 
     Raises:
-        PerpetuneError: features are not finite. Nothing of their batch is added to the sums, but what came before it
-            in its task may have been.
+        PerpetuneError: features are not finite. No example of their batch is added to the sums, but earlier batches of
+            the same task may have been added.
     """
 
     statistics: ClassVar[bool] = True
@@ -104,12 +106,12 @@ class Ridge(Head):
 
     @property
     def width(self) -> int:
-        """`M`: of the rows that are regressed on, without the constant 1 of an intercept."""
+        """`M`, the width of the rows of the regression without the constant 1 of an intercept."""
         return self.projection or self.dim
 
     @property
     def rank(self) -> int:
-        """Rows of `G`."""
+        """The number of rows of `G`: `M`, and 1 more with an intercept."""
         return self.width + self.standardise
 
     # -- scores ---------------------------------------------------------------------------------------
@@ -119,17 +121,17 @@ class Ridge(Head):
             return torch.empty(len(features), 0, device=features.device)
         with torch.autocast(features.device.type, enabled=False):
             rows = self.expand(features.float())
-            # What is subtracted may be large beside what is left, so it is not put into the offset.
+            # The centre may be large against the differences from it. Inside the offset it would cost digits.
             scores = (rows - self.centre) @ self.weight + self.offset if self.standardise else rows @ self.weight
             scores = self.scale * scores
         return scores.masked_fill((self.counts == 0).to(scores.device), -torch.inf)
 
     def expand(self, features: Tensor) -> Tensor:
-        """Rows `(B, M)` of features `(B, D)`, in their type: float64 for sums, float32 for scores."""
+        """Rows `(B, M)` of features `(B, D)`, in the type of the features: float64 for sums, float32 for scores."""
         if not self.projection:
             return features
-        turned = features @ moved_exactly(self.projected, features)
-        return F.relu(turned) if self.kind == "relu" else turned
+        rows = features @ moved_exactly(self.projected, features)
+        return F.relu(rows) if self.kind == "relu" else rows
 
     def logits(self, features: Tensor) -> Tensor:
         logits: Tensor = self.probe(features)
@@ -150,8 +152,8 @@ class Ridge(Head):
     def ready(self) -> None:
         if self.kind == "orthogonal" and self.projection >= self.dim:
             raise UsageError(
-                f"head: ridge: an orthogonal projection to {self.projection} columns saves nothing, for the features "
-                f"have {self.dim}: set projection to 0, or below {self.dim}"
+                f"head: ridge: an orthogonal projection to {self.projection} columns saves nothing, because the "
+                f"features have {self.dim}: set projection to 0, or below {self.dim}"
             )
 
     def reset(self) -> None:
@@ -172,7 +174,7 @@ class Ridge(Head):
     def _forget(self) -> None:
         device = self.probe.weight.device
         self.seed = None
-        self.packed = torch.zeros(0, dtype=self._type, device=device)  # made when there is something to sum
+        self.packed = torch.zeros(0, dtype=self._type, device=device)  # gets its size with the first sums
         self.cross = torch.zeros(self.rank, 0, dtype=torch.float64, device=device)
         self.counts = torch.zeros(0, dtype=torch.int64, device=device)
         self.mass = torch.zeros((), dtype=torch.float64, device=device)
@@ -194,11 +196,12 @@ class Ridge(Head):
         self.ready()
         if self.kind == "orthogonal":
             q, r = torch.linalg.qr(drawn.double())
-            drawn = (q * r.diagonal().sign()).float()  # the signs would be the library's choice
+            drawn = (q * r.diagonal().sign()).float()  # without this the library would choose the signs
         self.projected = drawn.to(self.probe.weight.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Ridge:
-        # All keep their type and go where the rest goes; but Apple's GPUs have no float64, so sums stay off them.
+        # These buffers keep their types and move with the rest. Sums stay on the CPU if the device is an Apple GPU,
+        # which has no float64.
         kept = {name: self._buffers.pop(name) for name in (*SUMS, "chosen", *SOLVED, "projected")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = self.probe.weight.device
@@ -233,15 +236,15 @@ class Ridge(Head):
             scale, centre = torch.where(square > 0, square.rsqrt(), 0.0), None
         else:
             scale, centre = F.pad(standard.inverse, (0, 1), value=1.0), standard.mean
-        found = carrying.follow(first, then, targets.to(first.device), scale, centre)
-        self._carried = carry_facts(found)
-        if found:
-            gram = found.of_gram(ridge.dense(self.packed, self.rank))
+        carry = carrying.follow(first, then, targets.to(first.device), scale, centre)
+        self._carried = carry_facts(carry)
+        if carry:
+            gram = carry.of_gram(ridge.dense(self.packed, self.rank))
             ridge.pack(gram, self.packed)
-            self.cross = found.of_rows(self.cross.mT).mT.contiguous()
+            self.cross = carry.of_rows(self.cross.mT).mT.contiguous()
 
     def _rows(self, features: Tensor) -> Tensor:
-        """Rows `h (B, rank)` that are summed up, in the features' type."""
+        """Rows `h (B, rank)` for the sums, in the type of the features."""
         rows = self.expand(features)
         return F.pad(rows, (0, 1), value=1.0) if self.standardise else rows
 
@@ -252,7 +255,7 @@ class Ridge(Head):
         return super().needed() | ({"projected": self.projected} if self.projection else {}) | {"counts": self.counts}
 
     def _clear(self) -> None:
-        """Nothing of a task's examples is kept once they are summed up."""
+        """Drop the examples of a task and what depends on them. The head keeps only sums."""
         self._features: list[Tensor] = []
         self._targets: list[Tensor] = []
         self._sample: list[tuple[Tensor, Tensor]] = []
@@ -267,7 +270,8 @@ class Ridge(Head):
         self._expected = total
         if not len(self.packed):
             self.packed = self.packed.new_zeros(ridge.packed_size(self.rank))
-        # Alone and few, rows are solved as they are: a decomposition of their kernel costs less than factors of G.
+        # If there are no earlier sums and few rows, the rows themselves are solved: the decomposition of their kernel
+        # costs less than a factorisation of G.
         self._whole = int(self.counts.sum()) == 0 and 0 < total <= self.width // 3
         self._every = max(1, math.ceil(total / SAMPLE))
         self._smoothing = 1 / (math.ceil(total / self._every) + 2)
@@ -283,8 +287,8 @@ class Ridge(Head):
             name = self.classes[int(rows[bad][0])]
             self._clear()
             raise PerpetuneError(
-                f"head: ridge: features of an example of class {name} are not finite: the features were spoiled in "
-                "training; lower train.lr or set train.clip"
+                f"head: ridge: features of an example of class {name} are not finite, so training has broken the "
+                "features; lower train.lr or set train.clip"
             )
         self._features.append(features.to(self.packed.device))
         self._targets.append(targets)
@@ -326,9 +330,10 @@ class Ridge(Head):
             self.expand(features.to(self.cross)),
             of,
             self._row_weights[of],
-            lambda sums: moved_exactly(total(sums.float().to(device)), sums),  # float32, which every device has
+            lambda sums: moved_exactly(total(sums.float().to(device)), sums),  # every device has float32
         )
-        # With many rows each is a small part of the sums, and their weights say nothing else: there is no need then.
+        # With many rows of equal weight each is a small part of the sums, and the error needs no correction by a
+        # sample.
         few = self.balance or count < FAR * self.width
         solve: Callable[[float], ridge.Fit] = functools.partial(
             ridge.primal,
@@ -340,7 +345,7 @@ class Ridge(Head):
             standard=standard,
         )
         held = sum(map(len, self._features)) == count
-        # Processes have to go the same way: the sum over them is (how many there are, how many hold all examples).
+        # All processes have to take the same branch. The sum is (number of processes, number that hold all examples).
         processes, holding = total(torch.tensor([1.0, float(held)], device=device)).tolist()
         if processes == holding:
             targets = torch.cat(self._targets)
@@ -354,7 +359,7 @@ class Ridge(Head):
             trust = min(1.0, self._expected / ENOUGH) if few and dual is None and start > 0 else 1.0
             damped = start ** (1 - trust) * fit.penalty**trust
             if abs(math.log(damped / fit.penalty)) > ridge.CLOSE:
-                del fit  # its factor goes before the next one is made
+                del fit  # frees its factor before the next one is computed
                 fit, tries = solve(damped), tries + 1
         else:
             fit, tries = solve(self.penalty * unit), 1
@@ -380,7 +385,7 @@ class Ridge(Head):
         self._clear()
 
     def _solved(self, weights: Tensor, standard: ridge.Standard | None) -> None:
-        """Predict by `weights (M, C)` of standardised rows, or of rows as they are."""
+        """Set the classifier to `weights (M, C)`. They act on standardised rows or, without `standard`, on the rows."""
         if standard is None:
             self.weight = weights.to(self.weight)
             return
@@ -388,7 +393,7 @@ class Ridge(Head):
         self.centre, self.offset = standard.mean.to(self.centre), standard.target.to(self.offset)
 
     def _cannot_tell(self, count: int, standard: ridge.Standard | None) -> None:
-        """The features of all examples so far are the same.
+        """Settle when the features of all examples so far are the same.
 
         Raises:
             PerpetuneError: they are zero, or there is more than one example.
@@ -397,8 +402,9 @@ class Ridge(Head):
         zero = standard is None or not bool(standard.mean.any())
         if zero or count > 1:
             raise PerpetuneError(
-                f"head: ridge: the features of all {count} examples so far are {'zero' if zero else 'the same'}, so no "
-                "class can be told from another: look at the backbone and at what it is fed"
+                f"head: ridge: the features of all {count} examples so far are {'zero' if zero else 'the same'}, so "
+                "the "
+                "head cannot distinguish classes: check the backbone and its inputs"
             )
         self._solved(self.cross.new_zeros(self.width, len(self.counts)), standard)
 
@@ -406,17 +412,18 @@ class Ridge(Head):
         return self._facts
 
     def _warning(self, count: int) -> str | None:
-        """Where as many rows as random features are met, weights interpolate, and errors peak under a small penalty."""
+        """A warning if there are about as many rows as columns: then the weights interpolate the examples, and with a
+        small penalty the error is largest."""
         if not 0.8 <= count / self.width <= 1.25:
             return None
-        cure = "the penalty chosen guards against it" if self.penalty == "chosen" else "set penalty: chosen"
+        cure = "the chosen penalty reduces this" if self.penalty == "chosen" else "set penalty: chosen"
         return (
-            f"head ridge has seen {count} examples with {self.width} features: near-equal numbers are where a "
-            f"regression overfits most; {cure}, or choose a projection well below or above"
+            f"head ridge has seen {count} examples with {self.width} features: a regression overfits most if both "
+            f"numbers are about the same; {cure}, or choose a projection well below or above"
         )
 
     def _sampled(self) -> tuple[Tensor, Tensor]:
-        """Features `(m, D)` and rows of the head of some examples of the task."""
+        """Features `(m, D)` of a sample of the task's examples, and their rows of the head `(m,)`."""
         if not self._sample:
             return self.cross.new_empty(0, self.dim), self.counts.new_empty(0)
         return torch.cat([f for f, _ in self._sample]), torch.cat([t for _, t in self._sample])
@@ -429,9 +436,11 @@ class Ridge(Head):
         total: Callable[[Tensor], Tensor],
         standard: ridge.Standard | None,
     ) -> None:
-        """The scale at which scores that examples would get if they alone had not been learned are likeliest.
+        """Set the scale with the highest likelihood of the leave-one-out scores: the scores that each example would get
+        if it alone had not been learned.
 
-        Targets are smoothed by `1 / (n + 2)` (Platt 1999), or examples that are all told apart would ask for infinity.
+        Targets are smoothed by `1 / (n + 2)` (Platt 1999). Without that the best scale would be infinite if all
+        examples are classified correctly.
         """
         if dual is not None:
             held_out = dual.leave_one_out(fit.penalty)[:: self._every]

@@ -1,4 +1,4 @@
-"""Protection in Hugging Face's `Trainer`, and in what is made of it: TRL's trainers.
+"""Protection in Hugging Face's `Trainer` and in trainers that are built on it, such as TRL's.
 
 trainer.add_callback(ProtectionCallback(perpetune.protect(trainer.model)))
 trainer.train()
@@ -21,28 +21,29 @@ from perpetune.errors import UsageError
 from perpetune.protection.dropin import DropIn, Guard
 from perpetune.seeding import generator
 
-LEADING = 8  # batches that say where pairs start, with start="leading"
-FILE = "protection.safetensors"  # in each checkpoint's folder, and after training in the output folder
+LEADING = 8  # the number of batches that determine the start of new pairs, with start="leading"
+FILE = "protection.safetensors"  # written to each checkpoint's folder, and after training to the output folder
 
 
 class ProtectionCallback(TrainerCallback):
-    """Guards the trainer's optimizer, and protects what was learned when training ends.
+    """Guards the trainer's optimizer, and protects the training data when training ends.
 
-    Checkpoints hold the protection's state of that step; a run resumed from one in its own output folder gets it from
-    there. What is protected once training has ended is in `protection.safetensors` of the output folder itself: that is
-    the file to load before the next task. It is not read unasked, for a run may as well begin anew in the same folder.
+    Each checkpoint holds the protection's state at its step. A run that is resumed from a checkpoint in its own output
+    folder loads the state from there. After training the callback writes the state to `protection.safetensors` in the
+    output folder; load this file before the next task. The callback does not load it by itself, because a new run may
+    start in the same folder.
 
-    A protection made with `renew=True` is renewed when training begins and something is protected since; not where a
-    run is resumed, whose checkpoint has what it began with.
+    A protection with `renew=True` is renewed at the start of training, if data were consolidated since the last
+    renewal. A resumed run is not renewed again, because its checkpoint already holds the renewed pairs.
 
     Args:
-        protection: of the trainer's model.
-        consolidate: whether the training data are protected at the end, in one more pass over them. With data that
-            never end, limit it: `protect(model, samples=n)`.
-        renew: whether it renews; None is as `protect` was called.
+        protection: the protection of the trainer's model.
+        consolidate: protect the training data at the end, in one more pass over them. If the data never end, limit the
+            pass: `protect(model, samples=n)`.
+        renew: whether to renew; None means as `protect` was called.
 
     Raises:
-        UsageError: it is to renew, and `protect` was called without `renew=True`.
+        UsageError: `renew` is True, but `protect` was called without `renew=True`.
     """
 
     def __init__(self, protection: DropIn, consolidate: bool = True, renew: bool | None = None):
@@ -60,9 +61,9 @@ class ProtectionCallback(TrainerCallback):
             self._resume(_checkpoint(args, state))
         elif self.protection.consolidated == 0 and ended.is_file():
             warnings.warn(
-                f"protect: {ended} holds what an earlier run protected, and this run knows nothing of it: call "
-                "protection.load of it before trainer.train() to go on from there, or move it away; it is written anew "
-                "when training ends",
+                f"protect: {ended} holds the protection of an earlier run, and this run has not loaded it: call "
+                "protection.load with this file before trainer.train() to continue from it, or move it away; the end "
+                "of training overwrites it",
                 stacklevel=2,
             )
         if state.global_step == 0 and self.renew and self.protection.waiting:
@@ -92,15 +93,18 @@ class ProtectionCallback(TrainerCallback):
             self.protection.load(folder / FILE)
         elif self.protection.consolidated == 0:
             warnings.warn(
-                f"protect: {folder} has no {FILE}, so nothing is protected in this resumed run: call "
-                "protection.load(FILE) before trainer.train(), if one is elsewhere",
+                f"protect: {folder} has no {FILE}, so nothing is protected in this resumed run: if you have the file "
+                "in "
+                "another place, call protection.load(FILE) before trainer.train()",
                 stacklevel=2,
             )
 
 
 def _few(loader: Any, seed: int) -> Iterable[Any]:
-    """A few batches of a trainer's data, drawn by a generator of their own and past its own loader: to begin that one
-    and not end it would leave it in the middle for accelerate."""
+    """A few batches of a trainer's data, from a new loader with its own generator.
+
+    The trainer's loader is not used, because accelerate would be left with a loader that was started and not finished.
+    """
     size, rng = loader.batch_size or 1, generator(seed, "renew", "examples")
     endless = isinstance(loader.dataset, IterableDataset)
     order = None if endless else RandomSampler(loader.dataset, generator=rng)

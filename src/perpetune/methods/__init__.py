@@ -1,4 +1,4 @@
-"""Training regimes: how the parts are trained over the tasks and used at prediction. One file each."""
+"""Methods: how pets and heads are trained task after task, and how they answer. One file for each method."""
 
 from perpetune.methods.base import Method
 

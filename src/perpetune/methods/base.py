@@ -1,4 +1,4 @@
-"""What a continual-learning method is."""
+"""The interface of a continual-learning method."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ from perpetune.tasks import Inputs, Task
 
 @dataclass(frozen=True)
 class Answers:
-    """What a method says of some inputs.
+    """The answers of a method to a batch of inputs.
 
     Attributes:
-        scores: `(B, C)` over its classes: its answer. Where answers are texts, what `Model.predict` says.
-        others: other ways in which it could answer, by name, each as `scores`; reported beside the answer.
-        name: what the answer is called beside the others.
-        gauges: numbers `(B,)` that say how it came to the answer, by name; their means are reported.
+        scores: its answer, `(B, C)` over its classes. If answers are texts, the result of `Model.predict`.
+        others: other answers that the method could give, by name, each in the form of `scores`; the report shows them
+            beside the answer.
+        name: the name of the answer in the report, beside the others.
+        gauges: numbers `(B,)` that describe how the method found the answer, by name; the report shows their means.
     """
 
     scores: Tensor
@@ -42,26 +43,25 @@ class Answers:
 class Method(nn.Module, ABC):
     """Learns tasks one after another and predicts over every class seen so far.
 
-    A method is a module: what it knows is its parameters, its buffers and the JSON-able value of
-    `get_extra_state`, and nothing else is kept between tasks. In a module whose tensors change
-    size, `set_extra_state` makes them the size that is about to be loaded.
+    A method is a module. Everything that it keeps between tasks is in its parameters, its buffers and the JSON-able
+    value of `get_extra_state`. If a module's tensors change their size, its `set_extra_state` gives them the size that
+    is about to be loaded.
 
-    Options in the recipe are the keyword-only arguments of `__init__`; one of type `FitConfig` starts
-    from the recipe's `train:` section. `unprotectable` says why `protect:` cannot go with it, where it
-    cannot; `renewable` is true where its pet may be renewed before each task (`protect.renew`): it reads the pet from
-    the model alone and keeps no copy that has to match. `several` is true where it can train the
-    named sets of `pets:`. `needs_earlier_data` is for upper bounds only: such a method
-    cannot take part in `update`, where earlier data are gone.
+    Options in the recipe are the keyword-only arguments of `__init__`; an option of type `FitConfig` starts from the
+    recipe's `train:` section. Class attributes: `unprotectable` is the reason why `protect:` cannot be used with the
+    method, else empty. `renewable` is True if its pets may be renewed before each task (`protect.renew`); then it reads
+    the pets only from the model and keeps no copy of them. `several` is True if it can train the named sets of `pets:`.
+    `needs_earlier_data` is for upper bounds only: `update` refuses such a method, because it has no earlier data.
 
     Attributes:
-        trained: names of the sets of pets that its optimizers train, task after task. `protect:` holds these, and the
-            pass that shows it old features has all of them in force. By default all sets that were put in.
+        trained: names of the sets of pets that its optimizers train, task after task. `protect:` holds these sets, and
+            they are all in force when protection observes old features. By default all sets in the model.
         answering: the sets that are in force at prediction, as `pets.using` takes them; None is the frozen net. By
-            default those that are trained.
-        private: names of sets that are trained and that no later task uses, so that `protect:` may leave them free.
-        sometimes: names of those in `trained` that a task need not use (members of a pool).
-        leaks: why old outputs move under `protect:` all the same, where the method is made so; else empty.
-        protection: what keeps old answers as they are, where the recipe has a `protect:` section.
+            default the trained sets.
+        private: names of sets that are trained but that no later task uses; `protect:` may leave them free.
+        sometimes: names of those sets in `trained` that a task need not use (members of a pool).
+        leaks: the reason why old outputs move under `protect:` although the sites are held, else empty.
+        protection: the protection of old answers; None unless the recipe has a `protect:` section.
     """
 
     needs_earlier_data: bool = False
@@ -69,14 +69,14 @@ class Method(nn.Module, ABC):
     renewable: bool = False
     several: bool = False
     fits: ClassVar[type[Model]] = Model  # type: ignore[type-abstract]
-    """The kind of model it can train."""
+    """The class of models that it can train."""
 
     def __init__(self, model: Model):
         super().__init__()
         if not isinstance(model, self.fits):
-            own = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower()
+            name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower()
             kind = "classes: use head: ridge or another of classes" if self.fits.reads != ("texts",) else "head: lm"
-            raise UsageError(f"method {own} is for a head of {kind}")
+            raise UsageError(f"method {name} is for a head of {kind}")
         self.model = model
         self.trained: tuple[str, ...] = tuple(sets(model))
         self.answering: InForce = self.trained or None
@@ -92,21 +92,25 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def learn(self, task: Task) -> None:
-        """Learn from `task`; called once per task, in order. Usually calls `perpetune.fit.fit`, inside `training`."""
+        """Learn from `task`. Called once for each task, in order.
+
+        Usually calls `perpetune.fit.fit` inside `training`.
+        """
 
     def predict(self, inputs: Inputs) -> Tensor:
-        """Scores `(B, C)` over `classes` for images, uint8 `(B, 3, H, W)`; for texts see `Model.predict`."""
+        """Scores `(B, C)` over `classes` for pictures, uint8 `(B, 3, H, W)`; for texts see `Model.predict`."""
         with using(self.model, self.answering):
             return self.model.predict(inputs)
 
     def answers(self, inputs: Inputs) -> Answers:
-        """`predict`, with what else is worth measuring of it."""
+        """The prediction, with other answers and numbers for the report if the method has some."""
         return Answers(self.predict(inputs))
 
     def companions(self) -> list[Companion]:
-        """What goes with every optimizer of its `learn`, in this order; a method that adds its own calls this first.
+        """Functions that make a context manager around each optimizer in `learn`, in this order.
 
-        The protection is the first: whoever comes later sees a step as it leaves it.
+        A method that adds its own calls this first. Protection is the first one, so the later ones see a step after
+        protection has changed it.
         """
         if self.protection is None:
             return []
@@ -118,11 +122,11 @@ class Method(nn.Module, ABC):
         return self.protection.guard(optimizer)
 
     def groups(self, config: FitConfig, pets: Sequence[str] | None = None) -> Groups:
-        """What `fit` trains: the sets of pets (those in `trained`, or the ones named), then the head, with their
-        learning rates."""
+        """The parameter groups for `fit`: the sets of pets (`trained`, or those in `pets`), then the head, each with
+        its learning rate."""
         named = self.trained if pets is None else pets
-        own = [p for name in named for p in parameters(self.model, name)]
-        return [(own, config.lr), (self.model.trained(), config.head_lr or config.lr)]
+        pet_parameters = [p for name in named for p in parameters(self.model, name)]
+        return [(pet_parameters, config.lr), (self.model.trained(), config.head_lr or config.lr)]
 
     def among(self, inputs: Inputs, classes: Sequence[str]) -> Tensor:
         """Scores `(B, len(classes))` of inputs over these classes alone, learned or not.
@@ -137,49 +141,51 @@ class Method(nn.Module, ABC):
         return torch.stack(columns, dim=1)
 
     def features(self, inputs: Inputs) -> Tensor:
-        """Features `(B, D)` as at prediction, by which their drift is measured."""
+        """Features `(B, D)` as at prediction. Their drift over the tasks is measured with them."""
         with using(self.model, self.answering):
             return self.model.features(inputs)
 
     def facts(self) -> dict[str, Any]:
-        """What is worth reporting of the task just learned, in JSON's types: by default that of its heads, by name."""
+        """Facts for the report about the task just learned, in JSON's types. By default those of its heads, by name."""
         heads = {name: m for name, m in self.named_modules() if isinstance(m, Head)}
         return {name: facts for name, m in heads.items() if (facts := m.facts())}
 
     def earlier(self) -> Iterable[Tensor]:
-        """What was learned of earlier tasks and stays as it is while `fit` runs: its checkpoints leave it out."""
+        """Tensors of earlier tasks that do not change while `fit` runs. The checkpoints of `fit` leave them out."""
         return ()
 
     def acting(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """Inside, a set of pets is in force, with all that goes with it."""
+        """Inside this context a set of pets is in force, with everything that belongs to it."""
         return using(self.model, name)
 
     def exported(self) -> dict[str, str]:
-        """Sets of pets that can be used by themselves elsewhere, by the folder each is written to; `""` for one alone.
+        """The sets of pets that other programs can use, by the folder in the export; `""` if there is only one.
 
         Raises:
-            UsageError: there is none, or the answer is made of several.
+            UsageError: there is no set, or the method answers with several sets.
         """
-        found = set(sets(self.model))
-        if not found:
+        names = set(sets(self.model))
+        if not names:
             raise UsageError("there is no LoRA to export: the recipe has `pet: none`, so the head alone was trained")
         answering = (self.answering,) if isinstance(self.answering, str) else self.answering
-        if others := sorted(found - {answering[0]} if isinstance(answering, tuple) and len(answering) == 1 else found):
+        if others := sorted(names - {answering[0]} if isinstance(answering, tuple) and len(answering) == 1 else names):
             raise UsageError(
                 f"{type(self).__name__} answers with more than one set of pets ({', '.join(others)}), and "
                 "PEFT's format holds one: use the state itself"
             )
-        return {"": found.pop()}
+        return {"": names.pop()}
 
     def observe(self, inputs: Inputs) -> None:
-        """One pass of the model as at prediction but with the trained pets, so that what protection watches is seen."""
+        """One pass of the model as at prediction but with the trained pets in force, so that protection can watch
+        their features."""
         with using(self.model, self.trained or None):
             self.model.observe(inputs)
 
 
 @contextlib.contextmanager
 def training(module: nn.Module) -> Iterator[None]:
-    """Inside, the dropout of pets and heads acts; outside, `module` is in evaluation mode. Goes around `fit`."""
+    """Inside this context `module` is in training mode, so the dropout of pets and heads acts; afterwards it is in
+    evaluation mode. Put it around `fit`."""
     module.train()
     try:
         yield

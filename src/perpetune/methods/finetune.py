@@ -19,29 +19,30 @@ from perpetune.models.classifier import Classifier
 from perpetune.pets import copy_set, parameters, pets, remove, using
 from perpetune.tasks import Batch, Task
 
-PROTECTED = "protected"  # begins the names of the sets that hold the protected copies while free ones are trained
+PROTECTED = "protected"  # the sets of the protected copies have names that begin so, while free copies are trained
 
 
 class FineTune(Method):
-    """Trains the pet and the head on each task in turn; with `protect:` this is PEGP, without it the baseline.
+    """Trains the pet and the head on each task in turn. With `protect:` this is PEGP, without it the baseline.
 
-    `head_first` and `merge` are what the released code of PEGP does beside projection and its tables include
-    (pgp-pegp.md §2.8). A merged copy was free to move, so old outputs move with it: the certificate says how far.
+    The paper of PEGP (arXiv:2405.13383) does not mention `head_first` and `merge`. Its released code has both beside
+    the projection, and the results in its tables include them. A merged copy was free to move, so old outputs move with
+    it; the certificate measures how far.
 
     Args:
-        model: with one set of pets or several, which are all trained and answer together; or with none (then only the
-            head learns).
+        model: with one set of pets or several, which are all trained and answer together. Without pets only the head
+            learns.
         train: how each task is trained.
-        mask: the classes among which the loss compares; see `Classifier`.
-        head_first: share of the epochs, from the second task on, in which the head is trained alone, before the rest
-            train both; PEGP on vision transformers: 0.6.
-        merge: from the second task on a second copy is trained from the same start without protection, its features
-            held near the protected copy's, and the pet becomes `(1 - merge)` of the protected and `merge` of the free
-            one. `falling` is `1 / (t + 1)` with `t` tasks learned before.
-        merge_epochs: epochs of the free copy; None is as many as the protected one has.
+        mask: the classes that the loss compares; see `Classifier`.
+        head_first: from the second task on, the share of the epochs in which the head is trained alone; in the other
+            epochs pet and head are trained. PEGP uses 0.6 on vision transformers.
+        merge: from the second task on, a second copy is trained from the same start without protection, while a loss
+            keeps its features near those of the protected copy. The pet becomes `(1 - merge)` times the protected and
+            `merge` times the free copy. `falling` means `1 / (t + 1)` with `t` tasks learned before.
+        merge_epochs: epochs of the free copy; None means as many as the protected copy has.
 
     Raises:
-        UsageError: there is nothing to train, or `merge` or `head_first` for texts.
+        UsageError: there is nothing to train, or `merge` or `head_first` is given for texts.
     """
 
     renewable = True
@@ -91,14 +92,14 @@ class FineTune(Method):
 
     @torch.no_grad()
     def _merge(self, task: Task, before: Sequence[Tensor], groups: Groups) -> None:
-        """Train a free copy from where the task began, and average it with the protected one."""
+        """Train a free copy from the values at the start of the task, and average it with the protected copy."""
         share = 1 / (task.index + 1) if self.merge == "falling" else self.merge
         epochs = self.merge_epochs or self.train_config.epochs_of(task.index)
         copies = tuple(f"{PROTECTED}-{name}" for name in self.trained)
         for name, copied in zip(self.trained, copies, strict=True):
             copy_set(self.model, name, copied)
             for pet in pets(self.model, copied):
-                pet.eval()  # what features are held near is without dropout
+                pet.eval()  # the features of the protected copy are computed without dropout
         try:
             free = groups[0][0]
             protected = [p for name in copies for p in parameters(self.model, name)]
@@ -109,12 +110,12 @@ class FineTune(Method):
                 fit(partial(self._free_loss, copies), groups, task, config, phase="free", guarded=False)
             for p, kept in zip(free, protected, strict=True):
                 p.lerp_(kept, 1 - share)
-        finally:  # else the last commit could not be loaded into a model that was stopped here
+        finally:  # a model with further sets could not load the state of the last finished task
             for name in copies:
                 remove(self.model, name)
 
     def _free_loss(self, copies: tuple[str, ...], task: Task, batch: Batch) -> Tensor:
-        """The loss of the free pets: their features stay near those of the protected `copies`."""
+        """The loss of the free pets. One term keeps their features near those of the protected `copies`."""
         assert isinstance(self.model, Classifier)
         with torch.no_grad(), using(self.model, copies):
             wanted = self.model.features(batch.inputs)

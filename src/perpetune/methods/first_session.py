@@ -17,7 +17,7 @@ from perpetune.tasks import Batch, Inputs, Task
 
 
 class FirstSession(Method):
-    """The pet is trained on the first task alone; later tasks only add to the statistics of the head.
+    """Trains the pet on the first task only; later tasks only add to the statistics of the head.
 
     With head `ridge` this is RanPAC, McDonnell et al. 2023, arXiv:2307.02251; with `ncm` and `concat` it is APER
     (once called ADAM), Zhou et al. 2023, arXiv:2303.07338. Features never change again, so nothing is forgotten.
@@ -25,10 +25,10 @@ class FirstSession(Method):
     Args:
         model: with one set of pets or several, and a head of statistics.
         train: how the first task is trained.
-        concat: the head sees `[f; f']`, features of the frozen model beside tuned ones: two forward passes.
+        concat: give the head `[f; f']`, the features of the frozen model and the tuned ones; needs two forward passes.
 
     Raises:
-        UsageError: there is no pet, or the head can only be trained by gradient.
+        UsageError: there is no pet, or the head does not learn from statistics.
     """
 
     fits: ClassVar[type[Model]] = Classifier
@@ -69,9 +69,9 @@ class FirstSession(Method):
 
 
 def need_statistics(method: str, model: Classifier) -> None:
-    """UsageError unless the model has a pet and a head that learns from statistics."""
+    """Raise UsageError unless the model has a pet and a head that learns from statistics."""
     if not sets(model):
-        raise UsageError(f"method: {method} trains a pet, and there is none: name one, or use method: frozen")
+        raise UsageError(f"method: {method} trains a pet, but the recipe has none: name one, or use method: frozen")
     if not model.head.statistics:
         name = type(model.head).__name__.lower()
-        raise UsageError(f"method: {method} learns classes from statistics, head {name} does not: use ridge or ncm")
+        raise UsageError(f"method: {method} learns classes from statistics, but head {name} does not: use ridge or ncm")

@@ -1,4 +1,4 @@
-"""No training: the pretrained model as it is, and for pictures a head learned from statistics."""
+"""The method `frozen`: no training; the pretrained model, with a head that learns from statistics."""
 
 from __future__ import annotations
 
@@ -11,21 +11,20 @@ from perpetune.tasks import Task
 
 
 class Frozen(Method):
-    """Trains nothing, so its head is one of statistics: with `ncm` this is SimpleCIL, arXiv:2303.07338.
+    """Trains nothing by gradient, so its head has to learn from statistics. With `ncm` this is SimpleCIL,
+    arXiv:2303.07338.
 
-    A language model answers as it does without any tuning (zero-shot).
+    A language model answers without any tuning (zero-shot).
 
     Args:
-        batch_size: images per forward pass.
+        batch_size: examples in a forward pass.
 
     Raises:
-        UsageError: the head can only be trained by gradient.
+        UsageError: the head does not learn from statistics.
     """
 
-    several = True  # it trains none of them
-    unprotectable = (
-        "trains no pet, so there is nothing for protect: to keep: leave protect out, or use method: finetune"
-    )
+    several = True  # any sets may be given, because it trains none of them
+    unprotectable = "trains no pet, so there is nothing for protect: to keep"
 
     def __init__(self, model: Model, *, batch_size: int = 64):
         super().__init__(model)

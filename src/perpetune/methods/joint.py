@@ -1,4 +1,4 @@
-"""All data seen so far, at once, from the start: the upper bound that keeps everything."""
+"""The method `joint`: after each task it trains anew on all data so far. It is the upper bound for other methods."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from perpetune.tasks import Pick, Task
 
 
 class Joint(Method):
-    """Trains on this task and all earlier ones together, from fresh parameters each time: the upper bound.
+    """Trains on this task and all earlier ones together, each time from the initial parameters.
 
-    What it reaches after task t is what plain training reaches when nothing has to be remembered.
+    Its result after task `t` is that of plain training on all data so far. No method that has to remember is expected
+    to do better.
 
     Args:
         model: with one set of pets or several, or with none.
-        train: how each union is trained; `epochs` counts passes over the union.
+        train: how each union of tasks is trained; `epochs` counts passes over the union.
     """
 
     needs_earlier_data = True
@@ -36,8 +37,8 @@ class Joint(Method):
     def learn(self, task: Task) -> None:
         if task.earlier is None:
             raise UsageError(
-                "method: joint needs the data of all tasks, and an update has only its own: use `perpetune run`, or "
-                "another method"
+                "method: joint needs the data of all tasks, but an update has only the data of its own task: use "
+                "`perpetune run`, or another method"
             )
         for pet, start in zip(self._pets(), self._start, strict=True):
             pet.load_state_dict(start)
@@ -49,7 +50,7 @@ class Joint(Method):
 
 
 def union(tasks: Sequence[Task]) -> Task:
-    """The last task with the classes and the training data of all of them."""
+    """The last of the tasks, with the classes and the training data of all of them."""
     classes = tuple(dict.fromkeys(c for t in tasks for c in t.classes))
     every = [(k, i) for k, t in enumerate(tasks) for i in range(len(t.train))]
     train = Pick([t.train for t in tasks], every, [[classes.index(c) for c in t.classes] for t in tasks])

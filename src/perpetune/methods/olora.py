@@ -1,4 +1,4 @@
-"""O-LoRA: a new LoRA for each task, held orthogonal to those of earlier tasks, which all act together.
+"""O-LoRA: a new LoRA for each task. A loss keeps it orthogonal to the earlier ones, and all act together.
 
 Wang et al., Findings of EMNLP 2023, arXiv:2310.14152.
 """
@@ -20,8 +20,8 @@ from perpetune.numerics.lowrank import Factors
 from perpetune.pets import LoRA, copy_set, has_set, parameters, pets, remove, using
 from perpetune.tasks import Batch, Inputs, Task
 
-DEFAULT = "default"  # the set that acts at prediction: the LoRAs of all tasks as one
-NEW = "new"  # the one that is trained, from the second task on
+DEFAULT = "default"  # the set in force at prediction: the LoRAs of all tasks, joined into one
+NEW = "new"  # the set that is trained, from the second task on
 
 Weight = Annotated[float, Field(ge=0)]
 Weights = Weight | Annotated[list[Weight], Field(min_length=1)]
@@ -30,26 +30,28 @@ Weights = Weight | Annotated[list[Weight], Field(min_length=1)]
 class OLoRA(Method):
     """Trains a new LoRA for each task, orthogonal to the frozen ones of earlier tasks, and adds it to them.
 
-    With `W + s Σ_{i≤t} B_i A_i` in every module, task `t` trains `A_t`, drawn anew, and `B_t`, from zero, on
+    Every module computes with `W + s Σ_{i≤t} B_i A_i`. Task `t` draws a new `A_t`, starts `B_t` at zero and trains both
+    on the loss
 
         task loss + λ1 Σ_modules Σ_{i<t} Σ_{jk} |(A_i A_tᵀ)_jk| + λ2 Σ_modules (‖A_t‖ + ‖B_t‖).
 
-    The paper writes the squares of the entries; its released code, by which its `λ1` and its tables are made, sums
-    absolute values, and so does this. `λ2` is that code's, which sums the norms of the matrices, not their squares.
-    A part of a fused layer (q of qkv) counts as a module. The frozen LoRAs act without dropout.
+    The paper writes squares of the entries. Its released code sums absolute values; the paper's `λ1` and tables come
+    from that code, so this method sums absolute values too. `λ2` is also that of the code, which sums the norms of the
+    matrices, not their squares. A part of a fused layer (q of qkv) counts as a module. The frozen LoRAs act without
+    dropout.
 
     Args:
-        model: with LoRA injected under the name `default`; its rank is that of each task's.
+        model: with LoRA injected under the name `default`; the LoRA of each task has its rank.
         train: how each task is trained.
-        mask: for classifiers; see `Classifier`.
-        orthogonality: `λ1`; several are for one task each, and the last for all that follow.
-        shrink: `λ2`, likewise.
+        mask: the classes that a classifier's loss compares; see `Classifier`.
+        orthogonality: `λ1`. A list has one value for each task; the last value is used for all later tasks.
+        shrink: `λ2`, given in the same way.
 
     Raises:
-        UsageError: a pet that is no LoRA, or none.
+        UsageError: there is no pet, or the pet is not LoRA.
     """
 
-    unprotectable = "trains a new LoRA for each task, which protect: cannot hold: use finetune"
+    unprotectable = "trains a new LoRA for each task, and protect: cannot hold that: use finetune"
 
     def __init__(
         self,
@@ -61,16 +63,16 @@ class OLoRA(Method):
         shrink: Weights = 0.0,
     ):
         super().__init__(model)
-        found = pets(model, DEFAULT) if has_set(model, DEFAULT) else []
-        if foreign := sorted({type(pet).__name__.lower() for pet in found if not isinstance(pet, LoRA)}):
-            raise UsageError(f"method olora tunes LoRA, and the recipe has {foreign[0]}: use `pet: lora`")
-        if not found:
-            raise UsageError("method olora tunes LoRA, and the recipe has no pet: use `pet: lora`")
+        tuned = pets(model, DEFAULT) if has_set(model, DEFAULT) else []
+        if foreign := sorted({type(pet).__name__.lower() for pet in tuned if not isinstance(pet, LoRA)}):
+            raise UsageError(f"method olora tunes LoRA, but the recipe has {foreign[0]}: use `pet: lora`")
+        if not tuned:
+            raise UsageError("method olora tunes LoRA, but the recipe has no pet: use `pet: lora`")
         model.compare(mask)
         self.train_config, self.orthogonality, self.shrink = train, orthogonality, shrink
         self.tasks: list[str] = []
-        """Those whose LoRAs are in the set `default`, in the order of its rows of `A`, part by part."""
-        self.told: dict[str, Any] = {}
+        """The tasks whose LoRAs are joined in the set `default`, in the order of its rows of `A` in each part."""
+        self.task_facts: dict[str, Any] = {}
         self._ranks = [pet.rank for pet in self._loras(DEFAULT)]
         self._old: list[tuple[list[int], Tensor]] = []
 
@@ -87,10 +89,10 @@ class OLoRA(Method):
                 for frozen in pets(self.model, DEFAULT) if trained == NEW else ():
                     frozen.eval()
                 fit(self.loss, self.groups(config, [trained]), task, config)
-            self.told = self._said()
+            self.task_facts = self._measured()
             if trained == NEW:
                 self._add()
-        finally:  # else the last commit could not be loaded into a model that was stopped here
+        finally:  # a model with the set `new` could not load the state of the last finished task
             self._old = []
             if trained == NEW:
                 remove(self.model, NEW)
@@ -108,12 +110,12 @@ class OLoRA(Method):
         return loss
 
     def _now(self, inputs: Inputs) -> Tensor:
-        """Features while the new LoRA is beside the old ones."""
+        """Features with the new LoRA and the old ones in force."""
         with using(self.model, (DEFAULT, NEW) if self.tasks else DEFAULT):
             return self.model.features(inputs)
 
     def overlap(self) -> Tensor:
-        """`Σ |A_i A_tᵀ|` over modules, earlier tasks and entries, a scalar; 0 while the first task is learned."""
+        """`Σ |A_i A_tᵀ|` over modules, earlier tasks and entries, a scalar; 0 in the first task."""
         new = self._parts(NEW if self.tasks else DEFAULT)
         total = new[0][1].new_zeros(())
         with torch.autocast(total.device.type, enabled=False):
@@ -131,11 +133,11 @@ class OLoRA(Method):
         return torch.stack(norms).sum()
 
     def _weight(self, given: float | list[float]) -> float:
-        """The weight for the task at hand."""
+        """The weight for the present task."""
         return given[min(len(self.tasks), len(given) - 1)] if isinstance(given, list) else given
 
     def _begin(self, task: Task) -> None:
-        """Put a fresh LoRA beside the old ones, and lay out what it is held orthogonal to."""
+        """Add a new LoRA to the model, and stack the old `A` to which it is kept orthogonal."""
         copy_set(self.model, DEFAULT, NEW)
         drawn = task.generator("lora")
         for pet, rank in zip(self._loras(NEW), self._ranks, strict=True):
@@ -146,17 +148,17 @@ class OLoRA(Method):
 
     @torch.no_grad()
     def _add(self) -> None:
-        """Make the new LoRA one with the old ones: `B A + B_t A_t = [B B_t] [A; A_t]`."""
-        for all_, new in zip(self._loras(DEFAULT), self._loras(NEW), strict=True):
-            pairs = list(zip(all_.factors(), new.factors(), strict=True))
-            all_.resize(all_.rank + new.rank)
-            all_.set_factors([(torch.cat([b, b2], dim=1), torch.cat([a, a2])) for (b, a), (b2, a2) in pairs])
+        """Join the new LoRA with the old ones: `B A + B_t A_t = [B B_t] [A; A_t]`."""
+        for old, new in zip(self._loras(DEFAULT), self._loras(NEW), strict=True):
+            pairs = list(zip(old.factors(), new.factors(), strict=True))
+            old.resize(old.rank + new.rank)
+            old.set_factors([(torch.cat([b, b2], dim=1), torch.cat([a, a2])) for (b, a), (b2, a2) in pairs])
 
-    # -- telling and storing --------------------------------------------------------------------------
+    # -- reporting and storing ------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _said(self) -> dict[str, Any]:
-        """What became of the new LoRA, before it is one with the others."""
+    def _measured(self) -> dict[str, Any]:
+        """Facts about the new LoRA, measured before it is joined with the old ones."""
         if not self._old:
             return {"overlap": None, "mean_cosine": None}
         new = self._parts(NEW)
@@ -164,17 +166,17 @@ class OLoRA(Method):
         return {"overlap": float(self.overlap()), "mean_cosine": float(torch.cat(cosines).mean())}
 
     def facts(self) -> dict[str, Any]:
-        """Of `olora`: how many LoRAs there are; `Σ |A_i A_tᵀ|` as the last task left it, and the mean cosine of the
-        principal angles between the rows of its `A` and of all earlier ones; the bytes of all LoRAs."""
+        """Under `olora`: the number of LoRAs; `Σ |A_i A_tᵀ|` at the end of the last task; the mean cosine of the
+        principal angles between the rows of its `A` and those of all earlier ones; the bytes of all LoRAs."""
         size = sum(p.numel() * p.element_size() for p in parameters(self.model, DEFAULT))
-        own = {"kind": "orthogonal adapters", "loras": len(self.tasks), **self.told, "adapter_bytes": size}
-        return {**super().facts(), "olora": own}
+        facts = {"kind": "orthogonal adapters", "loras": len(self.tasks), **self.task_facts, "adapter_bytes": size}
+        return {**super().facts(), "olora": facts}
 
     def get_extra_state(self) -> dict[str, Any]:
-        return {"tasks": self.tasks, "told": self.told}
+        return {"tasks": self.tasks, "told": self.task_facts}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.tasks, self.told = list(state["tasks"]), dict(state["told"])
+        self.tasks, self.task_facts = list(state["tasks"]), dict(state["told"])
         for pet, rank in zip(self._loras(DEFAULT), self._ranks, strict=True):
             pet.resize(rank * max(1, len(self.tasks)))
 
@@ -187,7 +189,7 @@ class OLoRA(Method):
 
 
 def _alike(matrices: Iterable[Tensor]) -> list[list[int]]:
-    """The positions of the matrices of each shape."""
+    """The positions of the matrices, in one list for each shape."""
     shapes: dict[torch.Size, list[int]] = {}
     for position, matrix in enumerate(matrices):
         shapes.setdefault(matrix.shape, []).append(position)

@@ -1,4 +1,4 @@
-"""A slow learner for what the pretrained model knows, a fast one for what is new, mixed by how sure they are."""
+"""SAFE: a slow learner keeps what the pretrained model knows, a fast one learns new tasks; both answers are mixed."""
 
 from __future__ import annotations
 
@@ -31,32 +31,32 @@ Weight = Annotated[float, Field(ge=0)]
 
 
 class Safe(Method):
-    """SAFE, Zhao et al. 2024, arXiv:2411.02175: a slow and a fast learner, mixed by how sure they are.
+    """SAFE, Zhao et al. 2024, arXiv:2411.02175: a slow and a fast learner, mixed by the entropy of their scores.
 
-    It is what the paper means; its released code differs, see docs/statistics.md.
+    This follows the paper. Its released code differs; docs/statistics.md lists the differences.
 
-    On the first task the slow learner is trained beside a loss that ties its features to the pretrained model's; then
-    it is frozen. The fast learner starts as its copy and is trained on each later task, its features and its cosine
-    classifier tied to the slow one's. Each has a head of statistics of its own (`ridge`, with which the paper
-    predicts, or `ncm`), and their scores are mixed by entropy. While features are trained, the heads' cosine probes
-    are the classifiers W of the paper.
+    The slow learner is trained on the first task. A loss keeps its features close to those of the pretrained model.
+    After that it is frozen. The fast learner starts as a copy of the slow one and is trained on each later task, while
+    losses keep its features and its cosine classifier close to those of the slow learner. Each learner has its own head
+    that learns from statistics (`ridge`, as in the paper, or `ncm`). While features are trained, the cosine probes of
+    these heads are the classifiers W of the paper.
 
-    The correlation of the transfer loss is that of a process's micro-batch, the one thing here that depends on how a
-    step's examples are shared out.
+    The correlation in the transfer loss is computed over the micro-batch of one process. It is the only part that
+    depends on how the examples of a step are divided among processes.
 
     Args:
-        model: with a pet injected under the name `default`, and a head of statistics that has a probe.
+        model: with a pet injected under the name `default`, and a head with statistics and a probe.
         train: how the slow learner is trained, on the first task.
-        later: how the fast learner is trained, on each later one.
+        later: how the fast learner is trained, on each later task.
         diagonal, rest: weights of `Σ_i (C_ii − 1)²` and `Σ_{i≠j} C_ij²` in the slow learner's loss.
-        align: weight of the mean of `1 − cos(fast, slow)` over a batch. The released code sums over the batch: its 1.0
-            at batch size 48 is 48 here.
+        align: weight of the mean of `1 − cos(fast, slow)` over a batch. The released code sums over the batch, so its
+            1.0 at batch size 48 is 48 here.
         cross: weight of the two cross-classification losses.
         sharpness: γ of the mixture; 0 is the plain mean of the scores.
-        mask: the classes among which the fast learner's loss compares; see `Classifier`.
+        mask: the classes that the fast learner's loss compares; see `Classifier`.
 
     Raises:
-        UsageError: there is no pet, or no head of statistics with a probe.
+        UsageError: there is no pet, or no head with statistics and a probe.
     """
 
     fits: ClassVar[type[Model]] = Classifier
@@ -116,7 +116,7 @@ class Safe(Method):
         teacher.keep(slow if task.train.deterministic else None)
         with self.model.following(task, config.batch_size, self.features), training(self.model):
             for pet in pets(self.model, SLOW):
-                pet.eval()  # a teacher is without dropout
+                pet.eval()  # a teacher's features are computed without dropout
             fit(partial(self.fast_loss, teacher=teacher, known=known), self.groups(config), task, config, phase="fast")
         heads: list[tuple[Head, Callable[[Batch], Tensor]]] = [
             (self.model.head, lambda batch: self.features(batch.inputs)),
@@ -133,31 +133,36 @@ class Safe(Method):
         return loss + self.diagonal * diagonal + self.rest * rest
 
     def fast_loss(self, task: Task, batch: Batch, teacher: Teacher, known: int) -> Tensor:
-        """`CE + λ_cos L_cos + λ_cc (L_s2f + L_f2s)`; the teacher is the slow learner, and `known` counts the classes
-        before this task, whose rows are prototypes."""
+        """`CE + λ_cos L_cos + λ_cc (L_s2f + L_f2s)`; the teacher is the slow learner.
+
+        Args:
+            known: the number of classes before this task. Their rows of the classifiers serve as prototypes.
+        """
         with using(self.model, FAST):
             features = self.model.features(batch.inputs)
-        taught = teacher.features(batch)
+        slow_features = teacher.features(batch)
         loss = self.model.head_loss(task, features, batch.targets)
-        loss = loss + self.align * cosine_distance(features.float(), taught)
+        loss = loss + self.align * cosine_distance(features.float(), slow_features)
         if self.cross == 0:
             return loss
         fast, slow = self._probe(self.model.head), self._probe(self.slow)
-        own = self.model.head.rows(task.classes, batch.targets.device)[batch.targets]
-        old, whole = torch.arange(known, device=own.device), min(self.later.batch_size, len(task.train))
+        target_rows = self.model.head.rows(task.classes, batch.targets.device)[batch.targets]
+        old, whole = torch.arange(known, device=target_rows.device), min(self.later.batch_size, len(task.train))
 
         def crossed(judge: Cosine, rows: Tensor, samples: Tensor) -> Tensor:
-            """The mean over K rows and B samples, with B that of the whole step, of which this may be a part."""
+            """The mean over K rows and B samples. B is that of the whole step, of which this batch may be a part."""
             learned = F.cross_entropy(judge(rows[:known]), old, reduction="sum")
-            return (learned + whole * F.cross_entropy(judge(samples), own)) / (known + whole)
+            return (learned + whole * F.cross_entropy(judge(samples), target_rows)) / (known + whole)
 
-        return loss + self.cross * (crossed(fast, slow.weight, taught) + crossed(slow, fast.weight, features.float()))
+        return loss + self.cross * (
+            crossed(fast, slow.weight, slow_features) + crossed(slow, fast.weight, features.float())
+        )
 
     @torch.no_grad()
     def _imprint(self, task: Task, features: Tensor, known: int) -> None:
-        """Rows of new classes, in both classifiers: the mean of the class's normalised slow features.
+        """Set the rows of new classes in both classifiers to the mean of the class's normalised slow features.
 
-        They get the length of the other rows, so that the first steps turn them no faster than those.
+        They get the length of the other rows, so that the first steps do not turn them faster than the others.
         """
         rows = self.model.head.rows(task.classes, features.device)
         rows = rows[torch.tensor(task.train.targets, device=features.device)]
@@ -173,7 +178,9 @@ class Safe(Method):
         probe = getattr(head, "probe", None)
         if not isinstance(probe, Cosine):
             name = type(head).__name__.lower()
-            raise UsageError(f"method: safe needs a head with a cosine probe, {name} has none: use head: ridge or ncm")
+            raise UsageError(
+                f"method: safe needs a head with a cosine probe, but {name} has none: use head: ridge or ncm"
+            )
         return probe
 
     # -- prediction -------------------------------------------------------------------------------------
@@ -182,18 +189,18 @@ class Safe(Method):
         return self.answers(inputs).scores
 
     def answers(self, inputs: Inputs) -> Answers:
-        """The mixture, the answers of each learner, and the weight of the fast one."""
+        """The mixture of both learners, the answer of each one alone, and the weight of the fast one."""
         with using(self.model, FAST):
             fast = self.model.predict(inputs)
         slow = fast
-        if self.tasks > 1:  # until then they are the same
+        if self.tasks > 1:  # after the first task both learners are the same
             with using(self.model, SLOW):
                 slow = self.slow(self.model.features(inputs)).float()
         mixed, share = mix(fast, slow, self.sharpness)
         return Answers(mixed, {"slow": slow, "fast": fast}, {"weight of the fast learner": share}, name="mixed")
 
     def observe(self, inputs: Inputs) -> None:
-        self.features(inputs)  # what protection watches are the pets that are trained
+        self.features(inputs)  # protection watches the trained pets, and the head has none
 
     def facts(self) -> dict[str, Any]:
         return {"fast": self.model.head.facts(), "slow": self.slow.facts()}

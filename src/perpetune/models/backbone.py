@@ -118,9 +118,9 @@ class Backbone(nn.Module):
         inputs = Inputs.of(inputs)
         if "ids" in inputs:
             mask = inputs.mask if inputs.labels is None else inputs.mask & _before_answer(inputs.labels)
-            asked = self.asked(inputs)
-            ids = asked.pop("input_ids")
-            return self._read(lambda: mean_token(self(ids, **asked), mask), mask)
+            arguments = self.asked(inputs)
+            ids = arguments.pop("input_ids")
+            return self._read(lambda: mean_token(self(ids, **arguments), mask), mask)
         pixels = (inputs.pixels.to(self.mean.dtype) / 255 - self.mean) / self.std
         return self._read(lambda: self(pixels), None)
 
@@ -134,10 +134,10 @@ class Backbone(nn.Module):
 
     def asked(self, inputs: Inputs) -> dict[str, Any]:
         """The keyword arguments with which a language model is called for these texts."""
-        asked: dict[str, Any] = {"input_ids": inputs.ids, "attention_mask": inputs.mask.long()}
+        arguments: dict[str, Any] = {"input_ids": inputs.ids, "attention_mask": inputs.mask.long()}
         if self.places:
-            asked["position_ids"] = positions(inputs.mask)
-        return asked
+            arguments["position_ids"] = positions(inputs.mask)
+        return arguments
 
     def train(self, mode: bool = True) -> Backbone:
         """Set the mode of the PETs; the frozen net stays in evaluation mode.

@@ -82,9 +82,9 @@ class CausalLM(Model):
         """Does nothing: this model learns nothing from statistics."""
 
     def loss(self, task: Task, batch: Batch) -> Tensor:
-        last, labels = batch.inputs.said, batch.inputs["labels"]
-        logits = self._logits(batch.inputs, keep=last + 1)[:, :-1]  # the logits at token i predict token i + 1
-        targets = labels[:, -last:].flatten()
+        length, labels = batch.inputs.said, batch.inputs["labels"]
+        logits = self._logits(batch.inputs, keep=length + 1)[:, :-1]  # the logits at token i predict token i + 1
+        targets = labels[:, -length:].flatten()
         loss: Tensor = F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORED)
         return loss
 
@@ -137,11 +137,11 @@ class CausalLM(Model):
         """Log-probabilities `(B, K)` of the options, -inf where a question has fewer options."""
         net: Any = self.backbone.net
         more = {"logits_to_keep": 1} if self._keeps else {}
-        asked = net(**self.backbone.asked(inputs), **more, use_cache=True)
-        memory = _repeatable(getattr(asked, "past_key_values", None))
+        output = net(**self.backbone.asked(inputs), **more, use_cache=True)
+        memory = _repeatable(getattr(output, "past_key_values", None))
         scores = torch.full(options.shape[:2], -torch.inf, device=options.device)
         given = (options != IGNORED).any(-1)
-        logs = asked.logits[:, -1].float().log_softmax(-1)  # (B, V)
+        logs = output.logits[:, -1].float().log_softmax(-1)  # (B, V)
         first_scores = logs.gather(1, options[..., 0].clamp(min=0))  # (B, K)
         size = _at_a_time(options, memory, logs.shape[-1])
         for start in range(0, options.shape[1], size):
@@ -161,17 +161,17 @@ class CausalLM(Model):
         given, wanted = flat[:, :-1], flat[:, 1:]
         mask = torch.cat([inputs.mask.repeat_interleave(k, 0), given != IGNORED], 1)
         ids, length = given.clamp(min=0), given.shape[1]
-        asked: dict[str, Any] = {"attention_mask": mask.long(), "use_cache": memory is not None}
+        arguments: dict[str, Any] = {"attention_mask": mask.long(), "use_cache": memory is not None}
         if memory is None:
             ids = torch.cat([inputs.ids.repeat_interleave(k, 0), ids], 1)
         else:
-            asked["past_key_values"] = copy.deepcopy(memory)
-            asked["past_key_values"].batch_repeat_interleave(k)
+            arguments["past_key_values"] = copy.deepcopy(memory)
+            arguments["past_key_values"].batch_repeat_interleave(k)
         if self.backbone.places:
-            asked["position_ids"] = positions(mask)[:, -ids.shape[1] :]
+            arguments["position_ids"] = positions(mask)[:, -ids.shape[1] :]
         if self._keeps:
-            asked["logits_to_keep"] = length
-        logits = self.backbone.net(input_ids=ids, **asked).logits[:, -length:].float()
+            arguments["logits_to_keep"] = length
+        logits = self.backbone.net(input_ids=ids, **arguments).logits[:, -length:].float()
         scores = -F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="none")
         return scores.view(count, k, -1).sum(-1)
 

@@ -1,1 +1,1 @@
-"""Numbers and tensors in, numbers and tensors out; knows no model, task or file."""
+"""Functions of numbers and tensors. Nothing here knows models, tasks or files."""

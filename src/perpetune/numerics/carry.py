@@ -1,8 +1,9 @@
-"""Sums over old examples follow their features where training has moved those.
+"""Moves sums over the features of old examples when training has moved the features.
 
-Old examples are gone; the new ones are seen twice, before and after training. What happened to their features is
-learned as a linear map and done to the sums of the old ones: DPCR (He et al. 2025, arXiv:2503.05423), LDC (Gomez-Villa
-et al. 2024, arXiv:2407.08536) and SDC (Yu et al. 2020, arXiv:2004.00440) are of this family.
+Old examples are not available any more. The features of the new ones are computed twice, before and after training. A
+linear map from the first to the second is learned and applied to the sums over old examples. DPCR (He et al. 2025,
+arXiv:2503.05423), LDC (Gomez-Villa et al. 2024, arXiv:2407.08536) and SDC (Yu et al. 2020, arXiv:2004.00440) are
+methods of this kind.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor
 
 PENALTIES = tuple(10.0**k for k in range(-13, 3))  # μ as shares of the kernel's mean diagonal
-NOISE = 1e-5  # features are float32: what moves by a share up to this stays where it is, but for rounding
-FOLDS = 5  # groups of classes that are left out in turn
-SURE = 0.98  # the unexplained share below which a map is believed: leaving sums as they are has 1
+NOISE = 1e-5  # a movement up to this share is the rounding of float32 features
+FOLDS = 5  # the number of groups of classes; each is left out once
+SURE = 0.98  # a map is used only if its unexplained share is below this; no map has the share 1
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,9 @@ class Carry:
     Attributes:
         left: `U (M, n)`, float64.
         right: `V (n, M)`, float64.
-        penalty: `μ` as a share of the kernel's mean diagonal; None where the map does nothing.
+        penalty: `μ` as a share of the kernel's mean diagonal; None if the map changes nothing.
         moved: how far training has moved the new rows: `‖after − before‖` as a share of the rows' own deviation.
-        unexplained: the share of the movement of left-out classes that the map misses; 1 for no map.
+        unexplained: the share of the movement of left-out classes that the map does not predict; 1 without a map.
     """
 
     left: Tensor
@@ -39,15 +40,15 @@ class Carry:
     unexplained: float
 
     def __bool__(self) -> bool:
-        """Whether it moves anything."""
+        """Whether the map changes anything."""
         return self.penalty is not None
 
     def of_rows(self, rows: Tensor) -> Tensor:
-        """`H (I + U V)` of sums of rows `H (k, M)`."""
+        """Apply the map to sums of rows `H (k, M)`: `H (I + U V)`."""
         return rows + (rows @ self.left) @ self.right
 
     def of_gram(self, gram: Tensor) -> Tensor:
-        """`(I + U V)ᵀ G (I + U V)` of `G = Σ h hᵀ (M, M)`, symmetric; written into `gram`."""
+        """Apply the map to the symmetric `G = Σ h hᵀ (M, M)`: `(I + U V)ᵀ G (I + U V)`, written into `gram`."""
         through = gram @ self.left  # (M, n)
         inner = self.left.mT @ through
         cross = through + self.right.mT @ (inner / 2)  # half of the last term in each of two products
@@ -57,27 +58,27 @@ class Carry:
 
 
 def follow(before: Tensor, after: Tensor, groups: Tensor, scale: Tensor, centre: Tensor | None = None) -> Carry:
-    """The map from the new task's rows before training to those after it.
+    """Learn the map from the new task's rows before training to the rows after training.
 
-    With `X = H M` the rows before, standardised, and `D = after − before`: `V = (X Xᵀ + μ I)⁻¹ D` and `U = M Xᵀ`.
-    `μ` is what predicts the movement of left-out classes best, for the old rows are of other classes too; where no `μ`
-    is better at that than no map, or there is but one class to learn from, or the rows have moved by no more than
-    rounding (as behind a protection that lets nothing through), the map does nothing.
+    Let `X = H M` be the standardised rows before training and `D = after − before`. The map is
+    `V = (X Xᵀ + μ I)⁻¹ D` and `U = M Xᵀ`. `μ` is the penalty that predicts the movement of left-out classes best,
+    because the old rows belong to other classes too. The map changes nothing if no `μ` predicts better than no map, if
+    there is only one class, or if the rows have moved only by rounding errors (as under full protection).
 
     Args:
         before, after: `(n, M)`, float64; with an intercept their last column is 1.
         groups: `(n,)`, int64, the classes.
-        scale: `(M,)`: what columns are multiplied by to be of one size, 0 for one that takes no part.
-        centre: `(M − 1,)`, subtracted from the others' columns before that, where the last is a constant 1.
+        scale: `(M,)`, factors that give all columns the same size; 0 excludes a column.
+        centre: `(M − 1,)`, subtracted from the columns before scaling if the last column is the constant 1.
     """
     moves = after - before
-    if not bool(moves.any()):  # exactly inert
+    if not bool(moves.any()):  # the features have not changed at all
         return _nothing(before, 0.0)
     x = (before if centre is None else torch.cat([before[:, :-1] - centre, before[:, -1:]], 1)) * scale
     kernel, movement = x @ x.mT, (moves * scale) @ (moves * scale).mT
     centred = x - x.mean(0)
-    own = float(centred.square().sum())
-    moved = math.sqrt(float(movement.trace()) / own) if own > 0 else math.inf
+    deviation = float(centred.square().sum())
+    moved = math.sqrt(float(movement.trace()) / deviation) if deviation > 0 else math.inf
     unit = float(kernel.diagonal().mean())
     folds = _folds(groups)
     if len(folds) < 2 or moved <= NOISE or not (unit > 0 and math.isfinite(moved)):
@@ -86,7 +87,8 @@ def follow(before: Tensor, after: Tensor, groups: Tensor, scale: Tensor, centre:
     for out in folds:
         missed += _missed(kernel, movement, out, unit)
     shares = missed / float(movement.trace())
-    best = int((shares <= shares.min() + 1e-9).int().argmax())  # of those that rounding alone tells apart the smallest
+    # Of penalties that are equal up to rounding the smallest
+    best = int((shares <= shares.min() + 1e-9).int().argmax())
     unexplained = max(0.0, float(shares[best]))
     if not unexplained < SURE:
         return _nothing(before, moved)
@@ -100,10 +102,10 @@ def follow(before: Tensor, after: Tensor, groups: Tensor, scale: Tensor, centre:
 
 
 def _spectrum(kernel: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues `(k,)` and eigenvectors `(n, k)`, without those that are rounding errors."""
+    """Eigenvalues `(k,)` and eigenvectors `(n, k)`, without those that are only rounding errors."""
     values, vectors = torch.linalg.eigh(kernel)
-    there = values > len(values) * torch.finfo(values.dtype).eps * values[-1]
-    return values[there], vectors[:, there]
+    kept = values > len(values) * torch.finfo(values.dtype).eps * values[-1]
+    return values[kept], vectors[:, kept]
 
 
 def _nothing(rows: Tensor, moved: float) -> Carry:
@@ -112,22 +114,22 @@ def _nothing(rows: Tensor, moved: float) -> Carry:
 
 
 def _folds(groups: Tensor) -> Sequence[Tensor]:
-    """Masks `(n,)` of the classes that are left out together; none where there is one class alone."""
+    """A mask `(n,)` for each group of classes that are left out together; empty if there is only one class."""
     classes = groups.unique()
     count = min(FOLDS, len(classes))
     return [] if count < 2 else [torch.isin(groups, classes[fold::count]) for fold in range(count)]
 
 
 def _missed(kernel: Tensor, movement: Tensor, out: Tensor, unit: float) -> Tensor:
-    """For each penalty `‖D_out − K_out,in (K_in + μI)⁻¹ D_in‖²`, from inner products alone."""
+    """For each penalty the error on left-out rows, `‖D_out − K_out,in (K_in + μI)⁻¹ D_in‖²`, from inner products."""
     inside = ~out
     values, vectors = _spectrum(kernel[inside][:, inside])
     reach = kernel[out][:, inside] @ vectors  # (o, i)
     cross = vectors.mT @ movement[inside][:, out]  # (i, o)
     square = vectors.mT @ movement[inside][:, inside] @ vectors
-    own = float(movement[out][:, out].trace())
-    found = []
+    whole = float(movement[out][:, out].trace())
+    errors = []
     for share in PENALTIES:
         guess = reach / (values + share * unit)
-        found.append(own - 2 * float((guess * cross.mT).sum()) + float(((guess @ square) * guess).sum()))
-    return torch.tensor(found, dtype=torch.float64)
+        errors.append(whole - 2 * float((guess * cross.mT).sum()) + float(((guess @ square) * guess).sum()))
+    return torch.tensor(errors, dtype=torch.float64)

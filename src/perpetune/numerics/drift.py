@@ -1,4 +1,4 @@
-"""How far learning has moved the answers on old data, from second moments alone: the forgetting certificate."""
+"""The forgetting certificate: how far learning has moved the outputs on old data, from second moments alone."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from perpetune.numerics.moments import pack, unpack
 
 
 class Drift:
-    """The exact change of a linear map's outputs on all old data since each of them was learned.
+    """The exact change of a linear map's outputs on all old data since these data were learned.
 
-    With `C_i` the second moment of task `i`'s inputs and `W_i` the map when it was learned, the summed square of
-    the change is `E(W) = Σ_i tr((W − W_i) C_i (W − W_i)ᵀ)`. It is carried forward without the tasks: with
+    Let `C_i` be the second moment of task `i`'s inputs and `W_i` the map when the task was learned. The summed square
+    of the change is `E(W) = Σ_i tr((W − W_i) C_i (W − W_i)ᵀ)`. It is updated without the moments of single tasks: with
     `Δ = W − W_last`, `Y = Σ_i (W_last − W_i) C_i` and `C = Σ_i C_i`,
 
         `E(W) = E + 2⟨Δ, Y⟩ + tr(Δ C Δᵀ)`,
 
-    so memory does not grow with their number. Exact where the inputs themselves are as they were.
+    so memory does not grow with the number of tasks. The result is exact if the inputs themselves have not changed.
 
     Args:
-        heads, out, dim: maps `(heads, out, dim)`, whose figures are taken together.
+        heads, out, dim: the shape of the maps, `(heads, out, dim)`. The figures are for all heads together.
     """
 
     def __init__(self, heads: int, out: int, dim: int):
@@ -40,11 +40,14 @@ class Drift:
         self.output = 0.0
         """`Σ_i tr(W_i C_i W_iᵀ)`: the summed square of the outputs when they were learned."""
         self.count = 0
-        """Vectors seen."""
+        """The number of vectors seen."""
 
     def measure(self, values: Tensor) -> tuple[float, float | None]:
-        """Root-mean-square change of the outputs of the old data with `values (heads, out, dim)`: absolute, and
-        relative to the outputs' own root mean square (None where those are zero)."""
+        """The root-mean-square change of the outputs on old data if the map is `values (heads, out, dim)`.
+
+        Returns:
+            The absolute change, and the change relative to the root mean square of the outputs (None if that is zero).
+        """
         return self._figures(lambda: self._change(values.detach().to(self.last)))
 
     def _figures(self, measured: Callable[[], float]) -> tuple[float, float | None]:
@@ -56,7 +59,7 @@ class Drift:
         return math.sqrt(change / self.count), relative
 
     def advance(self, values: Tensor, moments: Tensor, count: int) -> None:
-        """Data with `moments (heads, dim, dim)` were learned by `values`: from now on they are old."""
+        """Add data with `moments (heads, dim, dim)` that were learned with `values`; they are old data from now on."""
         values, moments = values.detach().to(self.last), moments.detach().to(self.last)
         if self.count:
             self.change = self._change(values)
@@ -73,13 +76,14 @@ class Drift:
 
 
 class ProductDrift(Drift):
-    """The same of a map that is given by its factors, `W = B A` with `B (out, k)` and `A (k, dim)`, of any rank.
+    """`Drift` for a map that is given by its factors, `W = B A` with `B (out, k)` and `A (k, dim)`, of any rank.
 
-    The map itself is never made: `last` and `cross` are kept as factors too, one row `[b | a]` of `out + dim` numbers
-    for each rank-one term `b aᵀ`. `Y` gains at most the rank of what was learned since data were last added.
+    The map itself is never computed. `last` and `cross` are stored as factors too, one row `[b | a]` of `out + dim`
+    numbers for each rank-one term `b aᵀ`. With each addition the rank of `Y` grows by at most the rank of the change of
+    the map.
 
     Args:
-        out, dim: of the map.
+        out, dim: the shape of the map.
     """
 
     def __init__(self, out: int, dim: int):
@@ -89,7 +93,7 @@ class ProductDrift(Drift):
         self.cross = torch.zeros(0, out + dim, dtype=torch.float64)
 
     def measure_product(self, values: Factors) -> tuple[float, float | None]:
-        """As `measure`, of `B A`."""
+        """As `measure`, for the map `B A`."""
         return self._figures(lambda: self._moved(values)[0])
 
     def advance_product(self, values: Factors, moments: Tensor, count: int) -> None:
@@ -105,9 +109,9 @@ class ProductDrift(Drift):
         self.count += count
 
     def _moved(self, values: Factors) -> tuple[float, Factors]:
-        """`E` with `values`, and `Δ`."""
+        """`E` for the map `values`, and `Δ`."""
         b, a = self._factors(self.last)
-        moved = reduced(summed([exact(values), (-b, a)]))  # else what is the same in both would leave its rounding
+        moved = reduced(summed([exact(values), (-b, a)]))  # equal parts cancel exactly
         square = inner((moved[0], moved[1] @ unpack(self.total, self.dim)[0]), moved)
         return self.change + float(2 * inner(moved, self._factors(self.cross)) + square), moved
 

@@ -1,22 +1,22 @@
-"""What was learned, kept and lost over a stream of tasks: the figures of continual learning.
+"""The metrics of continual learning: how much was learned, kept and forgotten over a stream of tasks.
 
-Legend: `A[i][j]` is the accuracy in [0, 1] on the test data of task j, measured after task i was
+Notation: `A[i][j]` is the accuracy in [0, 1] on the test data of task j, measured after task i was
 learned; `T` is the last row (0-based, as every index here). The matrix may have fewer rows than
-columns (a run under way), rows may end early, and a cell that is None was not measured.
+columns (a run that is not finished), rows may end early, and a cell that is None was not measured.
 
 Cells above the diagonal (`j > i`) are accuracies on tasks not yet learned; only `forward_transfer`
-reads them. A cell that is not measured is left out of the mean it belongs to, never counted as zero;
-a mean over nothing is None.
+reads them. A mean leaves out cells that are not measured; it never counts them as zero. A mean over
+no cell is None.
 
 Sources: Lopez-Paz & Ranzato 2017 (arXiv 1706.08840) for the matrix and both transfers; Chaudhry et
 al. 2018 (arXiv 1801.10112) for forgetting; Rebuffi et al. 2017 (arXiv 1611.07725) for the average of
 the accuracies after each task, called average incremental accuracy.
 
-Where answers are not right or wrong but scored in [0, 1] (`numerics.text_scores`), an accuracy is the mean score.
+If answers are not right or wrong but have scores in [0, 1] (`numerics.text_scores`), an accuracy is the mean score.
 
-TRACE (Wang et al. 2023, arXiv 2310.06762) and TreeLoRA call the mean of row n overall performance, OP_n: this is
-`final_accuracy` after n tasks, `over_time(final_accuracy, A)` for every n, and its mean over n is `average_accuracy`.
-Their BWT is `backward_transfer(A, divisor="all")`: see there for signs and variants.
+TRACE (Wang et al. 2023, arXiv 2310.06762) and TreeLoRA call the mean of row n overall performance, OP_n. It is
+`final_accuracy` after n tasks; `over_time(final_accuracy, A)` gives it for every n, and its mean over n is
+`average_accuracy`. Their BWT is `backward_transfer(A, divisor="all")`; that function explains signs and variants.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ Matrix = Sequence[Sequence["float | None"]]
 
 
 class Cell(TypedDict):
-    """The answers on one task's test data after one task: what an accuracy is made of.
+    """Counts of the answers on one task's test data, measured after one task. An accuracy is computed from them.
 
     Attributes:
-        correct, total: number of right answers and of test examples. Where answers are not right or wrong, `correct`
-            is the sum of their scores, each in [0, 1].
+        correct, total: number of right answers and of test examples. If answers are not right or wrong, `correct` is
+            the sum of their scores, each in [0, 1].
         per_class: the same two numbers, `[correct, total]`, for each class name.
-        score: name of the score of each answer (`numerics.text_scores`); absent where a class is asked for.
+        score: name of the score of each answer (`numerics.text_scores`); absent if the answers are classes.
     """
 
     correct: float
@@ -49,7 +49,7 @@ Cells = Sequence[Sequence["Cell | None"]]
 
 
 class Metrics(TypedDict):
-    """The headline figures of a run; each is None where it is not defined."""
+    """The main figures of a run; each is None if it is not defined."""
 
     final_accuracy: float | None
     average_accuracy: float | None
@@ -60,7 +60,7 @@ class Metrics(TypedDict):
 
 
 def accuracies(cells: Cells) -> list[list[float | None]]:
-    """The accuracy matrix of counted answers: `correct / total`; None where nothing was counted."""
+    """The accuracy matrix of counted answers: `correct / total`; None for a cell without answers."""
     return [[_ratio(cell["correct"], cell["total"]) if cell else None for cell in row] for row in cells]
 
 
@@ -78,7 +78,7 @@ def average_accuracy(A: Matrix) -> float | None:
 
 
 def forgetting(A: Matrix) -> float | None:
-    """Mean loss since each task was best: `mean_{j < T} (max_{j <= i < T} A[i][j] - A[T][j])`.
+    """Mean loss of accuracy since each task was best: `mean_{j < T} (max_{j <= i < T} A[i][j] - A[T][j])`.
 
     Negative when the last task improved the earlier ones. None with fewer than two tasks. A task
     counts when its last cell and at least one cell before that are measured.
@@ -87,7 +87,7 @@ def forgetting(A: Matrix) -> float | None:
 
 
 def task_forgetting(A: Matrix, j: int) -> float | None:
-    """The term of task `j` in `forgetting`; None where it is not defined."""
+    """The term of task `j` in `forgetting`; None if it is not defined."""
     last = len(A) - 1
     now = _at(A, last, j)
     before = [a for i in range(j, last) if (a := _at(A, i, j)) is not None]
@@ -97,19 +97,19 @@ def task_forgetting(A: Matrix, j: int) -> float | None:
 def backward_transfer(
     A: Matrix, *, divisor: Literal["earlier", "all"] = "earlier", clipped: bool = False
 ) -> float | None:
-    """What later tasks did to earlier ones: `mean_{j < T} (A[T][j] - A[j][j])`; below zero is forgetting.
+    """The effect of later tasks on earlier ones: `mean_{j < T} (A[T][j] - A[j][j])`; below zero is forgetting.
 
-    A task counts when both of its cells are measured. None where no task counts: with the divisor `earlier` also with
+    A task counts when both of its cells are measured. None if no task counts, and with the divisor `earlier` also with
     fewer than two tasks.
 
-    The sign is that of Lopez-Paz & Ranzato and TRACE. The TreeLoRA paper prints the opposite, and its released code has
-    `divisor="all", clipped=True`, which hides every gain.
+    The sign is that of Lopez-Paz & Ranzato and TRACE. The TreeLoRA paper prints the opposite sign, and its released
+    code uses `divisor="all", clipped=True`, which hides every gain.
 
     Args:
         A: the accuracy matrix.
-        divisor: over how many tasks the mean is. `earlier`: the `T` before the last (Lopez-Paz & Ranzato). `all`: the
-            last task too, which can only add 0 (TRACE; TreeLoRA, section 2); the figure is `T / (T + 1)` of the other.
-        clipped: what improved counts as 0.
+        divisor: the tasks of the mean. `earlier`: the `T` tasks before the last (Lopez-Paz & Ranzato). `all`: the last
+            task too, whose term is always 0 (TRACE; TreeLoRA, section 2); the figure is `T / (T + 1)` of the other.
+        clipped: count an improvement as 0.
     """
     last = len(A) - 1
     changes = (_difference(_at(A, last, j), _at(A, j, j)) for j in range(last + (divisor == "all")))
@@ -117,11 +117,11 @@ def backward_transfer(
 
 
 def forward_transfer(A: Matrix, classes: Sequence[int]) -> float | None:
-    """What earlier tasks gave to a task before it was learned: `mean_{j >= 1} (A[j-1][j] - 1 / classes[j])`.
+    """The gain from earlier tasks on a task before it is learned: `mean_{j >= 1} (A[j-1][j] - 1 / classes[j])`.
 
-    The baseline is chance among the task's own classes, where the source measures a random
-    initialisation. A task counts when the cell above the diagonal is measured, so the figure is
-    None where tasks are never tried before they are learned (class-incremental runs).
+    The baseline here is chance among the task's own classes; the source measures a random
+    initialisation instead. A task counts when the cell above the diagonal is measured, so the figure is
+    None if tasks are never tested before they are learned (class-incremental runs).
 
     Args:
         A: the accuracy matrix.
@@ -136,19 +136,21 @@ def forward_transfer(A: Matrix, classes: Sequence[int]) -> float | None:
 
 
 def over_time(metric: Callable[[Matrix], float | None], A: Matrix) -> list[float | None]:
-    """`metric` of the run as it stood after each task: of the first 1, 2, … rows."""
+    """`metric` after each task: computed on the first 1, 2, … rows."""
     return [metric(A[: i + 1]) for i in range(len(A))]
 
 
 def pooled_accuracy(cells: Cells) -> float | None:
-    """Share of right answers (mean score) over the test examples of all tasks learned, after the last one:
-    `sum_{j <= T} correct[T][j] / sum_{j <= T} total[T][j]`, over measured cells."""
+    """Share of right answers (or mean score) over the test examples of all tasks learned, after the last one.
+
+    It is `sum_{j <= T} correct[T][j] / sum_{j <= T} total[T][j]`, over measured cells.
+    """
     row = seen_cells(cells)
     return _ratio(sum(c["correct"] for c in row), sum(c["total"] for c in row))
 
 
 def per_class_counts(cells: Iterable[Cell]) -> dict[str, tuple[float, int]]:
-    """(correct, total) of each class over the cells given; a class met in several tasks is summed."""
+    """(correct, total) of each class over the given cells; the numbers of a class in several tasks are added."""
     counts: dict[str, tuple[float, int]] = {}
     for cell in cells:
         for name, (correct, total) in cell["per_class"].items():
@@ -163,12 +165,12 @@ def per_class_accuracy(cells: Cells) -> dict[str, float | None]:
 
 
 def seen_cells(cells: Cells) -> list[Cell]:
-    """The measured cells of the last row that belong to tasks learned."""
+    """The measured cells of the last row that belong to tasks already learned."""
     return [cell for cell in cells[-1][: len(cells)] if cell is not None] if cells else []
 
 
 def summarise(cells: Cells, tasks: Sequence[Mapping[str, object]]) -> Metrics:
-    """All headline figures of a run.
+    """All main figures of a run.
 
     Args:
         cells: the rows so far, each with up to one cell per task.

@@ -1,4 +1,4 @@
-"""Second moments of feature vectors, streamed: all that gradient projection keeps of old data."""
+"""Second moments of feature vectors, summed batch by batch. Gradient projection stores nothing else of old data."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from torch import Tensor
 from perpetune.errors import UsageError
 from perpetune.numerics.lowrank import moved_exactly
 
-ROWS = 512  # rows converted to float64 at a time, so that memory does not grow with the batch
-STRIPES = 4  # in which the upper triangle is summed on a CPU: five eighths of the products of the whole square
+ROWS = 512  # rows are converted to float64 in parts of this size, so that memory does not grow with the batch
+STRIPES = 4  # on a CPU the upper triangle is summed in as many stripes, which takes 5/8 of the products of the square
 
 
 class Moments:
-    """The uncentred second moment `C = Σ a aᵀ` of vectors `a` of width `m`, in float64 (pgp-pegp.md §1.3, step 1).
+    """The uncentred second moment `C = Σ a aᵀ` of vectors `a` of width `m`, in float64.
 
-    Only sums are kept: any number of vectors takes `O(m²)` memory, and neither their order nor how they are cut into
-    batches matters, up to rounding.
+    GPM takes a singular value decomposition of a matrix of sampled features. `C` has the same left singular vectors
+    and the squares of the singular values as eigenvalues, and it needs no samples. Only the sum is stored, so any
+    number of vectors takes `O(m²)` memory. Up to rounding the result depends neither on the order of the vectors nor on
+    their division into batches.
 
     Args:
         dim: `m`.
-        groups: `G`, for vectors that come in `G` kinds with a moment each (the heads of an attention);
-            None for one kind.
-        device: where the sums are; without float64 there (Apple's GPUs) they are on the CPU.
+        groups: `G`, if the vectors are of `G` kinds with a moment for each (the heads of an attention); None for one
+            kind.
+        device: the device of the sums. If it has no float64 (Apple's GPUs), they are on the CPU.
     """
 
     def __init__(self, dim: int, groups: int | None = None, device: torch.device | str | None = None):
@@ -30,7 +32,7 @@ class Moments:
         shape = (dim, dim) if groups is None else (groups, dim, dim)
         place = torch.device(device) if device is not None else torch.device("cpu")
         self.sums = torch.zeros(shape, dtype=torch.float64, device="cpu" if place.type == "mps" else place)
-        """`C`, of which the upper triangle counts."""
+        """`C`; only its upper triangle is valid."""
         width = -(-dim // (STRIPES if self.sums.device.type == "cpu" and dim >= 64 * STRIPES else 1))
         self._stripes = [(start, min(start + width, dim)) for start in range(0, dim, width)]
 
@@ -38,12 +40,12 @@ class Moments:
         """Add vectors: `rows` is `(n, m)`, or `(G, n, m)` with groups.
 
         Raises:
-            UsageError: rows of another shape.
+            UsageError: the rows have another shape.
         """
         leading = () if self.groups is None else (self.groups,)
         if rows.dim() != len(leading) + 2 or rows.shape[:-2] != leading or rows.shape[-1] != self.dim:
             expected = ", ".join([*map(str, leading), "n", str(self.dim)])
-            raise UsageError(f"moments of rows ({expected}) were asked for, got {tuple(rows.shape)}")
+            raise UsageError(f"moments expect rows of shape ({expected}), got {tuple(rows.shape)}")
         for part in rows.detach().split(max(ROWS, self.dim), dim=-2):
             part = moved_exactly(part, self.sums)
             if self.groups is not None:
@@ -54,7 +56,11 @@ class Moments:
         self.count += rows.shape[-2]
 
     def merge(self, other: Moments) -> None:
-        """Add what `other` has seen."""
+        """Add the sums of `other`.
+
+        Raises:
+            UsageError: the shapes differ.
+        """
         if other.sums.shape != self.sums.shape:
             raise UsageError(
                 f"moments {tuple(other.sums.shape)} cannot be merged into moments {tuple(self.sums.shape)}"
@@ -76,7 +82,7 @@ def pack(matrix: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, dim: int) -> Tensor:
-    """The symmetric matrices `(G, dim, dim)` that `pack` made `packed` of."""
+    """The symmetric matrices `(G, dim, dim)` from the upper triangles that `pack` returned."""
     row, column = torch.triu_indices(dim, dim, device=packed.device)
     matrix = packed.new_empty(len(packed), dim, dim)
     matrix[:, row, column] = packed

@@ -1,4 +1,4 @@
-"""Projection of what an optimizer does, for any optimizer: the update is taken out of protected subspaces."""
+"""Projection of an optimizer's steps out of protected subspaces, for any optimizer."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Project = Literal["step", "gradient"]
 
 @dataclass(frozen=True, eq=False)
 class Operand:
-    """Parameters that vectors of width `m` multiply, seen as matrices `(heads, out, m)`.
+    """Parameters that are multiplied by vectors of width `m`, seen as matrices `(heads, out, m)`.
 
     Attributes:
-        weight: two axes.
-        bias: what a constant 1 appended to the vectors multiplies; `(out,)`.
-        axis: the axis of `weight` that the vectors meet: 1 for `W a` with `W (out, in)`, 0 for `a W`.
-        heads: axis 1 of `weight` is cut into so many heads, each with vectors of its own.
+        weight: a matrix.
+        bias: `(out,)`; a constant 1 appended to the vectors multiplies it. None without a bias.
+        axis: the axis of `weight` that the vectors multiply: 1 for `W a` with `W (out, in)`, 0 for `a W`.
+        heads: the number of heads into which axis 1 of `weight` is divided; each head has its own vectors.
     """
 
     weight: nn.Parameter
@@ -45,7 +45,7 @@ class Operand:
         return self.heads, out, m + (self.bias is not None)
 
     def read(self, tensors: Sequence[Tensor]) -> Tensor:
-        """`(heads, out, m)` from tensors of the parameters' shapes."""
+        """The matrices `(heads, out, m)` from tensors that have the shapes of the parameters."""
         weight: Tensor = tensors[0].unflatten(1, (self.heads, -1))  # (rows, heads, columns)
         matrix = weight.permute(1, 0, 2) if self.axis == 1 else weight.permute(1, 2, 0)
         if self.bias is not None:
@@ -53,7 +53,7 @@ class Operand:
         return matrix
 
     def split(self, matrix: Tensor) -> list[Tensor]:
-        """What `read` was given, from `(heads, out, m)`."""
+        """The inverse of `read`: tensors with the shapes of the parameters, from matrices `(heads, out, m)`."""
         bias = [] if self.bias is None else [matrix[:, :, -1].reshape(-1)]
         weight = matrix if self.bias is None else matrix[:, :, :-1]
         weight = weight.permute(1, 0, 2) if self.axis == 1 else weight.permute(2, 0, 1)
@@ -66,23 +66,24 @@ Closed = tuple[Sequence[tuple[Operand, Sequence[Subspace]]], Sequence[nn.Paramet
 class ProjectedStep:
     """Keeps an optimizer's steps out of subspaces: `W ← W_old + (W_new − W_old)(I − UUᵀ)`.
 
-    It is the realised step that is projected, after `optimizer.step()`, so momentum, Adam's scaling, weight decay
-    and clipping cannot lead out of the free subspace: a projected gradient can, once Adam divides it element by
-    element (pgp-pegp.md §5, point 1). Works through the optimizer's own hooks, so whoever calls `step` calls this.
+    The projection acts on the actual step, after `optimizer.step()`. So momentum, Adam's scaling, weight decay and
+    clipping cannot leave the free subspace. A projected gradient can leave it, because Adam divides the gradient
+    element by element. The projection runs in the optimizer's own hooks, so every call of `step` includes it.
 
-    Parameters with several operands (a prompt: keys on one side, values on the other) are projected by each in
-    turn; the two sides commute where both have one head and no bias. Operands of one shape are projected together
-    in one batched product. Parameters that the optimizer is given later (`add_param_group`) are projected too.
+    Parameters with several operands (a prompt: keys on one side, values on the other) are projected by one operand
+    after the other; the order does not matter if both have one head and no bias. Operands of the same shape are
+    projected together in one batched product. Parameters that the optimizer gets later (`add_param_group`) are
+    projected too.
 
     Args:
-        optimizer: any of torch's; wrappers hand on to it (`accelerate`: give it `wrapper.optimizer`).
-        operands: what is protected, with one subspace for each head.
+        optimizer: an optimizer of torch; of a wrapper pass the inner one (`accelerate`: `wrapper.optimizer`).
+        operands: the protected operands, with one subspace for each head.
         still: parameters that may not move at all, whatever `project` is.
-        project: `step`, or `gradient` for what the papers' code does: the gradient before the step. A closure
-            that makes new gradients within the step (LBFGS) is projected by `step` only.
+        project: `step`, or `gradient` to project only the gradient before the step, as the papers' code does. If a
+            closure computes new gradients within the step (LBFGS), only `step` projects all of them.
 
     Raises:
-        UsageError: a subspace does not fit its operand, or the optimizer holds a part of an operand only.
+        UsageError: a subspace does not fit its operand, or the optimizer has only a part of an operand.
     """
 
     def __init__(
@@ -98,11 +99,12 @@ class ProjectedStep:
         self._attach(optimizer)
 
     def _closed(self) -> Closed:
-        """What is protected now, whether or not the optimizer holds it; and what may not move."""
+        """The operands that are protected now, whether or not the optimizer has them, and the parameters that may not
+        move."""
         return self._given
 
     def _attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Hook on, where there is anything to protect."""
+        """Register the hooks, if there is anything to protect."""
         self._hooks: list[Any] = []
         if self._prepare(optimizer):
             self._hooks = [
@@ -111,9 +113,10 @@ class ProjectedStep:
             ]
 
     def _prepare(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Get ready for the parameters that the optimizer has now; whether anything is protected, there or elsewhere.
+        """Prepare for the parameters that the optimizer has now. If this fails, nothing changes.
 
-        If it fails nothing has changed.
+        Returns:
+            Whether anything is protected, in this optimizer or elsewhere.
         """
         operands, still = self._closed()
         trained = _trained(optimizer)
@@ -126,7 +129,7 @@ class ProjectedStep:
             held = [p in trained for p in operand.parameters]
             if any(held) and not all(held):
                 raise UsageError(
-                    "the optimizer holds only one of a protected weight and its bias: give it both, or protect the "
+                    "the optimizer has only one of a protected weight and its bias: give it both, or protect the "
                     "weight without the bias"
                 )
             if all(held) and any(s.rank for s in subspaces):
@@ -139,7 +142,7 @@ class ProjectedStep:
         return bool(still) or any(s.rank for _, subspaces in operands for s in subspaces)
 
     def remove(self) -> None:
-        """Let the optimizer do as it likes again."""
+        """Remove the hooks; the optimizer's steps are not projected any more."""
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._before = [], {}
@@ -158,12 +161,13 @@ class ProjectedStep:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if _trained(optimizer) != self._trained:
             self._prepare(optimizer)
-        held = self._parameters if self.project == "step" else self.still  # decay and momentum need no gradient
+        # Weight decay and momentum move a parameter even without a gradient
+        held = self._parameters if self.project == "step" else self.still
         self._before = {p: p.detach().clone() for p in held}
         if self.project == "step":
             return None
         self._project_gradients()
-        # A closure makes the gradients inside of the step. `args` begins with the optimizer itself.
+        # A closure computes the gradients within the step. The first of `args` is the optimizer itself.
         if len(args) > 1 and args[1] is not None:
             return (args[0], self._after(args[1]), *args[2:]), kwargs
         if kwargs.get("closure") is not None:
@@ -171,7 +175,7 @@ class ProjectedStep:
         return None
 
     def _after(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """`closure`, and then the gradients it made are projected."""
+        """A closure that calls `closure` and then projects the gradients."""
 
         def projected() -> Any:
             value = closure()
@@ -206,7 +210,7 @@ def _trained(optimizer: torch.optim.Optimizer) -> set[nn.Parameter]:
 
 
 class _Stack:
-    """Operands of one shape and form, projected in one product."""
+    """Operands of the same shape and form, which are projected in one product."""
 
     def __init__(self, members: Sequence[tuple[Operand, Sequence[Subspace]]]):
         self.operands = [operand for operand, _ in members]
@@ -216,7 +220,8 @@ class _Stack:
         widest = max(s.vectors.shape[1] for s in subspaces)
         vectors = torch.zeros(len(subspaces), subspaces[0].dim, widest, dtype=torch.float64)
         weighted = torch.zeros_like(vectors)
-        for i, subspace in enumerate(subspaces):  # columns of zero change nothing
+        # Shorter bases are filled up with columns of zeros, which change nothing
+        for i, subspace in enumerate(subspaces):
             columns = subspace.vectors.shape[1]
             vectors[i, :, :columns] = subspace.vectors
             weighted[i, :, :columns] = subspace.vectors * (1 if subspace.alpha is None else subspace.importance)
@@ -224,19 +229,19 @@ class _Stack:
         self.weighted = weighted.mT.contiguous().to(weight)  # (stacked, k, m)
 
     def apply(self, changes: dict[nn.Parameter, Tensor]) -> None:
-        there = [o for o in self.operands if all(p in changes for p in o.parameters)]
-        if len(there) < len(self.operands):
-            self._apply_some(there, changes)
+        changed = [o for o in self.operands if all(p in changes for p in o.parameters)]
+        if len(changed) < len(self.operands):
+            self._apply_some(changed, changes)
             return
-        matrices = torch.cat([o.read([changes[p] for p in o.parameters]) for o in there])
+        matrices = torch.cat([o.read([changes[p] for p in o.parameters]) for o in changed])
         through = torch.bmm(torch.bmm(matrices, self.vectors), self.weighted)
-        self._write(there, through if self.complement else matrices - through, changes)
+        self._write(changed, through if self.complement else matrices - through, changes)
 
-    def _apply_some(self, there: list[Operand], changes: dict[nn.Parameter, Tensor]) -> None:
-        """As `apply` where some parameters have no gradient."""
+    def _apply_some(self, changed: list[Operand], changes: dict[nn.Parameter, Tensor]) -> None:
+        """As `apply`, if some parameters have no gradient."""
         heads = self.operands[0].heads
         for i, operand in enumerate(self.operands):
-            if operand not in there:
+            if operand not in changed:
                 continue
             at = slice(i * heads, (i + 1) * heads)
             matrix = operand.read([changes[p] for p in operand.parameters])
@@ -251,7 +256,7 @@ class _Stack:
 
 
 def _stages(operands: Sequence[tuple[Operand, Sequence[Subspace]]]) -> list[list[_Stack]]:
-    """Stacks, in stages in which no parameter stands twice."""
+    """Stacks of operands, in stages so that no parameter is in a stage twice."""
     stages: list[dict[Any, list[tuple[Operand, Sequence[Subspace]]]]] = []
     uses: dict[nn.Parameter, int] = {}
     for operand, subspaces in operands:
@@ -260,7 +265,7 @@ def _stages(operands: Sequence[tuple[Operand, Sequence[Subspace]]]) -> list[list
             uses[p] = number + 1
         if number == len(stages):
             stages.append({})
-        # The heads of one operand may differ in form: made alike, they stay one product.
+        # The heads of one operand may differ in form; in the same form they can be projected in one product.
         form = _alike(subspaces)
         weight = operand.weight
         key = (operand.shape, form[0].complement, weight.dtype, weight.device)
@@ -269,7 +274,7 @@ def _stages(operands: Sequence[tuple[Operand, Sequence[Subspace]]]) -> list[list
 
 
 def _alike(subspaces: Sequence[Subspace]) -> Sequence[Subspace]:
-    """The same subspaces, all given by their bases, or all by their complements."""
+    """The same subspaces in one form: all by their bases, or all by their complements."""
     if len({s.complement for s in subspaces}) == 1:
         return subspaces
     by_complement = sum(s.complement for s in subspaces) * 2 > len(subspaces)

@@ -1,18 +1,20 @@
-"""Streaming ridge regression from sums only: the classifier of RanPAC, arXiv:2307.02251, in float64 (safe.md §4.2).
+"""Ridge regression from sums over rows: the classifier of RanPAC, arXiv:2307.02251, in float64.
 
-Rows `h` are `M` wide, targets `y` are one-hot over `C` classes, `w` are the rows' weights (1 where there are none):
+Rows `h` have the width `M`, targets `y` are one-hot over `C` classes, and `w` are the weights of rows (1 without
+weights):
 
     G = Σ w h hᵀ,    Q = Σ w h yᵀ,    A = G + λI,    W = A⁻¹ Q.
 
-With an intercept rows are `h = [z, 1]`, so `G` holds the mean `m` and the deviation `s` of every column of all rows so
-far, and the regression is solved on `x = (z − m) / s`, exactly as if all rows had been there at once (`Standard`):
+With an intercept the rows are `h = [z, 1]`. Then `G` contains the mean `m` and the deviation `s` of every column over
+all rows so far. The regression is solved on `x = (z − m) / s`, with exactly the result of all rows at once
+(`Standard`):
 
     W = (Gₓ + λI)⁻¹ Qₓ,    Gₓ = Σ w x xᵀ,    Qₓ = Σ w x yᵀ,    scores = Wᵀx + ȳ.
 
 The intercept `ȳ`, the mean target, is not penalised.
 
-`G` is kept packed, half of a dense matrix, and is only ever made dense in the one workspace that Cholesky's
-factorisation then overwrites. Nothing here warns or knows of classes by name: that is `heads/ridge.py`.
+`G` is stored packed, as half of a dense matrix. It is made dense only in one workspace, which Cholesky's factorisation
+then overwrites. This module gives no warnings and does not know names of classes; `heads/ridge.py` does.
 """
 
 from __future__ import annotations
@@ -29,14 +31,14 @@ from perpetune.errors import PerpetuneError, UsageError
 from perpetune.seeding import generator
 
 BLOCK = 256  # rows of a packed block
-ROWS = 512  # rows or columns converted to float64 at a time, so that memory does not grow with the batch
-ESCALATIONS = 12
-EXACT = 512  # up to this width all traces are exact instead of estimated
-NEAR = 1.25  # rows per column up to which n − df is exact: it may be small beside an estimate's error
-EVALUATIONS = 8
+ROWS = 512  # rows or columns are converted to float64 in parts of this size, so memory does not grow with the batch
+ESCALATIONS = 12  # how often a penalty is multiplied by ten at most
+EXACT = 512  # up to this width all traces are computed exactly instead of estimated
+NEAR = 1.25  # up to as many rows per column n − df is exact, because it may be smaller than an estimate's error
+EVALUATIONS = 8  # the most penalties that a search tries
 DECADE = math.log(10)
-CLOSE = 0.025  # penalties that are nearer, in logarithms, are the same
-# Variance, as a share of the mean square, up to which a column is the rounding errors of its sums.
+CLOSE = 0.025  # penalties whose logarithms differ by less count as the same
+# If the variance of a column is at most this share of its mean square, it is the rounding error of the sums.
 CONSTANT = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
@@ -48,7 +50,7 @@ def packed_size(m: int) -> int:
 def block_rows(packed: Tensor, m: int) -> Iterator[tuple[int, int, Tensor]]:
     """The packed matrix block by block: `(start, stop, G[start:stop, :stop])`, a contiguous view.
 
-    Of a diagonal block the lower triangle counts.
+    In a diagonal block only the lower triangle is valid.
 
     Raises:
         UsageError: `packed` is not a packed `(m, m)` matrix.
@@ -71,22 +73,22 @@ def add_gram(packed: Tensor, rows: Tensor, weights: Tensor | None) -> None:
         weights: `(B,)`, None for 1.
 
     Raises:
-        UsageError: rows that are not finite; nothing is added then.
+        UsageError: rows are not finite; nothing is added then.
     """
     if not torch.isfinite(rows).all():
-        raise UsageError("a ridge regression got rows that are not finite; their sums would be lost for good")
+        raise UsageError("a ridge regression got rows that are not finite; they would destroy its sums")
     for first in range(0, len(rows), ROWS):
         part = rows[first : first + ROWS].detach().to(packed.device, torch.float64)
         left = part if weights is None else part * weights[first : first + ROWS, None].to(part)
         for start, stop, block in block_rows(packed, rows.shape[1]):
             if packed.dtype == torch.float64:
                 block.addmm_(left[:, start:stop].mT, part[:, :stop])
-            else:  # rounded once for all of these rows
+            else:  # the sums are rounded only once for these rows
                 block.copy_(torch.addmm(block.double(), left[:, start:stop].mT, part[:, :stop]))
 
 
 def dense(packed: Tensor, m: int) -> Tensor:
-    """The matrix `(m, m)`, exactly symmetric."""
+    """The dense matrix `(m, m)`, exactly symmetric."""
     matrix = packed.new_empty(m, m, dtype=torch.float64)
     for start, stop, block in block_rows(packed.double(), m):
         lower = block[:, start:].tril()
@@ -114,12 +116,12 @@ def trace(packed: Tensor, m: int) -> float:
 
 @dataclass(frozen=True)
 class Standard:
-    """How rows `z (M,)` are standardised: `x = (z − m) / s`, from the sums alone."""
+    """The standardisation of rows `z (M,)`, `x = (z − m) / s`, computed from the sums alone."""
 
     mean: Tensor
     """`m (M,)`, float64."""
     inverse: Tensor
-    """`1/s (M,)`; 0 where a column is the same in all rows, so that it takes no part."""
+    """`1/s (M,)`; 0 for a column that is the same in all rows, which excludes it."""
     mass: float
     """`Σ w`."""
     target: Tensor
@@ -127,14 +129,14 @@ class Standard:
 
     @classmethod
     def of(cls, packed: Tensor, cross: Tensor) -> Standard:
-        """From the sums of rows `[z, 1]`.
+        """Compute it from the sums over rows `[z, 1]`.
 
         Args:
             packed: `G`, packed `(M + 1, M + 1)`.
             cross: `Q (M + 1, C)`.
 
         Raises:
-            UsageError: no rows yet.
+            UsageError: there are no rows yet.
         """
         width = len(cross)
         *_, (_, _, block) = block_rows(packed, width)
@@ -148,11 +150,11 @@ class Standard:
         return cls(mean, torch.where(varies, variance, 1.0).rsqrt() * varies, mass, cross[-1] / mass)
 
     def rows(self, z: Tensor) -> Tensor:
-        """`x (B, M)` of `z (B, M)`, float64."""
+        """Standardise rows: `x (B, M)` from `z (B, M)`, float64."""
         return (z.to(self.mean) - self.mean) * self.inverse
 
     def cross(self, cross: Tensor) -> Tensor:
-        """`Qₓ (M, C)` of `Q (M + 1, C)`."""
+        """`Qₓ (M, C)` from `Q (M + 1, C)`."""
         return (cross[:-1] - self.mean[:, None] * cross[-1]) * self.inverse[:, None]
 
     @property
@@ -183,7 +185,7 @@ class Factor:
     lower: Tensor
     """`L (M, M)`, float64, zero above its diagonal."""
     penalty: float
-    """`λ`, after escalation."""
+    """`λ`, after it was raised if that was necessary."""
 
     def forward(self, right: Tensor) -> Tensor:
         """`L⁻¹ B` for `B (M, k)`."""
@@ -196,45 +198,46 @@ class Factor:
         return solved
 
     def solve(self, right: Tensor) -> Tensor:
-        """`A⁻¹ B` for `B (M, k)`. (`torch.cholesky_solve` would copy the factor.)"""
+        """`A⁻¹ B` for `B (M, k)`. `torch.cholesky_solve` is not used, because it would copy the factor."""
         return self.backward(self.forward(right.to(self.lower)))
 
     def leverage(self, rows: Tensor) -> Tensor:
-        """`hᵀ A⁻¹ h` of each of `rows (B, M)`: `(B,)`."""
+        """`hᵀ A⁻¹ h (B,)` for each of `rows (B, M)`."""
         parts = [self.forward(part.to(self.lower).mT).square().sum(0) for part in rows.split(ROWS)]
         return torch.cat(parts)
 
     def inverse_trace(self) -> float:
-        """`tr A⁻¹ = ‖L⁻¹‖²`, exact: as many products as the factorisation, and memory for one block of columns."""
+        """`tr A⁻¹ = ‖L⁻¹‖²`, exact. It takes as many products as the factorisation, and memory for one block of
+        columns."""
         m = len(self.lower)
         blocks = list(_blocks(m))
-        # by hand: solve_triangular would copy a triangle that is not a whole matrix
-        own = [
+        # The blocks are inverted one by one, because solve_triangular would copy a triangle inside a larger matrix.
+        corners = [
             torch.linalg.solve_triangular(corner, torch.eye(len(corner), out=torch.empty_like(corner)), upper=False)
             for corner in (self.lower[start:stop, start:stop] for start, stop in blocks)
         ]
         space, total = self.lower.new_empty(m, BLOCK), 0.0
         for i, (first, end) in enumerate(blocks):
             columns = space[:, : end - first]
-            columns[first:end] = own[i]
+            columns[first:end] = corners[i]
             for j, (start, stop) in enumerate(blocks[i + 1 :], i + 1):
                 inside = self.lower[start:stop, first:start] @ columns[first:start]
-                columns[start:stop].addmm_(own[j], inside, beta=0, alpha=-1)
+                columns[start:stop].addmm_(corners[j], inside, beta=0, alpha=-1)
             total += float(torch.linalg.vector_norm(columns[first:])) ** 2
         return total
 
 
 def factor(packed: Tensor, m: int, penalty: float, standard: Standard | None = None) -> Factor:
-    """Cholesky's factor of `G + λI`, made in one dense workspace that becomes the factor.
+    """Cholesky's factor of `G + λI`, computed in one dense workspace that becomes the factor.
 
-    Where rounding has left the matrix not positive definite, `λ` is multiplied by ten, twelve times at most.
+    If rounding errors make the matrix not positive definite, `λ` is multiplied by ten, twelve times at most.
 
     Args:
-        packed: packed `(m, m)`, or `(m + 1, m + 1)` with `standard`, where the factor is that of `Gₓ + λI`.
+        packed: packed `(m, m)`. With `standard` packed `(m + 1, m + 1)`, and the factor is that of `Gₓ + λI`.
 
     Raises:
-        UsageError: a penalty that is not a positive number.
-        PerpetuneError: no such penalty makes it positive definite.
+        UsageError: the penalty is not a positive number.
+        PerpetuneError: the matrix is not positive definite with any of these penalties.
     """
     if not (penalty > 0 and math.isfinite(penalty)):
         raise UsageError(f"the penalty of a ridge regression is {penalty}; a positive number is expected")
@@ -247,17 +250,17 @@ def factor(packed: Tensor, m: int, penalty: float, standard: Standard | None = N
         else:
             standard.fill(space, packed)
         space.diagonal().add_(used)
-        # LAPACK wants columns: the lower triangle of rows is the upper one of columns. Only `out` being the very
-        # input, in this layout, is factored without a copy.
+        # LAPACK stores columns, so the lower triangle in rows is the upper one in columns. Torch factors without a copy
+        # only if `out` is the input itself, in this layout.
         columns = space.mT
         torch.linalg.cholesky_ex(columns, upper=True, out=(columns, info))
-        # what is not finite in a row of L reaches that row's diagonal
+        # A value that is not finite in a row of L makes the diagonal of that row not finite.
         if int(info) == 0 and bool(torch.isfinite(space.diagonal()).all()):
             return Factor(space, used)
         used *= 10
     raise PerpetuneError(
         f"the Gram matrix ({m} wide) of a ridge regression is not positive definite with penalties from {penalty:.3g} "
-        f"to {used / 10:.3g}; sums of finite features are, so the stored statistics are damaged"
+        f"to {used / 10:.3g}; with sums of finite features it would be, so the stored statistics are damaged"
     )
 
 
@@ -265,28 +268,29 @@ def factor(packed: Tensor, m: int, penalty: float, standard: Standard | None = N
 class Fit:
     """Ridge weights for one penalty, with an estimate of their error on examples that they have not seen.
 
-    Let `q` be what each row would be missed by if it had been left out. Which class wins does not depend on the scale
-    of the prediction `y − q`, so neither may the error, or few rows of a class ask for a far too large penalty just to
-    make predictions small:
+    Let `q` be the error of the prediction for each row if that row had been left out of the regression. The class with
+    the highest score does not depend on the scale of the prediction `y − q`, so the error must not depend on it either.
+    Otherwise classes with few rows would lead to a far too large penalty, which only makes predictions small. So
 
         error = min over a of Σ w ‖y − a (y − q)‖² / Σ w ‖y‖²,   error / (1 − error) = (E v − u²) / (E − u)²,
         E = Σ w ‖y‖²,  u = Σ w y·q,  v = Σ w ‖q‖².
 
-    Exactly `q = (y − Wᵀh) / (1 − w hᵀA⁻¹h)` (Allen 1974), where rows are there. From sums alone it is generalised
-    cross-validation's `(y − Wᵀh) / ρ` with the mean `ρ = 1 − df/n` of the denominators (Golub, Heath & Wahba 1979),
-    times what the exact error of a `Sample` is to this one's. Without a sample, a few rows that are there twice are
-    enough to mislead it where rows are fewer than columns: their denominators are large, so `ρ` is, and all other
-    rows, of which nothing is left to miss, seem to be predicted.
+    If the rows are available, `q = (y − Wᵀh) / (1 − w hᵀA⁻¹h)` is exact (Allen 1974). From sums alone the estimate is
+    that of generalised cross-validation, `(y − Wᵀh) / ρ` with the mean `ρ = 1 − df/n` of the denominators (Golub, Heath
+    & Wahba 1979). A `Sample` of rows corrects it: the odds of the error are multiplied by the ratio of the sample's
+    exact odds to its estimated ones. Without a sample, and with fewer rows than columns, a few rows that occur twice
+    spoil the estimate: their denominators are large and make `ρ` large, and all other rows, whose residuals are nearly
+    zero, seem to be predicted well.
 
-    Where `E − u` is not positive (left-out rows are told nothing of their class: a single row of every class, a pure
-    interpolation) or `df` of a primal fit is over 0.999 `n` (a quotient of rounding errors), `error` is infinite, with
-    slope −1, which sends a search to higher penalties.
+    `error` is infinite, with slope −1, in two cases: `E − u` is not positive (a left-out row gets no information about
+    its class, as with a single row of every class, or pure interpolation), or `df` of a primal fit is over 0.999 `n`
+    (then it is a quotient of rounding errors). This sends a search to higher penalties.
     """
 
     weights: Tensor
     """`W (M, C)`, float64."""
     penalty: float
-    """`λ`, the one used."""
+    """`λ`, the penalty that was used."""
     error: float
     """From 0 to 1, or infinite."""
     slope: float
@@ -296,21 +300,21 @@ class Fit:
     freedom: float
     """`df`, the effective degrees of freedom."""
     factor: Factor | None = None
-    """Of `A`; None where the fit is dual."""
+    """The factor of `A`; None in a dual fit."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Some of the rows that are in the sums, by which their error is corrected: see `Fit`."""
+    """Some of the rows that are in the sums. They correct the estimated error; see `Fit`."""
 
     rows: Tensor
-    """`(m, M)`, float64; `m` may be 0 in one process of several."""
+    """`(m, M)`, float64; `m` may be 0 in some of several processes."""
     targets: Tensor
     """`(m,)`, int64."""
     weights: Tensor
     """`(m,)`, float64."""
     total: Callable[[Tensor], Tensor]
-    """Adds up over processes, which have different rows."""
+    """Sums a tensor over processes, which have different rows."""
 
 
 def primal(
@@ -324,30 +328,30 @@ def primal(
     standard: Standard | None = None,
     probes: int = 48,
 ) -> Fit:
-    """The fit from sums: one factorisation.
+    """The fit from sums; takes one factorisation.
 
     With `e = Σ w y·(y − Wᵀh) = E − ⟨W, Q⟩`, `r = Σ w ‖y − Wᵀh‖² = e − λ‖W‖²` and `T = tr A⁻¹`: `u = e/ρ`, `v =
-    r/ρ²`, `de/dλ = ‖W‖²`, `dr/dλ = 2λ⟨W, A⁻¹W⟩`, `n ρ = n − M + λT`, `dT/dλ = −tr A⁻²`, `d²T/dλ² = 2 tr A⁻³`. Wider
-    than `EXACT`, the traces are estimated from random signs (Hutchinson 1990), the same for every penalty, so that
-    the curve over penalties is smooth and its slope exact. With few rows, `T` is mostly the `(M − n) / λ` of
-    directions without rows, and the error of an estimate of that would be larger than what is left of `n ρ`: then
-    `T` is computed. It cancels in the derivatives, which stay estimates, to some per cent.
+    r/ρ²`, `de/dλ = ‖W‖²`, `dr/dλ = 2λ⟨W, A⁻¹W⟩`, `n ρ = n − M + λT`, `dT/dλ = −tr A⁻²`, `d²T/dλ² = 2 tr A⁻³`. For
+    widths above `EXACT` the traces are estimated with random signs (Hutchinson 1990). The signs are the same for every
+    penalty, so that the curve over penalties is smooth and its slope is that of the curve. With few rows `T` is mostly
+    `(M − n) / λ`, from directions without rows, and the error of an estimate would be larger than `n ρ`; then `T` is
+    computed exactly. In the derivatives this large part cancels, so they stay estimates, exact to some per cent.
 
-    With `standard` rows and targets are centred: all of the above is of `x` and `y − ȳ`, and the intercept takes one
+    With `standard` rows and targets are centred: the formulas hold for `x` and `y − ȳ`, and the intercept takes one
     degree of freedom, so `n ρ = n − 1 − M + λT`.
 
     Args:
         packed: `G`, packed `(M, M)`; with `standard` `(M + 1, M + 1)`.
         cross: `Q (M, C)`, float64; with `standard` `(M + 1, C)`.
         count: `n`, the number of rows.
-        energy: `Σ w ‖y‖²`, the sum of the weights; with `standard` it says itself what it is.
-        penalty: `λ`; escalated where `factor` does.
-        sample: rows by which the error is corrected; `z`, not standardised.
-        standard: how rows are standardised; the weights are those of `x`.
-        probes: vectors of signs.
+        energy: `Σ w ‖y‖²`, the sum of the weights; ignored with `standard`, which gives its own.
+        penalty: `λ`; raised if `factor` has to raise it.
+        sample: rows `z`, not standardised, that correct the error.
+        standard: the standardisation of rows; the weights are then those for `x`.
+        probes: the number of vectors of random signs.
 
     Raises:
-        UsageError: no rows yet, or a penalty that is not positive.
+        UsageError: there are no rows yet, or the penalty is not positive.
         PerpetuneError: `G + λI` cannot be factored.
     """
     if not (count > 0 and energy > 0):
@@ -355,44 +359,47 @@ def primal(
     if standard is not None:
         cross, energy = standard.cross(cross), standard.energy
     m, classes = cross.shape
-    made = factor(packed, m, penalty, standard)
-    used = made.penalty
+    factored = factor(packed, m, penalty, standard)
+    used = factored.penalty
     if m <= EXACT:
         signs, share = torch.eye(m, dtype=torch.float64), 1.0
     else:
-        drawn = torch.randint(0, 2, (m, probes), generator=generator("ridge", "probes", m))
-        signs, share = drawn.double() * 2 - 1, 1 / probes
-    half = made.forward(torch.cat([cross, signs.to(cross)], dim=1))
-    full = made.backward(half)
-    more = made.forward(full)
-    last = made.backward(more[:, :classes])
-    # a slice would keep the probes' memory, and columns are not what is stored
+        random = torch.randint(0, 2, (m, probes), generator=generator("ridge", "probes", m))
+        signs, share = random.double() * 2 - 1, 1 / probes
+    half = factored.forward(torch.cat([cross, signs.to(cross)], dim=1))
+    full = factored.backward(half)
+    more = factored.forward(full)
+    last = factored.backward(more[:, :classes])
+    # A slice would keep the memory of the columns of signs, and its layout is not the one that is stored.
     weights = full[:, :classes].clone(memory_format=torch.contiguous_format)
     explained, inverse = _squares(half, classes, share)
     norm, inverse2 = _squares(full, classes, share)
     third, inverse3 = _squares(more, classes, share)
     fourth = float(last.square().sum())
-    exact = made.inverse_trace() if m > EXACT and count < NEAR * m else inverse
+    exact = factored.inverse_trace() if m > EXACT and count < NEAR * m else inverse
     left = count - (standard is not None) - m + used * exact
     freedom = count - left
-    if left < 1e-3 * count or not energy > 0:  # one class alone leaves nothing to be told
-        return Fit(weights, used, math.inf, -1.0, 0.0, min(freedom, 0.999 * count), made)
-    missed = max(energy - explained, 1e-12 * energy)
-    residual = max(missed - used * norm, 1e-12 * energy)
+    if left < 1e-3 * count or not energy > 0:  # with one class there is nothing to distinguish
+        return Fit(weights, used, math.inf, -1.0, 0.0, min(freedom, 0.999 * count), factored)
+    unexplained = max(energy - explained, 1e-12 * energy)
+    residual = max(unexplained - used * norm, 1e-12 * energy)
     spared = _curve(used, left / count, (inverse - used * inverse2) / count, 2 * (used * inverse3 - inverse2) / count)
-    u = _curve(used, missed, norm, -2 * third) / spared
+    u = _curve(used, unexplained, norm, -2 * third) / spared
     v = _curve(used, residual, 2 * used * third, 2 * third - 6 * used * fourth) / spared / spared
     odds = _odds(energy, u, v)
     if odds is not None and sample is not None:
-        odds = odds + _correction(made, weights, last, spared, sample, standard)
-    return Fit(weights, used, *_error(odds), freedom, made)
+        odds = odds + _correction(factored, weights, last, spared, sample, standard)
+    return Fit(weights, used, *_error(odds), freedom, factored)
 
 
 def _correction(
     made: Factor, weights: Tensor, inverse: Tensor, spared: _Curve, sample: Sample, standard: Standard | None
 ) -> _Curve:
-    """Log odds of a sample's exact error less those of its approximate one; `inverse` is `A⁻¹ W`,
-    `spared` is `ρ`.
+    """The log odds of a sample's exact error minus those of its estimated error.
+
+    Args:
+        inverse: `A⁻¹ W`.
+        spared: `ρ`.
 
     With `b = A⁻¹ h`: `d hᵀb/dλ = −‖b‖²`, `d² hᵀb/dλ² = 2 bᵀA⁻¹b`, `d Wᵀh/dλ = −(A⁻¹W)ᵀh`, `d² Wᵀh/dλ² = 2 (A⁻¹W)ᵀb`.
     """
@@ -405,7 +412,7 @@ def _correction(
     more = made.forward(full)
     powers = [part.square().sum(0)[:, None] for part in (half, full, more)]
     missed = _curve(made.penalty, hot - rows @ weights, rows @ inverse, -2 * full.mT @ inverse)
-    always = 0.0 if standard is None else 1 / standard.mass  # what the intercept takes from each row
+    always = 0.0 if standard is None else 1 / standard.mass  # the intercept's part of the leverage of each row
     kept = (1 - own * (powers[0] + always)).clamp(min=1e-12)
     left = _curve(made.penalty, kept, own * powers[1], -2 * own * powers[2])
     sums = [(own if standard is None else own * hot.square()).sum()[None]]
@@ -422,20 +429,20 @@ def _correction(
 
 
 class Dual:
-    """The same fit from the rows themselves: `K = H Hᵀ (n, n)`, one eigendecomposition for all penalties.
+    """The same fit from the rows themselves, by `K = H Hᵀ (n, n)`: one eigendecomposition for all penalties.
 
-    Exact and well-conditioned down to interpolation, and the cheaper way where `n` is well below `M`. Rows and targets
-    are multiplied by `√w`.
+    It is exact and well-conditioned even for tiny penalties (interpolation), and cheaper if `n` is well below `M`.
+    Rows and targets are multiplied by `√w`.
 
     Args:
-        rows: `(n, M)` of any floating type; kept as they are.
+        rows: `(n, M)` of any floating type; they are not converted.
         targets: `(n,)`, int64, below `classes`.
         classes: `C`.
         weights: `(n,)`, positive; None for 1.
-        standard: how these rows are standardised; then targets are centred too, and weights are those of `x`.
+        standard: the standardisation of these rows. Then targets are centred too, and the weights are those for `x`.
 
     Raises:
-        UsageError: no rows, rows that are not finite, a target out of range, or a weight that is not positive.
+        UsageError: there are no rows, rows are not finite, a target is out of range, or a weight is not positive.
     """
 
     def __init__(
@@ -455,9 +462,9 @@ class Dual:
         self.scale = scale[:, None]
         """`√w (n, 1)`."""
         self.targets = _one_hot(targets, classes).to(self.scale)
-        """`(n, C)`; with an intercept `y − ȳ`."""
+        """The targets `(n, C)`; with an intercept `y − ȳ`."""
         self.always = torch.zeros_like(self.scale)
-        """`(n, 1)`: the share that the intercept takes from each row."""
+        """The intercept's part of the leverage of each row, `(n, 1)`."""
         if standard is not None:
             self.targets = self.targets - standard.target
             self.always = self.scale.square() / standard.mass
@@ -465,8 +472,9 @@ class Dual:
         for _, part in self._columns():
             kernel.addmm_(part, part.mT)
         self.lift = 0.0
-        """What the direction `√w` is lifted by: centred rows have no part in it, and its eigenvalue, a rounding error,
-        would be divided by. Targets have none either, so that this changes no weights."""
+        """A number that is added to the eigenvalue of the direction `√w`. Centred rows have no part in this direction,
+        so its eigenvalue is only a rounding error, and dividing by it would be harmful. Centred targets have no part in
+        it either, so the weights do not change."""
         if standard is not None:
             self.lift = float(kernel.diagonal().mean())
             kernel.addmm_(self.scale, self.scale.mT, alpha=self.lift / standard.mass)
@@ -478,11 +486,11 @@ class Dual:
     def fit(self, penalty: float) -> Fit:
         """The fit for one penalty.
 
-        With `α = (K + λI)⁻¹ √w Y`: `√w q = α / diag (K + λI)⁻¹`, for every row exactly. With an intercept the
-        denominator is that of `(K + λI)⁻¹` without its part `w / (λ Σ w)` along `√w`.
+        With `α = (K + λI)⁻¹ √w Y`, `√w q = α / diag (K + λI)⁻¹` is exact for every row. With an intercept the
+        denominator is the diagonal of `(K + λI)⁻¹` minus its part `w / (λ Σ w)` along `√w`.
 
         Raises:
-            UsageError: a penalty that is not a positive number.
+            UsageError: the penalty is not a positive number.
         """
         inverse = self._inverse(penalty)
         powers = [inverse, -(inverse**2), 2 * inverse**3]
@@ -494,8 +502,8 @@ class Dual:
         alphas = _curve(penalty, *(self.vectors @ (power[:, None] * self.turned) for power in powers))
         alpha, missed = alphas.value, alphas / own
         energy = float(self.scale.square().sum()) if self.standard is None else self.standard.energy
-        told = energy > 1e-12 * float(self.scale.square().sum())  # one class alone leaves nothing to be told
-        odds = _odds(energy, (missed * (self.scale * self.targets)).sum(), (missed * missed).sum()) if told else None
+        several = energy > 1e-12 * float(self.scale.square().sum())  # with one class there is nothing to distinguish
+        odds = _odds(energy, (missed * (self.scale * self.targets)).sum(), (missed * missed).sum()) if several else None
         weights = alpha.new_empty(self.rows.shape[1], alpha.shape[1])
         for start, part in self._columns():
             weights[start : start + part.shape[1]] = part.mT @ alpha
@@ -505,10 +513,10 @@ class Dual:
         return Fit(weights, penalty, *_error(odds), freedom)
 
     def leave_one_out(self, penalty: float) -> Tensor:
-        """What each row's scores `(n, C)` were if it alone had not been learned: exact (PRESS, Allen 1974).
+        """The scores `(n, C)` that each row would get if it alone had not been learned; exact (PRESS, Allen 1974).
 
         Raises:
-            UsageError: a penalty that is not a positive number.
+            UsageError: the penalty is not a positive number.
         """
         inverse = self._inverse(penalty)
         alpha = self.vectors @ (inverse[:, None] * self.turned)
@@ -524,7 +532,7 @@ class Dual:
         return inverse
 
     def _columns(self) -> Iterator[tuple[int, Tensor]]:
-        """`√w H` some columns at a time, float64, each with where it starts."""
+        """`√w H` in groups of columns, float64, each with the index of its first column."""
         for start in range(0, self.rows.shape[1], ROWS):
             part = self.rows[:, start : start + ROWS].to(self.scale)
             if self.standard is not None:
@@ -541,19 +549,20 @@ def leave_one_out(
     row_weights: Tensor | None,
     standard: Standard | None = None,
 ) -> Tensor:
-    """Scores `(B, C)` of rows that are part of the sums, as if each alone were not: `(z − s y) / (1 − s)` with
-    `s = w hᵀA⁻¹h`, exact (PRESS, Allen 1974).
+    """The scores `(B, C)` that rows of the sums would get if each of them alone were not in the sums.
+
+    These are `(z − s y) / (1 − s)` with the present scores `z` and `s = w hᵀA⁻¹h`; exact (PRESS, Allen 1974).
 
     Args:
-        factor: of `A`.
+        factor: the factor of `A`.
         weights: `W (M, C)` of the same sums and penalty.
         rows: `(B, M)` of any floating type.
         targets: `(B,)`, int64.
         row_weights: `(B,)`, None for 1.
-        standard: how rows are standardised, where weights are those of `x`; `s` is `w (xᵀA⁻¹x + 1/Σw)` then.
+        standard: the standardisation of rows, if the weights are those for `x`; then `s` is `w (xᵀA⁻¹x + 1/Σw)`.
 
     Raises:
-        UsageError: a target out of range.
+        UsageError: a target is out of range.
     """
     hot = _one_hot(targets, weights.shape[1]).to(weights)
     if standard is not None:
@@ -576,29 +585,30 @@ def choose(
     highest: float = 1e2,
     tolerance: float = 0.005,
 ) -> tuple[Fit, int]:
-    """The penalty `κ · scale` with the smallest error near where the search starts.
+    """Find the penalty `κ · scale` with the smallest error near the start of the search.
 
-    Newton's steps on the log odds of the error over `log λ`, held in a bracket. It ends where another step would gain
-    less than `tolerance`, so a stream that starts at its last penalty usually pays one factorisation a task. Plateaus
-    (tiny or huge penalties) are bent the other way and are left by decades. The bracket comes from values: with fewer
-    rows than columns and a small penalty the slope is a difference of nearly equal numbers of which one is estimated,
-    and may have the wrong sign; a step that made things worse is then answered by one to the other side. Without a
-    last penalty the search comes from above, where nothing cancels. Where no penalty tells left-out rows anything, it
-    ends where it started. At no time are there two factors: where the best penalty was not the last one tried, it is
-    fitted again.
+    The search takes Newton's steps on the log odds of the error as a function of `log λ`, within a bracket. It ends
+    when another step would gain less than `tolerance`. So a stream that starts at its last penalty usually takes one
+    factorisation a task. On plateaus (tiny or huge penalties) the curvature has the wrong sign, and the search takes
+    steps of one or two decades. The bracket comes from values, not from slopes: with fewer rows than columns and a
+    small penalty the slope is the difference of nearly equal numbers, one of which is estimated, so its sign may be
+    wrong. After a step that made the error larger, the next step goes to the other side. Without a last penalty the
+    search starts at a high one, where nothing cancels. If left-out rows get no information with any penalty, the result
+    is the start. There are never two factors in memory: if the best penalty was not the last one tried, it is fitted
+    again.
 
     Args:
-        fit: the fit for a penalty; what it returns is let go before it is called again.
+        fit: computes the fit for a penalty; its result is deleted before the next call.
         scale: `tr G / M`.
-        start: a penalty `λ`, the last one chosen; None for `κ` = 1.
+        start: the last chosen penalty `λ`; None for `κ` = 1.
         lowest, highest: bounds of `κ`.
-        tolerance: in log odds.
+        tolerance: the least gain of a step, in log odds.
 
     Returns:
-        The fit, and how many were made.
+        The fit, and the number of fits that were computed.
 
     Raises:
-        UsageError: a scale or start that is not positive.
+        UsageError: the scale or the start is not positive.
     """
     first = scale if start is None else start
     if not (0 < scale < math.inf and 0 < first < math.inf):
@@ -608,7 +618,7 @@ def choose(
     search, tries = _Search(low, high, tolerance), 0
     last: Fit | None = None
     while at is not None and tries < EVALUATIONS:
-        del last  # its factor goes before the next one is made
+        del last  # frees its factor before the next one is computed
         last, tries = fit(math.exp(at)), tries + 1
         search.tried.append(_Tried(math.log(last.penalty), last.error, last.slope, last.curvature))
         at = search.next()
@@ -630,7 +640,7 @@ class _Tried:
 
 
 class _Search:
-    """Where `choose` goes next, from all penalties tried so far."""
+    """Chooses the next penalty for `choose`, from all penalties tried so far."""
 
     def __init__(self, low: float, high: float, tolerance: float):
         self.low, self.high, self.tolerance = low, high, tolerance
@@ -639,10 +649,10 @@ class _Search:
 
     @property
     def best(self) -> _Tried:
-        return min(self.tried, key=lambda one: (one.error, -one.at))  # of equals the higher penalty
+        return min(self.tried, key=lambda one: (one.error, -one.at))  # of equal errors the one with the higher penalty
 
     def next(self) -> float | None:
-        """`log λ`; None where nothing is to be gained."""
+        """The next `log λ`; None if no step would gain enough."""
         best = self.best
         left = max((one.at for one in self.tried if one.at < best.at), default=None)
         right = min((one.at for one in self.tried if one.at > best.at), default=None)
@@ -680,7 +690,7 @@ def _squares(columns: Tensor, classes: int, share: float) -> tuple[float, float]
 
 @dataclass(frozen=True)
 class _Curve:
-    """A function of `log λ` at one place, a number or a tensor of them, with its first and second derivative."""
+    """The value of a function of `log λ` at one point, a number or a tensor, with its first and second derivative."""
 
     value: Any
     first: Any = 0.0
@@ -715,30 +725,34 @@ class _Curve:
 
 
 def _curve(penalty: float, value: Any, first: Any, second: Any) -> _Curve:
-    """From derivatives by `λ`."""
+    """A `_Curve` from a value and its derivatives by `λ`."""
     return _Curve(value, penalty * first, penalty * first + penalty**2 * second)
 
 
 def _odds(energy: float, u: _Curve, v: _Curve) -> _Curve | None:
-    """Log odds of the error of a `Fit`; None where left-out rows are told nothing."""
+    """The log odds of the error of a `Fit`; None if left-out rows get no information about their class."""
     whole = _Curve(energy)
-    told = whole - u
-    if told.value < 1e-6 * energy:
+    explained = whole - u
+    if explained.value < 1e-6 * energy:
         return None
-    odds = (whole * v - u * u) / (told * told)
-    # under 1e-12 all is explained, and what is left is rounding
+    odds = (whole * v - u * u) / (explained * explained)
+    # Odds under 1e-12 are only rounding errors.
     return odds.log() if odds.value > 1e-12 else _Curve(math.log(1e-12))
 
 
 def _error(odds: _Curve | None) -> tuple[float, float, float]:
-    """The error of a `Fit`, its slope and its curvature, from its log odds."""
+    """The error of a `Fit` with its slope and curvature, from its log odds."""
     if odds is None:
         return math.inf, -1.0, 0.0
     return 1 / (1 + math.exp(-odds.value)), odds.first, odds.second
 
 
 def _one_hot(targets: Tensor, classes: int) -> Tensor:
-    """`(n, C)` of `targets (n,)`."""
+    """One-hot rows `(n, C)` for `targets (n,)`.
+
+    Raises:
+        UsageError: a target is out of range.
+    """
     if len(targets) and not (int(targets.min()) >= 0 and int(targets.max()) < classes):
         raise UsageError(f"targets from {int(targets.min())} to {int(targets.max())} for {classes} classes")
     return torch.nn.functional.one_hot(targets, classes)

@@ -1,7 +1,7 @@
-"""Signatures of tasks: mean gradients, sketched to a few numbers for each module, and the distance between them.
+"""Signatures of tasks: mean gradients, reduced to a few numbers for each module, and the distance between them.
 
-A signature is a matrix `(L, k)`: a row for each of `L` modules. Rows are compared by their L1 distance after each is
-divided by its L1 norm, so that distances lie in [0, 1] whatever the loss is scaled by (treelora.md §5.2).
+A signature is a matrix `(L, k)` with a row for each of `L` modules. Each row is divided by its L1 norm, and rows are
+compared by their L1 distance. So distances are in [0, 1] and do not depend on the scale of the loss.
 """
 
 from __future__ import annotations
@@ -18,43 +18,43 @@ from perpetune.seeding import generator
 
 
 class Sketch:
-    """A linear map of `dim` numbers to `size`, which keeps inner products on average: a CountSketch (Charikar, Chen &
-    Farach-Colton 2002) whose buckets are not drawn.
+    """A linear map of `dim` numbers to `size` numbers that keeps inner products on average: a CountSketch (Charikar,
+    Chen & Farach-Colton 2002) whose buckets are fixed instead of random.
 
-    Number `i` gets a random sign `s_i` and is added to bucket `i mod (size + 1)`, the last bucket to the first: signs,
-    a fold and a sum. Still, over the signs,
+    Number `i` gets a random sign `s_i` and is added to bucket `i mod (size + 1)`; the last bucket is added to the
+    first. Because the signs are independent, the expectation over the signs is still
 
-        E ⟨Sx, Sy⟩ = Σ x_i y_i + Σ over i ≠ j in one bucket of x_i y_j E[s_i s_j] = ⟨x, y⟩
+        E ⟨Sx, Sy⟩ = Σ x_i y_i + Σ over i ≠ j in one bucket of x_i y_j E[s_i s_j] = ⟨x, y⟩.
 
-    since signs are independent. Drawn buckets would only guard the variance against large numbers that share a bucket.
-    What repeats in a gradient are the columns of a matrix, and a period of `size + 1` puts those in all buckets where
-    their number is a power of two, like the rank of a LoRA.
+    Random buckets would only lower the variance if large numbers share a bucket. In a gradient the columns of a matrix
+    repeat with a period. If their number is a power of two, as the rank of a LoRA often is, a period of `size + 1`
+    spreads each column over all buckets.
 
     Args:
-        dim: numbers that are sketched, at least 1.
-        size: numbers they become, at least 1. Shorter inputs are padded with zeros.
-        seed: of the signs, which are the same on every machine. They take `dim` bytes.
+        dim: the number of input values, at least 1.
+        size: the number of output values, at least 1. Shorter inputs are padded with zeros.
+        seed: the seed of the signs. They are the same on every machine and take `dim` bytes.
 
     Raises:
-        UsageError: a size that is not positive.
+        UsageError: a size is not positive.
     """
 
     def __init__(self, dim: int, size: int = 256, seed: int = 0):
         if dim < 1 or size < 1:
-            raise UsageError(f"a sketch of {dim} numbers to {size} was asked for; both have to be positive")
+            raise UsageError(f"a sketch reduces {dim} numbers to {size}; both have to be positive")
         self.dim, self.size = dim, size
         self.signs = torch.randint(0, 2, (dim,), generator=generator("sketch", seed, dim, size), dtype=torch.int8)
-        """`s (dim,)`, int8, ±1; on the device of what was sketched last."""
+        """`s (dim,)`, int8, ±1; on the device of the last input."""
         self.signs.mul_(2).sub_(1)
 
     def __call__(self, values: Tensor) -> Tensor:
         """The sketch of each row: `(dim,)` to `(size,)`, `(L, dim)` to `(L, size)`; float32, on the same device.
 
         Raises:
-            UsageError: rows of another length.
+            UsageError: the rows have another length.
         """
         if values.shape[-1:] != (self.dim,):
-            raise UsageError(f"a sketch of rows of {self.dim} numbers was asked for, got {tuple(values.shape)}")
+            raise UsageError(f"a sketch expects rows of {self.dim} numbers, got {tuple(values.shape)}")
         if self.signs.device != values.device:
             self.signs = self.signs.to(values.device)
         signed = values.detach().float() * self.signs
@@ -66,14 +66,14 @@ class Sketch:
 
 
 class RunningMean(nn.Module):
-    """The weighted mean of tensors that come one by one, as Welford 1962 updates it: no sum that grows, and
-    micro-batches with their numbers of examples as weights give the mean of the whole batch. Float64 inside, and on the
-    CPU wherever the rest of a model goes: Apple's GPUs have no float64.
+    """The weighted mean of tensors that come one by one, updated as in Welford 1962, so no sum grows.
 
-    A module, so that it is stored with what holds it and goes on bit for bit.
+    Micro-batches, weighted by their numbers of examples, give the mean of the whole batch. The mean is float64 on the
+    CPU, wherever the model is, because Apple's GPUs have no float64. It is a module, so that its owner stores it and
+    continues with the same bits.
 
     Args:
-        shape: of the tensors, such as `(L, k)`.
+        shape: the shape of the tensors, such as `(L, k)`.
     """
 
     mean: Tensor
@@ -82,19 +82,20 @@ class RunningMean(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
         self.weight = 0.0
-        """Of all that was seen."""
+        """The sum of the weights so far."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RunningMean:
         return self
 
     def update(self, values: Tensor, weight: float = 1) -> None:
-        """Add `values`, the mean of `weight` examples. Whether they are finite is not looked at.
+        """Add `values`, the mean of `weight` examples. Values that are not finite are not detected. Weight 0 adds
+        nothing.
 
         Raises:
-            UsageError: another shape, or a weight that is not a number ≥ 0. With weight 0 nothing is added.
+            UsageError: `values` has another shape, or the weight is not a number ≥ 0.
         """
         if values.shape != self.mean.shape:
-            raise UsageError(f"a mean of tensors {tuple(self.mean.shape)} was asked for, got {tuple(values.shape)}")
+            raise UsageError(f"a mean expects tensors {tuple(self.mean.shape)}, got {tuple(values.shape)}")
         if not (weight >= 0 and math.isfinite(weight)):
             raise UsageError(f"the weight of an observation is {weight}; a number of examples is expected")
         if weight == 0:
@@ -104,11 +105,11 @@ class RunningMean(nn.Module):
 
     @property
     def value(self) -> Tensor:
-        """The mean in float32; zeros until something was seen."""
+        """The mean in float32; zeros before the first `update`."""
         return self.mean.float()
 
     def reset(self) -> None:
-        """As if nothing had been seen."""
+        """Forget all updates."""
         self.mean.zero_()
         self.weight = 0.0
 
@@ -120,9 +121,9 @@ class RunningMean(nn.Module):
 
 
 def normalised(rows: Tensor) -> Tensor:
-    """Each row of `(..., k)` divided by its L1 norm, float32; rows of zeros stay.
+    """Each row of `(..., k)` divided by its L1 norm, float32; rows of zeros stay zero.
 
-    A positive factor of the input does not matter, not even one that lets a norm overflow.
+    The result does not depend on a positive factor of the input, even if the norm overflows with it.
     """
     rows = rows.detach().float()
     rows = rows / _divisor(rows.abs().amax(-1, keepdim=True))
@@ -137,13 +138,13 @@ def row_distances(u: Tensor, v: Tensor) -> Tensor:
 def distance(u: Tensor, v: Tensor) -> Tensor:
     """The mean over modules of `row_distances`: `(...)` from normalised `(..., L, k)`, broadcast.
 
-    A metric with values in [0, 1]: 0 of equal signatures, 1 where no number of a row overlaps. (A row of zeros is at
-    1/2 from every other one.)
+    It is a metric with values in [0, 1]: 0 for equal signatures, 1 if the two signatures have no position where both
+    numbers have the same sign. (A row of zeros has the distance 1/2 from every other row.)
     """
     rows = max(u.shape[-2], v.shape[-2])
     return (u - v).abs_().flatten(-2).sum(-1).div_(2 * rows).clamp_(max=1)
 
 
 def _divisor(norm: Tensor) -> Tensor:
-    """1 for 0, so that zeros stay zeros."""
+    """The norm, or 1 if it is 0, so that rows of zeros stay zero."""
     return norm.where(norm != 0, 1)

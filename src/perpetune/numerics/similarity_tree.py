@@ -1,8 +1,8 @@
-"""A tree of tasks by the distance of their signatures, and two ways to search it (treelora.md §1.3, §1.4, §5.2).
+"""A tree of tasks, ordered by the distances of their signatures, and two ways to search it.
 
-The tree is that of TreeLoRA (Qian et al. 2025, arXiv:2506.10355), with splits into halves, so that every search goes
-through `⌈log2 N⌉` levels. `SimilarityTree.nearest` knows the signature it looks for and is exact;
-`LowerConfidenceSearch` sees one noisy distance a step.
+The tree is that of TreeLoRA (Qian et al. 2025, arXiv:2506.10355), but every node is split into halves, so that every
+search goes through `⌈log2 N⌉` levels. `SimilarityTree.nearest` is given a signature and finds the nearest task exactly.
+`LowerConfidenceSearch` sees one noisy distance in each step.
 """
 
 from __future__ import annotations
@@ -22,64 +22,65 @@ from perpetune.errors import StateError, UsageError
 from perpetune.numerics.signature import distance
 from perpetune.seeding import seed_of
 
-ROWS = 64  # tasks compared at a time, so that memory does not grow with their number
-REFINEMENTS = 8  # of a split, at most; two or three are usual
-ROUNDING = 1e-5  # by which a bound made of three distances may be wrong
+ROWS = 64  # tasks are compared in parts of this size, so that memory does not grow with their number
+REFINEMENTS = 8  # the most refinements of a split; two or three are usual
+ROUNDING = 1e-5  # a bound computed from three distances may be wrong by this
 
 
 class Nearest(NamedTuple):
-    """What `SimilarityTree.nearest` has found."""
+    """The result of `SimilarityTree.nearest`."""
 
     id: int
     distance: float
     evaluated: int
-    """Tasks whose own distance was computed."""
+    """The number of tasks whose distance was computed."""
 
 
 @dataclass(eq=False)
 class Node:
-    """Some tasks that are near each other."""
+    """A node of the tree: some tasks that are near each other."""
 
     tasks: tuple[int, ...]
     """Their ids, ascending."""
     depth: int
     """0 for the root."""
     mean: Tensor
-    """Of their points, `(L, k)` float32."""
+    """The mean of their points, `(L, k)` float32."""
     radius: float
     """The largest distance of a task to `mean`."""
     spread: float
-    """The largest distance of two tasks, at most twice `radius`. By the triangle inequality no task's distance to a
-    query, whichever it is, differs by more from the mean of all tasks' distances, however they are weighted: the `δ` of
-    the bandit."""
+    """The largest distance of two tasks, at most twice `radius`. It is the `δ` of the search: by the triangle
+    inequality, a task's distance to any query differs by at most `spread` from any weighted mean of all tasks'
+    distances."""
     group: int | None = None
-    """The group of modules by which the children were made; None for all modules, and where there are no children."""
+    """The group of modules by which the node was split; None for all modules, and for a leaf."""
     cut: float = 0.0
-    """How much nearer to the second child's mean than to the first's a query is, over the group, from which on it goes
-    to the second: where the children part. It is not 0, for halves cannot always be cut where clusters are."""
+    """The threshold between the children. A query goes to the second child if its distance to the first child's mean
+    minus its distance to the second child's mean, over the group, is larger than this. It need not be 0, because equal
+    halves cannot always be divided between clusters."""
     children: tuple[Node, ...] = ()
-    """Two, of which the first has the smallest id; none of a leaf."""
+    """Two nodes, the one with the smallest id first; empty for a leaf."""
 
 
 class SimilarityTree:
-    """Tasks, each a point `(L, k)` of normalised rows, in a tree that halves them at every level.
+    """Tasks, each a point `(L, k)` of normalised rows, in a tree that divides them into halves at every level.
 
-    Nodes at depth `d` are split by module group `d` alone: shallow layers decide near the root, deep ones at the
-    leaves, as in the paper. Beyond the last group, and where all tasks of a node agree in it, all modules count. A
-    split takes two tasks that are far apart (the one farthest from the mean, and the one farthest from that), sorts the
-    others by how much nearer to one of them they are, and cuts in the middle; then the same with the means of the
-    halves, until nothing moves, so that the cut does not go through a cluster that could be whole. It depends on ids in
-    exact ties only.
+    Nodes at depth `d` are split by module group `d` alone: shallow layers decide near the root and deep ones at the
+    leaves, as in the paper. Beyond the last group, and if all tasks of a node are equal in the group, all modules
+    count. A split takes two tasks that are far apart: the one farthest from the mean, and the one farthest from that
+    one. It sorts the other tasks by the difference of their distances to these two, and cuts in the middle. Then it
+    repeats this with the means of the halves until nothing changes, so that the cut does not divide a cluster if it can
+    be avoided. Ids matter only in exact ties.
 
-    Halves differ by one task at most, always: an insertion or a removal that would unbalance a node builds that node
-    anew. Depth is thus `min(max_depth, ⌈log2 N⌉)` at most. Ids are names: they never change and are not used again.
+    Halves always differ by at most one task: if an insertion or a removal would unbalance a node, that node is built
+    again. So the depth is at most `min(max_depth, ⌈log2 N⌉)`. Ids are names; they never change and are not used again.
 
     Args:
-        groups: indices of modules, shallow ones first; None for one group of all.
-        max_depth: where nodes are not split any more, but hold several tasks.
+        groups: indices of modules in groups, shallow ones first; None for one group of all modules.
+        max_depth: the depth at which nodes are not split any more and may hold several tasks.
 
     Raises:
-        UsageError: an empty group, or a depth below 0.
+        UsageError: a group is empty, or the depth is below 0.
     """
 
     def __init__(self, groups: Sequence[Sequence[int]] | None = None, max_depth: int = 64):
@@ -90,9 +91,9 @@ class SimilarityTree:
             raise UsageError(f"the largest depth is {max_depth}; a number ≥ 0 is expected")
         self.max_depth = max_depth
         self.root: Node | None = None
-        """None while there is no task."""
+        """The root; None if there is no task."""
         self.distances = torch.zeros(0, 0)
-        """Of all pairs of tasks over all modules, `(N, N)` float32, in the order of `ids`."""
+        """The distances of all pairs of tasks over all modules, `(N, N)` float32, in the order of `ids`."""
         self._points: dict[int, Tensor] = {}  # ascending ids
         self._free = 0
 
@@ -100,7 +101,7 @@ class SimilarityTree:
     def build(
         cls, points: Tensor, groups: Sequence[Sequence[int]] | None = None, max_depth: int = 64
     ) -> SimilarityTree:
-        """The tree of `points (N, L, k)` with ids 0 to N − 1, made at once."""
+        """Build the tree of `points (N, L, k)` with ids 0 to N − 1 at once."""
         tree = cls(groups, max_depth)
         tree._points = {task: tree._checked(point).clone() for task, point in enumerate(points)}
         tree._free = len(points)
@@ -125,7 +126,7 @@ class SimilarityTree:
 
     @property
     def depth(self) -> int:
-        """Of the deepest leaf; 0 for an empty tree."""
+        """The depth of the deepest leaf; 0 for an empty tree."""
         return max((node.depth for node in self), default=0)
 
     def __iter__(self) -> Iterator[Node]:
@@ -137,23 +138,23 @@ class SimilarityTree:
             waiting.extend(reversed(node.children))
 
     def point(self, task: int) -> Tensor:
-        """The task's `(L, k)`.
+        """The point `(L, k)` of a task.
 
         Raises:
-            UsageError: no such task.
+            UsageError: there is no such task.
         """
         if task not in self._points:
             raise UsageError(f"the tree has no task {task}; it has {list(self._points)}")
         return self._points[task]
 
     def insert(self, point: Tensor) -> int:
-        """Add a task and return its id: one more than the largest there ever was.
+        """Add a task and return its id, which is one more than the largest id that was ever used.
 
-        It goes to the nearer child at every level. Means, radii and spreads change on its path only; the highest node
-        there whose halves would differ by two is built anew.
+        The task goes to the nearer child at every level. Means, radii and spreads change on its path only. The highest
+        node on the path whose halves would differ by two is built again.
 
         Raises:
-            UsageError: not a finite `(L, k)` of normalised rows, or another shape than the tree's.
+            UsageError: the point is not a finite `(L, k)` of normalised rows, or has another shape than the tree's.
         """
         point = self._checked(point)
         task, self._free = self._free, self._free + 1
@@ -164,7 +165,7 @@ class SimilarityTree:
         """Take a task out.
 
         Raises:
-            UsageError: no such task.
+            UsageError: there is no such task.
         """
         self.point(task)
         place = self.ids.index(task)
@@ -177,7 +178,7 @@ class SimilarityTree:
         """Move a task to another point.
 
         Raises:
-            UsageError: no such task, or a point that `insert` would refuse.
+            UsageError: there is no such task, or `insert` would refuse the point.
         """
         self.point(task)
         point = self._checked(point)
@@ -185,20 +186,22 @@ class SimilarityTree:
         self._place(task, point)
 
     def nearest(self, query: Tensor, exclude: Collection[int] = ()) -> Nearest:
-        """The task nearest to `query (L, k)`, exactly, the smallest id of several; best nodes first, and none of which
-        `distance(query, mean) − radius` says that nothing near enough can be in it.
+        """The task nearest to `query (L, k)`, found exactly; of several equally near ones the smallest id.
+
+        The search visits the most promising nodes first. It skips a node if `distance(query, mean) − radius` shows that
+        no task in it can be near enough.
 
         Args:
             query: normalised rows.
-            exclude: ids that are not looked at.
+            exclude: ids that are skipped.
 
         Raises:
-            UsageError: no task is left, or a query that `insert` would refuse.
+            UsageError: no task is left, or `insert` would refuse the query.
         """
         if self.root is None or all(task in exclude for task in self._points):
-            raise UsageError(f"the nearest of no task was asked for: the tree has {len(self)}, all of them excluded")
+            raise UsageError(f"there is no nearest task: the tree has {len(self)} tasks, and all of them are excluded")
         query = self._checked(query)
-        found, best, evaluated = -1, math.inf, 0
+        nearest, best, evaluated = -1, math.inf, 0
         order = itertools.count()
         waiting = [(0.0, next(order), self.root)]
         while waiting and waiting[0][0] <= best + ROUNDING:
@@ -213,18 +216,19 @@ class SimilarityTree:
                 tasks = [task for task in node.tasks if task not in exclude]
                 evaluated += len(tasks)
                 for task, far in zip(tasks, self._distances(tasks, query), strict=True):
-                    if (far, task) < (best, found):
-                        found, best = task, far
-        return Nearest(found, best, evaluated)
+                    if (far, task) < (best, nearest):
+                        nearest, best = task, far
+        return Nearest(nearest, best, evaluated)
 
     def descend(self, query: Tensor) -> int:
-        """The task at which a walk from the root to the nearer child, judged by each level's group, ends.
+        """The task at the end of a walk from the root that goes to the nearer child at each level, by that level's
+        group.
 
         Raises:
-            UsageError: an empty tree, or a query that `insert` would refuse.
+            UsageError: the tree is empty, or `insert` would refuse the query.
         """
         if self.root is None:
-            raise UsageError("a walk down an empty tree was asked for")
+            raise UsageError("an empty tree has no path to descend")
         query, node = self._checked(query), self.root
         while node.children:
             node = node.children[self._next(node, query)]
@@ -232,10 +236,10 @@ class SimilarityTree:
         return min(zip(far, node.tasks, strict=True))[1]
 
     def path(self, task: int) -> list[Node]:
-        """The nodes that hold a task, from the root to its leaf.
+        """The nodes that contain a task, from the root to its leaf.
 
         Raises:
-            UsageError: no such task.
+            UsageError: there is no such task.
         """
         self.point(task)
         assert self.root is not None
@@ -245,11 +249,11 @@ class SimilarityTree:
         return path
 
     def nodes(self) -> dict[str, Any] | None:
-        """The tree for drawing, JSON-able: `{tasks, depth, group, cut, radius, spread, children: [...]}`, nested."""
+        """The tree for a drawing, as nested JSON-able `{tasks, depth, group, cut, radius, spread, children: [...]}`."""
         return _described(self.root) if self.root is not None else None
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything: tensors `points (N, L, k)` and `distances (N, N)`, and a JSON-able rest."""
+        """The whole state: the tensors `points (N, L, k)` and `distances (N, N)`, and the rest as JSON-able values."""
         points = torch.stack(list(self._points.values())) if self._points else torch.zeros(0, 0, 0)
         rest = {
             "groups": self.groups,
@@ -262,10 +266,10 @@ class SimilarityTree:
 
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], rest: dict[str, Any]) -> SimilarityTree:
-        """The tree whose `state()` this is, bit for bit; nothing is split or measured again.
+        """Restore a tree from its `state()`, with the same bits; nothing is split or measured again.
 
         Raises:
-            StateError: tensors of other tasks than the rest speaks of.
+            StateError: the tensors and the rest do not describe the same tasks.
         """
         ids, points, root = rest["ids"], tensors["points"], rest["root"]
         tasks = [] if root is None else root["tasks"]
@@ -282,7 +286,11 @@ class SimilarityTree:
         return tree
 
     def _checked(self, point: Tensor) -> Tensor:
-        """A point as it is kept, float32 on the CPU."""
+        """The point in the form in which it is stored, float32 on the CPU.
+
+        Raises:
+            UsageError: the point has another shape than the others, or its rows are not finite and normalised.
+        """
         kept = point.detach().to("cpu", torch.float32)
         for shape in {p.shape for p in itertools.islice(self._points.values(), 1)}:
             if kept.shape != shape:
@@ -291,11 +299,11 @@ class SimilarityTree:
         if kept.dim() != 2 or len(kept) < modules:
             raise UsageError(f"a signature has a row for each of at least {modules} modules, got {tuple(kept.shape)}")
         if not bool(kept.abs().sum(-1).le(1 + ROUNDING).all()):  # False for NaN
-            raise UsageError("a signature's rows are not finite and divided by their L1 norm; use `normalised`")
+            raise UsageError("the rows of a signature have to be finite and divided by their L1 norm; use `normalised`")
         return kept
 
     def _place(self, task: int, point: Tensor) -> None:
-        """Keep a point, which may be an old task's new one, and find its place."""
+        """Store a point and put its task into the tree. The point may be a new one for an old task."""
         before = self.ids
         far = torch.tensor([*self._distances(before, point), 0.0])
         self._points[task] = point.clone()
@@ -307,7 +315,7 @@ class SimilarityTree:
         self.root = self._with(self.root, task) if self.root is not None else self._built((task,), 0)
 
     def _with(self, node: Node, task: int) -> Node:
-        """The node with one task more."""
+        """The node with one more task."""
         tasks = tuple(sorted((*node.tasks, task)))
         if not node.children:
             return self._built(tasks, node.depth)
@@ -319,7 +327,7 @@ class SimilarityTree:
         return self._joined(node.depth, node.group, children)
 
     def _without(self, node: Node, task: int) -> Node | None:
-        """The node with one task less; None where there is none left."""
+        """The node without a task; None if no task is left."""
         tasks = tuple(other for other in node.tasks if other != task)
         if not tasks:
             return None
@@ -330,7 +338,7 @@ class SimilarityTree:
         return self._joined(node.depth, node.group, [child for child in children if child is not None])
 
     def _built(self, tasks: tuple[int, ...], depth: int) -> Node:
-        """A node made from nothing but its tasks."""
+        """Build a node from its tasks alone."""
         if len(tasks) == 1:
             return Node(tasks, depth, self._points[tasks[0]], 0.0, 0.0)
         if depth == self.max_depth:
@@ -355,7 +363,7 @@ class SimilarityTree:
         return node
 
     def _halves(self, tasks: tuple[int, ...], depth: int) -> tuple[int | None, list[tuple[int, ...]]]:
-        """The group that splits, and both halves; the first one has the smallest id."""
+        """The group that splits the tasks, and both halves; the first half has the smallest id."""
         for group in (depth, None) if depth < len(self.groups) else (None,):
             from_mean = self._distances(tasks, self._mean(tasks, group), group)
             first = tasks[from_mean.index(max(from_mean))]
@@ -369,11 +377,12 @@ class SimilarityTree:
                     if halves == before:
                         break
                 return group, sorted(halves)
-        middle = (len(tasks) + 1) // 2  # all the same
+        middle = (len(tasks) + 1) // 2  # all points are equal
         return None, [tasks[:middle], tasks[middle:]]
 
     def _cut(self, tasks: tuple[int, ...], group: int | None, left: Tensor, right: Tensor) -> list[tuple[int, ...]]:
-        """The half that is nearer to `left` than the other one, which is nearer to `right`."""
+        """Divide tasks into two halves: those nearer to `left`, compared with the others, and those nearer to
+        `right`."""
         to_left, to_right = self._distances(tasks, left, group), self._distances(tasks, right, group)
         order = sorted((a - b, task) for a, b, task in zip(to_left, to_right, tasks, strict=True))
         middle = len(order) // 2
@@ -383,12 +392,12 @@ class SimilarityTree:
         return [tuple(sorted(task for _, task in side)) for side in sides]
 
     def _sides(self, node: Node, tasks: Sequence[int]) -> list[float]:
-        """How much nearer to the mean of the node's second child each task is than to the first's, over the group."""
+        """For each task its distance to the first child's mean minus its distance to the second's, over the group."""
         first, second = (self._distances(tasks, child.mean, node.group) for child in node.children)
         return [a - b for a, b in zip(first, second, strict=True)]
 
     def _next(self, node: Node, query: Tensor) -> int:
-        """On which side of the node's cut a query is; the smaller child where it is on the cut."""
+        """The index of the child on whose side of the cut a query is; exactly on the cut, the smaller child."""
         rows = self._rows(node.group)
         first, second = (float(distance(query[rows], child.mean[rows])) for child in node.children)
         sizes = [len(child.tasks) for child in node.children]
@@ -396,7 +405,7 @@ class SimilarityTree:
         return int(side > 0 or (side == 0 and sizes[1] < sizes[0]))
 
     def _rows(self, group: int | None) -> slice | list[int]:
-        """An index of the group's modules: a view where they follow each other."""
+        """An index of the group's modules; a slice if they follow each other, so that indexing makes no copy."""
         if group is None:
             return slice(None)
         modules = self.groups[group]
@@ -404,15 +413,15 @@ class SimilarityTree:
         return slice(modules[0], modules[-1] + 1) if whole else modules
 
     def _distances(self, tasks: Sequence[int], query: Tensor, group: int | None = None) -> list[float]:
-        """From `query (L, k)` to each task, over a group's modules."""
-        rows, found = self._rows(group), []
+        """The distances from `query (L, k)` to each task, over a group's modules."""
+        rows, distances = self._rows(group), []
         for first in range(0, len(tasks), ROWS):
             points = torch.stack([self._points[task][rows] for task in tasks[first : first + ROWS]])
-            found += distance(points, query[rows]).tolist()
-        return found
+            distances += distance(points, query[rows]).tolist()
+        return distances
 
     def _mean(self, tasks: Sequence[int], group: int | None = None) -> Tensor:
-        """`(L, k)`, float32, but for rounding free of the tasks' order."""
+        """The mean point of the tasks, `(L, k)`, float32. Their order matters only by rounding."""
         total = torch.zeros_like(self._points[tasks[0]], dtype=torch.float64)
         for task in tasks:
             total += self._points[task]
@@ -434,7 +443,8 @@ def _holds(node: Node, task: int) -> bool:
 
 
 def _parent(depth: int, group: int | None, children: Sequence[Node]) -> Node:
-    """A node of two, not yet measured; its mean comes from theirs, whatever the number of tasks."""
+    """A node with two children, not yet measured. Its mean is computed from theirs, so the cost does not depend on the
+    number of tasks."""
     first, second = sorted(children, key=lambda child: child.tasks)
     tasks = tuple(sorted(first.tasks + second.tasks))
     mean = (first.mean * len(first.tasks) + second.mean * len(second.tasks)) / len(tasks)
@@ -454,26 +464,30 @@ def _described(node: Node) -> dict[str, Any]:
 
 
 class LowerConfidenceSearch:
-    """Finds the task of the smallest mean value by trying one a step: BAST (Coquelin & Munos 2007) for losses, which
-    is what Eq. 2 of TreeLoRA means (treelora.md §1.4). With `t` steps so far, of which `n` led to a node, of mean `μ`,
+    """Finds the task with the smallest mean value, by trying one task in each step.
+
+    This is BAST (Coquelin & Munos 2007) for losses, the algorithm that TreeLoRA cites for its Eq. 2; as printed, the
+    inner case of that equation is a maximum of one number. Let `t` be the number of steps so far, `n` of them through a
+    node, and `μ` the mean of their values. The bound of the node is
 
         LCB = max(min over children of LCB, μ − c sqrt(2 ln(t + 1) / n) − δ),        δ = 0 for a task,
 
-    and −∞ for what was never tried. A step goes from the root to the child of the smaller LCB. Only the path of a step
-    gets new bounds, so it costs `O(log N)` and a few microseconds; other bounds keep the `t` of their last visit.
+    and −∞ if the node was never tried. A step goes from the root to the child with the smaller LCB. Only the nodes on
+    its path get new bounds, so a step costs `O(log N)` and a few microseconds; the other bounds keep the `t` of their
+    last visit.
 
-    Ties are broken by a hash of the seed and of `t`: no random state, the same in all processes. A node at the tree's
-    largest depth chooses among its tasks by the same rule.
+    Ties are decided by a hash of the seed and `t`, so there is no random state, and all processes decide the same. A
+    node at the tree's largest depth chooses among its tasks by the same rule.
 
     Args:
-        tree: what is searched. It is read once; later changes of the tree do not matter. Make a search for each task.
+        tree: the tree. It is read once, and later changes of the tree have no effect. Make a new search for each task.
         scale: `c`.
-        seed: for ties.
-        delta: `δ` of nodes of several tasks. "radius": what the tree knows, the node's `spread`, with which LCB is a
-            true bound. Or the same number for all, or a function of the node.
+        seed: decides ties.
+        delta: `δ` of nodes with several tasks. "radius" takes the node's `spread`, with which LCB is a true bound. Or
+            one number for all nodes, or a function of the node.
 
     Raises:
-        UsageError: an empty tree, or a scale that is not a number ≥ 0.
+        UsageError: the tree is empty, or the scale is not a number ≥ 0.
     """
 
     def __init__(
@@ -484,18 +498,18 @@ class LowerConfidenceSearch:
         delta: Literal["radius"] | float | Callable[[Node], float] = "radius",
     ):
         if tree.root is None:
-            raise UsageError("a search of an empty tree was asked for")
+            raise UsageError("an empty tree cannot be searched")
         if not (scale >= 0 and math.isfinite(scale)):
             raise UsageError(f"the scale of a search is {scale}; a number ≥ 0 is expected")
         self.scale, self.seed = scale, seed
         self.steps = 0
-        """`t`: observations so far."""
+        """`t`, the number of observations so far."""
         self.evaluations = 0
-        """Bounds compared by the last `select`: `2 ⌈log2 N⌉` at most, where leaves hold one task."""
+        """The number of bounds that the last `select` compared; at most `2 ⌈log2 N⌉` if leaves have one task."""
         self._children: list[tuple[int, ...]] = []
         self._parents: list[int] = []
         self._deltas: list[float] = []
-        self._tasks: list[int] = []  # of leaves; else -1
+        self._tasks: list[int] = []  # the task of a leaf; -1 for other nodes
         self._leaves: dict[int, int] = {}
         self._enter(tree.root, -1, delta)
         self._counts = [0] * len(self._parents)
@@ -503,7 +517,7 @@ class LowerConfidenceSearch:
         self._bounds = [-math.inf] * len(self._parents)
 
     def select(self) -> int:
-        """The task to be tried next; the same until something is observed."""
+        """The task to try next; it stays the same until `observe` is called."""
         node, bounds, draw = 0, self._bounds, -1
         self.evaluations = 0
         while children := self._children[node]:
@@ -520,10 +534,10 @@ class LowerConfidenceSearch:
         return self._tasks[node]
 
     def observe(self, task: int, value: float) -> None:
-        """Learn that a task, which need not be the selected one, was found at `value`, a distance from 0 to 1.
+        """Add an observation: the distance `value` of a task, from 0 to 1. The task need not be the selected one.
 
         Raises:
-            UsageError: no such task, or a value out of range.
+            UsageError: there is no such task, or the value is out of range.
         """
         if task not in self._leaves:
             raise UsageError(f"the search has no task {task}; it has {sorted(self._leaves)}")
@@ -543,15 +557,16 @@ class LowerConfidenceSearch:
             node = self._parents[node]
 
     def pulls(self) -> dict[int, int]:
-        """How often each task was tried, by id."""
+        """The number of observations of each task, by id."""
         return {task: self._counts[self._leaves[task]] for task in sorted(self._leaves)}
 
     def means(self) -> dict[int, float]:
-        """The mean value of each task that was tried, by id."""
+        """The mean value of each observed task, by id."""
         return {task: self._means[self._leaves[task]] for task, count in self.pulls().items() if count}
 
     def state(self) -> dict[str, Any]:
-        """JSON-able: a search of the same tree goes on from it with the same steps. Untried nodes' bounds are None."""
+        """The state as JSON-able values. A search in the same tree continues from it with the same steps. The bound of
+        a node that was never tried is None."""
         return {
             "steps": self.steps,
             "tasks": list(self._tasks),
@@ -562,23 +577,23 @@ class LowerConfidenceSearch:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from `state()`.
+        """Continue from `state()`.
 
         Raises:
-            StateError: the state of a search of another tree.
+            StateError: the state belongs to a search in another tree.
         """
         if state["tasks"] != self._tasks:
-            raise StateError("a stored search is of another tree than the one that is here; it cannot go on")
+            raise StateError("a stored search belongs to another tree than this one, so it cannot continue")
         self.steps, self.seed = state["steps"], state["seed"]
         self._counts, self._means = list(state["counts"]), list(state["means"])
         self._bounds = [-math.inf if bound is None else bound for bound in state["bounds"]]
 
     def _enter(self, node: Node, parent: int, delta: Literal["radius"] | float | Callable[[Node], float]) -> int:
-        """Number a node, what is below it, and the tasks of a leaf of several."""
+        """Give numbers to a node, to all nodes below it, and to the tasks of a leaf with several tasks."""
         index = self._number(parent, node.tasks[0] if len(node.tasks) == 1 else -1)
         if len(node.tasks) > 1:
-            known = node.spread if delta == "radius" else delta(node) if callable(delta) else float(delta)
-            self._deltas[index] = known
+            spread = node.spread if delta == "radius" else delta(node) if callable(delta) else float(delta)
+            self._deltas[index] = spread
             below = [self._enter(child, index, delta) for child in node.children]
             self._children[index] = tuple(below or [self._number(index, task) for task in node.tasks])
         return index

@@ -1,5 +1,5 @@
-"""The subspace that old features span, grown task by task: Gradient Projection Memory, Saha et al. 2021,
-arXiv:2103.09762, on second moments instead of samples (pgp-pegp.md §1.3)."""
+"""The subspace that old features span; it grows task by task. This is Gradient Projection Memory, Saha et al. 2021,
+arXiv:2103.09762, computed from second moments instead of samples."""
 
 from __future__ import annotations
 
@@ -8,39 +8,39 @@ from torch import Tensor
 
 from perpetune.errors import UsageError
 
-SLACK = 1e-12  # of the energy: rounding must not make a task merged twice add a column
+SLACK = 1e-12  # a share of the energy; without it, rounding could add a column for a task that is added twice
 
 
 class Subspace:
     """An orthonormal basis `U (m, k)` of directions that old features use; it only grows.
 
-    Of `U` and its orthogonal complement the smaller one is kept, so memory and the cost of a projection never
-    exceed `m²/2` numbers and `2 m²/2` products a row.
+    The smaller one of `U` and its orthogonal complement is stored. So memory is at most `m²/2` numbers, and a
+    projection takes at most `2 m²/2` products a row.
 
     Args:
         dim: `m`.
-        alpha: None removes the directions wholly. A number makes it the soft variant, `I − U Λ Uᵀ` with importance
+        alpha: None removes the directions completely. A number gives the soft variant, `I − U Λ Uᵀ` with the importance
             `λ_i = (α + 1) σ_i / (α σ_i + σ_max)`, summed over tasks up to 1: Saha & Roy 2023, arXiv:2302.01386.
     """
 
     def __init__(self, dim: int, alpha: float | None = None):
         self.dim, self.alpha = dim, alpha
         self.vectors = torch.zeros(dim, 0, dtype=torch.float64)
-        """`U`, or the basis of the complement; `(m, min(k, m − k))` float64 (`U` where soft)."""
+        """`U`, or the basis of the complement, `(m, min(k, m − k))` float64; always `U` in the soft variant."""
         self.complement = False
-        """Whether `vectors` is the complement."""
+        """Whether `vectors` is the basis of the complement."""
         self.importance = torch.zeros(0, dtype=torch.float64)
-        """`Λ`'s diagonal `(k,)`; empty where not soft."""
+        """The diagonal `(k,)` of `Λ`; empty unless the variant is soft."""
 
     @property
     def rank(self) -> int:
-        """`k`, the directions protected."""
+        """`k`, the number of protected directions."""
         columns = self.vectors.shape[1]
         return self.dim - columns if self.complement else columns
 
     @property
     def room(self) -> float:
-        """`1 − k/m`, the share of directions that are still free."""
+        """`1 − k/m`, the share of free directions."""
         return 1 - self.rank / self.dim
 
     @property
@@ -54,21 +54,23 @@ class Subspace:
         return self.vectors if self.complement else _rest(self.vectors)
 
     def extend(self, moments: Tensor, energy: float) -> int:
-        """Add the fewest directions after which the share `energy` of `moments` lies in the subspace.
+        """Add as few directions as possible, so that the subspace contains the share `energy` of `moments`.
 
-        `R = (I − UUᵀ) C (I − UUᵀ)`; the share explained already is `a₀ = 1 − tr R / tr C`; eigenvectors of `R` are
-        added in descending order until `a₀ + Σ λ_j / tr C ≥ energy` (pgp-pegp.md §1.3, steps 2 and 3). Energy is
-        σ² of the features, eigenvalues of `C`. With `energy` 1 all directions are added that hold more than rounding.
+        Let `R = (I − UUᵀ) C (I − UUᵀ)` be the part of `C` outside of the subspace. The share inside is
+        `a₀ = 1 − tr R / tr C`. Eigenvectors of `R` are added, the largest eigenvalues first, until
+        `a₀ + Σ λ_j / tr C ≥ energy`. This is the criterion of Saha et al.: their energy is the sum of the squared
+        singular values σ² of the features, and these are the eigenvalues of `C`. With `energy` 1 all directions are
+        added whose eigenvalue is more than rounding errors.
 
         Args:
             moments: `C (m, m)`, the moment of one task's features.
-            energy: from 0 (nothing is added) to 1.
+            energy: a share from 0 (nothing is added) to 1.
 
         Returns:
             The number of directions added.
 
         Raises:
-            UsageError: moments of another shape, not finite, or an energy out of range.
+            UsageError: the moments have another shape or are not finite, or the energy is out of range.
         """
         if moments.shape != (self.dim, self.dim):
             raise UsageError(f"moments ({self.dim}, {self.dim}) are expected, got {tuple(moments.shape)}")
@@ -100,7 +102,7 @@ class Subspace:
         return added
 
     def extend_random(self, count: int, generator: torch.Generator) -> None:
-        """Add `count` directions drawn at random from the free ones: the control of equal rank."""
+        """Add `count` random directions from the free ones, as a control of equal rank."""
         free = self.free if self.rank else None
         room = self.dim - self.rank
         drawn = torch.randn(room, room, generator=generator, dtype=torch.float64)
@@ -110,13 +112,13 @@ class Subspace:
             self.importance = torch.cat([self.importance, torch.ones(added, dtype=torch.float64)])
 
     def keep(self, x: Tensor, axis: int = -1) -> Tensor:
-        """The part of `x` along `axis` that lies in the subspace: `(x U) Uᵀ` (`(x U) Λ Uᵀ` where soft)."""
+        """The part of `x` along `axis` that is in the subspace: `(x U) Uᵀ`, or `(x U) Λ Uᵀ` in the soft variant."""
         if self.complement:
             return x - self._through(x, axis)
         return self._through(x, axis)
 
     def remove(self, x: Tensor, axis: int = -1) -> Tensor:
-        """`x` without what `keep` keeps, along `axis`: `x (I − UUᵀ)`."""
+        """`x` minus the part that `keep` returns, along `axis`: `x (I − UUᵀ)`."""
         if self.complement:
             return self._through(x, axis)
         return x - self._through(x, axis)
@@ -130,7 +132,12 @@ class Subspace:
         return (inside @ vectors.mT).movedim(-1, axis)
 
     def _add(self, directions: Tensor, count: int, free: Tensor | None) -> None:
-        """Move the first `count` of `directions`, an orthonormal basis within `free`, into the subspace."""
+        """Add the first `count` of `directions` to the subspace.
+
+        Args:
+            directions: an orthonormal basis of the free directions, in coordinates of `free`.
+            free: a basis of the free directions; None if all are free.
+        """
         if count == 0:
             return
         if free is not None:
@@ -143,7 +150,7 @@ class Subspace:
             self.vectors, self.complement = _orthonormal(torch.cat([self.basis, basis], dim=1)), False
 
     def _weigh(self, moments: Tensor, added: int) -> None:
-        """Importance of the directions for the data of `moments`, summed with what it was up to 1."""
+        """Add the importance of the directions for the data of `moments`; the sum is at most 1."""
         sigma = (self.vectors * (moments @ self.vectors)).sum(0).clamp(min=0).sqrt()
         assert self.alpha is not None
         most = float(sigma.max())
@@ -153,7 +160,8 @@ class Subspace:
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
-    """The same span and, but for rounding, the same columns; rounding errors do not add up over the tasks."""
+    """Make the columns orthonormal again, so that rounding errors do not add up over tasks. The span does not change,
+    and the columns change only by rounding."""
     if columns.shape[1] == 0:
         return columns
     q, r = torch.linalg.qr(columns)
@@ -162,7 +170,7 @@ def _orthonormal(columns: Tensor) -> Tensor:
 
 
 def _rest(columns: Tensor) -> Tensor:
-    """An orthonormal basis of what is orthogonal to orthonormal `columns (m, k)`, `(m, m − k)`."""
+    """An orthonormal basis `(m, m − k)` of the complement of orthonormal `columns (m, k)`."""
     dim, count = columns.shape
     if count == 0:
         return torch.eye(dim, dtype=columns.dtype)

@@ -1,21 +1,22 @@
 """Scores of generated text: how good one answer is, from 0 to 1. A task's score is the mean over its test examples.
 
-A score is a function `(prediction, reference, prompt)`: what the model wrote, the right answer (or several right
-answers), and the text it was asked with, which only `sari` reads. They hold for any strings:
+A score is a function `(prediction, reference, prompt)`. `prediction` is the text that the model wrote, `reference` is
+the right answer (or several right answers), and `prompt` is the question, which only `sari` reads. These rules hold for
+all strings:
 
-* Space at both ends does not count. Equal texts score 1. An empty prediction of an answer that is not empty scores 0,
-  and so does anything else where the answer is empty.
+* Space at both ends does not count. Equal texts score 1. If only one of prediction and right answer is empty, the score
+  is 0.
 * With several right answers the best of the scores counts, as in SQuAD; `sari` compares with all of them at once.
-* Words are what stands between spaces. Chinese and Japanese are written without spaces, so each Han character and each
-  kana is a word of its own in `f1`, `rouge_l` and `sari`. (Thai, Lao, Khmer and Burmese are not cut into words.)
-* Where a score leaves punctuation out and a text has nothing else, the punctuation itself is compared.
+* Words are separated by spaces. Chinese and Japanese are written without spaces, so each Han character and each kana
+  counts as a word in `f1`, `rouge_l` and `sari`. (Thai, Lao, Khmer and Burmese are not divided into words.)
+* If a score ignores punctuation and a text has nothing else, the punctuation itself is compared.
 
-Which benchmark uses which: the O-LoRA benchmark `exact_match`; TRACE `accuracy` (C-STANCE, FOMC, NumGLUE),
-`first_character` (ScienceQA), `rouge_l` (MeetingBank), `code_similarity` (Py150) and `sari` (20Minuten). The last two
-are percentages there, shares here.
+Benchmarks and their scores: the O-LoRA benchmark uses `exact_match`. TRACE uses `accuracy` (C-STANCE, FOMC, NumGLUE),
+`first_character` (ScienceQA), `rouge_l` (MeetingBank), `code_similarity` (Py150) and `sari` (20Minuten). TRACE gives
+the last two as percentages; here they are shares.
 
-`rouge_l` and `code_similarity` need rapidfuzz, which the extra `lm` brings (MIT, no dependencies). The packages made
-for ROUGE are no alternative: `rouge-score` had its last release in 2022, needs nltk and deletes every letter but a–z;
+`rouge_l` and `code_similarity` need rapidfuzz, which the extra `lm` installs (MIT, no dependencies). The packages made
+for ROUGE are not used: `rouge-score` had its last release in 2022, needs nltk and deletes every letter except a–z;
 `rouge`, which TRACE uses, is older and fails on texts without words.
 """
 
@@ -41,41 +42,41 @@ _LITERAL = re.compile("<(?:NUM|STR|CHAR)_LIT:([^>]*)>")
 
 
 def exact_match(prediction: str, reference: Reference, prompt: str = "") -> float:
-    """1 where both are equal once case, punctuation and the amount of white space are left out, else 0.
+    """1 if both texts are equal without case, punctuation and extra white space, else 0.
 
-    O-LoRA's rule, which is SQuAD's without the removal of articles: lower case, punctuation deleted (so `Sci/Tech` is
-    `scitech`), runs of white space made one space. Punctuation is ASCII's there; here Unicode's counts too.
+    This is O-LoRA's rule, and SQuAD's without the removal of articles: lower case, punctuation deleted (so `Sci/Tech`
+    becomes `scitech`), several spaces become one. There only ASCII punctuation is deleted, here also Unicode's.
     """
-    return _best(prediction, reference, lambda said, right: float(_normalised(said) == _normalised(right)))
+    return _best(prediction, reference, lambda predicted, right: float(_normalised(predicted) == _normalised(right)))
 
 
 def accuracy(prediction: str, reference: Reference, prompt: str = "") -> float:
-    """1 where both are equal but for space at the ends, else 0 (TRACE: C-STANCE, FOMC, NumGLUE)."""
-    return _best(prediction, reference, lambda said, right: 0.0)
+    """1 if both texts are equal except for space at the ends, else 0 (TRACE: C-STANCE, FOMC, NumGLUE)."""
+    return _best(prediction, reference, lambda predicted, right: 0.0)
 
 
 def first_character(prediction: str, reference: Reference, prompt: str = "") -> float:
-    """1 where both begin with the same character, else 0: `B` and `B\\nBecause …` (TRACE: ScienceQA)."""
-    return _best(prediction, reference, lambda said, right: float(said[0] == right[0]))
+    """1 if both texts begin with the same character, else 0: `B` and `B\\nBecause …` (TRACE: ScienceQA)."""
+    return _best(prediction, reference, lambda predicted, right: float(predicted[0] == right[0]))
 
 
 def prefix(prediction: str, reference: Reference, prompt: str = "") -> float:
-    """1 where the prediction begins with the reference, else 0.
+    """1 if the prediction begins with the reference, else 0.
 
-    TreeLoRA's released code scores so where TRACE asks for `accuracy`. It is more lenient: an answer that goes on
-    after the right word is right, and of the options `1` and `10` the second counts as the first.
+    TreeLoRA's released code uses this score for the tasks for which TRACE uses `accuracy`. It is less strict: an answer
+    with more text after the right word counts as right, and the option `10` counts as the option `1`.
     """
-    return _best(prediction, reference, lambda said, right: float(said.startswith(right)))
+    return _best(prediction, reference, lambda predicted, right: float(predicted.startswith(right)))
 
 
 def f1(prediction: str, reference: Reference, prompt: str = "") -> float:
-    """The F1 of the words that both have in common, each as often as in both (SQuAD, Rajpurkar et al. 2016).
+    """The F1 of the words that both texts share, with repetitions (SQuAD, Rajpurkar et al. 2016).
 
-    The words of `exact_match` without English articles; a text of articles alone keeps them.
+    Words are those of `exact_match` without English articles; a text that has only articles keeps them.
     """
 
-    def of(said: str, right: str) -> float:
-        ours, theirs = _squad_words(said), _squad_words(right)
+    def of(predicted: str, right: str) -> float:
+        ours, theirs = _squad_words(predicted), _squad_words(right)
         common = (Counter(ours) & Counter(theirs)).total()
         return 2 * common / (len(ours) + len(theirs))
 
@@ -83,11 +84,11 @@ def f1(prediction: str, reference: Reference, prompt: str = "") -> float:
 
 
 def rouge_l(prediction: str, reference: Reference, prompt: str = "") -> float:
-    """ROUGE-L as F1: `2 LCS / (m + n)`, with the longest common subsequence of the words of both (Lin 2004).
+    """ROUGE-L as F1: `2 LCS / (m + n)`, with the longest common subsequence of the words of both texts (Lin 2004).
 
-    The text counts as one sentence; words are lower-cased, not stemmed, and cut at whatever is no letter, digit or
-    accent, as in Google's `rouge-score` (for English alone). TRACE's figures are from the package `rouge`: case counts
-    there, and sentences are matched one by one.
+    The text counts as one sentence. Words are in lower case, not stemmed, and end at every character that is not a
+    letter, digit or accent, as in Google's `rouge-score` (which does this for English alone). TRACE's figures are from
+    the package `rouge`, in which case counts and sentences are matched one by one.
 
     Raises:
         MissingExtra: rapidfuzz is not installed.
@@ -97,20 +98,20 @@ def rouge_l(prediction: str, reference: Reference, prompt: str = "") -> float:
     except ImportError:
         raise MissingExtra("score: rouge_l", "lm") from None
 
-    def of(said: str, right: str) -> float:
-        numbers: dict[str, int] = {}  # small numbers for words: no two of them can share a hash
-        ours, theirs = ([numbers.setdefault(w, len(numbers)) for w in _words(text)] for text in (said, right))
+    def of(predicted: str, right: str) -> float:
+        numbers: dict[str, int] = {}  # words become small numbers, so that no two of them have the same hash
+        ours, theirs = ([numbers.setdefault(w, len(numbers)) for w in _words(text)] for text in (predicted, right))
         return 2 * LCSseq.similarity(ours, theirs) / (len(ours) + len(theirs))
 
     return _best(prediction, reference, of)
 
 
 def code_similarity(prediction: str, reference: Reference, prompt: str = "") -> float:
-    """The share of characters that need no insertion or deletion to make one text the other (TRACE: Py150).
+    """The share of characters that need no insertion or deletion to change one text into the other (TRACE: Py150).
 
-    `1 - distance / (m + n)`, which is `fuzzywuzzy.ratio` / 100 before that rounds to whole per cents. First the
-    placeholders of CodeXGLUE's Py150 for literals are filled in, as TRACE does: `<NUM_LIT>` is 0, `<STR_LIT>` and
-    `<CHAR_LIT>` are empty, and those that carry a value, such as `<STR_LIT:utf-8>`, are that value.
+    It is `1 - distance / (m + n)`, or `fuzzywuzzy.ratio` / 100 without its rounding to whole per cents. First the
+    placeholders for literals in CodeXGLUE's Py150 are replaced, as TRACE does: `<NUM_LIT>` by 0, `<STR_LIT>` and
+    `<CHAR_LIT>` by nothing, and those with a value, such as `<STR_LIT:utf-8>`, by that value.
 
     Raises:
         MissingExtra: rapidfuzz is not installed.
@@ -120,35 +121,37 @@ def code_similarity(prediction: str, reference: Reference, prompt: str = "") -> 
     except ImportError:
         raise MissingExtra("score: code_similarity", "lm") from None
     return _best(
-        prediction, reference, lambda said, right: Indel.normalized_similarity(_filled_in(said), _filled_in(right))
+        prediction,
+        reference,
+        lambda predicted, right: Indel.normalized_similarity(_filled_in(predicted), _filled_in(right)),
     )
 
 
 def sari(prediction: str, reference: Reference, prompt: str, *, undefined: float = 1.0) -> float:
-    """SARI (Xu et al. 2016, TACL 4): what was rightly kept, added and deleted of the text to be simplified.
+    """SARI (Xu et al. 2016, TACL 4): how well a simplified text keeps, adds and deletes words of the original text.
 
     For n = 1 … 4 the n-grams of prediction `O`, references `R` and source `I` give an F1 of keeping, an F1 of adding
-    and a precision of deleting; SARI is the mean of these twelve. As in the authors' code, each distinct n-gram weighs
-    alike, and the F1 is taken for each n. An n-gram that I has more often than O was deleted, rightly so as far as R
-    has it less often than I: `min(I - O, I - R) / (I - O)`, the paper's equation. (The code takes `I - O - R`, so that
-    a perfect answer loses where a word of it is repeated in the source.)
+    and a precision of deleting; SARI is the mean of these twelve. As in the authors' code, all distinct n-grams have
+    the same weight, and the F1 is computed for each n. An n-gram counts as deleted if I has it more often than O. The
+    deletion is right as far as R has it less often than I: `min(I - O, I - R) / (I - O)`, the paper's equation. (The
+    authors' code takes `I - O - R`, so a perfect answer gets less than 1 if the source repeats one of its words.)
 
-    TRACE's figures are from Hugging Face's `sari`. It splits words by other rules, weighs the recall of keeping by
-    counts, and deletes as the code.
+    TRACE's figures are from Hugging Face's `sari`. It splits words by other rules, weights the recall of keeping by
+    counts, and computes deletion as the authors' code.
 
     Args:
-        prompt: the text to be simplified; TRACE takes the whole prompt, instruction included.
-        undefined: what 0 / 0 is, where there is nothing to keep, add or delete. The authors' code has 0; then even the
-            right answer scores less than 1, which Hugging Face's mended.
+        prompt: the text to be simplified; TRACE takes the whole prompt with its instruction.
+        undefined: the value of 0 / 0, if there is nothing to keep, add or delete. In the authors' code it is 0, and
+            then even the right answer scores less than 1; Hugging Face's version has corrected this.
     """
     references = _several(reference)
     if not prediction.strip() or not any(right.strip() for right in references):
-        return _best(prediction, references, lambda said, right: 0.0)
-    source, said = _tokens(prompt), _tokens(prediction)
+        return _best(prediction, references, lambda predicted, right: 0.0)
+    source, predicted = _tokens(prompt), _tokens(prediction)
     rights = [_tokens(right) for right in references]
     total = 0.0
     for n in range(1, LONGEST + 1):
-        total += _sari_of(_grams([source], n), _grams([said], n), _grams(rights, n), len(rights), undefined)
+        total += _sari_of(_grams([source], n), _grams([predicted], n), _grams(rights, n), len(rights), undefined)
     return total / (3 * LONGEST)
 
 
@@ -165,24 +168,25 @@ SCORES: dict[str, Score] = {
 
 
 def score_of(name: str) -> Score:
-    """The score of that name, ready for use.
+    """The score with that name, ready for use.
 
     Raises:
-        UsageError: there is none.
-        MissingExtra: it needs a package that is not installed.
+        UsageError: there is no such score.
+        MissingExtra: the score needs a package that is not installed.
     """
     if name not in SCORES:
         raise UsageError(f"there is no score {name!r}; {closest(name, SCORES)}")
     score = SCORES[name]
-    score("", "", "")  # what is not installed is said now, not after a task was learned
+    score("", "", "")  # a missing package raises its error here and not after a task was learned
     return score
 
 
 def _best(prediction: str, reference: Reference, of: Callable[[str, str], float]) -> float:
-    """The best over the references of `of`, which sees two texts without space at the ends: not empty, not equal."""
-    said = prediction.strip()
+    """The best score over the references. `of` is called with two texts without space at the ends, which are neither
+    empty nor equal."""
+    predicted = prediction.strip()
     rights = (right.strip() for right in _several(reference))
-    scores = (1.0 if said == right else of(said, right) if said and right else 0.0 for right in rights)
+    scores = (1.0 if predicted == right else of(predicted, right) if predicted and right else 0.0 for right in rights)
     return max(scores, default=0.0)
 
 
@@ -191,7 +195,8 @@ def _several(reference: Reference) -> Sequence[str]:
 
 
 def _normalised(text: str) -> str:
-    """Lower case, without punctuation, words one space apart; with it where there is nothing else."""
+    """The text in lower case, without punctuation, with one space between words. A text of punctuation alone keeps
+    it."""
     text = " ".join(text.lower().split())
     return " ".join("".join(c for c in text if not _is_punctuation(c)).split()) or text
 
@@ -206,46 +211,46 @@ def _squad_words(text: str) -> list[str]:
 
 
 def _words(text: str) -> list[str]:
-    """Lower-cased runs of letters, marks and digits; the characters where there is none."""
+    """Runs of letters, marks and digits in lower case; if there are none, the single characters."""
     text = text.lower()
     apart = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in _UNSPACED.sub(r" \1 ", text))
     return apart.split() or list("".join(text.split()))
 
 
 def _tokens(text: str) -> list[str]:
-    """Lower-cased words, numbers (`1,000.5`), and each mark of punctuation by itself."""
+    """Words in lower case, numbers (`1,000.5`), and each punctuation mark."""
     return _TOKEN.findall(_UNSPACED.sub(r" \1 ", text.lower()))
 
 
 def _filled_in(code: str) -> str:
-    bare = _BARE_LITERAL.sub(lambda found: "0" if found[1] == "NUM" else "", code)
+    bare = _BARE_LITERAL.sub(lambda match: "0" if match[1] == "NUM" else "", code)
     return _LITERAL.sub(r"\1", bare)
 
 
 def _grams(texts: Sequence[Sequence[str]], n: int) -> Counter[tuple[str, ...]]:
-    """How often each n words stand in a row, over all texts."""
+    """The number of times that each sequence of n words occurs, over all texts."""
     return Counter(gram for words in texts for gram in zip(*(words[i:] for i in range(n)), strict=False))
 
 
 def _sari_of(
     source: Counter[tuple[str, ...]],
-    said: Counter[tuple[str, ...]],
+    predicted: Counter[tuple[str, ...]],
     right: Counter[tuple[str, ...]],
     references: int,
     undefined: float,
 ) -> float:
-    """The sum of the three parts of SARI for n-grams of one length; `right` counts those of all references."""
-    # Counts of source and prediction times the number of references: no fractions where references differ.
-    source, said = (Counter({gram: k * references for gram, k in grams.items()}) for grams in (source, said))
-    kept, to_keep = source & said, source & right
+    """The sum of the three parts of SARI for n-grams of one length; `right` counts those of all references together."""
+    # The counts of source and prediction are multiplied by the number of references, which avoids fractions.
+    source, predicted = (Counter({gram: k * references for gram, k in grams.items()}) for grams in (source, predicted))
+    kept, to_keep = source & predicted, source & right
     rightly = kept & right
     keep = _harmonic(
         _mean((rightly[gram] / kept[gram] for gram in kept), undefined),
         _mean((rightly[gram] / to_keep[gram] for gram in to_keep), undefined),
     )
-    deleted, to_delete = source - said, source - right
+    deleted, to_delete = source - predicted, source - right
     delete = _mean((min(deleted[gram], to_delete[gram]) / deleted[gram] for gram in deleted), undefined)
-    added, to_add = said.keys() - source.keys(), right.keys() - source.keys()
+    added, to_add = predicted.keys() - source.keys(), right.keys() - source.keys()
     add = _harmonic(
         _mean((float(gram in to_add) for gram in added), undefined),
         _mean((float(gram in added) for gram in to_add), undefined),
@@ -254,8 +259,8 @@ def _sari_of(
 
 
 def _mean(shares: Iterable[float], undefined: float) -> float:
-    found = list(shares)
-    return sum(found) / len(found) if found else undefined
+    values = list(shares)
+    return sum(values) / len(values) if values else undefined
 
 
 def _harmonic(precision: float, recall: float) -> float:

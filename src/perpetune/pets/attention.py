@@ -184,11 +184,12 @@ def _extend(name: str, call: _Call, keys: Tensor, values: Tensor) -> _Call:
     )
 
 
-def _like(further: Tensor, own: Tensor) -> Tensor:
-    further = further.to(own.dtype)
-    if 1 < len(further) < len(own):
-        return further.repeat_interleave(len(own) // len(further), dim=0)
-    return further.expand(len(own), -1, -1, -1)
+def _like(added: Tensor, existing: Tensor) -> Tensor:
+    """`added` in the type of `existing`, with a row for each of its rows (windows of an example share one)."""
+    added = added.to(existing.dtype)
+    if 1 < len(added) < len(existing):
+        return added.repeat_interleave(len(existing) // len(added), dim=0)
+    return added.expand(len(existing), -1, -1, -1)
 
 
 @torch.no_grad()

@@ -1,5 +1,5 @@
-"""Protection of old answers: updates are kept out of the directions that old features use.
+"""Protection of old answers: it keeps the optimizer's updates out of the directions that old features use.
 
-`sites` finds where features meet trained parameters, `memory` holds what is kept of each site, `protection` puts
-them together for a recipe's method, and `dropin` for anybody's own training loop.
+`sites` finds the places where features meet trained parameters, and `memory` stores what is known of each place.
+`protection` joins them for the method of a recipe, and `dropin` for any other training loop.
 """

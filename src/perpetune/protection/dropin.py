@@ -1,4 +1,4 @@
-"""Gradient projection in anybody's own training loop.
+"""Protection by gradient projection in any training loop.
 
 protection = perpetune.protect(model, energy=0.99)
 protection.guard(optimizer)
@@ -36,8 +36,8 @@ from perpetune.protection.sites import Sum, Watched, called, linear_sites, peft_
 from perpetune.seeding import generator
 
 Others = Literal["freeze", "leave"]
-METADATA = "perpetune.protection"  # of the file that `save` writes: all that is no tensor
-DIGEST = "perpetune.sha256"  # of that and of the tensors
+METADATA = "perpetune.protection"  # the key in the file for everything that is not a tensor
+DIGEST = "perpetune.sha256"  # the key in the file for the digest of that and of the tensors
 
 
 def protect(
@@ -49,27 +49,27 @@ def protect(
     seed: int = 0,
     **options: Any,
 ) -> DropIn:
-    """Protection of every trainable linear layer of `model`, and of perpetune's own pets in it.
+    """Protect every trainable linear layer of `model`, and perpetune's own pets in it.
 
-    Layers are found by object as they are trained now: call it after PEFT has put its layers in.
+    Call it after PEFT has added its layers: only parameters that are trainable now are protected.
 
     Args:
-        energy: share of the features' energy that is protected; the other fields of `ProtectConfig`, but for
-            `reference`, are `options`.
-        skip: a module or several that are left out, with all in them: they move freely.
-        others: trainable parameters that are in no linear layer (norms, scales, embeddings, biases alone) are kept
-            still once something is protected, or left to move freely.
-        seed: of the random control.
+        energy: the share of the features' energy that is protected. `options` are the other fields of `ProtectConfig`
+            except `reference`.
+        skip: a module or several that are left out, with everything in them; they move freely.
+        others: trainable parameters in no linear layer (norms, scales, embeddings, biases alone). `freeze`: they do
+            not move once something is protected. `leave`: they move freely.
+        seed: the seed of the random control.
 
     Raises:
-        UsageError: an option out of range, nothing to protect, or layers whose outputs cannot be held.
+        UsageError: an option is out of range, there is nothing to protect, or a layer's outputs cannot be kept.
     """
     config = _config({"energy": energy, **options})
     if others not in ("freeze", "leave"):
         raise UsageError(f"protect: others is {others!r}; freeze or leave is expected")
     modules = set(model.modules())
     if isinstance(skip, nn.Module) and (skip in modules or not isinstance(skip, Iterable)):
-        skip = [skip]  # what is no part of the model may be a slice of a list that is: its items are meant
+        skip = [skip]  # a ModuleList outside of the model may be a slice of one inside; then its items are skipped
     skipped: set[nn.Module] = set()
     for root in skip:
         if not isinstance(root, nn.Module):
@@ -81,7 +81,7 @@ def protect(
         if module not in skipped and len(getattr(module, "lora_magnitude_vector", ())):
             raise UsageError(
                 f"protect: {called(path)} is DoRA, which divides by the norm of the whole weight, so old outputs move "
-                "whatever is projected: use plain LoRA (use_dora=False), or leave it out with skip"
+                "despite the projection: use plain LoRA (use_dora=False), or leave it out with skip"
             )
     sites, _, free = pet_sites(model, config.conditions, renew=config.renews)
     sites = [w for w in sites if w.module not in skipped and any(p.requires_grad for p in w.site.operand.parameters)]
@@ -89,8 +89,8 @@ def protect(
     sites += linear_sites(model, skipped, pairs)
     if config.renew and not any(w.pair is not None for w in sites):
         raise UsageError(
-            "protect: renew is on, and there is no LoRA here to renew (a linear layer that is trained itself cannot "
-            "be): put one in, or leave renew out"
+            "protect: renew is on, but the model has no LoRA to renew (a linear layer that is trained itself cannot be "
+            "renewed): put one in, or leave renew out"
         )
     free += [pair.b.weight for pair in pairs.values()]
     covered = {p for w in sites for p in w.site.operand.parameters}.union(free)
@@ -100,15 +100,15 @@ def protect(
     if coarse:
         warnings.warn(
             f"protect: {len(coarse)} of {len(sites)} sites are trained in {coarse[0].site.operand.weight.dtype} "
-            f"({coarse[0].name}), whose rounding moves old outputs more than projection saves: keep trained parameters "
-            "in float32",
+            f"({coarse[0].name}), and its rounding moves old outputs more than protection can prevent: keep trained "
+            "parameters in float32",
             stacklevel=2,
         )
     return DropIn(model, sites, config, still=loose if others == "freeze" else (), seed=seed)
 
 
 class Guard(ProjectedStep):
-    """The guard on one optimizer, for as long as that lives or until `remove`; follows what is protected meanwhile."""
+    """The guard on one optimizer, until `remove` or the end of the optimizer. It is updated with the protection."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, protection: DropIn):
         self._optimizer, self._protection = weakref.ref(optimizer), protection
@@ -122,13 +122,13 @@ class Guard(ProjectedStep):
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if self._protection.waiting:
             raise UsageError(
-                "protect: renew is on, and data were consolidated since: call protection.renew() before the next step, "
-                "for B would move old outputs"
+                "protect: renew is on, and data were consolidated since the last renewal: call protection.renew() "
+                "before the next step, because B would move old outputs"
             )
         return super()._pre(optimizer, args, kwargs)
 
     def follow(self) -> None:
-        """Keep the optimizer out of what is protected now."""
+        """Update the guard to the directions that are protected now."""
         optimizer = self._optimizer()
         assert optimizer is not None
         super().remove()
@@ -141,7 +141,7 @@ class Guard(ProjectedStep):
 
 
 class DropIn(Protection):
-    """What `perpetune.protect` gives: `guard` an optimizer, `consolidate` after each task."""
+    """The result of `perpetune.protect`: call `guard` with an optimizer, and `consolidate` after each task."""
 
     def __init__(
         self,
@@ -155,12 +155,12 @@ class DropIn(Protection):
         super().__init__(list(sites), config, still=list(still), seed=seed)
         self._model = (model,)  # in a tuple, so that it does not become a part of this module's state
         self._decodes = _decodes(model)
-        own = {_key(w.name): w.pair.rest for w in self.sites if isinstance(w.pair, PeftPair)}
-        if own:
-            self.rests = nn.ModuleDict(own)
-            """What rests of earlier tasks at layers of PEFT; a pet of perpetune has it in its own state."""
+        rests = {_key(w.name): w.pair.rest for w in self.sites if isinstance(w.pair, PeftPair)}
+        if rests:
+            self.rests = nn.ModuleDict(rests)
+            """The products of earlier tasks at layers of PEFT. A pet of perpetune has them in its own state."""
         self.guards: weakref.WeakKeyDictionary[torch.optim.Optimizer, Guard] = weakref.WeakKeyDictionary()
-        """Of the optimizers that are guarded and still there; a copy or a pickle guards none."""
+        """The guards by their optimizers, as long as these exist. A copy or a pickle has no guards."""
         self.register_load_state_dict_post_hook(_loaded)  # type: ignore[no-untyped-call] # torch gives it no types
 
     def __getstate__(self) -> dict[str, Any]:
@@ -173,11 +173,11 @@ class DropIn(Protection):
     # -- while training -------------------------------------------------------------------------------
 
     def guard(self, optimizer: torch.optim.Optimizer) -> Guard:
-        """Keep the steps of `optimizer` out of what is protected, now and after every later `consolidate`.
+        """Keep the steps of `optimizer` out of the protected directions, now and after every later `consolidate`.
 
-        Accelerate's and Lightning's wrappers are seen through. An optimizer is guarded once: asked again, the same
-        guard is returned. It may be used as a context manager, which removes it at the end. Parameters that the
-        optimizer is given later (`add_param_group`) are guarded from its next step on.
+        `optimizer` may be a wrapper of accelerate or Lightning. An optimizer has one guard; a second call returns the
+        same one. The guard can be used as a context manager, which removes it at the end. Parameters that the optimizer
+        gets later (`add_param_group`) are guarded from its next step on.
 
         Raises:
             UsageError: the optimizer trains nothing that is protected, or a layer's weight without its bias.
@@ -189,8 +189,8 @@ class DropIn(Protection):
         operands = [(w.name, w.site.operand.parameters) for w in self.sites]
         if trained.isdisjoint([*(p for _, parameters in operands for p in parameters), *self.still]):
             raise UsageError(
-                "protect: the optimizer trains nothing that is protected: make it of the parameters the model had when "
-                "protect was called (sharded or flattened copies cannot be guarded)"
+                "protect: the optimizer trains nothing that is protected: create it with the parameters that the model "
+                "had when protect was called (sharded or flattened copies cannot be guarded)"
             )
         for name, parameters in operands:
             if not trained.isdisjoint(parameters) and not trained.issuperset(parameters):
@@ -215,30 +215,30 @@ class DropIn(Protection):
         mask: Callable[[Any], Tensor | None] | None = None,
         total: Sum | None = None,
     ) -> Certificate:
-        """Protect what the model makes of `batches`: of a task that was learned or, before the first, of reference
-        data that show what the model knows already.
+        """Protect the outputs of the model on `batches`: the data of a task that was learned, or reference data before
+        the first task, to keep what the model knows already.
 
-        The model is in evaluation mode meanwhile, and afterwards in the mode it was in.
+        During the call the model is in evaluation mode; afterwards it is in the mode it had before.
 
         Args:
-            batches: a list or a loader; an iterator will do once the first step was made.
-            forward: runs the model on a batch, which is on the model's device. As a default a dictionary is given by
-                keywords, without `labels` unless the model makes its decoder's input of them (`is_encoder_decoder`);
-                of a tuple or list the first, and anything else as it is.
-            mask: `(B, N)` of a batch: tokens that count, at every site whose rows have N tokens; as a default a
-                dictionary's `attention_mask`, unless what goes into a decoder is as long.
-            total: sums a tensor over all processes; as a default torch.distributed does, where it is in use.
+            batches: a list or a loader. An iterator works only after the first training step.
+            forward: runs the model on a batch, which is on the model's device. By default a dictionary is passed as
+                keywords, without `labels` unless the model makes its decoder's input from them (`is_encoder_decoder`);
+                of a tuple or list the first element is passed; anything else is passed as it is.
+            mask: gives `(B, N)` of a batch, true for the tokens that count, for every site whose rows have N tokens.
+                By default the `attention_mask` of a dictionary, unless a decoder's input has the same length.
+            total: sums a tensor over all processes. By default torch.distributed does, if it is in use.
 
         Returns:
             The certificate: how far the outputs on earlier data have moved, before these data were added.
 
         Raises:
-            PerpetuneError: features that are not finite, or a site that saw no data. Nothing has changed then.
-            UsageError: a layer has other parameters than when its features were added; an iterator, where data are
-                looked at twice.
+            PerpetuneError: features are not finite, or a site saw no data. Nothing changes then.
+            UsageError: a layer's parameters were replaced or have another shape than when its features were added, or
+                `batches` is an iterator and has to be read twice.
         """
         (model,) = self._model
-        known = {w.name for w in self.sites if self.of(w).room == 0}
+        full_before = {w.name for w in self.sites if self.of(w).room == 0}
         with _evaluating(model):
             certificate = super().consolidate(
                 _share(batches, next(model.parameters()).device, self.config.samples),
@@ -247,13 +247,14 @@ class DropIn(Protection):
                 total=total if total is not None else _sum,
             )
         self._follow()
-        full = [name for name in certificate["full"] if name not in known]
+        full = [name for name in certificate["full"] if name not in full_before]
         if full and self.config.directions == "features" and self.config.strength == "hard":
             chosen = [w for w in self.sites if self._chosen(w)]
             cure = "" if self.config.renew else "a larger rank or "
             warnings.warn(
-                f"protect: {len(full)} of {len(chosen)} sites have no room left and stay as they are from now on "
-                f"({full[0]}{', …' if len(full) > 1 else ''}): {cure}a lower energy leaves some",
+                f"protect: {len(full)} of {len(chosen)} sites have no free direction left and do not change from now "
+                "on "
+                f"({full[0]}{', …' if len(full) > 1 else ''}): {cure}a lower energy leaves some free",
                 stacklevel=2,
             )
         return certificate
@@ -268,18 +269,18 @@ class DropIn(Protection):
         mask: Callable[[Any], Tensor | None] | None = None,
         total: Sum | None = None,
     ) -> None:
-        """Let what each LoRA has learned rest, and start a new pair in the free directions; no output changes.
+        """Store the product of each LoRA, and start a new pair in the free directions. No output changes.
 
-        Call it after `consolidate`, before the next task. Where nothing was consolidated since the last time, nothing
-        is done. `A` and `B` stay the parameters they are; guarded optimizers forget what they had gathered of them.
-        Linear layers that are trained themselves are not renewed; they are held as without `renew`.
+        Call it after `consolidate` and before the next task. If nothing was consolidated since the last call, it does
+        nothing. `A` and `B` stay the same parameters; guarded optimizers lose their state of them. Linear layers that
+        are trained themselves are not renewed; they are protected as without `renew`.
 
         Args:
-            batches: a few batches of the task to be learned, for `start="leading"`.
+            batches: a few batches of the next task, for `start="leading"`.
             forward, mask, total: as for `consolidate`.
 
         Raises:
-            UsageError: `protect` was called without `renew=True`; or no batches, where the start needs them.
+            UsageError: `protect` was called without `renew=True`, or the start needs batches and there are none.
         """
         if not self.config.renew:
             raise UsageError("protect: renew is off: call perpetune.protect(model, renew=True) before the first task")
@@ -301,18 +302,20 @@ class DropIn(Protection):
             forget(optimizer, [p for w in self.sites if w.pair is not None for p in w.pair.trained()])
 
     def merge_rest(self) -> None:
-        """Put what rests at layers of PEFT into the frozen weights: before PEFT merges or unloads its adapter, once
-        all is learned.
+        """Add the stored products of earlier tasks at layers of PEFT to the frozen weights.
+
+        Call it after the last task, before PEFT merges or unloads its adapter.
 
         Raises:
-            UsageError: a frozen layer that is no plain linear one (quantised, say). Nothing has changed then.
+            UsageError: a frozen layer is not a plain linear layer (it is quantised, for example). Nothing changes then.
         """
         pairs = {w.name: w.pair for w in self.sites if isinstance(w.pair, PeftPair)}
         for name, pair in pairs.items():
             if not pair.mergeable:
                 kind = type(pair.layer.get_base_layer()).__name__
                 raise UsageError(
-                    f"protect: what rests at {name} cannot be merged into {kind}: keep the protection's file"
+                    f"protect: the product of earlier tasks at {name} cannot be merged into {kind}: keep the "
+                    "protection's file"
                 )
         for pair in pairs.values():
             pair.merge()
@@ -324,20 +327,21 @@ class DropIn(Protection):
         return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
     def _attention(self, batch: Any) -> Tensor | None:
-        """`(B, N)` of a dictionary with an `attention_mask`: true where there is a token, false at padding."""
+        """The `attention_mask` of a dictionary as `(B, N)`, true for tokens, false for padding; or None."""
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             return None
         decoded = [batch.get(name) for name in ("labels", "decoder_input_ids")]
         if self._decodes and any(isinstance(d, Tensor) and d.shape == mask.shape for d in decoded):
-            return None  # it is the encoder's; rows of the decoder cannot be told from its rows by their number
+            return None  # the mask is the encoder's, and the decoder's rows have the same number of tokens
         return mask.bool()
 
     # -- certificate ----------------------------------------------------------------------------------
 
     def report(self) -> Certificate:
-        """The certificate now: how far the outputs on all data added so far have moved since (`worst` and `median`
-        over the sites, relative to the outputs), the `room` that is left, and both for each of the `sites`."""
+        """The present certificate: how far the outputs on all data added so far have moved since then (`worst` and
+        `median` over the sites, relative to the outputs), the share of free directions (`room`), and both for each of
+        the `sites`."""
         return {key: value for key, value in self.certificate().items() if key != "rows"}
 
     def __str__(self) -> str:
@@ -345,36 +349,36 @@ class DropIn(Protection):
             return f"protection of {len(self.sites)} sites: nothing is protected yet"
         begin = f"protection of {len(self.sites)} sites, consolidated {self.consolidated} times"
         try:
-            found, (closed, still) = self.report(), self.closed()
+            report, (closed, still) = self.report(), self.closed()
         except PerpetuneError as error:
             return f"{begin}: {str(error).removeprefix('protect: ')}"
         moved = "there is nothing to measure"
-        if found["worst"] is not None:
-            moved = f"old outputs moved by {found['worst']:.2%} at most, median {found['median']:.2%}"
+        if report["worst"] is not None:
+            moved = f"old outputs moved by {report['worst']:.2%} at most, median {report['median']:.2%}"
         if not closed:
             return f"{begin}: {moved}; nothing is kept from moving"
-        others = f", {len(still)} other parameters kept still" if still else ""
-        room = f"{found['room']:.1%} of the directions are free, {len(found['full'])} sites full"
+        others = f", {len(still)} other parameters do not move" if still else ""
+        room = f"{report['room']:.1%} of the directions are free, {len(report['full'])} sites full"
         return f"{begin}: {moved}; {room}{others}"
 
     # -- state ----------------------------------------------------------------------------------------
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Called by torch before anything of this module is loaded, also where it is a part of another one's state.
+        """Check the state. Torch calls this before it loads anything of this module, alone or as part of another one.
 
         Raises:
-            StateError: it does not fit; nothing of the protection has changed then.
+            StateError: the state does not fit; nothing of the protection changes then.
         """
         mine = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
-        if mine or not prefix:  # of a state of others that knows no protection torch tells, where it was to be strict
+        if mine or not prefix:  # if another module's state has no protection, torch reports that in strict mode
             self._check_state(mine)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def save(self, path: str | Path) -> None:
-        """Write everything into one safetensors file, there whole or not at all.
+        """Write everything into one safetensors file. If that fails, no partial file is left.
 
         Raises:
-            PerpetuneError: it cannot be written there.
+            PerpetuneError: the file cannot be written.
         """
         state = self.state_dict()
         tensors = {name: value.cpu().contiguous() for name, value in state.items() if isinstance(value, Tensor)}
@@ -383,16 +387,17 @@ class DropIn(Protection):
             write_file(Path(path), save(tensors, {METADATA: rest, DIGEST: _digest(rest, tensors)}))
         except OSError as error:
             raise PerpetuneError(
-                f"{path} cannot be written ({error.strerror}): name a file in a folder that is there"
+                f"{path} cannot be written ({error.strerror}): name a file in a folder that exists"
             ) from None
 
     def load(self, path: str | Path) -> None:
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
-            StateError: there is no such file, it is torn or of another kind, or does not fit; nothing has changed then.
+            StateError: there is no such file, it is damaged or of another kind, or it does not fit. Nothing changes
+                then.
         """
-        reason = "torn, changed, or not written by a protection"
+        reason = "it is damaged, was changed, or was not written by a protection"
         try:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -414,8 +419,8 @@ class DropIn(Protection):
             missing = [name for name in names if name not in state]
             if missing:
                 raise StateError(
-                    f"protect: the state knows nothing of {watched.name} ({missing[0]} is missing): it is of another "
-                    "model, or of other trained layers"
+                    f"protect: the state has nothing for {watched.name} ({missing[0]} is missing): it belongs to "
+                    "another model, or to other trained layers"
                 )
             fault = _fault(self.of(watched), {n.removeprefix(prefix): state[n] for n in names})
             if fault:
@@ -427,28 +432,28 @@ class DropIn(Protection):
                 up, down = (state.get(name) for name in names)
                 if not (isinstance(up, Tensor) and isinstance(down, Tensor) and watched.pair.rest.fits(up, down)):
                     raise StateError(
-                        f"protect: the state does not say what rests at {watched.name}, or it does not fit"
+                        f"protect: the state has no product of earlier tasks for {watched.name}, or it does not fit"
                     )
         unexpected = sorted(set(state) - expected)
         if unexpected:
             raise StateError(
-                f"protect: the state has {unexpected[0]}, and the model no such site: it is of another model"
+                f"protect: the state has {unexpected[0]}, but the model has no such site: it belongs to another model"
             )
         about = state.get("_extra_state")
         if not (isinstance(about, dict) and type(about.get("consolidated")) is int and about["consolidated"] >= 0):
-            raise StateError("protect: the state does not say how often it was consolidated: it is no protection's")
+            raise StateError("protect: the state has no count of consolidated data: it does not belong to a protection")
         if self.config.renew and type(about.get("renewed")) is not int:
-            raise StateError("protect: the state does not say when pairs were renewed: it was made without renew")
+            raise StateError("protect: the state has no count of renewals: it was made without renew")
 
 
 def _loaded(protection: nn.Module, _: object) -> None:
-    """After a state was loaded, by itself or as a part of another module's."""
+    """Called by torch after a state was loaded, alone or as part of another module's; updates the guards."""
     assert isinstance(protection, DropIn)
     protection._follow()
 
 
 def _digest(rest: str, tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over `rest`, and names, dtypes, shapes and bytes of the tensors."""
+    """SHA-256 over `rest` and the names, dtypes, shapes and bytes of the tensors."""
     digest = hashlib.sha256(rest.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -457,13 +462,13 @@ def _digest(rest: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _decodes(model: nn.Module) -> bool:
-    """Whether it is one of transformers' models with an encoder and a decoder, maybe inside of wrappers."""
+    """Whether the model, or a model inside it, is one of transformers' models with an encoder and a decoder."""
     configs = (getattr(module, "config", None) for module in model.modules())
     return any(getattr(config, "is_encoder_decoder", False) is True for config in configs)
 
 
 def _fault(memory: SiteMemory, state: Mapping[str, Any]) -> str | None:
-    """Why what is stored of a site does not fit, if it does not."""
+    """The reason why the stored state of a site does not fit; None if it fits."""
     heads, out, dim = memory.shape
     about = state["_extra_state"]
     try:
@@ -471,9 +476,9 @@ def _fault(memory: SiteMemory, state: Mapping[str, Any]) -> str | None:
         counts = [int(count) for count, _ in forms]
         finite = all(math.isfinite(figures[name]) for name in ("change", "output", "count"))
     except (KeyError, TypeError, ValueError):
-        return "it does not say what it is"
+        return "it lacks its shape, forms or figures"
     if stored != memory.shape:
-        return f"the state is of shape {stored}, the model {memory.shape}"
+        return f"the state has shape {stored}, the model {memory.shape}"
     if len(counts) != heads or not all(0 <= count <= dim for count in counts):
         return f"{len(counts)} subspaces of {counts} directions"
     shapes = {
@@ -494,17 +499,19 @@ def _fault(memory: SiteMemory, state: Mapping[str, Any]) -> str | None:
     for name, shape in shapes.items():
         tensor = state[name]
         if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
-            found = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            return f"{name} is {found}, {shape} is expected (one strength is hard and the other soft?)"
+            actual = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            return f"{name} is {actual}, {shape} is expected (one strength is hard and the other soft?)"
         finite = finite and bool(torch.isfinite(tensor).all())
-    return None if finite else "not finite"
+    return None if finite else "it has values that are not finite"
 
 
 def _config(options: dict[str, Any]) -> ProtectConfig:
     known = [name for name in ProtectConfig.model_fields if name != "reference"]
     for name in options:
         if name == "reference":
-            raise UsageError("protect: reference is of recipes: call consolidate(batches) before the first task")
+            raise UsageError(
+                "protect: reference is an option of recipes: call consolidate(batches) before the first task instead"
+            )
         if name not in known:
             raise UsageError(f"protect: there is no option {name!r}; {closest(name, [*known, 'skip', 'others'])}")
     try:
@@ -515,7 +522,7 @@ def _config(options: dict[str, Any]) -> ProtectConfig:
 
 
 def _bare(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer whose hooks run: accelerate's and Lightning's wrappers have it as `optimizer`."""
+    """The optimizer whose hooks run. Wrappers of accelerate and Lightning hold it as `optimizer`."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = inner
     return optimizer
@@ -523,7 +530,7 @@ def _bare(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in evaluation mode; afterwards every module is in the mode it was in."""
+    """Inside this context the model is in evaluation mode; afterwards every module has the mode it had before."""
     training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -534,9 +541,9 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _share(batches: Iterable[Any], device: torch.device, samples: int | Literal["all"]) -> Iterable[Any]:
-    """`batches` on `device`, up to `samples` examples in the order they come in; an iterator stays one.
+    """`batches` on `device`, up to `samples` examples in their order. The result for an iterator is an iterator.
 
-    The last batch is cut where it is known how; else it is looked at whole.
+    The last batch is cut if all its tensors have one row for each example; otherwise it is used whole.
     """
     if isinstance(batches, Iterator):
         return _moved(batches, device, samples)
@@ -544,7 +551,7 @@ def _share(batches: Iterable[Any], device: torch.device, samples: int | Literal[
 
 
 class _Again:
-    """Batches that can be gone through as often as what they are made of."""
+    """Batches on a device that can be read as often as the original ones."""
 
     def __init__(self, batches: Iterable[Any], device: torch.device, samples: int | Literal["all"]):
         self.batches, self.device, self.samples = batches, device, samples
@@ -576,7 +583,7 @@ def _to(batch: Any, device: torch.device) -> Any:
 
 
 def _size(batch: Any) -> int:
-    """Examples in a batch: the first axis of its first tensor, or one."""
+    """The number of examples in a batch: the length of its first tensor, or 1."""
     if isinstance(batch, Mapping):
         batch = list(batch.values())
     if isinstance(batch, (tuple, list)):
@@ -585,7 +592,7 @@ def _size(batch: Any) -> int:
 
 
 def _even(batch: Any, size: int) -> bool:
-    """Whether each tensor in the batch has one row for each example, and there is nothing else in it."""
+    """Whether the batch consists of tensors with one row for each example and of nothing else."""
     if isinstance(batch, Mapping):
         batch = list(batch.values())
     if isinstance(batch, (tuple, list)):
@@ -594,7 +601,7 @@ def _even(batch: Any, size: int) -> bool:
 
 
 def _first(batch: Any, examples: int) -> Any:
-    """The first examples of a batch that is even."""
+    """The first examples of a batch, for which `_even` is true."""
     if isinstance(batch, Mapping):
         return {key: _first(value, examples) for key, value in batch.items()}
     return [_first(value, examples) for value in batch] if isinstance(batch, (tuple, list)) else batch[:examples]

@@ -1,4 +1,4 @@
-"""What is kept of one site: its protected subspaces and what the certificate needs. No data."""
+"""The memory of one site: its protected subspaces and the sums that the certificate needs. It stores no data."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from perpetune.numerics.subspace import Subspace
 class SiteMemory(nn.Module):
     """The subspaces of a site, one for each head, and the drift of its outputs, as buffers that can be stored.
 
-    Everything is float64 on the CPU wherever the model goes: eigenvectors of second moments need it, and Apple's
-    GPUs have none.
+    All tensors are float64 on the CPU, wherever the model is: eigenvectors of second moments need float64, and Apple's
+    GPUs do not have it.
 
     Args:
         heads, out, dim: the operand's shape.
-        alpha: of soft subspaces; None for hard ones.
-        rows: where not the operand is measured but a product `(rows, dim)` of which it is a factor.
+        alpha: the `alpha` of soft subspaces; None for hard ones.
+        rows: the number of rows of a product `(rows, dim)`, if the site measures the product of which its operand is a
+            factor; None if it measures the operand.
     """
 
     vectors: Tensor
@@ -38,22 +39,22 @@ class SiteMemory(nn.Module):
         for name in ("total", "last", "cross"):
             self.register_buffer(name, getattr(new, name))
         self.figures = {"change": 0.0, "output": 0.0, "count": 0}
-        self.forms: list[tuple[int, bool]] = []  # of each head: columns kept, and whether they are the complement
+        self.forms: list[tuple[int, bool]] = []  # for each head: stored columns, and whether they span the complement
         self.register_buffer("vectors", torch.empty(0))
         self.register_buffer("importance", torch.empty(0))
         self.subspaces = [Subspace(dim, alpha) for _ in range(heads)]
 
     @property
     def subspaces(self) -> list[Subspace]:
-        """The heads' subspaces; assign a changed list to keep it."""
-        found = []
+        """The subspaces of the heads, as a new list. To change them, assign a list."""
+        subspaces = []
         columns = self.vectors.split([count for count, _ in self.forms], dim=1)
         weights = self.importance.split([count if self.alpha is not None else 0 for count, _ in self.forms])
         for (_, complement), vectors, importance in zip(self.forms, columns, weights, strict=True):
             subspace = Subspace(self.shape[2], self.alpha)
             subspace.vectors, subspace.complement, subspace.importance = vectors, complement, importance
-            found.append(subspace)
-        return found
+            subspaces.append(subspace)
+        return subspaces
 
     @subspaces.setter
     def subspaces(self, subspaces: Sequence[Subspace]) -> None:
@@ -63,25 +64,25 @@ class SiteMemory(nn.Module):
 
     @property
     def rank(self) -> int:
-        """Directions protected, over all heads."""
+        """The number of protected directions over all heads."""
         return sum(s.rank for s in self.subspaces)
 
     @property
     def room(self) -> float:
-        """Share of the directions that are still free, over all heads."""
+        """The share of free directions over all heads."""
         heads, _, dim = self.shape
         return 1 - self.rank / (heads * dim)
 
     @property
     def drift(self) -> Drift:
-        """A view of the buffers; call `learned` to advance it."""
+        """The drift of the operand's outputs, as a view of the buffers. `learned` advances it."""
         drift = Drift.__new__(Drift)
         self._into(drift)
         return drift
 
     @property
     def product_drift(self) -> ProductDrift:
-        """The same where a product is measured."""
+        """The drift of the product's outputs, if a product is measured, as a view of the buffers."""
         drift = ProductDrift.__new__(ProductDrift)
         assert self.rows is not None
         drift.out = self.rows
@@ -94,18 +95,19 @@ class SiteMemory(nn.Module):
         drift.count = int(self.figures["count"])
 
     def measure(self, *values: Tensor) -> tuple[float, float | None]:
-        """Change and relative change of the outputs with `values (heads, out, m)`, or with the factors of a product."""
+        """Change and relative change of the old outputs if the present values are `values (heads, out, m)`, or the two
+        factors of a product. The relative change is None if there are no old outputs."""
         if self.rows is None:
             return self.drift.measure(*values)
         b, a = values
         return self.product_drift.measure_product((b, a))
 
     def learned(self, values: Tensor, moments: Tensor, count: int, usual: Tensor | None = None) -> None:
-        """Data with `moments (heads, m, m)` were learned by `values (heads, out, m)`.
+        """Add data with `moments (heads, m, m)`, which were learned with `values (heads, out, m)`.
 
         Args:
-            usual: values whose outputs changes are compared with, where those of `values` are next to nothing (an
-                idle site that was moved into the free directions).
+            usual: values whose outputs serve as the measure for changes. Used for an idle site that was moved into the
+                free directions, because its own outputs are nearly zero.
         """
         drift = self.drift
         drift.advance(values, moments, count)
@@ -114,7 +116,7 @@ class SiteMemory(nn.Module):
         self._from(drift)
 
     def learned_product(self, values: Factors, moments: Tensor, count: int) -> None:
-        """As `learned`, by a product."""
+        """As `learned`, for the factors of a product."""
         drift = self.product_drift
         drift.advance_product(values, moments, count)
         self._from(drift)
@@ -129,7 +131,7 @@ class SiteMemory(nn.Module):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         if list(state["shape"]) != list(self.shape):
-            raise ValueError(f"the site is {self.shape} in the model and {tuple(state['shape'])} in the state")
+            raise ValueError(f"the site has shape {self.shape} in the model and {tuple(state['shape'])} in the state")
         self.forms = [(int(count), bool(complement)) for count, complement in state["forms"]]
         self.figures = dict(state["figures"])
         columns = sum(count for count, _ in self.forms)
@@ -139,12 +141,12 @@ class SiteMemory(nn.Module):
             width = self.rows + self.shape[2]
             shapes |= {"last": (int(last), width), "cross": (int(cross), width)}
         for name, shape in shapes.items():
-            if getattr(self, name).shape != shape:  # torch's load_state_dict calls this once the tensors are there
+            if getattr(self, name).shape != shape:  # torch also calls this after it has loaded the tensors; keep them
                 setattr(self, name, torch.zeros(shape, dtype=torch.float64))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if (state := state_dict.get(f"{prefix}_extra_state")) is not None:
-            self.set_extra_state(state)  # it gives the buffers their shapes
+            self.set_extra_state(state)  # this gives the buffers their shapes
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SiteMemory:

@@ -1,5 +1,7 @@
-"""Gradient projection over the sites of one model; PGP, Qiao et al., ICLR 2024, and PEGP, arXiv:2405.13383, as the
-papers mean it (docs/design.md says where their released code differs)."""
+"""Gradient projection at the sites of one model: PGP, Qiao et al., ICLR 2024, and PEGP, arXiv:2405.13383.
+
+This follows the papers; docs/design.md lists where their released code differs.
+"""
 
 from __future__ import annotations
 
@@ -28,20 +30,21 @@ Certificate = dict[str, Any]
 
 
 class Protection(nn.Module):
-    """Keeps trained parameters out of the directions that the features of old data use.
+    """Keeps updates of trained parameters out of the directions that the features of old data use.
 
-    After each task `consolidate` looks at its data once and adds their features' main directions to every site's
-    subspace; `guard` keeps an optimizer's steps out of them. Until something was consolidated nothing is projected.
+    After each task, `consolidate` runs the model on its data and adds the main directions of their features to the
+    subspace of every site. `guard` keeps an optimizer's steps out of these subspaces. Before the first `consolidate`
+    nothing is projected.
 
     Args:
-        sites: where features meet parameters.
-        config: how much is protected, and how.
-        still: parameters at no site: once something is protected they do not move at all.
-        free: parameters that are meant to move freely.
-        seed: of the random control.
+        sites: the places where features meet parameters.
+        config: the options of protection.
+        still: parameters at no site. After the first `consolidate` they do not move at all.
+        free: parameters that may move freely.
+        seed: the seed of the random control.
 
     Raises:
-        UsageError: `config.sites` names none there are.
+        UsageError: there is no site, or `config.sites` names one that does not exist.
     """
 
     def __init__(
@@ -57,23 +60,23 @@ class Protection(nn.Module):
         kinds = list(dict.fromkeys(w.kind for w in sites))
         unknown = [name for name in config.sites or () if name not in kinds]
         if unknown or not sites:
-            there = ", ".join(kinds) or "none: put in a pet, or train a linear layer"
-            named = f"protect: there is no site {unknown[0]!r}" if unknown else "protect: nothing can be protected"
-            raise UsageError(f"{named}; sites here are {there}")
+            existing = ", ".join(kinds) or "none: put in a pet, or train a linear layer"
+            fault = f"protect: there is no site {unknown[0]!r}" if unknown else "protect: nothing can be protected"
+            raise UsageError(f"{fault}; sites here are {existing}")
         self.config, self.seed = config, seed
         self.sites = list(sites)
         self.still, self.free = list(still), list(free)
         self.consolidated = 0
-        """How often data were added."""
+        """The number of times that data were added."""
         self.renewed = 0
-        """How often data had been added when pairs were last renewed."""
+        """The value of `consolidated` when pairs were last renewed."""
         alpha = config.alpha if config.strength == "soft" else None
         self.memory = nn.ModuleDict(
             {_key(w.name): SiteMemory(*w.site.operand.shape, alpha, _measured(w)) for w in self.sites}
         )
 
     def of(self, watched: Watched) -> SiteMemory:
-        """What is kept of a site."""
+        """The memory of a site."""
         memory = self.memory[_key(watched.name)]
         assert isinstance(memory, SiteMemory)
         return memory
@@ -81,16 +84,17 @@ class Protection(nn.Module):
     # -- while training -------------------------------------------------------------------------------
 
     def guard(self, optimizer: torch.optim.Optimizer) -> ProjectedStep:
-        """Keep the steps of `optimizer` out of what is protected, until `remove` is called on what is returned.
+        """Keep the steps of `optimizer` out of the protected directions, until `remove` of the returned guard is
+        called.
 
         Raises:
-            UsageError: a parameter has another shape than when its features were added.
+            UsageError: the shape of a parameter has changed since its features were added.
         """
         chosen, still = self.closed()
         return ProjectedStep(optimizer, chosen, still=still, project=self.config.project)
 
     def check_covers(self, optimizer: torch.optim.Optimizer, root: nn.Module, private: Collection[str] = ()) -> None:
-        """UsageError if `optimizer` trains a pet of the model `root` that is neither held nor meant to be free.
+        """Raise UsageError if `optimizer` trains a pet of the model `root` that is neither protected nor declared free.
 
         Args:
             private: names of sets of pets that may be trained without protection.
@@ -101,16 +105,16 @@ class Protection(nn.Module):
             if any(p in trained and p not in held for p in parameters(root, name)):
                 guarded = sorted({w.set for w in self.sites if w.set is not None})
                 raise UsageError(
-                    f"protect: the optimizer trains the set of pets {name!r}, and protection holds "
+                    f"protect: the optimizer trains the set of pets {name!r}, but protection holds "
                     f"{', '.join(map(repr, guarded)) or 'none'}: the method has to name in `trained` every set that it "
                     "trains, or in `private` one that no later task uses"
                 )
 
     def closed(self) -> tuple[list[tuple[Operand, list[Subspace]]], list[nn.Parameter]]:
-        """What updates are kept out of at present, and the parameters that may not move.
+        """The operands with the subspaces that are closed to updates now, and the parameters that may not move.
 
         Raises:
-            UsageError: a parameter has another shape than when its features were added.
+            UsageError: the shape of a parameter has changed since its features were added.
         """
         for watched in self.sites:
             self._check_shape(watched)
@@ -120,7 +124,7 @@ class Protection(nn.Module):
         return [(w.site.operand, self._closed(w, self.of(w).subspaces)) for w in chosen], self.still
 
     def _closed(self, watched: Watched, subspaces: list[Subspace]) -> list[Subspace]:
-        """The subspaces that updates are kept out of where `subspaces` are those of the features."""
+        """The subspaces that are closed to updates: `subspaces` of the features, or random ones as a control."""
         if self.config.directions == "random":
             seeds = [generator(self.seed, "protect", watched.name, head) for head in range(len(subspaces))]
             return [random_like(s, rng) for s, rng in zip(subspaces, seeds, strict=True)]
@@ -133,12 +137,12 @@ class Protection(nn.Module):
         now, then = watched.site.operand.shape, self.of(watched).shape
         if now != then:
             raise UsageError(
-                f"protect: {watched.name} is {now} now and was {then} when its features were added: a pet cannot "
-                "change its shape under protection"
+                f"protect: {watched.name} has shape {now} now and had {then} when its features were added: a pet "
+                "cannot change its shape under protection"
             )
         if not isinstance(watched.module, PET) and watched.module.weight is not watched.site.operand.weight:
             raise UsageError(
-                f"protect: the weight of {watched.name} was replaced by another one, {watched.module.weight.shape}: "
+                f"protect: the weight of {watched.name} was replaced by another tensor, {watched.module.weight.shape}: "
                 "change its values in place, or leave the layer out"
             )
 
@@ -152,24 +156,25 @@ class Protection(nn.Module):
         mask: Callable[[Item], Tensor | None] = lambda _: None,
         total: Sum = lambda tensor: tensor,
     ) -> Certificate:
-        """Protect what `forward` shows at the sites: one pass over `batches`, two where a site is idle.
+        """Protect the features that `forward` produces at the sites. One pass over `batches`, two if a site is idle.
 
-        A site is idle while what follows it is zero (LoRA's A before the first step). Its values are moved into the
-        free directions then: the outputs do not change, and the zero matrix behind it keeps all its room.
+        A site is idle while the next factor is zero (LoRA's A before the first step). Then its values are moved into
+        the free directions. The outputs do not change, and the features at the next factor are zero, so all its
+        directions stay free.
 
         Args:
-            batches: data that was learned, or reference data; to be gone through twice, not an iterator.
+            batches: data that was learned, or reference data. It may be read twice, so it must not be an iterator.
             forward: runs the model on a batch, in evaluation mode.
-            mask: `(B, N)` of a batch: tokens that count; None is all.
+            mask: gives `(B, N)` of a batch, true for the tokens that count; None means all.
             total: sums a tensor over all processes.
 
         Returns:
             The certificate: how far the outputs on earlier data have moved, before these data were added.
 
         Raises:
-            PerpetuneError: features or parameters that are not finite, or a site that saw no data. Nothing has changed
-                then.
-            UsageError: a parameter has another shape than when its features were added; batches that are an iterator.
+            PerpetuneError: features or parameters are not finite, or a site saw no data. Nothing changes then.
+            UsageError: the shape of a parameter has changed since its features were added, or `batches` is an iterator
+                and has to be read twice.
         """
         for watched in self.sites:
             self._check_shape(watched)
@@ -182,7 +187,7 @@ class Protection(nn.Module):
             if waiting:
                 if iter(batches) is batches:
                     raise UsageError(
-                        "protect: before the first step data are looked at twice: give a list or a loader, not an "
+                        "protect: before the first step the data are read twice: give a list or a loader, not an "
                         "iterator"
                     )
                 traces = {w.name: _traces(self._gathered(watch, w, total)[0]) for w in self.sites if w not in waiting}
@@ -191,14 +196,16 @@ class Protection(nn.Module):
                     undo.callback(w.set_values, as_made[w.name])
                     w.set_values(values)
                 watch = self._look([w for w in self.sites if w not in waiting], batches, forward, mask)
-            found = {w.name: first.get(w.name) or self._gathered(watch, w, total) for w in self.sites}
-            counts = {name: count for name, (_, count) in found.items()}
+            gathered = {w.name: first.get(w.name) or self._gathered(watch, w, total) for w in self.sites}
+            counts = {name: count for name, (_, count) in gathered.items()}
             certificate = self._certificate(max(counts.values()))
             energy = self._energy(self.consolidated)
             grown: dict[str, list[Subspace]] = {}
             packed: dict[str, Tensor] = {}
-            for w in self.sites:  # what takes time changes nothing yet, and half of the moments goes as bases come
-                moments, _ = found.pop(w.name)
+            # Nothing of the state changes in this loop, so it may fail. Each matrix of moments is freed as soon as its
+            # basis is computed; only its packed half stays.
+            for w in self.sites:
+                moments, _ = gathered.pop(w.name)
                 first.pop(w.name, None)
                 grown[w.name] = self._grown(w, moments, energy, traces.get(w.name))
                 packed[w.name] = pack(moments)
@@ -215,7 +222,7 @@ class Protection(nn.Module):
         return self._summed_up(certificate, energy)
 
     def _energy(self, added: int) -> float:
-        """The energy of the data added as number `added`, from 0; a recipe's reference data are no task."""
+        """The energy for the data that are added as number `added`, from 0. Reference data do not count as a task."""
         return self.config.energy_at(max(0, added - (self.config.reference is not None)))
 
     @torch.no_grad()
@@ -237,22 +244,24 @@ class Protection(nn.Module):
         moments, count = watch.merged(watched, total)
         if count == 0 and watched.site.always:
             raise PerpetuneError(
-                f"protect: {watched.name} saw no data, for the pass did not go through it: leave it out, or check the "
-                "batches"
+                f"protect: {watched.name} saw no data, because the pass did not go through it: leave it out, or check "
+                "the batches"
             )
         if not torch.isfinite(moments).all():
             raise PerpetuneError(
-                f"protect: features at {watched.name} are not finite; nothing was added: lower train.lr, or look for "
+                f"protect: features at {watched.name} are not finite, so nothing was added: lower train.lr, or look "
+                "for "
                 "broken inputs"
             )
         return moments, count
 
     def _grown(self, watched: Watched, moments: Tensor, energy: float, traces: Tensor | None = None) -> list[Subspace]:
-        """The site's subspaces with the directions that `moments (heads, m, m)` add.
+        """The site's subspaces, extended by the main directions of `moments (heads, m, m)`.
 
         Args:
-            traces: `(heads,)` of the moments that `energy` is a share of, where idle sites before this one let less
-                of the features through since they were moved: what they hold back is protected already.
+            traces: `(heads,)`, the traces of which `energy` is a share; None means those of `moments`. They differ if
+                an idle site before this one was moved: then fewer features reach this site, and the others are
+                protected already.
         """
         subspaces = [copy.copy(s) for s in self.of(watched).subspaces]
         rounding = _noise(watched)
@@ -260,7 +269,8 @@ class Protection(nn.Module):
             share, left = energy, float(matrix.trace())
             if traces is not None:
                 whole = float(traces[head])
-                if left <= rounding * whole:  # directions of the noise are no features, not even with energy 1
+                # Only rounding errors are left, and these are not features even with energy 1
+                if left <= rounding * whole:
                     continue
                 share = min(energy, max(0.0, 1 - (1 - energy) * whole / left))
             subspace.extend(matrix, share)
@@ -270,7 +280,8 @@ class Protection(nn.Module):
 
     @property
     def waiting(self) -> bool:
-        """Whether pairs have to be renewed before the next step: what they hold now is old, and their `B` is free."""
+        """Whether pairs have to be renewed before the next step: they hold what was learned, and `B` is not
+        protected."""
         return bool(self.config.renew) and self.consolidated > self.renewed
 
     def renew_pairs(
@@ -282,32 +293,32 @@ class Protection(nn.Module):
         mask: Callable[[Item], Tensor | None] = lambda _: None,
         total: Sum = lambda tensor: tensor,
     ) -> None:
-        """Let what was learned rest, and start new pairs in the free directions; no output changes.
+        """Store the product of every pair, and start new pairs in the free directions. No output changes.
 
-        Where a site has no free directions its new pair is zero and stays so. What rests is cut back where
-        `config.rest` says so, and then old outputs do change by what the next certificate counts.
+        If a site has no free directions, its new pair is zero and stays zero. If `config.rest` limits the rank of the
+        stored product, old outputs do change; the next certificate includes this change.
 
         Args:
-            rng: draws every new `A`, the same on all processes.
-            batches: of the data to be learned next, where `config.start` is `leading`.
+            rng: draws every new `A`; the same on all processes.
+            batches: data of the next task, if `config.start` is `leading`.
             forward, mask, total: as for `consolidate`.
 
         Raises:
-            PerpetuneError: features that are not finite, or a site that saw no data. Nothing has changed then.
+            PerpetuneError: features are not finite, or a site saw no data. Nothing changes then.
         """
         pairs = {w: w.pair for w in self.sites if w.pair is not None}
-        found: dict[Watched, Tensor] = {}
+        inputs: dict[Watched, Tensor] = {}
         if self.config.start == "leading":
             watch = self._look(list(pairs), batches, forward, mask)
-            found = {w: self._gathered(watch, w, total)[0][0] for w in pairs}
+            inputs = {w: self._gathered(watch, w, total)[0][0] for w in pairs}
         for w, pair in pairs.items():
             memory = self.of(w)
             _, rows, dim = memory.shape
             drawn = kaiming(rows, dim, rng)
             held = self.config.directions != "none" and self._chosen(w)
             (closed,) = self._closed(w, memory.subspaces) if held else (None,)
-            if w in found:
-                start = leading_start(drawn, closed, found[w], len(pair.parts), _noise(w))
+            if w in inputs:
+                start = leading_start(drawn, closed, inputs[w], len(pair.parts), _noise(w))
             else:
                 start = random_start(drawn, closed)
             seen = unpack(memory.total, dim)[0] if self.config.rest is not None else None
@@ -317,9 +328,9 @@ class Protection(nn.Module):
     # -- before the first step ------------------------------------------------------------------------
 
     def _idle(self, watch: Watch, total: Sum) -> list[Watched]:
-        """Sites whose values have no effect yet, on any process that saw data."""
+        """Sites whose values have no effect yet on any process that has seen data."""
         by_name = {w.name: w for w in self.sites}
-        votes = torch.zeros(2, len(self.sites))  # processes that saw the site, and those that saw it used
+        votes = torch.zeros(2, len(self.sites))  # the numbers of processes that saw the site, and that saw it not idle
         for number, watched in enumerate(self.sites):
             if watched.pair is not None:
                 idle = False  # a new A is drawn in the free directions before the next step
@@ -335,7 +346,12 @@ class Protection(nn.Module):
         return [w for w, s, u in zip(self.sites, saw, used, strict=True) if s and not u and self._chosen(w)]
 
     def _moved_free(self, watched: Watched, moments: Tensor) -> Tensor:
-        """The values in the directions that will be free once `moments` are protected, as large as they were."""
+        """The site's values, projected into the directions that are free once `moments` are protected, with their old
+        norm.
+
+        Raises:
+            PerpetuneError: no direction is free then.
+        """
         values = watched.values()
         grown = self._grown(watched, moments, self._energy(self.consolidated))
         closed = self._closed(watched, grown)
@@ -343,7 +359,8 @@ class Protection(nn.Module):
         norm = moved.norm()
         if norm <= 1e-6 * values.norm():
             raise PerpetuneError(
-                f"protect: these data leave no room at {watched.name}: nothing could be learned; lower protect.energy"
+                f"protect: these data leave no free direction at {watched.name}, so nothing could be learned; lower "
+                "protect.energy"
             )
         kept: Tensor = moved * (values.norm() / norm)
         return kept
@@ -351,7 +368,7 @@ class Protection(nn.Module):
     # -- certificate ----------------------------------------------------------------------------------
 
     def certificate(self) -> Certificate:
-        """How far the outputs on all data added so far have moved since, and the room that is left."""
+        """How far the outputs on all data added so far have moved since then, and the share of free directions."""
         return self._summed_up(self._certificate(0), self._energy(self.consolidated - 1))
 
     def _certificate(self, rows: int) -> Certificate:
@@ -367,7 +384,8 @@ class Protection(nn.Module):
         return {"rows": rows, "consolidated": self.consolidated, "sites": sites}
 
     def _summed_up(self, certificate: Certificate, energy: float) -> Certificate:
-        """With the room that is left at each site, and figures over them; room is that of those that are protected."""
+        """The certificate with the free share (`room`) and rank of each site, and with figures over all sites. The
+        overall `room` counts only protected sites."""
         sites = certificate["sites"]
         for entry, w in zip(sites, self.sites, strict=True):
             entry["room"], entry["rank"] = self.of(w).room, self.of(w).rank
@@ -394,7 +412,8 @@ class Protection(nn.Module):
 
 
 def random_like(subspace: Subspace, rng: torch.Generator) -> Subspace:
-    """A subspace of equal rank with directions drawn at random; with the same seed a larger one holds a smaller."""
+    """A subspace of equal rank with directions drawn at random. With the same seed a larger one contains a smaller
+    one."""
     drawn = Subspace(subspace.dim, subspace.alpha)
     drawn.extend_random(subspace.rank, rng)
     drawn.importance = subspace.importance
@@ -402,20 +421,23 @@ def random_like(subspace: Subspace, rng: torch.Generator) -> Subspace:
 
 
 def _measured(watched: Watched) -> int | None:
-    """Rows of the product that is measured at the site, where it is not the operand itself."""
+    """The number of rows of the pair's product, if the site measures that; None if it measures its operand."""
     return None if watched.pair is None else sum(stop - start for start, stop in watched.pair.parts)
 
 
 def _noise(watched: Watched) -> float:
-    """The share of the features' energy that rounding alone may make, not even of which energy 1 is a share."""
+    """The share of the features' energy that may come from rounding alone.
+
+    It is never protected, even with energy 1.
+    """
     return max(SLACK, (100 * torch.finfo(watched.site.operand.weight.dtype).eps) ** 2)
 
 
 def _traces(moments: Tensor) -> Tensor:
-    """Of `(heads, m, m)`, `(heads,)`."""
+    """The traces `(heads,)` of matrices `(heads, m, m)`."""
     return moments.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
 def _key(name: str) -> str:
-    """A site's name as the name of a submodule, which has no dots."""
+    """A site's name as a name for a submodule, which must not have dots."""
     return name.replace(".", "|")

@@ -1,8 +1,8 @@
-"""Renewal: what was learned comes to rest, and a new pair starts where old features do not reach.
+"""Renewal: the product of a LoRA's factors is stored (it rests), and a new pair starts in the free directions.
 
-With `U` the protected directions of a layer's inputs and a new `A` with `A U = 0`, `A x = 0` for old `x`, so whatever
-`B` becomes, `B A x` stays zero: `B` needs no protection and has its full rank for every task. (InfLoRA, Liang & Li,
-CVPR 2024, keeps such an `A` fixed; here its steps are projected.)
+Let `U` be the protected directions of a layer's inputs. The new `A` has `A U = 0`, so `A x = 0` for old inputs `x`, and
+`B A x` stays zero whatever `B` becomes. So `B` needs no protection and has its full rank for every task. (InfLoRA,
+Liang & Li, CVPR 2024, keeps such an `A` fixed; here the steps of `A` are projected.)
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from perpetune.numerics.lowrank import Factors, reduced, summed
 from perpetune.numerics.subspace import Subspace
 from perpetune.pets.base import is_plain
 
-NOTHING = 1e-6  # of a matrix's norm: what is left of it in the free directions is rounding
+NOTHING = 1e-6  # a projected matrix whose norm is at most this share of the original norm is only rounding errors
 
 
 def kaiming(rows: int, dim: int, rng: torch.Generator) -> Tensor:
-    """`(rows, dim)` as LoRA's `A` is drawn, float64."""
+    """A random matrix `(rows, dim)`, float64, drawn in the way of LoRA's `A`."""
     drawn = torch.empty(rows, dim)
     nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=rng)
     return drawn.double()
 
 
 def random_start(drawn: Tensor, closed: Subspace | None) -> Tensor | None:
-    """`drawn (rows, dim)` in the free directions, as large as it was; None where there are none."""
+    """`drawn (rows, dim)` projected into the free directions, with its old norm; None if there are none."""
     if closed is None:
         return drawn
     free = closed.remove(drawn)
@@ -44,13 +44,14 @@ def random_start(drawn: Tensor, closed: Subspace | None) -> Tensor | None:
 def leading_start(
     drawn: Tensor, closed: Subspace | None, moments: Tensor, parts: int, rounding: float
 ) -> Tensor | None:
-    """Along the leading directions of inputs with `moments (dim, dim)` inside the free ones; None where there are none.
+    """A start along the leading directions of the new task's inputs within the free directions; None if there are none.
 
-    Each of the `parts` gets the same ones, as many as it has rows, all rows of one length and together as large as
-    `drawn (rows, dim)`. Where the inputs have fewer free directions than that, `eigh` fills up with vectors of
-    eigenvalue zero, which may lie in the closed directions: rows of `drawn` take their place.
+    Each of the `parts` gets the same directions, one for each of its rows. All rows have the same length, and the
+    result has the norm of `drawn (rows, dim)`. If the inputs have fewer free directions than rows, `eigh` gives vectors
+    of eigenvalue zero for the others. These may lie in closed directions, so rows of `drawn` replace them.
 
     Args:
+        moments: second moments `(dim, dim)` of the inputs.
         rounding: eigenvalues up to this share of the moments' trace are noise.
     """
     rank, length = len(drawn) // parts, float(drawn.norm()) / math.sqrt(len(drawn))
@@ -60,17 +61,18 @@ def leading_start(
 
     inside = free(free(moments.double()).mT)
     values, vectors = torch.linalg.eigh((inside + inside.mT) / 2)
-    found = int((values > rounding * float(moments.trace())).sum())
-    leading = free(vectors.flip(1).mT[: min(rank, found)])  # (k, dim)
-    signs = leading.gather(1, leading.abs().argmax(1, keepdim=True)).sign()  # rounding decides which one eigh gives
+    count = int((values > rounding * float(moments.trace())).sum())
+    leading = free(vectors.flip(1).mT[: min(rank, count)])  # (k, dim)
+    # In `eigh` rounding decides the sign of a vector, so it is set here.
+    signs = leading.gather(1, leading.abs().argmax(1, keepdim=True)).sign()
     leading = leading * signs / leading.norm(dim=1, keepdim=True)
     start = []
     for rows in drawn.split(rank):
         rest = free(rows[len(leading) :])
         rest = free(rest - (rest @ leading.mT) @ leading)
         norms = rest.norm(dim=1, keepdim=True)
-        there = norms > NOTHING * rows.norm() / math.sqrt(rank)
-        start += [leading, torch.where(there, rest / norms.clamp(min=torch.finfo(rest.dtype).tiny), 0.0)]
+        usable = norms > NOTHING * rows.norm() / math.sqrt(rank)
+        start += [leading, torch.where(usable, rest / norms.clamp(min=torch.finfo(rest.dtype).tiny), 0.0)]
     whole = torch.cat(start) * length
     return whole if bool(whole.any()) else None
 
@@ -79,15 +81,15 @@ def leading_start(
 
 
 class Rest(nn.Module):
-    """What rests of earlier tasks at a layer of PEFT: `B' A'`, added to what the layer gives.
+    """The resting product `B' A'` of earlier tasks at a layer of PEFT. It is added to the layer's output.
 
-    It is no part of PEFT's adapter, whose rank stays what it is, and no part of the model's state: the protection
-    stores it. It acts while its adapter does, and not while adapters are switched off or others are active.
+    It does not belong to PEFT's adapter, whose rank does not change, nor to the model's state: the protection stores
+    it. It acts while its adapter is active, and not while adapters are switched off or others are active.
 
     Args:
-        adapter: its name.
-        weight: of the adapter's `A`.
-        d_out: width of what the layer gives.
+        adapter: the name of the adapter.
+        weight: the weight of the adapter's `A`.
+        d_out: the width of the layer's output.
     """
 
     up: Tensor
@@ -99,10 +101,10 @@ class Rest(nn.Module):
         self.register_buffer("up", weight.detach().new_zeros(d_out, 0))
         self.register_buffer("down", weight.detach().new_zeros(0, weight.shape[1]))
         self.merged = False
-        """Whether the frozen weight holds it now."""
+        """Whether the product was added to the frozen weight."""
 
     def act(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        """The hook on the layer's forward."""
+        """The hook on the layer's forward; returns the output with the product added."""
         if self.merged or len(self.down) == 0 or getattr(layer, "disable_adapters", False):
             return output
         if self.adapter not in getattr(layer, "active_adapters", (self.adapter,)):
@@ -114,7 +116,7 @@ class Rest(nn.Module):
         return output + F.linear(inside, self.up).to(output.dtype)
 
     def fits(self, up: Tensor, down: Tensor) -> bool:
-        """Whether these could be its tensors, of any one rank."""
+        """Whether these tensors have the shapes of `up` and `down`, for any rank."""
         shaped = up.dim() == down.dim() == 2 and up.shape[1] == len(down)
         return shaped and len(up) == len(self.up) and down.shape[1] == self.down.shape[1]
 
@@ -127,8 +129,9 @@ class Rest(nn.Module):
 
 
 def rest_of(layer: nn.Module, adapter: str, weight: Tensor, d_out: int) -> Rest:
-    """What rests at an adapter of a layer of PEFT; made and put on where there is none yet."""
-    rests: dict[str, Rest] = layer.__dict__.setdefault("_perpetune_rests", {})  # no submodule: the state is PEFT's
+    """The resting product at an adapter of a layer of PEFT; a new one is made and hooked in if there is none yet."""
+    # Not a submodule, because the module's state belongs to PEFT
+    rests: dict[str, Rest] = layer.__dict__.setdefault("_perpetune_rests", {})
     if adapter not in rests:
         rests[adapter] = rest = Rest(adapter, weight, d_out)
         layer.register_forward_hook(rest.act, with_kwargs=True)
@@ -137,11 +140,11 @@ def rest_of(layer: nn.Module, adapter: str, weight: Tensor, d_out: int) -> Rest:
 
 
 def _merge(layer: Any, *args: Any, **kwargs: Any) -> Any:
-    """Stands for PEFT's `merge`, which would leave out what rests, and lose it where the layer is unloaded."""
+    """Replaces PEFT's `merge`, which would leave out the resting product and lose it when the layer is unloaded."""
     if any(len(rest.down) and not rest.merged for rest in layer._perpetune_rests.values()):
         raise UsageError(
-            "protect: products of earlier tasks rest beside PEFT's adapter, and merging would leave them out: call "
-            "protection.merge_rest() first"
+            "protect: products of earlier tasks are stored beside PEFT's adapter, and merging would leave them out: "
+            "call protection.merge_rest() first"
         )
     return type(layer).merge(layer, *args, **kwargs)
 
@@ -150,8 +153,8 @@ class PeftPair:
     """The pair of one adapter in a linear layer of PEFT; a `Pair`.
 
     Args:
-        layer: PEFT's, with `lora_A`, `lora_B` and `scaling` by adapter.
-        adapter: its name.
+        layer: a layer of PEFT, with `lora_A`, `lora_B` and `scaling` by adapter.
+        adapter: the name of the adapter.
     """
 
     def __init__(self, layer: Any, adapter: str):
@@ -171,7 +174,10 @@ class PeftPair:
     @torch.no_grad()
     def renew(self, start: Tensor, rank: int | None = None, moments: Tensor | None = None) -> None:
         if self.rest.merged:
-            raise UsageError("protect: what rests was merged into the frozen weights, and nothing can be renewed then")
+            raise UsageError(
+                "protect: the products of earlier tasks were merged into the frozen weights, so nothing can be renewed "
+                "any more"
+            )
         if self.b.weight.any():
             up, down = self.product()
             most = min(len(up), down.shape[1])
@@ -185,14 +191,14 @@ class PeftPair:
 
     @property
     def mergeable(self) -> bool:
-        """Whether the frozen layer is a plain linear one, or GPT-2's, whose weight is the transpose."""
+        """Whether the frozen layer is a plain linear layer, or GPT-2's, whose weight is transposed."""
         base = self.layer.get_base_layer()
         plain = is_plain(base, nn.Linear) or (type(base).__name__ == "Conv1D" and hasattr(base, "nf"))
         return bool(plain and base.weight.is_floating_point())
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Put what rests into the frozen weight."""
+        """Add the resting product to the frozen weight."""
         if self.rest.merged:
             return
         weight, update = self.layer.get_base_layer().weight, self.rest.up @ self.rest.down
@@ -202,8 +208,8 @@ class PeftPair:
 
 @torch.no_grad()
 def forget(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
-    """Take what an optimizer has gathered of these parameters from it: it is of the values they had before."""
-    if isinstance(optimizer, torch.optim.LBFGS):  # its whole history is of all parameters together
+    """Delete the optimizer's state of these parameters, because it belongs to the values that they had before."""
+    if isinstance(optimizer, torch.optim.LBFGS):  # its history holds all parameters together
         optimizer.state.clear()
         return
     for group in optimizer.param_groups:
@@ -211,7 +217,8 @@ def forget(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> 
             if not any(parameter is p for p in parameters):
                 continue
             state = optimizer.state.pop(parameter, {})
-            if isinstance(optimizer, torch.optim.Adagrad):  # the one that makes its state when it is made itself
+            # Adagrad makes its state in its constructor, so it needs a fresh one
+            if isinstance(optimizer, torch.optim.Adagrad):
                 state["step"].zero_()
                 state["sum"].fill_(group["initial_accumulator_value"])
                 optimizer.state[parameter] = state

@@ -1,6 +1,6 @@
-"""Where features meet trained parameters in a model: at the sites of its PETs, and at linear layers that are trained.
+"""The sites of a model, where features meet trained parameters: in its PETs, and at linear layers that are trained.
 
-Everything is found by object, never by name.
+Modules are compared by identity, never by name.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ Sum = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Watched:
-    """A site, by a name unique in the model, and the module that shows its rows: a PET, or a trained linear layer.
+    """A site with a name that is unique in the model, and the module that reports its rows.
 
-    Where `pair` is given it is the site of its `A`, and what is measured is all that the pair adds to its layer.
+    The module is a PET or a trained linear layer. If `pair` is given, the site is that of its `A`, and the measured
+    values are the whole update that the pair adds to its layer.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Watched:
 
     @property
     def set(self) -> str | None:
-        """The set of PETs that it is of; None for a linear layer."""
+        """The set of PETs to which the site belongs; None for a linear layer."""
         return self.name.split("/")[-2] if isinstance(self.module, PET) else None
 
     @property
@@ -64,7 +65,7 @@ class Watched:
 
 
 def called(path: str) -> str:
-    """What a module is called in names and messages; the model itself has no path."""
+    """The name of a module in messages; the model itself has an empty path."""
     return path or "the model"
 
 
@@ -75,17 +76,20 @@ def pet_sites(
     renew: Callable[[str], bool] = lambda _: False,
     sometimes: Collection[str] = (),
 ) -> tuple[list[Watched], list[nn.Parameter], list[nn.Parameter]]:
-    """The sites of every PET in `model`; the PETs' parameters that are at none; those that are meant to be free.
+    """The sites of every PET in `model`.
 
     Args:
-        only: the sets of PETs that count; None is all.
-        renew: whether the PETs of a set are renewed before every task; each has the site of its `A` alone then.
-        sometimes: sets that a task need not use, so that a pass over its data may not reach them.
+        only: the sets of PETs that count; None means all.
+        renew: whether the PETs of a set are renewed before every task. Such a PET has only the site of its `A`.
+        sometimes: sets that a task need not use, so a pass over its data may not reach their sites.
+
+    Returns:
+        The sites, the PETs' parameters that are at no site, and the parameters that may move freely.
 
     Raises:
-        UsageError: a PET that cannot be renewed.
+        UsageError: a PET cannot be renewed.
     """
-    found: list[Watched] = []
+    watched: list[Watched] = []
     loose: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for path, slot in slots(model):
@@ -93,36 +97,36 @@ def pet_sites(
             pet = slot.pet(name)
             if renew(name):
                 site, pair = _renewable(pet)
-                found.append(Watched(f"{called(path)}/{name}/{site.name}", site, pet, pair))
+                watched.append(Watched(f"{called(path)}/{name}/{site.name}", site, pet, pair))
                 free += [p for p in pet.parameters() if p not in set(site.operand.parameters)]
                 continue
             sites = pet.sites(conditions)
             if name in sometimes:
                 sites = [replace(site, always=False) for site in sites]
-            found += [Watched(f"{called(path)}/{name}/{site.name}", site, pet) for site in sites]
-            meant = pet.free(conditions)
-            covered = {p for site in sites for p in site.operand.parameters}.union(meant)
+            watched += [Watched(f"{called(path)}/{name}/{site.name}", site, pet) for site in sites]
+            declared = pet.free(conditions)
+            covered = {p for site in sites for p in site.operand.parameters}.union(declared)
             loose += [p for p in pet.parameters() if p not in covered]
-            free += meant
-    return found, loose, free
+            free += declared
+    return watched, loose, free
 
 
 def _renewable(pet: PET) -> tuple[Site, Pair]:
-    found = pet.renewable()
-    if found is None:
+    pair = pet.renewable()
+    if pair is None:
         raise UsageError(
-            f"protect: renew is on, and {type(pet).__name__.lower()} cannot be renewed: use lora, or leave renew out"
+            f"protect: renew is on, but {type(pet).__name__.lower()} cannot be renewed: use lora, or leave renew out"
         )
-    return found
+    return pair
 
 
 def peft_pairs(model: nn.Module, skip: Container[nn.Module] = ()) -> dict[nn.Module, PeftPair]:
-    """The pairs of plain LoRA by PEFT that are trained, by the linear layer that is their `A`, but for those in `skip`.
+    """The trained pairs of plain LoRA by PEFT outside of `skip`, by the linear layer of their `A`.
 
     Raises:
-        UsageError: a variant of LoRA.
+        UsageError: an adapter is a variant of LoRA.
     """
-    found: dict[nn.Module, PeftPair] = {}
+    pairs: dict[nn.Module, PeftPair] = {}
     for path, layer in model.named_modules():
         downs, ups = getattr(layer, "lora_A", None), getattr(layer, "lora_B", None)
         if layer in skip or not (isinstance(downs, nn.ModuleDict) and isinstance(ups, nn.ModuleDict)):
@@ -134,25 +138,28 @@ def peft_pairs(model: nn.Module, skip: Container[nn.Module] = ()) -> dict[nn.Mod
                 continue
             if adapter in getattr(layer, "lora_variant", ()):
                 raise UsageError(
-                    f"protect: renew is on, and {called(path)} is a variant of LoRA that cannot be renewed: use plain "
+                    f"protect: renew is on, but {called(path)} is a variant of LoRA that cannot be renewed: use plain "
                     "LoRA, or leave it out with skip"
                 )
-            found[down] = PeftPair(layer, adapter)
-    return found
+            pairs[down] = PeftPair(layer, adapter)
+    return pairs
 
 
 def linear_sites(
     model: nn.Module, skip: Container[nn.Module] = (), pairs: Mapping[nn.Module, PeftPair] = MappingProxyType({})
 ) -> list[Watched]:
-    """Every linear layer outside of PETs whose weight is trained, but for those in `skip`.
+    """The sites of trained linear layers outside of PETs and of `skip`.
 
-    A weight that another module has too (an output layer tied to the embedding) is no site: what the other one makes
-    of it cannot be held here. Nor is the `B` of `pairs` that are renewed, by their `A`.
+    A weight that another module shares (an output layer tied to the embedding) is not a site, because the outputs of
+    the other module could not be kept. The `B` of a renewed pair is not a site either.
+
+    Args:
+        pairs: the pairs that are renewed, by the linear layer of their `A`.
     """
     inside = {m for pet in model.modules() if isinstance(pet, PET) for m in pet.modules()}
     inside |= {pair.b for pair in pairs.values()}
     owners = Counter(p for m in model.modules() for p in m._parameters.values() if p is not None)
-    found: list[Watched] = []
+    watched: list[Watched] = []
     for path, module in model.named_modules():
         if module in inside or module in skip or not (axis := _axis(module)):
             continue
@@ -161,12 +168,12 @@ def linear_sites(
             continue
         bias = bias if isinstance(bias, nn.Parameter) and bias.requires_grad and owners[bias] == 1 else None
         site = Site("weight", Operand(weight, bias, axis=axis[0]))
-        found.append(Watched(f"{called(path)}/weight", site, module, pairs.get(module)))
-    return found
+        watched.append(Watched(f"{called(path)}/weight", site, module, pairs.get(module)))
+    return watched
 
 
 def _axis(module: nn.Module) -> tuple[Any, ...]:
-    """On which axis of its weight a linear layer meets its input; empty for anything else."""
+    """The axis of its weight on which a linear layer meets its input; empty for other modules."""
     if isinstance(module, nn.Linear):
         return (1,)
     return (0,) if type(module).__name__ == "Conv1D" and hasattr(module, "nf") else ()  # transformers' GPT-2
@@ -176,12 +183,12 @@ class Watch:
     """One pass over data: the moments of the rows at every site.
 
     Attributes:
-        moments: by the site's name; a site that saw nothing has none.
-        mask: `(B, N)` of the batch at hand: tokens that count; None is all. Rows without an axis of tokens (of pooled
-            features) all count, and so do those with another number of tokens.
-        feeds: for linear layers whose output is another one's input (LoRA's A and B), the other's name.
-        elsewhere: linear layers whose output something else uses as well (`h + B(h)`); known only where a watched
-            layer is all zero, for nobody asks otherwise.
+        moments: the moments by the site's name; a site that saw nothing has no entry.
+        mask: `(B, N)` of the present batch, true for the tokens that count; None means all. Rows without an axis of
+            tokens (pooled features) all count, and so do rows with another number of tokens.
+        feeds: if the output of a linear layer is the input of others (LoRA's A and B), the names of the others.
+        elsewhere: the linear layers whose output is used by something else as well (`h + B(h)`). Recorded only if a
+            watched layer is all zero, because it is not needed otherwise.
     """
 
     def __init__(self, sites: Sequence[Watched]):
@@ -190,12 +197,12 @@ class Watch:
         self.mask: Tensor | None = None
         self.feeds: dict[str, set[str]] = {}
         self.elsewhere: set[str] = set()
-        self._inside = 0  # watched layers that are at work now
+        self._inside = 0  # the number of watched layers that are computing now
         self._outputs: dict[int, tuple[weakref.ref[Tensor], str]] = {}
 
     @contextlib.contextmanager
     def on(self) -> Iterator[Watch]:
-        """Inside, what flows through the model is counted."""
+        """Inside this context the rows that reach the sites are added to the moments."""
         hooks: list[Any] = []
         pets: dict[PET, dict[str, Watched]] = {}
         for watched in self.sites:
@@ -218,10 +225,10 @@ class Watch:
                 hook.remove()
 
     def add(self, watched: Watched, rows: Tensor, examples: Tensor | None = None) -> None:
-        """Count rows at a site: `(..., width)`, or `(B, groups, N, width)`.
+        """Add rows at a site: `(..., width)`, or `(B, groups, N, width)`.
 
         Args:
-            examples: numbers of the examples of the batch that the rows are of; None is all.
+            examples: the numbers, in the batch, of the examples to which the rows belong; None means all.
         """
         mask = self.mask if self.mask is None or examples is None else self.mask[examples.to(self.mask.device)]
         site, operand = watched.site, watched.site.operand
@@ -231,7 +238,7 @@ class Watch:
         if mask is not None and rows.dim() > 2 and rows.shape[:2] == mask.shape:
             rows = rows[mask]
         elif mask is not None and rows.dim() == 2 and mask.shape[1] > 1 and len(rows) == mask.numel():
-            rows = rows[mask.flatten()]  # some nets (OPT's MLP) take the tokens of all texts as one
+            rows = rows[mask.flatten()]  # some nets (OPT's MLP) join the tokens of all texts in one axis
         elif rows.dim() == 4:
             rows = rows.flatten(0, 1)
         rows = rows.transpose(0, 1) if groups else rows.reshape(-1, rows.shape[-1])
@@ -242,7 +249,7 @@ class Watch:
         self.moments[watched.name].update(rows)
 
     def merged(self, watched: Watched, total: Sum) -> tuple[Tensor, int]:
-        """Moments of the rows that multiply the operand, `(heads, m, m)`, and their number, over all processes."""
+        """Moments `(heads, m, m)` of the rows that multiply the operand, and the number of rows, over all processes."""
         site, operand = watched.site, watched.site.operand
         width = site.width or operand.shape[2]
         empty = Moments(width, None if site.groups == 1 else site.groups, operand.weight.device)
@@ -269,18 +276,18 @@ class Watch:
         self._outputs[id(output)] = (weakref.ref(output), watched.name)
 
     def _source(self, tensor: object) -> str | None:
-        """The linear layer whose output `tensor` is."""
+        """The name of the linear layer whose output is `tensor`; None if there is none."""
         reference, name = self._outputs.get(id(tensor), (None, None))
         return name if reference is not None and reference() is tensor else None
 
     def used(self, values: Any) -> None:
-        """An operation outside of the watched layers takes `values`."""
+        """Called for every operation with its inputs `values`; records outputs used outside of the watched layers."""
         if not self._inside:
             self.elsewhere.update(name for value in values if (name := self._source(value)) is not None)
 
 
 class _Uses(TorchDispatchMode):
-    """Tells a `Watch` of every operation and what it takes."""
+    """Reports every operation and its inputs to a `Watch`."""
 
     def __init__(self, watch: Watch):
         super().__init__()  # type: ignore[no-untyped-call] # torch gives it no types

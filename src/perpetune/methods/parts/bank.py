@@ -1,5 +1,4 @@
-"""What earlier tasks have learned, for methods that keep it: a set of pets for each task on the same net, and the rows
-of the head that go with it."""
+"""A bank of earlier tasks: a set of pets for each task on the same net, and the rows of the head that belong to it."""
 
 from __future__ import annotations
 
@@ -16,12 +15,12 @@ from perpetune.models.classifier import Classifier
 from perpetune.pets import PET, Choice, blendable, copy_set, pets, remove, sets, using
 from perpetune.tasks import Inputs
 
-ELSEWHERE = 1e4  # taken from the log-probability of a class that no task of the chosen set has
+ELSEWHERE = 1e4  # subtracted from the log-probability of a class that does not belong to the chosen set's tasks
 
 
 @dataclass
 class Kept:
-    """One set of pets: its number, the tasks that it is of, their classes, and on how many examples it was trained."""
+    """One set of pets: its number, its tasks, their classes, and the number of examples on which it was trained."""
 
     slot: int
     tasks: list[str]
@@ -30,47 +29,54 @@ class Kept:
 
 
 class Bank(nn.Module):
-    """Sets of pets of earlier tasks on one net, each by a number, and the rows that the head had for the classes of its
-    tasks, for a later task that brings a class again changes its row.
+    """Sets of pets of earlier tasks on one net, each with a number.
+
+    With each set the bank stores the rows of the head for the classes of its tasks, because a later task with the same
+    class changes its row.
 
     Args:
-        model: with the set `working`, which is the one that is trained.
-        working: its name.
+        model: the model, with the set `working`.
+        working: the name of the set that is trained.
     """
 
     def __init__(self, model: Model, working: str):
         super().__init__()
-        self._models = (model,)  # not as a submodule: it is the method's already
+        self._models = (model,)  # in a tuple, so that it is not a submodule: it is one of the method already
         self.working = working
         self.kept: dict[int, Kept] = {}
-        self._rows: dict[str, list[str]] = {}  # the classes whose rows are stored with a set
-        self._sets: dict[str, list[PET]] = {}  # found already: to look for them goes through the whole net
+        self._rows: dict[str, list[str]] = {}  # for each set the classes whose rows are stored with it
+        self._sets: dict[str, list[PET]] = {}  # a cache, because a search for pets goes through the whole net
 
     @property
     def model(self) -> Model:
         return self._models[0]
 
     def called(self, slot: int) -> str:
-        """The tasks that a set is of, as people read them."""
+        """The tasks of a set, as one text for people."""
         return " + ".join(self.kept[slot].tasks)
 
     def weight(self, slot: int) -> int:
-        """On how many examples a set was trained."""
+        """The number of examples on which a set was trained."""
         return self.kept[slot].weight
 
     def by_task(self) -> dict[str, int]:
-        """The number of the set that holds what was learned of each task."""
+        """For each task, the number of its set."""
         return {task: slot for slot, kept in self.kept.items() for task in kept.tasks}
 
     # -- the working set ------------------------------------------------------------------------------
 
     def load(self, slot: int) -> None:
-        """Start from a set that is kept."""
+        """Copy a stored set, with its rows of the head, to the working set."""
         copy_set(self.model, set_name(slot), self.working)
         self._swap(set_name(slot))
 
     def keep(self, slot: int, task: str, classes: Sequence[str], weight: int) -> None:
-        """Store a copy of the working set as what a task has learned."""
+        """Store a copy of the working set, with its rows of the head, for a task.
+
+        Args:
+            slot: the number of the new set.
+            weight: the number of examples on which it was trained.
+        """
         copy_set(self.model, self.working, set_name(slot))
         self.kept[slot] = Kept(slot, [task], list(classes), weight)
         self._store_rows(set_name(slot), {c: self._row(c) for c in classes} if self.model.per_class() else {})
@@ -79,13 +85,13 @@ class Bank(nn.Module):
 
     @contextlib.contextmanager
     def acting(self, name: str) -> Iterator[None]:
-        """Inside, a set of pets is in force, and so are the rows of the head that go with it."""
+        """Inside this context a set of pets is in force, and the head has the rows that belong to it."""
         with self._with_rows(name), using(self.model, name):
             yield
 
     @contextlib.contextmanager
     def _with_rows(self, name: str) -> Iterator[None]:
-        """Inside, the head has the rows that go with a set."""
+        """Inside this context the head has the rows that belong to a set."""
         before = self._swap(name)
         try:
             yield
@@ -93,7 +99,7 @@ class Bank(nn.Module):
             self._set_rows(self._rows.get(name, []), before)
 
     def _swap(self, name: str) -> list[Tensor]:
-        """Put in the rows that are stored with a set; returns what was there."""
+        """Write the rows that are stored with a set into the head; returns the values they replace."""
         classes = self._rows.get(name, [])
         index = [self.model.classes.index(c) for c in classes]
         before = [p.detach()[index].clone() for p in self.model.per_class()] if classes else []
@@ -107,7 +113,7 @@ class Bank(nn.Module):
             p[index] = rows
 
     def _row(self, name: str) -> list[Tensor]:
-        """What the head has for a class at present."""
+        """The present row of the head for a class, from each of its parameters."""
         at = self.model.classes.index(name)
         return [p.detach()[at].clone() for p in self.model.per_class()]
 
@@ -121,38 +127,43 @@ class Bank(nn.Module):
             self.register_buffer(key, torch.stack(list(same)))
 
     def _keys(self, name: str) -> list[str]:
-        """The buffers that hold a set's rows, one for each parameter of the head."""
+        """Names of the buffers that hold a set's rows, one for each parameter of the head."""
         return [f"{name}-rows-{i}" for i in range(len(self.model.per_class()))]
 
     # -- predicting -----------------------------------------------------------------------------------
 
     def predict(self, inputs: Inputs, by: Sequence[int]) -> Tensor:
-        """The prediction for each input by the set chosen for it, one of the numbers `by (B,)`.
+        """The prediction for each input with the set chosen for it.
 
-        Where there are classes, those of the set's tasks come before all others.
+        For a classifier the classes of the set's tasks get higher scores than all others.
+
+        Args:
+            by: the number of the chosen set for each input, `(B,)`.
         """
         model, asked = self.model, Inputs.of(inputs)
         if not isinstance(model, Classifier):
-            if asked.options is None:  # what is generated ends at another place in each group
+            if asked.options is None:  # generated answers have another length in each group
                 return self._asked(asked, by, model.predict)
             return self._at_once(asked, by, model.predict)
         features = self.features(inputs, by)
         whole = features.new_empty(len(by), len(model.classes), dtype=torch.float32)
         for slot, rows in _by_slot(by).items():
             with self._with_rows(set_name(slot)):
-                found = model.scores(features[rows])
-            own = set(self.kept[slot].classes)
-            away = torch.tensor([c not in own for c in model.classes], device=found.device)
-            whole[rows] = found.log_softmax(-1) - ELSEWHERE * away
+                scores = model.scores(features[rows])
+            of_set = set(self.kept[slot].classes)
+            away = torch.tensor([c not in of_set for c in model.classes], device=scores.device)
+            whole[rows] = scores.log_softmax(-1) - ELSEWHERE * away
         return whole
 
     def features(self, inputs: Inputs, by: Sequence[int]) -> Tensor:
-        """Features of each input by the set chosen for it."""
+        """Features of each input, computed with the set chosen for it."""
         return self._at_once(Inputs.of(inputs), by, self.model.features)
 
     def _at_once(self, inputs: Inputs, by: Sequence[int], ask: Callable[[Inputs], Tensor]) -> Tensor:
-        """What `ask(inputs)` gives in one pass with the chosen set in force for each input; a pass for each set where
-        they are not of one shape."""
+        """The result of `ask(inputs)` with the chosen set in force for each input.
+
+        It takes one pass, or one pass for each set if the sets differ in shape.
+        """
         used = sorted(set(by))
         names = tuple(map(set_name, used))
         if not blendable(self.model, names):
@@ -162,26 +173,26 @@ class Bank(nn.Module):
             return ask(inputs)
 
     def _asked(self, inputs: Inputs, by: Sequence[int], ask: Callable[[Inputs], Tensor]) -> Tensor:
-        """What `ask(inputs)` gives with each set in force; narrower rows are filled up."""
+        """The result of `ask(inputs)`, with one pass for each set; narrower rows are filled up."""
         parts: list[tuple[list[int], Tensor]] = []
         for slot, rows in _by_slot(by).items():
             with self.acting(set_name(slot)):
                 parts.append((rows, ask(inputs.rows(rows))))
-        width, first = max(found.shape[1] for _, found in parts), parts[0][1]
+        width, first = max(part.shape[1] for _, part in parts), parts[0][1]
         fill = -torch.inf if first.is_floating_point() else self.model.nothing
         whole = first.new_full((len(by), width), fill)
-        for rows, found in parts:
-            whole[rows, : found.shape[1]] = found
+        for rows, part in parts:
+            whole[rows, : part.shape[1]] = part
         return whole
 
     # -- storing --------------------------------------------------------------------------
 
     def names(self) -> list[str]:
-        """The names of the sets that are kept beside the working one."""
+        """The names of the stored sets, without the working one."""
         return [set_name(slot) for slot in self.kept]
 
     def earlier(self) -> Iterator[Tensor]:
-        """All that is kept beside the working set."""
+        """All tensors of the bank: those of the stored sets and their rows of the head."""
         for name in self.names():
             for pet in self._pets(name):
                 yield from (*pet.parameters(), *pet.buffers())
@@ -194,10 +205,10 @@ class Bank(nn.Module):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.kept = {entry["slot"]: Kept(**entry) for entry in state["kept"]}
         wanted = set(self.names())
-        there = set(sets(self.model)) - {self.working}
-        for name in sorted(there - wanted):
+        existing = set(sets(self.model)) - {self.working}
+        for name in sorted(existing - wanted):
             self._remove(name)
-        for name in sorted(wanted - there):
+        for name in sorted(wanted - existing):
             copy_set(self.model, self.working, name)
         for name in list(self._rows):
             self._forget_rows(name)
@@ -222,13 +233,13 @@ class Bank(nn.Module):
 
 
 def _by_slot(by: Sequence[int]) -> dict[int, list[int]]:
-    """The numbers of the inputs of each set that was chosen."""
-    found: dict[int, list[int]] = {slot: [] for slot in sorted(set(by))}
+    """For each chosen set, the numbers of its inputs."""
+    inputs_of: dict[int, list[int]] = {slot: [] for slot in sorted(set(by))}
     for number, slot in enumerate(by):
-        found[slot].append(number)
-    return found
+        inputs_of[slot].append(number)
+    return inputs_of
 
 
 def set_name(slot: int) -> str:
-    """What the set with that number is called on the net."""
+    """The name on the net of the set with that number."""
     return f"task-{slot}"

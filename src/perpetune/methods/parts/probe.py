@@ -1,4 +1,4 @@
-"""A pass with gradients that is no training: what the loss of some examples says of the parameters as they are."""
+"""A pass with gradients outside of training: the gradients of the loss on some examples, at the present parameters."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from perpetune.tasks import Batch, Task, balanced, load_batches
 def gradients_of(
     loss: Callable[[Task, Batch], Tensor], parameters: Sequence[nn.Parameter], task: Task, config: FitConfig, steps: int
 ) -> None:
-    """Run `loss` and its gradient over the first examples of a task, and leave everything as it was.
+    """Compute `loss` and its gradient on some examples of a task, and leave no gradient behind.
 
-    Whoever wants the gradients listens to the pass by hooks. The loss of a batch counts by the weight of its examples;
-    a process has its share of them.
+    The caller reads the gradients by hooks during the pass. The loss of a batch is multiplied by the weight of its
+    examples. Each process computes its share of the examples.
 
     Args:
         loss: the mean loss of a batch, a scalar.
-        parameters: those whose `requires_grad` is set for the time of the call.
-        config: of the training that will follow: the size of a batch.
-        steps: batches of that size whose examples are looked at, balanced over the classes.
+        parameters: the parameters whose `requires_grad` is set during the call.
+        config: the config of the training that follows; it gives the size of a batch.
+        steps: the number of batches of that size. Their examples are balanced over the classes.
     """
     run = task.runtime
     few = balanced(task.train, steps * config.batch_size, task.generator("probe"))

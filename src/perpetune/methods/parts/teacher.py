@@ -1,4 +1,4 @@
-"""Features that other pets, or none, make of a task's examples: looked up where the examples are always the same."""
+"""A teacher: features of a task's examples by other pets or by the frozen net, kept if examples never change."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from perpetune.tasks import Batch, Task
 
 
 class Teacher:
-    """What some pets make of examples, without a gradient: of a batch, or of a whole task at once.
+    """Computes features with some pets in force, without gradients: of a batch, or of a whole task at once.
 
     Args:
-        model: whose features are asked for.
+        model: the model that computes the features.
         pets: the sets that are in force; None is the frozen net.
     """
 
@@ -25,19 +25,24 @@ class Teacher:
 
     @torch.no_grad()
     def table(self, task: Task, batch_size: int) -> Tensor:
-        """Features `(N, D)` of all training examples of a task as they look at evaluation, in one fixed order, so that
-        a resumed run has the same bits."""
+        """Features `(N, D)` of all training examples of a task, in the form they have at evaluation.
+
+        The order is fixed, so that a resumed run has the same bits.
+        """
         with using(self.model, self.pets):
             return feature_table(task.train, batch_size, task.runtime, self.model.features)
 
     def keep(self, table: Tensor | None) -> Teacher:
-        """Look features up in `table` from now on: where nothing about the examples is drawn. None asks each time."""
+        """Use the features in `table` from now on. None computes them each time.
+
+        A table may be used only if the examples have no random changes.
+        """
         self._table = table
         return self
 
     @torch.no_grad()
     def features(self, batch: Batch) -> Tensor:
-        """`(B, D)`, float32."""
+        """Features of a batch, `(B, D)`, float32."""
         if self._table is not None:
             return rows_of(self._table, batch)
         with using(self.model, self.pets):
@@ -45,6 +50,6 @@ class Teacher:
 
 
 def rows_of(table: Tensor, batch: Batch) -> Tensor:
-    """Of a table `(N, D)` of all examples the rows of those in a batch."""
+    """The rows of the examples in a batch, from a table `(N, D)` of all examples."""
     assert batch.numbers is not None
     return table[batch.numbers]

@@ -1,1 +1,1 @@
-"""TreeLoRA: an adapter for each task, and a tree that finds the earlier tasks that resemble the one at hand."""
+"""TreeLoRA: an adapter for each task, and a tree that finds the earlier tasks most similar to the present one."""

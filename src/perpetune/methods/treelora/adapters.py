@@ -1,4 +1,4 @@
-"""The LoRAs of earlier tasks: what the one in training is drawn to, and how they are merged when there are too many."""
+"""The LoRAs of earlier tasks: the term that draws the trained LoRA to them, and their merging if there are too many."""
 
 from __future__ import annotations
 
@@ -14,34 +14,37 @@ from perpetune.numerics.lowrank import Factors, cosine, inner, merged
 from perpetune.numerics.similarity_tree import SimilarityTree
 from perpetune.pets import LoRA, copy_set, has_set
 
-LEAST = 0.1  # of the root mean square of an update's norms: where a module has less, its direction means little
+# A share of the root mean square of an update's norms. A module with a smaller norm counts less, because its direction
+# is mostly chance.
+LEAST = 0.1
 
 
 class LoRABank(Bank):
-    """A `Bank` of LoRAs, each set by its number in the similarity tree.
+    """A `Bank` of LoRAs. The number of each set is its number in the similarity tree.
 
     Args:
-        model: with the set `working` of LoRAs, which is the one that is trained.
-        working: its name.
-        budget: sets that are kept; None is all.
+        model: the model, with the set `working` of LoRAs.
+        working: the name of the set that is trained.
+        budget: the most sets that are kept; None is all.
     """
 
     def __init__(self, model: Model, working: str, budget: int | None):
         super().__init__(model, working)
         self.budget = budget
         self.merged: str | None = None
-        """The name of the set that all are merged into, where that was done."""
+        """The name of the set into which all are merged; None before that."""
         self._made = [_copied(pet.factors()) for pet in self._loras(working)]
-        self._target: list[tuple[list[int], Factors]] = []  # modules of one shape, and what they are drawn to
-        self._least = torch.zeros(())  # norms in `alignment` are taken as at least this
+        # Modules of one shape, and the LoRAs to which they are drawn
+        self._target: list[tuple[list[int], Factors]] = []
+        self._least = torch.zeros(())  # the least norm in `alignment`
 
     def reset(self) -> None:
-        """Start as if newly made."""
+        """Give the working set the values that it had when the bank was made."""
         for pet, factors in zip(self._loras(self.working), self._made, strict=True):
             pet.set_factors(factors)
 
     def keep(self, slot: int, task: str, classes: Sequence[str], weight: int) -> None:
-        """As of any bank; what the working set was drawn to is let go."""
+        """As in `Bank.keep`; the adapters to which the working set was drawn are dropped."""
         self._target = []
         super().keep(slot, task, classes, weight)
 
@@ -49,7 +52,11 @@ class LoRABank(Bank):
 
     @torch.no_grad()
     def draw_to(self, helpers: Mapping[int, int]) -> None:
-        """What `alignment` compares with from now on: for each module (in the order of places and parts) an adapter."""
+        """Set the adapters with which `alignment` compares the working set.
+
+        Args:
+            helpers: for each module (in the order of places and parts) the number of an adapter.
+        """
         by_slot = {slot: self._flat(set_name(slot)) for slot in set(helpers.values())}
         shapes: dict[tuple[int, ...], list[int]] = {}
         for module, slot in sorted(helpers.items()):
@@ -61,14 +68,15 @@ class LoRABank(Bank):
         self._least = LEAST * torch.cat([inner(target, target) for _, target in self._target]).mean().sqrt()
 
     def alignment(self) -> Tensor:
-        """The mean over modules of `cos(ΔW, ΔW')` between the working set and what it is drawn to, in [-1, 1].
+        """The mean over modules of `cos(ΔW, ΔW')`, in [-1, 1]: `ΔW` is the update of the working set and `ΔW'` that of
+        the adapter to which it is drawn.
 
-        A norm counts as at least a tenth of what those of `ΔW'` are in the root mean square over modules.
+        A norm counts as at least a tenth of the root mean square of the norms of `ΔW'` over modules.
         """
-        own = self._flat(self.working)
-        with torch.autocast(own[0][0].device.type, enabled=False):
+        working = self._flat(self.working)
+        with torch.autocast(working[0][0].device.type, enabled=False):
             each = [
-                cosine(_stacked([own[module] for module in modules]), target, self._least)
+                cosine(_stacked([working[module] for module in modules]), target, self._least)
                 for modules, target in self._target
             ]
             return torch.cat(each).mean()
@@ -76,7 +84,7 @@ class LoRABank(Bank):
     # -- merging --------------------------------------------------------------------------------------
 
     def over(self, tree: SimilarityTree) -> tuple[int, int] | None:
-        """The two adapters to merge: those of the nearest tasks; None while there are not too many."""
+        """The numbers of the two adapters to merge, those of the two nearest tasks; None within the budget."""
         if self.budget is None or len(self.kept) <= self.budget:
             return None
         distances = tree.distances.clone().fill_diagonal_(torch.inf)
@@ -84,7 +92,12 @@ class LoRABank(Bank):
         return tree.ids[min(first, second)], tree.ids[max(first, second)]
 
     def merge(self, kept: int, gone: int) -> None:
-        """Make two adapters one, their mean by the examples each was trained on, at the same rank."""
+        """Replace two adapters by their mean at the same rank, weighted by the numbers of their training examples.
+
+        Args:
+            kept: the number under which the mean is stored.
+            gone: the number of the adapter that is removed.
+        """
         self._mean([kept, gone], set_name(kept))
         one, other = self.kept[kept], self.kept.pop(gone)
         classes = list(dict.fromkeys(one.classes + other.classes))
@@ -92,7 +105,7 @@ class LoRABank(Bank):
         self._remove(set_name(gone))
 
     def merge_all(self, name: str) -> None:
-        """The mean of all adapters as a set of its own."""
+        """Store the mean of all adapters as the set `name`."""
         if not has_set(self.model, name):
             copy_set(self.model, self.working, name)
         self.merged = name
@@ -105,11 +118,11 @@ class LoRABank(Bank):
         for place, into in enumerate(self._loras(name)):
             parts = [list(loras[place].factors()) for loras in sets]
             into.set_factors([merged(same, weights, into.rank) for same in zip(*parts, strict=True)])
-        found: dict[str, list[tuple[float, list[Tensor]]]] = {}
+        rows_of: dict[str, list[tuple[float, list[Tensor]]]] = {}
         for slot, share in zip(among, weights, strict=True):
             for c, row in self._stored_rows(set_name(slot)).items():
-                found.setdefault(c, []).append((share, row))
-        self._store_rows(name, {c: _weighted(rows) for c, rows in found.items()})
+                rows_of.setdefault(c, []).append((share, row))
+        self._store_rows(name, {c: _weighted(rows) for c, rows in rows_of.items()})
 
     # -- reporting and storing ------------------------------------------------------------------------
 
@@ -139,7 +152,7 @@ def _stacked(factors: Sequence[Factors]) -> Factors:
 
 
 def _weighted(rows: Sequence[tuple[float, Sequence[Tensor]]]) -> list[Tensor]:
-    """The mean of the rows of one class, by their weights."""
+    """The weighted mean of the rows of one class."""
     whole = sum(share for share, _ in rows)
     return [
         torch.stack([share / whole * row for (share, _), row in zip(rows, same, strict=True)]).sum(0)

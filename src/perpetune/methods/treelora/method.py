@@ -1,6 +1,7 @@
-"""TreeLoRA: an adapter for each task, and a tree that finds the earlier tasks that resemble the one at hand.
+"""TreeLoRA: an adapter for each task, and a tree that finds the earlier tasks most similar to the present one.
 
-Qian et al., ICML 2025, arXiv:2506.10355, as the paper means it: docs/treelora.md says where its released code differs.
+Qian et al., ICML 2025, arXiv:2506.10355. This follows the paper; docs/treelora.md lists where its released code
+differs.
 """
 
 from __future__ import annotations
@@ -33,40 +34,42 @@ from perpetune.tasks import Batch, Inputs, Task, balanced
 Mode = Literal["last", "merged", "routed"]
 MODES: tuple[Mode, ...] = ("last", "merged", "routed")
 DEFAULT, MERGED = "default", "merged"
-OF = "/"  # between a task's name, which has none, and the class of a prototype
+OF = "/"  # stands between the task's name and the class in the name of a prototype; a task's name has no such sign
 
 
 class TreeLoRA(Method):
-    """Trains a LoRA for each task and keeps it; earlier tasks that resemble the one at hand hold it.
+    """Trains a LoRA for each task and keeps it. A loss draws it towards the LoRAs of similar earlier tasks.
 
-    Every task has a signature: the mean of its gradients with respect to LoRA's `B` in a fixed basis, sketched
-    (`GradientSketch`). Signatures stand in a tree whose levels are groups of layers. At each step a search by lower
-    confidence bounds picks an earlier task; the loss gets `λ mean_l (1 − cos(ΔW_l, ΔW'_l))`, which draws the update of
-    each module towards that of the picked task, in shallow layers towards one that stands for its whole branch. It is
-    in [0, 2λ], whatever the loss is; modules with hardly an update count less (`LoRABank.alignment`). With
-    `regularise: 0` and `start: last` this is `finetune`, bit for bit.
+    Every task has a signature: the sketched mean of its gradients with respect to LoRA's `B` in a fixed basis
+    (`GradientSketch`). The signatures are stored in a tree whose levels are groups of layers. At each step a search by
+    lower confidence bounds picks an earlier task, and the term `λ mean_l (1 − cos(ΔW_l, ΔW'_l))` is added to the loss.
+    It draws the update of each module towards that of the picked task; in shallow layers towards the task in the middle
+    of its branch. The term is in [0, 2λ]. Modules with a very small update count less (`LoRABank.alignment`). With
+    `regularise: 0` and `start: last` the method gives the same bits as `finetune`.
 
     Args:
         model: with LoRA injected under the name `default`.
         train: how each task is trained.
-        mask: for classifiers; see `Classifier`.
-        regularise: `λ`; with 0 nothing is searched.
-        start: what a task's adapter starts from: that of the `nearest` task, of the `last` one, or a `fresh` one.
-        answer: how it predicts: with the adapter of the `last` task, with all of them `merged` into one, or `routed`:
-            by the adapter of the task that has the nearest prototype: the mean feature of the bare backbone, of each
-            of its classes. No task is told; the other two ways are reported beside it.
-        search: what is picked at each step: by lower confidence bounds (`lcb`), or of all the `nearest`; `random` and
-            `farthest` are controls.
+        mask: the classes that a classifier's loss compares; see `Classifier`.
+        regularise: `λ`; with 0 there is no search.
+        start: the adapter from which a task starts: that of the `nearest` task, of the `last` task, or a `fresh` one.
+        answer: the adapter that predicts: that of the `last` task, all of them `merged` into one, or `routed`, which
+            chooses for each input the task with the nearest prototype. A prototype is the mean feature of one class of
+            a task, computed by the bare backbone. The method is never given the task of an input. The report shows the
+            other two answers as well.
+        search: how the task of each step is picked: by lower confidence bounds (`lcb`), or the `nearest` of all;
+            `random` and `farthest` are controls.
         confidence: the factor `c` of the bounds.
-        probe: batches whose gradients say at the start which task is nearest.
-        prototypes: examples of a task, balanced over its classes, whose features make its prototypes; None is all.
-        every: steps from one look at the gradient to the next.
-        size: numbers of a signature for each module.
-        groups: groups of layers, shallow to deep, that the tree's levels go by.
-        budget: adapters that are kept; over it the two of the nearest tasks become one. None keeps all.
+        probe: the number of batches whose gradients find the nearest task before the first step.
+        prototypes: the most examples of a task, balanced over its classes, that make its prototypes; None is all.
+        every: the signature is updated every so many steps.
+        size: the numbers in a signature for each module.
+        groups: the number of groups of layers, from shallow to deep; each is a level of the tree.
+        budget: the most adapters that are kept. Above it the adapters of the two nearest tasks are merged. None keeps
+            all.
 
     Raises:
-        UsageError: a pet that is no LoRA, or none.
+        UsageError: there is no pet, or the pet is not LoRA.
     """
 
     def __init__(
@@ -89,20 +92,21 @@ class TreeLoRA(Method):
     ):
         super().__init__(model)
         if not has_set(model, DEFAULT):
-            raise UsageError("method treelora tunes LoRA, and the recipe has no pet: use `pet: lora`")
+            raise UsageError("method treelora tunes LoRA, but the recipe has no pet: use `pet: lora`")
         if isinstance(model, Classifier) and model.head.carry:
             raise UsageError(
-                "method: treelora has other features for each task, which sums cannot follow: leave head.carry out, or "
-                "use method: finetune or olora"
+                "method: treelora has different features for each task, so a head cannot move its sums along with "
+                "them: "
+                "leave head.carry out, or use method: finetune or olora"
             )
         model.compare(mask)
         self.train_config, self.regularise, self.start, self.answer = train, regularise, start, answer
-        if start != "last":  # protection holds one set of pets where it is
+        if start != "last":  # protection holds one set of pets in place, so each task has to start from it
             self.unprotectable = f"starts tasks from other adapters with start: {start}; protect: needs start: last"
         self.kind, self.confidence, self.probe, self.every = search, confidence, probe, every
         self.prototypes = prototypes
         self.gradients = GradientSketch(model, DEFAULT, size=size)
-        blocks = [int(found[1]) if (found := re.search(r"\.(\d+)(\.|$)", n)) else -1 for n in self.gradients.names]
+        blocks = [int(number[1]) if (number := re.search(r"\.(\d+)(\.|$)", n)) else -1 for n in self.gradients.names]
         self.layers, self.layer_names = in_groups(self.gradients.names, blocks, groups)
         self.similar = TaskTree(self.layers, self.gradients.shape)
         self.bank = LoRABank(model, DEFAULT, budget)
@@ -111,15 +115,15 @@ class TreeLoRA(Method):
         self._begun()
 
     def _begun(self) -> None:
-        """What is known of a task before its first step."""
+        """Reset everything that belongs to one task."""
         self.mean.reset()
         self.steps = 0
-        """Of the optimizer, in this task."""
+        """The optimizer's steps in this task."""
         self.search: Search | None = None
-        """What each step is drawn to, where it is."""
+        """The search for the task to which each step is drawn; None without one."""
         self.drawn: int | None = None
-        """The pick that the bank is ready to draw to."""
-        self.told: dict[str, Any] = {"start": None, "asked": self.start, "helped": [], "merged": []}
+        """The picked task for which the bank is prepared."""
+        self.task_facts: dict[str, Any] = {"start": None, "asked": self.start, "helped": [], "merged": []}
 
     # -- learning -------------------------------------------------------------------------------------
 
@@ -146,19 +150,19 @@ class TreeLoRA(Method):
         return loss + self.regularise * (1 - self.bank.alignment())
 
     def _begin(self, task: Task) -> None:
-        """Choose where the adapter starts, and make ready to search."""
+        """Choose the adapter from which the task starts, and prepare the search."""
         self._begun()
         tree = self.similar.tree
         if not len(tree):
             return
         if self.start == "last":
-            self.told["start"] = self.router.classes[-1].partition(OF)[0]
+            self.task_facts["start"] = self.router.classes[-1].partition(OF)[0]
         if self.start == "nearest" or self.regularise > 0:
-            signature = normalised(self._probed(task))  # where the last task has left the adapter
+            signature = normalised(self._probed(task))  # the adapter has the values of the last task here
             if self.start == "nearest":
                 nearest = tree.nearest(signature).id
                 self.bank.load(nearest)
-                self.told["start"] = self.bank.called(nearest)
+                self.task_facts["start"] = self.bank.called(nearest)
             if self.regularise > 0:
                 self.search = Search(tree, self.kind, self.confidence, task.seed_of("search"), signature)
         if self.start == "fresh":
@@ -166,7 +170,7 @@ class TreeLoRA(Method):
 
     @torch.enable_grad()
     def _probed(self, task: Task) -> Tensor:
-        """The gradient `(L, k)` of a few batches as things stand, but for a factor."""
+        """The sketched gradient `(L, k)` of a few batches with the present adapter, up to a factor."""
         run = task.runtime
         with training(self.model), self.gradients.on():
             self.gradients.listening = True
@@ -178,30 +182,35 @@ class TreeLoRA(Method):
             return self.model.loss(task, batch)
 
     def _look(self, task: Task, count: int) -> None:
-        """After the gradient of a step of `count` examples: add it to the signature, and choose for the next step."""
+        """Called after the gradient of a step: add it to the signature, and choose the task for the next step.
+
+        Args:
+            count: the number of examples in the step.
+        """
         self.steps += 1
         signature = None
         if self.gradients.listening:
             run, scaler = task.runtime, task.runtime.accelerator.scaler
-            found = run.sum(self.gradients.take().to(run.device)).cpu()
-            if bool(torch.isfinite(found).all()):  # else it overflowed, and the step is not taken or `fit` will end
-                self.mean.update(found / (scaler.get_scale() if scaler is not None else 1.0), count)
+            gradient = run.sum(self.gradients.take().to(run.device)).cpu()
+            # After an overflow the step is skipped, or `fit` ends with an error
+            if bool(torch.isfinite(gradient).all()):
+                self.mean.update(gradient / (scaler.get_scale() if scaler is not None else 1.0), count)
                 signature = normalised(self.mean.value)
         if self.search is not None:
             self.search.step(signature)
 
     def _keep(self, task: Task) -> None:
-        """Store the adapter and the signature, and merge what is over the budget."""
+        """Store the adapter and the signature, and merge adapters above the budget."""
         tree, bank = self.similar.tree, self.bank
         if self.search is not None:
-            self.told["helped"] = [
+            self.task_facts["helped"] = [
                 {"group": name, "steps": {bank.called(helper): n for helper, n in counts.items()}}
                 for name, counts in zip(self.layer_names, self.search.counts, strict=True)
             ]
         bank.keep(tree.insert(normalised(self.mean.value)), task.name, task.classes, len(task.train))
         while (pair := bank.over(tree)) is not None:
             kept, gone = pair
-            self.told["merged"].append([bank.called(kept), bank.called(gone)])
+            self.task_facts["merged"].append([bank.called(kept), bank.called(gone)])
             share = bank.weight(gone) / (bank.weight(kept) + bank.weight(gone))
             middle = torch.lerp(tree.point(kept), tree.point(gone), share)
             bank.merge(kept, gone)
@@ -212,7 +221,7 @@ class TreeLoRA(Method):
         self.search = None
 
     def _prototypes(self, task: Task) -> None:
-        """Means of the bare backbone's features, by which a question finds its task."""
+        """Compute the task's prototypes: the mean of the bare backbone's features for each of its classes."""
         names = tuple(f"{task.name}{OF}{c}" for c in task.classes or ("",))
         self.router.grow(names, task.generator("router"))
 
@@ -247,10 +256,10 @@ class TreeLoRA(Method):
             return self.model.predict(inputs)
 
     def _routes(self, inputs: Inputs) -> list[int]:
-        """The adapter of the task that each input seems to be of."""
+        """For each input the number of the adapter of the task with the nearest prototype."""
         with using(self.model, None):
             features = self.model.features(inputs)
-        # Tasks can be nearer to each other than bf16 can tell.
+        # The difference between two tasks can be too small for bf16.
         with torch.autocast(features.device.type, enabled=False):
             nearest = self.router(features.float()).argmax(1)
         slot_of = self.bank.by_task()
@@ -263,36 +272,36 @@ class TreeLoRA(Method):
         return self.bank.acting(name)
 
     def exported(self) -> dict[str, str]:
-        """The working set or the merged one; where answers are routed, each task's by the task's name, and the merged
-        one."""
+        """The working set or the merged one. If answers are routed, the set of each task under the task's name, and the
+        merged one."""
         if self.answer == "routed":
-            own = {"+".join(kept.tasks): set_name(slot) for slot, kept in self.bank.kept.items()}
-            return {**own, MERGED if MERGED not in own else f"all-{MERGED}": MERGED}
+            by_task = {"+".join(kept.tasks): set_name(slot) for slot, kept in self.bank.kept.items()}
+            return {**by_task, MERGED if MERGED not in by_task else f"all-{MERGED}": MERGED}
         return {"": DEFAULT if self.answer == "last" else MERGED}
 
-    # -- telling and storing --------------------------------------------------------------------------
+    # -- reporting and storing ------------------------------------------------------------------------
 
     def facts(self) -> dict[str, Any]:
         tree = self.similar.tree
-        told = {
+        facts = {
             "kind": "similarity tree",
             "names": {str(i): self.bank.called(i) for i in tree.ids},
             "nodes": tree.nodes(),
             "groups": self.layer_names,
             "distances": [[round(value, 4) for value in row] for row in tree.distances.tolist()],
-            **self.told,
+            **self.task_facts,
             "adapters": self.bank.facts(),
             "signature_bytes": 4 * self.gradients.shape[0] * self.gradients.shape[1],
         }
-        return {**super().facts(), "tree": told}
+        return {**super().facts(), "tree": facts}
 
     def get_extra_state(self) -> dict[str, Any]:
         search = self.search.state() if self.search is not None else None
-        return {"steps": self.steps, "told": self.told, "search": search}
+        return {"steps": self.steps, "told": self.task_facts, "search": search}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.steps, self.told, self.drawn = state["steps"], state["told"], None
+        self.steps, self.task_facts, self.drawn = state["steps"], state["told"], None
         if state["search"] is None:
             self.search = None
-        elif self.search is not None:  # a task that was stopped in the middle, which `_begin` has begun again
+        elif self.search is not None:  # the task was stopped in the middle, and `_begin` has started it again
             self.search.load_state(state["search"])

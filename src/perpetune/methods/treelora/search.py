@@ -1,4 +1,4 @@
-"""Which earlier tasks the one at hand resembles: the stored tree of all, and the search that goes with one training."""
+"""Finds the earlier tasks most similar to the present one: the stored tree of all tasks, and the search in training."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Kind = Literal["lcb", "nearest", "random", "farthest"]
 
 
 class TaskTree(nn.Module):
-    """A `SimilarityTree` that is stored with the method that has it.
+    """A `SimilarityTree` that is stored with its method.
 
     Args:
-        groups: indices of modules, shallow ones first.
-        shape: of a signature, `(L, k)`.
+        groups: indices of modules in groups, shallow ones first.
+        shape: the shape of a signature, `(L, k)`.
     """
 
     points: Tensor
@@ -34,14 +34,14 @@ class TaskTree(nn.Module):
 
     @property
     def tree(self) -> SimilarityTree:
-        """To be changed in place, and then to be stored."""
-        if self._tree is None:  # since tensors were loaded
+        """The tree. The caller changes it in place and then calls `store`."""
+        if self._tree is None:  # a state was loaded, and the tree has to be built from its tensors
             tensors = {"points": self.points.cpu(), "distances": self.distances.cpu()}
             self._tree = SimilarityTree.from_state(tensors, self._rest)
         return self._tree
 
     def store(self) -> None:
-        """Make the tree as it is what a checkpoint holds."""
+        """Copy the present tree into the buffers that a checkpoint holds."""
         tensors, self._rest = self.tree.state()
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
@@ -57,26 +57,26 @@ class TaskTree(nn.Module):
 
 
 class Search:
-    """The earlier task that each step of one training is drawn to.
+    """Picks for each step of one training the earlier task to which the step is drawn.
 
-    A step costs `O(log N)` for `lcb` and `random`, whatever the number `N` of earlier tasks; the other two look at all.
+    With `N` earlier tasks a step costs `O(log N)` for `lcb` and `random`; the other two kinds compare with all tasks.
 
     Args:
-        tree: of the earlier tasks; at least one, and not to be changed as long as this is used.
-        kind: how it is chosen; see `TreeLoRA`.
+        tree: the tree of the earlier tasks. It has at least one task and must not change while the search is in use.
+        kind: how the task is picked; see `TreeLoRA`.
         confidence: the factor `c` of the bounds.
-        seed: for ties, and of `random`; the same in all processes.
-        signature: normalised `(L, k)`, what is known of the task before its first step. All tasks are compared with
-            it, so that the first steps need not go through all.
+        seed: decides ties, and the picks of `random`; the same in all processes.
+        signature: normalised `(L, k)`, the task's signature before its first step. The bounds start from its distance
+            to every earlier task, so that the first steps need not try all of them.
     """
 
     def __init__(self, tree: SimilarityTree, kind: Kind, confidence: float, seed: int, signature: Tensor):
         assert tree.root is not None
         self.tree, self.kind, self.seed = tree, kind, seed
         self.steps = 0
-        """Steps that were drawn to an earlier task."""
+        """The number of steps that were drawn to an earlier task."""
         self.counts: list[dict[int, int]] = [{} for _ in tree.groups]
-        """For each group of modules, how many of them to which."""
+        """For each group of modules, the number of steps that were drawn to each task."""
         self._ids, self._mean, self._widest = tree.ids, tree.root.mean, tree.root.spread or 1.0
         self._bounds = LowerConfidenceSearch(
             tree, confidence, seed, delta=lambda node: node.spread / (2 * self._widest)
@@ -87,21 +87,23 @@ class Search:
         shallow = [node for node in tree if 0 < node.depth < len(tree.groups)]
         self._middles = {node: _middle(tree, node) for node in shallow}
         self.picked = self._next(signature)
-        """The task that the step at hand is drawn to."""
+        """The task to which the present step is drawn."""
 
     def helpers(self) -> list[int]:
-        """For each group of modules the task that stands for what was picked: in the deepest the picked one itself, in
-        the others the middle of the branch that the tree has made by that group and that holds it, the earlier one of
-        two."""
+        """For each group of modules the task to which it is drawn.
+
+        For the deepest group it is the picked task. For each other group it is the task in the middle of the branch
+        that contains the picked task at the level of that group; of two equally near ones the earlier.
+        """
         path = self.tree.path(self.picked)
         below = [path[min(level + 1, len(path) - 1)] for level in range(len(self.counts) - 1)]
         return [*(self._middles.get(node, self.picked) for node in below), self.picked]
 
     def step(self, signature: Tensor | None) -> None:
-        """A step is done; choose for the next one.
+        """Count the step that is done, and pick the task for the next one.
 
         Args:
-            signature: normalised `(L, k)`, as it has become; None where nothing new is known.
+            signature: the task's present signature, normalised `(L, k)`; None if it has not changed.
         """
         self.steps += 1
         for counts, helper in zip(self.counts, self.helpers(), strict=True):
@@ -112,16 +114,17 @@ class Search:
             self.picked = self._next(signature)
 
     def residual(self, known: int, signature: Tensor) -> float:
-        """How far a signature is from a known task's, in [0, 1]; 1/2 where it is as far as from the mean of all tasks.
+        """The distance of a signature from a known task, scaled to [0, 1]; 1/2 means as far as from the mean of all
+        tasks.
 
-        What is common to all distances says nothing, and by the triangle inequality the rest is at most the spread of
-        the tree. On that scale the bounds can tell near tasks apart.
+        The part that all distances share does not help to choose, so it is subtracted. By the triangle inequality the
+        rest is at most the spread of the tree. Divided by that, the bounds can distinguish near tasks.
         """
         more = float(distance(self.tree.point(known), signature) - distance(self._mean, signature))
         return min(1.0, max(0.0, 0.5 + more / (2 * self._widest)))
 
     def state(self) -> dict[str, Any]:
-        """JSON-able: with it a search of the same tree goes on as if it had not been stopped."""
+        """The state as JSON-able values. With it a search in the same tree continues as if it had not been stopped."""
         return {
             "steps": self.steps,
             "picked": self.picked,
@@ -130,10 +133,10 @@ class Search:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from `state()`.
+        """Continue from `state()`.
 
         Raises:
-            StateError: the state of a search of another tree.
+            StateError: the state belongs to a search in another tree.
         """
         self._bounds.load_state(state["bounds"])
         self.steps, self.picked = state["steps"], state["picked"]
@@ -150,7 +153,10 @@ class Search:
 
 
 def _middle(tree: SimilarityTree, node: Node) -> int:
-    """The task nearest to a node's mean, the smallest id of several: two alone are equally far from theirs, and which
-    of them rounding puts nearer is another on another processor."""
+    """The task nearest to a node's mean. If several are equally near up to rounding, the smallest id counts.
+
+    Two tasks alone in a node are always equally far from its mean, and without this rule the result would depend on the
+    rounding of the processor.
+    """
     far = [float(distance(tree.point(task), node.mean)) for task in node.tasks]
     return next(task for task, value in zip(node.tasks, far, strict=True) if value <= min(far) + ROUNDING)

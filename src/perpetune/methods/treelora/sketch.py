@@ -1,4 +1,4 @@
-"""True loss gradients of LoRA's `B` in a basis that no task changes: what signatures of tasks are made of."""
+"""Gradients of the loss with respect to a LoRA's `B` on a basis that no task changes. Signatures are made of them."""
 
 from __future__ import annotations
 
@@ -17,36 +17,37 @@ from perpetune.seeding import generator, seed_of
 
 
 class GradientSketch:
-    """Gradients with respect to the `B` of a LoRA on a fixed `A₀`, beside the one that is trained.
+    """Gradients with respect to the `B` of an imagined LoRA with a fixed `A₀`, beside the trained one.
 
-    A linear layer with output `y` and input `x` would read `y + s B A₀ x` with it, so its gradient is
-    `s Σ_tokens (∂ℓ/∂y)(A₀ x)ᵀ`: a random projection of the whole matrix's gradient, whatever the trained LoRA has made
-    of its own `A` (treelora.md §5.2). It is collected on the way back and changes nothing. A row for each part of
-    each LoRA of the set, in the order of their places.
+    With the imagined LoRA a linear layer with output `y` and input `x` would give `y + s B A₀ x`. So the gradient is
+    `s Σ_tokens (∂ℓ/∂y)(A₀ x)ᵀ`, a random projection of the gradient of the layer's whole weight. It does not depend on
+    the `A` of the trained LoRA, which every task changes; so gradients of different tasks can be compared. Hooks
+    collect it in the backward pass, and nothing else changes. The sketch has a row for each part of each LoRA of the
+    set, in the order of their places.
 
     Args:
         root: the net with the set `name` of LoRAs.
-        name: of the set.
-        size: numbers that a row is sketched to.
-        seed: of `A₀` and of the signs.
+        name: the name of the set.
+        size: the length to which a row is sketched.
+        seed: the seed of `A₀` and of the signs of the sketch.
 
     Raises:
-        UsageError: a pet of the set is no LoRA.
+        UsageError: a pet of the set is not a LoRA.
     """
 
     def __init__(self, root: nn.Module, name: str, *, size: int = 256, seed: int = 0):
-        found = [(path, slot) for path, slot in slots(root) if name in slot.pets]
-        self.slots = [slot for _, slot in found]
+        carriers = [(path, slot) for path, slot in slots(root) if name in slot.pets]
+        self.slots = [slot for _, slot in carriers]
         self.rows: list[range] = []
         self.parts: list[Sequence[tuple[int, int]]] = []
         self.names: list[str] = []
         self._bases: list[Tensor] = []
         self._shapes: list[tuple[int, int]] = []
-        for path, slot in found:
+        for path, slot in carriers:
             pet = slot.pet(name)
             if not isinstance(pet, LoRA):
                 raise UsageError(
-                    f"signatures of tasks are made of LoRA's gradients, and {path} has {type(pet).__name__}"
+                    f"signatures of tasks are made of LoRA's gradients, but {path} has {type(pet).__name__}"
                 )
             d_in, rank = pet.down.shape[1], pet.rank
             basis = torch.randn(rank, d_in, generator=generator(seed, "signature", path)) * (pet.scale / d_in**0.5)
@@ -60,13 +61,13 @@ class GradientSketch:
         sizes = {rows * rank for rows, rank in self._shapes}
         self._sketches = {n: Sketch(n, size, seed_of(seed, "signature", n) % 2**31) for n in sorted(sizes)}
         self._sums: list[Tensor | None] = [None] * len(self._shapes)
-        self._read: tuple[Tensor, int, Tensor] | None = None  # the last input, its version, and it made exact
+        self._read: tuple[Tensor, int, Tensor] | None = None  # the last input, its version, and its exact copy
         self.listening = True
-        """Whether passes add to what is collected."""
+        """Whether backward passes add to the collected gradients."""
 
     @contextlib.contextmanager
     def on(self) -> Iterator[None]:
-        """Inside, every backward pass adds to what `take` gives."""
+        """Inside this context every backward pass adds to the gradients that `take` returns."""
         hooks = [slot.register_forward_hook(partial(self._forward, i)) for i, slot in enumerate(self.slots)]
         try:
             yield
@@ -76,20 +77,20 @@ class GradientSketch:
             self._sums, self._read = [None] * len(self._shapes), None
 
     def gradients(self) -> list[Tensor | None]:
-        """What was collected so far, `(rows, rank)` float32 for each part; None where nothing came back."""
+        """The gradients collected so far, `(rows, rank)` float32 for each part; None for a part without a gradient."""
         return list(self._sums)
 
     def take(self) -> Tensor:
-        """The sketch `(L, size)`, float32, of the sum of all gradients since the last call; zeros where there were
-        none."""
+        """The sketch `(L, size)`, float32, of the sum of all gradients since the last call; rows without a gradient are
+        zero."""
         device = next((s.device for s in self._sums if s is not None), torch.device("cpu"))
-        found = torch.zeros(self.shape, device=device)
+        result = torch.zeros(self.shape, device=device)
         for numbers, sketch in self._sketches.items():
             rows = [i for i, s in enumerate(self._sums) if s is not None and s.numel() == numbers]
             if rows:
-                found[rows] = sketch(torch.stack([self._flat(i) for i in rows]))
+                result[rows] = sketch(torch.stack([self._flat(i) for i in rows]))
         self._sums, self._read = [None] * len(self._shapes), None
-        return found
+        return result
 
     def _flat(self, row: int) -> Tensor:
         value = self._sums[row]
@@ -107,9 +108,10 @@ class GradientSketch:
         y.register_hook(partial(self._backward, index, seen))
 
     def _exact(self, x: Tensor) -> Tensor:
-        """Inputs `(tokens, d_in)` in float32 or better: gradients cancel over tokens, and rounding does not.
+        """Inputs `(tokens, d_in)` in float32 or better, because gradients cancel over tokens and rounding errors do
+        not.
 
-        q, k and v read the same tensor, which is converted once.
+        q, k and v read the same tensor, and it is converted only once.
         """
         if self._read is None or self._read[0] is not x or self._read[1] != x._version:
             flat = x.detach().flatten(0, -2)
@@ -119,19 +121,22 @@ class GradientSketch:
     def _backward(self, index: int, seen: Tensor, grad: Tensor) -> None:
         flat = grad.detach().flatten(0, -2)
         for row, (start, stop) in zip(self.rows[index], self.parts[index], strict=True):
-            # In this order the wide matrix is read as it lies: twice as fast as the other on a CPU.
+            # This order reads the wide matrix in its memory order; on a CPU it is twice as fast as the other.
             value = (seen.mT @ flat[:, start:stop].to(seen.dtype)).mT.float().contiguous()
             held = self._sums[row]
             self._sums[row] = value if held is None else held + value
 
 
 def in_groups(names: Sequence[str], blocks: Sequence[int], count: int) -> tuple[list[list[int]], list[str]]:
-    """Modules in at most `count` groups of about as many blocks each, shallow ones first, and what each is called.
+    """Divide modules into at most `count` groups with about equally many blocks, shallow ones first.
 
     Args:
         names: paths of the modules.
-        blocks: the block each is in; -1 where there is none: those count as the last.
-        count: groups wanted.
+        blocks: the block of each module; -1 for a module in no block, which goes into the last group.
+        count: the wanted number of groups.
+
+    Returns:
+        The indices of the modules in each group, and the names of the groups.
     """
     known = sorted({b for b in blocks if b >= 0})
     count = max(1, min(count, len(known)))
