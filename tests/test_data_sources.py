@@ -81,7 +81,9 @@ def test_files_that_are_no_pictures_are_told_by_suffix(tmp_path):
 
 def test_domain_folders(tmp_path):
     tree(tmp_path, "photo/cat/1.png", "photo/dog/1.png", "sketch/cat/1.png", "sketch/loose.png")
-    with pytest.raises(DataError, match=r"some folders hold pictures \(sketch\), others only .* \(photo\); set layout"):
+    with pytest.raises(
+        DataError, match=r"some folders have pictures \(sketch\), others have only .* \(photo\); set layout"
+    ):
         FolderSource(path=str(tmp_path)).train()
     table = FolderSource(path=str(tmp_path), layout="domains").train()
     assert records(table) == [
@@ -182,13 +184,15 @@ def test_validation_rows_are_the_test_where_there_is_none(tmp_path):
     assert records(source.test()) == [("b", "x", None)]
     source = ManifestSource(path=manifest(tmp_path / "m.csv", text + "c,x,test\n"))
     assert records(source.test()) == [("c", "x", None)]
-    assert source.test().warnings == [f"{tmp_path / 'm.csv'}: 1 validation rows are not used beside test"]
+    assert source.test().warnings == [
+        f"{tmp_path / 'm.csv'}: 1 validation rows are not used, because there are test rows"
+    ]
 
 
 def test_repeated_rows(tmp_path):
     source = ManifestSource(path=manifest(tmp_path / "m.csv", "path,label\na,x\na,x\nb,y\n"))
     assert records(source.train()) == [("a", "x", None), ("b", "y", None)]
-    assert source.train().warnings == [f"{tmp_path / 'm.csv'}: 1 rows repeat an earlier one and are left out"]
+    assert source.train().warnings == [f"{tmp_path / 'm.csv'}: 1 rows repeat an earlier row and are left out"]
 
 
 @pytest.mark.parametrize(
@@ -197,14 +201,14 @@ def test_repeated_rows(tmp_path):
         ("m.csv", "", "no header line"),
         ("m.csv", "path,label\n", "no rows"),
         ("m.csv", "file,class\na,x\n", "no column 'path'; found: file, class"),
-        ("m.csv", "path,path,label\na,a,x\n", "column named twice: path"),
+        ("m.csv", "path,path,label\na,a,x\n", "the header has a column twice: path"),
         ("m.csv", "path,label\na,x\nb\n", "line 3: 1 cells; the header has 2"),
         ("m.csv", 'path,label\n"a,x\n', "line 2: unexpected end of data"),
         ("m.csv", "path,label\na,\nb,x\nc, \n", r"no label \(column 'label'\) in .*line 2, .*line 4"),
         ("m.csv", "path,label\n,x\n", r"no path \(column 'path'\) in .*line 2"),
         ("m.csv", "path,label\na,x\na,y\n", "line 3: a has label 'y', but 'x' before"),
         ("m.csv", "path,label,split\na,x,trian\n", "line 2: split 'trian' is not one of train, test, val"),
-        ("m.csv", "path,label,split\na,x,test\n", "no row belongs to the train split"),
+        ("m.csv", "path,label,split\na,x,test\n", "no row is in the train split"),
         ("m.csv", "path,label,task,domain\na,x,1,2\n", "set group_column to one of them"),
         ("m.jsonl", '{"path": "a", "label": "x"}\n{"path": \n', "line 2: not JSON: Expecting value"),
         ("m.jsonl", "[" * 100000 + "\n", "line 1: not JSON"),
@@ -235,7 +239,7 @@ def test_more_faulty_manifests(tmp_path):
     with pytest.raises(DataError, match=r"label not declared under data.labels: 'dgo' \(.*line 3\); .*dog"):
         ManifestSource(path=path, labels=["cat", "dog"]).train()
     table = ManifestSource(path=path, labels=["cat", "dgo", "emu"]).train()
-    assert table.warnings == [f"{path}: no picture of declared label emu"]
+    assert table.warnings == [f"{path}: no picture has the declared label emu"]
     with pytest.raises(DataError, match="no column 'when'; found: path, label"):
         ManifestSource(path=path, group_column="when").train()
 
@@ -302,7 +306,7 @@ def test_faulty_parquet(tmp_path):
     path = parquet(tmp_path / "c.parquet", {"image": [png()], "label": [0.5]})
     fails("column 'label' holds float; expected text or a whole number", path=path)
     path = parquet(tmp_path / "d.parquet", {"image": [png()], "label": ["x"]})
-    fails("the same file in train and in test: .*d.parquet", path=path, test=path)
+    fails("the same file is in train and in test: .*d.parquet", path=path, test=path)
     fails("no rows", path=parquet(tmp_path / "e.parquet", {"image": [], "label": []}))
     fails("list of files is empty", path=[])
 
@@ -339,7 +343,7 @@ def test_saved_data_set(tmp_path):
     assert source.test().labels == ["cat"]
     with pytest.raises(DataError, match="no split 'tset'; found: train, validation"):
         HubSource(path=path, test="tset").test()
-    with pytest.raises(DataError, match="'train' is named for train and for test"):
+    with pytest.raises(DataError, match="the recipe names split 'train' for both train and test"):
         HubSource(path=path, test="train").test()
     train.save_to_disk(path + "1")
     assert HubSource(path=path + "1").train().labels == table.labels

@@ -85,7 +85,7 @@ def test_class_order_differs_between_seeds():
 def test_tasks_of_equal_size(n, per_task):
     classes = [str(i) for i in range(n)]
     if per_task > n:
-        with pytest.raises(UsageError, match=f"{per_task} is more than the {n} classes"):
+        with pytest.raises(UsageError, match=f"{per_task} is too large: there are only {n} classes"):
             in_tasks(classes, per_task)
         return
     tasks, warnings = in_tasks(classes, per_task)
@@ -107,5 +107,5 @@ def test_given_order():
     assert given_order(["b"], ["a", "b", "c"], "k", "classes") == (["b"], ["k: classes left out: a, c"])
     with pytest.raises(UsageError, match="k: 'catt' is not among the classes of the training data; one of cat, dog"):
         given_order(["catt"], ["cat", "dog"], "k", "classes")
-    with pytest.raises(UsageError, match="k: named twice: a"):
+    with pytest.raises(UsageError, match="k has a name twice: a"):
         given_order(["a", "a"], ["a"], "k", "classes")

@@ -125,9 +125,9 @@ def test_domain_tasks():
     assert [keys(t.test) for t in stream.tasks] == [[], ["100", "101"]]
     assert stream.tasks[0].test is None
     assert stream.warnings == [
-        "domain in test and not in train, left out: new",
-        "class in test and not in train, its test pictures are left out: p9/x, p10/c",
-        "class in train and not in test: b (task p9), c (task p9)",
+        "domains in test but not in train are left out: new",
+        "classes in test but not in train; their test pictures are left out: p9/x, p10/c",
+        "classes in train but not in test: b (task p9), c (task p9)",
     ]
     ordered = stream_of(train, by="task", order=["p10", "p9"])
     assert [t.name for t in ordered.tasks] == ["p10", "p9"]
@@ -142,7 +142,7 @@ def test_missing_domains():
         DataError, match="needs a domain for each picture, but rows picture 0 has none; expected folders"
     ):
         stream_of(rows("ab"), by="domain")
-    with pytest.raises(DataError, match="no domain is given for rows picture 1"):
+    with pytest.raises(DataError, match="these have no domain: rows picture 1"):
         stream_of(rows("ab", ["p", ""]), by="domain")
     assert len(stream_of(rows("ab", ["p", ""]), classes_per_task=1).tasks) == 2  # not needed there
 
@@ -150,8 +150,8 @@ def test_missing_domains():
 def test_test_classes():
     stream = stream_of(rows("aabb"), rows("aac", start=50), classes_per_task=1, class_order="sorted")
     assert stream.warnings == [
-        "class in test and not in train, its test pictures are left out: c",
-        "class in train and not in test: b (task b)",
+        "classes in test but not in train; their test pictures are left out: c",
+        "classes in train but not in test: b (task b)",
     ]
     assert [keys(t.test) for t in stream.tasks] == [["50", "51"], []]
     assert "nothing is evaluated" in stream_of(rows("ab"), classes_per_task=1).warnings[0]
@@ -190,9 +190,11 @@ def test_faulty_options(options):
 
 
 def test_options_that_do_not_fit_the_data():
-    with pytest.raises(UsageError, match="5 is more than the 2 classes"):
+    with pytest.raises(UsageError, match="5 is too large: there are only 2 classes"):
         stream_of(rows("ab"), classes_per_task=5)
-    with pytest.raises(UsageError, match="classes_per_task is missing: by: class needs it; there are 2 classes"):
+    with pytest.raises(
+        UsageError, match=r"classes_per_task is missing, but stream.by: class needs it; there are 2 classes"
+    ):
         stream_of(rows("ab"))
     with pytest.raises(UsageError, match=r"stream.class_order: 'z' is not among the classes of the training data"):
         stream_of(rows("ab"), classes_per_task=1, class_order=["z"])
@@ -275,7 +277,7 @@ def test_a_class_without_a_readable_picture(tmp_path):
     task.check()
     assert task.classes == ("a", "c")
     assert task.train.targets == task.test.targets == [0, 0, 1, 1]
-    assert task.warnings[1] == "task a-b-c: left out, for no training picture can be read: b"
+    assert task.warnings[1] == "task a-b-c: classes left out, because no training picture can be read: b"
     options = StreamOptions(classes_per_task=1, class_order=["b"])
     with pytest.raises(DataError, match=r"task b: no training picture can be read: .*trainb0"):
         build_stream(source, options, VIEW, seed=0).tasks[0].check()
@@ -320,7 +322,7 @@ def test_overlapping_files(tmp_path):
     build_stream(source, options, VIEW, seed=0)
     (tmp_path / "test/a/copy.png").write_bytes((tmp_path / "train/a/train2.png").read_bytes())
     (tmp_path / "test/a/link.png").symlink_to(tmp_path / "train/a/train1.png")
-    with pytest.raises(DataError, match=r"2 test pictures are training pictures as well: .*link.png = .*train1.png, "):
+    with pytest.raises(DataError, match=r"2 test pictures are also training pictures: .*link.png = .*train1.png, "):
         build_stream(source, options, VIEW, seed=0)
     warned = build_stream(source, StreamOptions(classes_per_task=1, overlap="warn"), VIEW, seed=0)
     assert "copy.png = " in warned.warnings[0]
@@ -335,7 +337,7 @@ def test_twins_in_one_table_are_a_warning():
     train, test = rows("aabb"), rows("ab", start=50)
     test.contents[1] = train.contents[3]
     stream = stream_of(train, test, classes_per_task=2)
-    assert stream.warnings == ["1 test pictures are training pictures as well: rows picture 51 = rows picture 3"]
+    assert stream.warnings == ["1 test pictures are also training pictures: rows picture 51 = rows picture 3"]
 
 
 @given(st.lists(st.binary(max_size=3), max_size=20), st.lists(st.binary(max_size=3), max_size=20))
@@ -410,7 +412,7 @@ def test_single_task():
     assert Counter(labels_of(task, task.test)) == {"a": 2, "b": 2}
     assert Counter(labels_of(task, task.validation)) == {"a": 2, "b": 2}  # a quarter of 6, rounded up
     assert len(task.train) == 9
-    assert task.warnings == ["class in train and not in test: c"]
+    assert task.warnings == ["classes in train but not in test: c"]
     task.check()
     again = single(rows("b" * 8 + "a" * 8 + "c"), validation=0.25)
     assert again.fingerprint == task.fingerprint
@@ -431,7 +433,7 @@ def test_single_task_with_its_own_test():
     task = single(rows("ab", ["p", "q"]), rows("abx", start=9))
     assert keys(task.train) == ["0", "1"]
     assert keys(task.test) == ["9", "10"]
-    assert task.warnings == ["class in test and not in train, its test pictures are left out: x"]
+    assert task.warnings == ["classes in test but not in train; their test pictures are left out: x"]
 
 
 # -- real data ----------------------------------------------------------------------------------------

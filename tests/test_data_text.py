@@ -247,7 +247,7 @@ BAD = [
     ({"messages": []}, "there are no messages"),
     ({"messages": ["hi", "ho"]}, "message 1 is str; expected {role, content}"),
     ({"messages": [SAID]}, "there is no message before the answer"),
-    ({"messages": [USER, SAID, USER]}, "the last message is by 'user'; expected the assistant's, which is the answer"),
+    ({"messages": [USER, SAID, USER]}, "the last message is by 'user'; expected the answer, by assistant"),
     ({"messages": [{**USER, "role": "human"}, SAID]}, "message 1 has the role 'human'; expected one of system, user, "),
     ({"messages": [{"role": "user", "content": [{"type": "image"}]}, SAID]}, "message 1: the content holds list; "),
     ({"messages": [{"role": "user"}, SAID]}, "message 1: the content holds nothing; expected text"),
@@ -324,12 +324,12 @@ def test_nothing_good_is_an_error(tmp_path):
         ("x.jsonl", b"\xef\xbb\xbf\r\n", "x.jsonl: no rows"),
         ("x.json", b"", "x.json: no rows"),
         ("x.json", b" [ ] ", "x.json: no rows"),
-        ("x.json", b'"a"', "x.json: expected an array of objects, or one object a line"),
+        ("x.json", b'"a"', "x.json: expected an array of objects, or one object on each line"),
         ("x.json", b'[{"prompt": "a"}, {"prompt": ]', "x.json item 2: not JSON: "),
         ("x.json", b'[{"prompt": "a"} {"prompt": "b"}]', "x.json item 1: expected a comma or the end of the array "),
         ("x.json", b'[{"prompt": "a"}', "x.json item 1: expected a comma or the end of the array after it, but the f"),
         ("x.json", b'[{"prompt": "a"},]', "x.json item 2: not JSON: "),
-        ("x.json", b"[] []", "x.json: more follows after the end of the array"),
+        ("x.json", b"[] []", "x.json: there is text after the end of the array"),
         ("x.json", b'["\xff"]', r"x.json: not UTF-8 text \(byte 2\)"),
         ("x.parquet", b"PAR1", "x.parquet: not a readable parquet file"),
         ("x.csv", b"prompt,answer", "x.csv: expected a file that ends in .jsonl, "),
@@ -400,7 +400,7 @@ def test_a_folder_of_task_folders(tmp_path):
     write(tmp_path / "a" / "more.jsonl", pairs(3, "a", 40))
     write(tmp_path / "test.jsonl", pairs(3, "a", 50))
     assert FileSource(path=str(tmp_path)).train().warnings[1:] == [
-        f"{tmp_path}: not used beside the tasks there: a/more.jsonl, test.jsonl"
+        f"{tmp_path}: these files belong to no task and are not used: a/more.jsonl, test.jsonl"
     ]
     alone = FileSource(path=str(tmp_path / "a" / "train.jsonl"), test=str(tmp_path / "a"))
     assert len(alone.test()) == 1
@@ -416,7 +416,7 @@ def test_a_folder_of_one_task(tmp_path):
     assert stream.warnings == [f"{root}: not used beside train: notes.jsonl"]
     beside = FileSource(path=str(root), test=str(write(tmp_path / "t.jsonl", pairs(1, start=30))))
     assert len(beside.test()) == 1
-    assert f"not used beside data.test: {root / 'test.jsonl'}" in beside.train().warnings
+    assert f"not used, because data.test is set: {root / 'test.jsonl'}" in beside.train().warnings
 
 
 def test_folders_that_cannot_be_used(tmp_path):
@@ -429,7 +429,7 @@ def test_folders_that_cannot_be_used(tmp_path):
         FileSource(path=str(tmp_path / "twice")).train()
     for name in ("a.jsonl", "a/train.jsonl"):
         write(tmp_path / "both" / name, pairs(1))
-    with pytest.raises(DataError, match=r"both: one task in several places: a/?, a"):
+    with pytest.raises(DataError, match=r"both: a task is in several places: a/?, a"):
         FileSource(path=str(tmp_path / "both")).train()
 
 
@@ -450,7 +450,7 @@ def test_trace(tmp_path):
     assert [t.score for t in stream.tasks] == [*SCORES.values(), "exact_match"]
     assert all((len(t.train), len(t.validation), len(t.test)) == (3, 3, 3) for t in stream.tasks)
     assert stream.tasks[1].validation.text(0).prompt == "FOMC question 100"
-    assert stream.warnings == [f"{root}: Lima is left out, for it is no task of the benchmark"]
+    assert stream.warnings == [f"{root}: Lima is left out, because it is not a task of the benchmark"]
     some = TraceSource(path=str(root), tasks=["Py150", "FOMC"], score={"FOMC": "prefix"})
     assert [(t.name, t.score) for t in stream_of(some).tasks] == [("Py150", "code_similarity"), ("FOMC", "prefix")]
     one = TraceSource(path=str(root / "20Minuten"))
@@ -515,7 +515,7 @@ def test_cl_benchmark_that_cannot_be_used(tmp_path):
     assert len(task.bad) == 4
     assert "test.json item 2: the answer 'Sports' is not among the options 'World', 'Politics'" in task.bad[2]
     (root / "TC").rename(root / "COPA")
-    with pytest.raises(UsageError, match=r"none is known for the group 'COPA' of task agnews; set data.instructions"):
+    with pytest.raises(UsageError, match=r"the group 'COPA' of task agnews has no instruction; set data.instructions"):
         ClBenchmarkSource(path=str(root)).train()
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError, match=r"expected GROUP/TASK/train.json with labels.json beside it"):
@@ -604,7 +604,7 @@ def test_validation_and_holdout_are_cut_where_the_source_has_none(tmp_path):
     root = trace(tmp_path / "T", "FOMC", each=5)
     stream = stream_of(TraceSource(path=str(root)), validation=0.4)
     assert (len(stream.tasks[0].train), len(stream.tasks[0].validation)) == (5, 5)
-    assert "stream.validation cuts nothing off: the data have validation examples of their own" in stream.warnings
+    assert "stream.validation is not used, because the data have validation examples already" in stream.warnings
 
 
 def test_overlap_is_the_same_prompt_and_answer(tmp_path):
@@ -612,7 +612,7 @@ def test_overlap_is_the_same_prompt_and_answer(tmp_path):
     write(tmp_path / "t" / "test.json", [{**GOOD, "answer": "5"}, *pairs(2, start=2)])
     stream = stream_of(FileSource(path=str(tmp_path / "t")))
     train, test = tmp_path / "t" / "train.jsonl", tmp_path / "t" / "test.json"
-    assert stream.warnings == [f"1 test examples are training examples as well: {test} item 2 = {train} line 3"]
+    assert stream.warnings == [f"1 test examples are also training examples: {test} item 2 = {train} line 3"]
     assert stream_of(FileSource(path=str(tmp_path / "t")), check="none").warnings == []
 
 
@@ -659,32 +659,36 @@ def test_an_update_takes_all_as_one_task(tmp_path):
     task = single_task(source, options, VIEW, index=3, name="March", seed=0, holdout=0.2)
     assert (task.index, task.name, len(task.train), len(task.test), task.score) == (3, "March", 8, 2, "exact_match")
     mixed = TraceSource(path=str(trace(tmp_path / "T", "FOMC", "Py150")))
-    with pytest.raises(UsageError, match=r"several ways: accuracy \(FOMC\), code_similarity \(Py150\); give one task"):
+    with pytest.raises(
+        UsageError, match=r"several scores: accuracy \(FOMC\), code_similarity \(Py150\); give one task"
+    ):
         single_task(mixed, options, VIEW, index=0, name="x", seed=0, holdout=0.0)
 
 
 def test_a_test_of_other_tasks(tmp_path):
     write(tmp_path / "a.jsonl", pairs(2, task="a"))
     write(tmp_path / "b.jsonl", pairs(2, task="b"))
-    with pytest.raises(DataError, match="no test example has a place in a task: train has a, test has b"):
+    with pytest.raises(DataError, match="no test example fits a task: train has a, test has b"):
         stream_of(FileSource(path=str(tmp_path / "a.jsonl"), test=str(tmp_path / "b.jsonl")))
 
 
 def test_options_that_are_for_pictures(tmp_path):
     source = FileSource(path=str(write(tmp_path / "x.jsonl", [GOOD])))
     for options, message in (
-        ({"by": "class"}, "stream.by: class is for pictures; texts are cut by task or domain"),
-        ({"classes_per_task": 2}, "stream.classes_per_task is for pictures"),
-        ({"class_order": ["a"]}, "stream.class_order is for pictures"),
-        ({"augment": "flip"}, "stream.augment: flip is for pictures"),
+        ({"by": "class"}, "stream.by: class works with pictures only; cut texts by task or domain"),
+        ({"classes_per_task": 2}, "stream.classes_per_task works with pictures only"),
+        ({"class_order": ["a"]}, "stream.class_order works with pictures only"),
+        ({"augment": "flip"}, "stream.augment: flip works with pictures only"),
     ):
         with pytest.raises(UsageError, match=message):
             stream_of(source, **options)
-    with pytest.raises(UsageError, match=r"^data: these are texts, and the backbone takes pictures$"):
+    with pytest.raises(UsageError, match=r"^data: these are texts, but the backbone takes pictures$"):
         stream_of(source, view=PictureView(8))
-    with pytest.raises(UsageError, match=r"^data: these are pictures, and the backbone takes texts$"):
+    with pytest.raises(UsageError, match=r"^data: these are pictures, but the backbone takes texts$"):
         stream_of(DigitsSource(), classes_per_task=5)
-    with pytest.raises(UsageError, match=r"^protect.reference: a folder of pictures, and the backbone takes texts$"):
+    with pytest.raises(
+        UsageError, match=r"^protect.reference: a folder of pictures is needed, but the backbone takes texts$"
+    ):
         reference_examples(str(tmp_path), VIEW, StreamOptions())
 
 
@@ -692,7 +696,7 @@ def test_a_resolved_recipe_says_how_it_is_cut(tmp_path):
     path = str(write(tmp_path / "x.jsonl", [GOOD]))
     assert make_recipe({"data": {"name": "text", "path": path}}).stream.by == "task"
     assert make_recipe({"data": {"name": "digits"}}).stream.by == "class"
-    with pytest.raises(UsageError, match=r"stream.by: class is for pictures"):
+    with pytest.raises(UsageError, match=r"stream.by: class works with pictures only"):
         make_recipe({"data": {"name": "text", "path": path}, "stream": {"by": "class"}})
 
 
@@ -796,8 +800,8 @@ def test_answers_that_the_chat_template_drops_are_counted(tmp_path):
     ).tasks
     task.check()
     assert task.warnings == [
-        "task x: 4 earlier answers in 2 of 3 training chats are not learned, for the model's chat template writes them "
-        "otherwise than at the end of a chat"
+        "task x: 4 earlier answers in 2 of 3 training chats are not learned, because the model's chat template "
+        "writes them in another form than at the end of a chat"
     ]
 
 
@@ -806,7 +810,7 @@ def test_what_nobody_looked_at_is_told(tmp_path):
     (task,) = stream_of(FileSource(path=str(write(tmp_path / "x.jsonl", rows))), check="none").tasks
     task.check()
     assert task.warnings == [
-        "task x: how many training prompts are cut is not known, for stream.check has not looked at 4 of 4"
+        "task x: it is not known how many training prompts are cut, because stream.check has not encoded 4 of 4"
     ]
     assert len(task.train.lengths) == 4
 
@@ -846,7 +850,7 @@ def test_prompts_for_prediction(tmp_path, monkeypatch):
         ([str(write(tmp_path / "x.jsonl", [{"prompt": "a"}, b"{"]))], "x.jsonl line 2: not JSON"),
         ([str(write(tmp_path / "y.jsonl", [{"answer": "a"}]))], "y.jsonl line 1: no prompt"),
         ([str(write(tmp_path / "z.jsonl", [{"messages": [SAID]}]))], "z.jsonl line 1: there is no message"),
-        ([], "no prompt is given"),
+        ([], "there is no prompt"),
     ):
         with pytest.raises(DataError, match=message):
             read_prompts(given_)

@@ -332,7 +332,7 @@ def test_a_head_without_statistics_is_told(world: Path, tmp_path: Path) -> None:
     content = {**recipe(world / "vit", world / "data"), "evaluate": {"oracle": "last"}}
     heard = Heard()
     results = Learner(content, tmp_path / "state", progress=heard).run()
-    assert [n for n in heard.notes if "the oracle is head ridge with its default options" in n]
+    assert [n for n in heard.notes if "the oracle uses head ridge with default options" in n]
     assert "Head linear is trained, not solved" in answers.meaning(checked(results))
 
 
@@ -349,7 +349,7 @@ def test_an_update_has_no_old_data(world: Path, tmp_path: Path) -> None:
         Learner({**content, "evaluate": {"oracle": True}}, tmp_path / "state")
     assert not (tmp_path / "state").exists()
     learned(world, tmp_path / "ran", "last", method="frozen", head=RIDGE)
-    with pytest.raises(UsageError, match="an update has only its own"):
+    with pytest.raises(UsageError, match="an update has the data of its own task only"):
         Learner.load(tmp_path / "ran").learn(world / "data")
 
 
@@ -364,7 +364,7 @@ def test_texts_have_no_oracle(tmp_path: Path) -> None:
         "evaluate": {"oracle": True},
         "run": {"device": "cpu"},
     }
-    with pytest.raises(UsageError, match="head: lm has none"):
+    with pytest.raises(UsageError, match="head: lm has no classes"):
         Learner(make_recipe(content), tmp_path / "state")
 
 

@@ -334,9 +334,9 @@ def test_zero_shot_is_the_same_after_every_task(folders: dict[str, Path], data: 
             {"backbone": "perpetune:micro"},
             "perpetune:micro takes pictures, and this head is for texts: use `head: ridge`",
         ),
-        ({"data": "digits"}, "these are pictures, and the backbone takes texts"),
-        ({"stream": {"classes_per_task": 2}}, r"stream\.classes_per_task is for pictures"),
-        ({"stream": {"by": "class"}}, r"stream\.by: class is for pictures"),
+        ({"data": "digits"}, "these are pictures, but the backbone takes texts"),
+        ({"stream": {"classes_per_task": 2}}, r"stream\.classes_per_task works with pictures only"),
+        ({"stream": {"by": "class"}}, r"stream\.by: class works with pictures only"),
         ({"stream": {"augment": "flip"}}, r"stream\.augment: flip is for pictures"),
         ({"stream": {"order": ["colours"]}}, r"stream\.order: 'colours' is not among the tasks"),
         ({"protect": True, "method": "joint"}, "joint keeps all data"),
@@ -532,13 +532,13 @@ BAD = [
     ([1], "holds list; expected an object of columns"),
     (short("a", " "), "the answer is empty"),
     (short(" ", "a"), "the prompt is empty"),
-    (short("a", "y" * 200), r"the answer alone has 202 tokens, and prompt and answer together may have 128"),
+    (short("a", "y" * 200), r"the answer alone has 202 tokens, but prompt and answer together can have only 128"),
     ({"messages": [{"role": "user", "content": "a"}]}, "the last message is by 'user'"),
     ({"prompt": "a", "answer": 1.5}, r"the answer \(column 'answer'\) holds float"),
     ({"prompt": "a", "answer": "c", "options": ["a", "b"]}, "the answer 'c' is not among the options 'a', 'b'"),
     ({"prompt": "a", "answer": "a", "options": ["a", "a"]}, "the option 'a' stands twice"),
     ({"prompt": "a", "answer": "a", "options": ["a", ""]}, "an option is empty"),
-    ({"prompt": "a", "answer": "a", "options": []}, "it has no options, and other examples of its task have"),
+    ({"prompt": "a", "answer": "a", "options": []}, "it has no options, but other examples of its task have"),
     ({"prompt": "a", "answer": "a"}, r"the options \(column 'options'\) hold nothing; expected a list"),
 ]
 
@@ -639,7 +639,7 @@ def test_long_prompts_are_counted(state: Path, tmp_path: Path) -> None:
 def test_options_in_texts_are_not_used_and_it_is_said(state: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "new.jsonl", [{**short(f"q {n}", "a"), "options": "a, b"} for n in range(4)])
     results = Learner.load(state).learn(path, holdout=0.0)
-    assert any("the column 'options' holds no lists and is not used" in w for w in results["warnings"])
+    assert any("the column 'options' has no lists and is not used" in w for w in results["warnings"])
 
 
 def test_predict_on_the_command_line(
@@ -671,7 +671,7 @@ def test_predict_on_the_command_line(
         (["x", "--options", ""], 2, "expected different texts"),
         (["x", "--csv"], 2, "--csv works with images"),
         (["", "x"], 1, "prompt 1: the prompt is empty"),
-        ([""], 1, "no prompt is given"),
+        ([""], 1, "there is no prompt"),
         (["nowhere.jsonl"], 1, "nowhere.jsonl: no such file"),
         ([str(write(tmp_path / "b.jsonl", [{"prompt": "a"}, b"{"]))], 1, "line 2: not JSON"),
     ):

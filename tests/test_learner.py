@@ -724,7 +724,7 @@ def test_answers_do_not_depend_on_how_many_are_asked_for(vit: Path, data: Path) 
     ids=["float", "gray", "one", "small"],
 )
 def test_a_tensor_is_checked(pixels: torch.Tensor, finished: Path) -> None:
-    with pytest.raises(UsageError, match=r"predict: a uint8 tensor \(N, 3, 16, 16\) is expected, got torch"):
+    with pytest.raises(UsageError, match=r"predict: expected a uint8 tensor \(N, 3, 16, 16\), got torch"):
         Learner.load(finished).predict(pixels)
 
 

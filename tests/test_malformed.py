@@ -554,7 +554,7 @@ def more_pictures_corrupt_than_allowed(p: Place) -> list[str]:
     return p.run(data={"name": "folder", "path": str(p.tmp / "some")}, stream=stream)
 
 
-@case(1, "cat/0.png", "a.png", "test pictures are training pictures", "stream.overlap")
+@case(1, "cat/0.png", "a.png", "test pictures are also training pictures", "stream.overlap")
 def train_and_test_overlap(p: Place) -> list[str]:
     picture_folder(p.tmp / "split" / "train", CLASSES, 4)
     (p.tmp / "split" / "test" / "cat").mkdir(parents=True)

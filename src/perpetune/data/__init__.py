@@ -1,1 +1,1 @@
-"""Data: from folders, manifests, parquet files and data sets to a stream of tasks."""
+"""Data: read folders, manifests, parquet files and data sets, and make a stream of tasks from them."""

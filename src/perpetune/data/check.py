@@ -1,4 +1,4 @@
-"""Looking at every example before a task trains on it: which cannot be used, and which are in two splits."""
+"""Check every example before a task trains on it: find examples that cannot be used, and examples in two splits."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from perpetune.data.sources import Table
 from perpetune.errors import DataError
 
 Depth = Literal["decode", "header", "none"]
-Report = Callable[[int, int], None]  # examples looked at, and of how many
+Report = Callable[[int, int], None]  # takes the number of checked examples, and the number of all examples
 
 _THREADS = min(8, os.cpu_count() or 1)
-_CHUNK = 32  # examples that a thread takes at a time
+_CHUNK = 32  # the number of examples that a thread takes at once
 
 T = TypeVar("T")
 
 
 class Rows(Protocol):
-    """Some rows of a table, and how each is looked at."""
+    """Some rows of a table, and the method that checks each of them."""
 
     @property
     def table(self) -> Table: ...
@@ -33,23 +33,30 @@ class Rows(Protocol):
     def rows(self) -> Sequence[int]: ...
 
     def look(self, row: int, depth: Literal["decode", "header"]) -> None:
-        """DataError, which names it, when that row of the table cannot be used."""
+        """Check that row of the table; DataError, with the row's name, if it cannot be used."""
 
 
 def find_bad(
     parts: Sequence[Rows | None], depth: Depth, max_bad: int, where: str, report: Report | None = None
 ) -> list[dict[int, str]]:
-    """The rows of each part that cannot be used, with the reason, which names it.
+    """For each part, the rows that cannot be used, each with the reason. The reason begins with the row's name.
+
+    Args:
+        parts: rows of tables; None stands for no rows.
+        depth: how deeply each row is checked; `none` checks nothing.
+        max_bad: the number of bad rows that is tolerated in all parts together.
+        where: the beginning of the error message.
+        report: is called now and then with the progress.
 
     Raises:
-        DataError: there are more than `max_bad`.
+        DataError: more than `max_bad` rows are bad.
     """
     bad: list[dict[int, str]] = [{} for _ in parts]
     if depth == "none":
         return bad
     total, done = sum(len(part.rows) for part in parts if part is not None), 0
     reasons: list[str] = []
-    for found, part in zip(bad, parts, strict=True):
+    for bad_rows, part in zip(bad, parts, strict=True):
         if part is None:
             continue
         look = partial(_fault, part, depth)
@@ -57,7 +64,7 @@ def find_bad(
         for row, reason in zip(part.rows, faults, strict=True):
             done += 1
             if reason is not None:
-                found[row] = reason
+                bad_rows[row] = reason
                 reasons.append(reason)
             if len(reasons) > max_bad:
                 raise DataError(
@@ -77,7 +84,8 @@ def _fault(part: Rows, depth: Literal["decode", "header"], row: int) -> str | No
 
 
 def in_threads(work: Callable[[int], T], rows: Sequence[int]) -> Iterator[T]:
-    """`work` of each row, in order. Chunks are handed out as results are taken, so a caller may stop early."""
+    """The result of `work` for each row, in order. Rows are taken up only as the caller reads results, so it may stop
+    early."""
     chunks = [rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK)]
     with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(chunks), 4 * _THREADS):
@@ -93,23 +101,24 @@ def find_overlap(
     train_rows: Iterable[int] | None = None,
     test_rows: Iterable[int] | None = None,
 ) -> list[tuple[int, int]]:
-    """Training and test rows that are one file, or with `contents` have the same bytes; each test row once.
+    """Pairs of a training row and a test row that are the same file, or (with `contents`) have the same bytes.
 
-    Bytes are compared by a hash, and only where size and then the first 4 KiB are the same.
+    Each test row is in one pair at most. Bytes are compared by a hash, and only if the size and the first 4 KiB are
+    equal.
 
     Args:
-        train_rows, test_rows: the rows that are compared; default: all.
+        train_rows, test_rows: the rows to compare; default: all rows.
     """
     left = list(range(len(train)) if train_rows is None else train_rows)
     right = list(range(len(test)) if test_rows is None else test_rows)
-    found = _matches(train, left, test, right, [_identity])
+    matches = _matches(train, left, test, right, [_identity])
     if contents:
-        found |= _matches(train, left, test, right, [_size, _start, _whole])
-    return sorted((a, b) for b, a in found.items())
+        matches |= _matches(train, left, test, right, [_size, _start, _whole])
+    return sorted((a, b) for b, a in matches.items())
 
 
 def find_twins(table: Table) -> list[list[int]]:
-    """The rows that have the same bytes as others, in groups of two and more; compared as in `find_overlap`."""
+    """Groups of two or more rows with the same bytes; they are compared as in `find_overlap`."""
     left: dict[int, object] = dict.fromkeys(range(len(table)))
     for step in (_size, _start, _whole):
         left = _values(table, left, step)
@@ -128,7 +137,7 @@ def _matches(
     test_rows: Iterable[int],
     steps: Sequence[Callable[[Table, int], object]],
 ) -> dict[int, int]:
-    """For each test row that agrees with a training row in every step: the first such row."""
+    """For each test row that equals a training row in every step: the first such training row."""
     left: dict[int, object] = dict.fromkeys(train_rows)
     right: dict[int, object] = dict.fromkeys(test_rows)
     for step in steps:

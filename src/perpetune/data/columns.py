@@ -1,4 +1,4 @@
-"""Labels and groups out of named columns, as manifests and arrow tables have them."""
+"""Read labels and groups from named columns of manifests and arrow tables."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SPLITS: dict[str, Split] = {
 
 
 def split_of(value: Any, at: str) -> Split:
-    """The split that a cell names; DataError where it names none."""
+    """The split that a cell names; DataError if it names no split."""
     name = str(value or "").strip().lower()
     if name not in SPLITS:
         raise DataError(f"{at}: split '{printable(name)}' is not one of train, test, val")
@@ -33,19 +33,24 @@ def split_of(value: Any, at: str) -> Split:
 
 
 def group_column(columns: Collection[str], asked: str | None, where: str, option: str = "group_column") -> str | None:
-    """The column with the task or domain: the one asked for, else `task` or `domain`, whichever is there."""
+    """The column with the task or domain: the column `asked`, else `task` or `domain` if there is one.
+
+    Raises:
+        DataError: the column `asked` does not exist.
+        UsageError: there are both `task` and `domain`.
+    """
     if asked is not None:
         if asked not in columns:
             raise DataError(f"{where}: no column '{asked}'; found: {several(columns, 20)}")
         return asked
-    there = [name for name in ("task", "domain") if name in columns]
-    if len(there) > 1:
-        raise UsageError(f"{where}: has a column task and a column domain; set {option} to one of them")
-    return there[0] if there else None
+    present = [name for name in ("task", "domain") if name in columns]
+    if len(present) > 1:
+        raise UsageError(f"{where} has a column task and a column domain; set {option} to one of them")
+    return present[0] if present else None
 
 
 def class_names(schema: Any, column: str) -> list[str] | None:
-    """Names of a `ClassLabel` column from the Hugging Face metadata of an arrow schema; None without."""
+    """The names of a `ClassLabel` column, from the Hugging Face metadata of an arrow schema; None if there are none."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return [str(name) for name in features[column]["names"]]
@@ -54,12 +59,13 @@ def class_names(schema: Any, column: str) -> list[str] | None:
 
 
 def named(values: Sequence[Any], names: Sequence[str] | None, column: str, where: str) -> list[str]:
-    """A label or group column as text: positions in `names` by name, other whole numbers as they are.
+    """The cells of a label or group column as text. A missing cell gives `""`.
 
-    A missing cell is `""`.
+    Args:
+        names: the names that whole numbers stand for; None keeps whole numbers.
 
     Raises:
-        DataError: a cell of another type, or a position outside `names`.
+        DataError: a cell has another type, or its number has no name in `names`.
     """
     known: dict[Any, str] = {None: ""}
     for row, value in enumerate(values):

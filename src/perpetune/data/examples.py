@@ -1,4 +1,5 @@
-"""The examples of one kind: rows of a table as a task has them, and the view, which is all that a kind knows."""
+"""Base classes for a kind of example: the examples of a task, and the view, which has all the code that differs between
+kinds."""
 
 from __future__ import annotations
 
@@ -16,16 +17,17 @@ from perpetune.tasks import Batch, Examples, Item
 Purpose = Literal["training", "validation", "test"]
 Augment = Literal["none", "flip", "crop", "crop_flip"]
 Judge = Callable[[int, "str | int"], float]
-"""The score in [0, 1] of an answer to an example, by its number; the answer is a text, or the position of an option."""
+"""Gives the score in [0, 1] for (number of an example, answer); an answer is a text, or the position of an option."""
 S = TypeVar("S", bound="TableSet")
 
 
 class TableSet(Examples):
-    """Some rows of a table.
+    """Examples of a task: some rows of a table.
 
     Args:
-        rows: the rows of `table`.
-        classes: the task's classes; the label of every row is among them, or the table is one that has others.
+        table: the table.
+        rows: numbers of rows in `table`.
+        classes: the task's classes. They include the label of every row, unless the table allows answers in free text.
     """
 
     def __init__(self, table: Table, rows: Sequence[int], classes: Sequence[str]):
@@ -40,41 +42,41 @@ class TableSet(Examples):
         return len(self.rows)
 
     def name(self, index: int) -> str:
-        """The example as messages call it: its path, or file and row."""
+        """The example's name in messages: its path, or its file and row."""
         return self.table.name(self.rows[index])
 
     def look(self, row: int, depth: Literal["decode", "header"]) -> None:
-        """DataError, which names it, when that row of the table cannot be used."""
+        """Check that row of the table; DataError, with the row's name, if it cannot be used."""
         self.table.check(row, depth)
 
     def notes(self) -> list[str]:
-        """What is to be said of examples that are used, but not as they are; after `look`."""
+        """Notes about examples that are used in a changed form, such as cut texts; called after `look`."""
         return []
 
     def within(self: S, classes: Sequence[str], without: Collection[int]) -> S:
-        """The rows that have a place among `classes` and are not in `without`."""
+        """The examples that fit `classes`, except the rows in `without`."""
         known = set(classes)
         rows = [row for row in self.rows if row not in without and self.table.fits(row, known)]
         return self._of(rows, classes)
 
     @abstractmethod
     def _of(self: S, rows: Sequence[int], classes: Sequence[str]) -> S:
-        """Other rows of the same table, seen in the same way."""
+        """A set of the same class and the same table, with other rows."""
 
     @abstractmethod
     def load(self, index: int, seed: int | None) -> Any:
-        """Example `index` as the model reads it; DataError naming it when it cannot be used any more."""
+        """Example `index` in the form for the model; DataError, with its name, if it cannot be used any more."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """One thing that people ask a learner.
+    """One question of a user to a learner.
 
     Attributes:
-        given: as they gave it: the path or number of a picture, or a prompt.
-        item: the same as the view's `collate` takes it.
-        options: the answers that stand to choice.
-        cut: how many tokens were cut off on its left, because the model takes no more.
+        given: what the user gave: the path or number of a picture, or a prompt.
+        item: the same in the form that the view's `collate` takes.
+        options: the answers among which the model chooses.
+        cut: the number of tokens that were cut off on the left, because the model cannot take more.
     """
 
     given: Any
@@ -84,53 +86,53 @@ class Question:
 
 
 class View(ABC):
-    """All that the library knows of one kind of example, as one backbone takes it.
+    """All code about one kind of example, in the form that one backbone takes.
 
-    The folder of a kind (`data/pictures`, `data/texts`) has one of them; whoever needs something that differs between
-    kinds asks the backbone's view.
+    Each kind has one view, in its folder (`data/pictures`, `data/texts`). Code that needs something that differs
+    between the kinds asks the backbone's view.
     """
 
     takes: ClassVar[Kind]
-    """The kind, as sources name it."""
+    """The name of the kind, as in sources."""
     noun: ClassVar[str]
-    """What reports call the examples, in the plural."""
+    """The word for the examples in reports, in the plural."""
     verb: ClassVar[Literal["predict", "answer"]]
-    """The call of a learner that people use for it."""
+    """The method of a learner that users call for this kind."""
     ordered: ClassVar[bool] = False
-    """Whether tokens have places in an order, so that none can be added between them."""
+    """Whether the tokens have a fixed order, so that no token can be added between them."""
 
     @property
     @abstractmethod
     def extent(self) -> str:
-        """How much a model takes of one example, in a few words."""
+        """How much of one example the model takes, in a few words."""
 
     @abstractmethod
     def examples(
         self, table: Table, rows: Sequence[int], classes: Sequence[str], purpose: Purpose, augment: Augment = "none"
     ) -> TableSet:
-        """Rows of a table as the backbone takes them.
+        """Rows of a table as examples for the backbone.
 
         Args:
-            table: has the rows.
-            rows: by number.
-            classes: of the task.
-            purpose: what they are used for.
-            augment: what is done at random to a picture each time it is loaded with a seed.
+            table: the table with the rows.
+            rows: the numbers of the rows.
+            classes: the task's classes.
+            purpose: what the examples are for.
+            augment: the random changes to a picture each time it is loaded with a seed.
 
         Raises:
-            UsageError: the table is of another kind.
+            UsageError: the table has another kind of example.
         """
 
     @abstractmethod
     def collate(self, items: Sequence[Item]) -> Batch:
-        """A batch of (loaded example, target, number)."""
+        """A batch of the `items`, each (loaded example, target, number)."""
 
     @abstractmethod
     def typed(self, inputs: Sequence[str]) -> Sequence[Any]:
-        """What `ask` takes, from the arguments of a command.
+        """Turn the arguments of a command into what `ask` takes.
 
         Raises:
-            UsageError, DataError: an argument stands for nothing that can be asked.
+            UsageError, DataError: an argument does not lead to a question.
         """
 
     @abstractmethod
@@ -143,58 +145,58 @@ class View(ABC):
         choose: bool | None = None,
         unreadable: list[str] | None = None,
     ) -> list[Question]:
-        """What people give to a learner, as questions.
+        """Turn what users give to a learner into questions.
 
         Args:
             given: several examples without labels.
-            first: the number of the first, for messages.
-            options: the answers that stand to choice, where the kind has such.
-            choose: whether the answer is chosen among them by the model itself; None is as at evaluation.
-            unreadable: takes a line for each example that cannot be read, instead of an error.
+            first: the number of the first example, for messages.
+            options: the answers among which the model chooses, if the kind has options.
+            choose: whether the model itself chooses among the options; None does as at evaluation.
+            unreadable: a list that gets one line for each example that cannot be read. Without it, it is an error.
 
         Raises:
-            UsageError: it is nothing that the backbone takes.
-            DataError: an example cannot be read; names it.
+            UsageError: the backbone does not take such a value.
+            DataError: an example cannot be read; the message names it.
         """
 
     def judge(self, examples: Examples, score: str | None) -> Judge:
-        """What scores an answer in text to one of `examples`.
+        """A function that scores answers in text to `examples`.
 
         Args:
-            examples: what was asked.
-            score: a name of `numerics.text_scores`; None is exact match.
+            examples: the examples that were asked.
+            score: the name of a score in `numerics.text_scores`; None is exact match.
 
         Raises:
-            UsageError: answers to examples of this kind are no texts.
+            UsageError: answers to examples of this kind are not texts.
         """
-        raise UsageError(f"answers to {self.takes} are classes, and not texts")
+        raise UsageError(f"answers to {self.takes} are classes, not texts")
 
     def unlabelled(self, path: str) -> TableSet:
         """All examples in a folder, as examples of one class.
 
         Raises:
-            UsageError: this kind has no folders of examples without labels, or there is no such folder.
-            DataError: there is none.
+            UsageError: this kind has no folders of examples without labels, or the folder does not exist.
+            DataError: the folder has no examples.
         """
-        raise UsageError(f"a folder of pictures, and the backbone takes {self.takes}")
+        raise UsageError(f"a folder of pictures is needed, but the backbone takes {self.takes}")
 
     def cut_note(self, cuts: Sequence[int], of: int, what: str, *, asked: bool = True) -> str:
-        """What is said of examples that were cut.
+        """A note about examples that were cut.
 
         Args:
-            cuts: how many tokens each of them lost.
-            of: how many examples there are.
-            what: what they are called.
+            cuts: for each cut example, the number of tokens that it lost.
+            of: the number of all examples.
+            what: the word for the examples.
             asked: whether an answer follows, for which the model needs room.
         """
-        return f"{len(cuts)} of {of} {what} were cut, for they are longer than the model takes"
+        return f"{len(cuts)} of {of} {what} were cut, because they are longer than the model can take"
 
     def read_alone(self) -> None:  # noqa: B027  # most kinds read every example alone
-        """From now on nothing is said after an example: it may be as long as the model takes."""
+        """From now on no answer follows an example, so an example may have the model's full length."""
 
     def constants(self) -> dict[str, Tensor]:
-        """Tensors that the backbone keeps on its device to read inputs, by name."""
+        """Tensors that the backbone needs on its device to read inputs, by name."""
         return {}
 
     def _refused(self, table: Table) -> UsageError:
-        return UsageError(f"data: these are {table.gives}, and the backbone takes {self.takes}")
+        return UsageError(f"data: these are {table.gives}, but the backbone takes {self.takes}")

@@ -1,4 +1,4 @@
-"""Which source fits what is at a path."""
+"""Find the source that can read a path."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from perpetune.errors import UsageError
 def guess_source(
     path: str, sources: Mapping[str, type[Source]], wanted: Kind | None = None
 ) -> tuple[str, dict[str, Any]]:
-    """Name and options of the source that fits what is at `path`, by what each of them says of it.
+    """The name and the options of the source that can read `path`. Each source says how sure it is (`Source.fits`).
 
-    Where several are equally sure, the first of them is taken. A source without an option `path`, such as `digits`, is
-    meant where its own name is given.
+    If several are equally sure, the first of them is taken. A source without an option `path`, such as `digits`, is
+    taken if `path` is its name.
 
     Args:
         path: a file, a folder, the name of a source, or the id of a data set on the Hugging Face hub.
-        sources: all there are, by name.
-        wanted: the kind of data that is expected, where that is known: a file may look like either.
+        sources: all sources, by name.
+        wanted: the expected kind of data, if it is known, because some files could have either kind.
 
     Raises:
-        UsageError: nothing fits.
+        UsageError: no source fits.
         DataError: a folder cannot be read.
     """
     if path.lower() in sources and not os.path.isdir(path) and not _has_path(sources[path.lower()]):

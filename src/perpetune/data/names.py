@@ -1,4 +1,4 @@
-"""Names of files, classes and tasks: sorted as people do, shortened, and safe to print or to make a folder of."""
+"""Names of files, classes and tasks: sort them as people do, shorten them, make them safe to print and for folders."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import re
 import unicodedata
 from collections.abc import Collection, Iterable
 
-RESERVED = "start"  # no task's name: a rollback to it drops all tasks
-_LONGEST = 100  # bytes of a task's name; file systems take 255 for a folder's, with its number and endings
+RESERVED = "start"  # a task cannot have this name, because a rollback to `start` drops all tasks
+_LONGEST = 100  # bytes of a task's name; a folder's name has at most 255, with the task's number and further endings
 
 
 def natural_key(name: str) -> tuple[list[str | int], str]:
-    """Sorts `img2` before `img10` and ignores case, then tells apart names that differ only by case."""
-    parts = re.split(r"([0-9]+)", name)  # text and digits in turn, so that equals are compared with equals
+    """A sorting key that puts `img2` before `img10` and ignores case; names that differ only in case come in a fixed
+    order."""
+    parts = re.split(r"([0-9]+)", name)  # text and digits in turn, so that a number is compared with a number
     return [int(p) if i % 2 else p.casefold() for i, p in enumerate(parts)], name
 
 
@@ -23,7 +24,7 @@ def natural(names: Iterable[str]) -> list[str]:
 
 
 def printable(name: str) -> str:
-    """`name` on one line and encodable: line breaks and the undecodable bytes of file names are escaped."""
+    """`name` on one line, with line breaks and undecodable bytes of file names as escapes."""
     if name.isprintable():
         return name
     breaks = ("Cc", "Cs", "Zl", "Zp")  # controls, undecodable bytes, line and paragraph separators
@@ -31,7 +32,7 @@ def printable(name: str) -> str:
 
 
 def label_of(name: str) -> str:
-    """The class that a folder or a cell names; systems that store accents differently agree on it."""
+    """The class that a folder or a cell names. It is the same on systems that store accents in different ways."""
     return printable(unicodedata.normalize("NFC", name.strip()))
 
 
@@ -42,9 +43,9 @@ def several(names: Collection[str], shown: int = 5) -> str:
 
 
 def safe_name(name: str) -> str:
-    """`name` as a folder name of letters and digits of any script, `.`, `_` and `-`, at most 100 bytes of UTF-8.
+    """`name` as the name of a folder: letters and digits of any script, `.`, `_` and `-`, at most 100 bytes of UTF-8.
 
-    It begins with a letter or digit; empty when none is left.
+    It begins with a letter or digit. It is empty if `name` has none.
     """
     plain = "".join(c if _is_safe(c) else " " for c in unicodedata.normalize("NFC", name))
     plain = "_".join(plain.split())
@@ -53,9 +54,10 @@ def safe_name(name: str) -> str:
 
 
 def task_names(wanted: Iterable[str], *, first: int = 1, taken: Iterable[str] = ()) -> list[str]:
-    """Safe and unique, also on file systems that ignore case, and none of them `taken` or `start`.
+    """A safe and unique name of a task for each of the `wanted` names.
 
-    Where nothing safe is left it is `task-3` for the third, if they are counted from `first` = 1.
+    The names are unique also on file systems that ignore case. None of them is in `taken` or is `start`. If nothing of
+    a name is safe, its place gives the name: `task-3` for the third one, if `first` is 1.
     """
     names: list[str] = []
     used = {name.casefold() for name in taken}
@@ -65,14 +67,16 @@ def task_names(wanted: Iterable[str], *, first: int = 1, taken: Iterable[str] = 
         n = 1
         while unique.casefold() in used:
             n += 1
-            unique = _shortened(stem, _LONGEST - len(f"-{n}")) + f"-{n}"  # so that it stays safe as it is
+            unique = _shortened(stem, _LONGEST - len(f"-{n}")) + f"-{n}"  # short enough to stay safe
         used.add(unique.casefold())
         names.append(unique)
     return names
 
 
 def _is_safe(c: str) -> bool:
-    return c.isalnum() or c in "._-" or unicodedata.category(c).startswith("M")  # vowel signs are marks, not letters
+    return (
+        c.isalnum() or c in "._-" or unicodedata.category(c).startswith("M")
+    )  # the vowel signs of some scripts are marks
 
 
 def _shortened(name: str, size: int) -> str:

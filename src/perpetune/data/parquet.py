@@ -1,4 +1,4 @@
-"""Parquet files: what their columns are, and what is in them."""
+"""Read the schema and the columns of parquet files."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def read_schema(file: str, what: str = "parquet") -> Any:
     """The arrow schema of a parquet file.
 
     Raises:
-        MissingExtra: pyarrow is not there for the data source `what`.
-        DataError: it is not a parquet file.
+        MissingExtra: pyarrow, which the data source `what` needs, is not installed.
+        DataError: the file is not a parquet file.
     """
     try:
         import pyarrow as pa
@@ -28,7 +28,7 @@ def read_schema(file: str, what: str = "parquet") -> Any:
 
 
 def read_columns(file: str, names: Sequence[str]) -> Any:
-    """Columns of a parquet file as a `pyarrow.Table`; DataError when it cannot be read."""
+    """The named columns of a parquet file, as a `pyarrow.Table`; DataError if it cannot be read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

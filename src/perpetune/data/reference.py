@@ -1,4 +1,4 @@
-"""Examples without labels: what a pretrained model is to keep knowing."""
+"""Reference examples without labels. They stand for the knowledge that a pretrained model must keep."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from perpetune.errors import DataError, UsageError
 
 
 def reference_examples(path: str, view: View, options: StreamOptions) -> tuple[TableSet, list[str]]:
-    """The examples in a folder at any depth, without those that cannot be read; and a line for each of those.
+    """The readable examples in a folder and all folders inside it; and a line for each example that cannot be read.
 
     Raises:
-        UsageError: there is no such folder, or the backbone does not take pictures.
-        DataError: there is no picture, none can be read, or too many are bad.
+        UsageError: the folder does not exist, or the backbone does not take pictures.
+        DataError: there is no picture, no picture can be read, or too many are bad.
     """
     try:
         whole = view.unlabelled(path)

@@ -1,4 +1,4 @@
-"""What every kind of data looks like from above: labelled examples by number, and where they come from."""
+"""Base classes for all kinds of data: a table has labelled examples with numbers, a source gives the tables."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ Kind = Literal["pictures", "texts"]
 
 
 class Table(ABC):
-    """The labelled examples of one split, by number.
+    """The labelled examples of one split. Each has a number, from 0.
 
     Args:
-        labels: class name of each example; `""` for an answer in free text, where the kind has such.
-        groups: task or domain of each example, `""` where it is not given; None where there are none at all.
-        warnings: one line each for what was left out on the way.
+        labels: the class name of each example; `""` for an answer in free text, if the kind has such answers.
+        groups: the task or domain of each example, `""` if it is not known; None if the data have no groups.
+        warnings: one line for each thing that was left out.
     """
 
     gives: ClassVar[Kind]
-    noun: ClassVar[str]  #: one example, as messages call it
-    use: ClassVar[str]  #: what cannot be done with a bad one: `read`
-    files = False  #: each example is a file of its own
-    threads: ClassVar[bool] = True  #: whether it helps to look at several at a time
+    noun: ClassVar[str]  #: the word for one example in messages
+    use: ClassVar[str]  #: the verb for messages about bad examples, which cannot be `read`
+    files = False  #: whether each example is a separate file
+    threads: ClassVar[bool] = True  #: whether it is faster to check several examples at a time
     free: ClassVar[bool] = False  #: whether an example may have no class
-    order: Sequence[str] = ()  #: groups in the order they come where nobody says otherwise; others by name after them
+    order: Sequence[str] = ()  #: the default order of the groups; groups that are not in it follow by name
 
     def __init__(self, labels: Sequence[str], groups: Sequence[str] | None = None, warnings: Iterable[str] = ()):
         self.labels = labels
@@ -41,89 +41,89 @@ class Table(ABC):
 
     @abstractmethod
     def name(self, i: int) -> str:
-        """Example `i` as messages call it: its path, or file and row."""
+        """The name of example `i` in messages: its path, or its file and row."""
 
     @abstractmethod
     def key(self, i: int) -> str:
-        """What identifies example `i` wherever the data lie; seeded choices depend on it alone."""
+        """An identifier of example `i`, the same wherever the data are stored; seeded choices depend only on it."""
 
     @abstractmethod
     def size(self, i: int) -> int | None:
-        """Bytes that example `i` takes, None when it is not there."""
+        """The size of example `i` in bytes; None if it does not exist."""
 
     @abstractmethod
     def content(self, i: int, limit: int = -1) -> bytes:
-        """The first `limit` bytes of example `i`, all when negative; nothing when it is not there."""
+        """The first `limit` bytes of example `i`, or all if `limit` is negative; no bytes if it does not exist."""
 
     @abstractmethod
     def check(self, i: int, depth: Literal["decode", "header"]) -> None:
-        """DataError, which names it, when example `i` cannot be used."""
+        """Check example `i`; DataError, with its name, if it cannot be used."""
 
     def identity(self, i: int) -> tuple[int, int] | None:
-        """What is the same for two names of one file; None where there is no file."""
+        """A value that is equal for two names of the same file; None if the example is not a file."""
         return None
 
     def digest(self, i: int) -> bytes:
-        """All that makes example `i` what it is, for a hash; of files only what a listing shows."""
+        """Bytes for a hash of example `i`: its key, label, size and content; for a file without the content."""
         return repr((self.key(i), self.labels[i], self.size(i))).encode() + (b"" if self.files else self.content(i))
 
     def classes(self, rows: Iterable[int]) -> set[str]:
-        """The classes that a task with these rows has."""
+        """The classes of a task with these rows."""
         return {self.labels[row] for row in rows}
 
     def fits(self, i: int, classes: Collection[str]) -> bool:
-        """Whether example `i` has a place in a task of those classes."""
+        """Whether example `i` can be in a task with these classes."""
         return self.labels[i] in classes
 
     def score(self, rows: Iterable[int]) -> str | None:
-        """How the answers to these rows are scored, by name; None is right or wrong."""
+        """The name of the score for answers to these rows; None counts answers as right or wrong."""
         return None
 
 
 class Fit(IntEnum):
-    """How sure a source is that a path is for it; the higher one gets it."""
+    """How sure a source is that it can read a path. The source with the highest value gets the path."""
 
-    NO = 0
+    NO = 0  #: the source cannot read it
     ANY = 1  #: nothing speaks against it: any folder, any id of a data set
-    NAME = 2  #: the name of the file, or of the files in the folder, says so
-    MARK = 3  #: a file that only this source's folders have lies there
-    CONTENT = 4  #: what stands in the files says so
-    LAYOUT = 5  #: what stands in the files, and how they are named and lie, says so
+    NAME = 2  #: the name of the file fits, or the names of the files in the folder
+    MARK = 3  #: the folder has a file that only folders for this source have
+    CONTENT = 4  #: the content of the files fits
+    LAYOUT = 5  #: the content of the files fits, and so do their names and folders
 
 
 class Source(ABC):
-    """Where data come from. Keyword-only arguments of `__init__` are the recipe's keys under `data:`.
+    """A source of data. The keyword-only arguments of `__init__` are the recipe's keys under `data:`.
 
-    Making one reads nothing; `train`, `validation` and `test` do.
+    `__init__` reads no data; `train`, `validation` and `test` do.
     """
 
     gives: ClassVar[Kind] = "pictures"
 
     @classmethod
     def fits(cls, path: str, wanted: Kind | None = None) -> Fit:
-        """How sure it is that `path` is for it, as its option `path`; looked at where nobody names a source.
+        """How sure the source is that it can read `path`. The library asks this if the user has not named a source.
 
         Args:
-            path: a file, a folder, or a word that is neither.
-            wanted: the kind of data that is expected, where that is known.
+            path: a value for the source's option `path`: a file, a folder, or any other word.
+            wanted: the expected kind of data, if it is known.
         """
         return Fit.NO
 
     @abstractmethod
     def train(self) -> Table:
-        """The examples to learn from; DataError when they cannot be used."""
+        """The examples to learn from; DataError if they cannot be used."""
 
     @abstractmethod
     def test(self) -> Table | None:
-        """The examples to evaluate on, None when the source has none."""
+        """The examples to evaluate on; None if the source has none."""
 
     def validation(self) -> Table | None:
-        """The examples to choose by, None when the source sets none apart from those of the test."""
+        """The validation examples, by which a method can choose; None if the source has none besides the test."""
         return None
 
 
 def existing(path: str, what: str) -> str:
-    """`path`, or DataError when nothing is there."""
+    """`path`; DataError if it does not exist."""
     if not os.path.exists(path):
         raise DataError(f"{what} {printable(path)}: no such file or folder")
     return path

@@ -1,7 +1,7 @@
-"""How examples and classes are divided: by a hash of what each one is called.
+"""Divide examples and classes. A hash of each one's key decides.
 
-So a choice does not depend on the order of a file listing, nor on what else is there: when a class
-or some pictures are added later, what was chosen among the others stays as it was, nearly.
+So a choice does not depend on the order of files in a listing, and hardly on the other examples: if a class or some
+pictures are added later, almost all earlier choices stay the same.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Key = Callable[[int], str]
 
 
 def by_label(rows: Iterable[int], labels: Sequence[str]) -> dict[str, list[int]]:
-    """The rows of each label, in the order they come."""
+    """The rows of each label, in their order."""
     groups: dict[str, list[int]] = {}
     for row in rows:
         groups.setdefault(labels[row], []).append(row)
@@ -34,16 +34,16 @@ def hold_out(
     purpose: str,
     twins: Iterable[Sequence[int]] = (),
 ) -> tuple[list[int], list[int]]:
-    """`rows` in two parts, kept and held out, each in the order given.
+    """Divide `rows` into two lists: the kept rows and the held-out rows, each in the given order.
 
-    Of the n rows of a label, `share * n` are held out, rounded, but at least one and at most n - 1
-    (so none of a single one). Rows that are `twins` count as one and stay together; those that have
-    several labels, or a twin that is not among `rows`, are kept.
+    If a label has n rows, `share * n` of them (rounded) are held out, but at least 1 and at most n - 1. So a single row
+    is always kept. Rows that are `twins` of each other count as one row and stay together. If twins have different
+    labels, or one of them is not in `rows`, they are kept.
     """
     rows = list(rows)
     here = set(rows)
     together: dict[int, Sequence[int]] = {}
-    apart: set[int] = set()  # rows that are not drawn: they follow a twin, or are kept
+    apart: set[int] = set()  # rows that are not drawn, because they follow a twin or are kept
     for group in twins:
         first = min(group, key=lambda row: (key(row), row))
         apart.update(group)
@@ -69,9 +69,9 @@ def limit(
     purpose: str,
     in_all: int | None = None,
 ) -> list[int]:
-    """At most `per_class` rows of each label and `in_all` together, drawn by the seed, in the order given.
+    """Draw at most `per_class` rows of each label and at most `in_all` rows, by the seed; they stay in the given order.
 
-    What `in_all` leaves is balanced over the labels. A larger limit takes what a smaller one takes, and more.
+    Rows under `in_all` are balanced over the labels. A larger limit takes the rows of a smaller limit, and more.
     """
     rows = list(rows)
     if per_class is None and in_all is None:
@@ -91,15 +91,19 @@ def _ranked(rows: Iterable[int], key: Key, seed: int, purpose: str) -> list[int]
 
 
 def seeded_order(names: Iterable[str], seed: int, purpose: str = "class order") -> list[str]:
-    """A permutation of `names` that depends on the seed, not on the order they come in."""
+    """The `names` in an order that depends on the seed only, not on their given order."""
     return sorted(names, key=lambda name: (seed_of(seed, purpose, name), name))
 
 
 def given_order(order: Sequence[str], names: Iterable[str], where: str, what: str) -> tuple[list[str], list[str]]:
-    """`order` after a check against the `names` there are, and a warning about those it leaves out.
+    """Check `order` against the known `names`; return it, and a warning about names that are not in it.
+
+    Args:
+        where: the recipe's key, for messages.
+        what: the word for the names, in the plural.
 
     Raises:
-        UsageError: an unknown name, or one that occurs twice. `where` is the recipe's key, `what` a plural.
+        UsageError: `order` has an unknown name, or has a name twice.
     """
     known = set(names)
     for name in order:
@@ -107,13 +111,13 @@ def given_order(order: Sequence[str], names: Iterable[str], where: str, what: st
             raise UsageError(f"{where}: '{name}' is not among the {what} of the training data; {closest(name, known)}")
     twice = natural({name for name in order if order.count(name) > 1})
     if twice:
-        raise UsageError(f"{where}: named twice: {several(twice)}")
+        raise UsageError(f"{where} has a name twice: {several(twice)}")
     left = natural(known - set(order))
     return list(order), [f"{where}: {what} left out: {several(left)}"] if left else []
 
 
 def in_tasks(classes: Sequence[str], per_task: int | Sequence[int] | None) -> tuple[list[list[str]], list[str]]:
-    """`classes` cut into tasks in their order, and warnings.
+    """Cut `classes` into tasks, in their order; return the tasks and warnings.
 
     Raises:
         UsageError: `per_task` is missing, or does not fit the number of classes.
@@ -121,10 +125,10 @@ def in_tasks(classes: Sequence[str], per_task: int | Sequence[int] | None) -> tu
     n = len(classes)
     where = "stream.classes_per_task"
     if per_task is None:
-        raise UsageError(f"{where} is missing: by: class needs it; there are {n} classes")
+        raise UsageError(f"{where} is missing, but stream.by: class needs it; there are {n} classes")
     if isinstance(per_task, int):
         if per_task > n:
-            raise UsageError(f"{where}: {per_task} is more than the {n} classes there are")
+            raise UsageError(f"{where}: {per_task} is too large: there are only {n} classes")
         sizes = [min(per_task, n - start) for start in range(0, n, per_task)]
     else:
         sizes = list(per_task)

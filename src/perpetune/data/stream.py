@@ -1,4 +1,4 @@
-"""From a source to a stream: which classes and examples make up each task."""
+"""Cut a source into a stream of tasks: choose the classes and the examples of each task."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ class StreamOptions(BaseModel):
     """How a source is cut into tasks: the recipe's keys under `stream:`.
 
     Attributes:
-        by: `class`: tasks of `classes_per_task` classes; `domain` or `task`: one task for each domain or task
-            that the source names. Default: `class` for pictures, `task` for texts, which are not cut by class.
-        classes_per_task: one number (the last task may be smaller), or one for each task.
-        class_order: drawn by the seed, sorted by name, or the names themselves; names that are missing are
-            left out. A draw is the same for the classes that stay when others come or go. Tasks that are not
-            cut by class list their classes by name, or in the order named here.
-        order: of domains or tasks: the names themselves (those that are missing are left out), or drawn by the seed;
-            default: that of a benchmark, else by name.
-        validation: share of the training examples of each class that is cut off for validation: for methods
-            that choose something by it (`task.validation`); those built in do not. A source that sets examples
-            apart for it, as TRACE does, is not cut.
-        holdout: share of them that becomes the test, where the source has no test examples.
-        train_per_class, test_per_class: at most so many examples of a class in a task, drawn by the seed.
-            The limit comes before validation is cut; validation examples that the source sets apart have that of
-            the test.
-        train_per_task, test_per_task: at most so many examples of a task, balanced over its classes, where it has
+        by: `class` makes tasks of `classes_per_task` classes; `domain` or `task` makes one task for each domain or task
+            that the source names. Default: `class` for pictures, `task` for texts. Texts cannot be cut by class.
+        classes_per_task: one number for all tasks (the last task may be smaller), or a list with one for each task.
+        class_order: `seeded` draws the order by the seed, `sorted` sorts by name, a list names the classes in their
+            order and leaves the others out. With `seeded`, classes keep their order when other classes come or go. If
+            tasks are not cut by class, this orders the classes inside each task, and `seeded` sorts by name.
+        order: the order of domains or tasks: a list of names (the others are left out), or `seeded` to draw it by the
+            seed. Default: the order of the benchmark, if the source is one, else by name.
+        validation: the share of each class's training examples that is cut off for validation (`task.validation`), for
+            methods that choose something by it. The built-in methods do not. If the source has validation examples, as
+            TRACE has, nothing is cut off.
+        holdout: the share of the training examples that becomes the test, if the source has no test examples.
+        train_per_class, test_per_class: the largest number of examples of a class in a task; the seed draws them. The
+            limit comes before validation is cut off. A source's own validation examples have the limit of the test.
+        train_per_task, test_per_task: the largest number of examples of a task, balanced over its classes if it has
             classes.
-        max_bad: more bad examples than this in a task stop the run.
-        check: what is done to find them before a task begins: every picture is decoded and every text encoded, or
-            only a picture's header read and a text's row looked at.
-        overlap: whether a file that is in train and in test, or has a twin there, is an error. Twins are looked
-            for unless `check` is none. Between data that are not single files they are only warned about.
-        augment: what is done at random to a picture each time it is trained on. Nothing is done to texts.
+        max_bad: if a task has more bad examples than this, the run stops.
+        check: how bad examples are found before a task begins. `decode` decodes every picture and encodes every text;
+            `header` reads only the headers of pictures and the rows of texts; `none` checks nothing.
+        overlap: whether it is an error or a warning if a file is in train and in test, or has a copy with the same
+            bytes there. Copies are searched unless `check` is `none`. For data that are not single files it is always a
+            warning.
+        augment: the random changes to a picture each time it is trained on. Texts are never changed.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
@@ -67,31 +67,32 @@ class StreamOptions(BaseModel):
     augment: Augment = "none"
 
     def fitted(self, gives: Kind) -> StreamOptions:
-        """The same for one kind of data: what is left open is decided.
+        """The same options for one kind of data, with its default for `by`.
 
         Raises:
-            UsageError: an option is not for this kind.
+            UsageError: an option does not exist for this kind.
         """
         if gives == "pictures":
             return self.model_copy(update={"by": self.by or "class"})
         if self.by == "class":
-            raise UsageError("stream.by: class is for pictures; texts are cut by task or domain")
+            raise UsageError("stream.by: class works with pictures only; cut texts by task or domain")
         if self.classes_per_task is not None:
-            raise UsageError("stream.classes_per_task is for pictures; texts are cut by task or domain")
+            raise UsageError("stream.classes_per_task works with pictures only; cut texts by task or domain")
         if not isinstance(self.class_order, str):
-            raise UsageError("stream.class_order is for pictures; texts are put in order by stream.order")
+            raise UsageError("stream.class_order works with pictures only; order texts with stream.order")
         if self.augment != "none":
-            raise UsageError(f"stream.augment: {self.augment} is for pictures; texts are learned as they are")
+            raise UsageError(f"stream.augment: {self.augment} works with pictures only; texts are never changed")
         return self.model_copy(update={"by": self.by or "task"})
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Tasks in the order they are learned.
+    """Tasks in the order of learning.
 
     Attributes:
-        classes: all classes, in the order they are first met.
-        warnings: one line each; what `TaskData.check` finds is with the task.
+        tasks: the tasks.
+        classes: all classes, in the order of their first task.
+        warnings: one line each. The warnings of `TaskData.check` are in the task.
     """
 
     tasks: list[TaskData]
@@ -101,7 +102,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class _Tables:
-    """What a source gives, all of one kind."""
+    """The tables of a source; all have the same kind of example."""
 
     train: Table
     validation: Table | None
@@ -114,7 +115,7 @@ class _Tables:
 
 @dataclass(frozen=True)
 class _Part:
-    """Rows of a task in the tables."""
+    """A task: its name, its classes, and its rows in each table."""
 
     name: str
     classes: Sequence[str]
@@ -124,7 +125,7 @@ class _Part:
 
 
 def build_stream(source: Source, options: StreamOptions, view: View, *, seed: int) -> Stream:
-    """The tasks that `options` cut from `source`. Examples are not looked at before `TaskData.check`.
+    """The tasks that `options` cut from `source`. No example is opened before `TaskData.check`.
 
     Raises:
         UsageError: the options do not fit the data, or the data do not fit the backbone.
@@ -136,14 +137,12 @@ def build_stream(source: Source, options: StreamOptions, view: View, *, seed: in
     parts, more = _by_class(tables, options, seed) if options.by == "class" else _by_group(tables, options, seed)
     warnings += more
     if test is None and not options.holdout:
-        warnings.append(f"there are no test {tables.noun}s, so nothing is evaluated; set data.test or stream.holdout")
+        warnings.append(f"there are no test {tables.noun}s, so nothing is evaluated: set data.test or stream.holdout")
     names = task_names(part.name for part in parts)
     cut = _Cut(tables, options, view, seed)
     tasks = [cut.task(i, name, part) for i, (name, part) in enumerate(zip(names, parts, strict=True))]
     if test is not None and len(test) and not any(task.test for task in tasks):
-        raise DataError(
-            f"no test {tables.noun} has a place in a task: train has {_what(tables.train)}, test has {_what(test)}"
-        )
+        raise DataError(f"no test {tables.noun} fits a task: train has {_what(tables.train)}, test has {_what(test)}")
     if test is not None or options.holdout:
         warnings += _untested(tasks)
     classes = tuple(dict.fromkeys(c for task in tasks for c in task.classes))
@@ -153,13 +152,13 @@ def build_stream(source: Source, options: StreamOptions, view: View, *, seed: in
 def single_task(
     source: Source, options: StreamOptions, view: View, *, index: int, name: str, seed: int, holdout: float
 ) -> TaskData:
-    """All of `source` as one task, for a state that is given one more batch of data.
+    """All data of `source` as one task, for an update of a state with one more batch of data.
 
-    How `options` cut a stream into tasks is not asked for.
+    The `options` that cut a stream into tasks are ignored.
 
     Args:
-        index, name: of the task; the name is made safe for a folder.
-        holdout: share of the examples of each class that becomes the test, where the source has none.
+        index, name: the task's index and name; the name is made safe for a folder.
+        holdout: the share of each class's examples that becomes the test, if the source has no test.
     """
     uncut = {"by": None, "classes_per_task": None, "class_order": "sorted", "order": None}
     options = options.model_copy(update={**uncut, "holdout": holdout}).fitted(source.gives)
@@ -176,26 +175,26 @@ def single_task(
 
 
 def _tables(source: Source, options: StreamOptions, view: View) -> tuple[_Tables, list[str]]:
-    """The tables, after the checks that need no example to be looked at, and warnings."""
+    """The tables and warnings, after all checks that need not open an example."""
     if source.gives != view.takes:
-        raise UsageError(f"data: these are {source.gives}, and the backbone takes {view.takes}")
-    found = _Tables(source.train(), source.validation(), source.test())
-    train, test = found.train, found.test
+        raise UsageError(f"data: these are {source.gives}, but the backbone takes {view.takes}")
+    tables = _Tables(source.train(), source.validation(), source.test())
+    train, test = tables.train, tables.test
     if not len(train):
-        raise DataError(f"there are no training {found.noun}s")
+        raise DataError(f"there are no training {tables.noun}s")
     warnings = list(train.warnings)
-    for table in (train, found.validation, test):
+    for table in (train, tables.validation, test):
         if table is None:
             continue
         warnings += [w for w in table.warnings if w not in warnings]
         unlabelled = [table.name(i) for i, label in enumerate(table.labels) if not label] if not table.free else []
         if unlabelled:
-            raise DataError(f"no label: {several(unlabelled)}")
-    if found.validation is not None and options.validation:
-        warnings.append(f"stream.validation cuts nothing off: the data have validation {found.noun}s of their own")
+            raise DataError(f"these {table.noun}s have no label: {several(unlabelled)}")
+    if tables.validation is not None and options.validation:
+        warnings.append(f"stream.validation is not used, because the data have validation {tables.noun}s already")
     if test is not None:
         warnings += _overlap(train, test, options)
-    return found, warnings
+    return tables, warnings
 
 
 def _overlap(train: Table, test: Table, options: StreamOptions) -> list[str]:
@@ -203,7 +202,7 @@ def _overlap(train: Table, test: Table, options: StreamOptions) -> list[str]:
     if not pairs:
         return []
     names = several([f"{test.name(b)} = {train.name(a)}" for a, b in pairs])
-    line = f"{len(pairs)} test {test.noun}s are training {train.noun}s as well: {names}"
+    line = f"{len(pairs)} test {test.noun}s are also training {train.noun}s: {names}"
     if options.overlap == "error" and train.files and test.files:
         raise DataError(f"{line}; remove them from one side, or set stream.overlap: warn")
     return [line]
@@ -220,7 +219,7 @@ def _by_class(tables: _Tables, options: StreamOptions, seed: int) -> tuple[list[
         by_label(range(len(table)), table.labels) if table is not None else {}
         for table in (train, tables.validation, tables.test)
     )
-    short = max(map(len, tasks)) <= 3  # then the classes name the task
+    short = max(map(len, tasks)) <= 3  # then a task's name is made of its classes
     parts = [
         _Part(
             "-".join(names) if short else f"task-{i}",
@@ -247,7 +246,7 @@ def _by_group(tables: _Tables, options: StreamOptions, seed: int) -> tuple[list[
         warnings += more
     strangers = natural(set(tests) - set(rows))
     if strangers:
-        warnings.append(f"{by} in test and not in train, left out: {several(strangers)}")
+        warnings.append(f"{by}s in test but not in train are left out: {several(strangers)}")
     parts, left_out = [], []
     for name in order:
         part, foreign = _part(name, classes, tables, rows[name], held.get(name, ()), tests.get(name, ()))
@@ -265,16 +264,16 @@ def _part(
     held: Sequence[int],
     tests: Sequence[int],
 ) -> tuple[_Part, list[str]]:
-    """A task of those `classes` that are its training rows', and the labels of test rows that have no place in it."""
-    there = tables.train.classes(rows)
-    mine = [c for c in classes if c in there]
+    """A task with those `classes` that its training rows have; and the labels of test rows that do not fit the task."""
+    used = tables.train.classes(rows)
+    mine = [c for c in classes if c in used]
     known = set(mine)
     kept = [
         [row for row in some if table is not None and table.fits(row, known)]
         for table, some in ((tables.train, rows), (tables.validation, held), (tables.test, tests))
     ]
     test = tables.test
-    foreign = {test.labels[r] for r in tests if not test.fits(r, there)} if test is not None else set()
+    foreign = {test.labels[r] for r in tests if not test.fits(r, used)} if test is not None else set()
     return _Part(name, mine, *kept), natural(foreign)
 
 
@@ -286,12 +285,12 @@ def _groups(table: Table, by: str) -> Sequence[str]:
         )
     missing = [table.name(i) for i, group in enumerate(table.groups) if not group]
     if missing:
-        raise DataError(f"stream.by: {by}: no {by} is given for {several(missing)}")
+        raise DataError(f"stream.by: {by}: these have no {by}: {several(missing)}")
     return table.groups
 
 
 def _sorted_classes(train: Table, options: StreamOptions) -> tuple[list[str], list[str]]:
-    """The classes by name, or as `class_order` names them, and warnings."""
+    """The classes by name, or in the order that `class_order` gives; and warnings."""
     known = train.classes(range(len(train)))
     if isinstance(options.class_order, str):
         return natural(known), []
@@ -299,11 +298,11 @@ def _sorted_classes(train: Table, options: StreamOptions) -> tuple[list[str], li
 
 
 def _foreign(labels: Sequence[str]) -> list[str]:
-    return [f"class in test and not in train, its test pictures are left out: {several(labels)}"] if labels else []
+    return [f"classes in test but not in train; their test pictures are left out: {several(labels)}"] if labels else []
 
 
 def _what(table: Table) -> str:
-    """What there is in a table: its classes, or the tasks of answers in free text."""
+    """The names of a table's classes; for texts, of its tasks."""
     return several(natural(set(table.groups or ()) if table.free else set(table.labels)))
 
 
@@ -314,12 +313,12 @@ def _untested(tasks: Sequence[TaskData]) -> list[str]:
         trained = set(task.train.targets)
         missing = [c for i, c in enumerate(task.classes) if i in trained and i not in tested]
         labels += [f"{c} (task {task.name})" if len(tasks) > 1 else c for c in missing]
-    return [f"class in train and not in test: {several(labels)}"] if labels else []
+    return [f"classes in train but not in test: {several(labels)}"] if labels else []
 
 
 @dataclass(frozen=True)
 class _Cut:
-    """Makes tasks out of rows: test, limits, validation."""
+    """Makes a task from its rows: holds out the test, applies the limits, cuts off validation."""
 
     tables: _Tables
     options: StreamOptions
@@ -328,31 +327,31 @@ class _Cut:
 
     @cached_property
     def _twins(self) -> list[list[int]]:
-        """Training examples of the same bytes, where some are about to be cut off from the others."""
-        o, there = self.options, self.tables
-        cuts = (o.validation and there.validation is None) or (there.test is None and o.holdout)
-        return find_twins(there.train) if cuts and o.check != "none" else []
+        """Groups of training examples with the same bytes, if examples will be held out or cut off."""
+        o, tables = self.options, self.tables
+        cuts = (o.validation and tables.validation is None) or (tables.test is None and o.holdout)
+        return find_twins(tables.train) if cuts and o.check != "none" else []
 
     def task(self, index: int, name: str, part: _Part) -> TaskData:
-        o, train, own, test = self.options, self.tables.train, self.tables.validation, self.tables.test
+        o, train, validation, test = self.options, self.tables.train, self.tables.validation, self.tables.test
         rows, held, tests = list(part.train), list(part.validation), list(part.test)
         if test is None:
             test = train
             rows, tests = self._hold_out(rows, o.holdout, "holdout")
         rows = self._limit(train, rows, o.train_per_class, o.train_per_task, "train limit")
         tests = self._limit(test, tests, o.test_per_class, o.test_per_task, "test limit")
-        if own is None:
-            own = train
+        if validation is None:
+            validation = train
             rows, held = self._hold_out(rows, o.validation, "validation")
         else:
-            held = self._limit(own, held, o.test_per_class, o.test_per_task, "validation limit")
+            held = self._limit(validation, held, o.test_per_class, o.test_per_task, "validation limit")
         classes, view = part.classes, self.view
         return TaskData(
             index=index,
             name=name,
             classes=tuple(classes),
             train=view.examples(train, rows, classes, "training", o.augment),
-            validation=view.examples(own, held, classes, "validation") if held else None,
+            validation=view.examples(validation, held, classes, "validation") if held else None,
             test=view.examples(test, tests, classes, "test") if tests else None,
             score=train.score(part.train),
             depth=o.check,

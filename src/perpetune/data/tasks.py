@@ -1,4 +1,4 @@
-"""The examples of one task, checked when the task is about to begin."""
+"""The data of one task. Its examples are checked just before the task begins."""
 
 from __future__ import annotations
 
@@ -16,18 +16,21 @@ from perpetune.errors import DataError
 
 @dataclass
 class TaskData:
-    """What one task learns from and is scored on.
+    """The examples that one task learns from and is scored on.
 
     Attributes:
-        index: position in the stream, from 0.
-        name: unique in the stream; letters, digits, `.`, `_` and `-` only.
-        classes: of pictures the labels that occur in the training data, of texts the answers that stand to choice;
-            targets are positions in it. Empty where answers are free text.
-        train, validation, test: the examples; validation and test are None where there are none.
-        score: how answers in text are scored, a name of `numerics.text_scores`; None is right or wrong.
-        depth, max_bad: how `check` looks at them, and how many bad ones it tolerates.
+        index: the position in the stream, from 0.
+        name: unique in the stream; has only letters, digits, `.`, `_` and `-`.
+        classes: for pictures the labels in the training data, for texts the answers among which the model chooses.
+            Targets are positions in it. Empty if answers are free text.
+        train, validation, test: the examples; validation and test may be None.
+        score: the name of the score for answers in text, in `numerics.text_scores`; None counts answers as right or
+            wrong.
+        depth: how deeply `check` looks at each example.
+        max_bad: the number of bad examples that `check` tolerates.
         warnings: one line each.
-        bad: `name: reason` of each example that `check` left out.
+        bad: for each example that `check` left out, a line `name: reason`.
+        checked: whether `check` was called.
     """
 
     index: int
@@ -47,12 +50,12 @@ class TaskData:
         self._given = (self.classes, self.train, self.validation, self.test)
 
     def check(self, report: Report | None = None) -> None:
-        """Look at each example, and leave out those that cannot be used; a second call does nothing.
+        """Check each example, and leave out those that cannot be used; a second call does nothing.
 
-        A class that is left without a training picture goes, with a warning. Of texts it is said how many were cut.
+        A class without a usable training picture is left out, with a warning. A note says how many texts were cut.
 
         Args:
-            report: called now and then with the number of examples looked at and the number there are.
+            report: is called now and then with the numbers of checked examples and of all examples.
 
         Raises:
             DataError: more than `max_bad` examples are bad, or no training example is good.
@@ -61,9 +64,9 @@ class TaskData:
             return
         table = self.train.table
         parts = [self.train, self.validation, self.test]
-        found = find_bad(parts, self.depth, self.max_bad, f"task {self.name}", report)
-        bad = [reason for reasons in found for reason in reasons.values()]
-        good = [row for row in self.train.rows if row not in found[0]]
+        bad_rows = find_bad(parts, self.depth, self.max_bad, f"task {self.name}", report)
+        bad = [reason for reasons in bad_rows for reason in reasons.values()]
+        good = [row for row in self.train.rows if row not in bad_rows[0]]
         none = f"no training {table.noun} can be {table.use}"
         if not good:
             raise DataError(f"task {self.name}: {none}: {several(bad)}")
@@ -72,28 +75,28 @@ class TaskData:
         if bad:
             self.warnings.append(_unusable(self.name, table, bad))
         if lost:
-            self.warnings.append(f"task {self.name}: left out, for {none}: {several(lost)}")
+            self.warnings.append(f"task {self.name}: classes left out, because {none}: {several(lost)}")
         self.bad = bad
         self.classes = tuple(c for c in self.classes if c in used)
-        self.train = self.train.within(self.classes, found[0])
-        self.validation = self.validation and (self.validation.within(self.classes, found[1]) or None)
-        self.test = self.test and (self.test.within(self.classes, found[2]) or None)
+        self.train = self.train.within(self.classes, bad_rows[0])
+        self.validation = self.validation and (self.validation.within(self.classes, bad_rows[1]) or None)
+        self.test = self.test and (self.test.within(self.classes, bad_rows[2]) or None)
         for part in (self.train, self.validation, self.test):
             self.warnings += [f"task {self.name}: {note}" for note in (part.notes() if part is not None else [])]
         self.checked = True
 
     def for_testing(self, classes: Sequence[str]) -> TaskData:
-        """The task with its test examples checked alone; those of training are not looked at, and nobody should.
+        """The task with checked test examples. Its training examples are not checked; do not use them.
 
         Args:
-            classes: those that were learned.
+            classes: the classes that were learned.
 
         Raises:
             DataError: more than `max_bad` test examples are bad.
         """
-        (found,) = find_bad([self.test], self.depth, self.max_bad, f"task {self.name}")
-        test = self.test and (self.test.within(classes, found) or None)
-        warnings = [_unusable(self.name, self.train.table, list(found.values()))] if found else []
+        (bad_rows,) = find_bad([self.test], self.depth, self.max_bad, f"task {self.name}")
+        test = self.test and (self.test.within(classes, bad_rows) or None)
+        warnings = [_unusable(self.name, self.train.table, list(bad_rows.values()))] if bad_rows else []
         warnings += [f"task {self.name}: {note}" for note in (test.notes() if test is not None else [])]
         return replace(
             self,
@@ -102,14 +105,14 @@ class TaskData:
             validation=None,
             test=test,
             warnings=warnings,
-            bad=list(found.values()),
+            bad=list(bad_rows.values()),
             checked=True,
         )
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the task as it was before `check`: of each part what makes its examples what they are; of files
-        only keys, labels and sizes."""
+        """SHA-256 of the task as it was before `check`. It covers the content of all examples; of files only the keys,
+        labels and sizes."""
         classes, *parts = self._given
         digest = hashlib.sha256(repr(classes).encode())
         for part in parts:

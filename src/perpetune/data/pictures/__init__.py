@@ -1,1 +1,1 @@
-"""Pictures: where they are read from, and how they become what a model reads."""
+"""Pictures: the sources that read them, and the view that turns them into a model's input."""

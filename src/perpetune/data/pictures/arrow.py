@@ -1,4 +1,4 @@
-"""Pictures in arrow tables, and the parquet files they come from."""
+"""Pictures in arrow tables and in parquet files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from perpetune.errors import DataError
 
 @dataclass(frozen=True)
 class Columns:
-    """What the columns are called; without a `group`, one called `task` or `domain` is taken."""
+    """The names of the columns. Without `group`, a column `task` or `domain` is taken."""
 
     image: str = "image"
     label: str = "label"
@@ -28,11 +28,11 @@ class Columns:
 
 
 class ArrowTable(PictureTable):
-    """Pictures in an arrow column, as bytes or as `{bytes, path}`; a row may hold a path alone.
+    """Pictures in an arrow column, as bytes or as `{bytes, path}`; a row may have a path only.
 
     Args:
-        parts: name of each file or data set that rows come from, and its pictures, a `pyarrow.ChunkedArray`;
-            they stay where they are, memory-mapped if they were.
+        parts: for each file or data set its name and its pictures, a `pyarrow.ChunkedArray`. The pictures are not
+            copied; memory-mapped ones stay so.
     """
 
     def __init__(self, parts: Sequence[tuple[str, Any]], labels: Sequence[str], groups: Sequence[str] | None):
@@ -41,7 +41,7 @@ class ArrowTable(PictureTable):
         self._starts = [0, *itertools.accumulate(len(images) for _, images in parts)]
 
     def _cell(self, i: int) -> tuple[str, int, Any]:
-        """Name of the part that row `i` is in, its number there, and what the column holds."""
+        """The name of the part with row `i`, the row's number in the part, and the value of its cell."""
         part = bisect.bisect_right(self._starts, i) - 1
         name, images = self.parts[part]
         row = i - self._starts[part]
@@ -63,13 +63,14 @@ class ArrowTable(PictureTable):
 
 
 def arrow_table(parts: Sequence[tuple[str, Any]], columns: Columns, names: Sequence[str] | None = None) -> ArrowTable:
-    """One table out of arrow tables, each with the name it goes by.
+    """Make one table from arrow tables.
 
     Args:
-        names: class names for whole-number labels of parts that bring none.
+        parts: for each arrow table its name for messages, and the table.
+        names: class names for whole-number labels, for parts without class names.
 
     Raises:
-        DataError: a column is missing or of a type that cannot be used; or there is no row.
+        DataError: a column is missing or has an unusable type, or there are no rows.
     """
     images = []
     labels: list[str] = []
@@ -94,12 +95,12 @@ def arrow_table(parts: Sequence[tuple[str, Any]], columns: Columns, names: Seque
     return ArrowTable(images, labels, groups if any(groups) else None)
 
 
-def _present(found: Sequence[str], columns: Columns, where: str) -> tuple[list[str], str | None]:
-    """The columns that are of use, and which of them is the group; DataError when one is missing."""
+def _present(names: Sequence[str], columns: Columns, where: str) -> tuple[list[str], str | None]:
+    """The columns to read, and the name of the group column; DataError if a column is missing."""
     for column in (columns.image, columns.label):
-        if column not in found:
-            raise DataError(f"{where}: no column '{column}'; found: {several(found, 20)}")
-    group = group_column(found, columns.group, where)
+        if column not in names:
+            raise DataError(f"{where}: no column '{column}'; found: {several(names, 20)}")
+    group = group_column(names, columns.group, where)
     return [name for name in (columns.image, columns.label, group) if name is not None], group
 
 
@@ -112,14 +113,14 @@ def _holds_pictures(kind: Any) -> bool:
 
 
 class ParquetSource(Source):
-    """Parquet files with a column of encoded pictures (`{bytes, path}` or bytes) and one of labels.
+    """Parquet files with a column of encoded pictures (`{bytes, path}` or bytes) and a column of labels.
 
     Args:
         path: a file, a list of files, or a folder with `train*.parquet` and `test*.parquet` (or `val*`).
-        test: file or files of the test pictures.
-        image_column, label_column: what the columns are called. Whole-number labels take their names from
-            the Hugging Face metadata of the file, else of the first training file, where there are any.
-        group_column: the column with the task or domain; default: `task` or `domain`, whichever is there.
+        test: the file or files with the test pictures.
+        image_column, label_column: the names of the columns. Whole-number labels get their names from the Hugging Face
+            metadata of the file, else of the first training file, if there are any.
+        group_column: the column with the task or domain; default: the column `task` or `domain`, if there is one.
     """
 
     def __init__(
@@ -150,7 +151,7 @@ class ParquetSource(Source):
         train, test = self._files()
         both = [f for f in test if any(os.path.samefile(f, g) for g in train)]
         if both:
-            raise DataError(f"the same file in train and in test: {several([printable(f) for f in both])}")
+            raise DataError(f"the same file is in train and in test: {several([printable(f) for f in both])}")
         return self._table(test, train) if test else None
 
     def _table(self, files: Sequence[str], train: Sequence[str]) -> ArrowTable:
@@ -158,15 +159,15 @@ class ParquetSource(Source):
         return arrow_table(parts, self.columns, class_names(read_schema(train[0]), self.columns.label))
 
     def _files(self) -> tuple[list[str], list[str]]:
-        """Files of the training and of the test pictures."""
-        asked = _listed(self.test_path) if self.test_path is not None else []
+        """The files with the training pictures, and the files with the test pictures."""
+        given = _listed(self.test_path) if self.test_path is not None else []
         if not isinstance(self.path, str) or not os.path.isdir(self.path):
-            return _listed(self.path), asked
-        found = natural(f for f in os.listdir(self.path) if f.endswith(".parquet") and not f.startswith("."))
-        split = {s: [os.path.join(self.path, f) for f in found if f.startswith(s)] for s in ("train", "test", "val")}
+            return _listed(self.path), given
+        names = natural(f for f in os.listdir(self.path) if f.endswith(".parquet") and not f.startswith("."))
+        split = {s: [os.path.join(self.path, f) for f in names if f.startswith(s)] for s in ("train", "test", "val")}
         if not split["train"]:
-            raise DataError(f"{printable(self.path)}: no train*.parquet; found: {several(found) or 'no parquet file'}")
-        return split["train"], asked or split["test"] or split["val"]
+            raise DataError(f"{printable(self.path)}: no train*.parquet; found: {several(names) or 'no parquet file'}")
+        return split["train"], given or split["test"] or split["val"]
 
 
 def _listed(paths: str | list[str]) -> list[str]:
@@ -177,5 +178,5 @@ def _listed(paths: str | list[str]) -> list[str]:
 
 
 def _read(file: str, columns: Columns) -> Any:
-    """The columns of a file that are of use; others may be large."""
+    """Only the needed columns of a file, because other columns may be large."""
     return read_columns(file, _present(read_schema(file).names, columns, printable(file))[0])

@@ -11,18 +11,18 @@ from perpetune.data.pictures.tables import MemoryTable
 from perpetune.data.sources import Source
 from perpetune.data.split import hold_out
 
-SIDE, INSIDE = 32, 26  # of a turned digit's picture, and of the digit in it, in pixels
-ROOT = 20261129  # seed of the angles
+SIDE, INSIDE = 32, 26  # the sides of a turned digit's picture, and of the digit inside it, in pixels
+ROOT = 20261129  # the seed of the angles
 
 
 class DigitsSource(Source):
     """1,797 real handwritten digits, 8 x 8 pixels, grey values 0..16 (`sklearn.datasets.load_digits`).
 
-    One in four of each digit is held out for the test, always the same ones.
+    A quarter of the pictures of each digit is held out for the test, always the same ones.
 
     Args:
-        turn: each digit is turned by up to so many degrees to either side, the same way each time. As they are, a
-            pretrained model tells digits apart without any training; turned, it has something to learn.
+        turn: the largest angle in degrees by which each picture is turned to either side; a picture always has the same
+            angle. A pretrained model recognises upright digits without training; turned digits it must learn.
     """
 
     def __init__(self, *, turn: Annotated[float, Field(ge=0, le=180)] = 0.0) -> None:
@@ -54,7 +54,7 @@ class DigitsSource(Source):
 
 
 def _turned(pixels: Any, row: int, most: float) -> Any:
-    """A digit, uint8 `(8, 8)`, turned by up to `most` degrees: uint8 `(SIDE, SIDE)`."""
+    """A digit, uint8 `(8, 8)`, turned by at most `most` degrees, as uint8 `(SIDE, SIDE)`."""
     import numpy as np
     from PIL import Image
 

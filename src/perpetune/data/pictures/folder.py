@@ -1,4 +1,4 @@
-"""Folders of pictures: one folder per class, or one per domain (or task) with one per class in it."""
+"""Folders of pictures: a folder for each class, or a folder for each domain (or task) with a folder for each class."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from perpetune.errors import DataError
 
 Layout = Literal["auto", "classes", "domains"]
 
-_TEST = ("test", "val", "valid", "validation")  # the first of these that is there is the test split
+_TEST = ("test", "val", "valid", "validation")  # the first of these folders that exists is the test split
 
 
 class FolderSource(Source):
-    """`PATH/CLASS/*.png`, or `PATH/DOMAIN/CLASS/*.png` where a domain may be a task as well.
+    """`PATH/CLASS/*.png`, or `PATH/DOMAIN/CLASS/*.png`, where a domain can also mean a task.
 
-    A split may be the first folder (`PATH/train/…`, and `PATH/test/…` or `PATH/val/…`) or the second
-    (`PATH/DOMAIN/train/CLASS/…`). A class folder is read at any depth. Hidden files are ignored, other
-    files that are not pictures too, with a warning.
+    A split may be the first folder (`PATH/train/…`, and `PATH/test/…` or `PATH/val/…`) or the second folder
+    (`PATH/DOMAIN/train/CLASS/…`). A class folder is read with all folders inside it. Hidden files are ignored. Other
+    files that are not pictures are ignored with a warning.
 
     Args:
         path: the folder.
-        test: folder of the test pictures, in the same layout; default: the test split inside `path`, if any.
-        layout: `auto` takes folders that hold pictures for classes, folders that hold only folders of
-            pictures for domains.
+        test: the folder with the test pictures, in the same layout; default: the test split inside `path`, if any.
+        layout: `auto` reads a folder with pictures as a class, and a folder that has only folders with pictures as a
+            domain.
     """
 
     def __init__(self, *, path: str, test: str | None = None, layout: Layout = "auto"):
@@ -65,7 +65,7 @@ class FolderSource(Source):
 
     @cached_property
     def _roots(self) -> tuple[str, str | None, list[str]]:
-        """Folder of the training pictures, folder of the test pictures if there is one, warnings."""
+        """The folder of the training pictures, the folder of the test pictures or None, and warnings."""
         folders = list_folder(existing(self.path, "folder"))[0]
         if "train" not in folders:
             if self.test_path is not None:
@@ -101,14 +101,14 @@ class FolderSource(Source):
                 deeper.append(printable(folder))
         if direct and deeper:
             raise DataError(
-                f"{printable(root)}: some folders hold pictures ({several(direct)}), others only folders of "
+                f"{printable(root)}: some folders have pictures ({several(direct)}), others have only folders with "
                 f"pictures ({several(deeper)}); set layout: classes or layout: domains"
             )
         return "domains" if deeper else "classes"
 
 
 def _scan(root: str, layout: Layout, inner: tuple[str, ...]) -> FileTable:
-    """The pictures under `root`; with `inner` names, under the first of them that each folder has."""
+    """The pictures in `root`; with `inner`, only those in the first of these folders that each class or domain has."""
     paths: list[str] = []
     labels: list[str] = []
     groups: list[str] = []
@@ -150,7 +150,7 @@ def _scan(root: str, layout: Layout, inner: tuple[str, ...]) -> FileTable:
 
 
 def _by_suffix(names: Sequence[str]) -> str:
-    """`12 .heic, 3 .txt`: what phones store comes first, for those are pictures that somebody will miss."""
+    """`12 .heic, 3 .txt`: HEIC comes first, because phones store pictures in it, which the user would miss."""
     counts = Counter(os.path.splitext(name)[1].lower() or "without a suffix" for name in names)
     order = sorted(counts, key=lambda suffix: (suffix not in (".heic", ".heif"), -counts[suffix], suffix))
     return several([f"{counts[suffix]} {printable(suffix)}" for suffix in order])

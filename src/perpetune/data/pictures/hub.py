@@ -1,4 +1,4 @@
-"""Hugging Face `datasets`, from the hub or from a folder they were saved to."""
+"""Pictures in Hugging Face `datasets`, from the hub or from a folder that `save_to_disk` wrote."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _TEST = ("test", "validation", "valid", "val")
 
 
 class HubSource(Source):
-    """A data set with a column of pictures (feature `Image`) and one of labels.
+    """A data set with a column of pictures (feature `Image`) and a column of labels.
 
     Args:
-        path: its id on the hub, such as `uoft-cs/cifar100`, or a folder that `save_to_disk` wrote.
-        subset: the configuration, for data sets that have several.
-        revision: branch, tag or commit on the hub.
-        train, test: names of the splits; default for the test: the first of test, validation, valid, val
-            that there is.
-        image_column, label_column: what the columns are called.
-        group_column: the column with the task or domain; default: `task` or `domain`, whichever is there.
+        path: the id on the hub, such as `uoft-cs/cifar100`, or a folder that `save_to_disk` wrote.
+        subset: the configuration, for data sets with several.
+        revision: the branch, tag or commit on the hub.
+        train, test: the names of the splits; default for the test: the first of test, validation, valid and val that
+            exists.
+        image_column, label_column: the names of the columns.
+        group_column: the column with the task or domain; default: the column `task` or `domain`, if there is one.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class HubSource(Source):
     def test(self) -> ArrowTable | None:
         if self.test_split is not None:
             if self.test_split == self.train_split:
-                raise DataError(f"{self._here}: split '{self.train_split}' is named for train and for test")
+                raise DataError(f"{self._here}: the recipe names split '{self.train_split}' for both train and test")
             return self._table(self.test_split)
         name = next((name for name in _TEST if name in self._splits and name != self.train_split), None)
         return None if name is None else self._table(name)
@@ -84,10 +84,10 @@ class HubSource(Source):
             raise MissingExtra("data: hf", "data") from None
         try:
             if os.path.isdir(self.path):
-                found = datasets.load_from_disk(self.path)
+                loaded = datasets.load_from_disk(self.path)
             else:
-                found = datasets.load_dataset(self.path, self.subset, revision=self.revision)
-        except (OSError, ValueError, RuntimeError) as error:  # what datasets and the hub's client raise
+                loaded = datasets.load_dataset(self.path, self.subset, revision=self.revision)
+        except (OSError, ValueError, RuntimeError) as error:  # errors of datasets and of the hub's client
             reason = printable((str(error).splitlines() or [type(error).__name__])[0])
             raise DataError(f"data set {self._here}: {reason}") from error
-        return dict(found) if isinstance(found, dict) else {self.train_split: found}
+        return dict(loaded) if isinstance(loaded, dict) else {self.train_split: loaded}

@@ -25,17 +25,17 @@ class _Record:
 
 
 class ManifestSource(Source):
-    """A CSV file (comma, semicolon or tab, with a header) or a JSONL file (one object a line).
+    """A CSV file (comma, semicolon or tab, with a header) or a JSONL file (one object on each line).
 
-    A picture's path is relative to the manifest. Rows that repeat an earlier one are left out with a warning.
+    A picture's path is relative to the manifest. Rows that repeat an earlier row are left out with a warning.
 
     Args:
         path: the manifest.
-        test: manifest of the test pictures; default: the rows whose split is `test` (or `val` where none is).
-        path_column, label_column: what the columns are called.
-        group_column: the column with the task or domain; default: `task` or `domain`, whichever is there.
-        split_column: the column that says train, test or val; default: `split`, if it is there.
-        labels: the labels that may occur; any other is an error. Default: no restriction.
+        test: the manifest of the test pictures; default: the rows with the split `test`, or `val` if there are none.
+        path_column, label_column: the names of the columns.
+        group_column: the column with the task or domain; default: the column `task` or `domain`, if there is one.
+        split_column: the column that says train, test or val; default: the column `split`, if there is one.
+        labels: the allowed labels; any other label is an error. Default: all labels are allowed.
     """
 
     def __init__(
@@ -65,11 +65,11 @@ class ManifestSource(Source):
     def train(self) -> FileTable:
         table = self._table(self.path, [r for r in self._records if r.split == "train"])
         if not len(table):
-            raise DataError(f"{printable(self.path)}: no row belongs to the train split")
+            raise DataError(f"{printable(self.path)}: no row is in the train split")
         if self.labels is not None:
             unused = natural(set(self.labels) - set(table.labels))
             if unused:
-                table.warnings.append(f"{printable(self.path)}: no picture of declared label {several(unused)}")
+                table.warnings.append(f"{printable(self.path)}: no picture has the declared label {several(unused)}")
         return table
 
     def test(self) -> FileTable | None:
@@ -81,7 +81,9 @@ class ManifestSource(Source):
             return None
         table = self._table(self.path, tests or held)
         if tests and held:
-            table.warnings.append(f"{printable(self.path)}: {len(held)} validation rows are not used beside test")
+            table.warnings.append(
+                f"{printable(self.path)}: {len(held)} validation rows are not used, because there are test rows"
+            )
         return table
 
     @cached_property
@@ -89,7 +91,7 @@ class ManifestSource(Source):
         return self._read(self.path, split="train" if self.test_path is not None else None)
 
     def _read(self, path: str, split: Split | None) -> list[_Record]:
-        """All rows; they belong to `split`, or to what the split column says, or to train."""
+        """All rows. They are in `split`; if it is None, in the split of the split column, or else in train."""
         rows = read_rows(existing(path, "manifest"))
         here = printable(path)
         columns = list(dict.fromkeys(c for _, row in rows for c in row))
@@ -146,5 +148,5 @@ class ManifestSource(Source):
             [r.path for r in kept],
             [r.label for r in kept],
             [r.group for r in kept] if grouped else None,
-            [f"{printable(path)}: {repeated} rows repeat an earlier one and are left out"] if repeated else [],
+            [f"{printable(path)}: {repeated} rows repeat an earlier row and are left out"] if repeated else [],
         )

@@ -1,4 +1,4 @@
-"""Picture files: finding them, and reading them as a person sees them."""
+"""Find picture files, and read pictures as a person sees them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SUFFIXES = (
     ".pnm", ".avif", ".jp2",
 )  # fmt: skip
 
-# What Pillow's readers raise on bytes that are torn or made up; they have no common class of their own.
+# The errors of Pillow's readers for damaged or invalid bytes. They have no common class.
 _BROKEN = (
     OSError,
     EOFError,
@@ -42,30 +42,30 @@ _BROKEN = (
 
 
 def is_picture(name: str) -> bool:
-    """By its suffix alone."""
+    """Whether `name` has the suffix of a picture file."""
     return name.lower().endswith(SUFFIXES)
 
 
 def read_picture(source: str | bytes, name: str) -> Image:
-    """The picture in a file (a path) or in its bytes, in RGB, upright, transparency on white.
+    """Read the picture in a file (a path) or in the bytes of a file: in RGB, upright, with white behind transparency.
 
-    Of an animation it is the first frame. Pixels of more than 8 bits are scaled, not clipped: 16 bit by
-    1/257; 32 bit integers and floats by 255 where all are in 0..1 (floats), unchanged in 0..255, by
-    1/257 in 0..65535, else their range is stretched.
+    An animation gives its first frame. Values of more than 8 bits are scaled, not clipped. 16-bit values are multiplied
+    by 1/257. For 32-bit integers and floats the range of all values decides: floats in 0..1 are multiplied by 255,
+    values in 0..255 do not change, values in 0..65535 are multiplied by 1/257, any other range is stretched to 0..255.
 
     Raises:
-        DataError: `name` and what is wrong with it.
+        DataError: the picture cannot be read; the message has `name` and the reason.
     """
     return _read(source, name, pixels=True)
 
 
 def read_header(source: str | bytes, name: str) -> None:
-    """Raises DataError if the file is not there, not a picture or too large; does not look at the pixels."""
+    """Check a picture's header; DataError if the file does not exist, is not a picture or is too large."""
     _read(source, name, pixels=False)
 
 
 def picture_files(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """The files among `paths`, and the pictures in the folders among them at any depth, in natural order.
+    """The files among `paths`, and all pictures in the folders among them and inside these, in natural order.
 
     Raises:
         UsageError: a path does not exist.
@@ -86,10 +86,10 @@ def picture_files(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
 
 
 def list_folder(path: str) -> tuple[list[str], list[str], list[str]]:
-    """Names of folders and of pictures in one folder, in natural order, and of its other files.
+    """The names of folders and of pictures in one folder, in natural order; and the names of its other files.
 
-    Hidden names are left out. A dangling link with a picture's name counts as a picture, so that it is
-    reported and not overlooked.
+    Hidden names are left out. A link without a target counts as a picture if its name is that of a picture, so that the
+    user gets an error about it.
     """
     folders, pictures, others = [], [], []
     try:
@@ -116,9 +116,9 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def walk(path: str) -> tuple[list[str], list[str]]:
-    """All pictures under a folder, as names relative to it with `/`, and the names of the other files.
+    """All pictures in a folder and in the folders inside it, as relative names with `/`; and the names of other files.
 
-    Links are followed, except into a folder that the walk is inside of.
+    Links are followed, except a link to a folder that contains it.
     """
     return _walk(path, "", frozenset())
 
@@ -144,7 +144,7 @@ def _read(source: str | bytes, name: str, pixels: bool) -> Image:
         raise DataError(f"{name}: the picture is empty")
     try:
         with Image.open(source if isinstance(source, str) else BytesIO(source)) as image:
-            limit = Image.MAX_IMAGE_PIXELS  # Pillow itself refuses only twice as many
+            limit = Image.MAX_IMAGE_PIXELS  # Pillow itself refuses only twice this number
             if limit is not None and image.width * image.height > limit:
                 raise Image.DecompressionBombError
             if not pixels:
@@ -178,7 +178,7 @@ def as_rgb(image: Image) -> Image:
     if image.mode.startswith("I") or image.mode == "F":
         image = Images.fromarray(_to_bytes(np.asarray(image)))
     if image.has_transparency_data:
-        if image.mode == "La":  # premultiplied; Pillow has no direct way to RGBA
+        if image.mode == "La":  # premultiplied; Pillow cannot convert it to RGBA directly
             image = image.convert("LA")
         image = image.convert("RGBA")
         return Images.alpha_composite(Images.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -190,7 +190,7 @@ def _upright(image: Image) -> Image:
 
     try:
         orientation = image.getexif().get(0x0112, 1)
-    except _BROKEN:  # the pixels are fine, and viewers show them as they are
+    except _BROKEN:  # the pixels are good; viewers show such a picture unturned
         return image
     turn = {
         2: Transpose.FLIP_LEFT_RIGHT,
@@ -205,7 +205,7 @@ def _upright(image: Image) -> Image:
 
 
 def _to_bytes(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Grey values `(H, W)` of more than 8 bits as uint8."""
+    """Convert grey values `(H, W)` of more than 8 bits to uint8."""
     values = np.nan_to_num(pixels.astype(np.float64), posinf=0, neginf=0)
     low, high = values.min(), values.max()
     if pixels.dtype.str[1:] == "u2" or (low >= 0 and 255 < high <= 65535):

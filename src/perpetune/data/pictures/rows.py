@@ -12,12 +12,12 @@ from perpetune.errors import DataError
 
 
 def read_rows(path: str) -> list[tuple[str, dict[str, Any]]]:
-    """Each row of a `.jsonl` or CSV file with the place it stands at, for messages.
+    """Each row of a `.jsonl` or CSV file, with its place (file and line) for messages.
 
-    A CSV file has a header; its delimiter is the one of comma, semicolon and tab that the header has most of.
+    A CSV file has a header. Its delimiter is that of comma, semicolon and tab which the header has most often.
 
     Raises:
-        DataError: the file, or a line of it, cannot be read; or there is no row.
+        DataError: the file or a line cannot be read, or there are no rows.
     """
     here = printable(path)
     reader = _jsonl if path.lower().endswith((".jsonl", ".ndjson")) else _csv
@@ -34,7 +34,7 @@ def read_rows(path: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def cell_text(value: Any, column: str, at: str) -> str:
-    """A cell as text, `""` when it is missing; whole numbers are fine, because classes are often numbered."""
+    """A cell as text; `""` if it is missing. Whole numbers are allowed, because classes often have numbers."""
     if value is None:
         return ""
     if isinstance(value, str):
@@ -54,7 +54,7 @@ def _csv(file: TextIO, here: str) -> Iterator[tuple[int, dict[str, Any]]]:
         columns = [c.strip() for c in next(reader)]
         twice = natural({c for c in columns if columns.count(c) > 1})
         if twice:
-            raise DataError(f"{here}: column named twice: {several(twice)}")
+            raise DataError(f"{here}: the header has a column twice: {several(twice)}")
         for cells in reader:
             if not cells:
                 continue

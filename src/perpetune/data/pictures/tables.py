@@ -1,4 +1,4 @@
-"""Tables of pictures, which are opened one at a time."""
+"""Tables of pictures. They open one picture at a time."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 class PictureTable(Table):
-    """Labelled pictures, opened one at a time; only names and row numbers are kept, not pixels.
+    """Labelled pictures that are opened one at a time. The table keeps names and row numbers, not pixels.
 
-    A table of another kind of picture overrides `open` and, if `encoded` cannot give bytes, `probe`.
+    A subclass for pictures in another form overrides `open` and, if `encoded` cannot give bytes, `probe`.
     """
 
     gives = "pictures"
@@ -27,14 +27,14 @@ class PictureTable(Table):
 
     @abstractmethod
     def encoded(self, i: int) -> str | bytes:
-        """Picture `i` as Pillow reads it: the path of a file, or the bytes of one."""
+        """Picture `i` in the form that Pillow reads: the path of a file, or the bytes of a file."""
 
     def open(self, i: int) -> Image:
-        """Picture `i` in RGB, as a person sees it; DataError naming it when it cannot be read."""
+        """Picture `i` in RGB, as a person sees it; DataError, with its name, if it cannot be read."""
         return read_picture(self.encoded(i), self.name(i))
 
     def probe(self, i: int) -> None:
-        """DataError when the header of picture `i` shows that it cannot be read."""
+        """Check the header of picture `i`; DataError if the picture cannot be read."""
         read_header(self.encoded(i), self.name(i))
 
     def check(self, i: int, depth: Literal["decode", "header"]) -> None:
@@ -77,8 +77,8 @@ class FileTable(PictureTable):
     """Pictures in files.
 
     Args:
-        root: folder that the files lie in; as the user wrote it, because messages repeat it.
-        paths: relative to `root`, or absolute.
+        root: the folder of the files, in the user's spelling, because messages repeat it.
+        paths: paths relative to `root`, or absolute paths.
     """
 
     files = True
@@ -106,7 +106,7 @@ class FileTable(PictureTable):
 
 
 class MemoryTable(PictureTable):
-    """Small pictures held as the bytes of picture files."""
+    """Small pictures in memory, as the bytes of picture files."""
 
     def __init__(self, contents: Sequence[bytes], labels: Sequence[str], keys: Sequence[str], origin: str):
         super().__init__(labels)

@@ -1,4 +1,4 @@
-"""From a picture to the pixels that one backbone expects, and all else that is known of pictures alone."""
+"""The view of pictures: it makes the pixels that a backbone expects, and has all other code about pictures only."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
 @dataclass(frozen=True)
 class PictureView(View):
-    """How a backbone was fed when it was trained.
+    """The input that a backbone was trained with.
 
     Attributes:
-        size: side of the square input, in pixels.
-        mean, std: per channel, for pixels in [0, 1]; applied by the model, on its device.
+        size: the side of the square input, in pixels.
+        mean, std: values for each channel, for pixels in [0, 1]. The model applies them on its device.
         interpolation: the resampling filter.
-        crop: share of the resized picture that the centre crop keeps; None squeezes the whole
-            picture into the square without a crop.
+        crop: the share of the picture's shorter side that the centre crop keeps; None squeezes the whole picture into
+            the square.
     """
 
     takes = "pictures"
@@ -67,7 +67,7 @@ class PictureView(View):
         return f"size={self.size}"
 
     def load(self, path: str | os.PathLike[str]) -> Tensor:
-        """The picture at `path` as uint8 `(3, size, size)`, as for evaluation; DataError when it cannot be read."""
+        """The picture at `path` as uint8 `(3, size, size)`, without augmentation; DataError if it cannot be read."""
         return self(read_picture(os.fspath(path), printable(os.fspath(path))))
 
     def examples(
@@ -92,26 +92,26 @@ class PictureView(View):
         choose: bool | None = None,
         unreadable: list[str] | None = None,
     ) -> list[Question]:
-        """Paths, PIL images, or a uint8 tensor `(N, 3, size, size)` as questions."""
+        """Turn paths, PIL images, or a uint8 tensor `(N, 3, size, size)` into questions."""
         if isinstance(given, Tensor):
             if given.dtype != torch.uint8 or given.shape[1:] != (3, self.size, self.size):
                 raise UsageError(
-                    f"predict: a uint8 tensor (N, 3, {self.size}, {self.size}) is expected, "
+                    f"predict: expected a uint8 tensor (N, 3, {self.size}, {self.size}), "
                     f"got {given.dtype} {tuple(given.shape)}"
                 )
             return [Question(f"image {number}", pixels) for number, pixels in enumerate(given, first)]
-        asked = []
+        questions = []
         for number, image in enumerate(given, first):
             try:
                 path = isinstance(image, str | Path)
-                asked.append(
+                questions.append(
                     Question(str(image), self.load(image)) if path else Question(f"image {number}", self(as_rgb(image)))
                 )
             except DataError as error:
                 if unreadable is None:
                     raise
                 unreadable.append(str(error))
-        return asked
+        return questions
 
     def unlabelled(self, path: str) -> TableSet:
         files = [str(file) for file in picture_files([path])]
@@ -131,7 +131,8 @@ class PictureSet(TableSet):
     """Pictures of a task.
 
     Args:
-        view: from picture to pixels; with `augment` where an example is loaded with a seed.
+        view: turns pictures into pixels.
+        augment: the random changes to a picture that is loaded with a seed.
     """
 
     table: PictureTable
@@ -150,7 +151,7 @@ class PictureSet(TableSet):
         self.deterministic = augment == "none"
 
     def load(self, index: int, seed: int | None) -> Tensor:
-        """uint8 `(3, S, S)`; DataError naming the picture if it cannot be read any more."""
+        """Pixels, uint8 `(3, S, S)`; DataError, with the picture's name, if it cannot be read any more."""
         return self.view(self.table.open(self.rows[index]), self.augment, seed)
 
     def _of(self, rows: Sequence[int], classes: Sequence[str]) -> PictureSet:

@@ -1,4 +1,4 @@
-"""The text classification tasks that O-LoRA was measured on, in its layout (Wang et al. 2023, arXiv:2310.14152)."""
+"""The text classification tasks of the O-LoRA paper, in its folder layout (Wang et al. 2023, arXiv:2310.14152)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ INSTRUCTIONS = {
 
 @dataclass(frozen=True)
 class _Place:
-    """A task's folder, and what it is called."""
+    """A task's folder, with the names of the task and of its group."""
 
     group: str
     task: str
@@ -42,15 +42,15 @@ class _Place:
 class ClBenchmarkSource(TextSource):
     """The O-LoRA benchmark: `PATH/GROUP/TASK/train.json`, `test.json` of `{sentence, label}`; `labels.json`.
 
-    The prompt is the group's instruction, the options, the sentence and `Answer:`; the answer is the label. Scored by
-    exact match. `dev.json` is the test where there is no other; beside one it is not used, for it is published as a
-    copy of it.
+    The prompt has the group's instruction, the options, the sentence and `Answer:`; the answer is the label. The score
+    is exact match. If there is no `test.json`, `dev.json` is the test. Otherwise `dev.json` is not used, because the
+    benchmark publishes it as a copy of the test.
 
     Args:
         path: the folder of the groups, of one group, or of one task.
-        tasks: which of them, in this order; default: all, by name.
-        instructions: other instructions, by group or by task. Groups that are built in: SC, TC, QQP, BoolQA, NLI,
-            MultiRC, WiC.
+        tasks: the tasks to read, in this order; default: all tasks, by name.
+        instructions: your own instructions, by group or by task. Built-in groups: SC, TC, QQP, BoolQA, NLI, MultiRC,
+            WiC.
     """
 
     def __init__(self, *, path: str, tasks: list[str] | None = None, instructions: dict[str, str] | None = None):
@@ -82,36 +82,36 @@ class ClBenchmarkSource(TextSource):
             if name in self.instructions or (name == place.group and name in known):
                 return known[name]
         raise UsageError(
-            f"data.instructions: none is known for the group '{place.group}' of task {place.task}; "
+            f"data.instructions: the group '{place.group}' of task {place.task} has no instruction; "
             f"set data.instructions: {{{place.group}: ...}}"
         )
 
     @cached_property
     def _places(self) -> list[_Place]:
-        """The folders of the tasks that were asked for."""
+        """The folders of the tasks to read."""
         places = _places(existing(self.path, "folder"))
-        there: dict[str, _Place] = {}
+        by_task: dict[str, _Place] = {}
         for place in places:
-            before = there.setdefault(place.task, place)
+            before = by_task.setdefault(place.task, place)
             if before is not place:
                 raise DataError(f"task {place.task} is in two groups: {before.group} and {place.group}")
         if not places:
             raise DataError(f"{printable(self.path)}: expected GROUP/TASK/train.json with {LABELS} beside it")
         for task in self.tasks or ():
-            if task not in there:
-                raise UsageError(f"data.tasks: there is no task '{task}'; {closest(task, there)}")
-        names = there.keys() | {place.group for place in places}
+            if task not in by_task:
+                raise UsageError(f"data.tasks: there is no task '{task}'; {closest(task, by_task)}")
+        names = by_task.keys() | {place.group for place in places}
         for name in self.instructions:
             if name not in names:
                 raise UsageError(f"data.instructions: there is no group or task '{name}'; {closest(name, names)}")
-        return [there[task] for task in self.tasks] if self.tasks is not None else places
+        return [by_task[task] for task in self.tasks] if self.tasks is not None else places
 
 
 def _places(path: str) -> list[_Place]:
-    """The folders of tasks: `path` itself, or those in it, or those in these."""
+    """The folders of tasks: `path` itself, the folders in it, or the folders in these."""
     whole = os.path.abspath(path)
     group = os.path.basename(os.path.dirname(whole))
-    found = [
+    places = [
         _Place(label_of(group), label_of(os.path.basename(whole)), path),
         *(_Place(label_of(os.path.basename(whole)), label_of(t), os.path.join(path, t)) for t in list_texts(path)[1]),
         *(
@@ -120,22 +120,22 @@ def _places(path: str) -> list[_Place]:
             for t in list_texts(os.path.join(path, g))[1]
         ),
     ]
-    return [p for p in found if os.path.exists(os.path.join(p.folder, LABELS)) and split_files(p.folder)]
+    return [p for p in places if os.path.exists(os.path.join(p.folder, LABELS)) and split_files(p.folder)]
 
 
 def _labels(path: str) -> tuple[str, ...]:
-    """The options of a task, in their order."""
+    """The options of a task, in the file's order."""
     try:
         with open(path, encoding="utf-8-sig") as file:
-            found = json.load(file)
+            content = json.load(file)
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{printable(path)}: not a JSON array of labels: {error}") from error
-    if not isinstance(found, list) or not found or not all(isinstance(x, str) and x.strip() for x in found):
+    if not isinstance(content, list) or not content or not all(isinstance(x, str) and x.strip() for x in content):
         raise DataError(f"{printable(path)}: expected a JSON array of labels")
-    labels = tuple(label.strip() for label in found)
+    labels = tuple(label.strip() for label in content)
     twice = natural({label for label in labels if labels.count(label) > 1})
     if twice:
-        raise DataError(f"{printable(path)}: label named twice: {several(twice)}")
+        raise DataError(f"{printable(path)}: the array has a label twice: {several(twice)}")
     return labels
 
 
@@ -145,9 +145,9 @@ def _row(record: Record, opening: str, options: tuple[str, ...]) -> Row:
     sentence, label = record.value.get("sentence"), record.value.get("label")
     key = key_of(sentence, label)
     try:
-        told = text_in(sentence, "sentence").strip()
-        if not told:
+        plain = text_in(sentence, "sentence").strip()
+        if not plain:
             raise DataError("the sentence is empty")
-        return Row(record.at, key, Text(f"{opening}{told}\nAnswer:", text_in(label, "label").strip(), options))
+        return Row(record.at, key, Text(f"{opening}{plain}\nAnswer:", text_in(label, "label").strip(), options))
     except DataError as error:
         return Row(record.at, key, None, str(error))

@@ -1,4 +1,4 @@
-"""Texts of a task, encoded once."""
+"""The texts of a task. Each text is encoded into tokens once."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Encoded:
 
     Attributes:
         ids: int64 `(N,)`.
-        answer: bool `(N,)`, true at the tokens that are learned to be said; None for a question.
-        options: the tokens of each option, int64, as they follow the question, with the end.
-        cut: how many tokens of the prompt were cut off on its left, for the model takes no more.
-        dropped: how many earlier answers of a chat are not learned, for the chat form writes them otherwise in the
-            middle of a chat than at its end.
+        answer: bool `(N,)`, true at the tokens that the model learns to say; None for a question.
+        options: int64, the tokens of each option as they follow the question, with the end token.
+        cut: the number of tokens that were cut off from the prompt's left, because the model cannot take more.
+        dropped: the number of earlier answers in a chat that are not learned, because the chat template writes them in
+            the middle of a chat in another form than at its end.
     """
 
     ids: Tensor
@@ -44,11 +44,11 @@ class Encoded:
 
 @dataclass(frozen=True)
 class _Kept:
-    """An example in tokens, small enough to be kept: to find tokens anew takes as long as to learn from them on a GPU.
+    """An example as tokens in a small form. It is kept, because encoding again takes as long as learning on a GPU.
 
     Attributes:
-        tokens: int32 `(N,)`; where an answer is learned, `~token`.
-        asks: whether it is a question, without an answer.
+        tokens: int32 `(N,)`; `~token` for each token of an answer that is learned.
+        asks: whether it is a question without an answer.
         options, cut, dropped: as in `Encoded`.
     """
 
@@ -59,26 +59,26 @@ class _Kept:
     dropped: int
 
     def encoded(self) -> Encoded:
-        """The example as a model takes it."""
+        """The example in the form that a model takes."""
         said = self.tokens < 0
         ids = torch.where(said, ~self.tokens, self.tokens).long()
         return Encoded(ids, None if self.asks else said, self.options, self.cut, self.dropped)
 
 
-def _kept(found: Encoded, options: dict[tuple[int, ...], Tensor]) -> _Kept:
-    """`found`, with the same tensors for the same options, which all questions of a task may have."""
-    ids, asks = found.ids.int(), found.answer is None
-    tokens = ids if found.answer is None else torch.where(found.answer, ~ids, ids)
-    shared = tuple(options.setdefault(tuple(option.tolist()), option) for option in found.options)
-    return _Kept(tokens, asks, shared, found.cut, found.dropped)
+def _kept(encoded: Encoded, options: dict[tuple[int, ...], Tensor]) -> _Kept:
+    """The small form of an example. Equal options share one tensor, because all questions of a task may have them."""
+    ids, asks = encoded.ids.int(), encoded.answer is None
+    tokens = ids if encoded.answer is None else torch.where(encoded.answer, ~ids, ids)
+    shared = tuple(options.setdefault(tuple(option.tolist()), option) for option in encoded.options)
+    return _Kept(tokens, asks, shared, encoded.cut, encoded.dropped)
 
 
 class TextSet(TableSet):
-    """Texts of a task: with their answers, or for the test as questions.
+    """Texts of a task, with their answers; test examples are questions without answers.
 
     Args:
-        view: from text to tokens.
-        purpose: what for; those of the test are questions.
+        view: turns texts into tokens.
+        purpose: what the examples are for; `test` makes questions.
     """
 
     table: TextTable
@@ -95,27 +95,27 @@ class TextSet(TableSet):
         return self.view.collate(items)
 
     @cached_property
-    def lengths(self) -> list[int]:  # type: ignore[override]  # made when it is first asked for
-        """Tokens of each example."""
+    def lengths(self) -> list[int]:  # type: ignore[override]  # made at its first use
+        """The number of tokens of each example."""
         return [len(self._tokens(row).tokens) for row in self.rows]
 
     @cached_property
     def weights(self) -> list[int] | None:  # type: ignore[override]
-        """Tokens of each answer, with its end; None of questions."""
+        """The number of tokens of each answer, with its end; None for questions."""
         return None if self.purpose == "test" else [int((self._tokens(row).tokens < 0).sum()) for row in self.rows]
 
     def questions(self) -> TextSet:
-        """The same without their answers, as they are asked at prediction."""
+        """The same examples without their answers, as the model gets them at prediction."""
         if self.purpose == "test":
             return self
         return TextSet(self.table, self.rows, self._classes, self.view, "test")
 
     def text(self, index: int) -> Text:
-        """Example `index` as people wrote it."""
+        """The original text of example `index`."""
         return self.table.text(self.rows[index])
 
     def load(self, index: int, seed: int | None) -> Encoded:
-        """Prompt and answer as tokens, of the test the prompt alone; the seed changes nothing."""
+        """The prompt and the answer as tokens, or for the test the prompt only. The seed changes nothing."""
         return self._tokens(self.rows[index]).encoded()
 
     def look(self, row: int, depth: Literal["decode", "header"]) -> None:
@@ -130,7 +130,7 @@ class TextSet(TableSet):
         notes = []
         if len(known) < len(self.rows):
             notes.append(
-                f"how many {self.purpose} prompts are cut is not known, for stream.check has not looked at "
+                f"it is not known how many {self.purpose} prompts are cut, because stream.check has not encoded "
                 f"{len(self.rows) - len(known)} of {len(self.rows)}"
             )
         if cuts:
@@ -140,14 +140,14 @@ class TextSet(TableSet):
         if dropped:
             notes.append(
                 f"{sum(dropped)} earlier answers in {len(dropped)} of {len(self.rows)} {self.purpose} chats are not "
-                "learned, for the model's chat template writes them otherwise than at the end of a chat"
+                "learned, because the model's chat template writes them in another form than at the end of a chat"
             )
         return notes
 
     def _of(self, rows: Sequence[int], classes: Sequence[str]) -> TextSet:
-        found = TextSet(self.table, rows, classes, self.view, self.purpose)
-        found._found, found._options = self._found, self._options
-        return found
+        others = TextSet(self.table, rows, classes, self.view, self.purpose)
+        others._found, others._options = self._found, self._options
+        return others
 
     def _encoded(self, row: int) -> Encoded:
         text = self.table.text(row)

@@ -1,4 +1,4 @@
-"""Texts in JSONL, JSON and parquet files, and how such files lie in folders."""
+"""Texts in JSONL, JSON and parquet files, and the layouts of folders with such files."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from perpetune.data.texts.tables import Messages, Row, Text, TextTable, chat_in,
 from perpetune.errors import DataError, MissingExtra, UsageError, closest
 from perpetune.numerics.text_scores import score_of
 
-OPTIONS = "options"  # the column with the answers that stand to choice, where nobody names one
+OPTIONS = "options"  # the default column with the answers among which the model chooses
 _ORDER: tuple[Split, ...] = ("train", "validation", "test")
-_SHARD = re.compile(r"(.+)-\d+-of-\d+")  # train-00000-of-00002, as data sets are saved
+_SHARD = re.compile(r"(.+)-\d+-of-\d+")  # train-00000-of-00002, a part of a saved data set
 
 
 @dataclass(frozen=True)
 class TextFile:
-    """A file of texts, the split that it belongs to, and its task; None where its rows may say it."""
+    """A file of texts, its split and its task. None means that the rows may name it."""
 
     path: str
     split: Split | None
@@ -35,7 +35,7 @@ class TextFile:
 
 @dataclass(frozen=True)
 class Item:
-    """A row, and where it belongs."""
+    """A row, with its split and its task."""
 
     split: Split
     task: str
@@ -43,27 +43,27 @@ class Item:
 
 
 class TextSource(Source):
-    """Texts out of files: what the readers of all layouts have in common.
+    """The common base of sources that read texts from files, in any layout.
 
-    A task that has validation examples and none for the test is tested on those.
+    If a task has validation examples but no test examples, the validation examples are its test.
     """
 
     gives = "texts"
 
     @abstractmethod
     def _items(self) -> Iterator[Item]:
-        """Every row there is, in order."""
+        """All rows, in order."""
 
     def _scoring(self, tasks: Sequence[str]) -> Mapping[str, str]:
-        """How each task is scored; those that are not there are scored by exact match."""
+        """The name of the score for each task; other tasks have exact match."""
         return {}
 
     def _order(self, tasks: Sequence[str]) -> Sequence[str]:
-        """The tasks in the order they come where nobody says otherwise."""
+        """The default order of the tasks."""
         return ()
 
     def _warnings(self) -> list[str]:
-        """What was left out on the way."""
+        """One line for each thing that was left out."""
         return []
 
     def train(self) -> TextTable:
@@ -103,25 +103,26 @@ class TextSource(Source):
 
 
 class FileSource(TextSource):
-    """Texts in a `.jsonl`, `.json` or `.parquet` file, or in a folder of such.
+    """Texts in a `.jsonl`, `.json` or `.parquet` file, or in a folder of such files.
 
-    A folder holds `TASK.jsonl` files, or `TASK/train.jsonl` with `TASK/test.jsonl` and `TASK/validation.jsonl` (or
-    `eval`, `dev`) where there are such, or `train.jsonl` and `test.jsonl` of one task; each may be `.json` or
-    `.parquet`. A row holds a prompt and an answer, or the messages of a chat whose last is the answer; where it has
-    both, the messages count.
+    A folder has `TASK.jsonl` files; or `TASK/train.jsonl`, if needed with `TASK/test.jsonl` and
+    `TASK/validation.jsonl` (or `eval`, `dev`); or `train.jsonl` and `test.jsonl` of one task. Each may be `.json` or
+    `.parquet`. A row has a prompt and an answer, or the messages of a chat whose last message is the answer. If a row
+    has both, the messages are used.
 
     Args:
         path: the file or folder.
-        test: file or folder of the test examples; default: the test split inside `path`, if any.
-        prompt_column, answer_column, messages_column: what the columns are called.
-        task_column: the column with the task; default: `task` or `domain`, whichever is there. Where files are named by
-            their task, a column counts only if it is named here.
-        split_column: the column that says train, validation or test; default: `split`, if it is there and files do
-            not say it.
-        options: the answers that stand to choice: the same for every row, or the column that holds a list of them.
-            Default: the column `options`, if it holds lists; `[]` is none.
-        instruction: text put before each prompt, on a line of its own; in a chat, before the first message of the user.
-        score: how answers are scored, by the name of the score, or names by task. Default: exact_match.
+        test: the file or folder with the test examples; default: the test split inside `path`, if any.
+        prompt_column, answer_column, messages_column: the names of the columns.
+        task_column: the column with the task; default: the column `task` or `domain`, if there is one. If the names of
+            files give their task, a column is used only if it is named here.
+        split_column: the column that says train, validation or test; default: the column `split`, if there is one and
+            the names of files do not give the split.
+        options: the answers among which the model chooses: a list for all rows, or the name of the column that has a
+            list in each row. Default: the column `options`, if it has lists; `[]` means no options.
+        instruction: a text that is put before each prompt, on a separate line; in a chat, before the user's first
+            message.
+        score: the name of the score for answers, or names by task. Default: exact_match.
     """
 
     def __init__(
@@ -174,11 +175,11 @@ class FileSource(TextSource):
         if self.test_path is not None:
             unused = [printable(f.path) for f in files if f.split == "test"]
             files = [f for f in files if f.split != "test"]
-            warnings += [f"not used beside data.test: {several(unused)}"] if unused else []
+            warnings += [f"not used, because data.test is set: {several(unused)}"] if unused else []
         return files, warnings
 
     def _rows(self, file: TextFile) -> Iterator[Item]:
-        """The rows of a file. What cannot be read has the task of the row before it, or of the first that can be."""
+        """The rows of a file. A row that cannot be read gets the task of the row before, or of the first good row."""
         records, here = read_records(file.path), printable(file.path)
         columns = list(dict.fromkeys(c for record in records for c in record.value))
         self._need_columns(columns, here)
@@ -190,20 +191,20 @@ class FileSource(TextSource):
         tasks = [_task(record, named) if named else file.task or _stem(self.path) for record in records]
         task = next(filter(None, tasks), None) or file.task or _stem(self.path)
         options = self._options_of(records, here)
-        for record, own in zip(records, tasks, strict=True):
-            task, split, row = own or task, file.split or "train", self._row(record, options)
+        for record, named_task in zip(records, tasks, strict=True):
+            task, split, row = named_task or task, file.split or "train", self._row(record, options)
             if not record.fault:
                 try:
                     if parts is not None:
                         split = split_of(record.value.get(parts), f"column '{parts}'")
-                    if own is None:
+                    if named_task is None:
                         raise DataError(f"no task (column '{named}')")
                 except DataError as error:
                     row = Row(row.at, row.key, None, str(error))
             yield Item(split, task, row)
 
     def _need_columns(self, columns: Sequence[str], here: str) -> None:
-        """DataError when a column is in no row of a file; rows that lack one are bad rows."""
+        """DataError if no row of a file has a needed column. If only some rows lack it, these are bad rows."""
         if not columns:
             return
         if self.messages_column not in columns:
@@ -226,32 +227,32 @@ class FileSource(TextSource):
         )
         key = key_of(messages) if messages is not None else key_of(prompt, answer)
         try:
-            told: str | Messages
+            question: str | Messages
             if messages is not None:
-                told, said = chat_in(messages)
+                question, reply = chat_in(messages)
             else:
-                told = text_in(prompt, f"prompt (column '{self.prompt_column}')")
-                said = text_in(answer, f"answer (column '{self.answer_column}')")
+                question = text_in(prompt, f"prompt (column '{self.prompt_column}')")
+                reply = text_in(answer, f"answer (column '{self.answer_column}')")
             options = _options(value, column)
-            if said.strip() in options:  # space at its ends does not make it another one
-                said = said.strip()
+            if reply.strip() in options:  # spaces at its ends do not make it a different answer
+                reply = reply.strip()
         except DataError as error:
             return Row(record.at, key, None, str(error))
-        return Row(record.at, key, Text(self._instructed(told), said, options))
+        return Row(record.at, key, Text(self._instructed(question), reply, options))
 
     def _options_of(self, records: Sequence[Record], here: str) -> str | list[str]:
-        """The answers that stand to choice in every row of a file, or the column that holds those of each."""
+        """The options of all rows in a file, or the column with the options of each row."""
         if self.options is not None:
             return self.options
         held = [record.value[OPTIONS] for record in records if record.value.get(OPTIONS) is not None]
         if any(isinstance(value, list) for value in held):
             return OPTIONS
         if held:
-            self._unused.append(f"{here}: the column '{OPTIONS}' holds no lists and is not used")
+            self._unused.append(f"{here}: the column '{OPTIONS}' has no lists and is not used")
         return []
 
     def _instructed(self, prompt: str | Messages) -> str | Messages:
-        """The prompt behind the instruction; an empty one stays empty, so that it is found."""
+        """The prompt with the instruction before it. An empty prompt stays empty, so that `check` reports it."""
         if self.instruction is None:
             return prompt
         if isinstance(prompt, str):
@@ -264,26 +265,26 @@ class FileSource(TextSource):
 
 
 def _options(value: Mapping[str, Any], column: str | list[str]) -> tuple[str, ...]:
-    """The answers that stand to choice in a row: those given, or those in the column.
+    """The options of a row: the given list, or the list in the given column.
 
     Raises:
-        DataError: the column holds no list of texts.
+        DataError: the column does not have a list of texts.
     """
-    found = value.get(column) if isinstance(column, str) else column
-    if not isinstance(found, list):
-        kind = "nothing" if found is None else type(found).__name__
+    options = value.get(column) if isinstance(column, str) else column
+    if not isinstance(options, list):
+        kind = "nothing" if options is None else type(options).__name__
         raise DataError(f"the options (column '{column}') hold {kind}; expected a list of texts")
-    return tuple(text_in(option, "option").strip() for option in found)
+    return tuple(text_in(option, "option").strip() for option in options)
 
 
 def text_files(path: str, wanted: Literal["train", "test"]) -> tuple[list[TextFile], list[str]]:
-    """The files of texts at `path`, a file or a folder, and warnings.
+    """The files of texts at `path`, which is a file or a folder; and warnings.
 
     Args:
-        wanted: `test` for the test alone, `train` for all there is.
+        wanted: `test` for the test files only, `train` for all files.
 
     Raises:
-        DataError: there is none, or a split is there twice.
+        DataError: there are no files, or a task or a split has several.
     """
     if not os.path.isdir(path):
         return [TextFile(path, "test" if wanted == "test" else None, None)], []
@@ -295,8 +296,8 @@ def text_files(path: str, wanted: Literal["train", "test"]) -> tuple[list[TextFi
         ]
         warnings = [f"{here}: not used beside {wanted}: {several([printable(f) for f in unused])}"] if unused else []
         return _of_splits(splits, None, wanted), warnings
-    found: list[TextFile] = []
-    entries: dict[str, list[str]] = {}  # what there is of each task
+    chosen: list[TextFile] = []
+    entries: dict[str, list[str]] = {}  # the files and folders of each task
     lacking, unused = [], []
     for name in natural([*files, *folders]):
         inside = os.path.join(path, name)
@@ -305,48 +306,50 @@ def text_files(path: str, wanted: Literal["train", "test"]) -> tuple[list[TextFi
         parts = split_files(inside, within)
         if name in files and _split_named(name) is None:
             entries.setdefault(task, []).append(name)
-            found.append(TextFile(inside, "test" if wanted == "test" else None, task))
+            chosen.append(TextFile(inside, "test" if wanted == "test" else None, task))
         elif name in files:
-            unused += [name] if wanted == "train" else []  # a test that nothing is trained for
+            unused += [name] if wanted == "train" else []  # a test file without training data
         elif wanted in parts or (wanted == "test" and "validation" in parts):
             entries.setdefault(task, []).append(f"{name}/")
-            found += _of_splits(parts, task, wanted)
+            chosen += _of_splits(parts, task, wanted)
             unused += [f"{name}/{file}" for file in within if _split_named(file) is None]
         elif within:
             lacking.append(f"{printable(name)}/")
     twice = [", ".join(printable(name) for name in names) for names in entries.values() if len(names) > 1]
     if twice:
-        raise DataError(f"{here}: one task in several places: {several(twice)}")
-    if not found:
-        there = several([printable(name) for name in natural([*files, *lacking])]) or "no file of texts"
+        raise DataError(f"{here}: a task is in several places: {several(twice)}")
+    if not chosen:
+        present = several([printable(name) for name in natural([*files, *lacking])]) or "no file of texts"
         raise DataError(
-            f"{here}: expected {wanted}.jsonl, TASK.jsonl or TASK/{wanted}.jsonl (or .json, .parquet); found: {there}"
+            f"{here}: expected {wanted}.jsonl, TASK.jsonl or TASK/{wanted}.jsonl (or .json, .parquet); found: {present}"
         )
     warnings = [f"{here}: no {wanted} file in {several(lacking)}"] if lacking else []
     if unused:
-        warnings.append(f"{here}: not used beside the tasks there: {several([printable(name) for name in unused])}")
-    return found, warnings
+        warnings.append(
+            f"{here}: these files belong to no task and are not used: {several([printable(n) for n in unused])}"
+        )
+    return chosen, warnings
 
 
 def split_files(folder: str, files: Sequence[str] | None = None) -> dict[Split, list[str]]:
-    """The files in `folder` that are named by a split, several where one is stored in parts.
+    """The files in `folder` whose name is a split; several for one split if it is stored in parts.
 
     Raises:
-        DataError: two files of one split.
+        DataError: a split has two files that are not parts.
     """
-    found: dict[Split, list[str]] = {}
+    by_split: dict[Split, list[str]] = {}
     for name in list_texts(folder)[0] if files is None else files:
         split = _split_named(name)
         if split is not None:
-            found.setdefault(split, []).append(name)
-    for split, names in found.items():
+            by_split.setdefault(split, []).append(name)
+    for split, names in by_split.items():
         if len(names) > 1 and not all(_SHARD.fullmatch(_stem(n)) for n in names):
             raise DataError(f"{printable(folder)}: several files of the {split} split: {several(names)}")
-    return {split: [os.path.join(folder, name) for name in names] for split, names in found.items()}
+    return {split: [os.path.join(folder, name) for name in names] for split, names in by_split.items()}
 
 
 def _task(record: Record, column: str) -> str | None:
-    """The task that a row names, None where it names none."""
+    """The task that a row names; None if it names no task."""
     try:
         return label_of(text_in(record.value.get(column), "task")) or None
     except DataError:
@@ -354,21 +357,21 @@ def _task(record: Record, column: str) -> str | None:
 
 
 def _of_splits(splits: Mapping[Split, Sequence[str]], task: str | None, wanted: str) -> list[TextFile]:
-    """The files of one task; for the test alone those of its test, or else of its validation."""
+    """The files of one task. With `wanted` test, only those of its test, or of its validation if it has no test."""
     if wanted == "test":
         splits = {"test": splits.get("test") or splits["validation"]}
     return [TextFile(path, split, task) for split in _ORDER for path in splits.get(split, ())]
 
 
 def _split_named(file: str) -> Split | None:
-    """The split that a file's name says."""
+    """The split in a file's name; None if the name has no split."""
     stem = _stem(file)
     shard = _SHARD.fullmatch(stem)
     return SPLITS.get((shard[1] if shard else stem).lower())
 
 
 def list_texts(folder: str) -> tuple[list[str], list[str]]:
-    """Names of the files of texts in a folder, and of the folders in it; hidden ones are left out.
+    """The names of the files of texts in a folder, and of the folders in it, without hidden ones.
 
     Raises:
         DataError: the folder cannot be read.
@@ -389,19 +392,19 @@ def list_texts(folder: str) -> tuple[list[str], list[str]]:
 
 
 def _stem(path: str) -> str:
-    """The last part of a path, without the suffix of a file of texts."""
+    """The last part of a path, without the suffix if it is that of a file of texts."""
     name = os.path.basename(os.path.abspath(path))
     stem, suffix = os.path.splitext(name)
     return stem if suffix.lower() in SUFFIXES else name
 
 
 def holds_texts(path: str, *, sure: bool = False) -> bool:
-    """Whether texts are at `path`, a file or a folder; of a folder, its files and the training files inside it.
+    """Whether the file or folder `path` has texts. Of a folder, its files and the training files in its folders count.
 
-    A `.json` file is one of texts; others are where their beginning names a column `prompt` or `messages`.
+    A `.json` file always has texts. Another file has texts if its beginning names a column `prompt` or `messages`.
 
     Args:
-        sure: whether texts are expected there, so that what is wrong with them is said by their source.
+        sure: whether texts are expected, so that the source reads the file and reports what is wrong with it.
 
     Raises:
         DataError: a folder cannot be read.
@@ -410,11 +413,11 @@ def holds_texts(path: str, *, sure: bool = False) -> bool:
         lower = path.lower()
         return lower.endswith(".json") or (lower.endswith(SUFFIXES) and (sure or _names_texts(path)))
     files, folders = list_texts(path)
-    found = [os.path.join(path, file) for file in files]
+    candidates = [os.path.join(path, file) for file in files]
     for folder in folders:
         inner = list_texts(os.path.join(path, folder))[0]
-        found += [os.path.join(path, folder, file) for file in inner if _split_named(file) == "train"][:1]
-    return any(map(_names_texts, found)) or (sure and bool(found))
+        candidates += [os.path.join(path, folder, file) for file in inner if _split_named(file) == "train"][:1]
+    return any(map(_names_texts, candidates)) or (sure and bool(candidates))
 
 
 def _names_texts(path: str, looked: int = 1 << 16) -> bool:
@@ -422,7 +425,7 @@ def _names_texts(path: str, looked: int = 1 << 16) -> bool:
     if path.lower().endswith(".parquet"):
         try:
             return bool({"prompt", "messages"} & set(read_schema(path).names))
-        except (DataError, MissingExtra):  # said by the source that is taken for it
+        except (DataError, MissingExtra):  # the source that reads it reports the error
             return False
     try:
         with open(path, "rb") as file:

@@ -1,4 +1,4 @@
-"""Prompts as people give them: in a call, on a command line, in a file."""
+"""Read prompts that users give in a call, on a command line or in a file."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from perpetune.errors import DataError
 
 
 def prompt_in(value: Any) -> str | Messages:
-    """A prompt as people write it: a text, or the messages of a chat as `{role, content}` or (role, content).
+    """Check a prompt: a text, or the messages of a chat as `{role, content}` or (role, content).
 
     Raises:
-        DataError: it is something else, empty, or holds what cannot be encoded.
+        DataError: it is something else, or empty, or contains characters that cannot be encoded.
     """
     if isinstance(value, list | tuple):
         pairs = [isinstance(m, list | tuple) and len(m) == 2 for m in value]
-        told = [{"role": m[0], "content": m[1]} if pair else m for m, pair in zip(value, pairs, strict=True)]
-        value = messages_in(told) if told else ()
+        messages = [{"role": m[0], "content": m[1]} if pair else m for m, pair in zip(value, pairs, strict=True)]
+        value = messages_in(messages) if messages else ()
     elif not isinstance(value, str):
         raise DataError(f"a prompt is {type(value).__name__}; expected text, or a list of messages")
     fault = fault_of(Text(value, "?"))
@@ -33,35 +33,35 @@ def prompt_in(value: Any) -> str | Messages:
 
 
 def read_prompts(inputs: Iterable[str]) -> list[str | Messages]:
-    """Prompts as a command is given them.
+    """Read prompts from the arguments of a command.
 
     Args:
-        inputs: each is a prompt; or a `.txt` file with one on each line, a `.jsonl`, `.json` or `.parquet` file with
-            `prompt` or `messages` (an answer at their end is left out), or `-` for the lines of standard input.
+        inputs: each is a prompt; or a `.txt` file with a prompt on each line; or a `.jsonl`, `.json` or `.parquet` file
+            with `prompt` or `messages` (an answer at their end is left out); or `-` for the lines of standard input.
 
     Raises:
-        DataError: a file cannot be read, a row holds no prompt, or there is none at all.
+        DataError: a file cannot be read, a row has no prompt, or there are no prompts.
     """
-    found: list[str | Messages] = []
+    prompts: list[str | Messages] = []
     for given in inputs:
         is_file = given.lower().endswith((".txt", *SUFFIXES)) and (len(given.split()) == 1 or os.path.exists(given))
         if given == "-":
-            found += [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
+            prompts += [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
         elif not is_file:
-            found.append(given)
+            prompts.append(given)
         elif not os.path.isfile(given):
             raise DataError(f"{printable(given)}: no such file")
         elif given.lower().endswith(".txt"):
             try:
                 with open(given, encoding="utf-8-sig") as file:
-                    found += [line.rstrip("\n") for line in file if line.strip()]
+                    prompts += [line.rstrip("\n") for line in file if line.strip()]
             except (OSError, UnicodeDecodeError) as error:
                 raise DataError(f"{printable(given)}: cannot be read as UTF-8 text: {error}") from error
         else:
-            found += [_prompt_in(record) for record in read_records(given)]
-    if not any(found):
-        raise DataError("no prompt is given")
-    return found
+            prompts += [_prompt_in(record) for record in read_records(given)]
+    if not any(prompts):
+        raise DataError("there is no prompt")
+    return prompts
 
 
 def _prompt_in(record: Record) -> str | Messages:

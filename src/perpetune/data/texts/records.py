@@ -1,4 +1,4 @@
-"""Rows of text files (JSONL, a JSON array, parquet), each with its place; a row that cannot be read keeps its place."""
+"""Read the rows of text files (JSONL, a JSON array, parquet), each with its place. A bad row keeps its place too."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Record:
     """One row.
 
     Attributes:
-        at: where it stands, for messages: file and line, item or row.
-        value: its columns; empty where it cannot be read.
-        fault: why not.
-        raw: what stands there instead.
+        at: its place, for messages: file and line, item or row.
+        value: its columns; empty if the row cannot be read.
+        fault: the reason why it cannot be read; empty for a good row.
+        raw: the bytes of a row that cannot be read.
     """
 
     at: str
@@ -33,34 +33,34 @@ class Record:
 
 
 def read_records(path: str) -> list[Record]:
-    """The rows of a file, by its suffix. Lines are counted from 1, and so are the items of an array; rows from 0.
+    """The rows of a file; the suffix gives its format. Lines and items of arrays count from 1, parquet rows from 0.
 
-    A `.json` file that begins with an object is taken for one object a line.
+    A `.json` file that begins with an object is read as one object on each line.
 
     Raises:
-        DataError: the file cannot be read, an array breaks off, or there is no row.
+        DataError: the file cannot be read, an array ends too early, or there are no rows.
     """
     lower, here = path.lower(), printable(path)
     if lower.endswith(".parquet"):
         rows = read_columns(path, read_schema(path, "text").names).to_pylist()
-        found = [Record(f"{here} row {number}", row) for number, row in enumerate(rows)]
+        records = [Record(f"{here} row {number}", row) for number, row in enumerate(rows)]
     elif lower.endswith(SUFFIXES):
         try:
             with open(path, "rb") as file:
-                content = file.read().removeprefix(b"\xef\xbb\xbf")  # a byte order mark, as Windows puts it there
+                content = file.read().removeprefix(b"\xef\xbb\xbf")  # the byte order mark that Windows writes
         except OSError as error:
             raise DataError(f"{here}: {(error.strerror or str(error)).lower()}") from error
         array = lower.endswith(".json") and not content.lstrip().startswith(b"{")
-        found = list(_items(content, here) if array else _lines(content, here))
+        records = list(_items(content, here) if array else _lines(content, here))
     else:
         raise DataError(f"{here}: expected a file that ends in {', '.join(SUFFIXES)}")
-    if not found:
+    if not records:
         raise DataError(f"{here}: no rows")
-    return found
+    return records
 
 
 def _lines(content: bytes, here: str) -> Iterator[Record]:
-    """One object a line; only a line feed ends a line, for texts may hold other line breaks."""
+    """One object on each line. Only a line feed ends a line, because texts may contain other line breaks."""
     for number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
             continue
@@ -76,7 +76,7 @@ def _lines(content: bytes, here: str) -> Iterator[Record]:
 
 
 def _items(content: bytes, here: str) -> Iterator[Record]:
-    """The items of an array, one after the other, so that what breaks off can be named."""
+    """The items of an array, one by one, so that an error can name the bad item."""
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
@@ -85,7 +85,7 @@ def _items(content: bytes, here: str) -> Iterator[Record]:
     if not text[place:]:
         return
     if text[place] != "[":
-        raise DataError(f"{here}: expected an array of objects, or one object a line")
+        raise DataError(f"{here}: expected an array of objects, or one object on each line")
     place = _after_space(text, place + 1)
     after = text[place : place + 1]
     if after == "]":
@@ -104,7 +104,7 @@ def _items(content: bytes, here: str) -> Iterator[Record]:
             raise DataError(f"{here} item {number}: expected a comma or the end of the array after it, but {found}")
         place = _after_space(text, place + 1)
     if text[place:]:
-        raise DataError(f"{here}: more follows after the end of the array: {text[place : place + 20]!r}")
+        raise DataError(f"{here}: there is text after the end of the array: {text[place : place + 20]!r}")
 
 
 def _after_space(text: str, place: int) -> int:

@@ -1,4 +1,4 @@
-"""Tables of texts: prompts with their answers, each with the place it comes from."""
+"""Tables of texts: prompts with their answers, each with its place in the files."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from perpetune.data.names import natural, printable, several
 from perpetune.data.sources import Table
 from perpetune.errors import DataError, UsageError
 
-Messages = tuple[tuple[str, str], ...]  # (role, content), in the order they were said
+Messages = tuple[tuple[str, str], ...]  # (role, content) of each message, in the chat's order
 ASSISTANT = "assistant"
 ROLES = ("system", "user", ASSISTANT)
 FREE = ""  # the label of an answer in free text
-SCORE = "exact_match"  # of tasks whose source names no other
+SCORE = "exact_match"  # the score of tasks whose source names no other score
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Text:
     """One example of text.
 
     Attributes:
-        prompt: plain text, or the messages of a chat up to the answer.
-        answer: what is to be said; empty where it is not known.
-        options: the answers that stand to choice, where there are such.
+        prompt: plain text, or the messages of a chat before the answer.
+        answer: the right answer; empty if it is not known.
+        options: the answers among which the model chooses; empty if answers are free text.
     """
 
     prompt: str | Messages
@@ -36,13 +36,13 @@ class Text:
 
 @dataclass(frozen=True)
 class Row:
-    """One example and where it stands.
+    """One example and its place.
 
     Attributes:
-        at: for messages: file and line, item or row.
-        key: what identifies it wherever the file lies; seeded choices depend on it alone.
-        text: None where there is none to be had.
-        fault: why not.
+        at: the place, for messages: file and line, item or row.
+        key: an identifier that does not depend on the place of the file; seeded choices depend only on it.
+        text: the example; None if it cannot be read.
+        fault: the reason why it cannot be read.
     """
 
     at: str
@@ -54,23 +54,22 @@ class Row:
 class TextTable(Table):
     """The texts of one split.
 
-    A bad row keeps its place in its task until `check` names it. A task is scored in one way. Its classes are the
-    answers that stand to choice in all its examples; where they differ from one to the next, and where answers are free
-    text, it has none.
+    A bad row stays in its task until `check` reports it. Each task has one score. If all examples of a task have the
+    same options, these are its classes. If their options differ, or answers are free text, the task has no classes.
 
     Args:
         rows: the examples.
-        groups: the task of each.
-        declared: the answers to choose from, by task; tasks of free text are not there.
-        scoring: how a task is scored, by its name: names of `numerics.text_scores`.
-        order: tasks in the order they come where nobody says otherwise.
+        groups: the task of each example.
+        declared: the options of each task; tasks with free text are not in it.
+        scoring: for each task the name of its score in `numerics.text_scores`.
+        order: the default order of the tasks.
         warnings: one line each.
     """
 
     gives = "texts"
     noun = "example"
     use = "used"
-    threads = False  # tokenizers are not made for it, and there is no disk to wait for
+    threads = False  # tokenizers are not made for threads, and no example waits for the disk
     free = True
 
     def __init__(
@@ -99,7 +98,7 @@ class TextTable(Table):
         self.tasks = groups
 
     def text(self, i: int) -> Text:
-        """Example `i`; DataError naming it when it is bad."""
+        """Example `i`; DataError, with its name, if it is bad."""
         text = self.rows[i].text
         if text is None or self.faults[i]:
             raise DataError(f"{self.name(i)}: {self.faults[i]}")
@@ -118,7 +117,7 @@ class TextTable(Table):
         return None if self.faults[i] else len(self.content(i))
 
     def content(self, i: int, limit: int = -1) -> bytes:
-        """Prompt and answer as bytes; of a bad row its key."""
+        """The prompt and the answer as bytes; for a bad row its key."""
         text = self.rows[i].text
         whole = self.key(i).encode() if text is None or self.faults[i] else _plain([text.prompt, text.answer])
         return whole if limit < 0 else whole[:limit]
@@ -135,25 +134,25 @@ class TextTable(Table):
         return True
 
     def score(self, rows: Iterable[int]) -> str:
-        """The one score of these rows; UsageError where their tasks have several."""
+        """The name of the score for these rows; UsageError if their tasks have different scores."""
         ways: dict[str, str] = {}
         for row in rows:
             ways.setdefault(self.scoring.get(self.tasks[row], SCORE), self.tasks[row])
         if len(ways) > 1:
-            said = several([f"{way} ({ways[way]})" for way in natural(ways)])
-            raise UsageError(f"these data are scored in several ways: {said}; give one task at a time")
+            listed = several([f"{way} ({ways[way]})" for way in natural(ways)])
+            raise UsageError(f"these data have several scores: {listed}; give one task at a time")
         return next(iter(ways), SCORE)
 
 
 def _fault(text: Text, chosen: bool) -> str:
-    """As `fault_of`; `chosen`: whether answers stand to choice in other examples of its task."""
+    """As `fault_of`. `chosen` says whether other examples of its task have options."""
     if chosen and not text.options:
-        return "it has no options, and other examples of its task have"
+        return "it has no options, but other examples of its task have options"
     return fault_of(text)
 
 
 def fault_of(text: Text) -> str:
-    """Why `text` is no example to learn from, in a few words; empty where it is one."""
+    """The reason why the library cannot learn from `text`, in a few words; empty for a good example."""
     if isinstance(text.prompt, str):
         if not text.prompt.strip():
             return "the prompt is empty"
@@ -171,7 +170,7 @@ def fault_of(text: Text) -> str:
         if not option.strip():
             return "an option is empty"
         if option in text.options[:number]:
-            return f"the option {_short(option)} stands twice"
+            return f"the options have {_short(option)} twice"
     if text.options and text.answer not in text.options:
         return f"the answer {_short(text.answer)} is not among the options {several([_short(o) for o in text.options])}"
     for what, part in (*(("prompt", part) for part in parts), ("answer", text.answer)):
@@ -183,27 +182,27 @@ def fault_of(text: Text) -> str:
 
 
 def common_options(rows: Iterable[tuple[str, Row]]) -> dict[str, tuple[str, ...]]:
-    """By task the answers that stand to choice, where they are the same in all its examples: (task, row)."""
-    found: dict[str, tuple[str, ...]] = {}
+    """The options of each task whose examples all have the same options. `rows` are pairs (task, row)."""
+    by_task: dict[str, tuple[str, ...]] = {}
     for task, row in rows:
         if row.text is None:
             continue
-        before = found.setdefault(task, row.text.options)
+        before = by_task.setdefault(task, row.text.options)
         if set(before) != set(row.text.options):
-            found[task] = ()
-    return {task: options for task, options in found.items() if options}
+            by_task[task] = ()
+    return {task: options for task, options in by_task.items() if options}
 
 
 def key_of(*values: Any) -> str:
-    """A name for an example that depends on what it says and not on where it stands."""
+    """A key for an example that depends on its content, not on its place."""
     return hashlib.sha256(_plain(values)).hexdigest()[:32]
 
 
 def text_in(value: Any, what: str) -> str:
-    """A cell as text; whole numbers are fine, for answers are often numbers.
+    """A cell as text. Whole numbers are allowed, because answers are often numbers.
 
     Raises:
-        DataError: there is none, or it is of another type.
+        DataError: the cell is missing, or it has another type.
     """
     if isinstance(value, str):
         return value
@@ -215,7 +214,7 @@ def text_in(value: Any, what: str) -> str:
 
 
 def messages_in(value: Any) -> Messages:
-    """The messages of a list of `{role, content}`; DataError where it is something else."""
+    """The messages in a list of `{role, content}`; DataError if the value is something else."""
     if not isinstance(value, list):
         raise DataError(f"the messages hold {type(value).__name__}; expected a list of {{role, content}}")
     if not value:
@@ -233,19 +232,19 @@ def messages_in(value: Any) -> Messages:
 
 
 def chat_in(value: Any) -> tuple[Messages, str]:
-    """The messages up to the answer, and the answer, out of a list of `{role, content}`.
+    """The messages before the answer, and the answer, from a list of `{role, content}`.
 
     Raises:
-        DataError: it is something else, or the last message is not the assistant's.
+        DataError: the value is something else, or the last message is not by the assistant.
     """
     *before, (role, answer) = messages_in(value)
     if role != ASSISTANT:
-        raise DataError(f"the last message is by {_short(role)}; expected the {ASSISTANT}'s, which is the answer")
+        raise DataError(f"the last message is by {_short(role)}; expected the answer, by {ASSISTANT}")
     return tuple(before), answer
 
 
 def _plain(value: Any) -> bytes:
-    """Any cell as bytes, the same wherever it was read from."""
+    """Any cell as bytes, the same for every file format."""
     return json.dumps(value, sort_keys=True, default=repr).encode()
 
 

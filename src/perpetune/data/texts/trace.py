@@ -25,19 +25,19 @@ SCORES = {
     "NumGLUE-ds": "accuracy",
     "20Minuten": "sari",
 }
-_REPLAY = "Lima"  # comes with the benchmark for methods that rehearse, and is none of its tasks
+_REPLAY = "Lima"  # the benchmark includes it for methods that rehearse; it is not one of the tasks
 
 
 class TraceSource(TextSource):
     """TRACE: `PATH/TASK/train.json`, `eval.json` (validation) and `test.json`, arrays of `{prompt, answer}`.
 
-    Tasks come in the benchmark's order (C-STANCE, FOMC, MeetingBank, Py150, ScienceQA, NumGLUE-cm, NumGLUE-ds,
-    20Minuten), others by name after them, and each is scored as there.
+    The tasks have the benchmark's order (C-STANCE, FOMC, MeetingBank, Py150, ScienceQA, NumGLUE-cm, NumGLUE-ds,
+    20Minuten) and its scores. Other tasks follow by name.
 
     Args:
-        path: the folder of the tasks, or the folder of one.
-        tasks: which of them, in this order; default: all but Lima, which is no task of the benchmark.
-        score: other scores, by task.
+        path: the folder of the tasks, or the folder of one task.
+        tasks: the tasks to read, in this order; default: all except Lima, which is not a task of the benchmark.
+        score: your own scores, by task.
     """
 
     def __init__(self, *, path: str, tasks: list[str] | None = None, score: dict[str, str] | None = None):
@@ -74,19 +74,19 @@ class TraceSource(TextSource):
 
     @cached_property
     def _found(self) -> tuple[list[TextFile], list[str]]:
-        own = label_of(os.path.basename(os.path.abspath(self.path)))
+        folder_name = label_of(os.path.basename(os.path.abspath(self.path)))
         files, warnings = text_files(existing(self.path, "folder"), "train")
-        files = [TextFile(f.path, f.split, f.task or own) for f in files]
+        files = [TextFile(f.path, f.split, f.task or folder_name) for f in files]
         loose = [printable(f.path) for f in files if f.split is None]
         if loose:
             raise DataError(f"{printable(self.path)}: expected PATH/TASK/train.json; found: {several(loose)}")
-        there = {f.task for f in files if f.task is not None}
+        tasks = {f.task for f in files if f.task is not None}
         for task in self.tasks or ():
-            if task not in there:
-                raise UsageError(f"data.tasks: there is no task '{task}'; {closest(task, there)}")
-        chosen = set(self.tasks) if self.tasks is not None else there - {_REPLAY}
-        if self.tasks is None and _REPLAY in there:
-            warnings.append(f"{printable(self.path)}: {_REPLAY} is left out, for it is no task of the benchmark")
+            if task not in tasks:
+                raise UsageError(f"data.tasks: there is no task '{task}'; {closest(task, tasks)}")
+        chosen = set(self.tasks) if self.tasks is not None else tasks - {_REPLAY}
+        if self.tasks is None and _REPLAY in tasks:
+            warnings.append(f"{printable(self.path)}: {_REPLAY} is left out, because it is not a task of the benchmark")
         return [f for f in files if f.task in chosen], warnings
 
 

@@ -1,4 +1,4 @@
-"""How texts become the input of a language model, and how its answers are read and judged."""
+"""The view of texts: it turns texts into a language model's input, and reads and judges the model's answers."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from perpetune.errors import DataError, UsageError
 from perpetune.numerics.text_scores import score_of
 from perpetune.tasks import IGNORED, Batch, Examples, Inputs, Item
 
-SOME_ANSWER = "a"  # stands where an answer is to come
+SOME_ANSWER = "a"  # a placeholder for an answer that is not known yet
 
 
 @dataclass(frozen=True)
 class _Span:
-    """Characters that are learned to be said.
+    """A range of characters that the model learns to say.
 
     Attributes:
-        start: where they begin; what is between it and `content` is space.
-        content: where the answer itself begins.
-        stop: where they end.
+        start: the beginning of the range; only space is between it and `content`.
+        content: the beginning of the answer itself.
+        stop: the end of the range.
     """
 
     start: int
@@ -39,7 +39,7 @@ class _Span:
 
 @dataclass(frozen=True)
 class _Token:
-    """A token, from which to which character it goes, and whether the tokenizer has `added` it to the text."""
+    """A token, its first character, the character after its end, and whether the tokenizer `added` it to the text."""
 
     id: int
     start: int
@@ -47,23 +47,23 @@ class _Token:
     added: bool
 
     def within(self, span: _Span) -> bool:
-        """Whether it is one of the span's; one that only joins the space before an answer to the prompt is not.
+        """Whether the token is in the span. A token that only joins the space before an answer to the prompt is not.
 
-        A token of space may be said to go from a place to the same place.
+        For a token of space, some tokenizers give the same position as start and stop.
         """
         return not self.added and self.start < span.stop and (self.stop > span.content or self.start >= span.start)
 
 
 @dataclass(frozen=True)
 class _Whole:
-    """A text in tokens.
+    """A text as tokens.
 
     Attributes:
         ids: int64 `(N,)`.
-        said: bool `(N,)`, true at those that are learned to be said.
-        last: where the last answer begins.
-        opening: how many open every text.
-        dropped: earlier answers that are not learned.
+        said: bool `(N,)`, true at the tokens that the model learns to say.
+        last: the position of the first token of the last answer.
+        opening: the number of tokens with which every text begins.
+        dropped: the number of earlier answers that are not learned.
     """
 
     ids: Tensor
@@ -74,16 +74,17 @@ class _Whole:
 
 
 class TextView(View):
-    """Texts to tokens and back.
+    """Turns texts into tokens and back.
 
-    Where an answer begins is found by the characters that each token of the whole text covers: tokens of the answer
-    alone can be others. Between a plain prompt and its answer stands one space, unless the prompt ends in a line
-    break. What is longer than the model takes loses the start of the prompt, never of the answer.
+    The characters that each token of the whole text covers show where an answer begins. The answer alone cannot be
+    encoded for that, because it may get other tokens. One space is between a plain prompt and its answer, unless the
+    prompt ends in a line break. If a text is too long for the model, the start of the prompt is cut off, never the
+    answer.
 
     Args:
         tokenizer: a fast tokenizer of transformers.
-        max_length: tokens that the model takes, question and answer together.
-        chat: whether plain prompts are put into the form of a chat too, as one message of the user.
+        max_length: the largest number of tokens, for question and answer together.
+        chat: whether plain prompts are also put into the chat template, as one message of the user.
     """
 
     takes = "texts"
@@ -94,27 +95,26 @@ class TextView(View):
     def __init__(self, tokenizer: Any, *, max_length: int, chat: bool = False):
         self.tokenizer, self.max_length, self.chat = tokenizer, max_length, chat
         self.room = 0
-        """Tokens that a question leaves free for an answer that is generated."""
+        """The number of tokens that a question leaves free for a generated answer."""
         self.chooses = True
-        """Whether the answers of questions with options are chosen among them; else they are generated too."""
+        """Whether the model chooses among the options of a question; otherwise it generates the answer."""
         self.end: int | None = tokenizer.eos_token_id
-        """The token that ends an answer; None where the model has none."""
+        """The token that ends an answer; None if the model has no such token."""
         self.ends: set[int] = set() if self.end is None else {self.end}
         """Tokens at which a generated answer ends."""
         self.pad = next((t for t in (tokenizer.pad_token_id, self.end, tokenizer.unk_token_id) if t is not None), 0)
-        """Stands where there is no token; what it is does not matter, for it is masked."""
+        """The token in places without a token. Its value does not matter, because it is masked."""
 
     @property
     def answers(self) -> bool:
-        """Whether something is said after a question."""
+        """Whether an answer follows a question."""
         return self.chooses or self.room > 0
 
     def sequence(self, text: Text) -> Encoded:
-        """The prompt and the answer with its end.
+        """The prompt, the answer and the end token, as tokens.
 
         Raises:
-            DataError: the answer alone is longer than the model takes, or the messages cannot be put into the model's
-                chat form.
+            DataError: the answer alone is too long for the model, or the messages do not fit the model's chat template.
         """
         whole = self._whole(text)
         over, last = len(whole.ids) - self.max_length, len(whole.ids) - whole.last
@@ -122,25 +122,25 @@ class TextView(View):
             return Encoded(whole.ids, whole.said, dropped=whole.dropped)
         if last > self.max_length - max(1, whole.opening):
             raise DataError(
-                f"the answer alone has {last} tokens, and prompt and answer together may have {self.max_length}"
+                f"the answer alone has {last} tokens, but prompt and answer together can have only {self.max_length}"
             )
         kept = _without(whole.ids, over, whole.opening)
         said = whole.said[kept]
-        said[0] = False  # of an earlier answer in a chat that was cut: nothing stands before it any more
+        said[0] = False  # after a cut it may belong to an earlier answer, but no token is left before it
         return Encoded(whole.ids[kept], said, cut=over, dropped=whole.dropped)
 
     def question(self, text: Text, *, choose: bool | None = None) -> Encoded:
-        """The prompt alone, and the tokens of each option as its answer.
+        """The prompt as tokens, and the tokens of each option as its answer.
 
-        Tokens are those that the prompt has in front of an answer, which may be others than those that it has alone:
-        two line breaks are one token at the end of a text, and two before a word.
+        The prompt gets the tokens that it has in front of an answer. They may differ from its tokens alone: two line
+        breaks are one token at the end of a text, and two tokens before a word.
 
         Args:
-            choose: whether the answer is chosen among the text's options; None is what `chooses` says.
+            choose: whether the model chooses among the text's options; None takes `chooses`.
 
         Raises:
-            DataError: the prompt is empty, no room is left for an answer, or the messages cannot be put into the
-                model's chat form.
+            DataError: the prompt is empty, no room is left for an answer, or the messages do not fit the model's chat
+                template.
         """
         given = text.options if (self.chooses if choose is None else choose) else ()
         wholes = [self._whole(Text(text.prompt, option)) for option in given] or [self._asked(text.prompt)]
@@ -151,14 +151,16 @@ class TextView(View):
         options = tuple(whole.ids[first:] for whole in wholes) if given else ()
         most = self.max_length - max((len(o) for o in options), default=self.room)
         if most < 1:
-            raise DataError(f"an answer takes {self.max_length - most} tokens, and the model {self.max_length} in all")
+            raise DataError(
+                f"an answer needs {self.max_length - most} tokens, but the model takes {self.max_length} tokens in all"
+            )
         over = len(ids) - most
         if over > 0:
             ids = ids[_without(ids, over, wholes[0].opening)]
         return Encoded(ids, options=options, cut=max(0, over))
 
     def collate(self, items: Sequence[Item]) -> Batch:
-        """A batch of (example, target, number), padded on the left, so that all answers end at the same place."""
+        """A batch of the `items`, each (example, target, number), padded on the left so that all texts end together."""
         encoded: list[Encoded] = [e for e, _, _ in items]
         longest = max(len(e) for e in encoded)
         ids = torch.full((len(items), longest), self.pad, dtype=torch.int64)
@@ -177,7 +179,7 @@ class TextView(View):
         return Batch(Inputs(ids=ids, mask=mask, labels=labels, options=options, said=said), targets, numbers)
 
     def _options(self, encoded: Sequence[Encoded]) -> Tensor | None:
-        """The options of each question, `(B, K, M)`, with -100 after each and for those there are not."""
+        """The options of each question, `(B, K, M)`, with -100 after each option and in place of missing options."""
         count = max(len(e.options) for e in encoded)
         if not count:
             return None
@@ -189,7 +191,7 @@ class TextView(View):
         return options
 
     def decode(self, ids: Tensor) -> str:
-        """The text of generated tokens `(N,)`, up to the first end."""
+        """The text of generated tokens `(N,)`, up to the first end token."""
         tokens = list(itertools.takewhile(lambda token: token not in self.ends, ids.tolist()))
         text: str = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text.strip()
@@ -217,8 +219,8 @@ class TextView(View):
         choose: bool | None = None,
         unreadable: list[str] | None = None,
     ) -> list[Question]:
-        """Prompts as questions, each with the same options."""
-        asked = []
+        """Turn prompts into questions, all with the same options."""
+        questions = []
         for number, prompt in enumerate(given, first + 1):
             try:
                 text = Text(prompt_in(prompt), options=tuple(options))
@@ -228,19 +230,19 @@ class TextView(View):
                     raise DataError(f"prompt {number}: {error}") from error
                 unreadable.append(f"prompt {number}: {error}")
                 continue
-            asked.append(Question(text.prompt, encoded, text.options, encoded.cut))
-        return asked
+            questions.append(Question(text.prompt, encoded, text.options, encoded.cut))
+        return questions
 
     def judge(self, examples: Examples, score: str | None) -> Judge:
         try:
             examples.text(0)
         except UsageError:
-            raise UsageError("the backbone takes texts, and its test data are none") from None
+            raise UsageError("the backbone takes texts, but the test data are not texts") from None
         judged = score_of(score or SCORE)
 
         def judge(number: int, answer: str | int) -> float:
             text: Text = examples.text(number)
-            if isinstance(answer, int):  # not by the score, for which `A+` and `A-` may be the same
+            if isinstance(answer, int):  # not by the score, because for some scores `A+` equals `A-`
                 return float(text.options[answer] == text.answer)
             return judged(answer, text.answer, _last(text.prompt))
 
@@ -257,10 +259,10 @@ class TextView(View):
         )
 
     def _whole(self, text: Text) -> _Whole:
-        """Prompt and answer with its end, in tokens."""
+        """The prompt, the answer and the end token, as tokens."""
         rendered, spans, dropped = self._rendered(text)
         tokens = self._tokens(rendered, text.prompt)
-        while tokens and tokens[-1].added:  # the end that a tokenizer puts there; ours takes its place
+        while tokens and tokens[-1].added:  # an end token of the tokenizer; ours replaces it
             tokens.pop()
         said = [any(token.within(span) for span in spans) for token in tokens]
         last = next((i for i, token in enumerate(tokens) if token.within(spans[-1])), len(tokens))
@@ -268,13 +270,13 @@ class TextView(View):
         if self.end is not None and (not ids or ids[-1] != self.end):
             ids, said = [*ids, self.end], [*said, True]
         elif ids:
-            said[-1] = True  # the end that the chat form puts there
-        said[0] = False  # nothing stands before it that could say it
+            said[-1] = True  # the end token of the chat template
+        said[0] = False  # no token before it can predict it
         opening = self._opening(tokens)
         return _Whole(torch.tensor(ids, dtype=torch.int64), torch.tensor(said), max(1, last), opening, dropped)
 
     def _asked(self, prompt: str | Messages) -> _Whole:
-        """The prompt and the beginning of some answer, in tokens."""
+        """The prompt and a placeholder for the answer, as tokens."""
         asked = self._prompt(prompt)
         text = asked + ("" if self._is_chat(prompt) else _gap(asked)) + SOME_ANSWER
         span = _Span(len(asked), len(text) - len(SOME_ANSWER), len(text))
@@ -284,8 +286,8 @@ class TextView(View):
         return _Whole(ids, torch.zeros(len(ids), dtype=torch.bool), last, self._opening(tokens))
 
     def _rendered(self, text: Text) -> tuple[str, list[_Span], int]:
-        """The whole text, where in it stands what is learned to be said, the answer last, and how many earlier answers
-        are not learned."""
+        """The whole text; the ranges that the model learns to say, with the answer as the last one; and the number of
+        earlier answers that are not learned."""
         answer = text.answer.strip(" ")
         if not self._is_chat(text.prompt):
             prompt = self._prompt(text.prompt)
@@ -295,13 +297,17 @@ class TextView(View):
         messages = [*_messages(text.prompt), (ASSISTANT, answer)]
         whole = self._chat(messages, asking=False).rstrip()
         spans = []
-        answers = [turn for turn, (role, _) in enumerate(messages) if role == ASSISTANT and turn]  # opening, it is none
+        answers = [
+            turn for turn, (role, _) in enumerate(messages) if role == ASSISTANT and turn
+        ]  # a first message is no answer
         for turn in answers:
             before, after = self._chat(messages[:turn], asking=True), self._chat(messages[: turn + 1], asking=False)
-            # Some forms drop what earlier answers held (their reasoning): those are not learned then.
+            # Some templates leave out parts of earlier answers (their reasoning). Such answers are not learned.
             if whole.startswith(before) and whole.startswith(after.rstrip()):
                 spans.append(_Span(len(before), len(before), len(after.rstrip())))
-        if not spans or spans[-1].stop != len(whole):  # what it asks with is not what it puts before an answer
+        if not spans or spans[-1].stop != len(
+            whole
+        ):  # the template opens a question and a known answer in different ways
             other = "0" if not answer.strip().startswith("0") else "1"
             changed = self._chat([*messages[:-1], (ASSISTANT, other)], asking=False).rstrip()
             if whole == changed:
@@ -312,7 +318,7 @@ class TextView(View):
         return whole, spans, len(answers) - len(spans)
 
     def _prompt(self, prompt: str | Messages) -> str:
-        """What the model is asked, up to where the answer begins."""
+        """The text of the prompt, up to the beginning of the answer."""
         return self._chat(_messages(prompt), asking=True) if self._is_chat(prompt) else str(prompt).rstrip(" ")
 
     def _is_chat(self, prompt: str | Messages) -> bool:
@@ -321,56 +327,56 @@ class TextView(View):
     def _chat(self, messages: Sequence[tuple[str, str]], *, asking: bool) -> str:
         if not self.tokenizer.chat_template:
             raise DataError(
-                "this model's tokenizer has no chat template, and messages need one: give rows of prompt and answer, "
+                "this model's tokenizer has no chat template, but messages need one: give rows with prompt and answer, "
                 "or put a chat_template.jinja beside the tokenizer"
             )
         from jinja2 import TemplateError
 
-        told = [{"role": role, "content": content} for role, content in messages]
+        turns = [{"role": role, "content": content} for role, content in messages]
         try:
-            text: str = self.tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=asking)
+            text: str = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=asking)
         except (TemplateError, TypeError, ValueError) as error:
             raise DataError(f"the model's chat template refuses the messages: {error}") from error
         return text
 
     def _tokens(self, text: str, prompt: str | Messages) -> list[_Token]:
-        """The tokens of a text; a chat form brings its special tokens itself."""
-        found = self.tokenizer(
+        """The tokens of a text. A chat template writes its special tokens into the text itself."""
+        encoded = self.tokenizer(
             text,
             add_special_tokens=not self._is_chat(prompt),
             return_offsets_mapping=True,
             return_special_tokens_mask=True,
             verbose=False,
         )
-        columns = (found["input_ids"], found["offset_mapping"], found["special_tokens_mask"])
+        columns = (encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"])
         return [_Token(int(i), int(a), int(b), bool(added)) for i, (a, b), added in zip(*columns, strict=True)]
 
     def _opening(self, tokens: Sequence[_Token]) -> int:
-        """How many tokens every text opens with, whatever it says."""
+        """The number of tokens with which every text begins, such as a begin-of-text token."""
         put = sum(1 for _ in itertools.takewhile(lambda token: token.added, tokens))
         return max(put, int(bool(tokens) and tokens[0].id == self.tokenizer.bos_token_id))
 
 
 def _shared(wholes: Sequence[_Whole]) -> int:
-    """How many tokens stand before the answers of all of `wholes`, and are the same in all."""
+    """The number of first tokens, before the answers, that are the same in all of `wholes`."""
     first = min(whole.last for whole in wholes)
     same = [len(set(column)) == 1 for column in zip(*(whole.ids[:first].tolist() for whole in wholes), strict=True)]
     return [*same, False].index(False)
 
 
 def _gap(prompt: str) -> str:
-    """What stands between a plain prompt and its answer."""
+    """The characters between a plain prompt and its answer."""
     return "" if prompt.endswith("\n") or not prompt else " "
 
 
 def _without(ids: Tensor, count: int, opening: int) -> Tensor:
-    """Positions that are left when `count` tokens are cut off on the left, behind the `opening` ones."""
+    """The positions that are left after a cut of `count` tokens on the left, behind the first `opening` tokens."""
     first = opening if len(ids) > count + opening else 0
     return torch.cat([torch.arange(first), torch.arange(first + count, len(ids))])
 
 
 def _last(prompt: str | Messages) -> str:
-    """The question as one text: what some scores compare an answer with."""
+    """The question as one text, which some scores need."""
     return prompt if isinstance(prompt, str) else prompt[-1][1]
 
 
