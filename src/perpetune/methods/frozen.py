@@ -24,7 +24,9 @@ class Frozen(Method):
     """
 
     several = True  # any sets may be given, because it trains none of them
-    unprotectable = "trains no pet, so there is nothing for protect: to keep"
+    unprotectable = (
+        "trains no pet, so there is nothing for protect: to keep: leave protect out, or use method: finetune"
+    )
 
     def __init__(self, model: Model, *, batch_size: int = 64):
         super().__init__(model)
