@@ -554,7 +554,7 @@ def test_compare(shell: Shell, world: Path, tmp_path: Path) -> None:
 
 def test_methods(shell: Shell) -> None:
     said = shell("methods")
-    assert [line.partition(":")[0] for line in said.lines if line[0] != " " and ":  " in line][:6] == [
+    assert [line.partition(":")[0] for line in said.lines if line[0] != " " and ":  " in line][:7] == [
         "method", "pet", "head", "backbone", "data", "exams", "protect",
     ]  # fmt: skip
     found = shell.json("methods")
