@@ -15,7 +15,7 @@ PACKAGED = {"micro": "micro-vit"}  # name: folder in perpetune/assets
 def load_packaged(
     rest: str, *, pretrained: bool = True, image_size: Side | None = None, load_in_4bit: bool = False
 ) -> Backbone:
-    """`perpetune:micro`: the small ViT whose weights are part of this package, with a model card in the same folder.
+    """`perpetune:micro`: the small ViT whose weights are part of this package; its model card is beside them.
 
     Raises:
         UsageError: there is no packaged model of that name.
