@@ -14,7 +14,7 @@ from perpetune.pets.ssf import SSF
 from perpetune.recipe import load_recipe, packaged
 
 KINDS = ("safe", "ranpac", "aper", "simplecil")
-DATASETS = {  # pet, whether the checkpoint was fine-tuned on ImageNet-1k, classes per task: safe.md §1.1 and §1.8
+DATASETS = {  # pet, whether the checkpoint was fine-tuned on ImageNet-1k, classes per task (sources are in the recipes)
     "cifar100": ("adapter", False, 10),
     "imagenet-r": ("ssf", True, 20),
     "imagenet-a": ("ssf", True, 20),

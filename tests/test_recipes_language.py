@@ -20,7 +20,7 @@ from perpetune.learner import Learner
 from perpetune.recipe import load_recipe, make_recipe, packaged, parse_recipe
 
 METHODS = {"seqlora": "finetune", "olora": "olora", "treelora": "treelora", "pegp-lora": "finetune"}
-ORDERS = {  # treelora.md §4.2
+ORDERS = {  # the orders of tasks in TreeLoRA's experiments
     1: "dbpedia amazon yahoo agnews",
     2: "dbpedia amazon agnews yahoo",
     3: "yahoo amazon agnews dbpedia",
@@ -33,7 +33,7 @@ BENCHMARKS = ["trace", *(f"order{n}" for n in ORDERS)]
 LANGUAGE = [f"{kind}-lm-{benchmark}" for kind in METHODS for benchmark in BENCHMARKS]
 VISION = {"treelora-cifar100": (20, 10), "treelora-imagenet-r": (50, 20), "treelora-cub200": (50, 20)}
 SOURCE = re.compile(r"\[(paper|code|T|O|H|ours)\]")
-# Figures of TreeLoRA's tables 3 and 10: overall performance / forgetting (treelora.md §3).
+# Figures of TreeLoRA's tables 3 and 10: overall performance / forgetting.
 PUBLISHED: dict[str, Sequence[str]] = {
     "trace": ("29.73 / 17.03", "32.94 / 12.89", "36.14 / 7.36"),
     "order1": ("55.71 / 8.63", "59.50 / 2.51", "59.73 / 2.22"),
