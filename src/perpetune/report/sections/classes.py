@@ -52,7 +52,7 @@ def section(results: Results) -> list[Block] | None:
         ]
         for row in class_rows(results)
     ]
-    note = Text("The accuracy of every learned class: just after its task, and now.")
+    note = Text("Every learned class: just after its task, and now.")
     return [Heading("Classes"), note, Table(columns, rows, sortable=True, limit=40, noun="class")]
 
 
