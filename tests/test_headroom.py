@@ -228,7 +228,7 @@ def test_an_oracle_is_no_result() -> None:
     (number,) = [i for i, row in enumerate(found["rows"]) if row["way"] == answers.ORACLE]
     assert all(number not in best for best in found["best"].values())
     assert not [effect for effect in found["effects"] if effect["setting"] == "answer"]
-    assert "diagnosis and no result" in answers.meaning(checked(pages()[2][1]))
+    assert "diagnosis, not a result" in answers.meaning(checked(pages()[2][1]))
     assert answers.own_name(pages()[2][1]) == "answer"
 
 
@@ -333,7 +333,7 @@ def test_a_head_without_statistics_is_told(world: Path, tmp_path: Path) -> None:
     heard = Heard()
     results = Learner(content, tmp_path / "state", progress=heard).run()
     assert [n for n in heard.notes if "the oracle uses head ridge with default options" in n]
-    assert "Head linear is trained, not solved" in answers.meaning(checked(results))
+    assert "Head linear is trained by gradients" in answers.meaning(checked(results))
 
 
 def test_a_run_that_goes_on_has_the_same_oracle(world: Path, tmp_path: Path) -> None:

@@ -401,7 +401,7 @@ def recipe_without_data(p: Place) -> list[str]:
     return p.run(data=...)
 
 
-@case(2, "stream.classes_per_task", "9 is more than the 4 classes")
+@case(2, "stream.classes_per_task", "9 is too large: there are only 4 classes")
 def more_classes_per_task_than_classes(p: Place) -> list[str]:
     return p.run(stream={"classes_per_task": 9})
 

@@ -138,8 +138,8 @@ def test_full_sites_are_told_of_when_they_become_more() -> None:
         told.append(protection.newly_full(results))
     assert [text is not None for text in told] == [False, False, True, False, True]
     assert told[2] == (
-        "1 of 3 sites no longer learn, for they have no room left (0.q/default/down): "
-        "a larger pet or a lower protect.energy leaves some"
+        "1 of 3 sites no longer learn, because they have no room left (0.q/default/down): "
+        "a larger pet or a lower protect.energy leaves some room"
     )
     assert str(told[4]).startswith("2 of 3 sites ")
     assert protection.told(results["protection"][-1], results).endswith(", 2 of 3 full")
@@ -210,7 +210,7 @@ def test_the_page_tells_it_all(tmp_path: Path) -> None:
     assert "worst site, after task 5: 12.4 %" in section
     assert "<details><summary>3 sites</summary>" in section
     assert "After the last task: old outputs moved 6.2 % (worst site 12 %), room 50 %, 1 of 3 full." in page.shown
-    assert "exact where the inputs of a site are as they were" in page.shown
+    assert "exact if the inputs of the site have not changed" in page.shown
     assert "nan" not in page.shown.lower().split()
     markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "| 5 task-5 | 6.2 % | 12 % | 50 % | 1 of 3 |" in markdown
@@ -233,9 +233,9 @@ def test_drift_stands_beside_the_certificate(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "method", "says"),
     [
-        ({"directions": "none"}, {}, "Nothing was held here"),
+        ({"directions": "none"}, {}, "Protection held nothing here"),
         ({"directions": "random"}, {}, "drawn at random"),
-        ({}, {"merge": 0.5}, "free to move is merged in"),
+        ({}, {"merge": 0.5}, "merges in a copy that was free to move"),
     ],
 )
 def test_the_page_says_what_the_figures_are_of(config: Any, method: Any, says: str, tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_a_site_without_room_is_told_once_and_stays(world: World, tmp_path: Path
     full = certificates(tmp_path / "state")[0]["full"]
     assert full == [s["site"] for s in results["protection"][0]["sites"] if "/up." in s["site"]]
     told = [newly_full({**results, "protection": results["protection"][: tasks + 1]}) for tasks in range(3)]
-    assert "2 of 4 sites no longer learn, for they have no room left" in str(told[0])
+    assert "2 of 4 sites no longer learn, because they have no room left" in str(told[0])
     assert "4 of 4 sites" in str(told[1])
     assert told[2] is None
     values = [load_file(p) for p in sorted((tmp_path / "state").glob("tasks/*/pet.safetensors"))]

@@ -872,7 +872,7 @@ def test_a_comparison_puts_other_ways_beside_the_runs(tmp_path: Path) -> None:
     assert "3 recipes, 9 runs" in page.shown
     assert "None" not in html.read_text("utf-8")
     assert "demo-safe: slow" in page.shown
-    assert "demo-safe: slow" not in page.shown.rpartition("What each row is made of")[2]
+    assert "demo-safe: slow" not in page.shown.rpartition("The runs of each row")[2]
     assert "0.025 ± 0.000" in page.shown
     assert "| demo-safe: slow | 3 |" in md.read_text("utf-8")
     assert "Drift, 0 to 2" in md.read_text("utf-8")

@@ -1,6 +1,6 @@
-"""What people read after a run: a page, its Markdown and JSON, several runs beside each other, the terminal.
+"""Reports about runs: an HTML page, the same in Markdown and JSON, a comparison of several runs, and terminal output.
 
-Everything here starts from one plain dict, the results document (`results_schema.Results`).
+All of them are made from one plain dict, the results document (`results_schema.Results`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What reports are made of: blocks, which the page, Markdown and the terminal draw, each in its own way.
+"""The blocks of reports. The HTML page, Markdown and the terminal each draw them in their own way.
 
 A section (`report/sections`) is a function that takes the results document and returns a list of blocks, `Heading`
 first. It does not know where they are drawn, and what draws them (`html.py`, `markdown.py`, `terminal.py`) knows no
@@ -33,7 +33,7 @@ class Heading:
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph; the terminal sets off a `warning`."""
+    """A paragraph; the terminal highlights a `warning`."""
 
     text: str
     warning: bool = False
@@ -41,7 +41,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Bullets:
-    """A list of sentences; the page folds it where there are more than `limit` (0: never), which it calls `noun`."""
+    """A list of sentences. The page folds more than `limit` of them (0: never); `noun` is the word for them."""
 
     items: Sequence[str]
     limit: int = 0
@@ -50,7 +50,7 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Code:
-    """Lines to copy, such as commands; `language` is Markdown's name of theirs."""
+    """Lines to copy, such as commands; `language` is the name of their language in Markdown."""
 
     text: str
     language: str = ""
@@ -58,7 +58,7 @@ class Code:
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure with its unit and what it says; an `absent` one has a note that says why."""
+    """One figure with its unit and a note about its meaning; the note of an `absent` figure says why it is missing."""
 
     label: str
     text: str
@@ -90,13 +90,13 @@ class Cell:
     """One cell of a table.
 
     Attributes:
-        text: what it shows.
-        key: what its column is sorted by; by the text when None, as nothing known when empty.
+        text: the shown text.
+        key: the value by which its column is sorted; None takes the text, an empty key means not known.
         bar: a share in [0, 1] that the page draws beside the text.
         style: `best` is bold, `up` and `down` are coloured.
-        swatch: class of a colour that the page shows before the text, as charts use it: `strong`, `l0`, …
-        indent: levels by which the page moves the text in.
-        fold: what the page shows in place of a long text, until it is clicked.
+        swatch: the class of a chart's colour, which the page shows before the text: `strong`, `l0`, …
+        indent: the number of levels by which the page indents the text.
+        fold: a short text that the page shows in place of a long one until the user clicks it.
     """
 
     text: str
@@ -117,10 +117,10 @@ class Table:
     """A table.
 
     Attributes:
-        columns, rows, foot: as many cells in each row as there are columns.
-        sortable: a click on a heading sorts.
-        limit: the page folds a table of more rows (0: never), which it calls `noun`.
-        wrap: long headings go over several lines.
+        columns, rows, foot: each row has as many cells as there are columns.
+        sortable: whether a click on a heading sorts the rows.
+        limit: the page folds a table with more rows (0: never); `noun` is the word for a row.
+        wrap: whether long headings may take several lines.
     """
 
     columns: Sequence[Column | str]
@@ -138,11 +138,11 @@ class HeatCell:
 
     Attributes:
         text: what it shows.
-        level: of the colour, see `palette.heat_level`.
-        kind: `learned` is set off (the moment a task was learned), `ahead` has no colour (a task not yet learned).
-        title: shown on hover.
-        value: a share in [0, 1], which the terminal shows in two digits; the text when None.
-        change: of the value since the row before, which the terminal shows; None where there is none.
+        level: the level of the colour, see `palette.heat_level`.
+        kind: `learned` is highlighted (the task was just learned), `ahead` has no colour (the task is not learned yet).
+        title: the text that the page shows on hover.
+        value: a share in [0, 1], which the terminal shows with two digits; None shows the text.
+        change: the change of the value since the row before, for the terminal; None if there is none.
     """
 
     text: str
@@ -155,14 +155,14 @@ class HeatCell:
 
 @dataclass(frozen=True)
 class HeatRow:
-    """One row; None is a cell of which nothing is known.
+    """One row; None stands for a cell that is not known.
 
     Attributes:
-        number, name: of the task that the row is of, say.
-        cells: one for each of the table's names.
-        mean: of the cells, or another figure that sums them up; `value` is the same as a share.
+        number, name: the number and name of the row, such as those of its task.
+        cells: one cell for each of the table's names.
+        mean: the mean of the cells, or another summary; `value` is the same as a share.
         beside: one text for each further column.
-        part: which part of that task the row is of, in a table that has `parts`.
+        part: the part of the task that the row is about, in a table with `parts`.
     """
 
     number: str
@@ -179,14 +179,14 @@ class Heat:
     """A table of coloured cells, tasks against tasks.
 
     Attributes:
-        label: what it shows, for screen readers.
-        corner: heading of the rows' names.
-        names: headings of the cells' columns; `numbers` stand in for them where there are many, 1, 2, … by default.
-        mean, beside: headings of the rows' `mean` and `beside`.
-        parts: heading of the rows' parts, where several rows are of one task.
-        foot: a name and one text for each of the first columns.
-        scale: what the least and the greatest colour stand for.
-        overview: what a picture of a large table shows, for screen readers; without it there is no picture.
+        label: a description for screen readers.
+        corner: the heading of the rows' names.
+        names: the headings of the cells' columns; if there are many, `numbers` replace them, by default 1, 2, …
+        mean, beside: the headings of the rows' `mean` and `beside`.
+        parts: the heading of the rows' parts, if several rows are about one task.
+        foot: a name, and one text for each of the first columns.
+        scale: the meanings of the first and of the last colour.
+        overview: a description of the picture of a large table, for screen readers; without it there is no picture.
     """
 
     label: str
@@ -220,7 +220,7 @@ class Heat:
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves over the tasks learned, in per cent; `floor` and `top` are the least range of the vertical axis."""
+    """Curves over the learned tasks, in percent; the vertical axis covers at least `floor` to `top`."""
 
     lines: Sequence[Line]
     label: str
@@ -231,7 +231,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Legend:
-    """What colours mean: the class and the name of each; with `ends` they lead from one word to another."""
+    """The meaning of colours: the class and the name of each; with `ends`, the words for the first and last colour."""
 
     colours: Sequence[tuple[str, str]]
     ends: tuple[str, str] | None = None
@@ -264,7 +264,7 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Fold:
-    """Blocks that the page shows on demand."""
+    """Blocks that the page shows after a click."""
 
     summary: str
     blocks: Sequence[Block]
@@ -281,14 +281,14 @@ class Panel:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two panels side by side, where there is room."""
+    """Two panels side by side if there is room."""
 
     panels: Sequence[Panel]
 
 
 @dataclass(frozen=True)
 class Only:
-    """Blocks for one kind of output alone."""
+    """Blocks for one kind of output only."""
 
     output: Output
     blocks: Sequence[Block]
@@ -296,13 +296,13 @@ class Only:
 
 @dataclass(frozen=True)
 class Brief:
-    """What a section has to say of the last task in one line of the terminal: `drift: features moved 0.020`.
+    """A section's line about the last task for the terminal: `drift: features moved 0.020`.
 
     Attributes:
-        label, text: before and behind the colon.
-        when: after each task (`live`), at the end of a run, or both.
-        warning: something to act on; it is set off.
-        short: the same for one of several runs, which has a part of a line; not shown when empty.
+        label, text: the words before and after the colon.
+        when: `live` shows it after each task, `end` at the end of a run, `always` at both times.
+        warning: whether the user should act on it; then it is highlighted.
+        short: a shorter text for a line with several facts about one of several runs; not shown if empty.
     """
 
     label: str
@@ -320,7 +320,7 @@ Block = (
 
 @dataclass(frozen=True)
 class Section:
-    """The blocks of one section; `name` is that of its file or entry point, and its anchor in the page."""
+    """The blocks of one section; `name` is the name of its file or entry point, and its anchor in the page."""
 
     name: str
     blocks: Sequence[Block]
@@ -333,7 +333,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Banner:
-    """What to know before reading; `link` is the name of the section that says more."""
+    """A note at the top of the page; `link` is the name of the section with more details."""
 
     text: str
     items: Sequence[str] = ()
@@ -342,11 +342,11 @@ class Banner:
 
 @dataclass(frozen=True)
 class Page:
-    """A whole page: what stands above the sections, the sections, and a last line.
+    """A whole page: its head, its sections and its last line.
 
     Attributes:
-        kind: `perpetune report`, say.
-        chips: choices by the name of their axis.
+        kind: the kind of page, such as `perpetune report`.
+        chips: the recipe's choices, by the name of their axis.
         navigation: whether the page begins with a list of its sections.
     """
 
@@ -361,22 +361,22 @@ class Page:
 
 
 def cell(value: Cell | str | float) -> Cell:
-    """A cell from what may stand for one."""
+    """A `Cell` from a cell, a text or a number."""
     return value if isinstance(value, Cell) else Cell(str(value))
 
 
 def column(value: Column | str) -> Column:
-    """A column's heading from what may stand for one."""
+    """A `Column` from a column or a text."""
     return value if isinstance(value, Column) else Column(value)
 
 
 def keyed(text: str, value: float | str | None, **more: object) -> Cell:
-    """A cell that is sorted by a value, which may not be known."""
+    """A cell that is sorted by `value`; None means not known."""
     return Cell(text, "" if value is None else value, **more)  # type: ignore[arg-type]
 
 
 def only(blocks: Sequence[Block], output: Output) -> Iterator[Block]:
-    """The blocks that are for one kind of output; those in `Only` come in its place."""
+    """The blocks for one kind of output; the blocks in an `Only` replace it."""
     for block in blocks:
         if not isinstance(block, Only):
             yield block

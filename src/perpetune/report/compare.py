@@ -1,4 +1,4 @@
-"""Several runs beside each other: those that differ in the seed alone are one row, mean and spread."""
+"""Compare several runs. Runs that differ only in the seed are one row, with mean and standard deviation."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from perpetune.report.sections.headroom import Headroom, headrooms
 from perpetune.report.sections.storage import stored_bytes
 from perpetune.report.spread import Spread, spread
 
-# Settings that name a run or say where it happens; they change no figure that is compared here.
-# `run.precision` is not among them: it changes what is learned.
+# Settings that name a run or its place. They do not change any compared figure.
+# `run.precision` is not one of them, because it changes what is learned.
 NEUTRAL = {
     "name",
     "description",
@@ -35,13 +35,13 @@ LOWER_IS_BETTER = {"forgetting"}
 
 
 class ComparisonRow(TypedDict):
-    """Runs of one recipe on the same data, each seed once. Curves hold one spread for each task learned.
+    """Runs of one recipe on the same data, each seed once. Curves have one spread for each learned task.
 
-    `moved` is how far the worst site's outputs on earlier data had moved at the end, `room` the share of directions
-    that was still free; no run has them without `protect:`. `drift` is how far the features of earlier tasks' test
-    images had moved at the end. `way` is another way in which the method of the row before could have answered, and
-    the row is what its figures would be then; None where the row is of the answer itself. What is of the runs, not of
-    their answers, is told once, there.
+    `moved` says how far the worst site's outputs on earlier data had moved at the end, `room` is the share of
+    directions that was still free; only runs with `protect:` have them. `drift` says how far the features of earlier
+    tasks' test images had moved at the end. `way` names another way in which the method of the row before could have
+    answered, and the row has the figures of that way; None means the method's answer itself. Facts about the runs that
+    do not depend on the way are only in the row of the answer.
     """
 
     label: str
@@ -64,17 +64,17 @@ class ComparisonRow(TypedDict):
 
 
 class Comparison(TypedDict):
-    """What `compare` returns.
+    """The result of `compare`.
 
     Attributes:
-        rows: one for each recipe and what it learned, in the order given; behind it one for each other way in which
-            its method could have answered.
-        settings: dotted keys of the settings in which the recipes differ.
-        best: for each figure the numbers of the best rows; empty where rows cannot be ranked.
-        effects: of each setting in which rows differ and differ alone, what it changes.
-        headroom: of each stream and backbone with a control or a joint run, what there is to win and who wins it.
-        notes: reasons why rows should not be read against each other as they stand.
-        measure: `score` where the answers of any run are scored, else `accuracy`.
+        rows: a row for each recipe and its data, in the given order; after it a row for each other way in which its
+            method could have answered.
+        settings: the dotted keys of the settings in which the recipes differ.
+        best: for each figure the numbers of the best rows; empty if the rows cannot be ranked.
+        effects: the effect of each setting, from rows that differ in this setting only.
+        headroom: for each stream and backbone with a control or a joint run, how much there is to win and who wins it.
+        notes: reasons why the rows cannot be compared directly.
+        measure: `score` if the answers of any run have a score, else `accuracy`.
     """
 
     format: int
@@ -92,11 +92,11 @@ def compare(runs: Sequence[Mapping[str, Any]], names: Sequence[str] | None = Non
 
     Args:
         runs: results documents.
-        names: what the user calls each run; the runs' own names when None.
+        names: the user's name for each run; None takes the names in the documents.
 
     Raises:
-        StateError: one of them is not a results document.
-        UsageError: there is no run.
+        StateError: a document is not a results document.
+        UsageError: there are no runs.
     """
     if not runs:
         raise UsageError("compare: name one run or more")
@@ -117,7 +117,7 @@ def compare(runs: Sequence[Mapping[str, Any]], names: Sequence[str] | None = Non
         for way in dict.fromkeys(name for run in runs_of_row for name in answers.names(run)):
             other = [answers.answered(run, way) for run in runs_of_row]
             rows.append(_way_row(_row(f"{label}: {way}", named, other, settings), way))
-            if way == answers.ORACLE:  # the method could not have answered so
+            if way == answers.ORACLE:  # not a way in which the method could have answered
                 continue
             ways, numbers = (way, answers.own_name(runs_of_row[0])), (len(rows) - 1, place)
             gain = answer_effect(ways, numbers, label if len(groups) > 1 else "", (other, runs_of_row))
@@ -147,13 +147,13 @@ def compare(runs: Sequence[Mapping[str, Any]], names: Sequence[str] | None = Non
 
 
 def _source(called: str, run: Results) -> str:
-    """What `perpetune run` takes to run it again: the recipe in its state folder, or by its name."""
+    """The argument with which `perpetune run` runs it again: the recipe in its state folder, or the recipe's name."""
     places = (Path(called) / "recipe.yaml", Path(called).parent / "recipe.yaml")
     return next((str(place) for place in places if place.is_file()), str(run["recipe"].get("name", run["name"])))
 
 
 def _flat(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A recipe's settings by dotted key, without the neutral ones."""
+    """A recipe's settings by dotted key, without those that change no figure."""
     flat: dict[str, Any] = {}
     for key, value in recipe.items():
         name = prefix + key
@@ -167,13 +167,13 @@ def _flat(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _grouped(results: Sequence[Results]) -> tuple[list[list[int]], dict[int, int]]:
-    """Numbers of the runs of each row; and of each run that repeats another of its row, with that one's number."""
+    """The numbers of the runs in each row; and for each run that repeats another run of its row, that run's number."""
     groups: dict[str, list[dict[int, int]]] = {}  # identity: for each row the first run of each seed
     rows: list[dict[int, int]] = []
     repeats = {}
     for i, run in enumerate(results):
         alike = groups.setdefault(_identity(run), [])
-        # The data may change beneath a recipe's path: what the same seed then draws is another row.
+        # The data at a recipe's path may change. Then the same seed draws other examples, which makes another row.
         row = next((r for r in alike if (k := r.get(run["seed"])) is None or _data(results[k]) == _data(run)), None)
         if row is None:
             row = {}
@@ -186,7 +186,8 @@ def _grouped(results: Sequence[Results]) -> tuple[list[list[int]], dict[int, int
 
 
 def _identity(run: Results) -> str:
-    """What runs of one row share: the recipe, how many tasks are learned, and the data but for what the seed draws."""
+    """A key that the runs of one row share: the recipe, the number of learned tasks, and the data without the seed's
+    draws."""
     tasks = run["tasks"]
     data: list[Any]
     if _given(run):
@@ -197,7 +198,7 @@ def _identity(run: Results) -> str:
 
 
 def _given(run: Results) -> bool:
-    """Whether the tasks were given one by one, not cut from a stream that the recipe names."""
+    """Whether the user gave the tasks one by one, and the recipe names no stream."""
     return run["recipe"].get("data") is None
 
 
@@ -216,10 +217,10 @@ def _differing(recipes: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _labels(groups: Sequence[Sequence[Results]], called: Sequence[str], settings: Sequence[str]) -> list[str]:
-    """A name for each row: the runs' own where it tells rows apart, else with the settings that do, else with
-    what the user calls the first run."""
+    """A name for each row: the name of its runs. If several rows have this name, with the settings that differ; if none
+    differs, with the user's name for the first run."""
     labels = [" / ".join(dict.fromkeys(run["name"] for run in group)) for group in groups]
-    alike: dict[str, list[int]] = {}  # rows of one name are told apart by what differs among them alone
+    alike: dict[str, list[int]] = {}  # rows with the same name get the settings that differ among them
     for i, label in enumerate(labels):
         alike.setdefault(label, []).append(i)
     for rows in alike.values():
@@ -265,7 +266,7 @@ def _row(label: str, names: list[str], runs: Sequence[Results], settings: Sequen
 
 
 def _way_row(row: ComparisonRow, way: str) -> ComparisonRow:
-    """The row of another way to answer, without what its runs have once."""
+    """The row of another way to answer, without the facts that do not depend on the way."""
     none = spread([None] * len(row["runs"]))
     once = ("trainable_parameters", "stored_bytes", "learn_seconds", "moved", "room", "drift")
     costs: Any = dict.fromkeys(once, none)
@@ -291,7 +292,7 @@ def _classes(run: Results) -> set[str]:
 
 
 def _parts(task: TaskInfo) -> set[str]:
-    """What a task is of: its classes, or itself where its answers are free text."""
+    """The content of a task: its classes, or its name if its answers are free text."""
     return set(task["classes"]) or {task["name"]}
 
 
@@ -300,7 +301,7 @@ def _content(run: Results) -> set[str]:
 
 
 def _notes(results: Sequence[Results], names: Sequence[str]) -> tuple[list[str], bool]:
-    """What to know before reading rows against each other, and whether ranking them makes sense."""
+    """Notes for the reader who compares the rows, and whether the rows can be ranked."""
     apart = [
         f"{name} is not complete: {form.plural(len(run['cells']), 'task')} learned so far"
         for run, name in zip(results, names, strict=True)

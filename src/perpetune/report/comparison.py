@@ -1,4 +1,4 @@
-"""What a comparison shows: the blocks of its page and Markdown, and its table in a terminal."""
+"""The parts of a comparison: the blocks of its page and Markdown, and its table in a terminal."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from rich import table as rich_table
     from rich import text as rich_text
 
-WAYS = "A row such as “safe: slow” is what the row before it would be if its method had answered in that other way."
+WAYS = "A row such as “safe: slow” shows the row before it as if its method had answered in that other way."
 BESIDE = (  # columns of a comparison that only some runs have: key, heading in pages, note
     ("moved", "moved, worst site, %", "how far old outputs had moved at the end, at the worst site"),
     ("room", "room, %", "share of directions still free at the end"),
@@ -57,12 +57,12 @@ COMPARED = {  # columns of a comparison in a terminal and their headings, in ord
     "stored": "stored",
     "learning": "learning",
 }
-# Those that go where the width does not hold all, the first one first.
+# The columns to leave out if the terminal is too narrow for all, in this order.
 SPARE = (
     *("pooled_accuracy", "forward_transfer", "stored", "backward_transfer"),
     *("learning", "drift", "room", "moved", "average_accuracy"),
 )
-SENTENCES = 8  # more of them are left to the page
+SENTENCES = 8  # the terminal shows so many sentences; the page shows all
 
 
 def comparison_page(compared: Comparison) -> Page:
@@ -88,12 +88,12 @@ def comparison_page(compared: Comparison) -> Page:
 
 
 def _effects(compared: Comparison) -> list[Block]:
-    """What each setting changes, in sentences and in all figures."""
+    """The effects of each setting, in sentences and in all figures."""
     if not compared["effects"]:
         return []
     note = (
-        "Differences of runs that differ in that setting alone, seed by seed: mean ± sample standard deviation, in "
-        "points."
+        "Differences between runs that differ in this setting only, computed for each seed: mean ± sample standard "
+        "deviation, in points."
     )
     shown = _shown(compared)
     columns: Columns = [Column(heading, left=True) for heading in ("setting", "change", "with")]
@@ -113,7 +113,7 @@ def _effects(compared: Comparison) -> list[Block]:
 
 
 def _figures(compared: Comparison) -> list[Block]:
-    """The figures of each row, mean and spread."""
+    """The figures of each row: mean and standard deviation."""
     rows, best, shown = compared["rows"], compared["best"], _shown(compared)
     beside = beside_figures(rows)
     columns: Columns = [
@@ -122,11 +122,11 @@ def _figures(compared: Comparison) -> list[Block]:
         *(_column(f"{label}, {unit(key)}", hint) for key, label, hint in shown),
     ]
     columns += [_column(heading.capitalize(), hint) for _, heading, hint in beside]
-    found: Rows = []
+    lines: Rows = []
     for i, row in enumerate(rows):
         texts = comparison_cells(row)
         costs = (row["trainable_parameters"]["mean"], row["stored_bytes"]["mean"], row["learn_seconds"]["mean"])
-        found.append(
+        lines.append(
             [
                 Cell(row["label"], swatch=line_style(i, max(len(rows), 2))),
                 keyed(str(len(row["runs"])), len(row["runs"])),
@@ -138,7 +138,7 @@ def _figures(compared: Comparison) -> list[Block]:
                 *(keyed(w(cost), cost) for w, cost in zip((form.count, form.size, form.duration), costs, strict=True)),
             ]
         )
-    bold = "The best mean of each column is bold; whether it stands out from its neighbours is for the spread to say."
+    bold = "The best mean of each column is bold. Compare the standard deviations to see whether it is clearly better."
     notes = [Text(bold)] if any(best.values()) else []
     notes += [Text(ways)] if (ways := ways_told(rows)) else []
     costs_of: Columns = [
@@ -146,7 +146,7 @@ def _figures(compared: Comparison) -> list[Block]:
         "stored",
         Column("learning time", short="learning"),
     ]
-    return [Heading("Figures"), *notes, Table([*columns, *costs_of], found, sortable=True, wrap=True)]
+    return [Heading("Figures"), *notes, Table([*columns, *costs_of], lines, sortable=True, wrap=True)]
 
 
 def _curves(compared: Comparison) -> list[Block]:
@@ -159,9 +159,9 @@ def _curves(compared: Comparison) -> list[Block]:
 
 
 def _runs(compared: Comparison) -> list[Block]:
-    """What each row is made of."""
+    """The table with the runs of each row."""
     settings = compared["settings"]
-    note = f"What each row is made of{', and the settings in which the recipes differ' if settings else ''}."
+    note = f"The runs of each row{', and the settings in which the recipes differ' if settings else ''}."
     columns: Columns = [Column(heading, left=True) for heading in ("row", "runs", "seeds")]
     rows: Rows = [
         [
@@ -183,7 +183,7 @@ def _runs(compared: Comparison) -> list[Block]:
 
 
 def _shown(compared: Comparison) -> list[tuple[str, str, str]]:
-    """Key, label and note of the figures that any row has."""
+    """The key, label and note of each figure that any row has."""
     rows, listed = compared["rows"], figures(compared["measure"])
     return [(key, label, note) for key, label, note, _ in listed if any(row["metrics"][key]["n"] for row in rows)]
 
@@ -205,14 +205,14 @@ def _lines(rows: Sequence[ComparisonRow], curve: str) -> list[Line]:
 
 
 def ways_told(rows: Sequence[ComparisonRow]) -> str:
-    """What the rows of other ways to answer, and of oracle heads, are; empty where there is none."""
+    """An explanation of the rows of other ways to answer and of oracle heads; empty if there are no such rows."""
     ways = {row["way"] for row in rows}
     parts = [WAYS] if ways - {None, answers.ORACLE} else []
     return " ".join([*parts, *([answers.ORACLE_MEANING] if answers.ORACLE in ways else [])])
 
 
 def beside_figures(rows: Sequence[ComparisonRow]) -> list[tuple[str, str, str]]:
-    """Of `BESIDE` those that any row has."""
+    """The columns of `BESIDE` that any row has."""
     return [column for column in BESIDE if any(row[column[0]]["n"] for row in rows)]  # type: ignore[literal-required]
 
 
@@ -230,10 +230,10 @@ def comparison_cells(row: ComparisonRow) -> dict[str, str]:
 
 
 def effect_cells(effect: Effect) -> dict[str, str]:
-    """The text of what a setting changes in each figure, in points."""
+    """The text of the change that a setting makes in each figure, in points."""
     return {
-        key: form.mean_std(form.points(found["mean"]), None if found["std"] is None else form.percent(found["std"]))
-        for key, found in effect["metrics"].items()
+        key: form.mean_std(form.points(change["mean"]), None if change["std"] is None else form.percent(change["std"]))
+        for key, change in effect["metrics"].items()
     }
 
 
@@ -256,7 +256,7 @@ def effect_lines(effects: Sequence[Effect], measure: str = "accuracy") -> list[s
 def compare_table(comparison: Mapping[str, Any], width: int = 100) -> rich_table.Table:
     """One line for each recipe, mean ± standard deviation; the best of each column is bold.
 
-    Where the columns do not fit into `width` characters some go; the line below the table names them.
+    If the columns do not fit into `width` characters, some are left out; a line below the table names them.
     """
     from rich.cells import cell_len
     from rich.text import Text as Words
@@ -293,7 +293,7 @@ def compare_table(comparison: Mapping[str, Any], width: int = 100) -> rich_table
 
 
 def effects_text(comparison: Mapping[str, Any]) -> rich_text.Text:
-    """What each setting changes, a line for each."""
+    """The effects of the settings, one line for each."""
     from rich.text import Text as Words
 
     lines = effect_lines(comparison["effects"], comparison["measure"])

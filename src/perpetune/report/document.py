@@ -1,4 +1,4 @@
-"""What a results document is of as a whole: what it measures, what was chosen, what it cost."""
+"""Facts about a whole results document: what it measures, the recipe's choices, the costs."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def peak_memory(results: Results) -> int | None:
 
 
 def per_second(results: Results, key: Literal["images_per_s", "tokens_per_s"]) -> float | None:
-    """Training throughput over the whole run, of the tasks that trained on images (or other examples), or on tokens."""
+    """The training speed over the whole run, in images (or other examples) or in tokens per second."""
     timed = [(t["learn_s"], speed) for t in results["timings"] if (speed := t.get(key)) is not None]
     seconds = sum(s for s, _ in timed)
     return sum(s * speed for s, speed in timed) / seconds if seconds else None
 
 
 def examples(results: Mapping[str, Any]) -> str:
-    """What the run learns from, as its backbone's view calls it; older documents do not say it, and their head does."""
+    """The word for the run's examples, from the backbone's view; in older documents the head shows it."""
     if results.get("examples"):
         return str(results["examples"])
     head = results["recipe"].get("head")
@@ -43,23 +43,23 @@ def examples(results: Mapping[str, Any]) -> str:
 
 
 def scores(results: Mapping[str, Any]) -> list[str]:
-    """What scores each task's answers; empty where they are right or wrong, or nothing is measured."""
+    """The name of each task's score; empty if answers are right or wrong, or if nothing is measured."""
     rows, columns = results["cells"], range(len(results["tasks"]))
     return [next((row[j].get("score", "") for row in rows if j < len(row) and row[j]), "") for j in columns]
 
 
 def classed(results: Mapping[str, Any]) -> bool:
-    """Whether any task has classes; where none has, all answers are free text."""
+    """Whether any task has classes. If no task has classes, all answers are free text."""
     return any(task["classes"] for task in results["tasks"])
 
 
 def measure(results: Mapping[str, Any]) -> str:
-    """What the figures are: `score` where any task has one, else `accuracy`."""
+    """The word for the figures: `score` if any task has a score, else `accuracy`."""
     return "score" if any(scores(results)) else "accuracy"
 
 
 def choices(recipe: Mapping[str, Any]) -> dict[str, str]:
-    """The recipe's choice on each axis, by name; an axis that is absent or empty is left out."""
+    """The name of the recipe's choice on each axis, without axes that are absent or empty."""
     chosen = {}
     for axis in AXES:
         value = recipe.get(axis)
@@ -73,7 +73,7 @@ def choices(recipe: Mapping[str, Any]) -> dict[str, str]:
 
 
 def setting(results: Results) -> str:
-    """What is known when; a language model is told no task, and its answers are no classes."""
+    """The setting in words: which labels the model must tell apart. For texts it is `task after task`."""
     if examples(results) == "images":
         return SETTINGS.get(results["setting"], results["setting"])
     return "task after task"

@@ -1,4 +1,4 @@
-"""What one setting changes: rows of a comparison that differ in nothing else, run against run with the same seed."""
+"""The effect of one setting: compare rows of a comparison that differ in this setting only, seed by seed."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ class Effect(TypedDict):
     """Two rows of a comparison that differ in one setting.
 
     Attributes:
-        setting: a recipe's section (`head`), where another choice is made, or one key of it (`train.lr`); `answer`
-            where one recipe's runs are measured against themselves, had their method answered in another way.
-        before, after: what it is in the first and in the second of `rows`.
-        beside: the other settings that differ somewhere in the comparison, as both rows have them.
-        seeds: those that both rows have, on the same tasks.
-        metrics: of each figure, second row less first, seed by seed.
+        setting: a section of the recipe (`head`) in which the rows make different choices, or one key (`train.lr`).
+            `answer` compares the runs of one recipe with the same runs if their method had answered in another way.
+        before, after: the setting's value in the first and in the second of `rows`.
+        beside: the values, equal in both rows, of the other settings that differ somewhere in the comparison.
+        rows: the numbers of the two rows.
+        seeds: the seeds that both rows have, on the same tasks.
+        metrics: for each figure the second row minus the first, seed by seed.
     """
 
     setting: str
@@ -37,13 +38,13 @@ class Effect(TypedDict):
 def answer_effect(
     ways: tuple[str, str], numbers: tuple[int, int], row: str, runs: tuple[Sequence[Results], Sequence[Results]]
 ) -> Effect | None:
-    """What a method's answer gains over another way in which it could have answered; None without a figure.
+    """The gain of a method's answer over another way to answer; None if there is no common seed.
 
     Args:
-        ways: what the other way and the answer are called.
-        numbers: of their rows in the comparison.
-        row: what the row of the answer is called, where there are others.
-        runs: those of both rows, seed by seed.
+        ways: the names of the other way and of the answer.
+        numbers: the numbers of their rows in the comparison.
+        row: the name of the answer's row, if there are other rows.
+        runs: the runs of both rows, seed by seed.
     """
     pairs = _paired(*runs)
     if not pairs:
@@ -53,15 +54,15 @@ def answer_effect(
 
 
 def effects(rows: Sequence[Sequence[Results]], flats: Sequence[Flat]) -> list[Effect]:
-    """Each setting's effects. Of rows that differ in one setting alone the first is what the others are measured
-    against, or the one that goes without (no `protect:`, no pet).
+    """The effects of each setting. Among rows that differ in one setting only, one is the base of the others: the row
+    without it (no `protect:`, no pet) if there is one, else the first.
 
     Args:
         rows: the runs of each row, each seed once.
         flats: the settings of each row.
     """
     settings = differing(flats)
-    found = []
+    measured_effects = []
     for setting in settings:
         measured: set[int] = set()
         for i in sorted(range(len(rows)), key=lambda i: _word(flats[i], setting) not in ("none", "off")):
@@ -73,13 +74,13 @@ def effects(rows: Sequence[Sequence[Results]], flats: Sequence[Flat]) -> list[Ef
                 pairs = _paired(rows[i], rows[j])
                 if pairs:
                     measured.add(j)
-                    found.append(_effect(setting, (i, j), flats, pairs, settings))
-    return found
+                    measured_effects.append(_effect(setting, (i, j), flats, pairs, settings))
+    return measured_effects
 
 
 def differing(flats: Sequence[Flat]) -> list[str]:
-    """The settings in which some rows differ: sections where the choice itself differs, and single keys that differ
-    between rows of one choice."""
+    """The settings in which rows differ: sections with different choices, and single keys that differ between rows with
+    the same choice."""
     settings: dict[str, None] = {}
     for key in dict.fromkeys(key for flat in flats for key in flat):
         section, values = _section(key), {form.setting(flat.get(key)) for flat in flats}
@@ -96,7 +97,7 @@ def differing(flats: Sequence[Flat]) -> list[str]:
 
 
 def apart(a: Flat, b: Flat) -> str | None:
-    """The one setting in which two recipes differ; None where there is none, or more than one."""
+    """The only setting in which two recipes differ; None if they differ in no setting or in several."""
     keys = [key for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)]
     sections = {_section(key) for key in keys}
     if len(sections) != 1:
@@ -112,7 +113,7 @@ def _section(key: str) -> str:
 
 
 def _word(flat: Flat, setting: str) -> str:
-    """What a row has of a setting: a choice's name, `on` or `off` of a section that may be left out, or a value."""
+    """A row's value of a setting, in a word: a choice's name, `on` or `off` for an optional section, or a value."""
     if flat.get(f"{setting}.name") is not None:
         return str(flat[f"{setting}.name"])
     if any(key.startswith(f"{setting}.") for key in flat):
@@ -122,7 +123,7 @@ def _word(flat: Flat, setting: str) -> str:
 
 
 def _paired(first: Sequence[Results], second: Sequence[Results]) -> list[tuple[Results, Results]]:
-    """The runs with the same seed and the same tests, of both rows."""
+    """Pairs of runs from both rows with the same seed and the same test data."""
     by_seed = {run["seed"]: run for run in second}
     pairs = [(run, by_seed[run["seed"]]) for run in first if run["seed"] in by_seed]
     return [(a, b) for a, b in pairs if _tested(a) == _tested(b)]
@@ -140,7 +141,7 @@ def _effect(
     settings: Sequence[str],
 ) -> Effect:
     first, second = (flats[i] for i in rows)
-    # Keys below a setting that differs say nothing beside it, nor those of a choice that the rows have not made.
+    # Leave out the keys of the setting itself, and the keys of choices that the rows have not made.
     beside = [s for s in settings if s not in (setting, _section(setting)) and _section(s) != setting]
     beside = [s for s in beside if "." not in s or s in first]
     words = (_word(first, setting), _word(second, setting))

@@ -1,4 +1,4 @@
-"""Figures as text: one way to write each kind of number, in every report."""
+"""Write figures as text. Each kind of number has one form in all reports."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ABSENT = "\N{EN DASH}"
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """A share in [0, 1] as `87.3`, without the sign, which the heading carries."""
+    """A share in [0, 1] in percent, such as `87.3`; the heading has the percent sign."""
     return ABSENT if value is None else _minus(f"{100 * value:.{digits}f}")
 
 
@@ -47,17 +47,17 @@ def duration(seconds: float | None) -> str:
 
 
 def count(value: float | None) -> str:
-    """A whole number with thin groups: `36,864`."""
+    """A whole number with commas between groups of three digits: `36,864`."""
     return ABSENT if value is None else f"{value:,.0f}"
 
 
 def right(value: float) -> str:
-    """Right answers as `count` writes them, `37`; a sum of scores with two decimals, `37.42`."""
+    """A number of right answers as `count` writes it, `37`; or a sum of scores with two decimals, `37.42`."""
     return count(value) if float(value).is_integer() else f"{value:,.2f}"
 
 
 def thousandths(value: float | None) -> str:
-    """A weight or a distance with three decimals: `0.620`; what is more than nothing is not shown as nothing."""
+    """A weight or a distance with three decimals: `0.620`. A value above 0 is never shown as 0."""
     if value is None:
         return ABSENT
     return "< 0.001" if 0 < value < 0.0005 else _minus(f"{value:.3f}")
@@ -75,7 +75,7 @@ def number(value: float) -> str:
 
 
 def relative(part: float | None, whole: float | None) -> str:
-    """What `part` is of `whole`, to two digits: `7.2 %`, `0.037 %`, `140 %`."""
+    """The share of `part` in `whole` in percent, with two digits: `7.2 %`, `0.037 %`, `140 %`."""
     if part is None or not whole:
         return ABSENT
     value = 100 * part / whole
@@ -85,7 +85,7 @@ def relative(part: float | None, whole: float | None) -> str:
 
 
 def setting(value: object) -> str:
-    """The value of a recipe's key, as a recipe writes it."""
+    """The value of a recipe's key, in the spelling of recipes."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
@@ -100,12 +100,12 @@ def plural(n: int, noun: str) -> str:
 
 
 def mean_std(mean: str, std: str | None) -> str:
-    """`87.3 ± 0.4`; the mean alone where there is no spread (one run)."""
+    """`87.3 ± 0.4`; only the mean if there is no spread (one run)."""
     return mean if std is None else f"{mean} ± {std}"
 
 
 def _minus(text: str) -> str:
-    """The typographic minus sign, and no sign on a figure that rounds to zero."""
+    """`text` with the typographic minus sign, and without a sign if the figure rounds to zero."""
     if text.startswith("-"):
         return text[1:] if float(text) == 0 else MINUS + text[1:]
     return text

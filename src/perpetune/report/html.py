@@ -1,4 +1,4 @@
-"""Blocks as HTML, with the classes of `templates/page.css`; texts are escaped, whatever is in them."""
+"""Draw blocks as HTML, with the classes of `templates/page.css`. All texts are escaped."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ NOTHING = Markup("")
 
 
 def section(of: Section) -> Markup:
-    """A section; one without a title is its blocks alone."""
+    """A section; without a title, only its blocks."""
     inner = blocks(of.blocks)
     return Markup('<section id="{}">\n{}</section>\n').format(of.name, inner) if of.heading else inner
 
 
 def blocks(found: Sequence[Block]) -> Markup:
-    """Blocks one below the other; what needs a frame and stands in none gets one."""
+    """Blocks one below the other. A block that needs a frame and has none gets one."""
     parts = []
     for block in only(found, "page"):
         if isinstance(block, FRAMED):
@@ -57,7 +57,7 @@ def blocks(found: Sequence[Block]) -> Markup:
 
 
 def _inside(found: Sequence[Block]) -> Markup:
-    """Blocks that stand in a frame already."""
+    """Blocks that are already in a frame."""
     return NOTHING.join(DRAW[type(block)](block) for block in only(found, "page") if not isinstance(block, Brief))
 
 
@@ -262,7 +262,7 @@ def _swatch(style: str) -> Markup:
 
 
 def _attribute(name: str, value: object, empty: bool = False) -> Markup:
-    """An attribute of a tag; none without a value, unless `empty` ones are meant."""
+    """An attribute of a tag; no attribute if the value is empty, unless `empty` is set."""
     return Markup(' {}="{}"').format(name, value) if value or empty else NOTHING
 
 
@@ -272,4 +272,4 @@ DRAW: dict[type, Callable[[Any], Markup]] = {
     Pair: _pair,
 }  # fmt: skip
 FRAMED = (Bullets, Code, Table, Heat, Chart, Shares, Tree, Gallery, Fold)
-WIDE = (Table, Fold, Tree, Gallery, Shares)  # what scrolls sideways where there is no room, with its frame
+WIDE = (Table, Fold, Tree, Gallery, Shares)  # blocks whose frame scrolls sideways if there is no room

@@ -1,4 +1,4 @@
-"""Blocks as Markdown, for a pull request or a lab book; texts are escaped, and there are no drawings."""
+"""Write blocks as Markdown, for a pull request or a lab book. Texts are escaped; drawings are left out."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def page(of: Page) -> str:
 
 
 def section(of: Section) -> str:
-    """A section; empty where nothing of it is left without drawings."""
+    """A section; empty if it has only drawings."""
     heading = of.heading
     body = blocks([block for block in of.blocks if block is not heading])
     return f"## {plain(heading.title)}\n\n{body}" if heading and body else body
@@ -52,7 +52,7 @@ def blocks(found: Sequence[Block]) -> str:
 
 
 def plain(text: object) -> str:
-    """`text` so that Markdown and the HTML in it show it as it is, on one line."""
+    """`text` on one line, escaped so that Markdown and HTML show it unchanged."""
     return re.sub(r"([\\`*_{}\[\]<>|#~&])", r"\\\1", " ".join(str(text).split()))
 
 
@@ -134,7 +134,7 @@ def _rows(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _lines(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A pipe table of cells that are escaped already."""
+    """A pipe table of cells that are already escaped."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

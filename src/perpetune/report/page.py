@@ -1,4 +1,4 @@
-"""Reports as files: one self-contained page, the same in Markdown, and the figures as JSON."""
+"""Write reports as files: one HTML page that needs no other file, the same in Markdown, and the figures as JSON."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 
 def write_report(results: Mapping[str, Any], folder: Path, found: Sequence[Headroom] = ()) -> list[Path]:
-    """Write `report.html`, `report.json` and `report.md` into `folder`; the paths in that order.
+    """Write `report.html`, `report.json` and `report.md` into `folder`; return their paths in this order.
 
-    The page opens offline: styles, drawings and the few lines of script are inside it. Each file is
-    written aside and renamed, so a report is never half there.
+    The page opens offline, because its styles, drawings and short script are inside it. Each file is written under
+    another name first and then renamed, so a report is never incomplete.
 
     Args:
         results: a results document, see `results_schema.Results`.
-        folder: made when it is not there.
-        found: the headroom of the run's stream, with other runs beside it (`headroom_beside`).
+        folder: the folder; it is made if it does not exist.
+        found: the headroom of the run's stream, compared with other runs (`headroom_beside`).
 
     Raises:
         StateError: `results` is not a results document.
@@ -51,7 +51,7 @@ def write_report(results: Mapping[str, Any], folder: Path, found: Sequence[Headr
 
 
 def run_page(run: Results) -> Page:
-    """The page of one run: what it is, and its sections."""
+    """The page of one run: its title, its choices and its sections."""
     tasks, learned = form.plural(len(run["tasks"]), "task"), form.plural(len(run["cells"]), "task")
     incomplete = f"This run is not complete; its figures are of the {learned} learned so far."
     made_by = f"Made by perpetune {run['versions'].get('perpetune', '')}".rstrip()
@@ -69,11 +69,11 @@ def run_page(run: Results) -> Page:
 def headroom_beside(
     run: tuple[str, Mapping[str, Any]], others: Sequence[tuple[str, Mapping[str, Any]]]
 ) -> list[Headroom]:
-    """The headroom of the stream that `run` learned, with the `others` beside it; empty where it has none.
+    """The headroom of the stream that `run` learned, with the runs among `others` on the same stream; empty if unknown.
 
     Args:
-        run: what the user calls it and its results document.
-        others: the same of other runs, of whatever stream.
+        run: the user's name for the run, and its results document.
+        others: the same for other runs, on any stream.
     """
     named = [run, *others]
     found = compare([results for _, results in named], [name for name, _ in named])["headroom"]
@@ -81,15 +81,15 @@ def headroom_beside(
 
 
 def write_comparison(runs: Sequence[tuple[str, Mapping[str, Any]]], folder: Path, name: str = "compare") -> list[Path]:
-    """Write `compare.html`, `compare.json` and `compare.md` into `folder`; the paths in that order.
+    """Write `compare.html`, `compare.json` and `compare.md` into `folder`; return their paths in this order.
 
     Args:
-        runs: for each run what the user calls it (its folder, say) and its results document.
-        folder: made when it is not there.
-        name: of the files, without their endings.
+        runs: for each run the user's name for it (such as its folder), and its results document.
+        folder: the folder; it is made if it does not exist.
+        name: the name of the files, without the suffix.
 
     Raises:
-        StateError: one of them is not a results document.
+        StateError: a document is not a results document.
     """
     comparison = compare([run for _, run in runs], [name for name, _ in runs])
     page = comparison_page(comparison)
@@ -102,7 +102,7 @@ def write_comparison(runs: Sequence[tuple[str, Mapping[str, Any]]], folder: Path
 
 
 def is_comparison(path: Path) -> bool:
-    """Whether `write_comparison` has written the file `path`, under a name that the command line gives it."""
+    """Whether `path` is a file from `write_comparison`, with a name that the command line uses."""
     if path.stem not in ("compare", "comparison") or not path.is_file():
         return False
     if path.suffix != ".json":
@@ -142,6 +142,6 @@ def _json(document: Mapping[str, Any]) -> str:
 def _write(files: Mapping[str, str], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
-        # A file name that is not UTF-8 reaches us as lone surrogates, which no encoder takes.
+        # A file name that is not UTF-8 contains lone surrogates, which cannot be encoded.
         write_file(folder / name, text.encode("utf-8", "backslashreplace"))
     return [folder / name for name in files]

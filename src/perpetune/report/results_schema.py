@@ -15,8 +15,8 @@ FORMAT = 1
 
 
 class TaskInfo(TypedDict):
-    """One task: `train` and `test` are numbers of examples, `fingerprint` is of its data. Without `classes` its answers
-    are free text."""
+    """One task. `train` and `test` are numbers of examples, `fingerprint` is that of its data. If `classes` is empty,
+    its answers are free text."""
 
     index: int
     name: str
@@ -27,7 +27,7 @@ class TaskInfo(TypedDict):
 
 
 class OracleCell(TypedDict):
-    """Right answers of the head solved on all data so far, a diagnosis; `head` is its kind."""
+    """The right answers of the oracle head, a diagnosis: it was solved on all data so far. `head` is its kind."""
 
     correct: float
     head: str
@@ -37,9 +37,9 @@ class AnsweredCell(Cell):
     """Counts on one task, as `Cell`.
 
     Attributes:
-        others: right answers (or the sum of scores) of other ways in which the method could have answered, by name.
-        gauges: means of numbers that say how it came to its answer, by name.
-        oracle: with `evaluate.oracle`. It has seen all old data, so it is none of the method's ways to answer.
+        others: for each other way to answer its right answers (or sum of scores), by name.
+        gauges: means of numbers that show how the method came to its answer, by name.
+        oracle: the oracle head, with `evaluate.oracle`. It has seen all old data, so it is no way of the method.
     """
 
     others: NotRequired[dict[str, float]]
@@ -48,7 +48,7 @@ class AnsweredCell(Cell):
 
 
 class Facts(TypedDict):
-    """What a method's `facts()` gave after one task, by name: of each head its solution, say, or its tree of tasks.
+    """The result of a method's `facts()` after one task, by name, such as each head's solution or the tree of tasks.
 
     `kind`, if there is one, says which section of the report reads a fact (`report.sections.reads`)."""
 
@@ -59,7 +59,8 @@ class Facts(TypedDict):
 class Moved(TypedDict):
     """How far the features of earlier tasks had moved after one task, by the earlier task's name.
 
-    The mean distance of the normalised features of a few test examples: 0 where they were, at most 2.
+    The figure is the mean distance between old and new features, normalised to length 1, of a few test examples. 0
+    means that they have not moved; the largest value is 2.
     """
 
     task: int
@@ -90,7 +91,7 @@ class Timing(TypedDict):
 
 
 class BadFile(TypedDict):
-    """A file of the user's that could not be read; `task` is its index, None when not known."""
+    """A file of the user that could not be read. `task` is the index of its task, None if not known."""
 
     task: int | None
     file: str
@@ -100,9 +101,9 @@ class BadFile(TypedDict):
 class SiteMoved(TypedDict):
     """One place where features meet trained parameters.
 
-    `change` is the root mean square by which its outputs on all earlier data have moved, `relative` the same over the
-    outputs' own (None where nothing was protected before, or they are zero). `room` is the share of its `directions`
-    that is still free, once the entry's own data were added; `rank` of them are taken.
+    `change` is the root mean square of the change of its outputs on all earlier data. `relative` is the same divided by
+    the root mean square of the outputs (None if nothing was protected before, or the outputs are zero). `room` is the
+    share of its `directions` that is still free after the entry's own data were added; `rank` of them are taken.
     """
 
     site: str
@@ -114,17 +115,17 @@ class SiteMoved(TypedDict):
 
 
 class Consolidation(TypedDict):
-    """The certificate taken each time data were protected: how far old outputs had moved by then, and the room left.
+    """The certificate, made each time data are protected: how far old outputs had moved, and the room that is left.
 
     Attributes:
-        task: index of the task.
-        of: the data that were added: of the `task` itself, or the recipe's `reference`.
-        examples, rows: of those data; a row is what one site sees at once, such as one token.
-        energy: share of the features' energy that was protected.
+        task: the index of the task.
+        of: the data that were added: those of the `task` itself, or the recipe's `reference`.
+        examples, rows: the numbers of these examples and of rows; a row is one vector at a site, such as one token's.
+        energy: the share of the features' energy that was protected.
         consolidated: how often data had been added before.
-        worst, median: of `relative` over the sites; None where nothing was protected before.
-        room: mean over the sites that are held (`protect.sites`).
-        full: those of them without room.
+        worst, median: of `relative` over the sites; None if nothing was protected before.
+        room: the mean room over the sites that are held (`protect.sites`).
+        full: the names of held sites without room.
     """
 
     task: int
@@ -146,15 +147,15 @@ class Results(TypedDict):
     Attributes:
         cells: a row for each task learned so far, a column for each task; None is not measured.
         storage: for each task `{"task": index, file kind: bytes, …}`.
-        facts, drift: after each task; what has nothing to tell may be empty. Absent in older documents.
-        exams: in the order in which they were taken; absent where the recipe has none.
-        protection: in the order in which data were added; none without `protect:`, absent in older documents.
-        recipe: the resolved recipe, every default written out.
-        examples: what the backbone's examples are called, in the plural; absent or None in older documents.
-        trainable_parameters, backbone_parameters: None where no model has been built yet.
-        complete: all tasks of the stream were learned; otherwise `tasks` may hold the learned ones alone.
-        extra: whatever else a caller keeps here; not shown.
-        headroom: of the run's stream, with other runs beside it (`report.sections.headroom.Headroom`).
+        facts, drift: one entry after each task; an entry may be empty. Older documents do not have them.
+        exams: in the order in which they were taken; absent if the recipe has none.
+        protection: the certificates in order; empty without `protect:`. Older documents do not have them.
+        recipe: the resolved recipe, with every default written out.
+        examples: the word for the backbone's examples, in the plural; older documents do not have it, or have None.
+        trainable_parameters, backbone_parameters: None if no model has been built yet.
+        complete: whether all tasks of the stream were learned; if not, `tasks` may have the learned tasks only.
+        extra: any other data of a caller; reports do not show it.
+        headroom: the headroom of the run's stream, with other runs (`report.sections.headroom.Headroom`).
     """
 
     format: int
@@ -184,10 +185,10 @@ class Results(TypedDict):
 
 
 def checked(document: Mapping[str, Any], where: str = "results") -> Results:
-    """`document` as plain JSON data, once its shape is known to be right.
+    """Check the shape of `document`, and return it as plain JSON data.
 
     Raises:
-        StateError: it is not a results document, or one of a format this version does not know.
+        StateError: it is not a results document, or this version does not know its format.
     """
     from pydantic import TypeAdapter, ValidationError
 
@@ -252,11 +253,11 @@ def _check_sizes(results: Results, where: str) -> None:
             raise StateError(f"{where}: an entry of drift names no task: {unknown[0]}")
 
 
-# Facts may come from any version or package. What is missing or of another type than expected reads as nothing.
+# Facts may come from any version or package. A value that is missing or has another type counts as absent.
 
 
 def facts_of(results: Mapping[str, Any], kind: str | None = None) -> list[tuple[int, str, dict[str, Any]]]:
-    """(index of the task, name, facts) of all facts, or those of one kind, in the order of the tasks."""
+    """(index of the task, name, facts) for all facts, or for those of one kind, in the order of the tasks."""
     listed = sorted(results.get("facts", []), key=lambda entry: entry["task"])
     found = [(entry["task"], name, as_mapping(facts)) for entry in listed for name, facts in entry["of"].items()]
     return [one for one in found if kind is None or one[2].get("kind") == kind]
@@ -279,12 +280,12 @@ def as_text(value: object) -> str:
 
 
 def as_number(value: object) -> float | None:
-    """A number of a size that can be shown."""
+    """`value` if it is a finite number that reports can show, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if -1e15 < value < 1e15 else None
 
 
 def as_count(value: object) -> int | None:
-    """A whole number; one below zero is none."""
+    """`value` if it is a whole number of at least 0, else None."""
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**18 else None

@@ -1,4 +1,4 @@
-"""A figure of several runs: its mean and how far they lie apart."""
+"""A figure of several runs: its mean and its standard deviation."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Spread(TypedDict):
 
 
 def spread(values: Sequence[float | None]) -> Spread:
-    """Mean and sample standard deviation (n - 1) of the values that are there."""
-    there = [v for v in values if v is not None]
-    mean = statistics.fmean(there) if there else None
+    """Mean and sample standard deviation (n - 1) of the values that are not None."""
+    known = [v for v in values if v is not None]
+    mean = statistics.fmean(known) if known else None
     return {
         "mean": mean,
-        "std": statistics.stdev(there) if len(there) > 1 else None,
-        "n": len(there),
+        "std": statistics.stdev(known) if len(known) > 1 else None,
+        "n": len(known),
         "values": list(values),
     }

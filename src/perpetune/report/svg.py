@@ -16,8 +16,8 @@ from markupsafe import Markup
 from perpetune.report import form
 from perpetune.report.palette import heat_level
 
-LEFT, RIGHT, TOP, BOTTOM = 46, 16, 14, 40  # room for the axes, in drawing units
-MARKERS = 20  # more points than this are a line alone
+LEFT, RIGHT, TOP, BOTTOM = 46, 16, 14, 40  # the margins for the axes, in drawing units
+MARKERS = 20  # a line with more points has no markers
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Line:
     """One curve.
 
     Attributes:
-        name: shown on hover.
-        values: one share for each x position; None is a gap.
-        style: CSS classes, among them the colour's.
+        name: the text that the page shows on hover.
+        values: one share for each x position; None makes a gap.
+        style: CSS classes, with that of the colour.
         spread: half the height of the band around each value (a standard deviation), if any.
     """
 
@@ -38,13 +38,13 @@ class Line:
 
 
 def line_chart(lines: Sequence[Line], label: str, *, width: int, height: int, floor: float, top: float) -> Markup:
-    """Curves over the tasks learned (1, 2, …), in per cent.
+    """Curves over the learned tasks (1, 2, …), in percent.
 
     Args:
-        lines: drawn in order, the last on top.
-        label: what the chart shows, for screen readers.
-        width, height: of the drawing; it scales to the space there is.
-        floor, top: the least range of the vertical axis, as shares; it grows to hold all values.
+        lines: the curves; the last one is drawn on top.
+        label: a description for screen readers.
+        width, height: the size of the drawing; the page scales it to the available space.
+        floor, top: the smallest range of the vertical axis, as shares; it grows to include all values.
     """
     steps = max((len(line.values) for line in lines), default=0)
     ticks = _ticks(*_extent(lines, floor, top))
@@ -74,15 +74,15 @@ def heat_overview(matrix: Sequence[Sequence[float | None]], columns: int, label:
 
 @dataclass(frozen=True)
 class Branch:
-    """A node of a tree and what is below it.
+    """A node of a tree, with the nodes below it.
 
     Attributes:
-        name: of a leaf, beside it.
-        title: shown on hover.
-        notes: two short texts at a node that has children, above and below the line that leads to it.
+        name: the name of a leaf, drawn beside it.
+        title: the text that the page shows on hover.
+        notes: for a node with children two short texts, above and below the line that leads to it.
         style: CSS classes.
-        square: how a leaf is marked, instead of by a disc.
-        children: none of a leaf.
+        square: whether a leaf is marked by a square instead of a disc.
+        children: the nodes below; a leaf has none.
     """
 
     name: str
@@ -97,8 +97,8 @@ def tree(root: Branch, label: str) -> Markup:
     """A tree from left to right, each leaf on a line of its own with its name, in drawing units that are pixels.
 
     Args:
-        root: may be a leaf itself.
-        label: what the drawing shows, for screen readers.
+        root: the root; it may be a leaf.
+        label: a description for screen readers.
     """
     return _tree(root, label, _Room(row=26, letter=6.9, names=380, columns=(96, 210), width=1044, style="chart tree"))
 
@@ -202,12 +202,12 @@ def _leaves(node: Branch) -> int:
 
 
 def _breadth(text: str) -> int:
-    """How many letters' room a text takes; Chinese and Japanese ones take two."""
+    """The width of a text in letters; Chinese and Japanese letters count as two."""
     return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
 
 
 def _cut(text: str, room: float) -> str:
-    """As much of a text as has room, with an ellipsis where it is cut."""
+    """The part of a text that fits, with an ellipsis if it is cut."""
     if _breadth(text) <= room:
         return text
     breadths = itertools.accumulate(map(_breadth, text))
@@ -216,7 +216,7 @@ def _cut(text: str, room: float) -> str:
 
 @dataclass(frozen=True)
 class _Frame:
-    """Where data lie in the drawing: step i (from 0) and share v to x and y."""
+    """The scales of a drawing: from step i (from 0) and share v to x and y."""
 
     steps: int
     low: float
@@ -271,7 +271,7 @@ def _axes(frame: _Frame, ticks: Sequence[float]) -> Markup:
 
 
 def _labelled(steps: int) -> list[int]:
-    """Steps that get a number below: the first, and round ones, at most about ten."""
+    """The steps with a number below them: the first and round ones, at most about ten."""
     every = next(n for n in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, steps) if steps / n <= 11)
     if every == 2:
         return list(range(0, steps, 2))

@@ -15,29 +15,29 @@ if TYPE_CHECKING:
     from rich import table, text
     from rich.console import Console
 
-VISIBLE_CHANGE = 0.005  # smaller ones do not show at two digits
+VISIBLE_CHANGE = 0.005  # two digits do not show smaller changes
 GAP = "…"
 ROWS = 24
-NAME = 16  # longer names of tasks are cut
+NAME = 16  # the terminal cuts longer names of tasks
 T = TypeVar("T")
 
 
 def summary(sections: Sequence[Section], width: int = 100) -> list[Any]:
-    """What a run ends with, for `show`: tables, the figures, and a line for each thing to say."""
+    """The output at the end of a run, for `show`: tables, the figures, and one line from each section that has one."""
     lines = [figures_line(block) for block in _all(sections, Figures)]
     briefs = [brief_line(block) for block in _all(sections, Brief) if block.when != "live"]
     return [*drawn(_tall(sections), width), *lines, *briefs]
 
 
 def after_task(sections: Sequence[Section]) -> list[text.Text]:
-    """What the live view says after each task: the last row of the first table, and a line for each thing to say."""
+    """The output after each task: the last row of the first table, and one line from each section that has one."""
     heat = next((block for block in _tall(sections) if isinstance(block, Heat)), None)
     briefs = [brief_line(block, "  ") for block in _all(sections, Brief) if block.when != "end"]
     return [*([row_line(heat)] if heat else []), *briefs]
 
 
 def short_line(sections: Sequence[Section]) -> text.Text:
-    """What is said after a task of one of several runs: `after 3 task-3: mean .81  moved 0.8 % …`."""
+    """The line after a task if several runs learn at once: `after 3 task-3: mean .81  moved 0.8 % …`."""
     from rich.text import Text as Line
 
     line = Line()
@@ -51,13 +51,13 @@ def short_line(sections: Sequence[Section]) -> text.Text:
 
 
 def show(console: Console, parts: Iterable[Any]) -> None:
-    """Print what `summary` or `drawn` gave."""
+    """Print the output of `summary` or `drawn`."""
     for part in parts:
-        console.print(part, soft_wrap=bool(getattr(part, "no_wrap", False)))  # else rich breaks a long line
+        console.print(part, soft_wrap=bool(getattr(part, "no_wrap", False)))  # otherwise rich breaks long lines
 
 
 def drawn(found: Sequence[Block], width: int = 100) -> list[Any]:
-    """Blocks for `show`; of what has no place in a terminal, such as charts, there is nothing."""
+    """Blocks in the form for `show`, without those that a terminal cannot show, such as charts."""
     from rich.text import Text as Line
 
     parts: list[Any] = []
@@ -70,7 +70,7 @@ def drawn(found: Sequence[Block], width: int = 100) -> list[Any]:
             parts.append(Line(block.text, "yellow" if block.warning else ""))
         elif isinstance(block, Bullets):
             parts += [Line(item) for item in block.items]
-        elif isinstance(block, Code):  # to be copied, so it is not broken into lines
+        elif isinstance(block, Code):  # users copy it, so its lines are not broken
             parts += [Line(f"  {line}", no_wrap=True) for line in block.text.splitlines()]
         elif isinstance(block, Figures):
             parts.append(figures_line(block))
@@ -82,8 +82,8 @@ def drawn(found: Sequence[Block], width: int = 100) -> list[Any]:
 def heat_table(heat: Heat, width: int = 100) -> table.Table:
     """A table of cells, each with its change since the row before: `.87 ▼.11`.
 
-    Where the columns do not fit into `width` characters the changes go first, then columns in the
-    middle; rows in the middle go where there are more than a screen holds. What is left out shows as `…`.
+    If the columns do not fit into `width` characters, the changes are left out first, then columns in the middle. If
+    there are too many rows for a screen, rows in the middle are left out. `…` stands for what is left out.
     """
     from rich.text import Text as Line
 
@@ -110,7 +110,7 @@ def heat_table(heat: Heat, width: int = 100) -> table.Table:
 
 
 def row_line(heat: Heat) -> text.Text:
-    """The last row alone, for the live view: `after 3 task-3: mean .81  task-1 .87 ▼.11 …`."""
+    """Only the last row, for the output during learning: `after 3 task-3: mean .81  task-1 .87 ▼.11 …`."""
     from rich.text import Text as Line
 
     if not heat.rows:
@@ -123,7 +123,7 @@ def row_line(heat: Heat) -> text.Text:
 
 
 def figures_line(found: Figures) -> text.Text:
-    """The large figures on one line; those that are not defined are left out."""
+    """The large figures on one line, without those that are not defined."""
     from rich.text import Text as Line
 
     line = Line()
@@ -135,7 +135,7 @@ def figures_line(found: Figures) -> text.Text:
 
 
 def brief_line(found: Brief, indent: str = "") -> text.Text:
-    """`drift: features of earlier tasks moved 0.020`; a warning is set off."""
+    """The line of a section: `drift: features of earlier tasks moved 0.020`; a warning is highlighted."""
     from rich.text import Text as Line
 
     if found.warning:
@@ -144,7 +144,7 @@ def brief_line(found: Brief, indent: str = "") -> text.Text:
 
 
 def plain_table(found: blocks.Table) -> table.Table:
-    """A table of texts, of which long ones go over several lines; the best cells are bold."""
+    """A table of texts. Long texts take several lines; the best cells are bold."""
     from rich.text import Text as Line
 
     drawn = new_table()
@@ -160,7 +160,7 @@ def plain_table(found: blocks.Table) -> table.Table:
 
 
 def new_table() -> table.Table:
-    """An empty table in the one style that all of them have."""
+    """An empty table in the common style."""
     from rich import box
     from rich.table import Table
 
@@ -175,7 +175,7 @@ def share(value: float | None) -> str:
 
 
 def cell_text(one: HeatCell | None, changes: bool) -> text.Text:
-    """A cell and, with `changes`, what changed since the row before."""
+    """A cell, and with `changes` its change since the row before."""
     from rich.text import Text as Line
 
     if one is None:
@@ -193,7 +193,7 @@ def _mean(row: blocks.HeatRow) -> str:
 
 
 def _tall(sections: Sequence[Section]) -> list[Block]:
-    """What sections have for the terminal that is more than a line."""
+    """The blocks of sections for the terminal, without their single lines."""
     return [inner for only in _all(sections, Only) if only.output == "terminal" for inner in only.blocks]
 
 
@@ -202,7 +202,7 @@ def _all(sections: Sequence[Section], kind: type[T]) -> list[T]:
 
 
 def _elided(n: int, limit: int) -> list[int | None]:
-    """Positions 0 to n - 1, with None for the middle ones where there are more than `limit`."""
+    """The positions 0 to n - 1. If there are more than `limit`, None stands for those in the middle."""
     if n <= limit:
         return list(range(n))
     head = (limit - 1) // 2

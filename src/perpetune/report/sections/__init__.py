@@ -1,4 +1,4 @@
-"""The sections of a run's report, one file each, and those of other packages.
+"""The sections of a run's report, one file for each, and the sections of other packages.
 
 A section is a function, or another callable, that takes the results document and returns blocks, or None where the
 document has nothing for it. The sections of perpetune stand in `registry.BUILTIN`, in the order of the page; other
@@ -41,7 +41,7 @@ def collect(results: Results) -> list[Section]:
     """The sections of a run's report, in order, without those that have nothing to show.
 
     Args:
-        results: the document; with `headroom` where other runs lie beside this one.
+        results: the document; it has `headroom` if the run is compared with other runs.
     """
     from perpetune import registry  # imported here, because it loads torch, which a comparison does not need
 
@@ -60,7 +60,7 @@ def collect(results: Results) -> list[Section]:
 
 
 def _load(name: str, own: bool) -> Draft:
-    """The section of that name; for one of another package that cannot be loaded, one that fails with the reason."""
+    """The section of that name. If another package's section cannot be loaded, a section that fails with the reason."""
     from perpetune import registry
 
     try:
@@ -76,7 +76,7 @@ def _fail(error: Exception, results: Results) -> None:
 
 
 def _tried(name: str, draft: Draft, results: Results) -> Sequence[Block] | None:
-    """The blocks of another package's section, once each kind of output has drawn them; one line where that fails."""
+    """The blocks of another package's section, after each kind of output has drawn them; one line if this fails."""
     try:
         blocks = list(draft(results) or ())
         section = Section(name, blocks)
@@ -93,7 +93,7 @@ def _kinds(draft: Draft) -> Collection[str]:
 
 
 def _with_facts(results: Results, own: Collection[str], read: Collection[str]) -> Results:
-    """The document as a section gets it: facts of its `own` kinds, or without any, of the kinds that are not `read`."""
+    """The document for a section: with the facts of its `own` kinds; if it has no kinds, with facts that none reads."""
 
     def wanted(facts: dict[str, Any]) -> bool:
         return facts.get("kind") in own if own else facts.get("kind") not in read

@@ -1,4 +1,4 @@
-"""The other ways in which a method could have answered, beside its answer, and the gauges of how it came to that."""
+"""The section about other ways to answer: their accuracy beside the method's answer, and the gauges of the method."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from perpetune.report.sections.curves import MEAN
 from perpetune.report.svg import Line
 
 MEANING = (
-    "The method can answer in several ways; each was tried on the same test data. The first is its answer, of which "
-    "all other figures here are."
+    "The method can answer in several ways. Each way was tested on the same data. The first way is the method’s "
+    "answer; all other figures of this report are about it."
 )
 ORACLE = "oracle head (diagnosis)"
 ORACLE_MEANING = (
-    "The oracle head is a diagnosis and no result of the method: after training it was solved on the training data of "
-    "all tasks so far, which the method does not keep, with the features as they are now. What it gains over the "
-    "answer is what the method’s own head misses; what it gains over a frozen model is what tuned features are worth."
+    "The oracle head is a diagnosis, not a result of the method. After training it was solved on the training data of "
+    "all tasks so far, which the method does not keep, with today’s features. Its gain over the method’s answer shows "
+    "how much the method’s own head misses. Its gain over a frozen model shows how much the tuned features are worth."
 )
 GAUGES = (
-    "How the answer came about: the mean over the test data of the task just learned, and of the earlier tasks "
-    "(each task counts alike), after each task."
+    "The gauges show how the method came to its answer. After each task: the mean over the test data of the new task, "
+    "and the mean over the earlier tasks (each task has the same weight)."
 )
 
 
@@ -43,7 +43,7 @@ class Way:
 
 @dataclass(frozen=True)
 class GaugeRow:
-    """Each gauge after one task: its mean on that task and over the earlier ones, in the order of `gauge_names`."""
+    """Each gauge after one task: its mean on that task and over the earlier tasks, in the order of `gauge_names`."""
 
     number: int
     task: str
@@ -51,11 +51,11 @@ class GaugeRow:
 
 
 def section(results: Results) -> list[Block] | None:
-    found, gauges, blocks = ways(results), gauge_rows(results), list[Block]()
-    if found:
-        styles = ["strong", *(f"l{i % len(LIGHT_LINES)}" for i in range(1, len(found)))]
+    listed, gauges, blocks = ways(results), gauge_rows(results), list[Block]()
+    if listed:
+        styles = ["strong", *(f"l{i % len(LIGHT_LINES)}" for i in range(1, len(listed)))]
         what = measure(results)
-        lines = [Line(way.name, way.curve, style) for way, style in zip(found, styles, strict=False)]
+        lines = [Line(way.name, way.curve, style) for way, style in zip(listed, styles, strict=False)]
         # The answer comes last, and so on top.
         chart = Chart(lines[::-1], f"Mean {what} on the tasks seen, by each way to answer")
         columns: Columns = [
@@ -66,9 +66,9 @@ def section(results: Results) -> list[Block] | None:
         keys = ("final_accuracy", "average_accuracy", "forgetting")
         rows: Rows = [
             [Cell(way.name, swatch=style), *(form.percent(way.metrics[key]) for key in keys)]  # type: ignore[literal-required]
-            for way, style in zip(found, styles, strict=False)
+            for way, style in zip(listed, styles, strict=False)
         ]
-        table = Panel([Table(columns, rows)], "Figures", "as the headline figures, for each way")
+        table = Panel([Table(columns, rows)], "Figures", "the headline figures, for each way")
         blocks += [Text(meaning(results)), Pair([Panel([chart], what.capitalize(), MEAN), table])]
         blocks.append(Brief("answers", told(results)))
     if gauges:
@@ -86,41 +86,43 @@ def section(results: Results) -> list[Block] | None:
 
 
 def names(results: Mapping[str, Any]) -> list[str]:
-    """The ways to answer beside the answer itself, in the order in which they first occur; the oracle head last."""
-    found = dict.fromkeys(name for row in results["cells"] for cell in row if cell for name in _others(cell))
-    return sorted(found, key=lambda name: name == ORACLE)
+    """The names of the other ways to answer, in the order of their first use; the oracle head comes last."""
+    others = dict.fromkeys(name for row in results["cells"] for cell in row if cell for name in _others(cell))
+    return sorted(others, key=lambda name: name == ORACLE)
 
 
 def meaning(results: Mapping[str, Any]) -> str:
-    """What the ways to answer are; empty where there is no other."""
-    found = names(results)
-    parts = [MEANING] if set(found) - {ORACLE} else []
-    if ORACLE in found:
-        own = oracle_head(results)
-        trained = f" Head {_head(results)} is trained, not solved: the oracle is head {own} with its default options."
-        parts += [ORACLE_MEANING + (trained if own != _head(results) else "")]
+    """An explanation of the ways to answer; empty if there is no other way."""
+    others = names(results)
+    parts = [MEANING] if set(others) - {ORACLE} else []
+    if ORACLE in others:
+        oracle = oracle_head(results)
+        trained = (
+            f" Head {_head(results)} is trained by gradients, so the oracle uses head {oracle} with default options."
+        )
+        parts += [ORACLE_MEANING + (trained if oracle != _head(results) else "")]
     return " ".join(parts)
 
 
 def oracle_head(results: Mapping[str, Any]) -> str | None:
-    """The kind of the oracle head; None without one."""
+    """The kind of the oracle head; None if there is none."""
     return next((c["oracle"]["head"] for row in results["cells"] for c in row if c and "oracle" in c), None)
 
 
 def own_name(results: Mapping[str, Any]) -> str:
-    """What the answer is called beside the others: as its method says, which older results do not tell."""
-    told = next((cell["way"] for row in results["cells"] for cell in row if cell and cell.get("way")), None)
-    return told or ("mixed" if len(set(names(results)) - {ORACLE}) > 1 else "answer")
+    """The name of the method's answer beside the other ways. The method gives it; older results do not have it."""
+    way = next((cell["way"] for row in results["cells"] for cell in row if cell and cell.get("way")), None)
+    return way or ("mixed" if len(set(names(results)) - {ORACLE}) > 1 else "answer")
 
 
 def answered(results: Results, name: str) -> Results:
-    """The run as it would be if the method had answered that way; a cell where it could not is not measured."""
+    """The run as if the method had answered that way; a cell without that way counts as not measured."""
     cells = [[_cell(cell, name) if cell else None for cell in row] for row in results["cells"]]
     return cast(Results, {**results, "cells": cells, "metrics": summarise(cells, results["tasks"])})
 
 
 def ways(results: Results) -> list[Way]:
-    """The answer, then the other ways; empty where there is no other."""
+    """The method's answer, then the other ways; empty if there is no other way."""
     others = names(results)
     runs = {own_name(results): results, **{name: answered(results, name) for name in others}} if others else {}
     return [
@@ -129,12 +131,12 @@ def ways(results: Results) -> list[Way]:
 
 
 def gauge_names(results: Mapping[str, Any]) -> list[str]:
-    found = (name for row in results["cells"] for cell in row if cell for name in cell.get("gauges", {}))
-    return list(dict.fromkeys(found))
+    gauges = (name for row in results["cells"] for cell in row if cell for name in cell.get("gauges", {}))
+    return list(dict.fromkeys(gauges))
 
 
 def gauge_rows(results: Mapping[str, Any]) -> list[GaugeRow]:
-    """The gauges after each task; empty where there is none."""
+    """The gauges after each task; empty if there are none."""
     gauges = gauge_names(results)
     rows = []
     for i, row in enumerate(results["cells"] if gauges else []):
@@ -145,7 +147,7 @@ def gauge_rows(results: Mapping[str, Any]) -> list[GaugeRow]:
 
 
 def told(results: Results) -> str:
-    """`mixed 81.0 %, slow 79.2 %, fast 80.1 %`: the mean over the tasks seen; empty where there is no other way."""
+    """`mixed 81.0 %, slow 79.2 %, fast 80.1 %`: the mean over the tasks seen; empty if there is no other way."""
     return ", ".join(f"{way.name} {form.percent(way.metrics['final_accuracy'])} %" for way in ways(results))
 
 

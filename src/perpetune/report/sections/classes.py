@@ -1,4 +1,4 @@
-"""The classes one by one: right answers, after their task and now."""
+"""The section about each class: its right answers after its task and now."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ VISIBLE_CHANGE = 0.0005
 
 @dataclass(frozen=True)
 class ClassRow:
-    """One class over all tasks learned that have it: right answers (or the sum of scores) and test
-    examples now, accuracy right after learning, accuracy now, and the difference."""
+    """One class, over all learned tasks that have it: the right answers (or the sum of scores) and the test examples
+    now, the accuracy just after learning, the accuracy now, and the difference."""
 
     name: str
     tasks: list[int]
@@ -52,12 +52,12 @@ def section(results: Results) -> list[Block] | None:
         ]
         for row in class_rows(results)
     ]
-    note = Text("Every class of the tasks learned: right after its task, and now.")
+    note = Text("Every learned class: just after its task, and now.")
     return [Heading("Classes"), note, Table(columns, rows, sortable=True, limit=40, noun="class")]
 
 
 def class_rows(results: Results) -> list[ClassRow]:
-    """Classes in the order in which the stream brings them; those without a measured cell are absent."""
+    """The classes in the stream's order, without those that have no measured cell."""
     cells = results["cells"]
     diagonal = [cell for i, row in enumerate(cells) if i < len(row) and (cell := row[i]) is not None]
     now, learned = per_class_counts(seen_cells(cells)), per_class_counts(diagonal)

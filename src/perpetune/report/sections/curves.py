@@ -1,4 +1,4 @@
-"""Accuracy or score and forgetting over the run, as curves."""
+"""The section with the curves of accuracy (or score) and forgetting over the run."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from perpetune.report.results_schema import Results
 from perpetune.report.svg import Line
 
 MEAN = "mean over the tasks seen, after each task, in %"
-LOST = "mean loss per task since it was best, in points"
+LOST = "mean loss per task since its best value, in points"
 
 
 @dataclass(frozen=True)
 class Curves:
-    """Figures as they stood after each task: one value per task learned; `tasks[j]` holds task j's
-    accuracy after each task, None before it was learned."""
+    """Figures after each learned task. `tasks[j]` has the accuracy of task j after each task, None before it was
+    learned."""
 
     accuracy: list[float | None]
     forgetting: list[float | None]
@@ -55,5 +55,5 @@ def curves(results: Results) -> Curves:
 
 
 def line_style(j: int, n: int) -> str:
-    """Few lines are told apart by hue; many are coloured by age."""
+    """The style of line `j` of `n`: few lines differ in hue, many lines are coloured by age."""
     return f"l{j}" if n <= len(LIGHT_LINES) else f"a{round(j * (AGES - 1) / (n - 1))}"

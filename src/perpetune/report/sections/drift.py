@@ -1,4 +1,4 @@
-"""How far the features of earlier tasks' test data have moved: as a table, a figure and a sentence."""
+"""The section about drift: how far the features of earlier tasks' test data have moved."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from perpetune.report.results_schema import Results
 from perpetune.report.sections import protection
 
 MEANING = (
-    "How far the features of each earlier task’s test data (columns; a few examples of each) lie from where they were "
-    "when the task was learned, after each task (rows): the mean distance of features of length 1, so that 0 is where "
-    "they were and 2 is the opposite side."
+    "How far the features of each earlier task’s test data (columns; a few examples of each task) have moved since the "
+    "task was learned, after each task (rows). The figure is the mean distance between the old and the new feature, "
+    "each scaled to length 1: 0 means that they are equal, 2 means that they are opposite."
 )
 CERTIFIED = (
-    "Beside it is the certificate of protection: how far the outputs of the sites, inside the net, have moved on the "
-    "training data. What the certificate says of each place is seen here at the end of the net."
+    "The last columns have the certificate of protection: how far the outputs of the sites, inside the net, have moved "
+    "on the training data. The drift shows the result at the end of the net."
 )
-STILL = "They have not moved at all."
+STILL = "The features have not moved at all."
 
 
 def section(results: Results) -> list[Block] | None:
@@ -33,29 +33,29 @@ def section(results: Results) -> list[Block] | None:
 
 
 def moved(results: Mapping[str, Any]) -> dict[int, dict[str, float]]:
-    """After each task, by its index, the distance of each earlier task's features, by the task's name."""
+    """For each task's index, the distances of the earlier tasks' features after that task, by task name."""
     listed = sorted(results.get("drift", []), key=lambda entry: entry["task"])
     return {entry["task"]: entry["of"] for entry in listed if entry["of"]}
 
 
 def final(results: Mapping[str, Any]) -> float | None:
-    """The mean over the earlier tasks, after the last one."""
+    """The mean distance over the earlier tasks, after the last task."""
     return _mean(moved(results).get(len(results["cells"]) - 1, {}))
 
 
 def still(results: Mapping[str, Any]) -> bool:
-    """Whether nothing has moved, ever."""
+    """Whether no feature has moved after any task."""
     return not any(value for of in moved(results).values() for value in of.values())
 
 
 def table(results: Mapping[str, Any]) -> Heat:
-    """The distances as the accuracy matrix shows accuracies; colours reach up to the largest."""
-    found = moved(results)
-    names = [task["name"] for task in results["tasks"]][: max(found, default=0)]  # nothing comes after the last one
-    largest = max((value for of in found.values() for value in of.values()), default=0.0)
+    """The distances as a matrix, like the accuracy matrix. The darkest colour stands for the largest distance."""
+    distances = moved(results)
+    names = [task["name"] for task in results["tasks"]][: max(distances, default=0)]  # no task comes after the last one
+    largest = max((value for of in distances.values() for value in of.values()), default=0.0)
     certificates = {entry["task"]: entry for entry in protection.after_tasks(results)}
     rows = []
-    for i, of in found.items():
+    for i, of in distances.items():
         name, entry = results["tasks"][i]["name"], certificates.get(i)
         cells = [_cell(of.get(other), other, name, largest) for other in names]
         beside = [form.relative(entry[key], 1) if entry else form.ABSENT for key in ("median", "worst")]
@@ -67,7 +67,7 @@ def table(results: Mapping[str, Any]) -> Heat:
 
 
 def told(results: Mapping[str, Any]) -> str:
-    """`features of earlier tasks moved 0.012 (farthest task-1, 0.034)`, after the last task; empty without a figure."""
+    """`features of earlier tasks moved 0.012 (farthest task-1, 0.034)`, after the last task; empty if not measured."""
     of, mean = moved(results).get(len(results["cells"]) - 1, {}), final(results)
     if mean is None:
         return ""

@@ -1,4 +1,4 @@
-"""The figures that are read first: accuracy or score, forgetting, transfer; what they cost."""
+"""The headline figures: accuracy or score, forgetting and transfer, and the costs."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from perpetune.report.document import backbone_bytes, examples, learn_seconds, m
 from perpetune.report.results_schema import Results
 from perpetune.report.sections.storage import stored_bytes
 
-FIGURES = (  # key, label, what it says, whether its sign is always shown
-    ("final_accuracy", "Final accuracy", "mean over tasks, after the last one: overall performance, OP", False),
-    ("average_accuracy", "Average accuracy", "on the tasks seen, mean over the run", False),
-    ("forgetting", "Forgetting", "lost per task since it was best", False),
-    ("backward_transfer", "Backward transfer", "change since learned, mean over all tasks but the last: BWT", True),
-    ("forward_transfer", "Forward transfer", "above chance before a task is learned", True),
+FIGURES = (  # key, label, meaning, whether its sign is always shown
+    ("final_accuracy", "Final accuracy", "mean over tasks, after the last task: overall performance, OP", False),
+    ("average_accuracy", "Average accuracy", "mean over the tasks seen, then mean over the run", False),
+    ("forgetting", "Forgetting", "mean loss per task since its best value", False),
+    ("backward_transfer", "Backward transfer", "mean change since learned, over all tasks but the last: BWT", True),
+    ("forward_transfer", "Forward transfer", "mean above chance, before a task is learned", True),
     ("pooled_accuracy", "Pooled accuracy", "over all test examples, after the last task", False),
 )
 
-ABSENT = {  # why a figure may be missing
-    "forgetting": "needs two tasks or more",
-    "backward_transfer": "needs two tasks or more",
-    "forward_transfer": "needs tasks that are tried before they are learned",
+ABSENT = {  # the reason why a figure may be missing
+    "forgetting": "needs at least two tasks",
+    "backward_transfer": "needs at least two tasks",
+    "forward_transfer": "needs tasks that are tested before they are learned",
 }
 
 
@@ -29,16 +29,16 @@ def section(results: Results) -> list[Block]:
 
 
 def large(results: Results) -> list[Figure]:
-    found = []
+    headline = []
     for key, label, note, signed in figures(measure(results)):
         value = results["metrics"][key]  # type: ignore[literal-required]
         about = ABSENT.get(key, "no task is measured yet") if value is None else note
-        found.append(Figure(label, figure_text(value, signed), unit(key), about, absent=value is None))
-    return found
+        headline.append(Figure(label, figure_text(value, signed), unit(key), about, absent=value is None))
+    return headline
 
 
 def small(results: Results) -> list[Figure]:
-    """The figures below the headline; the note says what each is relative to."""
+    """The figures below the headline, each with a note about its reference value."""
     trained, backbone = results["trainable_parameters"], results["backbone_parameters"]
     units = (examples(results), "tokens")
     speeds = [per_second(results, "images_per_s"), per_second(results, "tokens_per_s")]
@@ -56,7 +56,7 @@ def small(results: Results) -> list[Figure]:
 
 
 def figures(measured: str) -> list[tuple[str, str, str, bool]]:
-    """`FIGURES` with labels of what is measured, `accuracy` or `score`."""
+    """`FIGURES` with labels for `measured`, which is `accuracy` or `score`."""
     return [(key, label.replace("accuracy", measured), note, signed) for key, label, note, signed in FIGURES]
 
 
@@ -65,5 +65,5 @@ def figure_text(value: float | None, signed: bool) -> str:
 
 
 def unit(key: str) -> str:
-    """Accuracies are in per cent, their differences in percentage points."""
+    """The unit of a figure: percent for accuracies, percentage points for their differences."""
     return "%" if key.endswith("accuracy") else "points"

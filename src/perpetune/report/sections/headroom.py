@@ -1,7 +1,7 @@
-"""How much there is to win over doing nothing, and how much of it each run wins.
+"""The section about headroom: how much there is to win over not training, and how much of it each run wins.
 
-The control trains nothing: head `ridge` on the frozen model's own feature. Joint trains on all data at once. What lies
-between them is the headroom; a method that does not recover any of it need not have been run.
+The control does not train: it puts head `ridge` on the frozen model's own feature. Joint trains on all data at once.
+The difference between them is the headroom. A method that recovers none of it brings nothing.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ PARTS: tuple[Part, ...] = ("control", "frozen taps", "joint")
 Role = Literal["control", "frozen taps", "method", "joint", "diagnosis"]
 Key = tuple[int, str]  # a run's seed, and what its tasks are
 
-LEAST = 0.01  # of accuracy: a share of less than a point is a quotient of chances
-TAPS = "auto"  # blocks that are read where no run says how many
-LOOSE = ("augment", "check", "overlap", "max_bad")  # settings of a stream that leave its tasks as they are
+LEAST = 0.01  # of accuracy: a share of a headroom below one point would be noise
+TAPS = "auto"  # the blocks to read, if no run says how many
+LOOSE = ("augment", "check", "overlap", "max_bad")  # settings of a stream that do not change its tasks
 NAMES = {"control": "control", "frozen taps": "taps", "joint": "joint"}  # the ending of a new run's name
 WHAT = {
     "control": "control (method frozen, head ridge, no taps)",
@@ -35,12 +35,13 @@ WHAT = {
 }
 HEADINGS = ("part", "run", "head", "n", "final accuracy, %", "recovered, %", "of what frozen taps leave, %")
 MEANING = (
-    "The control trains nothing: ridge regression on the frozen model’s own feature (the last class token of a "
-    "picture, the mean over the tokens of a text). Joint trains on all data at once; where there are several joint "
-    "runs, the best one counts, whatever its head. Headroom is the final accuracy of joint less that of the control. "
-    "A run recovers (run − control) / (joint − control) of it. Frozen taps train nothing either, but their head reads "
-    "several blocks: the last column says how much of what they leave a run recovers, (run − taps) / (joint − taps). "
-    "All is computed seed by seed: mean ± sample standard deviation over the seeds that have all parts."
+    "The control does not train the model: it is ridge regression on the frozen model’s own feature (the last class "
+    "token of a picture, the mean over the tokens of a text). Joint trains on all data at once; if there are several "
+    "joint runs, the best one counts, with any head. Headroom is the final accuracy of joint minus that of the "
+    "control. A run recovers the share (run − control) / (joint − control) of it. Frozen taps do not train the model "
+    "either, but their head reads several blocks. The last column is the share that a run recovers of the rest, "
+    "(run − taps) / (joint − taps). Each figure is computed for each seed: mean ± sample standard deviation over the "
+    "seeds that have all parts."
 )
 
 
@@ -48,13 +49,14 @@ class HeadroomRow(TypedDict):
     """One row of a comparison as a part of the headroom.
 
     Attributes:
-        role: `diagnosis` is an oracle head, which is no result.
+        role: the part; `diagnosis` is an oracle head, which is not a result.
+        label: the row's name.
         details: its head and its taps.
-        counts: whether it is the control, the frozen taps or the joint run by which the others are measured.
-        seeds: those with all parts.
-        final: final accuracy at these seeds; at all seeds where the control or joint is missing.
-        recovered: share of the headroom.
-        left: share of what the frozen taps leave of it.
+        counts: whether the others are measured by this row, as the control, the frozen taps or the joint run.
+        seeds: the seeds with all parts.
+        final: the final accuracy at these seeds; at all seeds if the control or joint is missing.
+        recovered: the share of the headroom that the row recovers.
+        left: the share that it recovers of the rest that the frozen taps leave.
     """
 
     role: Role
@@ -68,7 +70,7 @@ class HeadroomRow(TypedDict):
 
 
 class Missing(TypedDict):
-    """A part that no run has, at some seeds, and the command that makes it; empty where there is none."""
+    """A part that is missing at some seeds, and the command that makes it; the command is empty if there is none."""
 
     part: Part
     seeds: list[int]
@@ -79,11 +81,13 @@ class Headroom(TypedDict):
     """The headroom of one stream with one backbone.
 
     Attributes:
-        of: the stream and the backbone, for people.
-        runs: what the user calls the runs that take part.
-        headroom: joint less control; without values where one of them is missing.
-        seeds: of its values.
-        told: the same in a sentence.
+        of: the stream and the backbone, in words.
+        runs: the user's names for the runs.
+        rows: the rows.
+        headroom: joint minus control; without values if one of them is missing.
+        seeds: the seeds of its values.
+        missing: the parts that are missing.
+        told: the headroom in a sentence.
     """
 
     of: str
@@ -96,14 +100,14 @@ class Headroom(TypedDict):
 
 
 def section(results: Results) -> list[Block] | None:
-    """The headroom with runs that lie beside this one, where the document has it (`report.write_report`)."""
-    found: Sequence[Any] = results.get("headroom", [])
-    return blocks(found) if found else None
+    """The headroom of this run and other runs, if the document has it (`report.write_report`)."""
+    streams: Sequence[Any] = results.get("headroom", [])
+    return blocks(streams) if streams else None
 
 
 def blocks(found: Sequence[Headroom]) -> list[Block]:
-    """The headroom of each stream, as a report and a comparison show it."""
-    about = "what counts as control, frozen taps or joint is bold; a diagnosis is no result"
+    """The headroom of each stream, for a report or a comparison."""
+    about = "the runs that count as control, frozen taps and joint are bold; a diagnosis is not a result"
     parts: list[Block] = [Heading("Headroom"), Text(MEANING)]
     for one in found:
         inner: list[Block] = [_table(one)]
@@ -115,7 +119,7 @@ def blocks(found: Sequence[Headroom]) -> list[Block]:
 
 
 def in_terminal(found: Sequence[Headroom]) -> list[Block]:
-    """The parts of each headroom, what is missing to know it, and in the last lines who won how much."""
+    """For the terminal: the parts of each headroom, the missing parts, and in the last lines how much each run won."""
     headings = ("headroom", "run", "head", "n", "final", "recovered", "of what taps leave")
     parts: list[Block] = [_table(one, headings) for one in found if one["headroom"]["n"]]
     for one in found:
@@ -144,33 +148,33 @@ def headrooms(
     called: Sequence[Sequence[str]],
     sources: Sequence[str] | None = None,
 ) -> list[Headroom]:
-    """The headroom of each stream and backbone that has a control or a joint run; of others nothing is said.
+    """The headroom of each stream and backbone with a control or a joint run.
 
     Args:
         rows: the runs of each row of a comparison, each seed once.
-        labels: what each row is called.
-        called: what the user calls each run of each row.
-        sources: what `perpetune run` takes to run each row again; the recipe's name when None.
+        labels: the name of each row.
+        called: the user's name for each run of each row.
+        sources: for each row the recipe that `perpetune run` takes to run it again; None takes the recipe's name.
     """
     groups: dict[str, list[int]] = {}
     for i, runs in enumerate(rows):
         if classed(runs[0]) and measure(runs[0]) == "accuracy" and _name(runs[0], "head") != "lm":
             groups.setdefault(_place(runs[0]), []).append(i)
-    found = []
+    streams = []
     for group in groups.values():
         roles = [role_of(rows[i][0]["recipe"]) for i in group]
         if not {"control", "joint"} & set(roles):
             continue
         again = [sources[i] if sources is not None else str(rows[i][0]["recipe"].get("name", "")) for i in group]
         members = [_Row(role, rows[i], labels[i], source) for i, role, source in zip(group, roles, again, strict=True)]
-        found.append(_headroom(members, [name for i in group for name in called[i]]))
-    if len(found) > 1:  # a sentence of its own for each
-        found = [{**one, "told": f"{one['of']}: {one['told']}"} for one in found]
-    return found
+        streams.append(_headroom(members, [name for i in group for name in called[i]]))
+    if len(streams) > 1:  # each sentence names its stream
+        streams = [{**one, "told": f"{one['of']}: {one['told']}"} for one in streams]
+    return streams
 
 
 def role_of(recipe: Mapping[str, Any]) -> Literal["control", "frozen taps", "method", "joint"]:
-    """What a run is for the headroom."""
+    """The role of a run for the headroom."""
     method, head = _choice(recipe, "method").get("name"), _choice(recipe, "head").get("name")
     if method == "joint":
         return "joint"
@@ -180,30 +184,32 @@ def role_of(recipe: Mapping[str, Any]) -> Literal["control", "frozen taps", "met
 
 
 def changes(part: Part, recipe: Mapping[str, Any], taps: int | str | None) -> list[str]:
-    """The `--set` changes that make the control, frozen taps or joint of a recipe; `taps` of joint may be None, which
-    leaves its head as it is."""
+    """The `--set` changes that turn a recipe into its control, frozen taps or joint run.
+
+    For joint, `taps` may be None, which keeps the recipe's head.
+    """
     backbone, head = _choice(recipe, "backbone"), _choice(recipe, "head")
     wanted = {"control": "frozen", "frozen taps": "frozen", "joint": "joint"}[part]
-    found = [f"method={wanted}"] if _choice(recipe, "method").get("name") != wanted else []
+    settings = [f"method={wanted}"] if _choice(recipe, "method").get("name") != wanted else []
     if part != "joint":
-        found += ["pet=none"] if recipe.get("pet") is not None else []
+        settings += ["pet=none"] if recipe.get("pet") is not None else []
     elif recipe.get("pet") is None:
-        found += ["pet=lora"]
-    found += ["protect=null"] if recipe.get("protect") is not None else []
-    found += ["evaluate.oracle=false"] if (recipe.get("evaluate") or {}).get("oracle") else []
+        settings += ["pet=lora"]
+    settings += ["protect=null"] if recipe.get("protect") is not None else []
+    settings += ["evaluate.oracle=false"] if (recipe.get("evaluate") or {}).get("oracle") else []
     if part == "control":
-        found += [f"backbone.{key}=null" for key in ("tokens", "taps") if backbone.get(key) is not None]
+        settings += [f"backbone.{key}=null" for key in ("tokens", "taps") if backbone.get(key) is not None]
     elif taps is not None and backbone.get("taps") != taps:
-        found += [f"backbone.taps={taps}"]
+        settings += [f"backbone.taps={taps}"]
     if (part != "joint" or taps is not None) and head.get("name") != "ridge":
-        found += ["head=ridge"]
+        settings += ["head=ridge"]
     if part == "frozen taps" or (part == "joint" and taps is not None):
-        found += ["head.projection=0"] if head.get("projection") != 0 or head.get("name") != "ridge" else []
-    return found
+        settings += ["head.projection=0"] if head.get("projection") != 0 or head.get("name") != "ridge" else []
+    return settings
 
 
 class _Row:
-    """A row of the comparison: its final accuracies, of complete runs alone."""
+    """A row of the comparison, with the final accuracies of its complete runs."""
 
     def __init__(self, role: Role, runs: Sequence[Results], label: str, source: str):
         self.role, self.runs, self.label, self.source = role, runs, label, source
@@ -232,21 +238,21 @@ def _headroom(rows: Sequence[_Row], names: list[str]) -> Headroom:
     taps = _best([row for row in rows if row.role == "frozen taps"], control)
     scale = _Scale(*({} if row is None else row.finals for row in (control, taps, joint)))
     both = list(scale.gaps)
-    found: list[HeadroomRow] = []
+    parts: list[HeadroomRow] = []
     for role in ("control", "frozen taps", "method", "joint"):
         for row in (row for row in rows if row.role == role):
             measured = scale.measure(row.finals)
             counts = any(row is one for one in (control, taps, joint))
             about = {"details": row.details, "counts": counts}
-            found.append({"role": row.role, "label": row.label, **about, **measured})  # type: ignore[typeddict-item]
+            parts.append({"role": row.role, "label": row.label, **about, **measured})  # type: ignore[typeddict-item]
             if row.oracles:
                 measured, label = scale.measure(row.oracles), f"{row.label}: {answers.ORACLE}"
                 about = {"details": row.oracle_head, "counts": False}
-                found.append({"role": "diagnosis", "label": label, **about, **measured})  # type: ignore[typeddict-item]
+                parts.append({"role": "diagnosis", "label": label, **about, **measured})  # type: ignore[typeddict-item]
     one: Headroom = {
         "of": _told_place(rows[0].runs[0]),
         "runs": names,
-        "rows": found,
+        "rows": parts,
         "headroom": spread(list(scale.gaps.values())),
         "seeds": [seed for seed, _ in both],
         "missing": _missing(rows, control, taps, joint),
@@ -256,7 +262,7 @@ def _headroom(rows: Sequence[_Row], names: list[str]) -> Headroom:
 
 
 class _Scale:
-    """From the control to joint, seed by seed; of what is missing there are no values."""
+    """The scale from the control to joint, for each seed. A missing part has no values."""
 
     def __init__(self, control: Mapping[Key, float], taps: Mapping[Key, float], joint: Mapping[Key, float]):
         self.control, self.taps, self.joint = control, taps, joint
@@ -264,7 +270,7 @@ class _Scale:
         self.some = bool(self.gaps) and statistics.fmean(self.gaps.values()) > 0
 
     def measure(self, finals: Mapping[Key, float]) -> dict[str, Any]:
-        """Where final accuracies lie on it."""
+        """The positions of final accuracies on the scale."""
         keys = [key for key in finals if key in self.gaps] if self.gaps else list(finals)
         placed = keys if self.some else []
         return {
@@ -276,12 +282,12 @@ class _Scale:
 
 
 def _share(value: float, low: float | None, high: float) -> float | None:
-    """Where `value` lies between two others; None where there is no distance to speak of, or none at all."""
+    """The position of `value` between `low` and `high`; None without `low`, or if `high` is less than a point above."""
     return None if low is None or high - low < LEAST else (value - low) / (high - low)
 
 
 def _best(rows: Sequence[_Row], beside: _Row | None) -> _Row | None:
-    """The row of the best mean, over the seeds that all of them share, with `beside` too, as far as there are any."""
+    """The row with the best mean over the seeds that all rows (and `beside`) share, as far as there are such seeds."""
     rows = [row for row in rows if row.finals]
     if not rows:
         return None
@@ -302,7 +308,7 @@ def _missing(rows: Sequence[_Row], control: _Row | None, taps: _Row | None, join
     wanted = sorted({run["seed"] for row in rows for run in row.runs})
     chosen: dict[Part, _Row | None] = {"control": control, "frozen taps": taps, "joint": joint}
     count = next((n for row in (taps, joint, *rows) if row and (n := _taps(row.recipe))), None)
-    found: list[Missing] = []
+    parts: list[Missing] = []
     for part, row in chosen.items():
         begun = row or next((r for r in rows if r.role == part), None)  # not complete: the same command goes on
         seeds = [seed for seed in wanted if seed not in ({s for s, _ in begun.finals} if begun else ())]
@@ -315,12 +321,12 @@ def _missing(rows: Sequence[_Row], control: _Row | None, taps: _Row | None, join
             made = changes(part, base.recipe, (count or TAPS) if part == "frozen taps" else count)
             made += [f"name={base.recipe.get('name', 'run')}-{NAMES[part]}"]
         command = _command(base.source, made, seeds) if base.recipe.get("data") is not None else ""
-        found.append({"part": part, "seeds": seeds, "command": command})
-    return found
+        parts.append({"part": part, "seeds": seeds, "command": command})
+    return parts
 
 
 def _base(part: Part, rows: Sequence[_Row]) -> _Row:
-    """The row whose recipe a missing part is made from: for joint one that trains a pet, else one that trains none."""
+    """The row whose recipe is the base of a missing part: for joint a row that trains a pet, else a frozen row."""
     frozen = [row for row in rows if row.role in ("control", "frozen taps")]
     if part == "joint":
         trained = [row for row in rows if row.recipe.get("pet") is not None]
@@ -341,14 +347,14 @@ def _command(source: str, made: Collection[str], seeds: Sequence[int]) -> str:
 
 
 def missing_lines(one: Headroom) -> list[tuple[str, str]]:
-    """For each missing part what it is, and the command that makes it."""
+    """For each missing part a text that names it, and the command that makes it."""
     return [
         (f"no {WHAT[missing['part']]} at {_seeds(missing['seeds'])}", missing["command"]) for missing in one["missing"]
     ]
 
 
 def texts(row: HeadroomRow) -> tuple[str, str, str]:
-    """Final accuracy, share recovered and share of the rest, as tables show them."""
+    """The texts of the final accuracy, of the recovered share and of the share of the rest."""
     return (_mean_std(row["final"], 1), _mean_std(row["recovered"], 0), _mean_std(row["left"], 0))
 
 
@@ -401,13 +407,13 @@ def _seeds(seeds: Sequence[int]) -> str:
 
 
 def _place(run: Results) -> str:
-    """What runs share that may be measured against each other: the setting, the data, the stream and the backbone."""
+    """A key that is equal for runs that can be compared: the setting, the data, the stream and the backbone."""
     recipe = run["recipe"]
     stream = {key: value for key, value in (recipe.get("stream") or {}).items() if key not in LOOSE}
     backbone = _choice(recipe, "backbone")
     net = [backbone.get("name"), backbone.get("image_size"), backbone.get("pretrained", True)]
     net += [backbone.get("architecture")]
-    given = [] if recipe.get("data") is not None else _tasks(run)  # an update's tasks are in no recipe
+    given = [] if recipe.get("data") is not None else _tasks(run)  # a recipe does not have the tasks of an update
     return json.dumps([run["setting"], recipe.get("data"), stream, net, len(run["tasks"]), given], sort_keys=True)
 
 

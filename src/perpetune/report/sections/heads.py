@@ -1,4 +1,4 @@
-"""Heads that are solved from statistics: what each reports of its last solution; facts that no other section reads."""
+"""The section about heads that are solved from statistics. It shows the facts that no other section reads."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from perpetune.report.blocks import Block, Brief, Column, Columns, Heading, Tabl
 from perpetune.report.results_schema import Results, as_number, facts_of
 
 MEANING = (
-    "What the heads that are computed from sums over examples, not trained, say of themselves after each task. A share "
-    "is the penalty relative to the mean size of a feature’s sum of squares; degrees of freedom are how many of the "
-    "features the penalty leaves in use; the error is the share of the classes’ variation that predictions for unseen "
-    "examples would miss, estimated from training data alone."
+    "Some heads are not trained but solved from sums over examples. This table has their facts after each task. The "
+    "share is the penalty divided by the mean of the features’ sums of squares. The degrees of freedom say how many of "
+    "the features the penalty leaves in use. The error is the share of the classes’ variation that predictions for "
+    "unseen examples would miss, estimated from the training data only."
 )
-COLUMNS = {  # facts that have a column, and its heading
+COLUMNS = {  # the facts with a column, and the column's heading
     "kind": "kind",
     "rows": "examples",
     "dim": "features",
@@ -28,12 +28,12 @@ COLUMNS = {  # facts that have a column, and its heading
     "solver": "solved (factorisations)",
     "bytes": "statistics",
 }
-SHOWN = {*COLUMNS, "factorisations", "warning"}  # a warning is among the run's
+SHOWN = {*COLUMNS, "factorisations", "warning"}  # a warning is in the list of the run's warnings
 
 
 @dataclass(frozen=True)
 class HeadRow:
-    """One head after one task; `texts` in the order of the columns, `more` is what has no column."""
+    """One head after one task: `texts` has the cells in the order of the columns, `more` the facts without a column."""
 
     number: int
     task: str
@@ -43,25 +43,25 @@ class HeadRow:
 
 
 def section(results: Results) -> list[Block] | None:
-    found = rows(results)
-    if not found:
+    listed = rows(results)
+    if not listed:
         return None
-    more = any(row.more for row in found)
+    more = any(row.more for row in listed)
     columns: Columns = [Column("after", left=True), Column("head", left=True), *headings(results)]
     columns += [Column("more", left=True)] if more else []
-    texts = [[f"{row.number} {row.task}", row.head, *row.texts, *([row.more] if more else [])] for row in found]
+    texts = [[f"{row.number} {row.task}", row.head, *row.texts, *([row.more] if more else [])] for row in listed]
     table = Table(columns, texts, limit=30, noun="solution", wrap=True)
     briefs = [Brief(f"head {name}", text, when="end") for name, text in told(results)]
     return [Heading("Heads solved from statistics", "Heads"), Text(MEANING), table, *briefs]
 
 
 def entries(results: Mapping[str, Any]) -> list[tuple[int, str, Mapping[str, Any]]]:
-    """(index of the task, name of the head, its facts) of each head that has any, after each task."""
+    """(index of the task, name of the head, its facts) for each head with facts, after each task."""
     return [(task, name, facts) for task, name, facts in facts_of(results) if facts]
 
 
 def headings(results: Mapping[str, Any]) -> list[str]:
-    """Of the columns that any head fills."""
+    """The headings of the columns that any head fills."""
     return [COLUMNS[key] for key in _keys(results)]
 
 
@@ -80,9 +80,9 @@ def rows(results: Mapping[str, Any]) -> list[HeadRow]:
 
 
 def told(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """`slow` and `ridge, 2,000 examples, penalty 12.3, 313 degrees of freedom`, for each head, of the last task."""
-    found = entries(results)
-    return [(name, _told(facts)) for task, name, facts in found if task == found[-1][0]]
+    """For each head after the last task its name and its facts: `slow`, and `ridge, 2,000 examples, penalty 12.3`."""
+    listed = entries(results)
+    return [(name, _told(facts)) for task, name, facts in listed if task == listed[-1][0]]
 
 
 def _told(facts: Mapping[str, Any]) -> str:
@@ -95,8 +95,8 @@ def _told(facts: Mapping[str, Any]) -> str:
 
 
 def _keys(results: Mapping[str, Any]) -> list[str]:
-    there = {key for _, _, facts in entries(results) for key, value in facts.items() if value is not None}
-    return [key for key in COLUMNS if key in there]
+    filled = {key for _, _, facts in entries(results) for key, value in facts.items() if value is not None}
+    return [key for key in COLUMNS if key in filled]
 
 
 def _text(key: str, facts: Mapping[str, Any]) -> str:

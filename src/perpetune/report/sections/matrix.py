@@ -1,4 +1,4 @@
-"""The accuracy or score of each task after each task: what later tasks did to earlier ones."""
+"""The section with the matrix of accuracies or scores: how each task's figure changed with each later task."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from perpetune.report.results_schema import Results
 def section(results: Results) -> list[Block]:
     what, table = measure(results).capitalize(), heat(results)
     note = (
-        f"{what} in % on each task’s test data (columns) after each task was learned (rows). The diagonal is the "
-        "moment a task was learned; down a column shows what later tasks did to it."
+        f"{what} in % on each task’s test data (columns), after each task was learned (rows). On the diagonal a task "
+        "was just learned. Read down a column to see how later tasks changed it."
     )
     scored = measured(results)
     return [
@@ -49,7 +49,7 @@ def heat(results: Results) -> Heat:
 
 
 def measured(results: Results) -> str:
-    """What the figures of tasks are where answers are not right or wrong: `The score is rouge_l for a, b; …`."""
+    """A sentence about the scores, if answers are not just right or wrong: `The score is rouge_l for a, b; …`."""
     by_score: dict[str, list[str]] = {}
     for task, score in zip(results["tasks"], scores(results), strict=True):
         by_score.setdefault(score, []).append(task["name"])

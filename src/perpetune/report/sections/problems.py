@@ -1,4 +1,4 @@
-"""Warnings of the run, and files that could not be read."""
+"""The section about problems: the run's warnings, and files that could not be read."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from perpetune.report.results_schema import Results
 
 
 def section(results: Results) -> list[Block] | None:
-    found: list[Block] = []
+    blocks: list[Block] = []
     if results["warnings"]:
-        found.append(Bullets(results["warnings"], limit=20, noun="warning"))
+        blocks.append(Bullets(results["warnings"], limit=20, noun="warning"))
     if results["bad_files"]:
         columns: Columns = [Column(heading, left=True) for heading in ("file", "task", "reason")]
         rows = [[bad["file"], _task_name(results, bad["task"]), bad["reason"]] for bad in results["bad_files"]]
-        found.append(Panel([Table(columns, rows, limit=20, noun="file")], "Files that could not be read"))
-    return [Heading("Warnings"), *found] if found else None
+        blocks.append(Panel([Table(columns, rows, limit=20, noun="file")], "Files that could not be read"))
+    return [Heading("Warnings"), *blocks] if blocks else None
 
 
 def banner(results: Results) -> list[Banner]:
-    """How many there are, for the top of the page."""
+    """The numbers of warnings and of unreadable files, for the top of the page."""
     parts = [form.plural(len(results["warnings"]), "warning")] if results["warnings"] else []
     parts += [form.plural(len(results["bad_files"]), "unreadable file")] if results["bad_files"] else []
     return [Banner(" and ".join(parts), link="problems")] if parts else []

@@ -1,4 +1,4 @@
-"""What protection kept: a run's certificates as curves, rows and sentences."""
+"""The section about protection: a run's certificates as curves, tables and sentences."""
 
 from __future__ import annotations
 
@@ -29,31 +29,33 @@ from perpetune.report.results_schema import Consolidation, Results, SiteMoved
 from perpetune.report.svg import Line
 
 MEANING = (
-    "How far what each site gives for the data of all earlier tasks had moved, once a task was learned: root mean "
-    "square, relative to what it gave when they were learned. A site is a place where features meet trained "
-    "parameters. No old data are needed for it, second moments of the features are enough; the figure is exact where "
-    "the inputs of a site are as they were, and what moved below a site comes on top of it."
+    "A site is a place where features meet trained parameters. After each task the figure says how far each site’s "
+    "outputs for the data of earlier tasks have moved: the root mean square of the change, relative to the outputs "
+    "when these tasks were learned. It needs no old data, only second moments of the features. It is exact if the "
+    "inputs of the site have not changed; changes below the site come in addition."
 )
-ROOM = "Room is the share of directions that later tasks may still use, after a task’s own were closed."
+ROOM = "Room is the share of directions that later tasks can still use, after the directions of a task were closed."
 NOTHING = (
-    "A site whose outputs were all zero before (LoRA’s B over reference data) moves from nothing: of that is no share."
+    "A site whose outputs were all zero before (LoRA’s B over reference data) moves from nothing: it has no relative "
+    "figure."
 )
-MERGED = "After each task a copy that was free to move is merged in (method.merge), and old outputs move with it."
+MERGED = "After each task the method merges in a copy that was free to move (method.merge), which moves old outputs."
 RENEWED = (
-    "A site stands for a whole LoRA here, with what rests of earlier tasks (protect.renew): what moves is all that it "
-    "adds to its layer, and room is that of its inputs."
+    "Here a site is a whole LoRA with its kept updates of earlier tasks (protect.renew): its outputs are all that it "
+    "adds to its layer, and its room is that of its inputs."
 )
 DIRECTIONS = {
-    "none": "Nothing was held here (directions: none): the figures only measure what learning does by itself.",
-    "random": "As many directions as the features need were closed, drawn at random (directions: random): a control.",
+    "none": "Protection held nothing here (directions: none): the figures measure what learning does by itself.",
+    "random": "Protection closed as many directions as the features need, but drawn at random (directions: random); "
+    "this is a control.",
 }
 
 
 @dataclass(frozen=True)
 class ProtectionCurves:
-    """Shares after each task learned, None where none is known: how far old outputs have moved, and the room left.
+    """Shares after each learned task: how far old outputs have moved, and the room left. None means not known.
 
-    The worst is not known where a site moved from nothing.
+    The worst is not known if a site moved from nothing.
     """
 
     worst: list[float | None]
@@ -63,10 +65,17 @@ class ProtectionCurves:
 
 @dataclass(frozen=True)
 class SiteRow:
-    """One site at the end: how far it has moved, the farthest it was after any task, room, directions taken and all.
+    """One site at the end of the run.
 
-    `from_nothing`: it moved and has no share of its outputs, which were zero. Without `held` it moves freely, and room
-    and directions say what protection would take.
+    Attributes:
+        name: the site's name, shortened.
+        moved: how far its old outputs have moved, relative to the outputs.
+        farthest: the largest such figure after any task.
+        room: the share of directions that are free.
+        rank: the number of closed directions.
+        directions: the number of all directions.
+        from_nothing: whether it moved although its old outputs were zero; then `moved` is None.
+        held: whether its directions are closed. If not, it moves freely, and room and rank say what would be closed.
     """
 
     name: str
@@ -84,14 +93,14 @@ def section(results: Results) -> list[Block] | None:
     briefs: list[Block] = [Brief("protect", full, when="live", warning=True)] if full else []
     if entry is None:
         return briefs or None
-    found, text = curves(results), told(entry, results)
-    moved_lines = [Line("worst site", found.worst, "l1"), Line("median site", found.median, "strong")]
+    shown, text = curves(results), told(entry, results)
+    moved_lines = [Line("worst site", shown.worst, "l1"), Line("median site", shown.median, "strong")]
     moved_chart = Chart(moved_lines, "How far old outputs have moved, after each task", top=0.05)
     about = "old outputs at the sites, after each task, relative to what they were, in %"
     legend = Legend([("l1", "worst site"), ("strong", "median site")])
     panels = [Panel([moved_chart, legend], "Moved", about)]
     if held(entry, results):
-        room_chart = Chart([Line("room", found.room, "strong")], "Share of directions still free, after each task")
+        room_chart = Chart([Line("room", shown.room, "strong")], "Share of directions still free, after each task")
         panels.append(Panel([room_chart], "Room", "share of directions still free, mean over the sites, in %"))
     sites = _sites(results)
     return [
@@ -107,7 +116,7 @@ def section(results: Results) -> list[Block] | None:
 
 
 def _sites(results: Results) -> Table:
-    """Each site, at the end."""
+    """The table of sites at the end of the run."""
     rows: Rows = [
         [
             row.name,
@@ -139,39 +148,39 @@ def _certificates(results: Results) -> Table:
 
 
 def after_tasks(results: Mapping[str, Any]) -> list[Consolidation]:
-    """The certificates taken after tasks, in order; reference data are left out."""
+    """The certificates after tasks, in order, without those of reference data."""
     return [entry for entry in results.get("protection", []) if entry["of"] == "task"]
 
 
 def last(results: Mapping[str, Any]) -> Consolidation | None:
     """The certificate of the last task learned."""
-    found = after_tasks(results)
-    return found[-1] if found else None
+    entries = after_tasks(results)
+    return entries[-1] if entries else None
 
 
 def moved(results: Mapping[str, Any]) -> float | None:
-    """How far the worst site had moved at the end; None too where one moved from nothing."""
+    """How far the worst site had moved at the end; None if unknown or if a site moved from nothing."""
     entry = last(results)
     return _worst(entry) if entry else None
 
 
 def room(results: Mapping[str, Any]) -> float | None:
-    """The share of directions that was free at the end; None where none is closed (`protect.directions: none`)."""
+    """The share of directions that was free at the end; None if no direction is closed (`protect.directions: none`)."""
     entry = last(results)
     return entry["room"] if entry and held(entry, results) else None
 
 
 def held(entry: Consolidation, results: Mapping[str, Any]) -> list[str]:
-    """The sites at which directions are closed: all, or those of `protect.sites`, whose names end in these words."""
+    """The names of the sites with closed directions: all sites, or those whose last word is in `protect.sites`."""
     config = _config(results)
     kinds, names = config.get("sites"), [site["site"] for site in entry["sites"]]
-    if config.get("directions") == "none":  # which only measures
+    if config.get("directions") == "none":  # measures, but closes nothing
         return []
     return [name for name in names if kinds is None or name.rpartition("/")[2].partition(".")[0] in kinds]
 
 
 def from_nothing(entry: Consolidation) -> list[str]:
-    """Sites whose outputs on old data were zero and are not any more, such as LoRA's B over reference data."""
+    """Sites whose outputs on old data were zero before and are not zero now, such as LoRA's B over reference data."""
     return [site["site"] for site in entry["sites"] if _moved_from_nothing(site)]
 
 
@@ -190,16 +199,16 @@ def _config(results: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def curves(results: Results) -> ProtectionCurves:
     by_task = {entry["task"]: entry for entry in after_tasks(results)}
-    found = [by_task.get(i) for i in range(len(results["cells"]))]
+    entries = [by_task.get(i) for i in range(len(results["cells"]))]
     return ProtectionCurves(
-        [_worst(entry) if entry else None for entry in found],
-        [entry["median"] if entry else None for entry in found],
-        [entry["room"] if entry and held(entry, results) else None for entry in found],
+        [_worst(entry) if entry else None for entry in entries],
+        [entry["median"] if entry else None for entry in entries],
+        [entry["room"] if entry and held(entry, results) else None for entry in entries],
     )
 
 
 def site_rows(results: Results) -> list[SiteRow]:
-    """The sites as they stand at the end, in the order of the model."""
+    """The sites at the end of the run, in the model's order."""
     entries = after_tasks(results)
     if not entries:
         return []
@@ -224,7 +233,7 @@ def site_rows(results: Results) -> list[SiteRow]:
 
 
 def short(names: Sequence[str]) -> list[str]:
-    """Names of sites without the beginning that all have: they lie in one model."""
+    """The names of sites without their common beginning."""
     parts = [name.split(".") for name in names]
     alike = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False))
     shared = min(sum(1 for _ in alike), min(map(len, parts), default=1) - 1)
@@ -232,7 +241,7 @@ def short(names: Sequence[str]) -> list[str]:
 
 
 def told(entry: Consolidation, results: Mapping[str, Any]) -> str:
-    """`old outputs moved 0.8 % (worst site 3.1 %), room 62 %, 2 of 24 full`, of a run's certificate."""
+    """A certificate in a sentence: `old outputs moved 0.8 % (worst site 3.1 %), room 62 %, 2 of 24 full`."""
     parts, new = [], from_nothing(entry)
     if entry["worst"] is not None and (entry["worst"] or not new):
         middle, worst = form.relative(entry["median"], 1), form.relative(entry["worst"], 1)
@@ -243,7 +252,7 @@ def told(entry: Consolidation, results: Mapping[str, Any]) -> str:
 
 
 def told_shortly(entry: Consolidation, results: Mapping[str, Any]) -> str:
-    """`moved 0.8 % (worst 3.1 %), room 62 %`, for one of several lines."""
+    """A certificate in a few words, for a line with more facts: `moved 0.8 % (worst 3.1 %), room 62 %`."""
     parts, new = [], from_nothing(entry)
     if new:
         parts.append(f"{form.plural(len(new), 'site')} moved from nothing")
@@ -253,7 +262,7 @@ def told_shortly(entry: Consolidation, results: Mapping[str, Any]) -> str:
 
 
 def _left(entry: Consolidation, results: Mapping[str, Any]) -> list[str]:
-    """The room that is left, and how many sites have none."""
+    """The room that is left, and the number of sites without room."""
     closed = held(entry, results)
     if not closed:
         return ["nothing held"]
@@ -262,7 +271,7 @@ def _left(entry: Consolidation, results: Mapping[str, Any]) -> list[str]:
 
 
 def newly_full(results: Mapping[str, Any]) -> str | None:
-    """What to do about it, where more sites than ever before have no room left."""
+    """A warning with advice, if more sites than after any earlier task have no room left; else None."""
     entries, config = results.get("protection", []), _config(results)
     final = config.get("strength", "hard") == "hard" and config.get("sites") is None and not control(results)
     if not entries or not final:
@@ -274,18 +283,18 @@ def newly_full(results: Mapping[str, Any]) -> str | None:
     named = [name for name, site in zip(short(sites), sites, strict=True) if site in full]
     cure = "" if config.get("renew") else "a larger pet or "
     return (
-        f"{len(full)} of {form.plural(len(sites), 'site')} no longer learn, for they have no room left "
-        f"({form.several(named, 3)}): {cure}a lower protect.energy leaves some"
+        f"{len(full)} of {form.plural(len(sites), 'site')} no longer learn, because they have no room left "
+        f"({form.several(named, 3)}): {cure}a lower protect.energy leaves some room"
     )
 
 
 def control(results: Mapping[str, Any]) -> str:
-    """What a control (`protect.directions`) did instead of protecting; empty where features were protected."""
+    """A sentence about a control (`protect.directions`); empty if the run protected features."""
     return DIRECTIONS.get(_config(results).get("directions", ""), "")
 
 
 def meaning(results: Results) -> str:
-    """What the figures mean, for this run."""
+    """An explanation of the figures for this run."""
     merged = MERGED if results["recipe"].get("method", {}).get("merge") else ""
     entries = after_tasks(results)
     nothing = NOTHING if any(map(from_nothing, entries)) else ""

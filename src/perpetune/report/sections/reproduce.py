@@ -1,4 +1,4 @@
-"""How to make the run again: its recipe, and the versions that ran it."""
+"""The section about reproduction: the run's recipe, and the versions of the packages."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def section(results: Results) -> list[Block]:
         Pair(
             [
                 Panel([Code(recipe_yaml(results["recipe"]), "yaml")], "Recipe", "recipe.yaml"),
-                Panel([Table(columns, list(versions.items()))], "Versions", "of what this run was made with"),
+                Panel([Table(columns, list(versions.items()))], "Versions", "of the packages in this run"),
             ]
         ),
     ]
 
 
 def requirements(versions: dict[str, str]) -> str:
-    """pip requirements of the versions that ran; `python` and local suffixes such as `+cpu` are not pip's."""
+    """The versions as requirements for pip, without `python` and without local suffixes such as `+cpu`."""
     return " ".join(f"{name}=={v.partition('+')[0]}" for name, v in versions.items() if name != "python")
 
 

@@ -1,4 +1,4 @@
-"""What the run keeps on disk."""
+"""The section about the files that the run keeps on disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from perpetune.report.results_schema import Results
 
 @dataclass(frozen=True)
 class StorageRow:
-    """One kind of file: bytes of the last task's, and of all tasks together."""
+    """One kind of file: its bytes for the last task, and for all tasks together."""
 
     kind: str
     last: int
@@ -21,21 +21,21 @@ class StorageRow:
 
 
 def section(results: Results) -> list[Block]:
-    note = "What the run keeps on disk besides the frozen backbone, which is stored once, elsewhere."
-    found, backbone, stored = storage_rows(results), backbone_bytes(results), stored_bytes(results)
-    if not found:
-        return [Heading("Storage"), Text(note), Panel([Text("Nothing is recorded.")])]
-    colours = [f"l{i % len(LIGHT_LINES)}" for i in range(len(found))]
+    note = "The files that the run keeps on disk. The frozen backbone is not among them; it is stored once, elsewhere."
+    listed, backbone, stored = storage_rows(results), backbone_bytes(results), stored_bytes(results)
+    if not listed:
+        return [Heading("Storage"), Text(note), Panel([Text("The run has recorded no files.")])]
+    colours = [f"l{i % len(LIGHT_LINES)}" for i in range(len(listed))]
     columns: Columns = [Column("kind", left=True), "last task", "all tasks", "share of the backbone"]
     rows: Rows = [
         [Cell(row.kind, swatch=colour), form.size(row.last), form.size(row.total), form.relative(row.total, backbone)]
-        for row, colour in zip(found, colours, strict=True)
+        for row, colour in zip(listed, colours, strict=True)
     ]
     foot: Rows = [
         [Cell("all", style="best"), "", Cell(form.size(stored), style="best"), form.relative(stored, backbone)],
         ["backbone, as float32", "", form.size(backbone), ""],
     ]
-    bar = Shares([(colour, row.total) for row, colour in zip(found, colours, strict=True)])
+    bar = Shares([(colour, row.total) for row, colour in zip(listed, colours, strict=True)])
     return [Heading("Storage"), Text(note), Panel([bar, Table(columns, rows, foot)])]
 
 

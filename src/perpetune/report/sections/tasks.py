@@ -1,4 +1,4 @@
-"""The tasks one by one: their classes and examples, and what became of them."""
+"""The section about each task: its classes, its examples, and its accuracy when learned and now."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ NAMED = 12  # classes of one task whose names are shown at once
 
 @dataclass(frozen=True)
 class TaskRow:
-    """One task: accuracy right after it was learned, now, and lost since it was best (shares). `score` is what it is
-    measured by where answers are not right or wrong."""
+    """One task: its accuracy just after it was learned, its accuracy now, and its loss since the best value (shares).
+    `score` is the name of its score, if answers are not just right or wrong."""
 
     number: int
     name: str

@@ -1,4 +1,4 @@
-"""How long each task took, how fast it was trained on, and the memory it needed."""
+"""The section about time and memory: each task's duration, training speed and peak memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tree of similar tasks that TreeLoRA keeps: how it stood after each task, who helped whom, what is stored.
+"""The section about TreeLoRA's tree of similar tasks: the tree after each task, which tasks helped, what is stored.
 
 The facts come from states of any age: what is missing or of another form than expected is left out.
 """
@@ -43,31 +43,31 @@ from perpetune.report.results_schema import (
 from perpetune.report.sections import reads
 from perpetune.report.svg import Branch
 
-KIND = "similarity tree"  # what these facts say of themselves
-DEEPEST = 64  # levels of a tree that are read; whatever is below shows as one leaf
+KIND = "similarity tree"  # the kind of these facts
+DEEPEST = 64  # the section reads so many levels of a tree, and shows everything below as one leaf
 MEANING = (
-    "Tasks that pull the adapters the same way are near each other: distances are those of the tasks’ signatures, from "
-    "0 (alike) to 1. Each level of the tree splits by one group of modules, shallow ones first; a node’s radius is the "
-    "largest distance of its tasks to their mean."
+    "Tasks that change the adapters in the same direction are near each other. A distance is that of two tasks’ "
+    "signatures, from 0 (equal) to 1. Each level of the tree splits by one group of modules, shallow groups first. A "
+    "node’s radius is the largest distance of its tasks to their mean."
 )
 HELPED = (
-    "While a task is learned (rows), each group of modules selects an earlier task (columns) that acts on the step. "
-    "Cells say in what share of the task’s steps, in %, each was selected."
+    "While a task is learned (rows), each group of modules selects an earlier task (columns) in each step, and that "
+    "task influences the step. A cell is the share of the task’s steps, in %, in which the earlier task was selected."
 )
 SIMILAR = "1 minus the distance of two tasks’ signatures, after the last task."
 STORED = (
-    "Adapters that are kept after each task, and what the tree stores of every task beside them: its signature. A "
-    "merged adapter stands for several tasks."
+    "The adapters that are kept after each task. For every task the tree also stores its signature. A merged adapter "
+    "is used for several tasks."
 )
-WHOLE = "all modules"  # what splits a node that no group of modules does
+WHOLE = "all modules"  # the name of the split, if no group of modules splits a node
 
 
 @dataclass(frozen=True)
 class Node:
     """Some tasks of the tree, by name.
 
-    `split` is the group of modules by which its children were made, empty for a leaf. `merged` says of a leaf that its
-    tasks have one adapter; `shared` are further tasks of that adapter, elsewhere in the tree.
+    `split` is the group of modules that separates its children; it is empty for a leaf. `merged` says that the tasks of
+    a leaf share one adapter; `shared` are other tasks with this adapter, elsewhere in the tree.
     """
 
     tasks: list[str]
@@ -80,14 +80,14 @@ class Node:
 
     @property
     def name(self) -> str:
-        """`amazon`; `amazon + yelp` where they have one adapter; `amazon, yelp` where the tree ends above them."""
+        """`amazon`; `amazon + yelp` if they share one adapter; `amazon, yelp` if the tree does not separate them."""
         name = (" + " if self.merged else ", ").join(self.tasks)
         return f"{name} · shares with {', '.join(self.shared)}" if self.shared else name
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapter that is kept: the tasks it is of, and its bytes."""
+    """One kept adapter: its tasks and its size in bytes."""
 
     tasks: list[str]
     size: int | None
@@ -95,19 +95,19 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Grown:
-    """What is told after one task.
+    """The facts about the tree after one task.
 
     Attributes:
-        number, task: of the task, from 1.
+        number, task: the task's number, from 1, and its name.
         names: the tasks in the tree, in the order of their ids.
-        root: None while the tree is empty.
-        distances: of all pairs of `names`, as far as they are told.
-        start: the task from whose adapter this one started; empty where from none.
-        asked: how the start was chosen; empty where that is not told.
-        helped: for each group of modules how often each earlier task was selected.
-        adapters: kept after this task.
-        merged: names of the tasks of each merge that was made after this task.
-        signature: bytes of a task's signature.
+        root: the root of the tree; None while the tree is empty.
+        distances: the known distances between pairs of `names`.
+        start: the task from whose adapter this task started; empty if there is none.
+        asked: how the start was chosen; empty if not known.
+        helped: for each group of modules, how often each earlier task was selected.
+        adapters: the adapters kept after this task.
+        merged: for each merge after this task, the names of its tasks.
+        signature: the size of a task's signature in bytes.
     """
 
     number: int
@@ -128,18 +128,18 @@ class Grown:
 
     @property
     def signature_bytes(self) -> int:
-        """Of all tasks in the tree."""
+        """The bytes of the signatures of all tasks in the tree."""
         return (self.signature or 0) * len(self.names)
 
     @property
     def levels(self) -> int:
-        """Splits on the longest way from the root to a leaf."""
+        """The number of splits on the longest way from the root to a leaf."""
         return max((level for level, _ in walk(self.root)), default=0)
 
 
 @dataclass(frozen=True)
 class StorageRow:
-    """What is kept after one task, as text; `share` of the most that was ever kept."""
+    """The stored bytes after one task, as text; `share` is relative to the largest amount after any task."""
 
     number: int
     task: str
@@ -173,7 +173,7 @@ def section(results: Results) -> list[Block] | None:
 
 
 def _last(entry: Grown) -> Panel:
-    """The tree as it is now."""
+    """The tree after the last task."""
     title, branch = f"Tree after task {entry.number} {entry.task}", _branch(entry.root, entry.task)
     if branch is None:
         return Panel([Text("The tree is empty.")], title)
@@ -195,7 +195,7 @@ def _last(entry: Grown) -> Panel:
 
 
 def _before(found: Sequence[Grown]) -> list[Block]:
-    """The tree as it was after each earlier task, drawn and as text."""
+    """The trees after the earlier tasks, as drawings and as text."""
     trees = []
     for entry in found[:-1]:
         branch = _branch(entry.root, entry.task)
@@ -230,7 +230,7 @@ def _storage(results: Results) -> Table:
 
 
 def _branch(node: Node | None, newest: str) -> Branch | None:
-    """A node as it is drawn; the leaf of the newest task stands out."""
+    """The drawing of a node; the newest task's leaf is highlighted."""
     if node is None:
         return None
     about = described(node)
@@ -242,13 +242,13 @@ def _branch(node: Node | None, newest: str) -> Branch | None:
 
 
 def grown(results: Mapping[str, Any]) -> list[Grown]:
-    """The tree after each task, in their order; one tree a task."""
+    """The facts about the tree after each task, in the order of the tasks."""
     found = {task: facts for task, _, facts in facts_of(results, KIND)}
     return [_grown(i + 1, results["tasks"][i]["name"], facts) for i, facts in found.items()]
 
 
 def walk(node: Node | None, level: int = 0) -> Iterator[tuple[int, Node]]:
-    """The node and all below it, from the top, each with its level (0 is the first)."""
+    """The node and all nodes below it, from the top, each with its level (the node itself has 0)."""
     if node is not None:
         yield level, node
         for child in node.children:
@@ -267,7 +267,7 @@ def outline(node: Node | None) -> str:
 
 
 def described(node: Node) -> str:
-    """`split by blocks 0-5, radius 0.310, spread 0.400`; of a leaf `one adapter` where it is merged, else nothing."""
+    """`split by blocks 0-5, radius 0.310, spread 0.400`; for a leaf `one adapter` if it is merged, else nothing."""
     if not node.children:
         return "one adapter" if node.merged else ""
     parts = [f"split by {node.split}"]
@@ -277,7 +277,7 @@ def described(node: Node) -> str:
 
 
 def helped_table(results: Mapping[str, Any]) -> Heat | None:
-    """Who helped whom; None where no step was helped."""
+    """The table of selected tasks; None if no task was selected."""
     found = [entry for entry in grown(results) if any(steps for _, steps in entry.helped)]
     if not found:
         return None
@@ -298,7 +298,7 @@ def helped_table(results: Mapping[str, Any]) -> Heat | None:
 
 
 def similarity_table(results: Mapping[str, Any]) -> Heat | None:
-    """The similarities after the last task; None where none are known."""
+    """The table of similarities after the last task; None if none are known."""
     last = grown(results)[-1:]
     if not last or not any(value is not None for row in last[0].distances for value in row):
         return None
@@ -344,12 +344,14 @@ def storage_rows(results: Mapping[str, Any]) -> list[StorageRow]:
 
 
 def told(results: Mapping[str, Any]) -> str:
-    """`6 tasks, yelp started from amazon (nearest), helped most by amazon (62 % of steps), 5 adapters of 369 kB`, after
-    the last task; empty without a tree."""
-    found = grown(results)
-    if not found:
+    """The tree after the last task in a sentence; empty if there is no tree.
+
+    `6 tasks, yelp started from amazon (nearest), helped most by amazon (62 % of steps), 5 adapters of 369 kB`
+    """
+    trees = grown(results)
+    if not trees:
         return ""
-    last = found[-1]
+    last = trees[-1]
     parts = [form.plural(len(last.names), "task")]
     parts += [f"{last.task} started from {_started(last)}"] if last.start else []
     sums: dict[str, int] = {}
@@ -392,7 +394,7 @@ def _similar(value: float | None, one: str, other: str, same: bool, least: float
 
 
 def _numbers(results: Mapping[str, Any]) -> dict[str, int]:
-    """The place of each task in the stream, from 1, by its name."""
+    """The number of each task in the stream, from 1, by its name."""
     return {task["name"]: i + 1 for i, task in enumerate(results["tasks"])}
 
 
@@ -434,7 +436,7 @@ def _grown(number: int, task: str, facts: Mapping[str, Any]) -> Grown:
 
 
 def _node(told: object, names: Mapping[str, str], groups: Sequence[str], depth: int = 0) -> Node | None:
-    """A node and what is below it; None where nothing can be made of it."""
+    """A node with the nodes below it; None if the stored value is not a node."""
     found = as_mapping(told)
     below = (
         [_node(child, names, groups, depth + 1) for child in as_list(found.get("children"))] if depth < DEEPEST else []
