@@ -690,4 +690,4 @@ def test_exported_it_says_the_same_in_peft(done: Learner, folders: dict[str, Pat
     for prompt in ("grass 30 is", "1 capital of Italy?"):
         ids = torch.tensor([view.tokenizer(prompt)["input_ids"]])
         said = net.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
-        assert view.decode(said[0, ids.shape[1] :]) == done.answer(prompt)[0].text
+        assert view.decode(said[0, ids.shape[1] :]).removeprefix(" ") == done.answer(prompt)[0].text

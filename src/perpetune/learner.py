@@ -405,7 +405,8 @@ class Learner:
                 rows = rows[:, [known[option] for option in chosen]]
             for question, row in zip(some, rows, strict=True):
                 if not row.is_floating_point():
-                    answers.append(Answer(question.given, self.method.model.read(row), [], question.cut))
+                    text = question.item.own(self.method.model.read(row))
+                    answers.append(Answer(question.given, text, [], question.cut))
                     continue
                 # a class without examples has the score -inf; if all have it, no class gets a probability
                 shares = row.float().softmax(0).nan_to_num(0.0).tolist()

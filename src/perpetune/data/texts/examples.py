@@ -30,6 +30,8 @@ class Encoded:
         cut: how many tokens of the prompt were cut off on its left, for the model takes no more.
         dropped: how many earlier answers of a chat are not learned, for the chat form writes them otherwise in the
             middle of a chat than at its end.
+        around: white space that a generated answer begins and ends with, and which is not its own: what stands between
+            prompt and answer, or what the chat form puts there.
     """
 
     ids: Tensor
@@ -37,9 +39,14 @@ class Encoded:
     options: tuple[Tensor, ...] = ()
     cut: int = 0
     dropped: int = 0
+    around: tuple[str, str] = ("", "")
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def own(self, text: str) -> str:
+        """A generated text without the white space that is not its own."""
+        return text.removeprefix(self.around[0]).removesuffix(self.around[1])
 
 
 @dataclass(frozen=True)

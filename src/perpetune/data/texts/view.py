@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -77,8 +78,9 @@ class TextView(View):
     """Texts to tokens and back.
 
     Where an answer begins is found by the characters that each token of the whole text covers: tokens of the answer
-    alone can be others. Between a plain prompt and its answer stands one space, unless the prompt ends in a line
-    break. What is longer than the model takes loses the start of the prompt, never of the answer.
+    alone can be others. Prompts and answers stay as they are. Between a plain prompt and its answer stands one space,
+    unless the prompt ends in white space or the answer brings its own (one space, a tab or a line break). What is
+    longer than the model takes loses the start of the prompt, never of the answer.
 
     Args:
         tokenizer: a fast tokenizer of transformers.
@@ -145,7 +147,7 @@ class TextView(View):
         given = text.options if (self.chooses if choose is None else choose) else ()
         wholes = [self._whole(Text(text.prompt, option)) for option in given] or [self._asked(text.prompt)]
         first = _shared(wholes)
-        if not first:
+        if not first or (isinstance(text.prompt, str) and not text.prompt.strip(" ")):
             raise DataError("the prompt is empty")
         ids = wholes[0].ids[:first]
         options = tuple(whole.ids[first:] for whole in wholes) if given else ()
@@ -155,7 +157,8 @@ class TextView(View):
         over = len(ids) - most
         if over > 0:
             ids = ids[_without(ids, over, wholes[0].opening)]
-        return Encoded(ids, options=options, cut=max(0, over))
+        around = ("", "") if given else self._around(text.prompt, wholes[0])
+        return Encoded(ids, options=options, cut=max(0, over), around=around)
 
     def collate(self, items: Sequence[Item]) -> Batch:
         """A batch of (example, target, number), padded on the left, so that all answers end at the same place."""
@@ -189,10 +192,24 @@ class TextView(View):
         return options
 
     def decode(self, ids: Tensor) -> str:
-        """The text of generated tokens `(N,)`, up to the first end."""
+        """The text of generated tokens `(N,)`, up to the first end, with all its white space.
+
+        The space that the question has left to the answer is in it, too: see `Encoded.own`.
+        """
         tokens = list(itertools.takewhile(lambda token: token not in self.ends, ids.tolist()))
+        before, text = self._written(self._anchor), self._written([*self._anchor, *tokens])
+        return text[len(before) :] if before and text.startswith(before) else self._written(tokens)
+
+    @cached_property
+    def _anchor(self) -> list[int]:
+        """Tokens of a word: some tokenizers drop the space before the first token that they write, so that never is
+        the answer's."""
+        found: list[int] = self.tokenizer(SOME_ANSWER, add_special_tokens=False, verbose=False)["input_ids"]
+        return found
+
+    def _written(self, tokens: Sequence[int]) -> str:
         text: str = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text.strip()
+        return text
 
     @property
     def extent(self) -> str:
@@ -264,6 +281,7 @@ class TextView(View):
             tokens.pop()
         said = [any(token.within(span) for span in spans) for token in tokens]
         last = next((i for i, token in enumerate(tokens) if token.within(spans[-1])), len(tokens))
+        said[last:] = [not token.added for token in tokens[last:]]  # space at the end may have no characters
         ids = [token.id for token in tokens]
         if self.end is not None and (not ids or ids[-1] != self.end):
             ids, said = [*ids, self.end], [*said, True]
@@ -276,8 +294,9 @@ class TextView(View):
     def _asked(self, prompt: str | Messages) -> _Whole:
         """The prompt and the beginning of some answer, in tokens."""
         asked = self._prompt(prompt)
-        text = asked + ("" if self._is_chat(prompt) else _gap(asked)) + SOME_ANSWER
-        span = _Span(len(asked), len(text) - len(SOME_ANSWER), len(text))
+        gap, place = ("", len(asked)) if self._is_chat(prompt) else _gap(asked, SOME_ANSWER)
+        text = asked + gap + SOME_ANSWER
+        span = _Span(place, len(text) - len(SOME_ANSWER), len(text))
         tokens = self._tokens(text, prompt)
         last = next((i for i, token in enumerate(tokens) if token.within(span)), len(tokens))
         ids = torch.tensor([token.id for token in tokens], dtype=torch.int64)
@@ -286,24 +305,23 @@ class TextView(View):
     def _rendered(self, text: Text) -> tuple[str, list[_Span], int]:
         """The whole text, where in it stands what is learned to be said, the answer last, and how many earlier answers
         are not learned."""
-        answer = text.answer.strip(" ")
         if not self._is_chat(text.prompt):
             prompt = self._prompt(text.prompt)
-            opened = prompt + _gap(prompt)
-            whole = opened + answer
-            return whole, [_Span(len(prompt), len(opened), len(whole))], 0
-        messages = [*_messages(text.prompt), (ASSISTANT, answer)]
-        whole = self._chat(messages, asking=False).rstrip()
+            gap, place = _gap(prompt, text.answer)
+            opened = prompt + gap
+            whole = opened + text.answer
+            return whole, [_Span(place, len(opened), len(whole))], 0
+        messages = [*_messages(text.prompt), (ASSISTANT, text.answer)]
+        whole = self._told(messages)
         spans = []
         answers = [turn for turn, (role, _) in enumerate(messages) if role == ASSISTANT and turn]  # opening, it is none
         for turn in answers:
-            before, after = self._chat(messages[:turn], asking=True), self._chat(messages[: turn + 1], asking=False)
+            before, after = self._chat(messages[:turn], asking=True), self._told(messages[: turn + 1])
             # Some forms drop what earlier answers held (their reasoning): those are not learned then.
-            if whole.startswith(before) and whole.startswith(after.rstrip()):
-                spans.append(_Span(len(before), len(before), len(after.rstrip())))
+            if whole.startswith(before) and whole.startswith(after):
+                spans.append(_Span(len(before), len(before), len(after)))
         if not spans or spans[-1].stop != len(whole):  # what it asks with is not what it puts before an answer
-            other = "0" if not answer.strip().startswith("0") else "1"
-            changed = self._chat([*messages[:-1], (ASSISTANT, other)], asking=False).rstrip()
+            changed = self._told([*messages[:-1], (ASSISTANT, _other(text.answer))])
             if whole == changed:
                 raise DataError("the chat template leaves the answer out: another template or tokenizer is needed")
             pairs = enumerate(zip(whole, changed, strict=False))
@@ -311,9 +329,34 @@ class TextView(View):
             spans.append(_Span(at, at, len(whole)))
         return whole, spans, len(answers) - len(spans)
 
+    def _told(self, messages: Sequence[tuple[str, str]]) -> str:
+        """A chat that ends in an answer, without the white space that the chat form puts behind it."""
+        whole = self._chat(messages, asking=False)
+        role, answer = messages[-1]
+        if answer[-1:].isspace():  # then it is not all the form's
+            other = self._chat([*messages[:-1], (role, _other(answer))], asking=False)
+            return whole[: len(whole) - (len(other) - len(other.rstrip()))]
+        return whole.rstrip()
+
+    def _around(self, prompt: str | Messages, asked: _Whole) -> tuple[str, str]:
+        """White space that an answer to `prompt` begins and ends with, and which is not its own."""
+        if not self._is_chat(prompt):
+            rest = self.decode(asked.ids[asked.last :])
+            lead = rest.removesuffix(SOME_ANSWER)
+            return (lead if rest != lead and lead.isspace() else ""), ""
+        try:
+            whole, before = self._told([*_messages(prompt), (ASSISTANT, SOME_ANSWER)]), self._prompt(prompt)
+        except DataError:  # asked again it would say nothing new, and it can be asked
+            return "", ""
+        rest = whole[len(before) :] if whole.startswith(before) else ""
+        lead, found, tail = rest.partition(SOME_ANSWER)
+        if not found or lead.strip():
+            return "", ""
+        return lead, tail[: len(tail) - len(tail.lstrip())]
+
     def _prompt(self, prompt: str | Messages) -> str:
         """What the model is asked, up to where the answer begins."""
-        return self._chat(_messages(prompt), asking=True) if self._is_chat(prompt) else str(prompt).rstrip(" ")
+        return self._chat(_messages(prompt), asking=True) if self._is_chat(prompt) else str(prompt)
 
     def _is_chat(self, prompt: str | Messages) -> bool:
         return self.chat or not isinstance(prompt, str)
@@ -358,9 +401,19 @@ def _shared(wholes: Sequence[_Whole]) -> int:
     return [*same, False].index(False)
 
 
-def _gap(prompt: str) -> str:
-    """What stands between a plain prompt and its answer."""
-    return "" if prompt.endswith("\n") or not prompt else " "
+def _gap(prompt: str, answer: str) -> tuple[str, int]:
+    """What is put between a plain prompt and its answer, and where the answer begins, with the space before it.
+
+    The last space before an answer is one token with its first word in most tokenizers, so it is the answer's.
+    """
+    brings = answer[:1].isspace() and answer[:2] != "  "
+    gap = "" if not prompt or prompt[-1].isspace() or brings else " "
+    return gap, len(prompt) - prompt.endswith(" ")
+
+
+def _other(answer: str) -> str:
+    """An answer that begins otherwise."""
+    return "0" if not answer.strip().startswith("0") else "1"
 
 
 def _without(ids: Tensor, count: int, opening: int) -> Tensor:
