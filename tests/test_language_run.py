@@ -534,7 +534,7 @@ BAD = [
     (short(" ", "a"), "the prompt is empty"),
     (short("a", "y" * 200), r"the answer alone has 202 tokens, and prompt and answer together may have 128"),
     ({"messages": [{"role": "user", "content": "a"}]}, "the last message is by 'user'"),
-    ({"prompt": "a", "answer": 1.5}, r"the answer \(column 'answer'\) holds float"),
+    ({"prompt": "a", "answer": True}, r"the answer \(column 'answer'\) holds bool"),
     ({"prompt": "a", "answer": "c", "options": ["a", "b"]}, "the answer 'c' is not among the options 'a', 'b'"),
     ({"prompt": "a", "answer": "a", "options": ["a", "a"]}, "the option 'a' stands twice"),
     ({"prompt": "a", "answer": "a", "options": ["a", ""]}, "an option is empty"),
@@ -674,6 +674,12 @@ def test_predict_on_the_command_line(
         ([""], 1, "no prompt is given"),
         (["nowhere.jsonl"], 1, "nowhere.jsonl: no such file"),
         ([str(write(tmp_path / "b.jsonl", [{"prompt": "a"}, b"{"]))], 1, "line 2: not JSON"),
+        ([str(tmp_path)], 1, "is a folder; "),
+        (
+            ["x", str(write(tmp_path / "b.csv", [b"prompt"]))],
+            1,
+            "b.csv: is there, and prompts are read from .txt, .jsonl",
+        ),
     ):
         (line,) = said(*arguments, code=code)[1].splitlines()
         assert reason in line

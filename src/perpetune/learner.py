@@ -22,7 +22,7 @@ from perpetune.data.names import safe_name, task_names
 from perpetune.data.sources import Source
 from perpetune.data.stream import Stream
 from perpetune.data.tasks import TaskData
-from perpetune.data.texts.tables import Messages
+from perpetune.data.texts.chats import Messages
 from perpetune.errors import Interrupted, StateError, UsageError, closest
 from perpetune.evaluate import AMONG, evaluate
 from perpetune.pets import PET, frozen
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-Prompt = str | Sequence[tuple[str, str]] | Sequence[dict[str, str]]
+Prompt = str | Sequence[tuple[str, ...]] | Sequence[dict[str, Any]]
 """A prompt for a language model: a text, or the messages of a chat."""
 
 

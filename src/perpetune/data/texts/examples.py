@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +31,7 @@ class Encoded:
         cut: how many tokens of the prompt were cut off on its left, for the model takes no more.
         dropped: how many earlier answers of a chat are not learned, for the chat form writes them otherwise in the
             middle of a chat than at its end.
+        lost: what the chat form leaves out of the messages.
         around: white space that a generated answer begins and ends with, and which is not its own: what stands between
             prompt and answer, or what the chat form puts there.
     """
@@ -39,6 +41,7 @@ class Encoded:
     options: tuple[Tensor, ...] = ()
     cut: int = 0
     dropped: int = 0
+    lost: tuple[str, ...] = ()
     around: tuple[str, str] = ("", "")
 
     def __len__(self) -> int:
@@ -56,7 +59,7 @@ class _Kept:
     Attributes:
         tokens: int32 `(N,)`; where an answer is learned, `~token`.
         asks: whether it is a question, without an answer.
-        options, cut, dropped: as in `Encoded`.
+        options, cut, dropped, lost: as in `Encoded`.
     """
 
     tokens: Tensor
@@ -64,12 +67,13 @@ class _Kept:
     options: tuple[Tensor, ...]
     cut: int
     dropped: int
+    lost: tuple[str, ...]
 
     def encoded(self) -> Encoded:
         """The example as a model takes it."""
         said = self.tokens < 0
         ids = torch.where(said, ~self.tokens, self.tokens).long()
-        return Encoded(ids, None if self.asks else said, self.options, self.cut, self.dropped)
+        return Encoded(ids, None if self.asks else said, self.options, self.cut, self.dropped, self.lost)
 
 
 def _kept(found: Encoded, options: dict[tuple[int, ...], Tensor]) -> _Kept:
@@ -77,7 +81,7 @@ def _kept(found: Encoded, options: dict[tuple[int, ...], Tensor]) -> _Kept:
     ids, asks = found.ids.int(), found.answer is None
     tokens = ids if found.answer is None else torch.where(found.answer, ~ids, ids)
     shared = tuple(options.setdefault(tuple(option.tolist()), option) for option in found.options)
-    return _Kept(tokens, asks, shared, found.cut, found.dropped)
+    return _Kept(tokens, asks, shared, found.cut, found.dropped, found.lost)
 
 
 class TextSet(TableSet):
@@ -149,6 +153,11 @@ class TextSet(TableSet):
                 f"{sum(dropped)} earlier answers in {len(dropped)} of {len(self.rows)} {self.purpose} chats are not "
                 "learned, for the model's chat template writes them otherwise than at the end of a chat"
             )
+        lost = Counter(what for kept in known for what in kept.lost)
+        notes += [
+            f"in {count} of {len(self.rows)} {self.purpose} chats the model's chat template leaves out {what}"
+            for what, count in lost.items()
+        ]
         return notes
 
     def _of(self, rows: Sequence[int], classes: Sequence[str]) -> TextSet:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import zlib
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -14,13 +15,16 @@ from perpetune.data.columns import SPLITS, Split, group_column, split_of
 from perpetune.data.names import label_of, natural, printable, several
 from perpetune.data.parquet import read_schema
 from perpetune.data.sources import Fit, Kind, Source, existing
-from perpetune.data.texts.records import SUFFIXES, Record, read_records
-from perpetune.data.texts.tables import Messages, Row, Text, TextTable, chat_in, common_options, key_of, text_in
+from perpetune.data.texts.chats import Messages, is_empty
+from perpetune.data.texts.layouts import CHATS, INSTRUCTION, Layout, layout_of
+from perpetune.data.texts.records import PACKED, SUFFIXES, Record, open_text, read_records
+from perpetune.data.texts.tables import Row, TextTable, common_options, key_of, text_in
 from perpetune.errors import DataError, MissingExtra, UsageError, closest
 from perpetune.numerics.text_scores import score_of
 
 OPTIONS = "options"  # the column with the answers that stand to choice, where nobody names one
 _ORDER: tuple[Split, ...] = ("train", "validation", "test")
+_TEXTS = {"prompt", INSTRUCTION, *CHATS}  # columns that say that rows are texts
 _SHARD = re.compile(r"(.+)-\d+-of-\d+")  # train-00000-of-00002, as data sets are saved
 
 
@@ -66,6 +70,21 @@ class TextSource(Source):
         """What was left out on the way."""
         return []
 
+    def _use(self, record: Record, used: Collection[str]) -> None:
+        """Notes the columns of a row that hold something, and of which nothing is used."""
+        for column, value in record.value.items():
+            if column not in used and not is_empty(value):
+                self._left.setdefault(column, None)
+
+    def _unused_columns(self) -> list[str]:
+        columns = [f"'{printable(column)}'" for column in self._left]
+        return [f"columns that are not used: {several(columns, 20)}"] if columns else []
+
+    @cached_property
+    def _left(self) -> dict[str, None]:
+        """The columns of which nothing is used, in order."""
+        return {}
+
     def train(self) -> TextTable:
         table = self._tables.get("train")
         if table is None:
@@ -96,14 +115,14 @@ class TextSource(Source):
                 declared,
                 scoring,
                 order,
-                self._warnings() if split == "train" else (),
+                [*self._warnings(), *self._unused_columns()] if split == "train" else (),
             )
             for split, part in parts.items()
         }
 
 
 class FileSource(TextSource):
-    """Texts in a `.jsonl`, `.json` or `.parquet` file, or in a folder of such.
+    """Texts in a `.jsonl`, `.json` (also `.gz`) or `.parquet` file, or in a folder of such.
 
     A folder holds `TASK.jsonl` files, or `TASK/train.jsonl` with `TASK/test.jsonl` and `TASK/validation.jsonl` (or
     `eval`, `dev`) where there are such, or `train.jsonl` and `test.jsonl` of one task; each may be `.json` or
@@ -132,6 +151,10 @@ class FileSource(TextSource):
         prompt_column: str = "prompt",
         answer_column: str = "answer",
         messages_column: str = "messages",
+        input_column: str | None = None,
+        system_column: str | None = None,
+        history_column: str | None = None,
+        tools_column: str | None = None,
         task_column: str | None = None,
         split_column: str | None = None,
         options: str | list[str] | None = None,
@@ -140,6 +163,8 @@ class FileSource(TextSource):
     ):
         self.path, self.test_path = path, test
         self.prompt_column, self.answer_column, self.messages_column = prompt_column, answer_column, messages_column
+        self.input_column, self.system_column = input_column, system_column
+        self.history_column, self.tools_column = history_column, tools_column
         self.task_column, self.split_column = task_column, split_column
         self.options, self.instruction, self.score = options, instruction, score
         self._unused: list[str] = []
@@ -181,7 +206,17 @@ class FileSource(TextSource):
         """The rows of a file. What cannot be read has the task of the row before it, or of the first that can be."""
         records, here = read_records(file.path), printable(file.path)
         columns = list(dict.fromkeys(c for record in records for c in record.value))
-        self._need_columns(columns, here)
+        layout = layout_of(
+            columns,
+            prompt=self.prompt_column,
+            answer=self.answer_column,
+            messages=self.messages_column,
+            input=self.input_column,
+            system=self.system_column,
+            history=self.history_column,
+            tools=self.tools_column,
+        )
+        self._need_columns(columns, layout, here)
         named = parts = None
         if (file.task is None or self.task_column is not None) and columns:
             named = group_column(columns, self.task_column, here, "task_column")
@@ -190,8 +225,11 @@ class FileSource(TextSource):
         tasks = [_task(record, named) if named else file.task or _stem(self.path) for record in records]
         task = next(filter(None, tasks), None) or file.task or _stem(self.path)
         options = self._options_of(records, here)
+        asked = options if isinstance(options, str) else OPTIONS if self.options is None else None
+        further = {column for column in (named, parts, asked) if column is not None}
         for record, own in zip(records, tasks, strict=True):
-            task, split, row = own or task, file.split or "train", self._row(record, options)
+            task, split, row = own or task, file.split or "train", self._row(record, layout, options)
+            self._use(record, layout.used(record.value) | further)
             if not record.fault:
                 try:
                     if parts is not None:
@@ -202,42 +240,34 @@ class FileSource(TextSource):
                     row = Row(row.at, row.key, None, str(error))
             yield Item(split, task, row)
 
-    def _need_columns(self, columns: Sequence[str], here: str) -> None:
+    def _need_columns(self, columns: Sequence[str], layout: Layout, here: str) -> None:
         """DataError when a column is in no row of a file; rows that lack one are bad rows."""
         if not columns:
             return
-        if self.messages_column not in columns:
-            for column in (self.prompt_column, self.answer_column):
+        if layout.messages not in columns:
+            for column in (layout.prompt, layout.answer):
                 if column not in columns:
                     raise DataError(
-                        f"{here}: no column '{column}' and no column '{self.messages_column}'; "
+                        f"{here}: no column '{column}' and no column '{layout.messages}'; "
                         f"found: {several([printable(c) for c in columns], 20)}"
                     )
-        for asked in (self.split_column, self.options):
+        more = (self.input_column, self.system_column, self.history_column, self.tools_column)
+        for asked in (*more, self.split_column, self.options):
             if isinstance(asked, str) and asked not in columns:
                 raise DataError(f"{here}: no column '{asked}'; found: {several([printable(c) for c in columns], 20)}")
 
-    def _row(self, record: Record, column: str | list[str]) -> Row:
+    def _row(self, record: Record, layout: Layout, column: str | list[str]) -> Row:
         if record.fault:
             return Row(record.at, key_of(record.raw.decode(errors="backslashreplace")), None, record.fault)
-        value = record.value
-        prompt, answer, messages = (
-            value.get(c) for c in (self.prompt_column, self.answer_column, self.messages_column)
-        )
-        key = key_of(messages) if messages is not None else key_of(prompt, answer)
+        key = layout.key(record.value)
         try:
-            told: str | Messages
-            if messages is not None:
-                told, said = chat_in(messages)
-            else:
-                told = text_in(prompt, f"prompt (column '{self.prompt_column}')")
-                said = text_in(answer, f"answer (column '{self.answer_column}')")
-            options = _options(value, column)
-            if said.strip() in options:  # space at its ends does not make it another one
-                said = said.strip()
+            text = layout.text(record.value)
+            options = _options(record.value, column)
         except DataError as error:
             return Row(record.at, key, None, str(error))
-        return Row(record.at, key, Text(self._instructed(told), said, options))
+        # Space at its ends does not make an option another one.
+        said = text.answer.strip() if text.answer.strip() in options else text.answer
+        return Row(record.at, key, replace(text, prompt=self._instructed(text.prompt), answer=said, options=options))
 
     def _options_of(self, records: Sequence[Record], here: str) -> str | list[str]:
         """The answers that stand to choice in every row of a file, or the column that holds those of each."""
@@ -256,10 +286,10 @@ class FileSource(TextSource):
             return prompt
         if isinstance(prompt, str):
             return f"{self.instruction}\n{prompt}" if prompt.strip() else prompt
-        first = next((n for n, (role, _) in enumerate(prompt) if role == "user"), None)
+        first = next((n for n, message in enumerate(prompt) if message[0] == "user"), None)
         return tuple(
-            (role, f"{self.instruction}\n{content}" if n == first else content)
-            for n, (role, content) in enumerate(prompt)
+            (message[0], f"{self.instruction}\n{message[1]}", *message[2:]) if n == first else message
+            for n, message in enumerate(prompt)
         )
 
 
@@ -347,8 +377,9 @@ def split_files(folder: str, files: Sequence[str] | None = None) -> dict[Split, 
 
 def _task(record: Record, column: str) -> str | None:
     """The task that a row names, None where it names none."""
+    value = record.value.get(column)
     try:
-        return label_of(text_in(record.value.get(column), "task")) or None
+        return None if isinstance(value, float) else label_of(text_in(value, "task")) or None
     except DataError:
         return None
 
@@ -391,14 +422,15 @@ def list_texts(folder: str) -> tuple[list[str], list[str]]:
 def _stem(path: str) -> str:
     """The last part of a path, without the suffix of a file of texts."""
     name = os.path.basename(os.path.abspath(path))
-    stem, suffix = os.path.splitext(name)
-    return stem if suffix.lower() in SUFFIXES else name
+    suffix = next((suffix for suffix in reversed(SUFFIXES) if name.lower().endswith(suffix)), "")
+    return name[: len(name) - len(suffix)] or name
 
 
 def holds_texts(path: str, *, sure: bool = False) -> bool:
     """Whether texts are at `path`, a file or a folder; of a folder, its files and the training files inside it.
 
-    A `.json` file is one of texts; others are where their beginning names a column `prompt` or `messages`.
+    A `.json` file is one of texts; others are where their beginning names a column of texts: `prompt`, `messages`, or
+    one of the other names of these.
 
     Args:
         sure: whether texts are expected there, so that what is wrong with them is said by their source.
@@ -408,7 +440,9 @@ def holds_texts(path: str, *, sure: bool = False) -> bool:
     """
     if not os.path.isdir(path):
         lower = path.lower()
-        return lower.endswith(".json") or (lower.endswith(SUFFIXES) and (sure or _names_texts(path)))
+        return lower.endswith((".json", f".json{PACKED}")) or (
+            lower.endswith(SUFFIXES) and (sure or _names_texts(path))
+        )
     files, folders = list_texts(path)
     found = [os.path.join(path, file) for file in files]
     for folder in folders:
@@ -421,13 +455,15 @@ def _names_texts(path: str, looked: int = 1 << 16) -> bool:
     """Whether the beginning of a file names a column of texts."""
     if path.lower().endswith(".parquet"):
         try:
-            return bool({"prompt", "messages"} & set(read_schema(path).names))
+            return not _TEXTS.isdisjoint(read_schema(path).names)
         except (DataError, MissingExtra):  # said by the source that is taken for it
             return False
     try:
-        with open(path, "rb") as file:
+        with open_text(path) as file:
             start = file.read(looked)
-    except OSError:
+    except (OSError, EOFError, zlib.error):
         return False
-    first = start if path.lower().endswith(".json") else start.lstrip(b"\xef\xbb\xbf\r\n").partition(b"\n")[0]
-    return re.search(rb'"(prompt|messages)"\s*:', first) is not None
+    start = start.removeprefix(b"\xef\xbb\xbf").lstrip()
+    array = path.lower().removesuffix(PACKED).endswith(".json") or start.startswith(b"[")
+    first = start if array else start.partition(b"\n")[0]
+    return re.search(rb'"(%s)"\s*:' % "|".join(sorted(_TEXTS)).encode(), first) is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from perpetune.data.examples import Augment, Judge, Purpose, Question, View
 from perpetune.data.sources import Table
+from perpetune.data.texts.chats import ASSISTANT, LEARN, TOOLS, Message, Messages, as_dict, is_learned, more_of
 from perpetune.data.texts.examples import Encoded, TextSet
 from perpetune.data.texts.prompts import prompt_in, read_prompts
-from perpetune.data.texts.tables import ASSISTANT, SCORE, Messages, Text, TextTable
+from perpetune.data.texts.tables import SCORE, Text, TextTable
 from perpetune.errors import DataError, UsageError
 from perpetune.numerics.text_scores import score_of
 from perpetune.tasks import IGNORED, Batch, Examples, Inputs, Item
@@ -65,6 +67,7 @@ class _Whole:
         last: where the last answer begins.
         opening: how many open every text.
         dropped: earlier answers that are not learned.
+        lost: what the chat form leaves out.
     """
 
     ids: Tensor
@@ -72,6 +75,24 @@ class _Whole:
     last: int
     opening: int
     dropped: int = 0
+    lost: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """A text as the model reads it.
+
+    Attributes:
+        text: all of it.
+        spans: where in it stands what is learned to be said; the answer last.
+        dropped: how many earlier answers are not learned.
+        lost: what the chat form leaves out.
+    """
+
+    text: str
+    spans: tuple[_Span, ...]
+    dropped: int = 0
+    lost: tuple[str, ...] = ()
 
 
 class TextView(View):
@@ -121,7 +142,7 @@ class TextView(View):
         whole = self._whole(text)
         over, last = len(whole.ids) - self.max_length, len(whole.ids) - whole.last
         if over <= 0:
-            return Encoded(whole.ids, whole.said, dropped=whole.dropped)
+            return Encoded(whole.ids, whole.said, dropped=whole.dropped, lost=whole.lost)
         if last > self.max_length - max(1, whole.opening):
             raise DataError(
                 f"the answer alone has {last} tokens, and prompt and answer together may have {self.max_length}"
@@ -129,7 +150,7 @@ class TextView(View):
         kept = _without(whole.ids, over, whole.opening)
         said = whole.said[kept]
         said[0] = False  # of an earlier answer in a chat that was cut: nothing stands before it any more
-        return Encoded(whole.ids[kept], said, cut=over, dropped=whole.dropped)
+        return Encoded(whole.ids[kept], said, cut=over, dropped=whole.dropped, lost=whole.lost)
 
     def question(self, text: Text, *, choose: bool | None = None) -> Encoded:
         """The prompt alone, and the tokens of each option as its answer.
@@ -158,7 +179,7 @@ class TextView(View):
         if over > 0:
             ids = ids[_without(ids, over, wholes[0].opening)]
         around = ("", "") if given else self._around(text.prompt, wholes[0])
-        return Encoded(ids, options=options, cut=max(0, over), around=around)
+        return Encoded(ids, options=options, cut=max(0, over), lost=wholes[0].lost, around=around)
 
     def collate(self, items: Sequence[Item]) -> Batch:
         """A batch of (example, target, number), padded on the left, so that all answers end at the same place."""
@@ -275,8 +296,8 @@ class TextView(View):
 
     def _whole(self, text: Text) -> _Whole:
         """Prompt and answer with its end, in tokens."""
-        rendered, spans, dropped = self._rendered(text)
-        tokens = self._tokens(rendered, text.prompt)
+        rendered = self._rendered(text)
+        tokens, spans = self._tokens(rendered.text, text.prompt), rendered.spans
         while tokens and tokens[-1].added:  # the end that a tokenizer puts there; ours takes its place
             tokens.pop()
         said = [any(token.within(span) for span in spans) for token in tokens]
@@ -289,7 +310,8 @@ class TextView(View):
             said[-1] = True  # the end that the chat form puts there
         said[0] = False  # nothing stands before it that could say it
         opening = self._opening(tokens)
-        return _Whole(torch.tensor(ids, dtype=torch.int64), torch.tensor(said), max(1, last), opening, dropped)
+        tensors = torch.tensor(ids, dtype=torch.int64), torch.tensor(said)
+        return _Whole(*tensors, max(1, last), opening, rendered.dropped, rendered.lost)
 
     def _asked(self, prompt: str | Messages) -> _Whole:
         """The prompt and the beginning of some answer, in tokens."""
@@ -300,41 +322,68 @@ class TextView(View):
         tokens = self._tokens(text, prompt)
         last = next((i for i, token in enumerate(tokens) if token.within(span)), len(tokens))
         ids = torch.tensor([token.id for token in tokens], dtype=torch.int64)
-        return _Whole(ids, torch.zeros(len(ids), dtype=torch.bool), last, self._opening(tokens))
+        lost = self._lost(_messages(prompt), asked, asking=True) if self._is_chat(prompt) else ()
+        return _Whole(ids, torch.zeros(len(ids), dtype=torch.bool), last, self._opening(tokens), lost=lost)
 
-    def _rendered(self, text: Text) -> tuple[str, list[_Span], int]:
-        """The whole text, where in it stands what is learned to be said, the answer last, and how many earlier answers
-        are not learned."""
+    def _rendered(self, text: Text) -> _Rendered:
         if not self._is_chat(text.prompt):
             prompt = self._prompt(text.prompt)
             gap, place = _gap(prompt, text.answer)
             opened = prompt + gap
             whole = opened + text.answer
-            return whole, [_Span(place, len(opened), len(whole))], 0
-        messages = [*_messages(text.prompt), (ASSISTANT, text.answer)]
+            return _Rendered(whole, (_Span(place, len(opened), len(whole)),))
+        messages = [*_messages(text.prompt), (ASSISTANT, text.answer, *([text.more] if text.more else ()))]
         whole = self._told(messages)
         spans = []
-        answers = [turn for turn, (role, _) in enumerate(messages) if role == ASSISTANT and turn]  # opening, it is none
+        answers = [turn for turn, message in enumerate(messages) if message[0] == ASSISTANT and turn]  # none opens it
+        answers = [turn for turn in answers if is_learned(messages[turn])]
         for turn in answers:
             before, after = self._chat(messages[:turn], asking=True), self._told(messages[: turn + 1])
             # Some forms drop what earlier answers held (their reasoning): those are not learned then.
             if whole.startswith(before) and whole.startswith(after):
                 spans.append(_Span(len(before), len(before), len(after)))
+        lost = self._lost(messages, whole)
         if not spans or spans[-1].stop != len(whole):  # what it asks with is not what it puts before an answer
-            changed = self._told([*messages[:-1], (ASSISTANT, _other(text.answer))])
+            changed = self._told([*messages[:-1], (ASSISTANT, _other(text.answer), *messages[-1][2:])])
             if whole == changed:
                 raise DataError("the chat template leaves the answer out: another template or tokenizer is needed")
             pairs = enumerate(zip(whole, changed, strict=False))
             at = next((i for i, (one, another) in pairs if one != another), min(len(whole), len(changed)))
             spans.append(_Span(at, at, len(whole)))
-        return whole, spans, len(answers) - len(spans)
+        said = whole[spans[-1].content :]
+        if not text.answer.strip() and lost:
+            raise DataError(f"the answer is empty, for the model's chat template leaves out {' and '.join(lost)}")
+        if text.answer not in said and text.answer.strip() in said:
+            lost = (*lost, "white space at the ends of the answer")
+        return _Rendered(whole, tuple(spans), len(answers) - len(spans), lost)
 
-    def _told(self, messages: Sequence[tuple[str, str]]) -> str:
+    def _lost(self, messages: Sequence[Message], whole: str, *, asking: bool = False) -> tuple[str, ...]:
+        """What the chat form leaves out of `messages`, which it makes `whole` of: what makes no difference to it."""
+        keys = dict.fromkeys(key for message in messages for key in more_of(message) if key != LEARN)
+        parts: dict[str, list[Message]] = {
+            f"the messages' {key}" if key != TOOLS else "the tools": [_without_key(m, key) for m in messages]
+            for key in keys
+        }
+        for role in ("system", "developer", "tool"):
+            silent = [m for m in messages if m[0] == role and m[1].strip() and m[1].strip() not in whole]
+            if silent:
+                parts[f"messages of the role {role}"] = [m for m in messages if m not in silent]
+        lost = []
+        for name, rest in parts.items():
+            try:
+                same = self._chat(rest, asking=True) if asking else self._told(rest)
+            except DataError:  # so it makes a difference
+                continue
+            if same == whole:
+                lost.append(name)
+        return tuple(lost)
+
+    def _told(self, messages: Sequence[Message]) -> str:
         """A chat that ends in an answer, without the white space that the chat form puts behind it."""
         whole = self._chat(messages, asking=False)
-        role, answer = messages[-1]
+        role, answer, *more = messages[-1]
         if answer[-1:].isspace():  # then it is not all the form's
-            other = self._chat([*messages[:-1], (role, _other(answer))], asking=False)
+            other = self._chat([*messages[:-1], (role, _other(answer), *more)], asking=False)
             return whole[: len(whole) - (len(other) - len(other.rstrip()))]
         return whole.rstrip()
 
@@ -361,7 +410,7 @@ class TextView(View):
     def _is_chat(self, prompt: str | Messages) -> bool:
         return self.chat or not isinstance(prompt, str)
 
-    def _chat(self, messages: Sequence[tuple[str, str]], *, asking: bool) -> str:
+    def _chat(self, messages: Sequence[Message], *, asking: bool) -> str:
         if not self.tokenizer.chat_template:
             raise DataError(
                 "this model's tokenizer has no chat template, and messages need one: give rows of prompt and answer, "
@@ -369,9 +418,13 @@ class TextView(View):
             )
         from jinja2 import TemplateError
 
-        told = [{"role": role, "content": content} for role, content in messages]
+        told, more = [as_dict(message) for message in messages], {}
+        if told and TOOLS in told[0]:
+            more[TOOLS] = told[0].pop(TOOLS)
+        if "developer" not in str(self.tokenizer.chat_template):  # the newer name of the system
+            told = [{**message, "role": "system"} if message["role"] == "developer" else message for message in told]
         try:
-            text: str = self.tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=asking)
+            text: str = self.tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=asking, **more)
         except (TemplateError, TypeError, ValueError) as error:
             raise DataError(f"the model's chat template refuses the messages: {error}") from error
         return text
@@ -427,5 +480,11 @@ def _last(prompt: str | Messages) -> str:
     return prompt if isinstance(prompt, str) else prompt[-1][1]
 
 
-def _messages(prompt: str | Messages) -> list[tuple[str, str]]:
+def _without_key(message: Message, key: str) -> Message:
+    more = more_of(message)
+    more.pop(key, None)
+    return (*message[:2], json.dumps(more, ensure_ascii=False)) if more else message[:2]
+
+
+def _messages(prompt: str | Messages) -> list[Message]:
     return [("user", prompt)] if isinstance(prompt, str) else list(prompt)
