@@ -9,6 +9,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +105,8 @@ class Learner:
         self._build(recipe, progress)
         if self._temporary and self.runtime.world > 1:
             raise UsageError("several processes must share one state folder: give `folder` a path that all of them see")
+        if self.method.model.view.dated:
+            self.method.model.view.today = date.fromisoformat(self.runtime.of_first(date.today().isoformat()))
         # Read the data before the folder is made, so that unusable data leave no folder behind.
         if recipe.data is not None:
             self._admit(self.stream.tasks)  # reads the data of the tasks
@@ -134,6 +137,8 @@ class Learner:
                 f"{folder} was made with other weights of {learner.recipe.backbone.name} (their fingerprint is "
                 f"{known[:12]}, here it is {here[:12]}): restore the checkpoint that it was made with"
             )
+        if learner.method.model.view.dated:
+            learner.method.model.view.today = learner.state.begun
         learner._reload()
         return learner
 
@@ -160,12 +165,14 @@ class Learner:
         pets = [m for m in self.method.modules() if isinstance(m, PET)]
         # A language model's output layer is often also its embedding: one tensor with two names, counted once.
         distinct = {(t.data_ptr(), t.numel()): t.numel() for t in frozen(self.backbone.net).values()}
+        today = self.method.model.view.today
         return {
             "spec": self.backbone.spec,
             "examples": self.method.model.view.noun,
             "fingerprint": self._fingerprint,
             "parameters": sum(distinct.values()),
             "trainable_parameters": sum(p.numel() for pet in pets for p in pet.parameters()),
+            **({"date": today.isoformat()} if today is not None else {}),
         }
 
     # -- learning -------------------------------------------------------------------------------------

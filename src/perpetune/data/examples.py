@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import Tensor
@@ -98,11 +99,18 @@ class View(ABC):
     """The call of a learner that people use for it."""
     ordered: ClassVar[bool] = False
     """Whether tokens have places in an order, so that none can be added between them."""
+    today: date | None = None
+    """The day that is today for examples that say it; None is the day of the call."""
 
     @property
     @abstractmethod
     def extent(self) -> str:
         """How much a model takes of one example, in a few words."""
+
+    @property
+    def dated(self) -> bool:
+        """Whether what a model reads of an example may say which day it is."""
+        return False
 
     @abstractmethod
     def examples(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date, datetime, time
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +25,8 @@ from perpetune.numerics.text_scores import score_of
 from perpetune.tasks import IGNORED, Batch, Examples, Inputs, Item
 
 SOME_ANSWER = "a"  # stands where an answer is to come
+NOW = "strftime_now"  # by which a chat template asks for the day
+_ASKS = re.compile(NOW + r"""\s*\(\s*(?:format\s*=\s*)?(["'])((?:(?!\1)[^\\])*)\1\s*\)""")
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,11 @@ class TextView(View):
         """Tokens at which a generated answer ends."""
         self.pad = next((t for t in (tokenizer.pad_token_id, self.end, tokenizer.unk_token_id) if t is not None), 0)
         """Stands where there is no token; what it is does not matter, for it is masked."""
+        self.today: date | None = None
+
+    @property
+    def dated(self) -> bool:
+        return NOW in str(self.tokenizer.chat_template or "")
 
     @property
     def answers(self) -> bool:
@@ -418,9 +427,12 @@ class TextView(View):
             )
         from jinja2 import TemplateError
 
-        told, more = [as_dict(message) for message in messages], {}
+        told = [as_dict(message) for message in messages]
+        more: dict[str, Any] = {}
         if told and TOOLS in told[0]:
             more[TOOLS] = told[0].pop(TOOLS)
+        if self.today is not None and self.dated:
+            more["chat_template"] = self._of_today(self.tokenizer.get_chat_template(tools=more.get(TOOLS)))
         if "developer" not in str(self.tokenizer.chat_template):  # the newer name of the system
             told = [{**message, "role": "system"} if message["role"] == "developer" else message for message in told]
         try:
@@ -428,6 +440,12 @@ class TextView(View):
         except (TemplateError, TypeError, ValueError) as error:
             raise DataError(f"the model's chat template refuses the messages: {error}") from error
         return text
+
+    def _of_today(self, template: str) -> str:
+        """A chat template with the day instead of the calls that ask for it."""
+        assert self.today is not None
+        moment = datetime.combine(self.today, time())
+        return _ASKS.sub(lambda call: f"{call[1]}{moment.strftime(call[2])}{call[1]}", template)
 
     def _tokens(self, text: str, prompt: str | Messages) -> list[_Token]:
         """The tokens of a text; a chat form brings its special tokens itself."""
