@@ -760,19 +760,18 @@ def test_a_template_is_told_the_day_of_init(
 
 
 @pytest.mark.parametrize(
-    "call", ["strftime_now('%d %b %Y')", 'strftime_now( format = "%d %b %Y" )', "strftime_now ('%d %b %Y')|upper|title"]
+    "way", ["strftime_now('%d %b %Y')", 'strftime_now( format = "%d %b %Y" )', "strftime_now ('%d %b %Y')|upper|title"]
 )
 @pytest.mark.parametrize("several", [False, True])
-def test_every_way_to_ask_for_the_day(call: str, several: bool) -> None:
+def test_every_way_to_ask_for_the_day(way: str, several: bool) -> None:
     tokenizer = tiny_tokenizer()
-    template = f"{{% if strftime_now is defined %}}{{{{ {call} }}}}{{% endif %}}\n{CHAT}"
-    tokenizer.chat_template = (
-        {"default": template, "tool_use": template.replace("\n", "!\n", 1)} if several else template
-    )
+    template = f"{{% if strftime_now is defined %}}{{{{ {way} }}}}{{% endif %}}.\n{CHAT}"
+    other = template.replace(".\n", "!\n", 1)
+    tokenizer.chat_template = {"default": template, "tool_use": other} if several else template
     view = TextView(tokenizer, max_length=200)
     view.today = datetime.date(2020, 1, 31)
     told = ("user", "hi", '{"tools": [{"name": "f"}]}')
-    for prompt, mark in (((("user", "hi"),), ""), ((told,), "!" if several else "")):
+    for prompt, mark in (((("user", "hi"),), "."), ((told,), "!" if several else ".")):
         whole = tokenizer.decode(view.question(Text(prompt)).ids)
         assert whole.startswith(f"31 Jan 2020{mark}\n<|user|>")
 
