@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -231,6 +232,7 @@ SAID = {"role": "assistant", "content": "ho"}
 BAD = [
     (b'{"prompt": "a", "answer": ', "not JSON: Expecting value: line 1 column 27 (char 26)"),
     (b'{"prompt": "\xff"}', "not UTF-8 text (byte 12)"),
+    (b'{"prompt": "a", "prompt": "b", "answer": "c"}', "not JSON: the key 'prompt' is there twice"),
     (b'["prompt", "answer"]', "holds list; expected an object of columns"),
     (b"3", "holds int; expected an object of columns"),
     (b"[" * 100_000, "not JSON: "),
@@ -240,16 +242,40 @@ BAD = [
     ({"prompt": "a", "answer": ""}, "the answer is empty"),
     ({"prompt": "a", "answer": " \t"}, "the answer is empty"),
     ({"prompt": ["a"], "answer": "b"}, "the prompt (column 'prompt') holds list; expected text"),
-    ({"prompt": "a", "answer": 1.5}, "the answer (column 'answer') holds float; expected text"),
+    (b'{"prompt": "a", "answer": NaN}', "the answer (column 'answer') is no number (nan)"),
+    (b'{"prompt": "a", "answer": 1e999}', "the answer (column 'answer') is no number (inf)"),
     ({"prompt": "a", "answer": True}, "the answer (column 'answer') holds bool; expected text"),
     (b'{"prompt": "a \\ud83d", "answer": "b"}', "the prompt holds half a character (a lone surrogate) at 2"),
     ({"messages": "hi"}, "the messages hold str; expected a list of {role, content}"),
     ({"messages": []}, "there are no messages"),
     ({"messages": ["hi", "ho"]}, "message 1 is str; expected {role, content}"),
     ({"messages": [SAID]}, "there is no message before the answer"),
-    ({"messages": [USER, SAID, USER]}, "the last message is by 'user'; expected the answer, by assistant"),
-    ({"messages": [{**USER, "role": "human"}, SAID]}, "message 1 has the role 'human'; expected one of system, user, "),
-    ({"messages": [{"role": "user", "content": [{"type": "image"}]}, SAID]}, "message 1: the content holds list; "),
+    ({"messages": [USER, SAID, USER]}, "the last message is by 'user'; expected the assistant's, which is the answer"),
+    (
+        {"messages": [{**USER, "role": "human"}, SAID]},
+        "message 1 has the role 'human'; expected one of system, developer, ",
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}, SAID]},
+        "message 1: the content has a part 1 that is 'image'",
+    ),
+    (
+        {"messages": [{**USER, "content": [{"type": "text", "text": "a"}, {"type": "text"}]}, SAID]},
+        "message 1: the con",
+    ),
+    ({"messages": [{**USER, "content": []}, SAID]}, "message 1: the content holds list; expected text"),
+    ({"messages": [USER, {**SAID, "weight": 0.5}]}, "message 2: its weight is '0.5'; expected 0 or 1, true or false"),
+    ({"messages": [USER, {**SAID, "train": "no"}]}, "message 2: its train is 'no'; expected 0 or 1, true or false"),
+    ({"messages": [USER, {**SAID, "weight": 0}]}, "no answer is to be learned: each has weight 0, or train or loss f"),
+    ({"messages": [USER, {**SAID, "weight": 0, "train": True}]}, "message 2: weight and train contradict each other"),
+    ({"messages": [{**USER, "train": True}, SAID]}, "message 1 of the role 'user' is to be learned; only answers can"),
+    (
+        {"messages": [USER, {"role": "assistant", "tool_calls": [{"name": "f"}]}]},
+        "the answer is empty, for the model's",
+    ),
+    ({"messages": [{"from": "human", "value": "a"}, {"from": "owl", "value": "b"}]}, "the last message is by 'owl'; "),
+    ({"messages": [USER, SAID], "system": 3.5, "tools": "{"}, "the tools (column 'tools') are no list of objects"),
+    ({"messages": [{"role": "system", "content": "a"}, USER, SAID], "system": "b"}, "the column 'system' and a messag"),
     ({"messages": [{"role": "user"}, SAID]}, "message 1: the content holds nothing; expected text"),
     ({"messages": [USER, {**SAID, "content": ""}]}, "the answer is empty"),
     ({"prompt": "a", "answer": "b" * 80}, "the answer alone has "),
@@ -329,7 +355,8 @@ def test_nothing_good_is_an_error(tmp_path):
         ("x.json", b'[{"prompt": "a"} {"prompt": "b"}]', "x.json item 1: expected a comma or the end of the array "),
         ("x.json", b'[{"prompt": "a"}', "x.json item 1: expected a comma or the end of the array after it, but the f"),
         ("x.json", b'[{"prompt": "a"},]', "x.json item 2: not JSON: "),
-        ("x.json", b"[] []", "x.json: there is text after the end of the array"),
+        ("x.json", b'[{"prompt": "a", "prompt": "b"}]', "x.json item 1: not JSON: the key 'prompt' is there twice"),
+        ("x.json", b"[] []", "x.json: more follows after the end of the array"),
         ("x.json", b'["\xff"]', r"x.json: not UTF-8 text \(byte 2\)"),
         ("x.parquet", b"PAR1", "x.parquet: not a readable parquet file"),
         ("x.csv", b"prompt,answer", "x.csv: expected a file that ends in .jsonl, "),
@@ -842,6 +869,14 @@ def test_prompts_for_prediction(tmp_path, monkeypatch):
     rows = write(tmp_path / "p.jsonl", [{"prompt": "three"}, {"messages": [USER, SAID]}, {"messages": [USER]}])
     monkeypatch.setattr(sys, "stdin", io.StringIO("four\n\nfive"))
     hi = (("user", "hi"),)
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "nowhere.jsonl").symlink_to(tmp_path / "gone")
+    monkeypatch.chdir(tmp_path)
+    for asked in ("What is it?", "x" * 5000, "a\0b", "half \ud83d", "folder/that is not there"):
+        assert read_prompts([asked]) == [asked]
+    (tmp_path / "What is it").write_text("x")
+    with pytest.raises(DataError, match="What is it: is there"):
+        read_prompts(["What is it"])
     assert read_prompts(["Say it.", str(lines), str(rows), "-"]) == [
         "Say it.", "one ä", " two", "three", hi, hi, "four", "five",
     ]  # fmt: skip
@@ -850,7 +885,15 @@ def test_prompts_for_prediction(tmp_path, monkeypatch):
         ([str(write(tmp_path / "x.jsonl", [{"prompt": "a"}, b"{"]))], "x.jsonl line 2: not JSON"),
         ([str(write(tmp_path / "y.jsonl", [{"answer": "a"}]))], "y.jsonl line 1: no prompt"),
         ([str(write(tmp_path / "z.jsonl", [{"messages": [SAID]}]))], "z.jsonl line 1: there is no message"),
-        ([], "there is no prompt"),
+        ([], "no prompt is given"),
+        ([str(tmp_path)], "is a folder; name the files in it, and prompts are read from .txt, .jsonl"),
+        (
+            [str(write(tmp_path / "x.csv", [b"prompt"]))],
+            r"x\.csv: is there, and prompts are read from .* with - as the in",
+        ),
+        ([str(write(tmp_path / "What is it", [b"x"]))], r"What is it: is there, and prompts are read from"),
+        ([str(tmp_path / "pipe.txt")], r"pipe\.txt: is there, and prompts"),
+        ([str(tmp_path / "nowhere.jsonl")], r"nowhere\.jsonl: is there, and prompts"),
     ):
         with pytest.raises(DataError, match=message):
             read_prompts(given_)

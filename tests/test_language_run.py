@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import re
@@ -17,10 +18,11 @@ import yaml
 from safetensors.torch import load_file
 from test_distributed import finish, start_warm
 from test_distributed import tensors as tensors_of
-from tiny import tiny_language_model
+from tiny import CHAT, tiny_language_model, tiny_tokenizer
 from warm import Warm
 
 from perpetune.cli import call
+from perpetune.data.texts.tables import Text
 from perpetune.data.texts.view import TextView
 from perpetune.errors import DataError, Interrupted, StateError, UsageError
 from perpetune.fit import FitConfig, _order
@@ -534,7 +536,7 @@ BAD = [
     (short(" ", "a"), "the prompt is empty"),
     (short("a", "y" * 200), r"the answer alone has 202 tokens, but prompt and answer together can have only 128"),
     ({"messages": [{"role": "user", "content": "a"}]}, "the last message is by 'user'"),
-    ({"prompt": "a", "answer": 1.5}, r"the answer \(column 'answer'\) holds float"),
+    ({"prompt": "a", "answer": True}, r"the answer \(column 'answer'\) holds bool"),
     ({"prompt": "a", "answer": "c", "options": ["a", "b"]}, "the answer 'c' is not among the options 'a', 'b'"),
     ({"prompt": "a", "answer": "a", "options": ["a", "a"]}, "the options have 'a' twice"),
     ({"prompt": "a", "answer": "a", "options": ["a", ""]}, "an option is empty"),
@@ -674,6 +676,12 @@ def test_predict_on_the_command_line(
         ([""], 1, "there is no prompt"),
         (["nowhere.jsonl"], 1, "nowhere.jsonl: no such file"),
         ([str(write(tmp_path / "b.jsonl", [{"prompt": "a"}, b"{"]))], 1, "line 2: not JSON"),
+        ([str(tmp_path)], 1, "is a folder; "),
+        (
+            ["x", str(write(tmp_path / "b.csv", [b"prompt"]))],
+            1,
+            "b.csv: is there, and prompts are read from .txt, .jsonl",
+        ),
     ):
         (line,) = said(*arguments, code=code)[1].splitlines()
         assert reason in line
@@ -690,4 +698,84 @@ def test_exported_it_says_the_same_in_peft(done: Learner, folders: dict[str, Pat
     for prompt in ("grass 30 is", "1 capital of Italy?"):
         ids = torch.tensor([view.tokenizer(prompt)["input_ids"]])
         said = net.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
-        assert view.decode(said[0, ids.shape[1] :]) == done.answer(prompt)[0].text
+        assert view.decode(said[0, ids.shape[1] :]).removeprefix(" ") == done.answer(prompt)[0].text
+
+
+# -- a template that says the day ---------------------------------------------------------------------------
+
+DATED = '{% if not day is defined %}{% set day = strftime_now("%d %b %Y") %}{% endif %}{{ day }}\n' + CHAT
+
+
+def at(monkeypatch: pytest.MonkeyPatch, day: str) -> None:
+    """It is `day`, for perpetune and for transformers."""
+    from transformers.utils import chat_template_utils
+
+    now = datetime.datetime.fromisoformat(day)
+
+    class Day(datetime.date):
+        @classmethod
+        def today(cls) -> Day:
+            return cls(now.year, now.month, now.day)
+
+    class Moment(datetime.datetime):
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> Moment:
+            return cls(now.year, now.month, now.day)
+
+    monkeypatch.setattr("perpetune.learner.date", Day)
+    monkeypatch.setattr(chat_template_utils, "datetime", Moment)
+
+
+def asked(learner: Learner) -> str:
+    view = learner.method.model.view
+    assert isinstance(view, TextView)
+    (question,) = view.ask([[{"role": "user", "content": "hi"}]])
+    whole: str = view.tokenizer.decode(question.item.ids)
+    return whole
+
+
+def test_a_template_is_told_the_day_of_init(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Path(shutil.copytree(folders["llama"], tmp_path / "dated"))
+    (model / "chat_template.jinja").write_text(DATED)
+    at(monkeypatch, "2026-02-01")
+    first = Learner(recipe(model, train={"epochs": 1, "batch_size": 8}), tmp_path / "state")
+    assert asked(first).startswith("01 Feb 2026\n<|user|>")
+    assert first.state.backbone["date"] == "2026-02-01"
+    at(monkeypatch, "2026-03-15")
+    later = Learner.load(tmp_path / "state")
+    assert asked(later).startswith("01 Feb 2026\n<|user|>")
+    later.learn(write(tmp_path / "new.jsonl", stories(range(4))), holdout=0.0)
+    content = json.loads((tmp_path / "state" / "backbone.json").read_bytes())
+    content.pop("date")
+    (tmp_path / "state" / "backbone.json").write_text(json.dumps(content))  # as earlier versions wrote it
+    begun = later.state.journal()[0]["time"]
+    old = datetime.datetime.fromisoformat(begun).strftime("%d %b %Y")
+    assert asked(Learner.load(tmp_path / "state")).startswith(f"{old}\n<|user|>")
+    for wrong in (7, "soon"):
+        (tmp_path / "state" / "backbone.json").write_text(json.dumps({**content, "date": wrong}))
+        with pytest.raises(StateError, match=r"date is .*, and no day such as 2026-01-31"):
+            Learner.load(tmp_path / "state")
+
+
+@pytest.mark.parametrize(
+    "way", ["strftime_now('%d %b %Y')", 'strftime_now( format = "%d %b %Y" )', "strftime_now ('%d %b %Y')|upper|title"]
+)
+@pytest.mark.parametrize("several", [False, True])
+def test_every_way_to_ask_for_the_day(way: str, several: bool) -> None:
+    tokenizer = tiny_tokenizer()
+    template = f"{{% if strftime_now is defined %}}{{{{ {way} }}}}{{% endif %}}.\n{CHAT}"
+    other = template.replace(".\n", "!\n", 1)
+    tokenizer.chat_template = {"default": template, "tool_use": other} if several else template
+    view = TextView(tokenizer, max_length=200)
+    view.today = datetime.date(2020, 1, 31)
+    told = ("user", "hi", '{"tools": [{"name": "f"}]}')
+    for prompt, mark in (((("user", "hi"),), "."), ((told,), "!" if several else ".")):
+        whole = tokenizer.decode(view.question(Text(prompt)).ids)
+        assert whole.startswith(f"31 Jan 2020{mark}\n<|user|>")
+
+
+def test_a_state_without_such_a_template_has_no_day(done: Learner) -> None:
+    assert "date" not in done.state.backbone
+    assert done.method.model.view.today is None

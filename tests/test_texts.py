@@ -47,9 +47,58 @@ def test_no_space_stands_after_a_line_break() -> None:
     assert said(VIEW.sequence(Text("Answer:\n", "yes"))) == "yes<eos>"
 
 
-def test_spaces_before_and_after_do_not_matter() -> None:
-    plain, spaced = VIEW.sequence(Text("Answer:", "yes")), VIEW.sequence(Text("Answer:  ", " yes "))
-    assert torch.equal(plain.ids, spaced.ids)
+@pytest.mark.parametrize(
+    ("prompt", "answer", "whole", "learned"),
+    [
+        ("Answer:", "yes", "Answer: yes", " yes"),
+        ("Answer: ", "yes", "Answer: yes", " yes"),  # the space of the prompt is the one that is put there else
+        ("Answer:", " yes", "Answer: yes", " yes"),  # and so is that of the answer
+        ("Answer:   ", "yes", "Answer:   yes", " yes"),
+        ("Answer:", "yes  ", "Answer: yes  ", " yes  "),
+        ("Answer:", "yes\n\n", "Answer: yes\n\n", " yes\n\n"),
+        ("Answer:", "\tyes", "Answer:\tyes", "\tyes"),
+        ("Answer:", "\nyes", "Answer:\nyes", "\nyes"),
+        ("Answer:\t", "yes", "Answer:\tyes", "yes"),
+        ("def f(x):\n", "    return x\n    # done", "def f(x):\n    return x\n    # done", "    return x\n    # done"),
+        ("def f(x):\n    ", "return x", "def f(x):\n    return x", " return x"),
+        ("def f(x):", "    return x", "def f(x):     return x", "     return x"),
+    ],
+)
+def test_prompts_and_answers_are_learned_as_they_are(prompt: str, answer: str, whole: str, learned: str) -> None:
+    encoded = VIEW.sequence(Text(prompt, answer))
+    assert VIEW.tokenizer.decode(encoded.ids) == f"{whole}<eos>"
+    assert said(encoded) == f"{learned}<eos>"
+
+
+ENDLESS = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+LLAMA2 = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }} "
+    "{{ eos_token }}{% endif %}{% endfor %}"
+)
+LINES_AFTER = (
+    "{% for m in messages %}<{{ m.role }}>\n{{ m.content }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [CHAT, ENDLESS, LLAMA2, LINES_AFTER])
+@pytest.mark.parametrize("kind", ["bytes", "pieces", "no end"])
+def test_answers_in_chats_keep_their_white_space(template: str, kind: str) -> None:
+    """What the chat form puts around an answer is no part of it when it is generated."""
+    tokenizer = KINDS[kind]()
+    tokenizer.chat_template = template
+    view = TextView(tokenizer, max_length=1000)
+    for answer in ("yes", "    return x", "\n\tyes", "yes\n", "  a\n  b  \n"):
+        earlier = (("user", "one"), ("assistant", answer), ("user", "two"))
+        for prompt in (earlier[:1], earlier):
+            whole, asked = view.sequence(Text(prompt, answer)), view.question(Text(prompt))
+            assert whole.answer is not None
+            assert torch.equal(whole.ids[: len(asked)], asked.ids)
+            assert asked.own(view.decode(whole.ids[len(asked) :])) == answer
+            assert tokenizer.decode(whole.ids).count(answer) == (2 if prompt is earlier else 1)
 
 
 @settings(max_examples=60, deadline=None)
@@ -194,7 +243,7 @@ def test_options_are_padded_over_the_batch() -> None:
 
 def test_decoding_stops_at_the_first_end() -> None:
     ids = VIEW.tokenizer(" yes")["input_ids"]
-    assert VIEW.decode(torch.tensor([*ids, VIEW.end, *ids, VIEW.pad])) == "yes"
+    assert VIEW.decode(torch.tensor([*ids, VIEW.end, *ids, VIEW.pad])) == " yes"
 
 
 # -- other tokenizers -------------------------------------------------------------------------------------
@@ -284,14 +333,14 @@ def test_whatever_the_tokenizer_the_answer_is_learned_and_the_question_is_what_i
             assert int((learned == view.end).sum()) >= 1
             assert learned[-1] == view.end
             assert whole.cut == 0
-            assert view.decode(learned) == answer.strip(), (prompt, answer)
             asked = view.question(Text(prompt))
+            assert asked.own(view.decode(learned)) == answer, (prompt, answer)
             chosen = view.question(Text(prompt, options=(answer.strip(), "no", "yes it is")))
             alone = view.question(Text(prompt, options=(answer.strip(),)))
             assert asked.answer is None
             assert int(asked.ids[-1]) not in view.ends or chat
             # A line break may be one token with the one before it, and a word with what is before the space.
-            if not answer.startswith("\n") and kind != "pieces across spaces":
+            if not answer[0].isspace() and kind != "pieces across spaces":
                 assert torch.equal(whole.ids[: len(asked)], asked.ids), (prompt, answer)
                 assert torch.equal(chosen.ids, asked.ids)
                 assert torch.equal(torch.cat([alone.ids, alone.options[0]]), whole.ids)
@@ -392,6 +441,6 @@ def test_a_template_that_asks_in_other_words_than_it_tells() -> None:
 def test_decoding_ends_at_any_end_and_leaves_spaces_as_they_are() -> None:
     view = TextView(pieces(split=True), max_length=100)
     ids = view.tokenizer("f ( a , b ) . n't", add_special_tokens=False)["input_ids"]
-    assert view.decode(torch.tensor(ids)) == "f ( a , b ) . n't"
+    assert view.decode(torch.tensor(ids)) == " f ( a , b ) . n't"  # the first space, too, which this kind drops else
     view.ends |= {ids[-1]}
-    assert view.decode(torch.tensor([*ids, *ids])) == "f ( a , b ) . n'"
+    assert view.decode(torch.tensor([*ids, *ids])) == " f ( a , b ) . n'"

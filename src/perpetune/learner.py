@@ -9,6 +9,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from perpetune.data.names import safe_name, task_names
 from perpetune.data.sources import Source
 from perpetune.data.stream import Stream
 from perpetune.data.tasks import TaskData
-from perpetune.data.texts.tables import Messages
+from perpetune.data.texts.chats import Messages
 from perpetune.errors import Interrupted, StateError, UsageError, closest
 from perpetune.evaluate import AMONG, evaluate
 from perpetune.pets import PET, frozen
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-Prompt = str | Sequence[tuple[str, str]] | Sequence[dict[str, str]]
+Prompt = str | Sequence[tuple[str, ...]] | Sequence[dict[str, Any]]
 """A prompt for a language model: a text, or the messages of a chat."""
 
 
@@ -104,6 +105,8 @@ class Learner:
         self._build(recipe, progress)
         if self._temporary and self.runtime.world > 1:
             raise UsageError("several processes must share one state folder: give `folder` a path that all of them see")
+        if self.method.model.view.dated:
+            self.method.model.view.today = date.fromisoformat(self.runtime.of_first(date.today().isoformat()))
         # Read the data before the folder is made, so that unusable data leave no folder behind.
         if recipe.data is not None:
             self._admit(self.stream.tasks)  # reads the data of the tasks
@@ -134,6 +137,8 @@ class Learner:
                 f"{folder} was made with other weights of {learner.recipe.backbone.name} (their fingerprint is "
                 f"{known[:12]}, here it is {here[:12]}): restore the checkpoint that it was made with"
             )
+        if learner.method.model.view.dated:
+            learner.method.model.view.today = learner.state.begun
         learner._reload()
         return learner
 
@@ -160,12 +165,14 @@ class Learner:
         pets = [m for m in self.method.modules() if isinstance(m, PET)]
         # A language model's output layer is often also its embedding: one tensor with two names, counted once.
         distinct = {(t.data_ptr(), t.numel()): t.numel() for t in frozen(self.backbone.net).values()}
+        today = self.method.model.view.today
         return {
             "spec": self.backbone.spec,
             "examples": self.method.model.view.noun,
             "fingerprint": self._fingerprint,
             "parameters": sum(distinct.values()),
             "trainable_parameters": sum(p.numel() for pet in pets for p in pet.parameters()),
+            **({"date": today.isoformat()} if today is not None else {}),
         }
 
     # -- learning -------------------------------------------------------------------------------------
@@ -405,7 +412,8 @@ class Learner:
                 rows = rows[:, [known[option] for option in chosen]]
             for question, row in zip(some, rows, strict=True):
                 if not row.is_floating_point():
-                    answers.append(Answer(question.given, self.method.model.read(row), [], question.cut))
+                    text = question.item.own(self.method.model.read(row))
+                    answers.append(Answer(question.given, text, [], question.cut))
                     continue
                 # a class without examples has the score -inf; if all have it, no class gets a probability
                 shares = row.float().softmax(0).nan_to_num(0.0).tolist()

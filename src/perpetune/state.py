@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import date, datetime, timezone
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -119,6 +119,27 @@ class State:
             return {"spec": content["spec"], "fingerprint": content["fingerprint"], **content}
         except (OSError, ValueError, KeyError, TypeError):
             raise StateError(f"{self.folder / 'backbone.json'} is missing or torn: restore it from a backup") from None
+
+    @property
+    def begun(self) -> date | None:
+        """The day on which the state was made, for what says which day it is; None where nothing says it.
+
+        States of earlier versions do not have it; then it is the day of their journal's first line.
+
+        Raises:
+            StateError: `backbone.json` holds something else.
+        """
+        told = self.backbone.get("date")
+        try:
+            if told is not None:
+                return date.fromisoformat(told)
+        except (TypeError, ValueError):
+            raise StateError(
+                f"{self.folder / 'backbone.json'}: date is {told!r}, and no day such as 2026-01-31: restore it from a "
+                "backup"
+            ) from None
+        journal = self.journal()
+        return datetime.fromisoformat(journal[0]["time"]).date() if journal else None
 
     # -- committed tasks ------------------------------------------------------------------------------
 

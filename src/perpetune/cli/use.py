@@ -98,9 +98,11 @@ def _answers(learner: Learner, inputs: list[str], top: int, options: str | None,
 
 def _shown(answer: Answer) -> dict[str, Any]:
     """An answer as plain values, without the fields that do not apply to it."""
+    from perpetune.data.texts.chats import as_dict
+
     prompt: Any = answer.prompt
     if not isinstance(prompt, str):
-        prompt = [{"role": role, "content": content} for role, content in prompt]
+        prompt = [as_dict(message) for message in prompt]
     more = {"options": dict(answer.options), "cut": answer.cut}
     return {"prompt": prompt, "answer": answer.text, **{key: value for key, value in more.items() if value}}
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import Tensor
@@ -99,12 +100,19 @@ class View(ABC):
     verb: ClassVar[Literal["predict", "answer"]]
     """The method of a learner that users call for this kind."""
     ordered: ClassVar[bool] = False
-    """Whether the tokens have a fixed order, so that no token can be added between them."""
+    """Whether tokens have places in an order, so that none can be added between them."""
+    today: date | None = None
+    """The day that is today for examples that say it; None is the day of the call."""
 
     @property
     @abstractmethod
     def extent(self) -> str:
         """How much of one example the model takes, in a few words."""
+
+    @property
+    def dated(self) -> bool:
+        """Whether what a model reads of an example may say which day it is."""
+        return False
 
     @abstractmethod
     def examples(

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from perpetune.data.columns import Split
 from perpetune.data.names import label_of, natural, printable, several
 from perpetune.data.sources import Fit, Kind, existing
 from perpetune.data.texts.files import Item, TextSource, list_texts, split_files
@@ -68,10 +69,11 @@ class ClBenchmarkSource(TextSource):
             if "train" not in files:
                 raise DataError(f"{printable(place.folder)}: no train.json beside {LABELS}")
             test = files.get("test") or files.get("validation") or []
-            for file in files["train"]:
-                yield from (Item("train", place.task, _row(r, opening, options)) for r in read_records(file))
-            for file in test:
-                yield from (Item("test", place.task, _row(r, opening, options)) for r in read_records(file))
+            parts: tuple[tuple[Split, Sequence[str]], ...] = (("train", files["train"]), ("test", test))
+            for split, paths in parts:
+                for record in (record for path in paths for record in read_records(path)):
+                    self._use(record, ("sentence", "label"))
+                    yield Item(split, place.task, _row(record, opening, options))
 
     def _order(self, tasks: Sequence[str]) -> Sequence[str]:
         return self.tasks or ()

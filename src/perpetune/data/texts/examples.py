@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,11 +26,14 @@ class Encoded:
 
     Attributes:
         ids: int64 `(N,)`.
-        answer: bool `(N,)`, true at the tokens that the model learns to say; None for a question.
-        options: int64, the tokens of each option as they follow the question, with the end token.
-        cut: the number of tokens that were cut off from the prompt's left, because the model cannot take more.
-        dropped: the number of earlier answers in a chat that are not learned, because the chat template writes them in
-            the middle of a chat in another form than at its end.
+        answer: bool `(N,)`, true at the tokens that are learned to be said; None for a question.
+        options: the tokens of each option, int64, as they follow the question, with the end.
+        cut: how many tokens of the prompt were cut off on its left, for the model takes no more.
+        dropped: how many earlier answers of a chat are not learned, for the chat form writes them otherwise in the
+            middle of a chat than at its end.
+        lost: what the chat form leaves out of the messages.
+        around: white space that a generated answer begins and ends with, and which is not its own: what stands between
+            prompt and answer, or what the chat form puts there.
     """
 
     ids: Tensor
@@ -37,9 +41,15 @@ class Encoded:
     options: tuple[Tensor, ...] = ()
     cut: int = 0
     dropped: int = 0
+    lost: tuple[str, ...] = ()
+    around: tuple[str, str] = ("", "")
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def own(self, text: str) -> str:
+        """A generated text without the white space that is not its own."""
+        return text.removeprefix(self.around[0]).removesuffix(self.around[1])
 
 
 @dataclass(frozen=True)
@@ -47,9 +57,9 @@ class _Kept:
     """An example as tokens in a small form. It is kept, because encoding again takes as long as learning on a GPU.
 
     Attributes:
-        tokens: int32 `(N,)`; `~token` for each token of an answer that is learned.
-        asks: whether it is a question without an answer.
-        options, cut, dropped: as in `Encoded`.
+        tokens: int32 `(N,)`; where an answer is learned, `~token`.
+        asks: whether it is a question, without an answer.
+        options, cut, dropped, lost: as in `Encoded`.
     """
 
     tokens: Tensor
@@ -57,20 +67,21 @@ class _Kept:
     options: tuple[Tensor, ...]
     cut: int
     dropped: int
+    lost: tuple[str, ...]
 
     def encoded(self) -> Encoded:
         """The example in the form that a model takes."""
         said = self.tokens < 0
         ids = torch.where(said, ~self.tokens, self.tokens).long()
-        return Encoded(ids, None if self.asks else said, self.options, self.cut, self.dropped)
+        return Encoded(ids, None if self.asks else said, self.options, self.cut, self.dropped, self.lost)
 
 
-def _kept(encoded: Encoded, options: dict[tuple[int, ...], Tensor]) -> _Kept:
-    """The small form of an example. Equal options share one tensor, because all questions of a task may have them."""
-    ids, asks = encoded.ids.int(), encoded.answer is None
-    tokens = ids if encoded.answer is None else torch.where(encoded.answer, ~ids, ids)
-    shared = tuple(options.setdefault(tuple(option.tolist()), option) for option in encoded.options)
-    return _Kept(tokens, asks, shared, encoded.cut, encoded.dropped)
+def _kept(found: Encoded, options: dict[tuple[int, ...], Tensor]) -> _Kept:
+    """`found`, with the same tensors for the same options, which all questions of a task may have."""
+    ids, asks = found.ids.int(), found.answer is None
+    tokens = ids if found.answer is None else torch.where(found.answer, ~ids, ids)
+    shared = tuple(options.setdefault(tuple(option.tolist()), option) for option in found.options)
+    return _Kept(tokens, asks, shared, found.cut, found.dropped, found.lost)
 
 
 class TextSet(TableSet):
@@ -142,6 +153,11 @@ class TextSet(TableSet):
                 f"{sum(dropped)} earlier answers in {len(dropped)} of {len(self.rows)} {self.purpose} chats are not "
                 "learned, because the model's chat template writes them in another form than at the end of a chat"
             )
+        lost = Counter(what for kept in known for what in kept.lost)
+        notes += [
+            f"in {count} of {len(self.rows)} {self.purpose} chats the model's chat template leaves out {what}"
+            for what, count in lost.items()
+        ]
         return notes
 
     def _of(self, rows: Sequence[int], classes: Sequence[str]) -> TextSet:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import zlib
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -14,14 +15,17 @@ from perpetune.data.columns import SPLITS, Split, group_column, split_of
 from perpetune.data.names import label_of, natural, printable, several
 from perpetune.data.parquet import read_schema
 from perpetune.data.sources import Fit, Kind, Source, existing
-from perpetune.data.texts.records import SUFFIXES, Record, read_records
-from perpetune.data.texts.tables import Messages, Row, Text, TextTable, chat_in, common_options, key_of, text_in
+from perpetune.data.texts.chats import Messages, is_empty
+from perpetune.data.texts.layouts import CHATS, INSTRUCTION, Layout, layout_of
+from perpetune.data.texts.records import PACKED, SUFFIXES, Record, open_text, read_records
+from perpetune.data.texts.tables import Row, TextTable, common_options, key_of, text_in
 from perpetune.errors import DataError, MissingExtra, UsageError, closest
 from perpetune.numerics.text_scores import score_of
 
 OPTIONS = "options"  # the default column with the answers among which the model chooses
 _ORDER: tuple[Split, ...] = ("train", "validation", "test")
-_SHARD = re.compile(r"(.+)-\d+-of-\d+")  # train-00000-of-00002, a part of a saved data set
+_TEXTS = {"prompt", INSTRUCTION, *CHATS}  # columns that say that rows are texts
+_SHARD = re.compile(r"(.+)-\d+-of-\d+")  # train-00000-of-00002, as data sets are saved
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,21 @@ class TextSource(Source):
         """One line for each thing that was left out."""
         return []
 
+    def _use(self, record: Record, used: Collection[str]) -> None:
+        """Notes the columns of a row that hold something, and of which nothing is used."""
+        for column, value in record.value.items():
+            if column not in used and not is_empty(value):
+                self._left.setdefault(column, None)
+
+    def _unused_columns(self) -> list[str]:
+        columns = [f"'{printable(column)}'" for column in self._left]
+        return [f"columns that are not used: {several(columns, 20)}"] if columns else []
+
+    @cached_property
+    def _left(self) -> dict[str, None]:
+        """The columns of which nothing is used, in order."""
+        return {}
+
     def train(self) -> TextTable:
         table = self._tables.get("train")
         if table is None:
@@ -96,14 +115,14 @@ class TextSource(Source):
                 declared,
                 scoring,
                 order,
-                self._warnings() if split == "train" else (),
+                [*self._warnings(), *self._unused_columns()] if split == "train" else (),
             )
             for split, part in parts.items()
         }
 
 
 class FileSource(TextSource):
-    """Texts in a `.jsonl`, `.json` or `.parquet` file, or in a folder of such files.
+    """Texts in a `.jsonl`, `.json` (also `.gz`) or `.parquet` file, or in a folder of such.
 
     A folder has `TASK.jsonl` files; or `TASK/train.jsonl`, if needed with `TASK/test.jsonl` and
     `TASK/validation.jsonl` (or `eval`, `dev`); or `train.jsonl` and `test.jsonl` of one task. Each may be `.json` or
@@ -133,6 +152,10 @@ class FileSource(TextSource):
         prompt_column: str = "prompt",
         answer_column: str = "answer",
         messages_column: str = "messages",
+        input_column: str | None = None,
+        system_column: str | None = None,
+        history_column: str | None = None,
+        tools_column: str | None = None,
         task_column: str | None = None,
         split_column: str | None = None,
         options: str | list[str] | None = None,
@@ -141,6 +164,8 @@ class FileSource(TextSource):
     ):
         self.path, self.test_path = path, test
         self.prompt_column, self.answer_column, self.messages_column = prompt_column, answer_column, messages_column
+        self.input_column, self.system_column = input_column, system_column
+        self.history_column, self.tools_column = history_column, tools_column
         self.task_column, self.split_column = task_column, split_column
         self.options, self.instruction, self.score = options, instruction, score
         self._unused: list[str] = []
@@ -182,7 +207,17 @@ class FileSource(TextSource):
         """The rows of a file. A row that cannot be read gets the task of the row before, or of the first good row."""
         records, here = read_records(file.path), printable(file.path)
         columns = list(dict.fromkeys(c for record in records for c in record.value))
-        self._need_columns(columns, here)
+        layout = layout_of(
+            columns,
+            prompt=self.prompt_column,
+            answer=self.answer_column,
+            messages=self.messages_column,
+            input=self.input_column,
+            system=self.system_column,
+            history=self.history_column,
+            tools=self.tools_column,
+        )
+        self._need_columns(columns, layout, here)
         named = parts = None
         if (file.task is None or self.task_column is not None) and columns:
             named = group_column(columns, self.task_column, here, "task_column")
@@ -191,54 +226,49 @@ class FileSource(TextSource):
         tasks = [_task(record, named) if named else file.task or _stem(self.path) for record in records]
         task = next(filter(None, tasks), None) or file.task or _stem(self.path)
         options = self._options_of(records, here)
-        for record, named_task in zip(records, tasks, strict=True):
-            task, split, row = named_task or task, file.split or "train", self._row(record, options)
+        asked = options if isinstance(options, str) else OPTIONS if self.options is None else None
+        further = {column for column in (named, parts, asked) if column is not None}
+        for record, own in zip(records, tasks, strict=True):
+            task, split, row = own or task, file.split or "train", self._row(record, layout, options)
+            self._use(record, layout.used(record.value) | further)
             if not record.fault:
                 try:
                     if parts is not None:
                         split = split_of(record.value.get(parts), f"column '{parts}'")
-                    if named_task is None:
+                    if own is None:
                         raise DataError(f"no task (column '{named}')")
                 except DataError as error:
                     row = Row(row.at, row.key, None, str(error))
             yield Item(split, task, row)
 
-    def _need_columns(self, columns: Sequence[str], here: str) -> None:
-        """DataError if no row of a file has a needed column. If only some rows lack it, these are bad rows."""
+    def _need_columns(self, columns: Sequence[str], layout: Layout, here: str) -> None:
+        """DataError when a column is in no row of a file; rows that lack one are bad rows."""
         if not columns:
             return
-        if self.messages_column not in columns:
-            for column in (self.prompt_column, self.answer_column):
+        if layout.messages not in columns:
+            for column in (layout.prompt, layout.answer):
                 if column not in columns:
                     raise DataError(
-                        f"{here}: no column '{column}' and no column '{self.messages_column}'; "
+                        f"{here}: no column '{column}' and no column '{layout.messages}'; "
                         f"found: {several([printable(c) for c in columns], 20)}"
                     )
-        for asked in (self.split_column, self.options):
+        more = (self.input_column, self.system_column, self.history_column, self.tools_column)
+        for asked in (*more, self.split_column, self.options):
             if isinstance(asked, str) and asked not in columns:
                 raise DataError(f"{here}: no column '{asked}'; found: {several([printable(c) for c in columns], 20)}")
 
-    def _row(self, record: Record, column: str | list[str]) -> Row:
+    def _row(self, record: Record, layout: Layout, column: str | list[str]) -> Row:
         if record.fault:
             return Row(record.at, key_of(record.raw.decode(errors="backslashreplace")), None, record.fault)
-        value = record.value
-        prompt, answer, messages = (
-            value.get(c) for c in (self.prompt_column, self.answer_column, self.messages_column)
-        )
-        key = key_of(messages) if messages is not None else key_of(prompt, answer)
+        key = layout.key(record.value)
         try:
-            question: str | Messages
-            if messages is not None:
-                question, reply = chat_in(messages)
-            else:
-                question = text_in(prompt, f"prompt (column '{self.prompt_column}')")
-                reply = text_in(answer, f"answer (column '{self.answer_column}')")
-            options = _options(value, column)
-            if reply.strip() in options:  # spaces at its ends do not make it a different answer
-                reply = reply.strip()
+            text = layout.text(record.value)
+            options = _options(record.value, column)
         except DataError as error:
             return Row(record.at, key, None, str(error))
-        return Row(record.at, key, Text(self._instructed(question), reply, options))
+        # Space at its ends does not make an option another one.
+        said = text.answer.strip() if text.answer.strip() in options else text.answer
+        return Row(record.at, key, replace(text, prompt=self._instructed(text.prompt), answer=said, options=options))
 
     def _options_of(self, records: Sequence[Record], here: str) -> str | list[str]:
         """The options of all rows in a file, or the column with the options of each row."""
@@ -257,10 +287,10 @@ class FileSource(TextSource):
             return prompt
         if isinstance(prompt, str):
             return f"{self.instruction}\n{prompt}" if prompt.strip() else prompt
-        first = next((n for n, (role, _) in enumerate(prompt) if role == "user"), None)
+        first = next((n for n, message in enumerate(prompt) if message[0] == "user"), None)
         return tuple(
-            (role, f"{self.instruction}\n{content}" if n == first else content)
-            for n, (role, content) in enumerate(prompt)
+            (message[0], f"{self.instruction}\n{message[1]}", *message[2:]) if n == first else message
+            for n, message in enumerate(prompt)
         )
 
 
@@ -349,9 +379,10 @@ def split_files(folder: str, files: Sequence[str] | None = None) -> dict[Split, 
 
 
 def _task(record: Record, column: str) -> str | None:
-    """The task that a row names; None if it names no task."""
+    """The task that a row names, None where it names none."""
+    value = record.value.get(column)
     try:
-        return label_of(text_in(record.value.get(column), "task")) or None
+        return None if isinstance(value, float) else label_of(text_in(value, "task")) or None
     except DataError:
         return None
 
@@ -394,14 +425,15 @@ def list_texts(folder: str) -> tuple[list[str], list[str]]:
 def _stem(path: str) -> str:
     """The last part of a path, without the suffix if it is that of a file of texts."""
     name = os.path.basename(os.path.abspath(path))
-    stem, suffix = os.path.splitext(name)
-    return stem if suffix.lower() in SUFFIXES else name
+    suffix = next((suffix for suffix in reversed(SUFFIXES) if name.lower().endswith(suffix)), "")
+    return name[: len(name) - len(suffix)] or name
 
 
 def holds_texts(path: str, *, sure: bool = False) -> bool:
     """Whether the file or folder `path` has texts. Of a folder, its files and the training files in its folders count.
 
-    A `.json` file always has texts. Another file has texts if its beginning names a column `prompt` or `messages`.
+    A `.json` file is one of texts; others are where their beginning names a column of texts: `prompt`, `messages`, or
+    one of the other names of these.
 
     Args:
         sure: whether texts are expected, so that the source reads the file and reports what is wrong with it.
@@ -411,7 +443,9 @@ def holds_texts(path: str, *, sure: bool = False) -> bool:
     """
     if not os.path.isdir(path):
         lower = path.lower()
-        return lower.endswith(".json") or (lower.endswith(SUFFIXES) and (sure or _names_texts(path)))
+        return lower.endswith((".json", f".json{PACKED}")) or (
+            lower.endswith(SUFFIXES) and (sure or _names_texts(path))
+        )
     files, folders = list_texts(path)
     candidates = [os.path.join(path, file) for file in files]
     for folder in folders:
@@ -424,13 +458,15 @@ def _names_texts(path: str, looked: int = 1 << 16) -> bool:
     """Whether the beginning of a file names a column of texts."""
     if path.lower().endswith(".parquet"):
         try:
-            return bool({"prompt", "messages"} & set(read_schema(path).names))
-        except (DataError, MissingExtra):  # the source that reads it reports the error
+            return not _TEXTS.isdisjoint(read_schema(path).names)
+        except (DataError, MissingExtra):  # said by the source that is taken for it
             return False
     try:
-        with open(path, "rb") as file:
+        with open_text(path) as file:
             start = file.read(looked)
-    except OSError:
+    except (OSError, EOFError, zlib.error):
         return False
-    first = start if path.lower().endswith(".json") else start.lstrip(b"\xef\xbb\xbf\r\n").partition(b"\n")[0]
-    return re.search(rb'"(prompt|messages)"\s*:', first) is not None
+    start = start.removeprefix(b"\xef\xbb\xbf").lstrip()
+    array = path.lower().removesuffix(PACKED).endswith(".json") or start.startswith(b"[")
+    first = start if array else start.partition(b"\n")[0]
+    return re.search(rb'"(%s)"\s*:' % "|".join(sorted(_TEXTS)).encode(), first) is not None

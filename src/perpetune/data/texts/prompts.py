@@ -8,8 +8,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from perpetune.data.names import printable
+from perpetune.data.texts.chats import Messages, messages_in, more_of
+from perpetune.data.texts.layouts import layout_of
 from perpetune.data.texts.records import SUFFIXES, Record, read_records
-from perpetune.data.texts.tables import ASSISTANT, Messages, Text, fault_of, messages_in, text_in
+from perpetune.data.texts.tables import Text, fault_of
 from perpetune.errors import DataError
 
 
@@ -20,9 +22,7 @@ def prompt_in(value: Any) -> str | Messages:
         DataError: it is something else, or empty, or contains characters that cannot be encoded.
     """
     if isinstance(value, list | tuple):
-        pairs = [isinstance(m, list | tuple) and len(m) == 2 for m in value]
-        messages = [{"role": m[0], "content": m[1]} if pair else m for m, pair in zip(value, pairs, strict=True)]
-        value = messages_in(messages) if messages else ()
+        value = messages_in([_as_object(message) for message in value]) if value else ()
     elif not isinstance(value, str):
         raise DataError(f"a prompt is {type(value).__name__}; expected text, or a list of messages")
     fault = fault_of(Text(value, "?"))
@@ -36,15 +36,23 @@ def read_prompts(inputs: Iterable[str]) -> list[str | Messages]:
     """Read prompts from the arguments of a command.
 
     Args:
-        inputs: each is a prompt; or a `.txt` file with a prompt on each line; or a `.jsonl`, `.json` or `.parquet` file
-            with `prompt` or `messages` (an answer at their end is left out); or `-` for the lines of standard input.
+        inputs: each is a prompt; or a `.txt` file with one on each line, a `.jsonl`, `.json` or `.parquet` file with
+            `prompt` or `messages` (an answer at their end is left out), or `-` for the lines of standard input. What
+            is there as a file or a folder is never taken for a prompt.
 
     Raises:
         DataError: a file cannot be read, a row has no prompt, or there are no prompts.
     """
     prompts: list[str | Messages] = []
     for given in inputs:
-        is_file = given.lower().endswith((".txt", *SUFFIXES)) and (len(given.split()) == 1 or os.path.exists(given))
+        there = os.path.lexists(given)
+        is_file = there or (given.lower().endswith((".txt", *SUFFIXES)) and len(given.split()) == 1)
+        if there and not (given.lower().endswith((".txt", *SUFFIXES)) and os.path.isfile(given)):
+            what = "is a folder; name the files in it" if os.path.isdir(given) else "is there"
+            raise DataError(
+                f"{printable(given)}: {what}, and prompts are read from {', '.join(('.txt', *SUFFIXES))} files; to ask "
+                "these words themselves, give them on standard input, with - as the input"
+            )
         if given == "-":
             prompts += [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
         elif not is_file:
@@ -64,17 +72,20 @@ def read_prompts(inputs: Iterable[str]) -> list[str | Messages]:
     return prompts
 
 
+def _as_object(message: Any) -> Any:
+    """A message that is given as (role, content), or as `chats.Message`, as an object."""
+    if isinstance(message, list | tuple) and len(message) == 2:
+        return {"role": message[0], "content": message[1]}
+    if isinstance(message, tuple) and len(message) == 3 and all(isinstance(part, str) for part in message):
+        return {**more_of(message), "role": message[0], "content": message[1]}
+    return message
+
+
 def _prompt_in(record: Record) -> str | Messages:
     try:
         if record.fault:
             raise DataError(record.fault)
-        if record.value.get("messages") is None:
-            prompt: str | Messages = text_in(record.value.get("prompt"), "prompt")
-        else:
-            prompt = messages_in(record.value["messages"])
-            if prompt[-1][0] == ASSISTANT:
-                prompt = prompt[:-1]
-        prompt = prompt_in(prompt)
+        prompt = prompt_in(layout_of(record.value.keys()).prompt_of(record.value))
     except DataError as error:
         raise DataError(f"{record.at}: {error}") from error
     return prompt

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from perpetune.data.names import printable
 from perpetune.data.parquet import read_columns, read_schema
+from perpetune.data.texts.tables import Written
 from perpetune.errors import DataError
 
 LINES = (".jsonl", ".ndjson")
-SUFFIXES = (*LINES, ".json", ".parquet")
+PACKED = ".gz"
+SUFFIXES = (*LINES, ".json", ".parquet", *(f"{suffix}{PACKED}" for suffix in (*LINES, ".json")))
 
 
 @dataclass(frozen=True)
@@ -35,28 +39,64 @@ class Record:
 def read_records(path: str) -> list[Record]:
     """The rows of a file; the suffix gives its format. Lines and items of arrays count from 1, parquet rows from 0.
 
-    A `.json` file that begins with an object is read as one object on each line.
+    A `.json` file that begins with an object is taken for one object a line, and a `.jsonl` file that is one array of
+    objects for an array. A file that ends in `.gz` is unpacked.
 
     Raises:
         DataError: the file cannot be read, an array ends too early, or there are no rows.
     """
     lower, here = path.lower(), printable(path)
     if lower.endswith(".parquet"):
-        rows = read_columns(path, read_schema(path, "text").names).to_pylist()
-        records = [Record(f"{here} row {number}", row) for number, row in enumerate(rows)]
+        rows = _exactly(read_columns(path, read_schema(path, "text").names)).to_pylist()
+        found = [Record(f"{here} row {number}", row) for number, row in enumerate(rows)]
     elif lower.endswith(SUFFIXES):
         try:
-            with open(path, "rb") as file:
-                content = file.read().removeprefix(b"\xef\xbb\xbf")  # the byte order mark that Windows writes
-        except OSError as error:
-            raise DataError(f"{here}: {(error.strerror or str(error)).lower()}") from error
-        array = lower.endswith(".json") and not content.lstrip().startswith(b"{")
-        records = list(_items(content, here) if array else _lines(content, here))
+            with open_text(path) as file:
+                content = file.read().removeprefix(b"\xef\xbb\xbf")  # a byte order mark, as Windows puts it there
+        except (OSError, EOFError, zlib.error) as error:
+            reason = error.strerror if isinstance(error, OSError) else None
+            raise DataError(f"{here}: {(reason or str(error)).lower()}") from error
+        lines = lower.removesuffix(PACKED).endswith(LINES)
+        array = _is_array(content) if lines else not content.lstrip().startswith(b"{")
+        found = list(_items(content, here) if array else _lines(content, here))
     else:
         raise DataError(f"{here}: expected a file that ends in {', '.join(SUFFIXES)}")
-    if not records:
+    if not found:
         raise DataError(f"{here}: no rows")
-    return records
+    return found
+
+
+def open_text(path: str) -> BinaryIO:
+    """A file of texts, unpacked where it is packed; OSError when it cannot be opened."""
+    if path.lower().endswith(PACKED):
+        return cast(BinaryIO, gzip.open(path, "rb"))
+    return open(path, "rb")
+
+
+def _is_array(content: bytes) -> bool:
+    """Whether a file of lines is an array of objects all the same."""
+    start = content.lstrip()
+    if not start.startswith(b"[") or not start[1:].lstrip().startswith(b"{"):
+        return False
+    first, _, rest = start.partition(b"\n")
+    try:
+        json.loads(first.decode())
+    except (ValueError, RecursionError):
+        return True  # it goes on in the next line
+    return not rest.strip()
+
+
+def _exactly(table: Any) -> Any:
+    """A table with its numbers of 16 and 32 bits as they are written shortest: 0.1, and not 0.10000000149011612."""
+    import pyarrow as pa
+
+    for place, field in enumerate(table.schema):
+        if pa.types.is_float16(field.type) or pa.types.is_float32(field.type):
+            numbers = table.column(place).to_numpy(zero_copy_only=False)
+            valid = table.column(place).is_valid().to_pylist()
+            written = [float(str(number)) if there else None for number, there in zip(numbers, valid, strict=True)]
+            table = table.set_column(place, field.name, pa.array(written, pa.float64()))
+    return table
 
 
 def _lines(content: bytes, here: str) -> Iterator[Record]:
@@ -66,7 +106,7 @@ def _lines(content: bytes, here: str) -> Iterator[Record]:
             continue
         at = f"{here} line {number}"
         try:
-            value = json.loads(line.decode())
+            value = json.loads(line.decode(), parse_float=Written, object_pairs_hook=_once)
         except UnicodeDecodeError as error:
             yield Record(at, {}, f"not UTF-8 text (byte {error.start})", line)
         except (ValueError, RecursionError) as error:
@@ -81,7 +121,7 @@ def _items(content: bytes, here: str) -> Iterator[Record]:
         text = content.decode()
     except UnicodeDecodeError as error:
         raise DataError(f"{here}: not UTF-8 text (byte {error.start})") from error
-    decoder, number, place = json.JSONDecoder(), 0, _after_space(text, 0)
+    decoder, number, place = json.JSONDecoder(parse_float=Written, object_pairs_hook=_once), 0, _after_space(text, 0)
     if not text[place:]:
         return
     if text[place] != "[":
@@ -105,6 +145,16 @@ def _items(content: bytes, here: str) -> Iterator[Record]:
         place = _after_space(text, place + 1)
     if text[place:]:
         raise DataError(f"{here}: there is text after the end of the array: {text[place : place + 20]!r}")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object in which each key stands once; of two, one would fall away."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in found if keys.count(key) > 1)
+        raise ValueError(f"the key '{printable(twice)}' is there twice")
+    return found
 
 
 def _after_space(text: str, place: int) -> int:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from perpetune.data.names import natural, printable, several
+from perpetune.data.names import natural, several
 from perpetune.data.sources import Table
+from perpetune.data.texts.chats import CALLS, ROLES, Messages, short
 from perpetune.errors import DataError, UsageError
 
-Messages = tuple[tuple[str, str], ...]  # (role, content) of each message, in the chat's order
-ASSISTANT = "assistant"
-ROLES = ("system", "user", ASSISTANT)
 FREE = ""  # the label of an answer in free text
 SCORE = "exact_match"  # the score of tasks whose source names no other score
 
@@ -24,14 +23,16 @@ class Text:
     """One example of text.
 
     Attributes:
-        prompt: plain text, or the messages of a chat before the answer.
-        answer: the right answer; empty if it is not known.
-        options: the answers among which the model chooses; empty if answers are free text.
+        prompt: plain text, or the messages of a chat up to the answer.
+        answer: what is to be said; empty where it is not known.
+        options: the answers that stand to choice, where there are such.
+        more: what the message with the answer holds beside it, as in `chats.Message`.
     """
 
     prompt: str | Messages
     answer: str = ""
     options: tuple[str, ...] = ()
+    more: str = ""
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,8 @@ class TextTable(Table):
     def content(self, i: int, limit: int = -1) -> bytes:
         """The prompt and the answer as bytes; for a bad row its key."""
         text = self.rows[i].text
-        whole = self.key(i).encode() if text is None or self.faults[i] else _plain([text.prompt, text.answer])
+        said = [] if text is None else [text.prompt, text.answer, *([text.more] if text.more else ())]
+        whole = _plain(said) if said and not self.faults[i] else self.key(i).encode()
         return whole if limit < 0 else whole[:limit]
 
     def digest(self, i: int) -> bytes:
@@ -160,20 +162,20 @@ def fault_of(text: Text) -> str:
     else:
         if not text.prompt:
             return "there is no message before the answer"
-        for number, (role, _) in enumerate(text.prompt, 1):
-            if role not in ROLES:
-                return f"message {number} has the role {_short(role)}; expected one of {', '.join(ROLES)}"
-        parts = [content for _, content in text.prompt]
-    if not text.answer.strip():
+        for number, message in enumerate(text.prompt, 1):
+            if message[0] not in ROLES:
+                return f"message {number} has the role {short(message[0])}; expected one of {', '.join(ROLES)}"
+        parts = [part for message in text.prompt for part in message[1:]]
+    if not text.answer.strip() and not (text.more and json.loads(text.more).get(CALLS)):
         return "the answer is empty"
     for number, option in enumerate(text.options):
         if not option.strip():
             return "an option is empty"
         if option in text.options[:number]:
-            return f"the options have {_short(option)} twice"
+            return f"the option {short(option)} stands twice"
     if text.options and text.answer not in text.options:
-        return f"the answer {_short(text.answer)} is not among the options {several([_short(o) for o in text.options])}"
-    for what, part in (*(("prompt", part) for part in parts), ("answer", text.answer)):
+        return f"the answer {short(text.answer)} is not among the options {several([short(o) for o in text.options])}"
+    for what, part in (*(("prompt", part) for part in parts), ("answer", text.answer), ("answer", text.more)):
         try:
             part.encode()
         except UnicodeEncodeError as error:
@@ -193,61 +195,39 @@ def common_options(rows: Iterable[tuple[str, Row]]) -> dict[str, tuple[str, ...]
     return {task: options for task, options in by_task.items() if options}
 
 
+class Written(float):
+    """A number with a fraction, and how it is written in its file: `2.50`."""
+
+    written: str
+
+    def __new__(cls, written: str) -> Written:
+        number = super().__new__(cls, written)
+        number.written = written
+        return number
+
+
 def key_of(*values: Any) -> str:
     """A key for an example that depends on its content, not on its place."""
     return hashlib.sha256(_plain(values)).hexdigest()[:32]
 
 
 def text_in(value: Any, what: str) -> str:
-    """A cell as text. Whole numbers are allowed, because answers are often numbers.
+    """A cell as text; numbers are fine, for answers are often numbers. They are written as they stand in the file.
 
     Raises:
-        DataError: the cell is missing, or it has another type.
+        DataError: there is none, it is of another type, or it is no number that can be written.
     """
     if isinstance(value, str):
         return value
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise DataError(f"the {what} is no number ({value})")
+        return value.written if isinstance(value, Written) else str(value)
     if value is None:
         raise DataError(f"no {what}")
     raise DataError(f"the {what} holds {type(value).__name__}; expected text")
 
 
-def messages_in(value: Any) -> Messages:
-    """The messages in a list of `{role, content}`; DataError if the value is something else."""
-    if not isinstance(value, list):
-        raise DataError(f"the messages hold {type(value).__name__}; expected a list of {{role, content}}")
-    if not value:
-        raise DataError("there are no messages")
-    messages = []
-    for number, message in enumerate(value, 1):
-        if not isinstance(message, dict):
-            raise DataError(f"message {number} is {type(message).__name__}; expected {{role, content}}")
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                kind = type(message[key]).__name__ if message.get(key) is not None else "nothing"
-                raise DataError(f"message {number}: the {key} holds {kind}; expected text")
-        messages.append((message["role"], message["content"]))
-    return tuple(messages)
-
-
-def chat_in(value: Any) -> tuple[Messages, str]:
-    """The messages before the answer, and the answer, from a list of `{role, content}`.
-
-    Raises:
-        DataError: the value is something else, or the last message is not by the assistant.
-    """
-    *before, (role, answer) = messages_in(value)
-    if role != ASSISTANT:
-        raise DataError(f"the last message is by {_short(role)}; expected the answer, by {ASSISTANT}")
-    return tuple(before), answer
-
-
 def _plain(value: Any) -> bytes:
     """Any cell as bytes, the same for every file format."""
     return json.dumps(value, sort_keys=True, default=repr).encode()
-
-
-def _short(text: str, length: int = 40) -> str:
-    plain = printable(text)
-    return f"'{plain}'" if len(plain) <= length else f"'{plain[:length]}…'"

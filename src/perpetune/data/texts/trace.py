@@ -58,6 +58,7 @@ class TraceSource(TextSource):
             assert file.split is not None
             assert file.task is not None
             for record in read_records(file.path):
+                self._use(record, ("prompt", "answer"))
                 yield Item(file.split, file.task, _row(record))
 
     def _scoring(self, tasks: Sequence[str]) -> Mapping[str, str]:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date, datetime, time
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,14 +16,17 @@ from torch import Tensor
 
 from perpetune.data.examples import Augment, Judge, Purpose, Question, View
 from perpetune.data.sources import Table
+from perpetune.data.texts.chats import ASSISTANT, LEARN, TOOLS, Message, Messages, as_dict, is_learned, more_of
 from perpetune.data.texts.examples import Encoded, TextSet
 from perpetune.data.texts.prompts import prompt_in, read_prompts
-from perpetune.data.texts.tables import ASSISTANT, SCORE, Messages, Text, TextTable
+from perpetune.data.texts.tables import SCORE, Text, TextTable
 from perpetune.errors import DataError, UsageError
 from perpetune.numerics.text_scores import score_of
 from perpetune.tasks import IGNORED, Batch, Examples, Inputs, Item
 
-SOME_ANSWER = "a"  # a placeholder for an answer that is not known yet
+SOME_ANSWER = "a"  # stands where an answer is to come
+NOW = "strftime_now"  # by which a chat template asks for the day
+_ASKS = re.compile(NOW + r"""\s*\(\s*(?:format\s*=\s*)?(["'])((?:(?!\1)[^\\])*)\1\s*\)""")
 
 
 @dataclass(frozen=True)
@@ -60,10 +67,11 @@ class _Whole:
 
     Attributes:
         ids: int64 `(N,)`.
-        said: bool `(N,)`, true at the tokens that the model learns to say.
-        last: the position of the first token of the last answer.
-        opening: the number of tokens with which every text begins.
-        dropped: the number of earlier answers that are not learned.
+        said: bool `(N,)`, true at those that are learned to be said.
+        last: where the last answer begins.
+        opening: how many open every text.
+        dropped: earlier answers that are not learned.
+        lost: what the chat form leaves out.
     """
 
     ids: Tensor
@@ -71,15 +79,33 @@ class _Whole:
     last: int
     opening: int
     dropped: int = 0
+    lost: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """A text as the model reads it.
+
+    Attributes:
+        text: all of it.
+        spans: where in it stands what is learned to be said; the answer last.
+        dropped: how many earlier answers are not learned.
+        lost: what the chat form leaves out.
+    """
+
+    text: str
+    spans: tuple[_Span, ...]
+    dropped: int = 0
+    lost: tuple[str, ...] = ()
 
 
 class TextView(View):
     """Turns texts into tokens and back.
 
-    The characters that each token of the whole text covers show where an answer begins. The answer alone cannot be
-    encoded for that, because it may get other tokens. One space is between a plain prompt and its answer, unless the
-    prompt ends in a line break. If a text is too long for the model, the start of the prompt is cut off, never the
-    answer.
+    Where an answer begins is found by the characters that each token of the whole text covers: tokens of the answer
+    alone can be others. Prompts and answers stay as they are. Between a plain prompt and its answer stands one space,
+    unless the prompt ends in white space or the answer brings its own (one space, a tab or a line break). What is
+    longer than the model takes loses the start of the prompt, never of the answer.
 
     Args:
         tokenizer: a fast tokenizer of transformers.
@@ -103,7 +129,12 @@ class TextView(View):
         self.ends: set[int] = set() if self.end is None else {self.end}
         """Tokens at which a generated answer ends."""
         self.pad = next((t for t in (tokenizer.pad_token_id, self.end, tokenizer.unk_token_id) if t is not None), 0)
-        """The token in places without a token. Its value does not matter, because it is masked."""
+        """Stands where there is no token; what it is does not matter, for it is masked."""
+        self.today: date | None = None
+
+    @property
+    def dated(self) -> bool:
+        return NOW in str(self.tokenizer.chat_template or "")
 
     @property
     def answers(self) -> bool:
@@ -119,15 +150,15 @@ class TextView(View):
         whole = self._whole(text)
         over, last = len(whole.ids) - self.max_length, len(whole.ids) - whole.last
         if over <= 0:
-            return Encoded(whole.ids, whole.said, dropped=whole.dropped)
+            return Encoded(whole.ids, whole.said, dropped=whole.dropped, lost=whole.lost)
         if last > self.max_length - max(1, whole.opening):
             raise DataError(
                 f"the answer alone has {last} tokens, but prompt and answer together can have only {self.max_length}"
             )
         kept = _without(whole.ids, over, whole.opening)
         said = whole.said[kept]
-        said[0] = False  # after a cut it may belong to an earlier answer, but no token is left before it
-        return Encoded(whole.ids[kept], said, cut=over, dropped=whole.dropped)
+        said[0] = False  # of an earlier answer in a chat that was cut: nothing stands before it any more
+        return Encoded(whole.ids[kept], said, cut=over, dropped=whole.dropped, lost=whole.lost)
 
     def question(self, text: Text, *, choose: bool | None = None) -> Encoded:
         """The prompt as tokens, and the tokens of each option as its answer.
@@ -145,7 +176,7 @@ class TextView(View):
         given = text.options if (self.chooses if choose is None else choose) else ()
         wholes = [self._whole(Text(text.prompt, option)) for option in given] or [self._asked(text.prompt)]
         first = _shared(wholes)
-        if not first:
+        if not first or (isinstance(text.prompt, str) and not text.prompt.strip(" ")):
             raise DataError("the prompt is empty")
         ids = wholes[0].ids[:first]
         options = tuple(whole.ids[first:] for whole in wholes) if given else ()
@@ -157,7 +188,8 @@ class TextView(View):
         over = len(ids) - most
         if over > 0:
             ids = ids[_without(ids, over, wholes[0].opening)]
-        return Encoded(ids, options=options, cut=max(0, over))
+        around = ("", "") if given else self._around(text.prompt, wholes[0])
+        return Encoded(ids, options=options, cut=max(0, over), lost=wholes[0].lost, around=around)
 
     def collate(self, items: Sequence[Item]) -> Batch:
         """A batch of the `items`, each (example, target, number), padded on the left so that all texts end together."""
@@ -191,10 +223,24 @@ class TextView(View):
         return options
 
     def decode(self, ids: Tensor) -> str:
-        """The text of generated tokens `(N,)`, up to the first end token."""
+        """The text of generated tokens `(N,)`, up to the first end, with all its white space.
+
+        The space that the question has left to the answer is in it, too: see `Encoded.own`.
+        """
         tokens = list(itertools.takewhile(lambda token: token not in self.ends, ids.tolist()))
+        before, text = self._written(self._anchor), self._written([*self._anchor, *tokens])
+        return text[len(before) :] if before and text.startswith(before) else self._written(tokens)
+
+    @cached_property
+    def _anchor(self) -> list[int]:
+        """Tokens of a word: some tokenizers drop the space before the first token that they write, so that never is
+        the answer's."""
+        found: list[int] = self.tokenizer(SOME_ANSWER, add_special_tokens=False, verbose=False)["input_ids"]
+        return found
+
+    def _written(self, tokens: Sequence[int]) -> str:
         text: str = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text.strip()
+        return text
 
     @property
     def extent(self) -> str:
@@ -259,13 +305,14 @@ class TextView(View):
         )
 
     def _whole(self, text: Text) -> _Whole:
-        """The prompt, the answer and the end token, as tokens."""
-        rendered, spans, dropped = self._rendered(text)
-        tokens = self._tokens(rendered, text.prompt)
-        while tokens and tokens[-1].added:  # an end token of the tokenizer; ours replaces it
+        """Prompt and answer with its end, in tokens."""
+        rendered = self._rendered(text)
+        tokens, spans = self._tokens(rendered.text, text.prompt), rendered.spans
+        while tokens and tokens[-1].added:  # the end that a tokenizer puts there; ours takes its place
             tokens.pop()
         said = [any(token.within(span) for span in spans) for token in tokens]
         last = next((i for i, token in enumerate(tokens) if token.within(spans[-1])), len(tokens))
+        said[last:] = [not token.added for token in tokens[last:]]  # space at the end may have no characters
         ids = [token.id for token in tokens]
         if self.end is not None and (not ids or ids[-1] != self.end):
             ids, said = [*ids, self.end], [*said, True]
@@ -273,58 +320,107 @@ class TextView(View):
             said[-1] = True  # the end token of the chat template
         said[0] = False  # no token before it can predict it
         opening = self._opening(tokens)
-        return _Whole(torch.tensor(ids, dtype=torch.int64), torch.tensor(said), max(1, last), opening, dropped)
+        tensors = torch.tensor(ids, dtype=torch.int64), torch.tensor(said)
+        return _Whole(*tensors, max(1, last), opening, rendered.dropped, rendered.lost)
 
     def _asked(self, prompt: str | Messages) -> _Whole:
         """The prompt and a placeholder for the answer, as tokens."""
         asked = self._prompt(prompt)
-        text = asked + ("" if self._is_chat(prompt) else _gap(asked)) + SOME_ANSWER
-        span = _Span(len(asked), len(text) - len(SOME_ANSWER), len(text))
+        gap, place = ("", len(asked)) if self._is_chat(prompt) else _gap(asked, SOME_ANSWER)
+        text = asked + gap + SOME_ANSWER
+        span = _Span(place, len(text) - len(SOME_ANSWER), len(text))
         tokens = self._tokens(text, prompt)
         last = next((i for i, token in enumerate(tokens) if token.within(span)), len(tokens))
         ids = torch.tensor([token.id for token in tokens], dtype=torch.int64)
-        return _Whole(ids, torch.zeros(len(ids), dtype=torch.bool), last, self._opening(tokens))
+        lost = self._lost(_messages(prompt), asked, asking=True) if self._is_chat(prompt) else ()
+        return _Whole(ids, torch.zeros(len(ids), dtype=torch.bool), last, self._opening(tokens), lost=lost)
 
-    def _rendered(self, text: Text) -> tuple[str, list[_Span], int]:
-        """The whole text; the ranges that the model learns to say, with the answer as the last one; and the number of
-        earlier answers that are not learned."""
-        answer = text.answer.strip(" ")
+    def _rendered(self, text: Text) -> _Rendered:
         if not self._is_chat(text.prompt):
             prompt = self._prompt(text.prompt)
-            opened = prompt + _gap(prompt)
-            whole = opened + answer
-            return whole, [_Span(len(prompt), len(opened), len(whole))], 0
-        messages = [*_messages(text.prompt), (ASSISTANT, answer)]
-        whole = self._chat(messages, asking=False).rstrip()
+            gap, place = _gap(prompt, text.answer)
+            opened = prompt + gap
+            whole = opened + text.answer
+            return _Rendered(whole, (_Span(place, len(opened), len(whole)),))
+        messages = [*_messages(text.prompt), (ASSISTANT, text.answer, *([text.more] if text.more else ()))]
+        whole = self._told(messages)
         spans = []
-        answers = [
-            turn for turn, (role, _) in enumerate(messages) if role == ASSISTANT and turn
-        ]  # a first message is no answer
+        answers = [turn for turn, message in enumerate(messages) if message[0] == ASSISTANT and turn]  # none opens it
+        answers = [turn for turn in answers if is_learned(messages[turn])]
         for turn in answers:
-            before, after = self._chat(messages[:turn], asking=True), self._chat(messages[: turn + 1], asking=False)
-            # Some templates leave out parts of earlier answers (their reasoning). Such answers are not learned.
-            if whole.startswith(before) and whole.startswith(after.rstrip()):
-                spans.append(_Span(len(before), len(before), len(after.rstrip())))
-        if not spans or spans[-1].stop != len(
-            whole
-        ):  # the template opens a question and a known answer in different ways
-            other = "0" if not answer.strip().startswith("0") else "1"
-            changed = self._chat([*messages[:-1], (ASSISTANT, other)], asking=False).rstrip()
+            before, after = self._chat(messages[:turn], asking=True), self._told(messages[: turn + 1])
+            # Some forms drop what earlier answers held (their reasoning): those are not learned then.
+            if whole.startswith(before) and whole.startswith(after):
+                spans.append(_Span(len(before), len(before), len(after)))
+        lost = self._lost(messages, whole)
+        if not spans or spans[-1].stop != len(whole):  # what it asks with is not what it puts before an answer
+            changed = self._told([*messages[:-1], (ASSISTANT, _other(text.answer), *messages[-1][2:])])
             if whole == changed:
                 raise DataError("the chat template leaves the answer out: another template or tokenizer is needed")
             pairs = enumerate(zip(whole, changed, strict=False))
             at = next((i for i, (one, another) in pairs if one != another), min(len(whole), len(changed)))
             spans.append(_Span(at, at, len(whole)))
-        return whole, spans, len(answers) - len(spans)
+        said = whole[spans[-1].content :]
+        if not text.answer.strip() and lost:
+            raise DataError(f"the answer is empty, for the model's chat template leaves out {' and '.join(lost)}")
+        if text.answer not in said and text.answer.strip() in said:
+            lost = (*lost, "white space at the ends of the answer")
+        return _Rendered(whole, tuple(spans), len(answers) - len(spans), lost)
+
+    def _lost(self, messages: Sequence[Message], whole: str, *, asking: bool = False) -> tuple[str, ...]:
+        """What the chat form leaves out of `messages`, which it makes `whole` of: what makes no difference to it."""
+        keys = dict.fromkeys(key for message in messages for key in more_of(message) if key != LEARN)
+        parts: dict[str, list[Message]] = {
+            f"the messages' {key}" if key != TOOLS else "the tools": [_without_key(m, key) for m in messages]
+            for key in keys
+        }
+        for role in ("system", "developer", "tool"):
+            silent = [m for m in messages if m[0] == role and m[1].strip() and m[1].strip() not in whole]
+            if silent:
+                parts[f"messages of the role {role}"] = [m for m in messages if m not in silent]
+        lost = []
+        for name, rest in parts.items():
+            try:
+                same = self._chat(rest, asking=True) if asking else self._told(rest)
+            except DataError:  # so it makes a difference
+                continue
+            if same == whole:
+                lost.append(name)
+        return tuple(lost)
+
+    def _told(self, messages: Sequence[Message]) -> str:
+        """A chat that ends in an answer, without the white space that the chat form puts behind it."""
+        whole = self._chat(messages, asking=False)
+        role, answer, *more = messages[-1]
+        if answer[-1:].isspace():  # then it is not all the form's
+            other = self._chat([*messages[:-1], (role, _other(answer), *more)], asking=False)
+            return whole[: len(whole) - (len(other) - len(other.rstrip()))]
+        return whole.rstrip()
+
+    def _around(self, prompt: str | Messages, asked: _Whole) -> tuple[str, str]:
+        """White space that an answer to `prompt` begins and ends with, and which is not its own."""
+        if not self._is_chat(prompt):
+            rest = self.decode(asked.ids[asked.last :])
+            lead = rest.removesuffix(SOME_ANSWER)
+            return (lead if rest != lead and lead.isspace() else ""), ""
+        try:
+            whole, before = self._told([*_messages(prompt), (ASSISTANT, SOME_ANSWER)]), self._prompt(prompt)
+        except DataError:  # asked again it would say nothing new, and it can be asked
+            return "", ""
+        rest = whole[len(before) :] if whole.startswith(before) else ""
+        lead, found, tail = rest.partition(SOME_ANSWER)
+        if not found or lead.strip():
+            return "", ""
+        return lead, tail[: len(tail) - len(tail.lstrip())]
 
     def _prompt(self, prompt: str | Messages) -> str:
-        """The text of the prompt, up to the beginning of the answer."""
-        return self._chat(_messages(prompt), asking=True) if self._is_chat(prompt) else str(prompt).rstrip(" ")
+        """What the model is asked, up to where the answer begins."""
+        return self._chat(_messages(prompt), asking=True) if self._is_chat(prompt) else str(prompt)
 
     def _is_chat(self, prompt: str | Messages) -> bool:
         return self.chat or not isinstance(prompt, str)
 
-    def _chat(self, messages: Sequence[tuple[str, str]], *, asking: bool) -> str:
+    def _chat(self, messages: Sequence[Message], *, asking: bool) -> str:
         if not self.tokenizer.chat_template:
             raise DataError(
                 "this model's tokenizer has no chat template, but messages need one: give rows with prompt and answer, "
@@ -332,12 +428,25 @@ class TextView(View):
             )
         from jinja2 import TemplateError
 
-        turns = [{"role": role, "content": content} for role, content in messages]
+        told = [as_dict(message) for message in messages]
+        more: dict[str, Any] = {}
+        if told and TOOLS in told[0]:
+            more[TOOLS] = told[0].pop(TOOLS)
+        if self.today is not None and self.dated:
+            more["chat_template"] = self._of_today(self.tokenizer.get_chat_template(tools=more.get(TOOLS)))
+        if "developer" not in str(self.tokenizer.chat_template):  # the newer name of the system
+            told = [{**message, "role": "system"} if message["role"] == "developer" else message for message in told]
         try:
-            text: str = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=asking)
+            text: str = self.tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=asking, **more)
         except (TemplateError, TypeError, ValueError) as error:
             raise DataError(f"the model's chat template refuses the messages: {error}") from error
         return text
+
+    def _of_today(self, template: str) -> str:
+        """A chat template with the day instead of the calls that ask for it."""
+        assert self.today is not None
+        moment = datetime.combine(self.today, time())
+        return _ASKS.sub(lambda call: f"{call[1]}{moment.strftime(call[2])}{call[1]}", template)
 
     def _tokens(self, text: str, prompt: str | Messages) -> list[_Token]:
         """The tokens of a text. A chat template writes its special tokens into the text itself."""
@@ -364,9 +473,19 @@ def _shared(wholes: Sequence[_Whole]) -> int:
     return [*same, False].index(False)
 
 
-def _gap(prompt: str) -> str:
-    """The characters between a plain prompt and its answer."""
-    return "" if prompt.endswith("\n") or not prompt else " "
+def _gap(prompt: str, answer: str) -> tuple[str, int]:
+    """What is put between a plain prompt and its answer, and where the answer begins, with the space before it.
+
+    The last space before an answer is one token with its first word in most tokenizers, so it is the answer's.
+    """
+    brings = answer[:1].isspace() and answer[:2] != "  "
+    gap = "" if not prompt or prompt[-1].isspace() or brings else " "
+    return gap, len(prompt) - prompt.endswith(" ")
+
+
+def _other(answer: str) -> str:
+    """An answer that begins otherwise."""
+    return "0" if not answer.strip().startswith("0") else "1"
 
 
 def _without(ids: Tensor, count: int, opening: int) -> Tensor:
@@ -380,5 +499,11 @@ def _last(prompt: str | Messages) -> str:
     return prompt if isinstance(prompt, str) else prompt[-1][1]
 
 
-def _messages(prompt: str | Messages) -> list[tuple[str, str]]:
+def _without_key(message: Message, key: str) -> Message:
+    more = more_of(message)
+    more.pop(key, None)
+    return (*message[:2], json.dumps(more, ensure_ascii=False)) if more else message[:2]
+
+
+def _messages(prompt: str | Messages) -> list[Message]:
     return [("user", prompt)] if isinstance(prompt, str) else list(prompt)
