@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Literal
 
 from perpetune.data.names import label_of, printable, several
@@ -22,6 +23,32 @@ SPLITS: dict[str, Split] = {
     "dev": "validation",
     "eval": "validation",
 }
+
+
+_LEADING = re.compile(r"[^\W\d_]+")  # the first word of `train_1` and `train-00000-of-00002`
+
+
+def split_named(name: str) -> Split | None:
+    """The split that a name stands for, in upper or lower case; None where it stands for none."""
+    return SPLITS.get(name.strip().lower())
+
+
+def split_begun(name: str) -> Split | None:
+    """The split that the first word of a file's name stands for; None where it stands for none."""
+    word = _LEADING.match(name.lower())
+    if word is None:
+        return None
+    begun = next((SPLITS[name] for name in ("train", "test", "val") if word[0].startswith(name)), None)
+    return SPLITS.get(word[0], begun)
+
+
+def splits_among(names: Iterable[str]) -> dict[Split, list[str]]:
+    """Those of `names` that stand for a split, by split and in the order of `SPLITS`."""
+    order = list(SPLITS)
+    found: dict[Split, list[str]] = {}
+    for name in sorted((n for n in names if split_named(n)), key=lambda n: order.index(n.strip().lower())):
+        found.setdefault(SPLITS[name.strip().lower()], []).append(name)
+    return found
 
 
 def split_of(value: Any, at: str) -> Split:

@@ -7,12 +7,13 @@ import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from perpetune.data.columns import class_names, group_column, named
+from perpetune.data.columns import Split, class_names, group_column, named, split_begun, split_named, splits_among
 from perpetune.data.names import natural, printable, several
 from perpetune.data.parquet import read_columns, read_schema
-from perpetune.data.pictures.read import list_folder
+from perpetune.data.pictures.read import holds_picture, list_folder
 from perpetune.data.pictures.tables import PictureTable
 from perpetune.data.sources import Fit, Kind, Source, existing
 from perpetune.errors import DataError
@@ -115,7 +116,8 @@ class ParquetSource(Source):
     """Parquet files with a column of encoded pictures (`{bytes, path}` or bytes) and one of labels.
 
     Args:
-        path: a file, a list of files, or a folder with `train*.parquet` and `test*.parquet` (or `val*`).
+        path: a file, a list of files, or a folder with `train*.parquet` and `test*.parquet` (or by another name in
+            `columns.SPLITS`), in itself, in `data/`, or in folders `train/` and `test/`.
         test: file or files of the test pictures.
         image_column, label_column: what the columns are called. Whole-number labels take their names from
             the Hugging Face metadata of the file, else of the first training file, where there are any.
@@ -139,15 +141,16 @@ class ParquetSource(Source):
     def fits(cls, path: str, wanted: Kind | None = None) -> Fit:
         if not os.path.isdir(path):
             return Fit.NAME if path.lower().endswith(".parquet") else Fit.NO
-        parquet = any(name.endswith(".parquet") for name in os.listdir(path))
-        return Fit.NAME if parquet and not list_folder(path)[0] else Fit.NO
+        return Fit.NAME if holds_parquet(path) and not holds_picture(path) else Fit.NO
 
     def train(self) -> ArrowTable:
-        train, _ = self._files()
-        return self._table(train, train)
+        train, _, warnings = self._files
+        table = self._table(train, train)
+        table.warnings += warnings
+        return table
 
     def test(self) -> ArrowTable | None:
-        train, test = self._files()
+        train, test, _ = self._files
         both = [f for f in test if any(os.path.samefile(f, g) for g in train)]
         if both:
             raise DataError(f"the same file in train and in test: {several([printable(f) for f in both])}")
@@ -157,16 +160,70 @@ class ParquetSource(Source):
         parts = [(printable(file), _read(file, self.columns)) for file in files]
         return arrow_table(parts, self.columns, class_names(read_schema(train[0]), self.columns.label))
 
-    def _files(self) -> tuple[list[str], list[str]]:
-        """Files of the training and of the test pictures."""
+    @cached_property
+    def _files(self) -> tuple[list[str], list[str], list[str]]:
+        """Files of the training and of the test pictures, and a line on what is not used."""
         asked = _listed(self.test_path) if self.test_path is not None else []
         if not isinstance(self.path, str) or not os.path.isdir(self.path):
-            return _listed(self.path), asked
-        found = natural(f for f in os.listdir(self.path) if f.endswith(".parquet") and not f.startswith("."))
-        split = {s: [os.path.join(self.path, f) for f in found if f.startswith(s)] for s in ("train", "test", "val")}
-        if not split["train"]:
-            raise DataError(f"{printable(self.path)}: no train*.parquet; found: {several(found) or 'no parquet file'}")
-        return split["train"], asked or split["test"] or split["val"]
+            return _listed(self.path), asked, []
+        here, (found, others) = printable(self.path), parquet_files(self.path)
+        if "train" not in found:
+            names = natural(os.path.basename(f) for f in [f for files in found.values() for f in files] + others)
+            raise DataError(f"{here}: no train*.parquet; found: {several(names) or 'no parquet file'}")
+        kinds: tuple[Split, ...] = ("test", "validation")
+        test = next((kind for kind in kinds if kind in found), None) if not asked else None
+        left = others + [file for kind in kinds if kind in found and kind != test for file in found[kind]]
+        names = [printable(os.path.relpath(file, self.path)) for file in left]
+        warnings = [f"{here}: not used beside train: {several(names)}"] if left else []
+        return found["train"], asked or (found[test] if test else []), warnings
+
+
+def holds_parquet(path: str, depth: int = 2) -> bool:
+    """Whether a parquet file lies in a folder, or so many folders deep in it."""
+    files, folders = _listing(path)
+    return bool(files) or (depth > 0 and any(holds_parquet(os.path.join(path, f), depth - 1) for f in folders))
+
+
+def parquet_files(path: str) -> tuple[dict[Split, list[str]], list[str]]:
+    """The parquet files of a folder by split, and those that are of none.
+
+    Where none lies in the folder itself, they are looked for in folders that are named by a split, and in the only
+    folder that holds any, such as `data/` of a data set's repository. Files without the name of a split, such as
+    `0000.parquet`, are those of training where they are all there is.
+
+    Raises:
+        DataError: several folders hold some, and none of them is named by a split.
+    """
+    names, folders = _listing(path)
+    if names:
+        found: dict[Split, list[str]] = {}
+        others = []
+        for name in names:
+            split = split_begun(name)
+            (others if split is None else found.setdefault(split, [])).append(os.path.join(path, name))
+        return (found, others) if found else ({"train": others}, [])
+    folders = [f for f in folders if holds_parquet(os.path.join(path, f))]
+    splits = splits_among(folders)
+    if splits:
+        inside = {
+            s: [os.path.join(path, f, n) for f in fs for n in _listing(os.path.join(path, f))[0]]
+            for s, fs in splits.items()
+        }
+        return {s: files for s, files in inside.items() if files}, [
+            os.path.join(path, f) for f in folders if not split_named(f)
+        ]
+    if len(folders) > 1:
+        raise DataError(
+            f"{printable(path)}: several folders of parquet files: {several([printable(f) for f in folders])}; "
+            "name the one to use"
+        )
+    return parquet_files(os.path.join(path, folders[0])) if folders else ({}, [])
+
+
+def _listing(path: str) -> tuple[list[str], list[str]]:
+    """Names of the parquet files in a folder, and of the folders in it; hidden ones are left out."""
+    folders, _, others = list_folder(path)
+    return natural(name for name in others if name.lower().endswith(".parquet")), folders
 
 
 def _listed(paths: str | list[str]) -> list[str]:

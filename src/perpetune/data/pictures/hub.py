@@ -7,12 +7,11 @@ import re
 from functools import cached_property
 from typing import Any
 
+from perpetune.data.columns import splits_among
 from perpetune.data.names import printable, several
 from perpetune.data.pictures.arrow import ArrowTable, Columns, arrow_table
 from perpetune.data.sources import Fit, Kind, Source
 from perpetune.errors import DataError, MissingExtra
-
-_TEST = ("test", "validation", "valid", "val")
 
 
 class HubSource(Source):
@@ -22,8 +21,8 @@ class HubSource(Source):
         path: its id on the hub, such as `uoft-cs/cifar100`, or a folder that `save_to_disk` wrote.
         subset: the configuration, for data sets that have several.
         revision: branch, tag or commit on the hub.
-        train, test: names of the splits; default for the test: the first of test, validation, valid, val
-            that there is.
+        train, test: names of the splits; a split `Train` or `training` counts as `train` where there is none of that
+            name. Default for the test: the split whose name stands for a test, else for validation.
         image_column, label_column: what the columns are called.
         group_column: the column with the task or domain; default: `task` or `domain`, whichever is there.
     """
@@ -56,15 +55,34 @@ class HubSource(Source):
         return Fit.ANY if is_id and not os.path.exists(path) else Fit.NO
 
     def train(self) -> ArrowTable:
-        return self._table(self.train_split)
+        table = self._table(self._train_name)
+        unused = [name for name in self._splits if name not in (self._train_name, self._test_name)]
+        if unused:
+            table.warnings.append(f"{self._here}: splits that are not used: {several(unused)}")
+        return table
 
     def test(self) -> ArrowTable | None:
         if self.test_split is not None:
             if self.test_split == self.train_split:
                 raise DataError(f"{self._here}: split '{self.train_split}' is named for train and for test")
             return self._table(self.test_split)
-        name = next((name for name in _TEST if name in self._splits and name != self.train_split), None)
-        return None if name is None else self._table(name)
+        return None if self._test_name is None else self._table(self._test_name)
+
+    @property
+    def _train_name(self) -> str:
+        """The split to learn from: the one asked for, or the one whose name stands for training."""
+        if self.train_split in self._splits:
+            return self.train_split
+        others = splits_among(self._splits).get("train", []) if self.train_split == "train" else []
+        return others[0] if len(others) == 1 else self.train_split
+
+    @property
+    def _test_name(self) -> str | None:
+        """The split to test on, None where there is none."""
+        if self.test_split is not None:
+            return self.test_split
+        among = splits_among(name for name in self._splits if name != self._train_name)
+        return next((among[kind][0] for kind in ("test", "validation") if kind in among), None)
 
     def _table(self, split: str) -> ArrowTable:
         if split not in self._splits:

@@ -115,6 +115,23 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
+def holds_picture(path: str, depth: int = 3) -> bool:
+    """Whether a picture lies in a folder, or so many folders deep in it; looks no further than the first."""
+    folders = []
+    try:
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if _is_folder(entry):
+                    folders.append(entry.path)
+                elif is_picture(entry.name):
+                    return True
+    except OSError:
+        return False
+    return depth > 0 and any(holds_picture(folder, depth - 1) for folder in folders)
+
+
 def walk(path: str) -> tuple[list[str], list[str]]:
     """All pictures under a folder, as names relative to it with `/`, and the names of the other files.
 
