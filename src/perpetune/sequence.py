@@ -144,9 +144,14 @@ class TaskSequence:
             raise UsageError(f"exam {exam.name}: there is nothing to ask, for its task has no test data")
         return dataclasses.replace(exam.task, runtime=self.runtime)
 
-    def whole(self, data: str | Path | Source) -> Task:
-        """All of `data` as something to evaluate on: its test split, or everything where there is none."""
-        source = data if isinstance(data, Source) else _source(self.origin(data))
+    def whole(self, data: str | Path | Source, options: Mapping[str, Any] | None = None) -> Task:
+        """All of `data` as something to evaluate on: its test split, or everything where there is none.
+
+        Args:
+            data: where it is.
+            options: further keys of the data section for a path or id.
+        """
+        source = data if isinstance(data, Source) else _source(self.origin(data, options))
         limits = dict.fromkeys(("train_per_class", "test_per_class", "train_per_task", "test_per_task"))
         everything = {"validation": 0.0, **limits, "augment": "none"}
         found = self._single(source, 0, "given", 0.0, self.recipe.stream.model_copy(update=everything))
@@ -203,9 +208,9 @@ class TaskSequence:
             task = dataclasses.replace(task, earlier=tuple(self._of_stream(i) for i in range(index)))
         return task
 
-    def origin(self, data: str | Path) -> Origin:
-        """The data section that a path or id stands for."""
-        return origin_of(data, self.view.takes)
+    def origin(self, data: str | Path, options: Mapping[str, Any] | None = None) -> Origin:
+        """The data section that a path or id stands for, with further keys of it; the key `name` names the reader."""
+        return origin_of(data, self.view.takes, options)
 
     def _place(self, origin: Origin | str) -> str:
         """Where data came from, for messages."""
@@ -255,14 +260,20 @@ def _document(
     }
 
 
-def origin_of(data: str | Path, wanted: Kind | None = None) -> Origin:
-    """The data section for a path or id; a path is made absolute, so that a later call finds it."""
+def origin_of(data: str | Path, wanted: Kind | None = None, options: Mapping[str, Any] | None = None) -> Origin:
+    """The data section for a path or id; a path is made absolute, so that a later call finds it.
+
+    What the path holds is not asked where the key `name` of the `options` says it.
+    """
     if not str(data):
         raise UsageError("data: the path is empty; a folder, manifest, parquet file or data set id is expected")
     path = Path(data).expanduser()
     place = str(path.resolve() if path.exists() else data)
-    name, options = guess_source(place, registry.every("data"), wanted)
-    return {"name": name, **options}
+    given = dict(options or {})
+    if "name" in given:
+        return {"path": place, **given}
+    name, found = guess_source(place, registry.every("data"), wanted)
+    return {"name": name, **found, **given}
 
 
 def _source(origin: Origin) -> Source:

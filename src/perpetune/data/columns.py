@@ -59,6 +59,22 @@ def split_of(value: Any, at: str) -> Split:
     return SPLITS[name]
 
 
+_PATHS = ("file_name", "filename", "file", "filepath", "image_path", "image", "img", "picture", "pic")
+_LABELS = ("class", "category", "target", "fine_label", "labels", "cls", "class_name", "y")
+
+
+def missing_column(found: Collection[str], column: str, option: str, where: str) -> DataError:
+    """The error that a column is not there; it says which option names another, and which may be meant."""
+    likely = _LABELS if "label" in option else _PATHS
+    other = next((name for name in found if name.strip().lower() in likely), None) or "COLUMN"
+    texts = [name for name in ("prompt", "messages") if name in found]
+    more = f"; a column {texts[0]} is of texts, and these are read as pictures" if texts and other == "COLUMN" else ""
+    return DataError(
+        f"{where}: no column '{column}'; found: {several([printable(name) or '(no name)' for name in found], 20)}; "
+        f"another one is named with data.{option} or --set {option}={printable(other)}{more}"
+    )
+
+
 def group_column(columns: Collection[str], asked: str | None, where: str, option: str = "group_column") -> str | None:
     """The column with the task or domain: the one asked for, else `task` or `domain`, whichever is there."""
     if asked is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
 from enum import IntEnum
@@ -123,7 +125,15 @@ class Source(ABC):
 
 
 def existing(path: str, what: str) -> str:
-    """`path`, or DataError when nothing is there."""
-    if not os.path.exists(path):
-        raise DataError(f"{what} {printable(path)}: no such file or folder")
+    """`path`, or DataError when nothing is there, or something that is neither a file nor a folder, such as a pipe."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL
+        there = isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.ENOTDIR)
+        reason = (
+            (error.strerror or str(error)).lower() if isinstance(error, OSError) and there else "no such file or folder"
+        )
+        raise DataError(f"{what} {printable(path)}: {reason}") from error
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise DataError(f"{what} {printable(path)}: neither a file nor a folder")
     return path

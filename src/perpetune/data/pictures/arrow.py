@@ -10,7 +10,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from perpetune.data.columns import Split, class_names, group_column, named, split_begun, split_named, splits_among
+from perpetune.data.columns import (
+    Split,
+    class_names,
+    group_column,
+    missing_column,
+    named,
+    split_begun,
+    split_named,
+    splits_among,
+)
 from perpetune.data.names import natural, printable, several
 from perpetune.data.parquet import read_columns, read_schema
 from perpetune.data.pictures.read import holds_picture, list_folder
@@ -97,9 +106,9 @@ def arrow_table(parts: Sequence[tuple[str, Any]], columns: Columns, names: Seque
 
 def _present(found: Sequence[str], columns: Columns, where: str) -> tuple[list[str], str | None]:
     """The columns that are of use, and which of them is the group; DataError when one is missing."""
-    for column in (columns.image, columns.label):
+    for option, column in (("image_column", columns.image), ("label_column", columns.label)):
         if column not in found:
-            raise DataError(f"{where}: no column '{column}'; found: {several(found, 20)}")
+            raise missing_column(found, column, option, where)
     group = group_column(found, columns.group, where)
     return [name for name in (columns.image, columns.label, group) if name is not None], group
 

@@ -40,7 +40,10 @@ class FolderSource(Source):
 
     @classmethod
     def fits(cls, path: str, wanted: Kind | None = None) -> Fit:
-        return Fit.ANY if os.path.isdir(path) else Fit.NO
+        if not os.path.isdir(path):
+            return Fit.NO
+        inside = any(holds_picture(os.path.join(path, folder)) for folder in list_folder(path)[0])
+        return Fit.LAYOUT if inside else Fit.ANY
 
     def train(self) -> FileTable:
         root, _, warnings = self._roots

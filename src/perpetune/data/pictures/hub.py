@@ -13,6 +13,8 @@ from perpetune.data.pictures.arrow import ArrowTable, Columns, arrow_table
 from perpetune.data.sources import Fit, Kind, Source
 from perpetune.errors import DataError, MissingExtra
 
+_FILES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".txt", ".zip", ".gz", ".tar", ".tgz", ".xlsx")
+
 
 class HubSource(Source):
     """A data set with a column of pictures (feature `Image`) and one of labels.
@@ -49,10 +51,12 @@ class HubSource(Source):
     @classmethod
     def fits(cls, path: str, wanted: Kind | None = None) -> Fit:
         if os.path.isdir(path):
-            saved = any(os.path.exists(os.path.join(path, name)) for name in ("dataset_dict.json", "dataset_info.json"))
-            return Fit.MARK if saved else Fit.NO
-        is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) is not None
-        return Fit.ANY if is_id and not os.path.exists(path) else Fit.NO
+            single = all(os.path.exists(os.path.join(path, name)) for name in ("dataset_info.json", "state.json"))
+            return Fit.MARK if single or os.path.exists(os.path.join(path, "dataset_dict.json")) else Fit.NO
+        owner, slash, name = path.partition("/")
+        is_id = slash and all(re.fullmatch(r"[\w-][\w.-]*", part) for part in (owner, name))
+        missing = os.path.isdir(owner) or name.lower().endswith(_FILES)  # a path that is not there, and no id
+        return Fit.ANY if is_id and not missing and not os.path.exists(path) else Fit.NO
 
     def train(self) -> ArrowTable:
         table = self._table(self._train_name)
@@ -99,7 +103,9 @@ class HubSource(Source):
         try:
             import datasets
         except ImportError:
-            raise MissingExtra("data: hf", "data") from None
+            if os.path.isdir(self.path):
+                raise MissingExtra("data: hf", "data") from None
+            raise MissingExtra(f"{self._here}: no such file or folder; to ask the Hugging Face hub", "data") from None
         try:
             if os.path.isdir(self.path):
                 found = datasets.load_from_disk(self.path)
@@ -107,5 +113,9 @@ class HubSource(Source):
                 found = datasets.load_dataset(self.path, self.subset, revision=self.revision)
         except (OSError, ValueError, RuntimeError) as error:  # what datasets and the hub's client raise
             reason = printable((str(error).splitlines() or [type(error).__name__])[0])
-            raise DataError(f"data set {self._here}: {reason}") from error
+            if os.path.isdir(self.path):
+                raise DataError(f"data set {self._here}: {reason}") from error
+            raise DataError(
+                f"data set {self._here}: no such file or folder, and from the Hugging Face hub: {reason}"
+            ) from error
         return dict(found) if isinstance(found, dict) else {self.train_split: found}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from perpetune.data.columns import Split, group_column, split_of
+from perpetune.data.columns import Split, group_column, missing_column, split_of
 from perpetune.data.names import label_of, natural, printable, several
 from perpetune.data.pictures.rows import cell_text, read_rows
 from perpetune.data.pictures.tables import FileTable
@@ -25,7 +25,7 @@ class _Record:
 
 
 class ManifestSource(Source):
-    """A CSV file (comma, semicolon or tab, with a header) or a JSONL file (one object a line).
+    """A CSV file (comma, semicolon or tab, with a header), a JSONL file (one object a line) or a JSON array of objects.
 
     A picture's path is relative to the manifest. Rows that repeat an earlier one are left out with a warning.
 
@@ -59,8 +59,8 @@ class ManifestSource(Source):
 
     @classmethod
     def fits(cls, path: str, wanted: Kind | None = None) -> Fit:
-        named = path.lower().endswith((".csv", ".tsv", ".jsonl", ".ndjson")) and not os.path.isdir(path)
-        return Fit.NAME if named else Fit.NO
+        suffixes = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
+        return Fit.NAME if path.lower().endswith(suffixes) and not os.path.isdir(path) else Fit.NO
 
     def train(self) -> FileTable:
         table = self._table(self.path, [r for r in self._records if r.split == "train"])
@@ -93,9 +93,13 @@ class ManifestSource(Source):
         rows = read_rows(existing(path, "manifest"))
         here = printable(path)
         columns = list(dict.fromkeys(c for _, row in rows for c in row))
-        for wanted in (self.path_column, self.label_column, self.split_column):
+        for option, wanted in (
+            ("path_column", self.path_column),
+            ("label_column", self.label_column),
+            ("split_column", self.split_column),
+        ):
             if wanted is not None and wanted not in columns:
-                raise DataError(f"{here}: no column '{wanted}'; found: {several(columns, 20)}")
+                raise missing_column(columns, wanted, option, here)
         group = group_column(columns, self.group_column, here)
         choice = self.split_column or ("split" if "split" in columns else None)
         if split is not None or choice is None:

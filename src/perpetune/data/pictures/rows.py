@@ -12,7 +12,7 @@ from perpetune.errors import DataError
 
 
 def read_rows(path: str) -> list[tuple[str, dict[str, Any]]]:
-    """Each row of a `.jsonl` or CSV file with the place it stands at, for messages.
+    """Each row of a `.jsonl`, `.json` or CSV file with the place it stands at, for messages.
 
     A CSV file has a header; its delimiter is the one of comma, semicolon and tab that the header has most of.
 
@@ -20,10 +20,11 @@ def read_rows(path: str) -> list[tuple[str, dict[str, Any]]]:
         DataError: the file, or a line of it, cannot be read; or there is no row.
     """
     here = printable(path)
-    reader = _jsonl if path.lower().endswith((".jsonl", ".ndjson")) else _csv
+    lower = path.lower()
+    reader = _jsonl if lower.endswith((".jsonl", ".ndjson")) else _json if lower.endswith(".json") else _csv
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = [(f"{here} line {number}", row) for number, row in reader(file, here)]
+            rows = [(f"{here} {place}", row) for place, row in reader(file, here)]
     except UnicodeDecodeError as error:
         raise DataError(f"{here}: not UTF-8 text (byte {error.start})") from error
     except OSError as error:
@@ -44,7 +45,7 @@ def cell_text(value: Any, column: str, at: str) -> str:
     raise DataError(f"{at}: column '{column}' holds {json.dumps(value)[:40]}; expected text or a whole number")
 
 
-def _csv(file: TextIO, here: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv(file: TextIO, here: str) -> Iterator[tuple[str, dict[str, Any]]]:
     header = file.readline()
     if not header.strip():
         raise DataError(f"{here}: no header line; expected columns such as path,label")
@@ -60,12 +61,12 @@ def _csv(file: TextIO, here: str) -> Iterator[tuple[int, dict[str, Any]]]:
                 continue
             if len(cells) != len(columns):
                 raise DataError(f"{here} line {reader.line_num}: {len(cells)} cells; the header has {len(columns)}")
-            yield reader.line_num, dict(zip(columns, cells, strict=True))
+            yield f"line {reader.line_num}", dict(zip(columns, cells, strict=True))
     except csv.Error as error:
         raise DataError(f"{here} line {reader.line_num}: {error}") from error
 
 
-def _jsonl(file: TextIO, here: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _jsonl(file: TextIO, here: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
@@ -73,6 +74,29 @@ def _jsonl(file: TextIO, here: str) -> Iterator[tuple[int, dict[str, Any]]]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{here} line {number}: not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise DataError(f'{here} line {number}: expected an object such as {{"path": "a.png", "label": "cat"}}')
-        yield number, row
+        yield f"line {number}", _object(row, f"{here} line {number}")
+
+
+def _json(file: TextIO, here: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The items of an array; a file that begins with an object has one a line."""
+    start = file.read(1)
+    while start.isspace():
+        start = file.read(1)
+    file.seek(0)
+    if start == "{":
+        yield from _jsonl(file, here)
+        return
+    try:
+        rows = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{here}: not JSON: {error}") from error
+    if not isinstance(rows, list):
+        raise DataError(f"{here}: expected an array of objects, or one object a line")
+    for number, row in enumerate(rows, 1):
+        yield f"item {number}", _object(row, f"{here} item {number}")
+
+
+def _object(row: Any, at: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise DataError(f'{at}: expected an object such as {{"path": "a.png", "label": "cat"}}')
+    return row
