@@ -136,11 +136,14 @@ class ManifestSource(Source):
 
     def _table(self, path: str, records: Sequence[_Record]) -> FileTable:
         first: dict[tuple[str, str], _Record] = {}
+        root = os.path.dirname(os.path.abspath(path))
         for record in records:
-            before = first.setdefault((record.path, record.group), record)
+            place = os.path.normpath(os.path.join(root, record.path))  # `./a.png` and `b/../a.png` are `a.png`
+            before = first.setdefault((place, record.group), record)
             if before.label != record.label:
                 raise DataError(
-                    f"{record.at}: {printable(record.path)} has label '{record.label}', but '{before.label}' before"
+                    f"{record.at}: {printable(record.path)} has label '{record.label}', but '{before.label}' before "
+                    f"({before.at})"
                 )
         kept = list(first.values())
         grouped = any(r.group for r in kept)
