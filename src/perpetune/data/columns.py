@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Literal
 
 from perpetune.data.names import label_of, printable, several
+from perpetune.data.sources import LONGEST
 from perpetune.errors import DataError, UsageError
 
 Split = Literal["train", "test", "validation"]
@@ -70,9 +71,21 @@ def missing_column(found: Collection[str], column: str, option: str, where: str)
     texts = [name for name in ("prompt", "messages") if name in found]
     more = f"; a column {texts[0]} is of texts, and these are read as pictures" if texts and other == "COLUMN" else ""
     return DataError(
-        f"{where}: no column '{column}'; found: {several([printable(name) or '(no name)' for name in found], 20)}; "
+        f"{where}: no column '{column}'; found: {_columns(found)}; "
         f"another one is named with data.{option} or --set {option}={printable(other)}{more}"
     )
+
+
+def unused_columns(found: Iterable[str], used: Collection[str | None], where: str) -> list[str]:
+    """A line that names the columns that nothing is learned from; none where there are none."""
+    left = [name for name in found if name not in used]
+    return [f"{where}: columns that are not used: {_columns(left)}"] if left else []
+
+
+def _columns(names: Collection[str]) -> str:
+    """Names of columns in a message, long ones cut."""
+    plain = [printable(name[:80]) + ("…" if len(name) > 80 else "") for name in names]
+    return several([name or "(no name)" for name in plain], 20)
 
 
 def group_column(columns: Collection[str], asked: str | None, where: str, option: str = "group_column") -> str | None:
@@ -111,6 +124,8 @@ def named(values: Sequence[Any], names: Sequence[str] | None, column: str, where
         at = f"{where} row {row}: column '{column}'"
         if isinstance(value, bool) or not isinstance(value, int | str):
             raise DataError(f"{at} holds {type(value).__name__}; expected text or a whole number")
+        if isinstance(value, str) and len(value) > LONGEST:
+            raise DataError(f"{at} holds {len(value)} characters; at most {LONGEST} are a name")
         if isinstance(value, int) and names is not None and not 0 <= value < len(names):
             raise DataError(f"{at} is {value}; there are {len(names)} class names")
         known[value] = label_of(names[value] if isinstance(value, int) and names is not None else str(value))

@@ -124,6 +124,27 @@ class Source(ABC):
         return None
 
 
+LFS = b"version https://git-lfs.github.com/spec/"
+POINTER = "a Git LFS pointer, and not the file itself: run `git lfs pull` where it lies"
+LONGEST = 4096  # characters of a label, a domain or a path
+
+
+def is_pointer(start: bytes) -> bool:
+    """Whether a file that begins so is what Git LFS puts in the place of a large one."""
+    return start.startswith(LFS)
+
+
+def file_start(path: str, size: int = len(LFS)) -> bytes:
+    """The first bytes of a file; nothing where it cannot be read or is no regular file."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return b""
+        with open(path, "rb") as file:
+            return file.read(size)
+    except (OSError, ValueError):
+        return b""
+
+
 def existing(path: str, what: str) -> str:
     """`path`, or DataError when nothing is there, or something that is neither a file nor a folder, such as a pipe."""
     try:

@@ -19,6 +19,7 @@ from perpetune.data.columns import (
     split_begun,
     split_named,
     splits_among,
+    unused_columns,
 )
 from perpetune.data.names import natural, printable, several
 from perpetune.data.parquet import read_columns, read_schema
@@ -155,7 +156,9 @@ class ParquetSource(Source):
     def train(self) -> ArrowTable:
         train, _, warnings = self._files
         table = self._table(train, train)
-        table.warnings += warnings
+        names = read_schema(train[0]).names
+        used = _present(names, self.columns, printable(train[0]))[0]
+        table.warnings += warnings + unused_columns(names, used, printable(train[0]))
         return table
 
     def test(self) -> ArrowTable | None:

@@ -7,7 +7,7 @@ import re
 from functools import cached_property
 from typing import Any
 
-from perpetune.data.columns import splits_among
+from perpetune.data.columns import group_column, splits_among, unused_columns
 from perpetune.data.names import printable, several
 from perpetune.data.pictures.arrow import ArrowTable, Columns, arrow_table
 from perpetune.data.sources import Fit, Kind, Source
@@ -60,6 +60,9 @@ class HubSource(Source):
 
     def train(self) -> ArrowTable:
         table = self._table(self._train_name)
+        found = self._splits[self._train_name].column_names
+        used = (self.columns.image, self.columns.label, group_column(found, self.columns.group, self._here))
+        table.warnings += unused_columns(found, used, self._here)
         unused = [name for name in self._splits if name not in (self._train_name, self._test_name)]
         if unused:
             table.warnings.append(f"{self._here}: splits that are not used: {several(unused)}")

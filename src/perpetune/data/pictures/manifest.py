@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from perpetune.data.columns import Split, group_column, missing_column, split_of
+from perpetune.data.columns import Split, group_column, missing_column, split_of, unused_columns
 from perpetune.data.names import label_of, natural, printable, several
 from perpetune.data.pictures.rows import cell_text, read_rows
 from perpetune.data.pictures.tables import FileTable
@@ -55,6 +55,7 @@ class ManifestSource(Source):
         self.label_column = label_column
         self.group_column = group_column
         self.split_column = split_column
+        self._unused: dict[str, list[str]] = {}  # of each manifest, a line on columns that are not used
         self.labels = None if labels is None else [label_of(label) for label in labels]
 
     @classmethod
@@ -106,6 +107,9 @@ class ManifestSource(Source):
             splits: list[Split] = [split or "train"] * len(rows)
         else:
             splits = [split_of(row.get(choice), at) for at, row in rows]
+        if path not in self._unused:
+            used = (self.path_column, self.label_column, group, choice if split is None else None)
+            self._unused[path] = unused_columns(columns, used, here)
         records = [
             _Record(
                 at,
@@ -148,10 +152,12 @@ class ManifestSource(Source):
         kept = list(first.values())
         grouped = any(r.group for r in kept)
         repeated = len(records) - len(kept)
+        warnings = [f"{printable(path)}: {repeated} rows repeat an earlier one and are left out"] if repeated else []
+        warnings += self._unused.get(path, [])
         return FileTable(
             os.path.dirname(path),
             [r.path for r in kept],
             [r.label for r in kept],
             [r.group for r in kept] if grouped else None,
-            [f"{printable(path)}: {repeated} rows repeat an earlier one and are left out"] if repeated else [],
+            warnings,
         )

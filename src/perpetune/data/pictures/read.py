@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import stat
 import struct
+import threading
 import zlib
 from collections.abc import Sequence
+from contextlib import nullcontext
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from perpetune.data.names import natural_key, printable
+from perpetune.data.sources import LFS, POINTER, file_start, is_pointer
 from perpetune.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -39,6 +43,20 @@ _BROKEN = (
     struct.error,
     zlib.error,
 )
+
+
+LARGE = 25_000_000  # pixels; a picture of more takes 100 MB and more while it is read
+
+_one_at_a_time = threading.Lock()  # of the large ones, for threads read pictures side by side
+
+
+def _unlock() -> None:
+    global _one_at_a_time
+    _one_at_a_time = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock)  # the thread that holds it is not in the child
 
 
 def is_picture(name: str) -> bool:
@@ -160,18 +178,26 @@ def _read(source: str | bytes, name: str, pixels: bool) -> Image:
     if not source:
         raise DataError(f"{name}: the picture is empty")
     try:
+        if isinstance(source, str) and not _is_plain(os.stat(source).st_mode):
+            raise DataError(f"{name}: not a file, but a pipe, a socket or a device")
         with Image.open(source if isinstance(source, str) else BytesIO(source)) as image:
-            limit = Image.MAX_IMAGE_PIXELS  # Pillow itself refuses only twice as many
-            if limit is not None and image.width * image.height > limit:
+            limit, size = Image.MAX_IMAGE_PIXELS, image.width * image.height
+            if limit is not None and size > limit:  # Pillow itself refuses only twice as many
                 raise Image.DecompressionBombError
             if not pixels:
                 return image
-            image.load()
-            return as_rgb(image)
+            with _one_at_a_time if size > LARGE else nullcontext():
+                image.load()
+                return as_rgb(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"{name}: larger than Pillow's limit of {Image.MAX_IMAGE_PIXELS} pixels") from error
     except _BROKEN as error:
-        raise DataError(f"{name}: {_reason(error)}") from error
+        start = file_start(source) if isinstance(source, str) else source[: len(LFS)]
+        raise DataError(f"{name}: {POINTER if is_pointer(start) else _reason(error)}") from error
+
+
+def _is_plain(mode: int) -> bool:
+    return stat.S_ISREG(mode) or stat.S_ISDIR(mode)  # that a folder is none is said by Pillow
 
 
 def _reason(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from perpetune.data.names import printable
 from perpetune.data.parquet import read_columns, read_schema
+from perpetune.data.sources import POINTER, file_start, is_pointer
 from perpetune.errors import DataError
 
 LINES = (".jsonl", ".ndjson")
@@ -45,6 +46,8 @@ def read_records(path: str) -> list[Record]:
         rows = read_columns(path, read_schema(path, "text").names).to_pylist()
         found = [Record(f"{here} row {number}", row) for number, row in enumerate(rows)]
     elif lower.endswith(SUFFIXES):
+        if is_pointer(file_start(path)):
+            raise DataError(f"{here}: {POINTER}")
         try:
             with open(path, "rb") as file:
                 content = file.read().removeprefix(b"\xef\xbb\xbf")  # a byte order mark, as Windows puts it there
