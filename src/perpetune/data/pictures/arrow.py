@@ -41,14 +41,25 @@ class Columns:
 class ArrowTable(PictureTable):
     """Pictures in an arrow column, as bytes or as `{bytes, path}`; a row may hold a path alone.
 
+    A relative path goes by the folder of the file that it stands in. Where nothing is there, it goes by the folder
+    where the command runs, as it did in earlier versions.
+
     Args:
         parts: name of each file or data set that rows come from, and its pictures, a `pyarrow.ChunkedArray`;
             they stay where they are, memory-mapped if they were.
+        roots: the folder of each part; None is the one where the command runs.
     """
 
-    def __init__(self, parts: Sequence[tuple[str, Any]], labels: Sequence[str], groups: Sequence[str] | None):
+    def __init__(
+        self,
+        parts: Sequence[tuple[str, Any]],
+        labels: Sequence[str],
+        groups: Sequence[str] | None,
+        roots: Sequence[str] | None = None,
+    ):
         super().__init__(labels, groups)
         self.parts = parts
+        self.roots = roots
         self._starts = [0, *itertools.accumulate(len(images) for _, images in parts)]
 
     def _cell(self, i: int) -> tuple[str, int, Any]:
@@ -61,8 +72,29 @@ class ArrowTable(PictureTable):
     def encoded(self, i: int) -> str | bytes:
         cell = self._cell(i)[2]
         if isinstance(cell, dict):
-            cell = cell.get("bytes") or cell.get("path")
+            cell = cell.get("bytes") or self._placed(i, cell.get("path"))
         return cell or b""
+
+    def _placed(self, i: int, path: str | None) -> str | None:
+        """A path that row `i` holds, by the folder of its file."""
+        if not path or self.roots is None or os.path.isabs(path):
+            return path
+        beside = os.path.join(self.roots[bisect.bisect_right(self._starts, i) - 1], path)
+        return path if os.path.exists(path) and not os.path.exists(beside) else beside
+
+    def elsewhere(self) -> list[str]:
+        """A line where the first relative path in the first rows is not beside its file, but found from here."""
+        for i in range(min(len(self), 100)):
+            name, _, cell = self._cell(i)
+            path = cell.get("path") if isinstance(cell, dict) and not cell.get("bytes") else None
+            if path and not os.path.isabs(path):
+                if self.roots is not None and self._placed(i, path) == path:
+                    return [
+                        f"{name}: {printable(path)} is not beside the file, and is taken from the folder where the "
+                        "command runs; paths in a parquet file go by the file"
+                    ]
+                return []
+        return []
 
     def name(self, i: int) -> str:
         name, row, cell = self._cell(i)
@@ -73,11 +105,17 @@ class ArrowTable(PictureTable):
         return str(i)
 
 
-def arrow_table(parts: Sequence[tuple[str, Any]], columns: Columns, names: Sequence[str] | None = None) -> ArrowTable:
+def arrow_table(
+    parts: Sequence[tuple[str, Any]],
+    columns: Columns,
+    names: Sequence[str] | None = None,
+    roots: Sequence[str] | None = None,
+) -> ArrowTable:
     """One table out of arrow tables, each with the name it goes by.
 
     Args:
         names: class names for whole-number labels of parts that bring none.
+        roots: the folder that relative paths in each part go by.
 
     Raises:
         DataError: a column is missing or of a type that cannot be used; or there is no row.
@@ -102,7 +140,7 @@ def arrow_table(parts: Sequence[tuple[str, Any]], columns: Columns, names: Seque
             groups += named(table.column(group).to_pylist(), class_names(table.schema, group), group, where)
     if not labels:
         raise DataError(f"{several([where for where, _ in parts])}: no rows")
-    return ArrowTable(images, labels, groups if any(groups) else None)
+    return ArrowTable(images, labels, groups if any(groups) else None, roots)
 
 
 def _present(found: Sequence[str], columns: Columns, where: str) -> tuple[list[str], str | None]:
@@ -170,7 +208,10 @@ class ParquetSource(Source):
 
     def _table(self, files: Sequence[str], train: Sequence[str]) -> ArrowTable:
         parts = [(printable(file), _read(file, self.columns)) for file in files]
-        return arrow_table(parts, self.columns, class_names(read_schema(train[0]), self.columns.label))
+        roots = [os.path.dirname(os.path.abspath(file)) for file in files]
+        table = arrow_table(parts, self.columns, class_names(read_schema(train[0]), self.columns.label), roots)
+        table.warnings += table.elsewhere()
+        return table
 
     @cached_property
     def _files(self) -> tuple[list[str], list[str], list[str]]:

@@ -53,6 +53,7 @@ class FolderSource(Source):
             raise DataError(
                 f"{printable(root)}: no pictures in class folders; expected {_expected(self._layout)}"
                 + (f" ({several(table.warnings, 1)})" if table.warnings else "")
+                + _manifest_there(root)
             )
         return table
 
@@ -167,6 +168,12 @@ def _splits_in(path: str, folders: Sequence[str] | None = None) -> dict[Split, l
     if "train" in splits and not any(list_folder(os.path.join(path, f))[1] for f in splits["train"]):
         return splits
     return {}
+
+
+def _manifest_there(root: str) -> str:
+    """What is said where a list of the pictures lies in a folder that has no class folders."""
+    names = [name for name in list_folder(root)[2] if name.lower().endswith((".csv", ".tsv", ".jsonl"))]
+    return f"; if {printable(names[0])} lists the pictures, name that file" if names else ""
 
 
 def _loose(path: str) -> list[str]:
