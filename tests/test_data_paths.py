@@ -14,7 +14,6 @@ from tiny import picture_folder, vit_folder
 from perpetune import Learner
 from perpetune.cli import call
 from perpetune.data.pictures.arrow import ParquetSource
-from perpetune.data.pictures.hub import HubSource
 from perpetune.recipe import load_recipe
 
 BASE = {"backbone": "perpetune:micro", "pet": "none", "method": "frozen", "head": "ncm", "run": {"device": "cpu"}}
@@ -143,18 +142,3 @@ def test_paths_in_parquet_files_go_by_the_file(there, tmp_path):
     assert reds(table) == [40]
     (warning,) = table.warnings
     assert "im/old.png is not beside the file, and is taken from the folder where the command runs" in warning
-
-
-def test_paths_in_saved_data_sets_go_by_their_folder(there, tmp_path):
-    datasets = pytest.importorskip("datasets")
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
-    made = datasets.Dataset.from_dict(
-        {"image": [{"bytes": None, "path": "im/0.png"}], "label": ["a"]}, features=features
-    )
-    (tmp_path / "here" / "im").mkdir()
-    (tmp_path / "here" / "im" / "0.png").write_bytes(png(60))
-    made.save_to_disk(str(there / "d"))  # wants it there
-    (tmp_path / "here" / "im" / "0.png").unlink()
-    (there / "d" / "im").mkdir()
-    (there / "d" / "im" / "0.png").write_bytes(png(50))
-    assert reds(HubSource(path=str(there / "d")).train()) == [50]

@@ -250,7 +250,7 @@ def parquet_files(path: str) -> tuple[dict[Split, list[str]], list[str]]:
     names, folders = _listing(path)
     if names:
         found: dict[Split, list[str]] = {}
-        others = []
+        others: list[str] = []
         for name in names:
             split = split_begun(name)
             (others if split is None else found.setdefault(split, [])).append(os.path.join(path, name))

@@ -95,8 +95,7 @@ class HubSource(Source):
         if split not in self._splits:
             raise DataError(f"{self._here}: no split '{split}'; found: {several(list(self._splits), 20)}")
         part = self._splits[split]
-        roots = [os.path.abspath(self.path)] if os.path.isdir(self.path) else None
-        return arrow_table([(f"{self._here} {split}", part.with_format(None).data.table)], self.columns, roots=roots)
+        return arrow_table([(f"{self._here} {split}", part.with_format(None).data.table)], self.columns)
 
     @property
     def _here(self) -> str:
