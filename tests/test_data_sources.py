@@ -387,9 +387,11 @@ def test_guess_source(tmp_path):
     assert guess("x/m.csv")[0] == guess("m.JSONL")[0] == "manifest"
     assert guess("digits") == ("digits", {})
     assert guess("uoft-cs/cifar100") == ("hf", {"path": "uoft-cs/cifar100"})
-    for path in ("./nowhere", "/no/such/folder", str(pics / "a" / "1.png")):
-        with pytest.raises(UsageError, match="expected a folder of class folders"):
+    for path in ("./nowhere", "/no/such/folder", "2026-12", "a b/c d", "https://example.org/x.zip"):
+        with pytest.raises(DataError, match=f"^{path}: no such file or folder"):
             guess(path)
+    with pytest.raises(UsageError, match=r"1.png: expected a folder of class folders"):
+        guess(str(pics / "a" / "1.png"))
 
 
 @pytest.mark.parametrize("name", ["folder", "manifest", "parquet", "hf", "digits"])

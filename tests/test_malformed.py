@@ -630,7 +630,7 @@ def update_with_an_empty_path(p: Place) -> list[str]:
     return ["update", str(p.world / "fresh"), "--data", ""]
 
 
-@case(2, "list.txt", ".csv or .jsonl", "folder")
+@case(2, "list.txt", ".csv, .jsonl or .json", "folder")
 def update_with_what_is_no_data(p: Place) -> list[str]:
     return ["update", str(p.world / "fresh"), "--data", p.text("a b c", "list.txt")]
 

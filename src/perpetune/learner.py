@@ -231,7 +231,7 @@ class Learner:
         if options:
             if not isinstance(data, (str, Path)):
                 raise UsageError("options need data that are a path or an id; put them into the data section instead")
-            data = {**self._tasks.origin(data), **options}
+            data = self._tasks.origin(data, options)
         task, document = self._tasks.given(data, index, name, holdout)
         self._admit([task])
         with self._writing():
@@ -421,21 +421,27 @@ class Learner:
                 answers.append(Answer(question.given, pairs[0][0], pairs, question.cut))
         return answers
 
-    def evaluate(self, data: str | Path | Source | None = None) -> dict[str, dict[str, Any] | None]:
+    def evaluate(
+        self, data: str | Path | Source | None = None, *, options: Mapping[str, Any] | None = None
+    ) -> dict[str, dict[str, Any] | None]:
         """The counts of right answers for each learned task on its test data, or on `data`.
 
         Args:
             data: labelled data; their test split is used, or all of them if there is none.
+            options: further keys of the data section for a path or id, as in `learn`.
 
         Raises:
             StateError: the learner has not learned anything yet.
+            UsageError: options without a path or id.
         """
+        if options and not isinstance(data, (str, Path)):
+            raise UsageError("options need data that are a path or an id")
         self._need_learned()
         setting, size = self.recipe.setting, self.recipe.evaluate.batch_size
         if data is None:
             tasks = {c.name: self._tasks.past(c) for c in self.state.committed}
         else:
-            tasks = {str(data): self._tasks.whole(data)}
+            tasks = {str(data): self._tasks.whole(data, options)}
         return {
             name: evaluate(self.method, task, among=AMONG[setting], batch_size=size) if task else None
             for name, task in tasks.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Sequence
 from importlib import resources
 from pathlib import Path
@@ -271,10 +272,11 @@ def _complete_backbone(section: BackboneSection) -> BackboneSection:
 def _anchored(options: dict[str, Any]) -> dict[str, Any]:
     """Options with those that are paths made absolute; so are those of a data source among them."""
     changed = dict(options)
+    keys = {"path"} if options.get("name") == "hf" else PATH_KEYS  # its train and test are names of splits
     for key, value in options.items():
         if key == "source":
             changed[key] = _anchored(value) if isinstance(value, dict) else _absolute(value)
-        elif key in PATH_KEYS:
+        elif key in keys:
             changed[key] = [_absolute(v) for v in value] if isinstance(value, list) else _absolute(value)
     return changed
 
@@ -290,6 +292,68 @@ def _absolute(value: Any) -> Any:
         return value
 
 
+def _beside(content: dict[str, Any], file: Path) -> dict[str, Any]:
+    """What a recipe's file says, with the relative paths of what lies beside the file made absolute."""
+    if file in packaged().values():
+        return content
+    changed = dict(content)
+    backbone = changed.get("backbone")
+    name = backbone.get("name") if isinstance(backbone, dict) else backbone
+    if isinstance(name, str) and name.partition(":")[0] in ("folder", "hf"):
+        prefix, colon, rest = name.partition(":")
+        full = f"{prefix}{colon}{_from_file(rest, file, 'backbone')}"
+        changed["backbone"] = {**backbone, "name": full} if isinstance(backbone, dict) else full
+    if isinstance(changed.get("data"), dict):
+        changed["data"] = _section_beside(changed["data"], file, "data")
+    if isinstance(changed.get("exams"), dict):
+        changed["exams"] = {
+            name: _section_beside(section, file, f"exams.{name}") if isinstance(section, dict) else section
+            for name, section in changed["exams"].items()
+        }
+    protect = changed.get("protect")
+    if isinstance(protect, dict) and isinstance(reference := protect.get("reference"), dict | str):
+        where = "protect.reference"
+        if isinstance(reference, dict):
+            reference = {**reference, "path": _from_file(reference.get("path"), file, where)}
+        changed["protect"] = {**protect, "reference": _from_file(reference, file, where)}
+    return changed
+
+
+def _section_beside(options: dict[str, Any], file: Path, where: str) -> dict[str, Any]:
+    """The options of a data source or exam, with their paths by the folder of the recipe's file."""
+    changed = dict(options)
+    keys = {"path"} if options.get("name") == "hf" else PATH_KEYS  # its train and test are names of splits
+    for key, value in options.items():
+        if key == "source" and isinstance(value, dict):
+            changed[key] = _section_beside(value, file, f"{where}.{key}")
+        elif key in keys or key == "source":
+            place = f"{where}.{key}"
+            many = isinstance(value, list)
+            changed[key] = [_from_file(v, file, place) for v in value] if many else _from_file(value, file, place)
+    return changed
+
+
+def _from_file(value: Any, file: Path, where: str) -> Any:
+    """`value`, made absolute if it is the relative path of something beside the recipe's file."""
+    if not isinstance(value, str) or not value.strip():
+        return value
+    try:
+        given = Path(value).expanduser()
+        if given.is_absolute():
+            return value
+        if (file.parent / given).exists():
+            return str((file.parent / given).resolve())
+        if given.exists():
+            warnings.warn(
+                f"recipe {file}: {where} {value!r} is not beside the recipe, and is taken from the folder where the "
+                "command runs; paths in a recipe go by the recipe's file",
+                stacklevel=2,
+            )
+    except (OSError, ValueError, RuntimeError):  # no path: too long, with a NUL, or no such home
+        pass
+    return value
+
+
 def packaged() -> dict[str, Path]:
     """The recipes that come with the package, by name."""
     folder = Path(str(resources.files("perpetune") / "recipes"))
@@ -299,13 +363,15 @@ def packaged() -> dict[str, Path]:
 def load_recipe(name: str | Path, changes: Sequence[str] = ()) -> Recipe:
     """A recipe from a file or, by name, from the package, with `key.key=value` changes applied.
 
-    Relative paths in it are meant from the folder where the command runs.
+    Relative paths in a file (of data, a model folder, a reference) go by the folder of that file, as `extends` does.
+    One that is not there but is found from the folder where the command runs is taken from there, with a warning. Those
+    in `changes` go by the folder where the command runs.
 
     Raises:
         UsageError: no such recipe, not YAML, or a key or value that is not a recipe's.
     """
     path = packaged().get(str(name), Path(name))
-    content = _plain(_text(str(name), path), str(name))
+    content = _beside(_plain(_text(str(name), path), str(name)), path)
     return _changed(_extended(content, str(name), [path]), str(name), changes)
 
 
@@ -341,7 +407,7 @@ def _extended(content: dict[str, Any], where: str, chain: Sequence[Path]) -> dic
     if path.resolve() in [p.resolve() for p in chain]:
         raise UsageError(f"recipe {where}: extends {name!r}, which extends this one in turn")
     try:
-        base = _extended(_plain(_text(name, path), name), name, [path, *chain])
+        base = _extended(_beside(_plain(_text(name, path), name), path), name, [path, *chain])
     except UsageError as error:
         raise UsageError(f"{error} (recipe {where} extends it)") from None
     return _on_top(base, content, CHOICES)

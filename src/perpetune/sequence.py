@@ -15,7 +15,7 @@ from perpetune.build import build_data
 from perpetune.data.check import find_overlap
 from perpetune.data.examples import TableSet, View
 from perpetune.data.guess import guess_source
-from perpetune.data.names import several
+from perpetune.data.names import alike, several
 from perpetune.data.reference import reference_examples
 from perpetune.data.sources import Kind, Source
 from perpetune.data.stream import Stream, StreamOptions, single_task
@@ -96,10 +96,12 @@ class TaskSequence:
     def of_update(self, task: Task, document: dict[str, Any], committed: Sequence[Committed]) -> Step:
         """What `given` prepared, evaluated on the tasks `committed` too, whose test pictures it should not hold."""
         others = [t for t in (self.past(c) for c in committed) if t is not None]
-        leaks = self._leaks(task, others)
-        for warning in leaks:
+        found = [*self._again(document, committed), *_alike_before(task, committed), *self._leaks(task, others)]
+        for warning in found:
             self.runtime.progress.note(warning)
-        document = {**document, "warnings": [*document["warnings"], *leaks]}
+        for line in _new_classes(task, committed):
+            self.runtime.progress.note(line)
+        document = {**document, "warnings": [*document["warnings"], *found]}
         return Step(task, others, document, self._first(task.index), exams=self.exams)
 
     @property
@@ -144,9 +146,14 @@ class TaskSequence:
             raise UsageError(f"exam {exam.name}: there is nothing to ask, for its task has no test data")
         return dataclasses.replace(exam.task, runtime=self.runtime)
 
-    def whole(self, data: str | Path | Source) -> Task:
-        """All of `data` as something to evaluate on: its test split, or everything where there is none."""
-        source = data if isinstance(data, Source) else _source(self.origin(data))
+    def whole(self, data: str | Path | Source, options: Mapping[str, Any] | None = None) -> Task:
+        """All of `data` as something to evaluate on: its test split, or everything where there is none.
+
+        Args:
+            data: where it is.
+            options: further keys of the data section for a path or id.
+        """
+        source = data if isinstance(data, Source) else _source(self.origin(data, options))
         limits = dict.fromkeys(("train_per_class", "test_per_class", "train_per_task", "test_per_task"))
         everything = {"validation": 0.0, **limits, "augment": "none"}
         found = self._single(source, 0, "given", 0.0, self.recipe.stream.model_copy(update=everything))
@@ -168,7 +175,7 @@ class TaskSequence:
                 if origin == STREAM:
                     found = self.stream.tasks[index] if index < len(self.stream.tasks) else None
                 else:
-                    found = self._single(_source(origin), index, committed.name, origin["holdout"])
+                    found = self._single(_source(origin), index, committed.name, origin["holdout"], fresh=False)
                 if found is None or found.fingerprint != document["fingerprint"]:
                     self.runtime.progress.note(
                         f"task {committed.name} is not evaluated: its data at {self._place(origin)} changed since it "
@@ -181,6 +188,13 @@ class TaskSequence:
                 return None
             self._tests[index] = dataclasses.replace(self._as_task(found), name=committed.name)
         return self._tests[index]
+
+    def _again(self, document: dict[str, Any], committed: Sequence[Committed]) -> list[str]:
+        """A warning where the same data were learned before."""
+        same = [c.name for c in committed if c.json("task.json")["fingerprint"] == document["fingerprint"]]
+        if not same or document["from"] == {"name": None}:  # of a Python object only the targets are known
+            return []
+        return [f"the same data were learned before, as task {several(same)}; they are learned again"]
 
     def _leaks(self, task: Task, others: Sequence[Task]) -> list[str]:
         """A warning where examples that `task` trains on are among the test examples of the others."""
@@ -203,9 +217,9 @@ class TaskSequence:
             task = dataclasses.replace(task, earlier=tuple(self._of_stream(i) for i in range(index)))
         return task
 
-    def origin(self, data: str | Path) -> Origin:
-        """The data section that a path or id stands for."""
-        return origin_of(data, self.view.takes)
+    def origin(self, data: str | Path, options: Mapping[str, Any] | None = None) -> Origin:
+        """The data section that a path or id stands for, with further keys of it; the key `name` names the reader."""
+        return origin_of(data, self.view.takes, options)
 
     def _place(self, origin: Origin | str) -> str:
         """Where data came from, for messages."""
@@ -215,10 +229,16 @@ class TaskSequence:
         return str(data.options.get("path", data.name)) if data else "its stream"
 
     def _single(
-        self, source: Source, index: int, name: str, holdout: float, options: StreamOptions | None = None
+        self,
+        source: Source,
+        index: int,
+        name: str,
+        holdout: float,
+        options: StreamOptions | None = None,
+        fresh: bool = True,
     ) -> TaskData:
         options, seed, view = options or self.recipe.stream, self.recipe.seed, self.view
-        return single_task(source, options, view, index=index, name=name, seed=seed, holdout=holdout)
+        return single_task(source, options, view, index=index, name=name, seed=seed, holdout=holdout, fresh=fresh)
 
     def _checked(self, data: TaskData, learned: Sequence[str] | None = None) -> TaskData:
         """`data` without the images that cannot be read; each is looked at once.
@@ -255,14 +275,39 @@ def _document(
     }
 
 
-def origin_of(data: str | Path, wanted: Kind | None = None) -> Origin:
-    """The data section for a path or id; a path is made absolute, so that a later call finds it."""
+def _before(committed: Sequence[Committed]) -> list[str]:
+    """The classes of the tasks that were learned."""
+    return list(dict.fromkeys(name for c in committed for name in c.json("task.json")["classes"]))
+
+
+def _alike_before(task: Task, committed: Sequence[Committed]) -> list[str]:
+    """A warning where a class of the task is nearly called like one that was learned."""
+    known = _before(committed)
+    pairs = alike(set(task.classes) - set(known), known)
+    return [f"task {task.name} has new classes nearly called like earlier ones: {several(pairs)}"] if pairs else []
+
+
+def _new_classes(task: Task, committed: Sequence[Committed]) -> list[str]:
+    """A line that lists the classes that come with a later task; none where there is none."""
+    known = set(_before(committed))
+    new = [name for name in task.classes if name not in known]
+    return [f"task {task.name} brings new classes: {several(new, 20)}"] if new and known else []
+
+
+def origin_of(data: str | Path, wanted: Kind | None = None, options: Mapping[str, Any] | None = None) -> Origin:
+    """The data section for a path or id; a path is made absolute, so that a later call finds it.
+
+    What the path holds is not asked where the key `name` of the `options` says it.
+    """
     if not str(data):
         raise UsageError("data: the path is empty; a folder, manifest, parquet file or data set id is expected")
     path = Path(data).expanduser()
     place = str(path.resolve() if path.exists() else data)
-    name, options = guess_source(place, registry.every("data"), wanted)
-    return {"name": name, **options}
+    given = dict(options or {})
+    if "name" in given:
+        return {"path": place, **given}
+    name, found = guess_source(place, registry.every("data"), wanted)
+    return {"name": name, **found, **given}
 
 
 def _source(origin: Origin) -> Source:

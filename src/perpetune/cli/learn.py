@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe key, such as train.epochs=3.")
 ]
+DataSet = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="A key of the data section, such as score=rouge_l, path_column=file or name=folder (the reader).",
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="Where to run: auto, cpu, cuda, cuda:1, mps.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show nothing while it runs.")]
 Json = Annotated[bool, typer.Option("--json", help="Print figures as JSON.")]
@@ -200,10 +208,7 @@ def update(
     holdout: Annotated[
         float, typer.Option(min=0.0, max=0.9, help="Share of the data kept for testing if there is no test split.")
     ] = 0.2,
-    changes: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A key of the data section, such as score=rouge_l."),
-    ] = None,
+    changes: DataSet = None,
     device: Device = None,
     quiet: Quiet = False,
     json: Json = False,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from perpetune.cli.learn import Device, Json, StateFolder
+from perpetune.cli.learn import DataSet, Device, Json, StateFolder
 
 if TYPE_CHECKING:
     from perpetune.learner import Answer, Learner
@@ -112,15 +112,23 @@ def evaluate(
     data: Annotated[
         str | None, typer.Option(help="Labelled data; by default the test data of each learned task.")
     ] = None,
+    changes: DataSet = None,
     device: Device = None,
     json: Json = False,
 ) -> None:
     """Print the accuracy on test data."""
     from perpetune.cli.common import print_json
+    from perpetune.errors import UsageError
     from perpetune.learner import Learner
+    from perpetune.recipe import apply_change
     from perpetune.report import form
 
-    cells = Learner.load(state, device=device).evaluate(data)
+    options: dict[str, Any] = {}
+    for change in changes or ():
+        apply_change(options, change)
+    if options and data is None:
+        raise UsageError("--set names keys of the data section of --data, and there is no --data")
+    cells = Learner.load(state, device=device).evaluate(data, options=options)
     if json:
         print_json(cells)
         return

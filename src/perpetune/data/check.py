@@ -130,6 +130,27 @@ def find_twins(table: Table) -> list[list[int]]:
     return list(groups.values())
 
 
+def one_file(table: Table) -> list[list[int]]:
+    """The rows that are one file by several names, in groups of two and more."""
+    rows: dict[object, list[int]] = {}
+    for row, value in _values(table, range(len(table)) if table.files else (), _identity).items():
+        rows.setdefault(value, []).append(row)
+    return [group for group in rows.values() if len(group) > 1]
+
+
+def contradicting(table: Table, groups: Iterable[Sequence[int]]) -> list[tuple[int, int]]:
+    """Of each group of rows the first two that have different labels, but the same task or domain."""
+    found = []
+    for group in groups:
+        first: dict[str, int] = {}
+        for row in group:
+            before = first.setdefault(table.groups[row] if table.groups is not None else "", row)
+            if table.labels[before] != table.labels[row]:
+                found.append((before, row))
+                break
+    return found
+
+
 def _matches(
     train: Table,
     train_rows: Iterable[int],

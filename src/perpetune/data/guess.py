@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from perpetune.data.names import printable
-from perpetune.data.sources import Fit, Kind, Source
-from perpetune.errors import UsageError
+from perpetune.data.sources import Fit, Kind, Source, existing
+from perpetune.errors import DataError, UsageError
 
 
 def guess_source(
@@ -17,8 +18,9 @@ def guess_source(
 ) -> tuple[str, dict[str, Any]]:
     """The name and the options of the source that can read `path`. Each source says how sure it is (`Source.fits`).
 
-    If several are equally sure, the first of them is taken. A source without an option `path`, such as `digits`, is
-    taken if `path` is its name.
+    Where a kind is `wanted`, sources of that kind come first: captions beside pictures do not make them texts. Where
+    several are equally sure, the first of them is taken. A source without an option `path`, such as `digits`, is meant
+    where its own name is given.
 
     Args:
         path: a file, a folder, the name of a source, or the id of a data set on the Hugging Face hub.
@@ -26,19 +28,43 @@ def guess_source(
         wanted: the expected kind of data, if it is known, because some files could have either kind.
 
     Raises:
-        UsageError: no source fits.
-        DataError: a folder cannot be read.
+        UsageError: nothing fits, or only what is of another kind.
+        DataError: nothing is there, it is neither a file nor a folder, or a folder cannot be read.
     """
     if path.lower() in sources and not os.path.isdir(path) and not _has_path(sources[path.lower()]):
         return path.lower(), {}
+    if os.path.exists(path):
+        existing(path, "data")
     fits = {name: source.fits(path, wanted) for name, source in sources.items() if _has_path(source)}
-    best = max(fits, key=lambda name: fits[name], default=None)
-    if best is None or fits[best] == Fit.NO:
-        raise UsageError(
-            f"{printable(path)}: expected a folder of class folders, a .csv or .jsonl manifest, a .parquet file, "
-            "or the id of a Hugging Face data set"
-        )
+    mine = {name: fit for name, fit in fits.items() if wanted is None or sources[name].gives == wanted}
+    best = max(mine, key=lambda name: mine[name], default=None)
+    sure = mine[best] if best is not None else Fit.NO
+    other = max(fits, key=lambda name: fits[name], default=None)
+    if best is None or sure == Fit.NO or (sure == Fit.ANY and other is not None and fits[other] > Fit.ANY):
+        if not os.path.exists(path):
+            raise DataError(f"{printable(path)}: no such file or folder{_hint(path)}")
+        if wanted is not None and other is not None and fits[other] > Fit.NO and sources[other].gives != wanted:
+            raise UsageError(
+                f"data: {printable(path)} is for the reader `{other}`: these are {sources[other].gives}, and the "
+                f"backbone takes {wanted}: {_EXPECTED[wanted]}"
+            )
+        expected = _EXPECTED[wanted] if wanted is not None else f"{_EXPECTED['pictures']}; or {_EXPECTED['texts']}"
+        raise UsageError(f"{printable(path)}: expected {expected}")
     return best, {"path": path}
+
+
+_EXPECTED: dict[Kind, str] = {
+    "pictures": "a folder of class folders, a .csv, .jsonl or .json manifest, a .parquet file, or the id of a Hugging "
+    "Face data set",
+    "texts": "a .jsonl, .json or .parquet file with prompts and answers, or a folder of such files",
+}
+
+
+def _hint(path: str) -> str:
+    """What is said of a path that is not there, beside that."""
+    if re.fullmatch(r"[\w-][\w.-]*", path) and not os.path.splitext(path)[1]:
+        return "; a data set on the Hugging Face hub is named OWNER/NAME"
+    return ""
 
 
 def _has_path(source: type[Source]) -> bool:

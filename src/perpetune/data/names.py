@@ -36,6 +36,28 @@ def label_of(name: str) -> str:
     return printable(unicodedata.normalize("NFC", name.strip()))
 
 
+def alike(names: Iterable[str], known: Iterable[str] = ()) -> list[str]:
+    """`'Ant' and 'ant'` for each two names that differ only in case, width, or spaces, `_` and `-` between words.
+
+    Args:
+        names: are compared with each other and with the `known`.
+        known: are not compared with each other.
+    """
+    first: dict[str, str] = {}
+    for name in natural(known):
+        first.setdefault(_plain(name), name)
+    found = []
+    for name in natural(names):
+        other = first.setdefault(_plain(name), name)
+        if other != name:
+            found.append(f"'{other}' and '{name}'")
+    return found
+
+
+def _plain(name: str) -> str:
+    return " ".join(re.split(r"[\s_-]+", unicodedata.normalize("NFKC", name).casefold())).strip()
+
+
 def several(names: Collection[str], shown: int = 5) -> str:
     """`a, b, c, d, e and 7 more`."""
     first = ", ".join(list(names)[:shown])

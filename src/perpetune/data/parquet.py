@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from perpetune.data.names import printable
+from perpetune.data.sources import POINTER, existing, file_start, is_pointer
 from perpetune.errors import DataError, MissingExtra
 
 
@@ -21,10 +22,14 @@ def read_schema(file: str, what: str = "parquet") -> Any:
         import pyarrow.parquet as pq
     except ImportError:
         raise MissingExtra(f"data: {what}", "data") from None
+    existing(file, "parquet file")
     try:
         return pq.read_schema(file)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{printable(file)}: not a readable parquet file: {str(error).splitlines()[0]}") from error
+        reason = (
+            POINTER if is_pointer(file_start(file)) else f"not a readable parquet file: {str(error).splitlines()[0]}"
+        )
+        raise DataError(f"{printable(file)}: {reason}") from error
 
 
 def read_columns(file: str, names: Sequence[str]) -> Any:

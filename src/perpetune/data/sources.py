@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
 from enum import IntEnum
@@ -122,8 +124,37 @@ class Source(ABC):
         return None
 
 
+LFS = b"version https://git-lfs.github.com/spec/"
+POINTER = "a Git LFS pointer, and not the file itself: run `git lfs pull` where it lies"
+LONGEST = 4096  # characters of a label, a domain or a path
+
+
+def is_pointer(start: bytes) -> bool:
+    """Whether a file that begins so is what Git LFS puts in the place of a large one."""
+    return start.startswith(LFS)
+
+
+def file_start(path: str, size: int = len(LFS)) -> bytes:
+    """The first bytes of a file; nothing where it cannot be read or is no regular file."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return b""
+        with open(path, "rb") as file:
+            return file.read(size)
+    except (OSError, ValueError):
+        return b""
+
+
 def existing(path: str, what: str) -> str:
-    """`path`; DataError if it does not exist."""
-    if not os.path.exists(path):
-        raise DataError(f"{what} {printable(path)}: no such file or folder")
+    """`path`, or DataError when nothing is there, or something that is neither a file nor a folder, such as a pipe."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL
+        there = isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.ENOTDIR)
+        reason = (
+            (error.strerror or str(error)).lower() if isinstance(error, OSError) and there else "no such file or folder"
+        )
+        raise DataError(f"{what} {printable(path)}: {reason}") from error
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise DataError(f"{what} {printable(path)}: neither a file nor a folder")
     return path

@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-from perpetune.data.check import Depth, find_overlap, find_twins
+from perpetune.data.check import Depth, contradicting, find_overlap, find_twins, one_file
 from perpetune.data.examples import Augment, View
-from perpetune.data.names import natural, several, task_names
+from perpetune.data.names import alike, natural, several, task_names
 from perpetune.data.sources import Kind, Source, Table
 from perpetune.data.split import by_label, given_order, hold_out, in_tasks, limit, seeded_order
 from perpetune.data.tasks import TaskData
@@ -112,6 +112,11 @@ class _Tables:
     def noun(self) -> str:
         return self.train.noun
 
+    @cached_property
+    def twins(self) -> list[list[int]]:
+        """Training examples of the same bytes, in groups."""
+        return find_twins(self.train)
+
 
 @dataclass(frozen=True)
 class _Part:
@@ -133,6 +138,7 @@ def build_stream(source: Source, options: StreamOptions, view: View, *, seed: in
     """
     options = options.fitted(source.gives)
     tables, warnings = _tables(source, options, view)
+    warnings += _two_labels(tables, options) + _alike(tables.train)
     test = tables.test
     parts, more = _by_class(tables, options, seed) if options.by == "class" else _by_group(tables, options, seed)
     warnings += more
@@ -150,19 +156,30 @@ def build_stream(source: Source, options: StreamOptions, view: View, *, seed: in
 
 
 def single_task(
-    source: Source, options: StreamOptions, view: View, *, index: int, name: str, seed: int, holdout: float
+    source: Source,
+    options: StreamOptions,
+    view: View,
+    *,
+    index: int,
+    name: str,
+    seed: int,
+    holdout: float,
+    fresh: bool = True,
 ) -> TaskData:
     """All data of `source` as one task, for an update of a state with one more batch of data.
 
     The `options` that cut a stream into tasks are ignored.
 
     Args:
-        index, name: the task's index and name; the name is made safe for a folder.
-        holdout: the share of each class's examples that becomes the test, if the source has no test.
+        index, name: of the task; the name is made safe for a folder.
+        holdout: share of the examples of each class that becomes the test, where the source has none.
+        fresh: whether they were never learned; of those that were, labels are not compared again.
     """
     uncut = {"by": None, "classes_per_task": None, "class_order": "sorted", "order": None}
     options = options.model_copy(update={**uncut, "holdout": holdout}).fitted(source.gives)
     tables, warnings = _tables(source, options, view)
+    if fresh:
+        warnings += _two_labels(tables, options) + _alike(tables.train)
     rows = [range(len(table)) if table is not None else () for table in (tables.validation, tables.test)]
     part, left_out = _part(
         name, natural(tables.train.classes(range(len(tables.train)))), tables, range(len(tables.train)), *rows
@@ -206,6 +223,36 @@ def _overlap(train: Table, test: Table, options: StreamOptions) -> list[str]:
     if options.overlap == "error" and train.files and test.files:
         raise DataError(f"{line}; remove them from one side, or set stream.overlap: warn")
     return [line]
+
+
+def _two_labels(tables: _Tables, options: StreamOptions) -> list[str]:
+    """A warning about pictures of the same bytes under two labels.
+
+    Raises:
+        DataError: one file has two labels.
+    """
+    if tables.train.gives != "pictures":
+        return []
+    for table in (tables.train, tables.test):
+        pairs = contradicting(table, one_file(table)) if table is not None else []
+        if table is not None and pairs:
+            names = several([_labelled(table, a, b) for a, b in pairs])
+            raise DataError(f"one file has two labels: {names}; remove it from one of them")
+    train = tables.train
+    pairs = contradicting(train, tables.twins) if options.check != "none" else []
+    names = several([_labelled(train, a, b) for a, b in pairs])
+    return [f"{len(pairs)} {train.noun}s are there under two labels, byte for byte: {names}"] if pairs else []
+
+
+def _labelled(table: Table, first: int, second: int) -> str:
+    labels = table.labels
+    return f"{table.name(first)} ('{labels[first]}') = {table.name(second)} ('{labels[second]}')"
+
+
+def _alike(table: Table) -> list[str]:
+    """A warning about classes whose names differ only in case or spacing."""
+    pairs = alike(table.classes(range(len(table))))
+    return [f"classes whose names are nearly the same: {several(pairs)}"] if pairs else []
 
 
 def _by_class(tables: _Tables, options: StreamOptions, seed: int) -> tuple[list[_Part], list[str]]:
@@ -327,10 +374,10 @@ class _Cut:
 
     @cached_property
     def _twins(self) -> list[list[int]]:
-        """Groups of training examples with the same bytes, if examples will be held out or cut off."""
-        o, tables = self.options, self.tables
-        cuts = (o.validation and tables.validation is None) or (tables.test is None and o.holdout)
-        return find_twins(tables.train) if cuts and o.check != "none" else []
+        """Training examples of the same bytes, where some are about to be cut off from the others."""
+        o, there = self.options, self.tables
+        cuts = (o.validation and there.validation is None) or (there.test is None and o.holdout)
+        return there.twins if cuts and o.check != "none" else []
 
     def task(self, index: int, name: str, part: _Part) -> TaskData:
         o, train, validation, test = self.options, self.tables.train, self.tables.validation, self.tables.test

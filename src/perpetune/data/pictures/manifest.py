@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from perpetune.data.columns import Split, group_column, split_of
+from perpetune.data.columns import Split, group_column, missing_column, split_of, unused_columns
 from perpetune.data.names import label_of, natural, printable, several
 from perpetune.data.pictures.rows import cell_text, read_rows
 from perpetune.data.pictures.tables import FileTable
@@ -25,7 +25,7 @@ class _Record:
 
 
 class ManifestSource(Source):
-    """A CSV file (comma, semicolon or tab, with a header) or a JSONL file (one object on each line).
+    """A CSV file (comma, semicolon or tab, with a header), a JSONL file (one object a line) or a JSON array of objects.
 
     A picture's path is relative to the manifest. Rows that repeat an earlier row are left out with a warning.
 
@@ -55,12 +55,13 @@ class ManifestSource(Source):
         self.label_column = label_column
         self.group_column = group_column
         self.split_column = split_column
+        self._unused: dict[str, list[str]] = {}  # of each manifest, a line on columns that are not used
         self.labels = None if labels is None else [label_of(label) for label in labels]
 
     @classmethod
     def fits(cls, path: str, wanted: Kind | None = None) -> Fit:
-        named = path.lower().endswith((".csv", ".tsv", ".jsonl", ".ndjson")) and not os.path.isdir(path)
-        return Fit.NAME if named else Fit.NO
+        suffixes = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
+        return Fit.NAME if path.lower().endswith(suffixes) and not os.path.isdir(path) else Fit.NO
 
     def train(self) -> FileTable:
         table = self._table(self.path, [r for r in self._records if r.split == "train"])
@@ -95,15 +96,22 @@ class ManifestSource(Source):
         rows = read_rows(existing(path, "manifest"))
         here = printable(path)
         columns = list(dict.fromkeys(c for _, row in rows for c in row))
-        for wanted in (self.path_column, self.label_column, self.split_column):
+        for option, wanted in (
+            ("path_column", self.path_column),
+            ("label_column", self.label_column),
+            ("split_column", self.split_column),
+        ):
             if wanted is not None and wanted not in columns:
-                raise DataError(f"{here}: no column '{wanted}'; found: {several(columns, 20)}")
+                raise missing_column(columns, wanted, option, here)
         group = group_column(columns, self.group_column, here)
         choice = self.split_column or ("split" if "split" in columns else None)
         if split is not None or choice is None:
             splits: list[Split] = [split or "train"] * len(rows)
         else:
             splits = [split_of(row.get(choice), at) for at, row in rows]
+        if path not in self._unused:
+            used = (self.path_column, self.label_column, group, choice if split is None else None)
+            self._unused[path] = unused_columns(columns, used, here)
         records = [
             _Record(
                 at,
@@ -134,19 +142,24 @@ class ManifestSource(Source):
 
     def _table(self, path: str, records: Sequence[_Record]) -> FileTable:
         first: dict[tuple[str, str], _Record] = {}
+        root = os.path.dirname(os.path.abspath(path))
         for record in records:
-            before = first.setdefault((record.path, record.group), record)
+            place = os.path.normpath(os.path.join(root, record.path))  # `./a.png` and `b/../a.png` are `a.png`
+            before = first.setdefault((place, record.group), record)
             if before.label != record.label:
                 raise DataError(
-                    f"{record.at}: {printable(record.path)} has label '{record.label}', but '{before.label}' before"
+                    f"{record.at}: {printable(record.path)} has label '{record.label}', but '{before.label}' before "
+                    f"({before.at})"
                 )
         kept = list(first.values())
         grouped = any(r.group for r in kept)
         repeated = len(records) - len(kept)
+        warnings = [f"{printable(path)}: {repeated} rows repeat an earlier one and are left out"] if repeated else []
+        warnings += self._unused.get(path, [])
         return FileTable(
             os.path.dirname(path),
             [r.path for r in kept],
             [r.label for r in kept],
             [r.group for r in kept] if grouped else None,
-            [f"{printable(path)}: {repeated} rows repeat an earlier row and are left out"] if repeated else [],
+            warnings,
         )

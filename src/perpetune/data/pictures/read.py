@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import stat
 import struct
+import threading
 import zlib
 from collections.abc import Sequence
+from contextlib import nullcontext
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from perpetune.data.names import natural_key, printable
+from perpetune.data.sources import LFS, POINTER, file_start, is_pointer
 from perpetune.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -39,6 +43,20 @@ _BROKEN = (
     struct.error,
     zlib.error,
 )
+
+
+LARGE = 25_000_000  # pixels; a picture of more takes 100 MB and more while it is read
+
+_one_at_a_time = threading.Lock()  # of the large ones, for threads read pictures side by side
+
+
+def _unlock() -> None:
+    global _one_at_a_time
+    _one_at_a_time = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock)  # the thread that holds it is not in the child
 
 
 def is_picture(name: str) -> bool:
@@ -115,6 +133,23 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
+def holds_picture(path: str, depth: int = 3) -> bool:
+    """Whether a picture lies in a folder, or so many folders deep in it; looks no further than the first."""
+    folders = []
+    try:
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if _is_folder(entry):
+                    folders.append(entry.path)
+                elif is_picture(entry.name):
+                    return True
+    except OSError:
+        return False
+    return depth > 0 and any(holds_picture(folder, depth - 1) for folder in folders)
+
+
 def walk(path: str) -> tuple[list[str], list[str]]:
     """All pictures in a folder and in the folders inside it, as relative names with `/`; and the names of other files.
 
@@ -143,18 +178,26 @@ def _read(source: str | bytes, name: str, pixels: bool) -> Image:
     if not source:
         raise DataError(f"{name}: the picture is empty")
     try:
+        if isinstance(source, str) and not _is_plain(os.stat(source).st_mode):
+            raise DataError(f"{name}: not a file, but a pipe, a socket or a device")
         with Image.open(source if isinstance(source, str) else BytesIO(source)) as image:
-            limit = Image.MAX_IMAGE_PIXELS  # Pillow itself refuses only twice this number
-            if limit is not None and image.width * image.height > limit:
+            limit, size = Image.MAX_IMAGE_PIXELS, image.width * image.height
+            if limit is not None and size > limit:  # Pillow itself refuses only twice as many
                 raise Image.DecompressionBombError
             if not pixels:
                 return image
-            image.load()
-            return as_rgb(image)
+            with _one_at_a_time if size > LARGE else nullcontext():
+                image.load()
+                return as_rgb(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"{name}: larger than Pillow's limit of {Image.MAX_IMAGE_PIXELS} pixels") from error
     except _BROKEN as error:
-        raise DataError(f"{name}: {_reason(error)}") from error
+        start = file_start(source) if isinstance(source, str) else source[: len(LFS)]
+        raise DataError(f"{name}: {POINTER if is_pointer(start) else _reason(error)}") from error
+
+
+def _is_plain(mode: int) -> bool:
+    return stat.S_ISREG(mode) or stat.S_ISDIR(mode)  # that a folder is none is said by Pillow
 
 
 def _reason(error: BaseException) -> str:

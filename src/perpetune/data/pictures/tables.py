@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from perpetune.data.names import printable
-from perpetune.data.pictures.read import read_header, read_picture
+from perpetune.data.pictures.read import LARGE, read_header, read_picture
 from perpetune.data.sources import Table
 
 if TYPE_CHECKING:
@@ -25,6 +25,10 @@ class PictureTable(Table):
     noun = "picture"
     use = "read"
 
+    def __init__(self, labels: Sequence[str], groups: Sequence[str] | None = None, warnings: Iterable[str] = ()):
+        super().__init__(labels, groups, warnings)
+        self.large: set[int] = set()  # what `check` found to have more than `LARGE` pixels
+
     @abstractmethod
     def encoded(self, i: int) -> str | bytes:
         """Picture `i` in the form that Pillow reads: the path of a file, or the bytes of a file."""
@@ -39,7 +43,9 @@ class PictureTable(Table):
 
     def check(self, i: int, depth: Literal["decode", "header"]) -> None:
         if depth == "decode":
-            self.open(i)
+            image = self.open(i)
+            if image.width * image.height > LARGE:
+                self.large.add(i)
         else:
             self.probe(i)
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from perpetune.data.examples import Augment, Purpose, Question, TableSet, View
-from perpetune.data.names import printable
-from perpetune.data.pictures.read import as_rgb, picture_files, read_picture
+from perpetune.data.names import printable, several
+from perpetune.data.pictures.read import LARGE, as_rgb, picture_files, read_picture
 from perpetune.data.pictures.tables import FileTable, PictureTable
 from perpetune.data.sources import Table
 from perpetune.errors import DataError, UsageError
@@ -153,6 +153,15 @@ class PictureSet(TableSet):
     def load(self, index: int, seed: int | None) -> Tensor:
         """Pixels, uint8 `(3, S, S)`; DataError, with the picture's name, if it cannot be read any more."""
         return self.view(self.table.open(self.rows[index]), self.augment, seed)
+
+    def notes(self) -> list[str]:
+        large = [self.table.name(row) for row in self.rows if row in self.table.large]
+        if not large:
+            return []
+        return [
+            f"{len(large)} pictures have more than {LARGE // 10**6} million pixels, and each is read anew in every "
+            f"epoch; smaller copies save time: {several(large)}"
+        ]
 
     def _of(self, rows: Sequence[int], classes: Sequence[str]) -> PictureSet:
         return PictureSet(self.table, rows, classes, self.view, self.augment)

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO, cast
 
 from perpetune.data.names import printable
 from perpetune.data.parquet import read_columns, read_schema
+from perpetune.data.sources import POINTER, file_start, is_pointer
 from perpetune.data.texts.tables import Written
 from perpetune.errors import DataError
 
@@ -50,6 +51,8 @@ def read_records(path: str) -> list[Record]:
         rows = _exactly(read_columns(path, read_schema(path, "text").names)).to_pylist()
         found = [Record(f"{here} row {number}", row) for number, row in enumerate(rows)]
     elif lower.endswith(SUFFIXES):
+        if is_pointer(file_start(path)):
+            raise DataError(f"{here}: {POINTER}")
         try:
             with open_text(path) as file:
                 content = file.read().removeprefix(b"\xef\xbb\xbf")  # a byte order mark, as Windows puts it there
