@@ -13,7 +13,9 @@ from typing import Any
 import typer
 
 from perpetune.cli import learn, look, use
-from perpetune.errors import PerpetuneError, closest, out_of_memory
+from perpetune.cli.failure import unforeseen
+from perpetune.cli.output import drop, encode_anything
+from perpetune.errors import PerpetuneError, closest
 
 app = typer.Typer(
     name="perpetune",
@@ -50,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit with its code: 0 for success, 1 when the work failed, 2 when an argument is wrong."""
     sys.path.append(os.getcwd())  # so that PACKAGE.MODULE:CLASS finds modules in the current folder
     warnings.showwarning = _show_warning
+    encode_anything()
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # without a network, the hub prints every attempt
     sys.exit(call(list(sys.argv[1:] if arguments is None else arguments)))
 
@@ -66,20 +69,23 @@ def call(arguments: list[str]) -> int:
     except ArgumentError as error:
         _say(_usage(error))
         return int(error.exit_code)
-    except RuntimeError as error:
-        if os.environ.get("PERPETUNE_DEBUG") or not out_of_memory(error):
-            raise
-        _say(out_of_memory(error))
-        return 1
-    except typer.Abort:
+    except typer.Abort as stop:
+        if isinstance(stop.__cause__, EOFError):  # typer takes it for Ctrl-D, but a torn file raises it too
+            _say(unforeseen(stop.__cause__))
+            return 1
         return 130
     except BrokenPipeError:  # the program that read our output has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop(sys.stdout)
         return 1
     except OSError as error:
         if os.environ.get("PERPETUNE_DEBUG"):
             raise
         _say(f"{error.filename or 'the system'}: {error.strerror or error}")
+        return 1
+    except Exception as error:  # noqa: BLE001  the last resort: nobody should have to read a traceback
+        if os.environ.get("PERPETUNE_DEBUG"):
+            raise
+        _say(unforeseen(error))
         return 1
 
 

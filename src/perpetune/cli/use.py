@@ -48,6 +48,7 @@ def _predictions(learner: Learner, inputs: list[str], top: int, options: str | N
     import sys
 
     from perpetune.cli.common import print_json
+    from perpetune.cli.output import escaped
     from perpetune.data.names import several
     from perpetune.errors import DataError, UsageError
 
@@ -64,7 +65,8 @@ def _predictions(learner: Learner, inputs: list[str], top: int, options: str | N
         writer = csv_writer.writer(sys.stdout)
         ranks = range(1, max((len(p.classes) for p in predictions), default=0) + 1)
         writer.writerow(["image", *(f"{what}_{rank}" for rank in ranks for what in ("name", "probability"))])
-        writer.writerows([p.image, *(x for name, v in p.classes for x in (name, f"{v:.6f}"))] for p in predictions)
+        for p in predictions:
+            writer.writerow([escaped(p.image), *(x for name, v in p.classes for x in (escaped(name), f"{v:.6f}"))])
     else:
         for p in predictions:
             print(f"{p.image}: {', '.join(f'{name} {value:.3f}' for name, value in p.classes)}")
