@@ -94,6 +94,10 @@ class Method(nn.Module, ABC):
     def learn(self, task: Task) -> None:
         """Learn from `task`; called once per task, in order. Usually calls `perpetune.fit.fit`, inside `training`."""
 
+    def notes(self, task: Task) -> list[str]:
+        """Sentences about how `task` will be learned that its user should read before; called before `learn`."""
+        return self.model.notes(task)
+
     def predict(self, inputs: Inputs) -> Tensor:
         """Scores `(B, C)` over `classes` for images, uint8 `(B, 3, H, W)`; for texts see `Model.predict`."""
         with using(self.model, self.answering):
