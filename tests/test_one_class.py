@@ -123,7 +123,11 @@ def test_one_class_of_texts(tmp_path: Path) -> None:
     told = Told()
     for name, options in (("two", ["yes", "no"]), ("one", ["maybe"])):
         rows = [
-            {"prompt": f"{name} {n} {options[n % len(options)]}", "answer": options[n % len(options)], "options": options}
+            {
+                "prompt": f"{name} {n} {options[n % len(options)]}",
+                "answer": options[n % len(options)],
+                "options": options,
+            }
             for n in range(10)
         ]
         (tmp_path / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")

@@ -95,9 +95,7 @@ def test_every_verb_prints_in_every_encoding(
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_names_in_json_and_csv_are_the_users_own(
-    encoding: str, world: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_names_in_json_and_csv_are_the_users_own(encoding: str, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = [world / "m1" / name / "0.png" for name in NAMES]
     code, out, _ = run(["predict", world / "state", *pictures, "--json"], encoding, monkeypatch)
     rows = json.loads(out)

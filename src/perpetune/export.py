@@ -196,7 +196,7 @@ def _adapter_folder(folder: Path, name: str) -> Path:
 def _read_config(file: Path) -> dict[str, Any]:
     """The adapter's configuration; UsageError if it is not plain LoRA."""
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_bytes())
     except ValueError as error:
         raise UsageError(f"{file} is not JSON: {error}") from error
     kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__

@@ -102,6 +102,8 @@ class Learner:
         self._temporary = None if folder else tempfile.TemporaryDirectory(prefix="perpetune-")
         path = Path(folder) if folder else Path(str(self._temporary and self._temporary.name)) / recipe.name
         self._build(recipe, progress)
+        with self.runtime.autocast():
+            self.backbone.check()
         if self._temporary and self.runtime.world > 1:
             raise UsageError("several processes must share one state folder: give `folder` a path that all of them see")
         # Read the data before the folder is made, so that unusable data leave no folder behind.

@@ -82,7 +82,7 @@ def call(arguments: list[str]) -> int:
             raise
         _say(f"{error.filename or 'the system'}: {error.strerror or error}")
         return 1
-    except Exception as error:  # noqa: BLE001  the last resort: nobody should have to read a traceback
+    except Exception as error:
         if os.environ.get("PERPETUNE_DEBUG"):
             raise
         _say(unforeseen(error))

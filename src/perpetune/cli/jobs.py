@@ -277,7 +277,7 @@ def _answer(line: str, events: TextIO) -> int:
     except OSError as error:
         emit("failed", message=f"{error.filename or 'the system'}: {error.strerror or error}")
         return 1
-    except Exception as error:  # noqa: BLE001  the last resort, as in `perpetune.cli.call`
+    except Exception as error:
         if os.environ.get("PERPETUNE_DEBUG"):
             raise
         emit("failed", message=unforeseen(error))

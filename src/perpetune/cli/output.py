@@ -35,7 +35,7 @@ codecs.register_error(HANDLER, _simpler)
 
 
 def encode_anything() -> None:
-    """Let both streams take any text, whatever their encoding: a pipe on Windows has cp1252, `LANG=C` may mean ASCII."""
+    """Let both streams take any text in any encoding: a pipe on Windows has cp1252, `LANG=C` may mean ASCII."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=HANDLER)

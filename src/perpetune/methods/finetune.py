@@ -70,12 +70,12 @@ class FineTune(Method):
 
     def notes(self, task: Task) -> list[str]:
         found = super().notes(task)
-        if isinstance(self.model, Classifier) and self.model.head.statistics and self.model.mask == "task":
-            if len(task.classes) == 1 and self.trained:
-                found.append(
-                    f"it has one class alone, {task.classes[0]!r}: the head learns it from its sums, but the loss of mask "
-                    "`task` compares nothing, so the pet is not trained"
-                )
+        sums = isinstance(self.model, Classifier) and self.model.head.statistics and self.model.mask == "task"
+        if sums and len(task.classes) == 1 and self.trained:
+            found.append(
+                f"it has one class alone, {task.classes[0]!r}: the head learns it from its sums, but with mask `task` the "
+                "loss compares nothing, so the pet is not trained"
+            )
         return found
 
     def learn(self, task: Task) -> None:

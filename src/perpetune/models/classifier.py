@@ -80,8 +80,10 @@ class Classifier(Model):
         self.mask = among
 
     def _alone(self, task: Task) -> bool:
-        """Whether a task of one class is compared with all seen classes: cross-entropy over one row is 0, so a head that
-        is trained by gradient would never learn the class. A head with statistics learns it from these."""
+        """Whether a task has one class and its head is trained by gradient: then it is compared with all seen classes.
+
+        Cross-entropy over one row is 0, so the head would never learn the class. A head with sums learns it from these.
+        """
         return len(task.classes) == 1 and not self.head.statistics
 
     def notes(self, task: Task) -> list[str]:

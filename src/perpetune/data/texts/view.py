@@ -84,6 +84,7 @@ class TextView(View):
         tokenizer: a fast tokenizer of transformers.
         max_length: tokens that the model takes, question and answer together.
         chat: whether plain prompts are put into the form of a chat too, as one message of the user.
+        rows: the number of tokens that the model has a row for; None if it has one for every token.
     """
 
     takes = "texts"
@@ -91,8 +92,8 @@ class TextView(View):
     verb = "answer"
     ordered = True
 
-    def __init__(self, tokenizer: Any, *, max_length: int, chat: bool = False):
-        self.tokenizer, self.max_length, self.chat = tokenizer, max_length, chat
+    def __init__(self, tokenizer: Any, *, max_length: int, chat: bool = False, rows: int | None = None):
+        self.tokenizer, self.max_length, self.chat, self.rows = tokenizer, max_length, chat, rows
         self.room = 0
         """Tokens that a question leaves free for an answer that is generated."""
         self.chooses = True
@@ -342,6 +343,10 @@ class TextView(View):
             return_special_tokens_mask=True,
             verbose=False,
         )
+        unknown = {i for i in found["input_ids"] if self.rows is not None and i >= self.rows}
+        if unknown:
+            named = ", ".join(map(repr, self.tokenizer.convert_ids_to_tokens(sorted(unknown)[:3])))
+            raise DataError(f"the tokenizer makes {named} of it, and the model's embedding has no row for that")
         columns = (found["input_ids"], found["offset_mapping"], found["special_tokens_mask"])
         return [_Token(int(i), int(a), int(b), bool(added)) for i, (a, b), added in zip(*columns, strict=True)]
 
