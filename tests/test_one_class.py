@@ -58,8 +58,8 @@ def test_one_class_is_learned_and_said_before(head: str, method: Any, world: Pat
     made.learn(world / "one")
     assert "step" in told.said
     assert told.said[0] == (
-        "task one: it has one class alone, 'cat'. Mask `task` would compare it with nothing, so it is compared with the "
-        "2 classes learned before; the head's rows for these do not change"
+        "task one: it has one class alone, 'cat'. Mask `task` would compare it with nothing, so it is compared with "
+        "the 2 classes learned before; the head's rows for these do not change"
     )
     assert max(told.losses) > 0
     for before, after in zip(rows, made.method.model.per_class(), strict=True):

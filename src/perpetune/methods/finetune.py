@@ -73,8 +73,8 @@ class FineTune(Method):
         sums = isinstance(self.model, Classifier) and self.model.head.statistics and self.model.mask == "task"
         if sums and len(task.classes) == 1 and self.trained:
             found.append(
-                f"it has one class alone, {task.classes[0]!r}: the head learns it from its sums, but with mask `task` the "
-                "loss compares nothing, so the pet is not trained"
+                f"it has one class alone, {task.classes[0]!r}: the head learns it from its sums, but with mask `task` "
+                "the loss compares nothing, so the pet is not trained"
             )
         return found
 

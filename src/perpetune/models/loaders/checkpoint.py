@@ -97,7 +97,7 @@ def check_numbers(spec: str, config: Any) -> None:
                 if isinstance(number, bool) or not isinstance(number, int) or not 0 < number <= most:
                     told = repr(value) if len(repr(value)) < 60 else f"{repr(value)[:60]}…"
                     raise UsageError(
-                        f"{spec}: {name} in its config is {told}: expected a whole number from 1 to {most}"
+                        f"{spec}: {name} in its config is {told}; a whole number from 1 to {most} is needed"
                     )
 
 
