@@ -154,19 +154,23 @@ class Method(nn.Module, ABC):
         """What was learned of earlier tasks and stays as it is while `fit` runs: its checkpoints leave it out."""
         return ()
 
-    def acting(self, name: str) -> contextlib.AbstractContextManager[None]:
+    def acting(self, name: str | None) -> contextlib.AbstractContextManager[None]:
         """Inside, a set of pets is in force, with all that goes with it."""
         return using(self.model, name)
 
-    def exported(self) -> dict[str, str]:
+    def exported(self) -> Mapping[str, str | None]:
         """Sets of pets that can be used by themselves elsewhere, by the folder each is written to; `""` for one alone.
+
+        None stands for the frozen net, whose head alone was trained.
 
         Raises:
             UsageError: there is none, or the answer is made of several.
         """
         found = set(sets(self.model))
         if not found:
-            raise UsageError("there is no LoRA to export: the recipe has `pet: none`, so the head alone was trained")
+            if not self.model.chooses:
+                raise UsageError("there is nothing to export: the recipe has `pet: none`, so nothing was trained")
+            return {"": None}
         answering = (self.answering,) if isinstance(self.answering, str) else self.answering
         if others := sorted(found - {answering[0]} if isinstance(answering, tuple) and len(answering) == 1 else found):
             raise UsageError(
