@@ -35,7 +35,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "image_mean": [0.4, 0.5, 0.6],
                 "image_std": [0.2, 0.3, 0.4],
             }
-        )  # fmt: skip
+        )
     )
     picture_folder(root / "m1", ("犬", "b"), 6)
     picture_folder(root / "m2", ("c", "d"), 6)

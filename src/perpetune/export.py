@@ -277,9 +277,9 @@ def export_learned(method: Method, backbone: Backbone, folder: Path) -> list[Pat
 
     Beside PEFT's two files, the folder has `head.safetensors`, and `head.json` with the kind of head, the class names
     in the order of its rows, and how features are read; docs/export.md has code that uses them. Without pets
-    (`pet: none`) there are no files of PEFT. A packaged model lies in the folder `base`. A language model that answers with its own output layer has neither file. If a
-    method keeps several adapters and each can be used alone, each gets its own folder. Everything is written under
-    another name first and then renamed.
+    (`pet: none`) there are no files of PEFT. A packaged model lies in the folder `base`. A language model that answers
+    with its own output layer has no files of a head. If a method keeps several adapters and each can be used alone,
+    each gets its own folder. Everything is written under another name first and then renamed.
 
     Returns:
         The paths of the written files.

@@ -3,6 +3,7 @@ predict, evaluate and export; `look` has report, log, compare and the lists of c
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import sys
@@ -15,7 +16,7 @@ import typer
 from perpetune.cli import learn, look, use
 from perpetune.cli.failure import unforeseen
 from perpetune.cli.output import drop, encode_anything
-from perpetune.errors import PerpetuneError, closest
+from perpetune.errors import PerpetuneError, UsageError, closest
 
 app = typer.Typer(
     name="perpetune",
@@ -60,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def call(arguments: list[str]) -> int:
     """Run one command and return its exit code. A failure prints one line on standard error."""
     try:
+        _check_twice(arguments)
         return int(app(args=arguments or ["--help"], prog_name="perpetune", standalone_mode=False) or 0)
     except PerpetuneError as error:
         if os.environ.get("PERPETUNE_DEBUG"):
@@ -87,6 +89,23 @@ def call(arguments: list[str]) -> int:
             raise
         _say(unforeseen(error))
         return 1
+
+
+def _check_twice(arguments: Sequence[str]) -> None:
+    """Refuse an option that takes one value and is given twice; the parser would take the last value without a word.
+
+    Raises:
+        UsageError: there is such an option.
+    """
+    verb = next((a for a in arguments if not a.startswith("-")), "")
+    command = getattr(typer.main.get_command(app), "commands", {}).get(verb)
+    given = [a.partition("=")[0] for a in itertools.takewhile(lambda a: a != "--", arguments)]
+    for option in command.params if command is not None else ():
+        if getattr(option, "multiple", True) or getattr(option, "is_flag", True) or option.nargs != 1:
+            continue
+        if sum(given.count(name) for name in option.opts) > 1:
+            cure = f"run `perpetune {verb}` once for each" if "--data" in option.opts else "give it once"
+            raise UsageError(f"{option.opts[0]} is given more than once, and it takes one value: {cure}")
 
 
 def _usage(error: Any) -> str:

@@ -38,7 +38,8 @@ def encode_anything() -> None:
     """Let both streams take any text in any encoding: a pipe on Windows has cp1252, `LANG=C` may mean ASCII."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=HANDLER)
+            with contextlib.suppress(OSError):  # a stream that was put into the place of another one
+                stream.reconfigure(errors=HANDLER)
 
 
 def encodable(text: str) -> bool:

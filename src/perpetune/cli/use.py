@@ -33,12 +33,13 @@ def predict(
     csv: Annotated[bool, typer.Option("--csv", help="Print CSV: image, then name and probability by rank.")] = False,
 ) -> None:
     """Print names and probabilities for images, or a language model's answers."""
+    from perpetune.cli.notes import Notes
     from perpetune.errors import UsageError
     from perpetune.learner import Learner
 
     if json and csv:
         raise UsageError("--json and --csv exclude each other: choose one of them")
-    learner = Learner.load(state, device=device)
+    learner = Learner.load(state, device=device, progress=Notes())
     show = {"predict": _predictions, "answer": _answers}[learner.method.model.view.verb]
     show(learner, inputs, top, options, json, csv)
 
@@ -117,10 +118,11 @@ def evaluate(
 ) -> None:
     """Print the accuracy on test data."""
     from perpetune.cli.common import print_json
+    from perpetune.cli.notes import Notes
     from perpetune.learner import Learner
     from perpetune.report import form
 
-    cells = Learner.load(state, device=device).evaluate(data)
+    cells = Learner.load(state, device=device, progress=Notes()).evaluate(data)
     if json:
         print_json(cells)
         return
@@ -147,11 +149,12 @@ def export(
 ) -> None:
     """Write the trained LoRA in PEFT's format, and the head and the class names in files beside it."""
     from perpetune.cli.common import print_json
+    from perpetune.cli.notes import Notes
     from perpetune.errors import StateError
     from perpetune.export import export_learned
     from perpetune.learner import Learner
 
-    learner = Learner.load(state, device="cpu")
+    learner = Learner.load(state, device="cpu", progress=Notes())
     if not learner.state.committed:
         raise StateError(f"{state} has learned nothing yet: use `perpetune update` or `run` first")
     written = export_learned(learner.method, learner.backbone, folder)
