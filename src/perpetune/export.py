@@ -8,6 +8,7 @@ The format is that of PEFT 0.21. The matrices `A` and `B` of the linear layer at
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from perpetune.data.pictures.view import PictureView
 from perpetune.errors import StateError, UsageError
 from perpetune.heads.base import Head
 from perpetune.methods.base import Method
 from perpetune.models.backbone import Backbone
 from perpetune.models.families import LinearLike, widths
+from perpetune.models.loaders.packaged import PACKAGED
 from perpetune.pets.base import PET, Place, inject, pets, slots, submodule, walk
 from perpetune.pets.lora import LoRA
 
@@ -196,7 +200,7 @@ def _adapter_folder(folder: Path, name: str) -> Path:
 def _read_config(file: Path) -> dict[str, Any]:
     """The adapter's configuration; UsageError if it is not plain LoRA."""
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_bytes())
     except ValueError as error:
         raise UsageError(f"{file} is not JSON: {error}") from error
     kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
@@ -271,16 +275,18 @@ def _exceptions(config: Mapping[str, Any], pattern: str, default: str) -> Callab
 def export_learned(method: Method, backbone: Backbone, folder: Path) -> list[Path]:
     """Write a learned model for use in other programs: its LoRA in PEFT's format, and the head.
 
-    Beside PEFT's two files, the folder has `head.safetensors`, and `head.json` with the kind of head and the class
-    names in the order of its rows. A language model that answers with its own output layer has neither file. If a
-    method keeps several adapters and each can be used alone, each gets its own folder. Everything is written under
-    another name first and then renamed.
+    Beside PEFT's two files, the folder has `head.safetensors`, and `head.json` with the kind of head, the class names
+    in the order of its rows, and how features are read; docs/export.md has code that uses them. Without pets
+    (`pet: none`) there are no files of PEFT. A packaged model lies in the folder `base`. A language model that answers
+    with its own output layer has no files of a head. If a method keeps several adapters and each can be used alone,
+    each gets its own folder. Everything is written under another name first and then renamed.
 
     Returns:
         The paths of the written files.
 
     Raises:
-        UsageError: the pets are not LoRA, the method uses several sets together, or `folder` is not empty.
+        UsageError: the pets are not LoRA, the method uses several sets together, `folder` is not empty, or a language
+            model has no pet, so that there is nothing to export.
     """
     sets = method.exported()
     with _aside(folder) as aside:
@@ -290,13 +296,34 @@ def export_learned(method: Method, backbone: Backbone, folder: Path) -> list[Pat
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def _export_set(method: Method, backbone: Backbone, name: str, folder: Path) -> None:
-    write_peft(backbone, name, folder)
+def _export_set(method: Method, backbone: Backbone, name: str | None, folder: Path) -> None:
+    if name is not None:
+        write_peft(backbone, name, folder)
+    folder.mkdir(exist_ok=True)
     head = next((m for m in method.model.modules() if isinstance(m, Head)), None)
-    if head is not None:
-        tensors = {n: t.detach().cpu().contiguous() for n, t in head.needed().items()}
-        save_file(tensors, folder / "head.safetensors", metadata={"format": "pt"})
-        about: dict[str, Any] = {"head": type(head).__name__, "classes": head.classes}
-        if (taps := backbone.taps) is not None:  # the blocks at which the features are read
-            about |= {"taps": taps.count, "tokens": taps.kinds}
-        (folder / "head.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if head is None:
+        return
+    tensors = {n: t.detach().cpu().contiguous() for n, t in head.needed().items()}
+    save_file(tensors, folder / "head.safetensors", metadata={"format": "pt"})
+    about = {"head": type(head).__name__, "classes": head.classes, **head.described(), **_read(backbone)}
+    if head.dim == 2 * backbone.dim:  # features of the frozen net stand beside those of the tuned one
+        about["frozen_beside"] = True
+    (folder / "head.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    prefix, _, rest = backbone.spec.partition(":")
+    if prefix == "perpetune" and rest in PACKAGED:
+        with as_file(files("perpetune") / "assets" / PACKAGED[rest]) as own:
+            shutil.copytree(own, folder / "base")
+
+
+def _read(backbone: Backbone) -> dict[str, Any]:
+    """How features are read, for `head.json`."""
+    packaged = backbone.spec.startswith("perpetune:")
+    about: dict[str, Any] = {
+        "base": "base" if packaged else backbone.spec.removeprefix("hf:").removeprefix("folder:"),
+        "reads": backbone.takes,
+    }
+    if isinstance(backbone.preprocess, PictureView):
+        about |= {"image": dataclasses.asdict(backbone.preprocess), "prefix": backbone.prefix}
+    if (taps := backbone.taps) is not None:  # the blocks at which the features are read
+        about |= {"taps": taps.count, "tokens": taps.kinds}
+    return about

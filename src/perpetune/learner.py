@@ -19,7 +19,7 @@ from torch import Tensor
 from perpetune import oracle
 from perpetune.build import build_backbone, build_method, build_runtime
 from perpetune.data.examples import Question
-from perpetune.data.names import safe_name, task_names
+from perpetune.data.names import safe_name, several, task_names
 from perpetune.data.sources import Source
 from perpetune.data.stream import Stream
 from perpetune.data.tasks import TaskData
@@ -103,6 +103,8 @@ class Learner:
         self._temporary = None if folder else tempfile.TemporaryDirectory(prefix="perpetune-")
         path = Path(folder) if folder else Path(str(self._temporary and self._temporary.name)) / recipe.name
         self._build(recipe, progress)
+        with self.runtime.autocast():
+            self.backbone.check()
         if self._temporary and self.runtime.world > 1:
             raise UsageError("several processes must share one state folder: give `folder` a path that all of them see")
         if self.method.model.view.dated:
@@ -440,12 +442,30 @@ class Learner:
         setting, size = self.recipe.setting, self.recipe.evaluate.batch_size
         if data is None:
             tasks = {c.name: self._tasks.past(c) for c in self.state.committed}
+            for name, task in tasks.items():
+                if task is not None and not (task.test is not None and len(task.test)):
+                    self.runtime.progress.note(f"task {name} is not evaluated, it was learned without test data")
         else:
-            tasks = {str(data): self._tasks.whole(data, options)}
+            asked = self._tasks.whole(data, options)
+            self._note_unknown(asked)
+            tasks = {str(data): asked}
         return {
             name: evaluate(self.method, task, among=AMONG[setting], batch_size=size) if task else None
             for name, task in tasks.items()
         }
+
+    def _note_unknown(self, task: Task) -> None:
+        """Say which classes of `task` no answer can name, because they were never learned."""
+        if not self.method.model.chooses or self.method.model.any_class:
+            return
+        known = set(self.method.classes)
+        unknown = [name for name in task.classes if name not in known]
+        if unknown:
+            count = sum(task.classes[target] not in known for target in (task.test.targets if task.test else ()))
+            self.runtime.progress.note(
+                f"{len(unknown)} of {len(task.classes)} classes were never learned, so none of their {count} test "
+                f"examples can be right: {several(unknown)}"
+            )
 
     def _need_learned(self, takes: str | None = None) -> None:
         self._leave_halfway()

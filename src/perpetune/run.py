@@ -77,6 +77,9 @@ def learn_task(method: Method, step: Step, state: State) -> None:
     with run.accelerator.main_process_first():  # it removes what belongs to another task, before the others look
         run.checkpoints = MidTask(state.folder / "resume", method, about_task, every, writes=main)
     run.progress.task(task.index, task.name, len(task.classes), len(task.train))
+    ahead = [f"task {task.name}: {said}" for said in method.notes(task)]
+    for note in ahead:
+        run.progress.note(note)
     _reset_peak(run)
     before = take_all(step.exams, method, recipe.evaluate.batch_size) if task.index == 0 else {}
     began = time.perf_counter()
@@ -106,7 +109,7 @@ def learn_task(method: Method, step: Step, state: State) -> None:
     warnings = [f"task {task.name}: {warning}" for warning in said]
     for warning in warnings:
         run.progress.note(warning)
-    document["warnings"] = [*document["warnings"], *warnings]
+    document["warnings"] = [*document["warnings"], *ahead, *warnings]
     found: dict[str, Any] = {"cells": cells, "protection": certificates, "facts": facts, "drift": drift}
     found |= {"exams_before": before, "exams": exams}
     metrics = {key: value for key, value in found.items() if value or key == "cells"}

@@ -3,6 +3,7 @@ predict, evaluate and export; `look` has report, log, compare and the lists of c
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import sys
@@ -13,7 +14,9 @@ from typing import Any
 import typer
 
 from perpetune.cli import learn, look, use
-from perpetune.errors import PerpetuneError, closest, out_of_memory
+from perpetune.cli.failure import unforeseen
+from perpetune.cli.output import drop, encode_anything
+from perpetune.errors import PerpetuneError, UsageError, closest
 
 app = typer.Typer(
     name="perpetune",
@@ -50,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit with its code: 0 for success, 1 when the work failed, 2 when an argument is wrong."""
     sys.path.append(os.getcwd())  # so that PACKAGE.MODULE:CLASS finds modules in the current folder
     warnings.showwarning = _show_warning
+    encode_anything()
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # without a network, the hub prints every attempt
     sys.exit(call(list(sys.argv[1:] if arguments is None else arguments)))
 
@@ -57,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def call(arguments: list[str]) -> int:
     """Run one command and return its exit code. A failure prints one line on standard error."""
     try:
+        _check_twice(arguments)
         return int(app(args=arguments or ["--help"], prog_name="perpetune", standalone_mode=False) or 0)
     except PerpetuneError as error:
         if os.environ.get("PERPETUNE_DEBUG"):
@@ -66,21 +71,41 @@ def call(arguments: list[str]) -> int:
     except ArgumentError as error:
         _say(_usage(error))
         return int(error.exit_code)
-    except RuntimeError as error:
-        if os.environ.get("PERPETUNE_DEBUG") or not out_of_memory(error):
-            raise
-        _say(out_of_memory(error))
-        return 1
-    except typer.Abort:
+    except typer.Abort as stop:
+        if isinstance(stop.__cause__, EOFError):  # typer takes it for Ctrl-D, but a torn file raises it too
+            _say(unforeseen(stop.__cause__))
+            return 1
         return 130
     except BrokenPipeError:  # the program that read our output has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop(sys.stdout)
         return 1
     except OSError as error:
         if os.environ.get("PERPETUNE_DEBUG"):
             raise
         _say(f"{error.filename or 'the system'}: {error.strerror or error}")
         return 1
+    except Exception as error:
+        if os.environ.get("PERPETUNE_DEBUG"):
+            raise
+        _say(unforeseen(error))
+        return 1
+
+
+def _check_twice(arguments: Sequence[str]) -> None:
+    """Refuse an option that takes one value and is given twice; the parser would take the last value without a word.
+
+    Raises:
+        UsageError: there is such an option.
+    """
+    verb = next((a for a in arguments if not a.startswith("-")), "")
+    command = getattr(typer.main.get_command(app), "commands", {}).get(verb)
+    given = [a.partition("=")[0] for a in itertools.takewhile(lambda a: a != "--", arguments)]
+    for option in command.params if command is not None else ():
+        if getattr(option, "multiple", True) or getattr(option, "is_flag", True) or option.nargs != 1:
+            continue
+        if sum(given.count(name) for name in option.opts) > 1:
+            cure = f"run `perpetune {verb}` once for each" if "--data" in option.opts else "give it once"
+            raise UsageError(f"{option.opts[0]} is given more than once, and it takes one value: {cure}")
 
 
 def _usage(error: Any) -> str:

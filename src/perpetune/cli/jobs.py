@@ -22,7 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from perpetune.errors import Interrupted, PerpetuneError, UsageError, out_of_memory
+from perpetune.cli.failure import unforeseen
+from perpetune.errors import Interrupted, PerpetuneError, UsageError
 
 if TYPE_CHECKING:
     from perpetune.recipe import Recipe
@@ -271,15 +272,15 @@ def _answer(line: str, events: TextIO) -> int:
             raise
         emit("failed", message=" ".join(str(error).split()))
         return error.exit_code
-    except RuntimeError as error:
-        if os.environ.get("PERPETUNE_DEBUG") or not out_of_memory(error):
-            raise
-        emit("failed", message=out_of_memory(error))
-        return 1
     except BrokenPipeError:
         raise
     except OSError as error:
         emit("failed", message=f"{error.filename or 'the system'}: {error.strerror or error}")
+        return 1
+    except Exception as error:
+        if os.environ.get("PERPETUNE_DEBUG"):
+            raise
+        emit("failed", message=unforeseen(error))
         return 1
     return 0
 

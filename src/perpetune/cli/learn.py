@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from perpetune.cli.output import steady
 from perpetune.errors import Interrupted, UsageError
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ training, with features of all blocks; training on the first task only; training
 DEMO_SEEDS = "2"
 
 
+@steady
 def run(
     recipes: Annotated[
         list[str] | None, typer.Argument(metavar="RECIPE", help="Packaged recipes by name, or YAML files.")
@@ -87,7 +89,7 @@ def run(
     from perpetune.learner import Learner
 
     folder = out or _free(Path("runs") / loaded[0].name)
-    with _watch(quiet or json) as view:
+    with _watch(quiet or json, folder) as view:
         learner = Learner(loaded[0], folder, progress=view)
         results = learner.run()
     _finish(learner, results, json)
@@ -168,6 +170,7 @@ def _shared(folder: Path) -> Path:
     return path
 
 
+@steady
 def init(
     state: StateFolder,
     model: Annotated[
@@ -190,7 +193,7 @@ def init(
     changes = [*(change or []), "data=null"]
     changes += [f"backbone.name={model}"] if model else []
     changes += [f"run.device={device}"] if device is not None else []
-    with _watch(quiet or json) as view:
+    with _watch(quiet or json, state) as view:
         learner = Learner(load_recipe(recipe, changes), state, progress=view)
         results = learner.learn(data, name=name) if data else None
     if results:
@@ -199,6 +202,7 @@ def init(
         print(f"{state} is ready: add data with `perpetune update {state} --data FOLDER`")
 
 
+@steady
 def update(
     state: StateFolder,
     data: Annotated[str, typer.Option(help="A folder, manifest, parquet file or dataset id.")],
@@ -217,7 +221,7 @@ def update(
     from perpetune.learner import Learner
     from perpetune.recipe import apply_change
 
-    with _watch(quiet or json) as view:
+    with _watch(quiet or json, state) as view:
         learner = Learner.load(state, device=device, progress=view)
         options: dict[str, Any] = {}
         for change in changes or ():
@@ -226,11 +230,12 @@ def update(
     _finish(learner, results, json)
 
 
+@steady
 def resume(state: StateFolder, device: Device = None, quiet: Quiet = False, json: Json = False) -> None:
     """Continue an interrupted run or update where it stopped."""
     from perpetune.learner import Learner
 
-    with _watch(quiet or json) as view:
+    with _watch(quiet or json, state) as view:
         learner = Learner.load(state, device=device, progress=view)
         before = len(learner.state.committed)
         results = learner.resume()
@@ -240,6 +245,7 @@ def resume(state: StateFolder, device: Device = None, quiet: Quiet = False, json
         _finish(learner, results, json)
 
 
+@steady
 def rollback(
     state: StateFolder,
     to: Annotated[
@@ -280,10 +286,10 @@ def _free(folder: Path) -> Path:
     return path
 
 
-def _watch(quiet: bool) -> Any:
+def _watch(quiet: bool, folder: Path) -> Any:
     from perpetune.cli.live import watch
 
-    return watch(quiet)
+    return watch(quiet, folder)
 
 
 def _finish(learner: Any, results: dict[str, Any], json: bool) -> None:

@@ -6,13 +6,14 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from perpetune.report import form
+from perpetune.report import form, write_report
 from perpetune.report.compare import Comparison
 from perpetune.report.comparison import compare_table, effects_text
 from perpetune.report.document import learn_seconds
@@ -27,8 +28,13 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def watch(quiet: bool) -> Iterator[Any]:
-    """A `perpetune.runtime.Progress` that draws on the terminal. If several processes learn, only one of them draws."""
+def watch(quiet: bool, folder: Path | None = None) -> Iterator[Any]:
+    """A `perpetune.runtime.Progress` that draws on the terminal. If several processes learn, only one of them draws.
+
+    Args:
+        quiet: draw nothing.
+        folder: the state folder; its report is written after each task, before the task's results are printed.
+    """
     import os
 
     if quiet or os.environ.get("RANK", "0") != "0":
@@ -43,24 +49,29 @@ def watch(quiet: bool) -> Iterator[Any]:
         TimeRemainingColumn(compact=True),
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        yield Live(console, bars)
+        yield Live(console, bars, folder)
+
+
+def print_line(console: Console, line: Text | str) -> None:
+    """Print one line. It is wrapped on a terminal only: in a file, a line that is cut in two is not found again."""
+    console.print(line, soft_wrap=not console.is_terminal)
 
 
 class Live:
     """Draws the progress of one run on the terminal. `perpetune.runtime.Progress` documents the methods."""
 
-    def __init__(self, console: Console, bars: Progress):
-        self.console, self.bars = console, bars
+    def __init__(self, console: Console, bars: Progress, folder: Path | None = None):
+        self.console, self.bars, self.folder = console, bars, folder
         self.bar = bars.add_task("", total=None, facts="", visible=False)
         self.epochs, self.started, self.images, self.loss = 1, time.perf_counter(), 0, ""
 
     def note(self, message: str) -> None:
-        self.console.print(Text(f"note: {message}", style="yellow"))
+        print_line(self.console, Text(f"note: {message}", style="yellow"))
 
     def task(self, index: int, name: str, classes: int, examples: int) -> None:
         known = f"{classes} class{'es' if classes != 1 else ''}, " if classes else ""
         facts = f"  {known}{examples} training examples"
-        self.console.print(Text.assemble((f"task {index + 1} {name}", "bold"), facts))
+        print_line(self.console, Text.assemble((f"task {index + 1} {name}", "bold"), facts))
 
     def phase(self, phase: str, steps: int, epochs: int, done: int) -> None:
         self.epochs, self.started, self.images, self.loss = epochs, time.perf_counter(), 0, ""
@@ -75,9 +86,11 @@ class Live:
         self.bars.update(self.bar, completed=done, facts=facts)
 
     def results(self, results: dict[str, Any]) -> None:
+        if self.folder is not None:
+            write_report(results, self.folder)
         self.bars.update(self.bar, visible=False, refresh=True)
         for line in after_task(collect(cast("Results", results))):
-            self.console.print(line)
+            print_line(self.console, line)
 
 
 class RunLines:
@@ -93,7 +106,7 @@ class RunLines:
         self.quiet, self.console = quiet, Console(highlight=False)
         self.width, self.total, self.ended = max(map(len, names)), len(names), done
         if done and not quiet:
-            self.console.print(Text(f"{done} of {form.plural(self.total, 'run')} already complete", "dim"))
+            print_line(self.console, Text(f"{done} of {form.plural(self.total, 'run')} already complete", "dim"))
 
     def tell(self, job: Job, event: Event) -> None:
         """Print a line for an event of a run; `perpetune.cli.jobs` has the events."""
@@ -112,7 +125,7 @@ class RunLines:
             line.append("failed", "bold red").append(count)
         else:
             line.append(f"note: {event['message']}", "yellow")
-        self.console.print(line)
+        print_line(self.console, line)
 
     def _figures(self, results: Results) -> str:
         metrics = results["metrics"]
@@ -134,7 +147,7 @@ def show_comparison(comparison: Comparison) -> None:
     if comparison["effects"]:
         console.print(effects_text(comparison))
     for note in comparison["notes"]:
-        console.print(Text(f"note: {note}", style="yellow"))
+        print_line(console, Text(f"note: {note}", style="yellow"))
 
 
 def show_headroom(streams: Sequence[Headroom]) -> None:

@@ -33,12 +33,13 @@ def predict(
     csv: Annotated[bool, typer.Option("--csv", help="Print CSV: image, then name and probability by rank.")] = False,
 ) -> None:
     """Print names and probabilities for images, or a language model's answers."""
+    from perpetune.cli.notes import Notes
     from perpetune.errors import UsageError
     from perpetune.learner import Learner
 
     if json and csv:
         raise UsageError("--json and --csv exclude each other: choose one of them")
-    learner = Learner.load(state, device=device)
+    learner = Learner.load(state, device=device, progress=Notes())
     show = {"predict": _predictions, "answer": _answers}[learner.method.model.view.verb]
     show(learner, inputs, top, options, json, csv)
 
@@ -48,6 +49,7 @@ def _predictions(learner: Learner, inputs: list[str], top: int, options: str | N
     import sys
 
     from perpetune.cli.common import print_json
+    from perpetune.cli.output import escaped
     from perpetune.data.names import several
     from perpetune.errors import DataError, UsageError
 
@@ -64,7 +66,8 @@ def _predictions(learner: Learner, inputs: list[str], top: int, options: str | N
         writer = csv_writer.writer(sys.stdout)
         ranks = range(1, max((len(p.classes) for p in predictions), default=0) + 1)
         writer.writerow(["image", *(f"{what}_{rank}" for rank in ranks for what in ("name", "probability"))])
-        writer.writerows([p.image, *(x for name, v in p.classes for x in (name, f"{v:.6f}"))] for p in predictions)
+        for p in predictions:
+            writer.writerow([escaped(p.image), *(x for name, v in p.classes for x in (escaped(name), f"{v:.6f}"))])
     else:
         for p in predictions:
             print(f"{p.image}: {', '.join(f'{name} {value:.3f}' for name, value in p.classes)}")
@@ -118,6 +121,7 @@ def evaluate(
 ) -> None:
     """Print the accuracy on test data."""
     from perpetune.cli.common import print_json
+    from perpetune.cli.notes import Notes
     from perpetune.errors import UsageError
     from perpetune.learner import Learner
     from perpetune.recipe import apply_change
@@ -128,7 +132,7 @@ def evaluate(
         apply_change(options, change)
     if options and data is None:
         raise UsageError("--set names keys of the data section of --data, and there is no --data")
-    cells = Learner.load(state, device=device).evaluate(data, options=options)
+    cells = Learner.load(state, device=device, progress=Notes()).evaluate(data, options=options)
     if json:
         print_json(cells)
         return
@@ -155,11 +159,12 @@ def export(
 ) -> None:
     """Write the trained LoRA in PEFT's format, and the head and the class names in files beside it."""
     from perpetune.cli.common import print_json
+    from perpetune.cli.notes import Notes
     from perpetune.errors import StateError
     from perpetune.export import export_learned
     from perpetune.learner import Learner
 
-    learner = Learner.load(state, device="cpu")
+    learner = Learner.load(state, device="cpu", progress=Notes())
     if not learner.state.committed:
         raise StateError(f"{state} has learned nothing yet: use `perpetune update` or `run` first")
     written = export_learned(learner.method, learner.backbone, folder)

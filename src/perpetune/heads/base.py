@@ -149,6 +149,10 @@ class Head(nn.Module, ABC):
         sums = {id(t) for t in self.additive()}
         return {n: t for n, t in self.state_dict(keep_vars=True).items() if isinstance(t, Tensor) and id(t) not in sums}
 
+    def described(self) -> dict[str, Any]:
+        """What `forward` needs beside the tensors of `needed`, for `head.json` of an export, in JSON's types."""
+        return {}
+
     def facts(self) -> dict[str, Any]:
         """Facts about the last `settle` for the report, in JSON's types. The entry `warning` is shown as a warning."""
         return {}

@@ -113,6 +113,9 @@ class NCM(Head):
         super().widen(dim)
         self.sums, self.means = self.sums.new_zeros(0, dim), self.means.new_zeros(0, dim)
 
+    def described(self) -> dict[str, Any]:
+        return {"metric": self.metric, "scale": self.scale}
+
     def needed(self) -> dict[str, Tensor]:
         return super().needed() | {"counts": self.counts}
 

@@ -251,6 +251,9 @@ class Ridge(Head):
     def additive(self) -> list[Tensor]:
         return [self.packed, self.cross, self.counts, self.mass]
 
+    def described(self) -> dict[str, Any]:
+        return {"relu": bool(self.projection) and self.kind == "relu"}
+
     def needed(self) -> dict[str, Tensor]:
         return super().needed() | ({"projected": self.projected} if self.projection else {}) | {"counts": self.counts}
 

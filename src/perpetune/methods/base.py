@@ -97,6 +97,10 @@ class Method(nn.Module, ABC):
         Usually calls `perpetune.fit.fit` inside `training`.
         """
 
+    def notes(self, task: Task) -> list[str]:
+        """Sentences about how `task` will be learned that its user should read before; called before `learn`."""
+        return self.model.notes(task)
+
     def predict(self, inputs: Inputs) -> Tensor:
         """Scores `(B, C)` over `classes` for pictures, uint8 `(B, 3, H, W)`; for texts see `Model.predict`."""
         with using(self.model, self.answering):
@@ -154,19 +158,23 @@ class Method(nn.Module, ABC):
         """Tensors of earlier tasks that do not change while `fit` runs. The checkpoints of `fit` leave them out."""
         return ()
 
-    def acting(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """Inside this context a set of pets is in force, with everything that belongs to it."""
+    def acting(self, name: str | None) -> contextlib.AbstractContextManager[None]:
+        """Inside, a set of pets is in force, with all that goes with it."""
         return using(self.model, name)
 
-    def exported(self) -> dict[str, str]:
-        """The sets of pets that other programs can use, by the folder in the export; `""` if there is only one.
+    def exported(self) -> Mapping[str, str | None]:
+        """Sets of pets that can be used by themselves elsewhere, by the folder each is written to; `""` for one alone.
+
+        None stands for the frozen net, whose head alone was trained.
 
         Raises:
             UsageError: there is no set, or the method answers with several sets.
         """
         names = set(sets(self.model))
         if not names:
-            raise UsageError("there is no LoRA to export: the recipe has `pet: none`, so the head alone was trained")
+            if not self.model.chooses:
+                raise UsageError("there is nothing to export: the recipe has `pet: none`, so nothing was trained")
+            return {"": None}
         answering = (self.answering,) if isinstance(self.answering, str) else self.answering
         if others := sorted(names - {answering[0]} if isinstance(answering, tuple) and len(answering) == 1 else names):
             raise UsageError(

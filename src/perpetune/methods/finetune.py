@@ -69,6 +69,16 @@ class FineTune(Method):
         if not self.trained and not model.chooses:
             raise UsageError("pet: none leaves nothing to train in a language model: use pet: lora, or method: frozen")
 
+    def notes(self, task: Task) -> list[str]:
+        found = super().notes(task)
+        sums = isinstance(self.model, Classifier) and self.model.head.statistics and self.model.mask == "task"
+        if sums and len(task.classes) == 1 and self.trained:
+            found.append(
+                f"it has one class alone, {task.classes[0]!r}: the head learns it from its sums, but with mask `task` "
+                "the loss compares nothing, so the pet is not trained"
+            )
+        return found
+
     def learn(self, task: Task) -> None:
         self.model.grow(task)
         config, later = self.train_config, task.index > 0

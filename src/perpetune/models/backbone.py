@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from perpetune.data.examples import View
+from perpetune.data.pictures.view import PictureView
 from perpetune.data.sources import Kind
-from perpetune.errors import UsageError
+from perpetune.data.texts.view import TextView
+from perpetune.errors import UsageError, out_of_memory
 from perpetune.models import families
 from perpetune.models.taps import Count, Read, Taps, mean_token
 from perpetune.pets.base import Place, Slot, frozen, walk
@@ -89,6 +91,42 @@ class Backbone(nn.Module):
             self.taps = None
         self.dim = self.width * (1 if self.taps is None else self.taps.count * len(self.taps.kinds))
         return self
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Pass one empty example through the net, so that parts that do not fit each other are named before learning.
+
+        Raises:
+            UsageError: the net cannot read what its view makes, or gives features of another width or not finite ones.
+        """
+        inputs = self._empty()
+        if inputs is None:
+            return
+        try:
+            features = self.features(inputs)
+        except Exception as error:
+            if isinstance(error, RuntimeError) and out_of_memory(error):
+                raise
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise UsageError(
+                f"{self.spec}: the model cannot read {self.takes} ({reason}): its parts do not fit each other; look at "
+                "channels, image size, heads and vocabulary in its config"
+            ) from error
+        if features.shape[-1] != self.dim:
+            raise UsageError(f"{self.spec}: its features have {features.shape[-1]} numbers; {self.dim} are expected")
+        if not features.isfinite().all():
+            raise UsageError(f"{self.spec}: its features are not finite numbers: the checkpoint is damaged")
+
+    def _empty(self) -> Inputs | None:
+        """One example of the view without content; None if the view is of an unknown kind."""
+        device = next((t.device for t in self.net.parameters()), torch.device("cpu"))
+        if isinstance(self.preprocess, TextView):
+            ids = torch.full((1, 2), self.preprocess.pad, device=device)
+            return Inputs(ids=ids, mask=torch.ones_like(ids, dtype=torch.bool))
+        if isinstance(self.preprocess, PictureView):
+            side = self.preprocess.size
+            return Inputs(pixels=torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device))
+        return None
 
     @property
     def end(self) -> slice:

@@ -75,6 +75,10 @@ class Model(nn.Module, ABC):
         Called before training.
         """
 
+    def notes(self, task: Task) -> list[str]:
+        """Sentences about how `task` will be learned that its user should read before; called before `grow`."""
+        return []
+
     @abstractmethod
     def grow(self, task: Task) -> None:
         """Add the classes of `task` that are new."""

@@ -29,7 +29,8 @@ class Classifier(Model):
     Args:
         mask: the classes that the training loss compares. `task`: those of the present task, so rows of earlier
             classes do not change; `seen`: those of all tasks so far; `none`: every row of the head, the same as `seen`
-            unless the head was given rows ahead of its tasks.
+            unless the head was given rows ahead of its tasks. One class alone has nothing to compare with, so a trained
+            head compares a task of one class with all seen so far, also under `task`.
     """
 
     def __init__(self, backbone: Backbone, head: Head, *, mask: Mask = "task"):
@@ -78,6 +79,30 @@ class Classifier(Model):
     def compare(self, among: Mask) -> None:
         self.mask = among
 
+    def _alone(self, task: Task) -> bool:
+        """Whether a task has one class and its head is trained by gradient: then it is compared with all seen classes.
+
+        Cross-entropy over one row is 0, so the head would never learn the class. A head with sums learns it from these.
+        """
+        return len(task.classes) == 1 and not self.head.statistics
+
+    def notes(self, task: Task) -> list[str]:
+        if len(task.classes) != 1 or self.head.statistics:
+            return []
+        name, others = task.classes[0], sum(c not in task.classes for c in self.seen)
+        if not others:
+            return [
+                f"it has one class, {name!r}, and no other was learned before: there is nothing to compare it with, so "
+                "every answer is this class until another one is learned"
+            ]
+        if self.mask != "task":
+            return []
+        before = f"{others} classes" if others > 1 else "one class"
+        return [
+            f"it has one class alone, {name!r}. Mask `task` would compare it with nothing, so it is compared with the "
+            f"{before} learned before; the head's rows for {'these' if others > 1 else 'this one'} do not change"
+        ]
+
     def trained(self) -> list[nn.Parameter]:
         return list(self.head.parameters())
 
@@ -100,7 +125,7 @@ class Classifier(Model):
         rows = self.head.rows(task.classes, logits.device)
         if self.mask == "none":
             return F.cross_entropy(logits, rows[targets])
-        if self.mask == "task":
+        if self.mask == "task" and not self._alone(task):
             return F.cross_entropy(logits[:, rows], targets)
         columns = self.head.rows(self.seen, logits.device)
         return F.cross_entropy(logits[:, columns], torch.searchsorted(columns, rows[targets]))

@@ -51,9 +51,12 @@ def short_line(sections: Sequence[Section]) -> text.Text:
 
 
 def show(console: Console, parts: Iterable[Any]) -> None:
-    """Print the output of `summary` or `drawn`."""
+    """Print what `summary` or `drawn` gave. Lines of text are wrapped on a terminal only, not in a file."""
+    from rich.text import Text as Line
+
     for part in parts:
-        console.print(part, soft_wrap=bool(getattr(part, "no_wrap", False)))  # otherwise rich breaks long lines
+        whole = isinstance(part, Line) and not console.is_terminal
+        console.print(part, soft_wrap=whole or bool(getattr(part, "no_wrap", False)))  # else rich breaks a long line
 
 
 def drawn(found: Sequence[Block], width: int = 100) -> list[Any]:

@@ -111,7 +111,7 @@ class HubSource(Source):
             raise MissingExtra(f"{self._here}: no such file or folder; to ask the Hugging Face hub", "data") from None
         try:
             if os.path.isdir(self.path):
-                loaded = datasets.load_from_disk(self.path)
+                found = datasets.load_from_disk(self.path)
             else:
                 found = datasets.load_dataset(self.path, self.subset, revision=self.revision)
         except (OSError, ValueError, RuntimeError) as error:  # errors of datasets and of the hub's client

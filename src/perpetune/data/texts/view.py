@@ -109,8 +109,9 @@ class TextView(View):
 
     Args:
         tokenizer: a fast tokenizer of transformers.
-        max_length: the largest number of tokens, for question and answer together.
-        chat: whether plain prompts are also put into the chat template, as one message of the user.
+        max_length: tokens that the model takes, question and answer together.
+        chat: whether plain prompts are put into the form of a chat too, as one message of the user.
+        rows: the number of tokens that the model has a row for; None if it has one for every token.
     """
 
     takes = "texts"
@@ -118,8 +119,8 @@ class TextView(View):
     verb = "answer"
     ordered = True
 
-    def __init__(self, tokenizer: Any, *, max_length: int, chat: bool = False):
-        self.tokenizer, self.max_length, self.chat = tokenizer, max_length, chat
+    def __init__(self, tokenizer: Any, *, max_length: int, chat: bool = False, rows: int | None = None):
+        self.tokenizer, self.max_length, self.chat, self.rows = tokenizer, max_length, chat, rows
         self.room = 0
         """The number of tokens that a question leaves free for a generated answer."""
         self.chooses = True
@@ -450,14 +451,18 @@ class TextView(View):
 
     def _tokens(self, text: str, prompt: str | Messages) -> list[_Token]:
         """The tokens of a text. A chat template writes its special tokens into the text itself."""
-        encoded = self.tokenizer(
+        found = self.tokenizer(
             text,
             add_special_tokens=not self._is_chat(prompt),
             return_offsets_mapping=True,
             return_special_tokens_mask=True,
             verbose=False,
         )
-        columns = (encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"])
+        unknown = {i for i in found["input_ids"] if self.rows is not None and i >= self.rows}
+        if unknown:
+            named = ", ".join(map(repr, self.tokenizer.convert_ids_to_tokens(sorted(unknown)[:3])))
+            raise DataError(f"the tokenizer makes {named} of it, and the model's embedding has no row for that")
+        columns = (found["input_ids"], found["offset_mapping"], found["special_tokens_mask"])
         return [_Token(int(i), int(a), int(b), bool(added)) for i, (a, b), added in zip(*columns, strict=True)]
 
     def _opening(self, tokens: Sequence[_Token]) -> int:

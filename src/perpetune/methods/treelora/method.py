@@ -268,8 +268,8 @@ class TreeLoRA(Method):
     def earlier(self) -> Iterable[Tensor]:
         return [*self.bank.earlier(), *self.similar.buffers()]
 
-    def acting(self, name: str) -> contextlib.AbstractContextManager[None]:
-        return self.bank.acting(name)
+    def acting(self, name: str | None) -> contextlib.AbstractContextManager[None]:
+        return super().acting(None) if name is None else self.bank.acting(name)
 
     def exported(self) -> dict[str, str]:
         """The working set or the merged one. If answers are routed, the set of each task under the task's name, and the

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from perpetune.data.texts.view import TextView
 from perpetune.errors import MissingExtra, PerpetuneError, UsageError, closest
 from perpetune.models.backbone import Backbone
-from perpetune.models.loaders.checkpoint import check_report, config_of, quiet
+from perpetune.models.loaders.checkpoint import check_report, check_weights, config_of, quiet, unbuilt
 from perpetune.models.loaders.hub import hub_file, one_line
 from perpetune.models.loaders.options import in_4bit
 from perpetune.pets.base import Active, Slot, slots
@@ -141,17 +142,20 @@ def load(
     try:
         with _silent() if source.file else quiet():
             net = _pretrained(spec, source, config, dtype) if pretrained else _random(config, dtype)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
-        raise PerpetuneError(f"{spec}: the model cannot be built or loaded: {one_line(error)}") from error
+    except PerpetuneError:
+        raise
+    except Exception as error:  # a config of strangers makes transformers fail in any way
+        raise unbuilt(spec, error) from error
     if gradient_checkpointing:
         _checkpointing(spec, net)
-    embeddings = net.get_input_embeddings().weight
-    _padding(spec, tokenizer, len(embeddings))
+    rows = _rows(net)
+    _check_vocabulary(spec, tokenizer, rows)
+    _padding(spec, tokenizer, rows)
     backbone = Backbone(
         net,
         spec=spec,
         dim=config.get_text_config().hidden_size,
-        preprocess=TextView(tokenizer, max_length=length, chat=chat),
+        preprocess=TextView(tokenizer, max_length=length, chat=chat, rows=rows),
         forward=hidden_states,
     )
     return in_4bit(backbone) if load_in_4bit and not quantised else backbone
@@ -207,6 +211,8 @@ def _pretrained(spec: str, source: Source, config: Any, dtype: Dtype) -> Any:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    if source.file is None:
+        check_weights(spec, source.place, config)
     how: dict[str, Any] = {"use_safetensors": True} if source.file is None else {**source.where, **_unpacked()}
     model: Any = AutoModelForCausalLM
     try:
@@ -263,13 +269,55 @@ def _tokenizer(spec: str, source: Source) -> Any:
     try:
         with _silent() if source.file else quiet():
             tokenizer = AutoTokenizer.from_pretrained(source.place, **source.where)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise UsageError(f"{spec}: its tokenizer cannot be loaded: {one_line(error)}") from error
+    except Exception as error:  # a file of strangers makes transformers fail in any way
+        raise UsageError(
+            f"{spec}: its tokenizer cannot be loaded: {one_line(error) or type(error).__name__}"
+        ) from error
     if not len(tokenizer):
         raise UsageError(f"{spec}: it has no tokenizer: tokenizer.json is expected beside config.json")
     if not tokenizer.is_fast:
         raise UsageError(f"{spec}: its tokenizer has no fast version (tokenizer.json), and only that gives offsets")
     return tokenizer
+
+
+def _rows(net: Any) -> int:
+    """The number of tokens that the net can read and say."""
+    layers = (net.get_input_embeddings(), net.get_output_embeddings())
+    return min(len(layer.weight) for layer in layers if layer is not None)
+
+
+def _check_vocabulary(spec: str, tokenizer: Any, rows: int) -> None:
+    """Refuse a tokenizer that makes tokens of ordinary texts for which the model has no row.
+
+    A published tokenizer may have special tokens beyond the last row, such as that of pictures in Gemma 3. They are
+    refused only if every text or every chat gets them; a text that spells one of them is refused when it is read.
+
+    Args:
+        rows: the number of rows of the model's embedding.
+
+    Raises:
+        UsageError: there are such tokens; the message names some.
+    """
+    beyond = {number: token for token, number in tokenizer.get_vocab().items() if number >= rows}
+    special = {number for number, added in tokenizer.added_tokens_decoder.items() if added.special}
+    used = {tokenizer.eos_token_id, *tokenizer("a")["input_ids"]}
+    if tokenizer.chat_template:
+        with contextlib.suppress(Exception):  # a template that fails is named when it is given messages
+            messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
+            used |= set(tokenizer(text, add_special_tokens=False)["input_ids"])
+    lost = [token for number, token in sorted(beyond.items()) if number not in special or number in used]
+    if lost:
+        raise UsageError(
+            f"{spec}: its tokenizer does not fit its model: the model's embedding has {rows} rows, and the tokenizer "
+            f"has {len(tokenizer)} tokens, among them {', '.join(map(repr, lost[:3]))} beyond the last row. Take the "
+            "tokenizer of this model, or save the model after `model.resize_token_embeddings(len(tokenizer))`"
+        )
+    if tokenizer.eos_token_id is None:
+        warnings.warn(
+            f"{spec}: its tokenizer has no end token (eos_token): a generated answer goes on for `max_new_tokens`",
+            stacklevel=2,
+        )
 
 
 def _padding(spec: str, tokenizer: Any, rows: int) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from perpetune.errors import PerpetuneError, UsageError, closest
 from perpetune.models.loaders.hub import one_line
@@ -54,7 +58,7 @@ def config_of(spec: str, source: str, **where: str) -> Any:
     if not Path(source).is_dir() and source.count("/") != 1:
         raise UsageError(f"{spec}: no such folder, and an id on the hub is OWNER/NAME; {closest(source, KNOWN)}")
     try:
-        return AutoConfig.from_pretrained(source, **where)
+        config = AutoConfig.from_pretrained(source, **where)
     except (OSError, ValueError, KeyError, IndexError, struct.error) as error:  # the last two: torn GGUF files
         if Path(source).is_dir():
             start = "the file is torn: " if isinstance(error, IndexError | struct.error) else ""
@@ -63,6 +67,80 @@ def config_of(spec: str, source: str, **where: str) -> Any:
         raise UsageError(
             f"{spec}: no such folder, and neither the hub nor its cache has it ({reason}); {closest(source, KNOWN)}"
         ) from error
+    except Exception as error:  # a file of strangers makes transformers fail in any way
+        raise UsageError(f"{spec}: its config cannot be read: {one_line(error) or type(error).__name__}") from error
+    check_numbers(spec, config)
+    return config
+
+
+SIZES = re.compile(
+    r"(hidden_size|intermediate_size|ffn_dim|vocab_size|num_hidden_layers|num_attention_heads|num_key_value_heads"
+    r"|head_dim|word_embed_proj_dim|max_position_embeddings|num_channels|n_(embd|inner|layer|head|positions))"
+)
+"""Keys of a config whose values are whole numbers above 0."""
+MOST, DEEPEST = 10**8, 10**4
+"""The largest size, and the largest number of layers or heads, that any model has."""
+
+
+def check_numbers(spec: str, config: Any) -> None:
+    """Raise UsageError if the config of a model has a size that is not a whole number, or that no model has.
+
+    Without this, memory would be full before anything could be compared with the tensors in the checkpoint.
+    """
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        for name, value in vars(part).items():
+            if not SIZES.fullmatch(name) or (value is None and name not in REQUIRED):
+                continue
+            most = DEEPEST if "layer" in name or "head" in name.replace("head_dim", "") else MOST
+            numbers = value if isinstance(value, list) and name == "num_key_value_heads" else [value]
+            for number in numbers:
+                if isinstance(number, bool) or not isinstance(number, int) or not 0 < number <= most:
+                    told = repr(value) if len(repr(value)) < 60 else f"{repr(value)[:60]}…"
+                    raise UsageError(
+                        f"{spec}: {name} in its config is {told}; a whole number from 1 to {most} is needed"
+                    )
+
+
+REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+"""Of these, those that no config may leave open."""
+
+
+def check_weights(spec: str, source: str, config: Any) -> None:
+    """Raise UsageError if a folder's tensors are far fewer than its config describes.
+
+    Transformers would fill memory with random numbers for tensors that the files do not hold.
+    """
+    from safetensors import SafetensorError, safe_open
+    from transformers import AutoModel
+
+    files = sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else []
+    held = 0
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                held += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+        except (SafetensorError, OSError):
+            return  # whoever loads it names the fault
+    if not files:
+        return
+    try:
+        with torch.device("meta"):
+            wanted = sum(p.numel() for p in AutoModel.from_config(config).parameters())
+    except Exception as error:  # a config of strangers makes transformers fail in any way
+        raise unbuilt(spec, error) from error
+    if wanted > 16 * held + 10**8:  # 16: a file may pack several weights of few bits into one number
+        raise UsageError(
+            f"{spec}: its config describes a model of {wanted:.3g} parameters, and its files hold {held:.3g}: they do "
+            "not belong together"
+        )
+
+
+def unbuilt(spec: str, error: Exception) -> PerpetuneError:
+    """The error for a model that another library cannot build or load."""
+    reason = one_line(error) or type(error).__name__
+    if not isinstance(error, OSError | ValueError | RuntimeError):
+        reason = f"{reason} ({type(error).__name__}): does its config fit its tensors?"
+    return PerpetuneError(f"{spec}: the model cannot be built or loaded: {reason}")
 
 
 def check_report(spec: str, report: Mapping[str, Any], ignored: tuple[str, ...] = ()) -> None:

@@ -59,7 +59,7 @@ def _config(spec: str, folder: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_bytes())
     except ValueError as error:
         raise UsageError(f"{spec}: config.json is not valid JSON: {error}") from error
     if not isinstance(config, dict):

@@ -149,6 +149,9 @@ def _create(timm: ModuleType, spec: str, name: str, image_size: int | None, **kw
 def _wrap(timm: ModuleType, spec: str, net: Any, image_size: int | None) -> Backbone:
     net.reset_classifier(0)
     config = timm.data.resolve_model_data_config(net)
+    channels = config["input_size"][0]
+    if channels != 3:
+        raise UsageError(f"{spec}: it takes pictures of {channels} channel(s), and perpetune gives it 3 (RGB)")
     preprocess = PictureView(
         size=image_size or config["input_size"][-1],
         mean=triple(spec, config["mean"]),

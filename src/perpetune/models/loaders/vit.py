@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from perpetune.data.pictures.view import Interpolation, PictureView
 from perpetune.errors import PerpetuneError, UsageError
 from perpetune.models.backbone import Backbone, triple
-from perpetune.models.loaders.checkpoint import check_report, config_of, quiet
+from perpetune.models.loaders.checkpoint import check_report, check_weights, config_of, quiet, unbuilt
 from perpetune.models.loaders.hub import hub_file, one_line
 from perpetune.models.loaders.options import Side, in_4bit, try_size
 
@@ -63,8 +63,11 @@ def load(
             f"{spec}: a {config.model_type!r} model cannot be used; usable are {', '.join(FAMILIES)}, and causal "
             "language models"
         )
+    channels = getattr(config, "num_channels", 3)
+    if channels != 3:
+        raise UsageError(f"{spec}: it takes pictures of {channels} channel(s), and perpetune gives it 3 (RGB)")
     preprocess = _preprocess(spec, source, config, image_size)
-    net = _pretrained(spec, source, config) if pretrained else _random(config)
+    net = _pretrained(spec, source, config) if pretrained else _random(spec, config)
     interpolates = FAMILIES[config.model_type] and preprocess.size != _side(spec, config.image_size)
     forward = partial(class_token, interpolate_pos_encoding=True) if interpolates else class_token
     # And DeiT's distillation token
@@ -84,10 +87,13 @@ def _extra(config: Any) -> dict[str, Any]:
     return {"add_pooling_layer": False} if config.model_type in ("vit", "deit") else {}
 
 
-def _random(config: Any) -> nn.Module:
+def _random(spec: str, config: Any) -> nn.Module:
     from transformers import AutoModel
 
-    net: nn.Module = AutoModel.from_config(config, dtype=torch.float32, **_extra(config))
+    try:
+        net: nn.Module = AutoModel.from_config(config, dtype=torch.float32, **_extra(config))
+    except Exception as error:  # a config of strangers makes transformers fail in any way
+        raise unbuilt(spec, error) from error
     return net
 
 
@@ -95,6 +101,7 @@ def _pretrained(spec: str, source: str, config: Any) -> nn.Module:
     from safetensors import SafetensorError
     from transformers import AutoModel
 
+    check_weights(spec, source, config)
     try:
         with quiet():
             net, report = AutoModel.from_pretrained(
@@ -108,8 +115,8 @@ def _pretrained(spec: str, source: str, config: Any) -> nn.Module:
             )
     except SafetensorError as error:
         raise PerpetuneError(f"{spec}: its safetensors file cannot be read: {one_line(error)}") from error
-    except (OSError, ValueError, RuntimeError) as error:
-        raise PerpetuneError(f"{spec}: {one_line(error)}") from error
+    except Exception as error:  # a config of strangers makes transformers fail in any way
+        raise unbuilt(spec, error) from error
     check_report(spec, report, HEADS)
     loaded: nn.Module = net
     return loaded
@@ -123,7 +130,7 @@ def _preprocess(spec: str, source: str, config: Any, image_size: int | None) -> 
         warnings.warn(f"{spec} has no {PREPROCESSOR}: ImageNet's mean and std are assumed", stacklevel=2)
         return PictureView(size=image_size or _side(spec, config.image_size))
     try:
-        given = json.loads(path.read_text())
+        given = json.loads(path.read_bytes())
     except ValueError as error:
         raise UsageError(f"{spec}: {PREPROCESSOR} is not valid JSON: {error}") from error
     side, crop = _side(spec, given.get("size", config.image_size)), None

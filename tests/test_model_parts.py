@@ -1,0 +1,169 @@
+"""The parts of a model fit each other, or `init` says in one line which do not, and makes no state folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import recipe, tiny_language_model, tiny_tokenizer, vit_folder
+
+from perpetune import Learner
+from perpetune.build import load_backbone
+from perpetune.cli import call
+from perpetune.data.texts.tables import Text
+from perpetune.errors import DataError, PerpetuneError, UsageError
+
+
+def edit(folder: Path, file: str = "config.json", **changes: Any) -> None:
+    content = json.loads((folder / file).read_text())
+    content.update(changes)
+    (folder / file).write_text(json.dumps(content))
+
+
+def refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], **options: Any) -> str:
+    """The one line that `init` prints; no state folder is left."""
+    more = [f"--set=backbone.{key}={value}" for key, value in options.items()]
+    capsys.readouterr()
+    assert call(["init", str(tmp_path / "s"), "--model", f"folder:{folder}", *more]) in (1, 2)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert "did not foresee" not in err
+    assert not (tmp_path / "s").exists()
+    return err
+
+
+# -- language models ----------------------------------------------------------------------------------------
+
+
+def language(folder: Path, change: Callable[[Any], None]) -> Path:
+    tiny_language_model(folder)
+    tokenizer = tiny_tokenizer()
+    change(tokenizer)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_tokenizer_with_more_tokens_than_the_embedding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = language(tmp_path / "lm", lambda t: t.add_tokens(["paris", *(f"<t{i}>" for i in range(45))]))
+    said = refused(folder, tmp_path, capsys)
+    assert "the model's embedding has 300 rows, and the tokenizer has 346 tokens, among them" in said
+    assert "'<t0>'" in said or "'paris'" in said
+    assert "resize_token_embeddings" in said
+
+
+def special(tokenizer: Any, used: bool) -> None:
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<s{i}>" for i in range(60)]})
+    if used:
+        tokenizer.chat_template = "{% for m in messages %}<s50>{{ m['content'] }}<s51>{% endfor %}"
+
+
+def test_a_chat_form_with_tokens_that_the_model_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(language(tmp_path / "lm", lambda t: special(t, True)), tmp_path, capsys)
+    assert "among them '<s50>', '<s51>' beyond the last row" in said
+
+
+def test_special_tokens_that_nobody_uses_are_refused_in_a_text_only(tmp_path: Path) -> None:
+    backbone = load_backbone(f"folder:{language(tmp_path / 'lm', lambda t: special(t, False))}")
+    view = backbone.preprocess
+    assert len(view.sequence(Text("a question", "an answer")).ids)  # type: ignore[attr-defined]
+    with pytest.raises(DataError, match="the tokenizer makes '<s50>' of it, and the model's embedding has no row"):
+        view.sequence(Text("a <s50> question", "an answer"))  # type: ignore[attr-defined]
+
+
+def test_an_end_token_that_the_model_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def change(tokenizer: Any) -> None:
+        special(tokenizer, False)
+        tokenizer.eos_token = "<s59>"
+
+    assert "'<s59>' beyond the last row" in refused(language(tmp_path / "lm", change), tmp_path, capsys)
+
+
+def test_a_tokenizer_without_an_end_token_is_said(tmp_path: Path) -> None:
+    folder = tiny_language_model(tmp_path / "lm")
+    edit(folder, "tokenizer_config.json", eos_token=None)
+    with pytest.warns(UserWarning, match=r"no end token \(eos_token\)"):
+        load_backbone(f"folder:{folder}")
+
+
+# -- configurations of strangers ----------------------------------------------------------------------------
+
+NUMBERS: list[Any] = [None, [16, 16], 10**12, -1, 0, 1.5, "wide", True, {"a": 1}]
+
+
+@pytest.mark.parametrize("value", NUMBERS, ids=repr)
+@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"])
+@pytest.mark.parametrize("kind", ["vit", "llama"])
+def test_sizes_that_are_none(
+    kind: str, key: str, value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = vit_folder(tmp_path / "m") if kind == "vit" else tiny_language_model(tmp_path / "m")
+    edit(folder, **{key: value})
+    for pretrained in (True, False):
+        said = refused(folder, tmp_path, capsys, pretrained=pretrained)
+        assert str(folder) in said
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "says"),
+    [
+        ("vit", {"num_channels": 1}, "it takes pictures of 1 channel(s), and perpetune gives it 3 (RGB)"),
+        ("vit", {"num_attention_heads": 3}, "3"),
+        ("vit", {"image_size": 32}, "of another shape: embeddings.position_embeddings"),
+        ("vit", {"patch_size": 0}, ""),
+        ("vit", {"hidden_size": 10**7}, "its config describes a model of"),
+        ("llama", {"num_attention_heads": 3}, ""),
+        ("llama", {"vocab_size": 10**8}, "its config describes a model of"),
+        ("llama", {"num_hidden_layers": 3}, "missing: model.layers.2."),
+        ("llama", {"hidden_act": "none"}, ""),
+    ],
+)
+def test_a_config_that_does_not_fit(
+    kind: str, changes: dict[str, Any], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = vit_folder(tmp_path / "m") if kind == "vit" else tiny_language_model(tmp_path / "m")
+    edit(folder, **changes)
+    assert says in refused(folder, tmp_path, capsys)
+
+
+def test_one_channel_of_timm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    timm = pytest.importorskip("timm")
+    net = timm.create_model("test_vit", in_chans=1, num_classes=3)
+    timm.models.save_for_hf(net, str(tmp_path / "grey"), safe_serialization=True)
+    assert "1 channel" in refused(tmp_path / "grey", tmp_path, capsys)
+
+
+@pytest.mark.parametrize("kind", ["vit", "llama"])
+def test_weights_that_are_not_finite(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = vit_folder(tmp_path / "m") if kind == "vit" else tiny_language_model(tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    name = next(n for n in tensors if "norm" in n and n.endswith("weight"))
+    save_file(
+        {**tensors, name: torch.full_like(tensors[name], torch.nan)}, folder / "model.safetensors", {"format": "pt"}
+    )
+    assert "its features are not finite numbers: the checkpoint is damaged" in refused(folder, tmp_path, capsys)
+
+
+def test_a_model_that_fits_is_checked_without_a_trace(tmp_path: Path) -> None:
+    made = Learner(recipe(vit_folder(tmp_path / "m")), tmp_path / "s")
+    assert made.backbone.check() is None  # type: ignore[func-returns-value]
+    made.backbone.dim = 7
+    with pytest.raises(UsageError, match="its features have 16 numbers; 7 are expected"):
+        made.backbone.check()
+
+
+def test_too_little_memory_is_not_taken_for_a_misfit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = load_backbone(f"folder:{vit_folder(tmp_path / 'm')}")
+
+    def full(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(backbone, "features", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        backbone.check()
+    assert issubclass(UsageError, PerpetuneError)
