@@ -642,7 +642,7 @@ def spoiled(state: dict[str, Any], how: str) -> dict[str, Any]:
         ("unexpected", r"has memory.9/weight.total, but the model has no such site"),
         ("shape", r"0/weight: the state has shape \(1, 3, 3\), the model \(1, 24, 9\)"),
         ("cut", r"0/weight: vectors is"),
-        ("nan", "0/weight: not finite"),
+        ("nan", "0/weight: it has values that are not finite"),
         ("forms", "it lacks its shape, forms or figures"),
         ("none", "has no count of consolidated data"),
     ],
