@@ -76,8 +76,8 @@ def headroom_beside(
         others: the same for other runs, on any stream.
     """
     named = [run, *others]
-    found = compare([results for _, results in named], [name for name, _ in named])["headroom"]
-    return [one for one in found if run[0] in one["runs"]]
+    streams = compare([results for _, results in named], [name for name, _ in named])["headroom"]
+    return [one for one in streams if run[0] in one["runs"]]
 
 
 def write_comparison(runs: Sequence[tuple[str, Mapping[str, Any]]], folder: Path, name: str = "compare") -> list[Path]:

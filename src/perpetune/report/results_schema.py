@@ -259,8 +259,8 @@ def _check_sizes(results: Results, where: str) -> None:
 def facts_of(results: Mapping[str, Any], kind: str | None = None) -> list[tuple[int, str, dict[str, Any]]]:
     """(index of the task, name, facts) for all facts, or for those of one kind, in the order of the tasks."""
     listed = sorted(results.get("facts", []), key=lambda entry: entry["task"])
-    found = [(entry["task"], name, as_mapping(facts)) for entry in listed for name, facts in entry["of"].items()]
-    return [one for one in found if kind is None or one[2].get("kind") == kind]
+    entries = [(entry["task"], name, as_mapping(facts)) for entry in listed for name, facts in entry["of"].items()]
+    return [one for one in entries if kind is None or one[2].get("kind") == kind]
 
 
 def as_list(value: object) -> list[Any]:

@@ -137,13 +137,13 @@ def figures_line(found: Figures) -> text.Text:
     return line
 
 
-def brief_line(found: Brief, indent: str = "") -> text.Text:
+def brief_line(brief: Brief, indent: str = "") -> text.Text:
     """The line of a section: `drift: features of earlier tasks moved 0.020`; a warning is highlighted."""
     from rich.text import Text as Line
 
-    if found.warning:
-        return Line(f"note: {found.label}: {found.text}", "yellow")
-    return Line(f"{indent}{found.label}: {found.text}", "dim")
+    if brief.warning:
+        return Line(f"note: {brief.label}: {brief.text}", "yellow")
+    return Line(f"{indent}{brief.label}: {brief.text}", "dim")
 
 
 def plain_table(found: blocks.Table) -> table.Table:

@@ -50,13 +50,13 @@ def collect(results: Results) -> list[Section]:
     place = own.index(BEHIND) + 1
     drafts = {name: _load(name, name in own) for name in [*own[:place], *others, *own[place:]]}
     read = [kind for draft in drafts.values() for kind in _kinds(draft)]
-    found = []
+    sections = []
     for name, draft in drafts.items():
         document = _with_facts(results, _kinds(draft), read)
         blocks = draft(document) if name in own else _tried(name, draft, copy.deepcopy(document))
         if blocks:
-            found.append(Section(name, blocks))
-    return found
+            sections.append(Section(name, blocks))
+    return sections
 
 
 def _load(name: str, own: bool) -> Draft:

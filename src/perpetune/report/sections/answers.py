@@ -140,8 +140,8 @@ def gauge_rows(results: Mapping[str, Any]) -> list[GaugeRow]:
     gauges = gauge_names(results)
     rows = []
     for i, row in enumerate(results["cells"] if gauges else []):
-        found = [cell.get("gauges", {}) if cell else {} for cell in row[: i + 1]]
-        means = [(_mean(found[i:], name), _mean(found[:i], name)) for name in gauges]
+        measured = [cell.get("gauges", {}) if cell else {} for cell in row[: i + 1]]
+        means = [(_mean(measured[i:], name), _mean(measured[:i], name)) for name in gauges]
         rows.append(GaugeRow(i + 1, results["tasks"][i]["name"], means))
     return rows
 

@@ -154,16 +154,16 @@ class StorageRow:
 
 @reads(KIND)
 def section(results: Results) -> list[Block] | None:
-    found = grown(results)
-    if not found:
+    trees = grown(results)
+    if not trees:
         return None
     text = told(results)
     helped, similar = helped_table(results), similarity_table(results)
     blocks: list[Block] = [
         Heading("Similar tasks"),
         Text(f"After the last task: {text}. {MEANING}"),
-        _last(found[-1]),
-        *_before(found),
+        _last(trees[-1]),
+        *_before(trees),
     ]
     if helped is not None:
         blocks.append(Panel([helped], "Who helped whom, by layer", HELPED))
@@ -243,8 +243,8 @@ def _branch(node: Node | None, newest: str) -> Branch | None:
 
 def grown(results: Mapping[str, Any]) -> list[Grown]:
     """The facts about the tree after each task, in the order of the tasks."""
-    found = {task: facts for task, _, facts in facts_of(results, KIND)}
-    return [_grown(i + 1, results["tasks"][i]["name"], facts) for i, facts in found.items()]
+    by_task = {task: facts for task, _, facts in facts_of(results, KIND)}
+    return [_grown(i + 1, results["tasks"][i]["name"], facts) for i, facts in by_task.items()]
 
 
 def walk(node: Node | None, level: int = 0) -> Iterator[tuple[int, Node]]:
