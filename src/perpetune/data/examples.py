@@ -76,12 +76,16 @@ class Question:
         item: the same as the view's `collate` takes it.
         options: the answers that stand to choice.
         cut: how many tokens were cut off on its left, because the model takes no more.
+        left_out: what the model's chat form leaves out of it.
+        own: takes a generated text, and gives the answer without the white space that is not its own.
     """
 
     given: Any
     item: Any
     options: tuple[str, ...] = ()
     cut: int = 0
+    left_out: tuple[str, ...] = ()
+    own: Callable[[str], str] = str
 
 
 class View(ABC):

@@ -275,7 +275,7 @@ class TextView(View):
                     raise DataError(f"prompt {number}: {error}") from error
                 unreadable.append(f"prompt {number}: {error}")
                 continue
-            asked.append(Question(text.prompt, encoded, text.options, encoded.cut))
+            asked.append(Question(text.prompt, encoded, text.options, encoded.cut, encoded.lost, encoded.own))
         return asked
 
     def judge(self, examples: Examples, score: str | None) -> Judge:
