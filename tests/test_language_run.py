@@ -660,6 +660,13 @@ def test_predict_on_the_command_line(
     found = json.loads(said(str(rows), "--json")[0])
     assert [entry["prompt"] for entry in found] == ["sky 4 is", [{"role": "user", "content": "hi"}]]
     assert found[0].keys() == {"prompt", "answer"}
+    named = write(
+        tmp_path / "n.jsonl", [{"messages": [{"role": "user", "content": "hi", "name": "Eva"}]}, {"prompt": "a"}]
+    )
+    found, err = said(str(named), "--json")
+    assert err == "perpetune: in 1 of 2 prompts the model's chat template leaves out the messages' name\n"
+    assert [entry.get("left_out") for entry in json.loads(found)] == [["the messages' name"], None]
+    assert json.loads(found)[0]["prompt"] == [{"role": "user", "content": "hi", "name": "Eva"}]
     (one,) = json.loads(said("sky 4 is", "--options", "green,blue", "--json")[0])
     assert one["answer"] == max(one["options"], key=one["options"].get)
     (long,) = json.loads((told := said("x" * 400, "--json"))[0])

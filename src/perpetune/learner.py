@@ -65,12 +65,14 @@ class Answer:
         text: the answer.
         options: each option with its probability among the options, the likeliest first; empty for a generated answer.
         cut: the number of tokens that were cut off from the prompt's left, because the model cannot take more.
+        left_out: what the model's chat template leaves out of the messages.
     """
 
     prompt: str | Messages
     text: str
     options: list[tuple[str, float]]
     cut: int = 0
+    left_out: tuple[str, ...] = ()
 
 
 class Learner:
@@ -414,13 +416,13 @@ class Learner:
                 rows = rows[:, [known[option] for option in chosen]]
             for question, row in zip(some, rows, strict=True):
                 if not row.is_floating_point():
-                    text = question.item.own(self.method.model.read(row))
-                    answers.append(Answer(question.given, text, [], question.cut))
+                    text = question.own(self.method.model.read(row))
+                    answers.append(Answer(question.given, text, [], question.cut, question.left_out))
                     continue
                 # a class without examples has the score -inf; if all have it, no class gets a probability
                 shares = row.float().softmax(0).nan_to_num(0.0).tolist()
                 pairs = sorted(zip(question.options, shares, strict=True), key=lambda pair: -pair[1])
-                answers.append(Answer(question.given, pairs[0][0], pairs, question.cut))
+                answers.append(Answer(question.given, pairs[0][0], pairs, question.cut, question.left_out))
         return answers
 
     def evaluate(

@@ -78,6 +78,7 @@ def _predictions(learner: Learner, inputs: list[str], top: int, options: str | N
 def _answers(learner: Learner, inputs: list[str], top: int, options: str | None, json: bool, csv: bool) -> None:
     import dataclasses
     import sys
+    from collections import Counter
 
     from perpetune.cli.common import print_json
     from perpetune.errors import UsageError
@@ -91,6 +92,11 @@ def _answers(learner: Learner, inputs: list[str], top: int, options: str | None,
     cut = [a.cut for a in answers if a.cut]
     if cut:
         print(f"perpetune: {view.cut_note(cut, len(answers), 'prompts')}", file=sys.stderr)
+    for what, count in Counter(what for a in answers for what in a.left_out).items():
+        print(
+            f"perpetune: in {count} of {len(answers)} prompts the model's chat template leaves out {what}",
+            file=sys.stderr,
+        )
     if json:
         print_json([_shown(a) for a in answers])
         return
@@ -106,7 +112,7 @@ def _shown(answer: Answer) -> dict[str, Any]:
     prompt: Any = answer.prompt
     if not isinstance(prompt, str):
         prompt = [as_dict(message) for message in prompt]
-    more = {"options": dict(answer.options), "cut": answer.cut}
+    more = {"options": dict(answer.options), "cut": answer.cut, "left_out": list(answer.left_out)}
     return {"prompt": prompt, "answer": answer.text, **{key: value for key, value in more.items() if value}}
 
 

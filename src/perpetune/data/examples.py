@@ -74,16 +74,20 @@ class Question:
     """One question of a user to a learner.
 
     Attributes:
-        given: what the user gave: the path or number of a picture, or a prompt.
-        item: the same in the form that the view's `collate` takes.
-        options: the answers among which the model chooses.
-        cut: the number of tokens that were cut off on the left, because the model cannot take more.
+        given: as they gave it: the path or number of a picture, or a prompt.
+        item: the same as the view's `collate` takes it.
+        options: the answers that stand to choice.
+        cut: how many tokens were cut off on its left, because the model takes no more.
+        left_out: what the model's chat form leaves out of it.
+        own: takes a generated text, and gives the answer without the white space that is not its own.
     """
 
     given: Any
     item: Any
     options: tuple[str, ...] = ()
     cut: int = 0
+    left_out: tuple[str, ...] = ()
+    own: Callable[[str], str] = str
 
 
 class View(ABC):

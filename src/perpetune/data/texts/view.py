@@ -267,7 +267,7 @@ class TextView(View):
         unreadable: list[str] | None = None,
     ) -> list[Question]:
         """Turn prompts into questions, all with the same options."""
-        questions = []
+        asked = []
         for number, prompt in enumerate(given, first + 1):
             try:
                 text = Text(prompt_in(prompt), options=tuple(options))
@@ -277,8 +277,8 @@ class TextView(View):
                     raise DataError(f"prompt {number}: {error}") from error
                 unreadable.append(f"prompt {number}: {error}")
                 continue
-            questions.append(Question(text.prompt, encoded, text.options, encoded.cut))
-        return questions
+            asked.append(Question(text.prompt, encoded, text.options, encoded.cut, encoded.lost, encoded.own))
+        return asked
 
     def judge(self, examples: Examples, score: str | None) -> Judge:
         try:
