@@ -148,6 +148,22 @@ def test_a_path_that_is_not_there(pictures, tmp_path, monkeypatch, path, kind):
     assert str(caught.value).startswith(f"{path}: no such file or folder")
 
 
+@pytest.mark.parametrize("path", ["", " ", "\t"])
+def test_an_empty_path(path):
+    with pytest.raises(UsageError, match="the path is empty"):
+        origin_of(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "cure"), [("d.zip", "unpack this archive"), ("a.tar.gz", "unpack"), ("a.xlsx", "as CSV")]
+)
+@pytest.mark.parametrize("kind", ["pictures", "texts", None])
+def test_other_forms(tmp_path, name, cure, kind):
+    (tmp_path / name).write_bytes(b"PK")
+    with pytest.raises(UsageError, match=f"{name}: expected .*; .*{cure}"):
+        made(tmp_path / name, kind)
+
+
 def test_the_hub_is_asked_for_ids_alone(monkeypatch):
     assert made("owner/name") == "hf"
     with pytest.raises(DataError, match=r"^owner/name: no such file or folder"):

@@ -101,7 +101,7 @@ def test_unused_columns_of_the_other_readers(tmp_path):
         ("sep=;\n", "m.csv: no header line"),
         (
             "Path,Label\n1.png,x\n",
-            "no column 'path'; found: Path, Label; another one is named with data.path_column or --",
+            "found: Path, Label; another one is named with data.path_column or --set path_column=Path",
         ),
     ],
 )

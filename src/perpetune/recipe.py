@@ -313,9 +313,11 @@ def _beside(content: dict[str, Any], file: Path) -> dict[str, Any]:
     protect = changed.get("protect")
     if isinstance(protect, dict) and isinstance(reference := protect.get("reference"), dict | str):
         where = "protect.reference"
-        if isinstance(reference, dict):
-            reference = {**reference, "path": _from_file(reference.get("path"), file, where)}
-        changed["protect"] = {**protect, "reference": _from_file(reference, file, where)}
+        if isinstance(reference, str):
+            changed["protect"] = {**protect, "reference": _from_file(reference, file, where)}
+        elif "path" in reference:
+            placed = {**reference, "path": _from_file(reference["path"], file, where)}
+            changed["protect"] = {**protect, "reference": placed}
     return changed
 
 

@@ -299,7 +299,7 @@ def origin_of(data: str | Path, wanted: Kind | None = None, options: Mapping[str
 
     What the path holds is not asked where the key `name` of the `options` says it.
     """
-    if not str(data):
+    if not str(data).strip():
         raise UsageError("data: the path is empty; a folder, manifest, parquet file or data set id is expected")
     path = Path(data).expanduser()
     place = str(path.resolve() if path.exists() else data)

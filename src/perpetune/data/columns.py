@@ -67,7 +67,8 @@ _LABELS = ("class", "category", "target", "fine_label", "labels", "cls", "class_
 def missing_column(found: Collection[str], column: str, option: str, where: str) -> DataError:
     """The error that a column is not there; it says which option names another, and which may be meant."""
     likely = _LABELS if "label" in option else _PATHS
-    other = next((name for name in found if name.strip().lower() in likely), None) or "COLUMN"
+    alike = [name for name in found if name.strip().lower() == column.lower()]
+    other = next(iter([*alike, *(name for name in found if name.strip().lower() in likely)]), "COLUMN")
     texts = [name for name in ("prompt", "messages") if name in found]
     more = f"; a column {texts[0]} is of texts, and these are read as pictures" if texts and other == "COLUMN" else ""
     return DataError(

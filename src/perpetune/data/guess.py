@@ -49,7 +49,7 @@ def guess_source(
                 f"backbone takes {wanted}: {_EXPECTED[wanted]}"
             )
         expected = _EXPECTED[wanted] if wanted is not None else f"{_EXPECTED['pictures']}; or {_EXPECTED['texts']}"
-        raise UsageError(f"{printable(path)}: expected {expected}")
+        raise UsageError(f"{printable(path)}: expected {expected}{_other_form(path)}")
     return best, {"path": path}
 
 
@@ -58,6 +58,14 @@ _EXPECTED: dict[Kind, str] = {
     "Face data set",
     "texts": "a .jsonl, .json or .parquet file with prompts and answers, or a folder of such files",
 }
+
+
+def _other_form(path: str) -> str:
+    """What is said of a file that holds data in a form that no source reads."""
+    lower = path.lower()
+    if lower.endswith((".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")):
+        return "; unpack this archive and name its folder"
+    return "; save this sheet as CSV" if lower.endswith((".xls", ".xlsx", ".ods")) else ""
 
 
 def _hint(path: str) -> str:

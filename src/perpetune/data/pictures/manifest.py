@@ -25,9 +25,10 @@ class _Record:
 
 
 class ManifestSource(Source):
-    """A CSV file (comma, semicolon or tab, with a header), a JSONL file (one object a line) or a JSON array of objects.
+    """A list of pictures: a CSV file, a JSONL file (one object a line) or a JSON array of objects.
 
-    A picture's path is relative to the manifest. Rows that repeat an earlier row are left out with a warning.
+    A CSV file has a header and commas, semicolons or tabs. A picture's path is relative to the manifest. Rows that
+    repeat an earlier one are left out with a warning.
 
     Args:
         path: the manifest.
