@@ -230,7 +230,6 @@ def test_with_debug_the_traceback_is_shown(state: Path, monkeypatch: pytest.Monk
         ("cuda:x", "GPU"),
         ("meta", ""),
         ("xla", "no device has this name"),
-        ("", "no device has this name"),
     ],
 )
 def test_a_device_that_is_not_there_is_one_honest_line(

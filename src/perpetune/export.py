@@ -14,6 +14,7 @@ import math
 import os
 import re
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.resources import as_file, files
@@ -31,6 +32,7 @@ from perpetune.heads.base import Head
 from perpetune.methods.base import Method
 from perpetune.models.backbone import Backbone
 from perpetune.models.families import LinearLike, widths
+from perpetune.models.loaders.causal_lm import gguf_origin
 from perpetune.models.loaders.packaged import PACKAGED
 from perpetune.pets.base import PET, Place, inject, pets, slots, submodule, walk
 from perpetune.pets.lora import LoRA
@@ -152,7 +154,7 @@ def _config(backbone: Backbone, adapters: Mapping[str, LoRA]) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if backbone.takes == "texts" else None,
-        "base_model_name_or_path": backbone.spec.removeprefix("hf:").removeprefix("folder:"),
+        "base_model_name_or_path": _base(backbone),
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
@@ -169,6 +171,24 @@ def _config(backbone: Backbone, adapters: Mapping[str, LoRA]) -> dict[str, Any]:
         "use_dora": False,
         "modules_to_save": None,
     }
+
+
+def _base(backbone: Backbone) -> str | None:
+    """The model that PEFT can open: the one in the recipe, or the one that a GGUF file was made from.
+
+    None if a GGUF file does not say it; then a warning says which model to give.
+    """
+    base = backbone.spec.removeprefix("hf:").removeprefix("folder:")
+    if not base.lower().endswith(".gguf"):
+        return base
+    origin = gguf_origin(base)
+    if origin is None:
+        warnings.warn(
+            f"PEFT cannot open {Path(base).name}, and the file does not say which model it was made from: load that "
+            "model with transformers and give it to `PeftModel.from_pretrained(model, FOLDER)`",
+            stacklevel=2,
+        )
+    return origin
 
 
 def _target_modules(net: nn.Module, paths: list[str]) -> list[str] | str:
