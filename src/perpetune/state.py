@@ -136,7 +136,7 @@ class State:
         self.log("relocated", **({"model": spec} if spec else {}), **({"data": list(data)} if data else {}))
 
     def moved(self) -> list[tuple[str, str]]:
-        """The beginnings of paths of tasks' data that have changed, as they were and as they are, in the order of time."""
+        """The beginnings of paths of tasks' data that have changed, as they were and as they are, the oldest first."""
         events = [e["data"] for e in self.journal() if e.get("event") == "relocated" and "data" in e]
         return [(str(e[0]), str(e[1])) for e in events if isinstance(e, list) and len(e) == 2]
 

@@ -37,6 +37,13 @@ class _Span:
     stop: int
 
 
+LONGEST = 10**7
+"""Characters of the longest text that a chat template may make."""
+
+REFUSED = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
+"""What a chat template may raise beside its own errors."""
+
+
 @dataclass(frozen=True)
 class _Token:
     """A token, from which to which character it goes, and whether the tokenizer has `added` it to the text."""
@@ -330,8 +337,10 @@ class TextView(View):
         told = [{"role": role, "content": content} for role, content in messages]
         try:
             text: str = self.tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=asking)
-        except (TemplateError, TypeError, ValueError) as error:
+        except (TemplateError, *REFUSED) as error:
             raise DataError(f"the model's chat template refuses the messages: {error}") from error
+        if len(text) > LONGEST:
+            raise DataError(f"the model's chat template makes {len(text)} characters of the messages")
         return text
 
     def _tokens(self, text: str, prompt: str | Messages) -> list[_Token]:

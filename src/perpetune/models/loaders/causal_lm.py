@@ -330,7 +330,7 @@ def _check_vocabulary(spec: str, tokenizer: Any, rows: int) -> None:
     if tokenizer.chat_template:
         with contextlib.suppress(Exception):  # a template that fails is named when it is given messages
             messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
-            text = tokenizer.apply_chat_template(messages, tokenize=False)
+            text = tokenizer.apply_chat_template(messages, tokenize=False)[:100_000]
             used |= set(tokenizer(text, add_special_tokens=False)["input_ids"])
     lost = [token for number, token in sorted(beyond.items()) if number not in special or number in used]
     if lost:
