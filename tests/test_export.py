@@ -397,3 +397,45 @@ def test_a_language_models_lora_goes_to_peft_and_back(kind: str, dtype: Any, tmp
     back = load()
     read_peft(back, tmp_path / "theirs", "default")
     assert torch.equal(logits(back), logits(again))
+
+
+STRANGE: dict[str, tuple[dict[str, Any], str]] = {
+    "a pattern that backtracks": ({"target_modules": "(.*)*q"}, "too many repetitions"),
+    "another": ({"target_modules": "(a|b.*)+x"}, "too many repetitions"),
+    "a long one": ({"target_modules": ".*" * 30 + "!"}, "too many repetitions"),
+    "no pattern": ({"target_modules": "(q"}, "not a regular expression"),
+    "in an exception": ({"rank_pattern": {"(.+)+$": 2}}, "too many repetitions"),
+    "no numbers": ({"alpha_pattern": {"q": "x"}}, "alpha_pattern"),
+    "a list": ({"rank_pattern": [1]}, "rank_pattern"),
+    "not finite": ({"alpha_pattern": {"q": float("inf")}}, "alpha_pattern"),
+    "dropout": ({"lora_dropout": "much"}, "lora_dropout"),
+    "dropout of all": ({"lora_dropout": 1}, "lora_dropout"),
+    "names": ({"target_modules": [1, 2]}, "target_modules"),
+    "excluded": ({"exclude_modules": {"a": 1}}, "exclude_modules"),
+    "a rank that no model has": ({"r": 10**12}, "LoRA matrix has shape"),
+}
+
+
+@pytest.mark.parametrize("case", STRANGE)
+@pytest.mark.timeout(60)
+def test_a_config_of_a_stranger_is_one_line(case: str, tmp_path: Path) -> None:
+    changes, says = STRANGE[case]
+    write_peft(tuned(hf_vit, ["q"]), "default", tmp_path / "out")
+    file = tmp_path / "out" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    with pytest.raises((UsageError, StateError), match=says):
+        read_peft(built(hf_vit), tmp_path / "out", "back")
+
+
+def test_a_config_that_is_nested_too_deep(tmp_path: Path) -> None:
+    write_peft(tuned(hf_vit, ["q"]), "default", tmp_path / "out")
+    (tmp_path / "out" / "adapter_config.json").write_text("[" * 200_000)
+    with pytest.raises(UsageError, match="is not JSON"):
+        read_peft(built(hf_vit), tmp_path / "out", "back")
+
+
+@pytest.mark.parametrize("pattern", [r".*\.layers\.\d+\..*\.(q_proj|v_proj)", r".*(query|value)", "a|b|c", r"(.*\.)?q"])
+def test_patterns_that_people_write_are_read(pattern: str) -> None:
+    from perpetune.export import _check_pattern
+
+    _check_pattern(Path("x"), "target_modules", pattern)

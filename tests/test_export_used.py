@@ -30,6 +30,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {
                 "size": {"height": 20, "width": 20},
                 "do_center_crop": True,
+                "rescale_factor": 0.0078,
                 "crop_size": 16,
                 "resample": 3,
                 "image_mean": [0.4, 0.5, 0.6],

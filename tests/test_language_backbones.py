@@ -592,3 +592,45 @@ def test_a_gguf_file_on_the_hub() -> None:
         causal_lm.gguf_source("hf:b/d.gguf", "b/d.gguf", hub=True)
     with pytest.raises(UsageError, match=r"hf:a/b/c.gguf: .* neither the hub nor its cache has it"):
         load_backbone("hf:a/b/c.gguf")
+
+
+@pytest.mark.parametrize(
+    ("said", "base"),
+    [
+        ({}, None),
+        ({"general.source.huggingface.repository": "owner/model"}, "owner/model"),
+        ({"general.source.url": "https://huggingface.co/owner/model"}, "owner/model"),
+        ({"general.source.url": "https://example.org/owner/model"}, None),
+        ({"general.url": "https://huggingface.co/owner/model-GGUF"}, None),
+        ({"general.base_model.0.repo_url": "https://huggingface.co/o/m"}, "o/m"),
+    ],
+)
+def test_the_adapter_of_a_gguf_model_names_a_base_that_peft_can_open(
+    said: dict[str, str], base: str | None, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    from perpetune.export import write_peft
+    from perpetune.models.loaders.causal_lm import gguf_origin
+
+    gguf = pytest.importorskip("gguf")
+    written = gguf.GGUFWriter.write_header_to_file
+
+    def more(writer: Any, *args: Any, **options: Any) -> None:
+        for key, value in said.items():
+            writer.add_string(key, value)
+        if "general.base_model.0.repo_url" in said:
+            writer.add_uint32("general.base_model.count", 1)
+        written(writer, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf.GGUFWriter, "write_header_to_file", more)
+        file = gguf_of(folders["llama"], tmp_path / "model.gguf")
+    assert gguf_origin(str(file)) == base
+    backbone = load_backbone(f"hf:{file}")
+    inject(backbone.net, places(backbone.net, ["q"]), lambda p: LoRA(p, generator(p.path), rank=2))
+    if base is None:
+        with pytest.warns(UserWarning, match="the file does not say which model it was made from"):
+            write_peft(backbone, "default", tmp_path / "out")
+    else:
+        write_peft(backbone, "default", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == base

@@ -167,3 +167,20 @@ def test_too_little_memory_is_not_taken_for_a_misfit(tmp_path: Path, monkeypatch
     with pytest.raises(torch.OutOfMemoryError):
         backbone.check()
     assert issubclass(UsageError, PerpetuneError)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 1 / 0 }}", "{% for i in range(10**9) %}a{% endfor %}", "{{ messages[99]['content'] }}", "{{ none.x.y }}",
+        "{% for m in messages %}{{ m['content'] }}{{ 'a' * 200000000 }}{% endfor %}", "{% if %}",
+    ],
+)  # fmt: skip
+def test_a_chat_template_of_a_stranger(template: str, tmp_path: Path) -> None:
+    folder = tiny_language_model(tmp_path / "lm")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    view = load_backbone(f"folder:{folder}").preprocess
+    with pytest.raises(DataError, match="the model's chat template"):
+        view.sequence(Text((("user", "a"),), "b"))  # type: ignore[attr-defined]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import picture_folder, recipe, vit_folder
 
 from perpetune import Learner, cli
@@ -214,3 +215,32 @@ def test_with_debug_the_traceback_is_shown(state: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(Learner, "load", fail)
     with pytest.raises(TypeError):
         call(["evaluate", str(state)])
+
+
+# -- devices ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "says"),
+    [
+        ("mps", "mps is the GPU of a Mac with Apple silicon"),
+        ("cuda", "there is no NVIDIA GPU here"),
+        ("cuda:7", "GPU"),
+        ("gpu", "no device has this name; auto, cpu, cuda, cuda:1 or mps is expected"),
+        ("cuda:x", "GPU"),
+        ("meta", ""),
+        ("xla", "no device has this name"),
+    ],
+)
+def test_a_device_that_is_not_there_is_one_honest_line(
+    device: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if (device == "mps" and torch.backends.mps.is_available()) or (device == "cuda" and torch.cuda.is_available()):
+        pytest.skip("it is there")
+    assert call(["init", str(tmp_path / "n"), "--device", device]) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1
+    assert f"run.device {device!r} cannot be used here: " in err
+    assert says in err
+    assert err.endswith("; `auto` picks one\n")
+    assert not (tmp_path / "n").exists()

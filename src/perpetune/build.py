@@ -144,6 +144,20 @@ def build_data(recipe: Recipe, view: View) -> Stream:
     return build_stream(source, recipe.stream, view, seed=recipe.seed)
 
 
+def _why(device: str, reason: str) -> str:
+    """Why a device cannot be used, in words for users: torch's own reasons speak of how it was built."""
+    kind = device.partition(":")[0]
+    if kind == "mps":
+        reason = "mps is the GPU of a Mac with Apple silicon, and this machine or this build of torch has none"
+    elif kind == "cuda" and not torch.cuda.is_available():
+        reason = "there is no NVIDIA GPU here that torch can use"
+    elif kind == "cuda":
+        reason = f"this machine has {torch.cuda.device_count()} GPU(s), counted from cuda:0"
+    elif kind not in ("cpu", "xpu", "meta", "auto"):
+        reason = "no device has this name; auto, cpu, cuda, cuda:1 or mps is expected"
+    return f"{reason}; `auto` picks one"
+
+
 def build_runtime(recipe: Recipe) -> Runtime:
     """The runtime with device, precision, processes and threads. It has no checkpoints and shows no progress yet."""
     section = recipe.run
@@ -154,7 +168,7 @@ def build_runtime(recipe: Recipe) -> Runtime:
         torch.empty(0, device=device).cpu()  # fails on the device `meta`, which holds no values
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UsageError(f"run.device {section.device!r} cannot be used here: {reason}; `auto` picks one") from None
+        raise UsageError(f"run.device {section.device!r} cannot be used here: {_why(section.device, reason)}") from None
     runtime = Runtime(recipe.seed, device, section.precision, section.workers)
     try:
         given = runtime.accelerator.device

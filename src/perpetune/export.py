@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import math
 import os
 import re
 import shutil
+import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.resources import as_file, files
@@ -31,9 +34,12 @@ from perpetune.heads.base import Head
 from perpetune.methods.base import Method
 from perpetune.models.backbone import Backbone
 from perpetune.models.families import LinearLike, widths
+from perpetune.models.loaders.causal_lm import gguf_origin
 from perpetune.models.loaders.packaged import PACKAGED
 from perpetune.pets.base import PET, Place, inject, pets, slots, submodule, walk
 from perpetune.pets.lora import LoRA
+
+sre: Any = importlib.import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -152,7 +158,7 @@ def _config(backbone: Backbone, adapters: Mapping[str, LoRA]) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if backbone.takes == "texts" else None,
-        "base_model_name_or_path": backbone.spec.removeprefix("hf:").removeprefix("folder:"),
+        "base_model_name_or_path": _base(backbone),
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
@@ -169,6 +175,24 @@ def _config(backbone: Backbone, adapters: Mapping[str, LoRA]) -> dict[str, Any]:
         "use_dora": False,
         "modules_to_save": None,
     }
+
+
+def _base(backbone: Backbone) -> str | None:
+    """The model that PEFT can open: the one in the recipe, or the one that a GGUF file was made from.
+
+    None if a GGUF file does not say it; then a warning says which model to give.
+    """
+    base = backbone.spec.removeprefix("hf:").removeprefix("folder:")
+    if not base.lower().endswith(".gguf"):
+        return base
+    origin = gguf_origin(base)
+    if origin is None:
+        warnings.warn(
+            f"PEFT cannot open {Path(base).name}, and the file does not say which model it was made from: load that "
+            "model with transformers and give it to `PeftModel.from_pretrained(model, FOLDER)`",
+            stacklevel=2,
+        )
+    return origin
 
 
 def _target_modules(net: nn.Module, paths: list[str]) -> list[str] | str:
@@ -201,7 +225,7 @@ def _read_config(file: Path) -> dict[str, Any]:
     """The adapter's configuration; UsageError if it is not plain LoRA."""
     try:
         config = json.loads(file.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{file} is not JSON: {error}") from error
     kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
     if kind != "LORA":
@@ -220,7 +244,51 @@ def _read_config(file: Path) -> dict[str, Any]:
             raise UsageError(f"{file}: {key} is {config.get(key)!r}; expected a number above 0")
     if not isinstance(config.get("target_modules"), str | list):
         raise UsageError(f"{file}: target_modules is {config.get('target_modules')!r}; expected names of modules")
+    dropout = config.get("lora_dropout") or 0.0
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise UsageError(f"{file}: lora_dropout is {dropout!r}; expected a number from 0 to below 1")
+    for key in ("rank_pattern", "alpha_pattern"):
+        values = config.get(key) or {}
+        numbers = isinstance(values, dict) and all(isinstance(v, int | float) and v > 0 for v in values.values())
+        if not numbers or not all(map(math.isfinite, values.values())):
+            raise UsageError(f"{file}: {key} is {values!r}; expected numbers above 0 by name of a module")
+        for pattern in values:
+            _check_pattern(file, key, pattern)
+    for key in ("target_modules", "exclude_modules"):
+        names = config.get(key) or []
+        if isinstance(names, str):
+            _check_pattern(file, key, names)
+        elif not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UsageError(f"{file}: {key} is {names!r}; expected names of modules, or one pattern")
     return dict(config)
+
+
+REPEATS = 4
+"""Unbounded repetitions, such as `.*`, that a pattern may have. Each multiplies the time by the length of a path."""
+
+
+def _check_pattern(file: Path, key: str, pattern: str) -> None:
+    """Raise UsageError if a regular expression of a stranger is none, or if its search may take for ever."""
+    try:
+        tree = sre.parse(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise UsageError(f"{file}: {key} is not a regular expression: {error}") from error
+
+    def repeats(part: Any, inside: bool) -> int:
+        """How many unbounded repetitions there are; one inside another counts as too many."""
+        if isinstance(part, sre.SubPattern):
+            return sum(repeats(item, inside) for item in part)
+        if not isinstance(part, tuple | list):
+            return 0
+        if len(part) == 2 and str(part[0]) in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"):
+            _, most, inner = part[1]
+            unbounded = int(most) > 100
+            own = (REPEATS + 1 if inside else 1) if unbounded else 0
+            return own + repeats(inner, inside or unbounded)
+        return sum(repeats(item, inside) for item in part)
+
+    if repeats(tree, False) > REPEATS:
+        raise UsageError(f"{file}: {key} has too many repetitions (more than {REPEATS}, or one inside another)")
 
 
 def _targets(net: nn.Module, config: Mapping[str, Any]) -> dict[str, Place]:

@@ -31,7 +31,7 @@ from perpetune.recipe import Recipe, load_recipe, make_recipe
 from perpetune.results import read_results, versions
 from perpetune.run import run
 from perpetune.runtime import Progress, Runtime, Silent
-from perpetune.sequence import STREAM, Data, TaskSequence
+from perpetune.sequence import STREAM, Data, TaskSequence, moved
 from perpetune.snapshot import restore, snapshot
 from perpetune.state import START, State
 from perpetune.tasks import Task
@@ -134,17 +134,61 @@ class Learner:
         learner = cls.__new__(cls)
         learner._temporary = None
         learner.state = State(Path(folder))
-        learner._build(learner.state.recipe, progress, device)
+        try:
+            learner._build(learner.state.recipe, progress, device)
+        except UsageError as error:
+            prefix, _, place = learner.state.recipe.backbone.name.partition(":")
+            if prefix not in ("folder", "hf") or not Path(place).is_absolute() or Path(place).exists():
+                raise
+            cure = f"if the model lies elsewhere now, say where: `perpetune relocate {folder} --model {prefix}:PATH`"
+            raise UsageError(f"{error}; {cure}") from error
         known, here = learner.state.backbone["fingerprint"], learner._fingerprint
         if known != here:
             raise StateError(
                 f"{folder} was made with other weights of {learner.recipe.backbone.name} (their fingerprint is "
                 f"{known[:12]}, here it is {here[:12]}): restore the checkpoint that it was made with"
             )
-        if learner.method.model.view.dated:
-            learner.method.model.view.today = learner.state.begun
+        learner._tasks.moved = learner.state.moved()
         learner._reload()
         return learner
+
+    @staticmethod
+    def relocate(folder: str | Path, *, model: str | None = None, data: tuple[str, str] | None = None) -> None:
+        """Tell a state that its model, or data of its tasks, lie elsewhere now. Nothing that was learned changes.
+
+        Args:
+            folder: the state folder.
+            model: the new name of the backbone, such as `folder:/models/vit`.
+            data: a folder or file in which data of tasks were, and the place that they have now.
+
+        Raises:
+            UsageError: neither is given, or there is nothing at the new place.
+            StateError: the weights of the model are not those that the state was made with.
+        """
+        state, spec = State(Path(folder)), None
+        if model is None and data is None:
+            raise UsageError("relocate: say what lies elsewhere now: model, data, or both")
+        content = state.recipe.model_dump(mode="json")
+        if data is not None:
+            old, new = (str(Path(place).expanduser().absolute()) for place in data)
+            if not Path(new).exists():
+                raise UsageError(f"{new}: no such file or folder, so no data can have moved there")
+            data = old, new
+            for key in ("data", "exams"):
+                content[key] = moved(content[key], [data])
+        if model is not None:
+            content["backbone"]["name"] = model
+        recipe = make_recipe(content).anchored()
+        if model is not None:
+            backbone = build_backbone(recipe)
+            spec, known, here = backbone.spec, state.backbone["fingerprint"], backbone.fingerprint()
+            if known != here:
+                raise StateError(
+                    f"{model} has other weights than the model that {folder} was made with (their fingerprint is "
+                    f"{known[:12]}, here it is {here[:12]}): nothing was changed"
+                )
+        with state.writing():
+            state.relocate(recipe if recipe != state.recipe else None, spec, data)
 
     def _build(self, recipe: Recipe, progress: Progress | None, device: str | None = None) -> None:
         self.recipe = recipe

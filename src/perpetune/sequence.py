@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -167,7 +168,7 @@ class TaskSequence:
             return self._tasks[index]
         if index not in self._tests:
             document = committed.json("task.json")
-            origin = document["from"]
+            origin = moved(document["from"], self.moved)
             if origin != STREAM and not origin.get("name"):
                 self.runtime.progress.note(f"task {committed.name} is not evaluated, it was given as a Python object")
                 return None
@@ -184,17 +185,16 @@ class TaskSequence:
                     return None
                 found = self._checked(found, document["classes"])
             except (DataError, UsageError) as error:
-                self.runtime.progress.note(f"task {committed.name} is not evaluated, its data are gone: {error}")
+                self.runtime.progress.note(
+                    f"task {committed.name} is not evaluated, its data are gone: {error}; if they "
+                    "lie elsewhere now, say where: `perpetune relocate STATE --data OLD=NEW`"
+                )
                 return None
             self._tests[index] = dataclasses.replace(self._as_task(found), name=committed.name)
         return self._tests[index]
 
-    def _again(self, document: dict[str, Any], committed: Sequence[Committed]) -> list[str]:
-        """A warning where the same data were learned before."""
-        same = [c.name for c in committed if c.json("task.json")["fingerprint"] == document["fingerprint"]]
-        if not same or document["from"] == {"name": None}:  # of a Python object only the targets are known
-            return []
-        return [f"the same data were learned before, as task {several(same)}; they are learned again"]
+    moved: Sequence[tuple[str, str]] = ()
+    """Beginnings of paths of tasks' data that have changed since they were learned, as they were and as they are."""
 
     def _leaks(self, task: Task, others: Sequence[Task]) -> list[str]:
         """A warning where examples that `task` trains on are among the test examples of the others."""
@@ -258,6 +258,18 @@ class TaskSequence:
     def _as_task(self, data: TaskData) -> Task:
         sets = (data.train, data.validation, data.test)
         return Task(data.index, data.name, data.classes, *sets, score=data.score, runtime=self.runtime)
+
+
+def moved(value: Any, changes: Sequence[tuple[str, str]]) -> Any:
+    """A data section, or any part of one, with each path that begins with an old place put into the new one."""
+    if isinstance(value, dict):
+        return {key: moved(part, changes) for key, part in value.items()}
+    if isinstance(value, list):
+        return [moved(part, changes) for part in value]
+    for old, new in changes if isinstance(value, str) else ():
+        if value == old or value.startswith(old.rstrip("/\\") + os.sep):
+            value = new + value[len(old) :]
+    return value
 
 
 def _document(

@@ -120,26 +120,25 @@ class State:
         except (OSError, ValueError, KeyError, TypeError):
             raise StateError(f"{self.folder / 'backbone.json'} is missing or torn: restore it from a backup") from None
 
-    @property
-    def begun(self) -> date | None:
-        """The day on which the state was made, for what says which day it is; None where nothing says it.
+    def relocate(self, recipe: Recipe | None, spec: str | None, data: tuple[str, str] | None) -> None:
+        """Store that the model or data lie elsewhere now. Hold `writing` around it; nothing that was learned changes.
 
-        States of earlier versions do not have it; then it is the day of their journal's first line.
-
-        Raises:
-            StateError: `backbone.json` holds something else.
+        Args:
+            recipe: the recipe with the new places; None keeps it.
+            spec: the new name of the backbone; None keeps it.
+            data: the beginning of paths of tasks' data as it was, and as it is now.
         """
-        told = self.backbone.get("date")
-        try:
-            if told is not None:
-                return date.fromisoformat(told)
-        except (TypeError, ValueError):
-            raise StateError(
-                f"{self.folder / 'backbone.json'}: date is {told!r}, and no day such as 2026-01-31: restore it from a "
-                "backup"
-            ) from None
-        journal = self.journal()
-        return datetime.fromisoformat(journal[0]["time"]).date() if journal else None
+        if recipe is not None:
+            write_file(self.folder / "recipe.yaml", recipe.to_yaml().encode())
+            self.recipe = recipe
+        if spec is not None:
+            write_file(self.folder / "backbone.json", to_json({**self.backbone, "spec": spec}))
+        self.log("relocated", **({"model": spec} if spec else {}), **({"data": list(data)} if data else {}))
+
+    def moved(self) -> list[tuple[str, str]]:
+        """The beginnings of paths of tasks' data that have changed, as they were and as they are, the oldest first."""
+        events = [e["data"] for e in self.journal() if e.get("event") == "relocated" and "data" in e]
+        return [(str(e[0]), str(e[1])) for e in events if isinstance(e, list) and len(e) == 2]
 
     # -- committed tasks ------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""The verbs that change what was learned: run, init, update, resume, rollback."""
+"""The verbs that change a state: run, init, update, resume, rollback, relocate."""
 
 from __future__ import annotations
 
@@ -275,6 +275,24 @@ def rollback(
         print(f"{message}; {state} has {', '.join(kept) or 'no learned tasks'}")
 
 
+def relocate(
+    state: StateFolder,
+    model: Annotated[str | None, typer.Option(help="Where the model is now: folder:PATH, hf:ID_OR_FOLDER, …")] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="OLD=NEW", help="A folder or file of tasks' data, and where it is now.")
+    ] = None,
+) -> None:
+    """Tell a state that its model or its data lie elsewhere now. The fingerprint makes sure that they are the same."""
+    from perpetune.learner import Learner
+
+    old, equals, new = (data or "").partition("=")
+    if data is not None and not (old and equals and new):
+        raise UsageError(f"--data {data!r}: the old place and the new one are expected, as OLD=NEW")
+    Learner.relocate(state, model=model, data=(old, new) if data is not None else None)
+    places = [f"its model is {model}"] * (model is not None) + [f"data of {old} are in {new}"] * (data is not None)
+    print(f"{state}: {', '.join(places)}")
+
+
 def _free(folder: Path) -> Path:
     """`folder`, or the first of `folder-2`, `folder-3`, … that does not exist."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -310,4 +328,4 @@ def _finish(learner: Any, results: dict[str, Any], json: bool) -> None:
         print(f"report: {folder / 'report.html'}")
 
 
-VERBS = (run, init, update, resume, rollback)
+VERBS = (run, init, update, resume, rollback, relocate)

@@ -34,8 +34,9 @@ class PictureView(View):
         size: the side of the square input, in pixels.
         mean, std: values for each channel, for pixels in [0, 1]. The model applies them on its device.
         interpolation: the resampling filter.
-        crop: the share of the picture's shorter side that the centre crop keeps; None squeezes the whole picture into
-            the square.
+        crop: share of the resized picture that the centre crop keeps; None squeezes the whole
+            picture into the square without a crop.
+        squeeze: the crop keeps that share of each side, and squeezes it into the square; else the crop is a square.
     """
 
     takes = "pictures"
@@ -47,6 +48,7 @@ class PictureView(View):
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     interpolation: Interpolation = "bicubic"
     crop: float | None = None
+    squeeze: bool = False
 
     def __call__(self, image: Image, augment: Augment = "none", seed: int | None = None) -> Tensor:
         """An RGB picture as uint8 `(3, size, size)`; with a `seed`, augmented at random."""
@@ -56,7 +58,9 @@ class PictureView(View):
         elif self.crop is None:
             image = image.resize((self.size, self.size), self._filter)
         else:
-            image = image.resize((self.size, self.size), self._filter, box=centre_box(*image.size, self.crop))
+            image = image.resize(
+                (self.size, self.size), self._filter, box=centre_box(*image.size, self.crop, self.squeeze)
+            )
         pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
         if rng is not None and "flip" in augment and rng.random() < 0.5:
             pixels = pixels.flip(2)
@@ -167,8 +171,11 @@ class PictureSet(TableSet):
         return PictureSet(self.table, rows, classes, self.view, self.augment)
 
 
-def centre_box(width: int, height: int, crop: float) -> tuple[float, float, float, float]:
-    """The centred square whose side is `crop` of the shorter side."""
+def centre_box(width: int, height: int, crop: float, squeeze: bool = False) -> tuple[float, float, float, float]:
+    """The centred square whose side is `crop` of the shorter side; with `squeeze`, `crop` of each side."""
+    if squeeze:
+        left, top = (1 - crop) / 2 * width, (1 - crop) / 2 * height
+        return left, top, width - left, height - top
     side = crop * min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
     return left, top, left + side, top + side

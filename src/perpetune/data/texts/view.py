@@ -44,6 +44,13 @@ class _Span:
     stop: int
 
 
+LONGEST = 10**7
+"""Characters of the longest text that a chat template may make."""
+
+REFUSED = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
+"""What a chat template may raise beside its own errors."""
+
+
 @dataclass(frozen=True)
 class _Token:
     """A token, its first character, the character after its end, and whether the tokenizer `added` it to the text."""
@@ -438,9 +445,11 @@ class TextView(View):
         if "developer" not in str(self.tokenizer.chat_template):  # the newer name of the system
             told = [{**message, "role": "system"} if message["role"] == "developer" else message for message in told]
         try:
-            text: str = self.tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=asking, **more)
-        except (TemplateError, TypeError, ValueError) as error:
+            text: str = self.tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=asking)
+        except (TemplateError, *REFUSED) as error:
             raise DataError(f"the model's chat template refuses the messages: {error}") from error
+        if len(text) > LONGEST:
+            raise DataError(f"the model's chat template makes {len(text)} characters of the messages")
         return text
 
     def _of_today(self, template: str) -> str:

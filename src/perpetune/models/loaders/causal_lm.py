@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -80,6 +81,31 @@ def gguf_source(spec: str, rest: str, *, hub: bool) -> Source:
     beside = [p.name for p in path.parent.glob(f"*{GGUF}")] if path.parent.is_dir() else []
     also = "; on the hub it is OWNER/NAME/FILE.gguf" if hub else ""
     raise UsageError(f"{spec}: there is no such file; in {path.parent}: {closest(path.name, beside)}{also}")
+
+
+def gguf_origin(file: str) -> str | None:
+    """The id on the hub of the model that a local GGUF file was made from; None if the file does not say it.
+
+    https://github.com/ggml-org/ggml/blob/master/docs/gguf.md: `general.source.huggingface.repository`, the URL of the
+    source or of the repository, or the one base model.
+    """
+    from gguf import GGUFReader
+
+    path = Path(file).expanduser()
+    if not path.is_file():
+        return None
+    fields = GGUFReader(path).fields
+    keys = ["general.source.huggingface.repository", "general.source.repo_url", "general.source.url"]
+    keys += ["general.repo_url", "general.url"]
+    many = fields.get("general.base_model.count")
+    if many is not None and int(many.contents()) == 1:
+        keys.append("general.base_model.0.repo_url")
+    for key in keys:
+        value = str(fields[key].contents()) if key in fields else ""
+        found = re.fullmatch(r"(?:https?://huggingface\.co/)?([\w.-]+/[\w.-]+?)/?", value)
+        if found and not found[1].lower().endswith("gguf"):
+            return found[1]
+    return None
 
 
 def is_causal(config: Any) -> bool:
@@ -304,7 +330,7 @@ def _check_vocabulary(spec: str, tokenizer: Any, rows: int) -> None:
     if tokenizer.chat_template:
         with contextlib.suppress(Exception):  # a template that fails is named when it is given messages
             messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
-            text = tokenizer.apply_chat_template(messages, tokenize=False)
+            text = tokenizer.apply_chat_template(messages, tokenize=False)[:100_000]
             used |= set(tokenizer(text, add_special_tokens=False)["input_ids"])
     lost = [token for number, token in sorted(beyond.items()) if number not in special or number in used]
     if lost:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -152,12 +153,18 @@ def _wrap(timm: ModuleType, spec: str, net: Any, image_size: int | None) -> Back
     channels = config["input_size"][0]
     if channels != 3:
         raise UsageError(f"{spec}: it takes pictures of {channels} channel(s), and perpetune gives it 3 (RGB)")
+    squash = config["crop_mode"] == "squash"
+    if config["crop_mode"] == "border":
+        warnings.warn(
+            f"{spec}: timm pads its pictures to a square; here the centred square is cut out of them", stacklevel=2
+        )
     preprocess = PictureView(
         size=image_size or config["input_size"][-1],
         mean=triple(spec, config["mean"]),
         std=triple(spec, config["std"]),
         interpolation=FILTERS.get(config["interpolation"], "bilinear"),  # timm's `random` has no fixed filter
-        crop=None if config["crop_mode"] == "squash" else config["crop_pct"],
+        crop=None if squash and config["crop_pct"] >= 1 else config["crop_pct"],
+        squeeze=squash and config["crop_pct"] < 1,
     )
     return Backbone(
         net.float(),

@@ -133,21 +133,50 @@ def _preprocess(spec: str, source: str, config: Any, image_size: int | None) -> 
         given = json.loads(path.read_bytes())
     except ValueError as error:
         raise UsageError(f"{spec}: {PREPROCESSOR} is not valid JSON: {error}") from error
-    side, crop = _side(spec, given.get("size", config.image_size)), None
+    if not isinstance(given, dict):
+        raise UsageError(f"{spec}: {PREPROCESSOR} holds a {type(given).__name__}; an object is expected")
+    size = given.get("size", config.image_size)
+    side, crop, squeeze = _side(spec, size), None, False
     if given.get("do_center_crop"):
         side, whole = _side(spec, given.get("crop_size", side)), side
         crop = min(1.0, side / whole)
+        squeeze = isinstance(size, dict) and "height" in size  # resized to a square before the crop
+        crop, squeeze = (None, False) if squeeze and crop == 1.0 else (crop, squeeze)
+    if given.get("do_resize", True) is False:
+        warnings.warn(
+            f"{spec}: {PREPROCESSOR} says do_resize: false. Pictures are resized to {image_size or side} pixels all "
+            "the same, because all pictures of a batch have one size",
+            stacklevel=2,
+        )
     resample = given.get("resample", 2)
     if resample not in FILTERS:
         raise UsageError(f"{spec}: resample {resample!r} in {PREPROCESSOR}; one of {FILTERS} is expected")
     normalise = given.get("do_normalize", True)
+    mean = triple(spec, given.get("image_mean", (0.5, 0.5, 0.5)) if normalise else (0.0, 0.0, 0.0))
+    std = triple(spec, given.get("image_std", (0.5, 0.5, 0.5)) if normalise else (1.0, 1.0, 1.0))
+    scale = _scale(spec, given)
+    if scale != 1.0:  # the view divides by 255: (scale x − mean) / std = (x − mean / scale) / (std / scale)
+        mean, std = (triple(spec, [value / scale for value in values]) for values in (mean, std))
+    if not all(value > 0 for value in std):
+        raise UsageError(f"{spec}: {PREPROCESSOR} gives {std} as std; numbers above 0 are needed")
     return PictureView(
         size=image_size or side,
-        mean=triple(spec, given.get("image_mean", (0.5, 0.5, 0.5)) if normalise else (0.0, 0.0, 0.0)),
-        std=triple(spec, given.get("image_std", (0.5, 0.5, 0.5)) if normalise else (1.0, 1.0, 1.0)),
+        mean=mean,
+        std=std,
         interpolation=FILTERS[resample],
         crop=crop,
+        squeeze=squeeze,
     )
+
+
+def _scale(spec: str, given: dict[str, Any]) -> float:
+    """By which pixels from 0 to 1 are multiplied before mean and std: 1 unless the file says something unusual."""
+    if given.get("do_rescale", True) is False:
+        return 255.0
+    factor = given.get("rescale_factor", 1 / 255)
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor <= 255:
+        raise UsageError(f"{spec}: rescale_factor {factor!r} in {PREPROCESSOR}; a number above 0 is expected")
+    return 1.0 if abs(255 * factor - 1) < 1e-4 else 255.0 * factor
 
 
 def _side(spec: str, size: Any) -> int:
