@@ -115,12 +115,12 @@ def recipe_is_empty(p: Place) -> list[str]:
     return ["run", p.text("# nothing yet\n")]
 
 
-@case(2, "my.yaml", "line 1", "'seed' stands twice")
+@case(2, "my.yaml", "line 3", "'seed' stands twice")
 def recipe_with_a_key_twice(p: Place) -> list[str]:
     return ["run", p.text("seed: 1\nname: a\nseed: 2\n")]
 
 
-@case(2, "my.yaml", "not YAML", "recursion")
+@case(2, "my.yaml", "not YAML", "64 deep")
 def recipe_is_endless(p: Place) -> list[str]:
     return ["run", p.text("[" * 5000)]
 

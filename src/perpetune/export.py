@@ -30,6 +30,7 @@ from perpetune.models.backbone import Backbone
 from perpetune.models.families import LinearLike, widths
 from perpetune.pets.base import PET, Place, inject, pets, slots, submodule, walk
 from perpetune.pets.lora import LoRA
+from perpetune.plain import Malformed, read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -196,8 +197,10 @@ def _adapter_folder(folder: Path, name: str) -> Path:
 def _read_config(file: Path) -> dict[str, Any]:
     """The adapter's configuration; UsageError if it is not plain LoRA."""
     try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
+        config = read_json(file)
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error.strerror}") from error
+    except Malformed as error:
         raise UsageError(f"{file} is not JSON: {error}") from error
     kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
     if kind != "LORA":

@@ -9,6 +9,7 @@ from typing import Any, TextIO
 
 from perpetune.data.names import natural, printable, several
 from perpetune.errors import DataError
+from perpetune.plain import Malformed, parse_json
 
 
 def read_rows(path: str) -> list[tuple[str, dict[str, Any]]]:
@@ -70,8 +71,8 @@ def _jsonl(file: TextIO, here: str) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line)
+        except Malformed as error:
             raise DataError(f"{here} line {number}: not JSON: {error}") from error
         if not isinstance(row, dict):
             raise DataError(f'{here} line {number}: expected an object such as {{"path": "a.png", "label": "cat"}}')

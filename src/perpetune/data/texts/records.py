@@ -10,6 +10,7 @@ from typing import Any
 from perpetune.data.names import printable
 from perpetune.data.parquet import read_columns, read_schema
 from perpetune.errors import DataError
+from perpetune.plain import DECODER, Malformed, check_depth, parse_json
 
 LINES = (".jsonl", ".ndjson")
 SUFFIXES = (*LINES, ".json", ".parquet")
@@ -66,10 +67,10 @@ def _lines(content: bytes, here: str) -> Iterator[Record]:
             continue
         at = f"{here} line {number}"
         try:
-            value = json.loads(line.decode())
+            value = parse_json(line.decode())
         except UnicodeDecodeError as error:
             yield Record(at, {}, f"not UTF-8 text (byte {error.start})", line)
-        except (ValueError, RecursionError) as error:
+        except Malformed as error:
             yield Record(at, {}, f"not JSON: {error}", line)
         else:
             yield _record(at, value)
@@ -81,7 +82,7 @@ def _items(content: bytes, here: str) -> Iterator[Record]:
         text = content.decode()
     except UnicodeDecodeError as error:
         raise DataError(f"{here}: not UTF-8 text (byte {error.start})") from error
-    decoder, number, place = json.JSONDecoder(), 0, _after_space(text, 0)
+    number, place = 0, _after_space(text, 0)
     if not text[place:]:
         return
     if text[place] != "[":
@@ -93,7 +94,9 @@ def _items(content: bytes, here: str) -> Iterator[Record]:
     while after != "]":
         number += 1
         try:
-            value, place = decoder.raw_decode(text, place)
+            began = place
+            value, place = DECODER.raw_decode(text, place)
+            check_depth(text[began:place])
         except (ValueError, RecursionError) as error:
             raise DataError(f"{here} item {number}: not JSON: {error}") from error
         yield _record(f"{here} item {number}", value)
