@@ -20,6 +20,7 @@ import functools
 import gc
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -105,6 +106,7 @@ class Moments:
         self, line: str, instead: Callable[[], object] | None = None, undo: Callable[[], object] | None = None
     ) -> None:
         """`instead` is what is still done before dying here, and is not done otherwise; `undo` takes it back."""
+        line = re.sub(r"\.[0-9a-f]{16}(?=\.(tmp|gone))", "", line)  # the part of a temporary name that nobody can guess
         os.write(self.record, f"{line}\n".encode())
         for death in self.deaths:
             if fnmatch.fnmatchcase(line, death.pattern):

@@ -675,6 +675,7 @@ def rewrite(folder: Path, name: str, change: Callable[[bytes], bytes]) -> None:
     files = read_folder(folder)
     shutil.rmtree(folder)
     write_folder(folder, {**files, name: change(files[name])})
+    seal(folder.parent.parent)
 
 
 def last_task(state: Path) -> Path:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,6 +136,8 @@ class Learner:
                 f"{known[:12]}, here it is {here[:12]}): restore the checkpoint that it was made with"
             )
         learner._reload()
+        if (line := learner.state.unchecked()) and learner.runtime.rank == 0:
+            warnings.warn(line, stacklevel=2)
         return learner
 
     def _build(self, recipe: Recipe, progress: Progress | None, device: str | None = None) -> None:

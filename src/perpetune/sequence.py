@@ -159,7 +159,7 @@ class TaskSequence:
         if index in self._tasks:
             return self._tasks[index]
         if index not in self._tests:
-            document = committed.json("task.json")
+            document = committed.task()
             origin = document["from"]
             if origin != STREAM and not origin.get("name"):
                 self.runtime.progress.note(f"task {committed.name} is not evaluated, it was given as a Python object")
