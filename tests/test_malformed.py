@@ -15,7 +15,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load, save
-from tiny import picture_folder, recipe, vit_folder
+from tiny import picture_folder, recipe, seal, vit_folder
 
 from perpetune.cli import call
 from perpetune.files import MANIFEST, read_folder, write_folder
@@ -812,7 +812,7 @@ def state_with_extra_state_of_another_form(p: Place) -> list[str]:
     return p.predict(state)
 
 
-@case(1, "0001-fox-owl", "what a task leaves", "cells")
+@case(1, "0001-fox-owl", "cells", "cells")
 def state_with_metrics_of_another_form(p: Place) -> list[str]:
     state = p.state()
     rewrite(last_task(state), "metrics.json", lambda _: b"{}")

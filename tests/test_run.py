@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from test_faults import learned as committed_files
-from tiny import picture_folder, recipe, split_folder, vit_folder
+from tiny import picture_folder, recipe, seal, split_folder, vit_folder
 
 from perpetune.errors import Interrupted, StateError
 from perpetune.files import read_folder, to_json, write_folder
