@@ -173,9 +173,12 @@ class _Told:
 def announce(moments: Moments) -> None:
     """Make every durable step, every optimizer step and every evaluation of this process a moment."""
 
+    remove = os.unlink  # before it is a moment itself
+
     def write(path: Path, content: bytes, *, real: Any = perpetune.files._write_synced) -> None:
         moments.now(f"write before {path}")
-        moments.now(f"write half {path}", lambda: path.write_bytes(content[: len(content) // 2]))
+        half = content[: len(content) // 2]
+        moments.now(f"write half {path}", lambda: path.write_bytes(half), lambda: remove(path))
         real(path, content)
         moments.now(f"write after {path}")
 
