@@ -120,6 +120,8 @@ class Moments:
             if instead is not None:
                 instead()
             os.kill(os.getpid(), death.signum)
+            if undo is not None:  # a signal that this process outlives
+                undo()
             return
         assert death.keep is not None
         assert os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1]) == -signal.SIGKILL

@@ -284,7 +284,8 @@ class State:
 
     def unchecked(self) -> str:
         """A line about tasks whose manifest no line of the journal names, as those of older versions; else empty."""
-        names = [task.name for task in self.committed if task.manifest is None]
+        begun = self._chain().begun  # a crash came before the line of its commit; the next writer adds that
+        names = [t.name for t in self.committed if t.manifest is None and (t.index, t.name) != begun]
         if not names:
             return ""
         few = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
