@@ -13,8 +13,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import stat
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -547,6 +549,22 @@ def _lock(descriptor: int, folder: Path) -> None:
         raise StateError(f"another process is writing to {folder}: wait for it, or stop it") from None
 
 
+def interrupted(folder: Path) -> str:
+    """A task that was stopped in the middle, and where, as its checkpoints in STATE/resume say; else empty."""
+    try:
+        header = read_json(folder / "task.json")
+        name = str(header["name"])
+    except (OSError, Malformed, LookupError, TypeError):
+        return ""
+    newest, found = "", "before its first checkpoint"
+    for path in folder.glob("[!.]*"):
+        parts = re.fullmatch(r"(\d+)-(.+)-(?:step-(\d+)|finished)", path.name)
+        if parts and path.name > newest:
+            newest, step = path.name, parts[3]
+            found = f"after step {int(step)} of phase {parts[2]}" if step else f"after phase {parts[2]}"
+    return f"task {name}, stopped {found}"
+
+
 class MidTask:
     """Checkpoints inside one task, in STATE/resume/: the finished phases, and the progress of the open one.
 
@@ -580,6 +598,8 @@ class MidTask:
         check_no_link(folder)
         if not path.is_file() or self._header(path) != header:
             if writes:
+                if discarded := interrupted(folder):
+                    warnings.warn(f"discarded: {discarded}; task {task[1]} begins from its start", stacklevel=3)
                 remove_folder(folder)
                 folder.mkdir(parents=True)
                 write_file(path, to_json(header))
