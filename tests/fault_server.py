@@ -20,6 +20,7 @@ import functools
 import gc
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -105,6 +106,7 @@ class Moments:
         self, line: str, instead: Callable[[], object] | None = None, undo: Callable[[], object] | None = None
     ) -> None:
         """`instead` is what is still done before dying here, and is not done otherwise; `undo` takes it back."""
+        line = re.sub(r"\.[0-9a-f]{16}(?=\.(tmp|gone))", "", line)  # the part of a temporary name that nobody can guess
         os.write(self.record, f"{line}\n".encode())
         for death in self.deaths:
             if fnmatch.fnmatchcase(line, death.pattern):
@@ -118,6 +120,8 @@ class Moments:
             if instead is not None:
                 instead()
             os.kill(os.getpid(), death.signum)
+            if undo is not None:  # a signal that this process outlives
+                undo()
             return
         assert death.keep is not None
         assert os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1]) == -signal.SIGKILL
@@ -171,9 +175,12 @@ class _Told:
 def announce(moments: Moments) -> None:
     """Make every durable step, every optimizer step and every evaluation of this process a moment."""
 
+    remove = os.unlink  # before it is a moment itself
+
     def write(path: Path, content: bytes, *, real: Any = perpetune.files._write_synced) -> None:
         moments.now(f"write before {path}")
-        moments.now(f"write half {path}", lambda: path.write_bytes(content[: len(content) // 2]))
+        half = content[: len(content) // 2]
+        moments.now(f"write half {path}", lambda: path.write_bytes(half), lambda: remove(path))
         real(path, content)
         moments.now(f"write after {path}")
 

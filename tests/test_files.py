@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -206,7 +207,7 @@ def test_synced_before_the_rename_and_after(
     fsync, rename, replace = os.fsync, os.rename, os.replace
 
     def watched_fsync(descriptor: int) -> None:
-        done.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        done.append(re.sub(r"\.[0-9a-f]{16}(?=\.tmp)", "", os.readlink(f"/proc/self/fd/{descriptor}")))
         fsync(descriptor)
 
     def watched(move: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:

@@ -15,7 +15,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load, save
-from tiny import picture_folder, recipe, vit_folder
+from tiny import picture_folder, recipe, seal, vit_folder
 
 from perpetune.cli import call
 from perpetune.files import MANIFEST, read_folder, write_folder
@@ -115,12 +115,12 @@ def recipe_is_empty(p: Place) -> list[str]:
     return ["run", p.text("# nothing yet\n")]
 
 
-@case(2, "my.yaml", "line 1", "'seed' stands twice")
+@case(2, "my.yaml", "line 3", "'seed' stands twice")
 def recipe_with_a_key_twice(p: Place) -> list[str]:
     return ["run", p.text("seed: 1\nname: a\nseed: 2\n")]
 
 
-@case(2, "my.yaml", "not YAML", "recursion")
+@case(2, "my.yaml", "not YAML", "64 deep")
 def recipe_is_endless(p: Place) -> list[str]:
     return ["run", p.text("[" * 5000)]
 
@@ -675,6 +675,7 @@ def rewrite(folder: Path, name: str, change: Callable[[bytes], bytes]) -> None:
     files = read_folder(folder)
     shutil.rmtree(folder)
     write_folder(folder, {**files, name: change(files[name])})
+    seal(folder.parent.parent)
 
 
 def last_task(state: Path) -> Path:
@@ -811,7 +812,7 @@ def state_with_extra_state_of_another_form(p: Place) -> list[str]:
     return p.predict(state)
 
 
-@case(1, "0001-fox-owl", "what a task leaves", "cells")
+@case(1, "0001-fox-owl", "cells", "cells")
 def state_with_metrics_of_another_form(p: Place) -> list[str]:
     state = p.state()
     rewrite(last_task(state), "metrics.json", lambda _: b"{}")

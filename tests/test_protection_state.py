@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny import picture_folder, recipe, split_folder, vit_folder
+from tiny import picture_folder, recipe, seal, split_folder, vit_folder
 from torch import Tensor, nn
 
 from perpetune.errors import Interrupted, PerpetuneError, StateError
@@ -424,6 +424,7 @@ def test_a_torn_memory_is_told(states: dict[str, Path], tmp_path: Path) -> None:
     files = read_folder(states["protected"] / "tasks" / folder.name)
     shutil.rmtree(folder)
     write_folder(folder, {name: content for name, content in files.items() if name not in (MEMORY, MANIFEST)})
+    seal(state)
     with pytest.raises(StateError) as error:
         Learner.load(state)
     assert str(error.value) == f"{folder}: {MEMORY} is missing"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from test_faults import learned as committed_files
-from tiny import picture_folder, recipe, split_folder, vit_folder
+from tiny import picture_folder, recipe, seal, split_folder, vit_folder
 
 from perpetune.errors import Interrupted, StateError
 from perpetune.files import read_folder, to_json, write_folder
@@ -134,6 +134,7 @@ def rewritten(task: Path, drop: set[str], metrics: dict[str, Any]) -> None:
     files = {name: content for name, content in read_folder(task).items() if name not in drop}
     shutil.rmtree(task)
     write_folder(task, {**files, "metrics.json": to_json(metrics)})
+    seal(task.parent.parent)
 
 
 def test_a_state_from_before_drift_was_measured_goes_on(tuned: Path, tmp_path: Path) -> None:

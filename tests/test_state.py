@@ -151,7 +151,7 @@ def test_a_torn_backbone_file_is_named(state: State, content: bytes) -> None:
 
 def test_events_are_appended(state: State) -> None:
     state.log("run begun", seed=0, name="ä\nb")
-    state.log("task begun", task=0)
+    state.log("task begun", task=0, name="a")
     events = state.journal()
     assert [e["event"] for e in events] == ["run begun", "task begun"]
     assert events[0]["name"] == "ä\nb"
@@ -180,7 +180,7 @@ def test_a_bad_line_in_the_middle_is_named(state: State, line: bytes) -> None:
     state.log("run begun")
     with open(state.folder / "journal.jsonl", "ab") as file:
         file.write(line + b"\n")
-    state.log("task begun", task=0)
+    state.log("task begun", task=0, name="a")
     with pytest.raises(StateError, match=r"journal\.jsonl, line 2: not an event in JSON; restore the file or delete"):
         state.journal()
 
@@ -400,7 +400,7 @@ def test_the_second_of_two_learners_is_told(world: Path, tmp_path: Path) -> None
 
 TASK_FILES = [
     *("pet.safetensors", "head.safetensors", "method.safetensors", "features.safetensors"),
-    *("extra.json", "task.json", "metrics.json", "timings.json", MANIFEST),
+    *("extra.json", "recipe.json", "task.json", "metrics.json", "timings.json", MANIFEST),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -161,3 +162,15 @@ def package(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: str)
     (folder / f"{name}.py").write_text(code)
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+def seal(state: Path) -> None:
+    """Make the journal name the manifests of a state as they are: whoever changed a folder changed the chain too."""
+    path = state / "journal.jsonl"
+    events = [json.loads(line) for line in path.read_text().splitlines()]
+    for event in events:
+        if event["event"] == "task committed":
+            manifest = state / "tasks" / f"{event['task']:04d}-{event['name']}" / "manifest.json"
+            if manifest.is_file():
+                event["manifest"] = hashlib.sha256(manifest.read_bytes()).hexdigest()
+    path.write_text("".join(f"{json.dumps(event)}\n" for event in events))

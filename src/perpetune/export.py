@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import sys
 import warnings
@@ -38,12 +39,14 @@ from perpetune.models.loaders.causal_lm import gguf_origin
 from perpetune.models.loaders.packaged import PACKAGED
 from perpetune.pets.base import PET, Place, inject, pets, slots, submodule, walk
 from perpetune.pets.lora import LoRA
+from perpetune.plain import Malformed, read_json
 
 sre: Any = importlib.import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 A, B = ".lora_A.weight", ".lora_B.weight"
+WRITING = ".writing"  # a locked file beside the folder of an export that is not complete
 
 # Keys of an adapter_config.json that this module understands (UNDERSTOOD), or that do not change what the adapter
 # computes (SILENT). Any other key with a value belongs to a variant of LoRA that this module does not understand.
@@ -95,16 +98,54 @@ def _aside(folder: Path) -> Iterator[Path]:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} already exists and is not empty; choose a new folder")
-    aside = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
-    aside.mkdir(parents=True)
+    _clear_stale(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = folder.parent / f".{folder.name}.{secrets.token_hex(8)}.tmp"
+    aside.mkdir()
+    marker = open(aside / WRITING, "xb")  # noqa: SIM115  the lock is held until the folder is complete
     try:
-        yield aside
+        _held(marker.fileno())
+        (aside / "new").mkdir()
+        yield aside / "new"
         if folder.is_dir():
             folder.rmdir()  # Windows cannot replace a folder, not even an empty one
-        os.replace(aside, folder)
-    except BaseException:
+        os.replace(aside / "new", folder)
+    finally:
+        marker.close()
         shutil.rmtree(aside, ignore_errors=True)
-        raise
+
+
+def _held(descriptor: int) -> bool:
+    """Take the lock of a file; False where another process has it, or where there are no such locks."""
+    if os.name != "posix":
+        return False
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the kernel however the process ends
+    except OSError:
+        return False
+    return True
+
+
+def _clear_stale(folder: Path) -> None:
+    """Delete what killed exports to `folder` left: the folders of ours whose lock is free."""
+    name = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{16}}\.tmp")
+    beside = (
+        [path for path in folder.parent.glob(".*.tmp") if name.fullmatch(path.name)] if folder.parent.is_dir() else []
+    )
+    for path in beside:
+        if path.is_symlink() or not path.is_dir():
+            continue
+        try:
+            marker = os.open(path / WRITING, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+        except OSError:  # not ours
+            continue
+        try:
+            if _held(marker):
+                shutil.rmtree(path, ignore_errors=True)
+        finally:
+            os.close(marker)
 
 
 def read_peft(backbone: Backbone, folder: Path, name: str) -> list[PET]:
@@ -224,8 +265,10 @@ def _adapter_folder(folder: Path, name: str) -> Path:
 def _read_config(file: Path) -> dict[str, Any]:
     """The adapter's configuration; UsageError if it is not plain LoRA."""
     try:
-        config = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
+        config = read_json(file)
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error.strerror}") from error
+    except Malformed as error:
         raise UsageError(f"{file} is not JSON: {error}") from error
     kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
     if kind != "LORA":

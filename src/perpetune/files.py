@@ -3,17 +3,27 @@ reading checks them."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from perpetune.errors import StateError
+from perpetune.plain import parse_json, read_regular
 
 MANIFEST = "manifest.json"
+MOST_MANIFEST = 2**24
+OURS = re.compile(
+    r"\.(recipe\.yaml|backbone\.json|journal\.jsonl|task\.json|resume|(report|compare|comparison)\.(html|md|json)|\d{2,}-.+)"
+    r"(\.[0-9a-f]{16})?\.(tmp|gone)"
+)
+"""Temporary names in a state folder. Those of older versions have no random part."""
 
 
 def to_json(value: Any) -> bytes:
@@ -21,63 +31,103 @@ def to_json(value: Any) -> bytes:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write `content` to the file `path`. After a crash, the file is the old one or the new one."""
-    aside = path.with_name(f".{path.name}.tmp")
-    _write_synced(aside, content)
-    os.replace(aside, path)
+    """Write `content` to the file `path`. After a crash, the file is the old one or the new one.
+
+    Where `path` is a link, the link is replaced; what it points to stays as it is.
+    """
+    aside = _aside(path, "tmp")
+    try:
+        _write_synced(aside, content)
+        os.replace(aside, path)
+    except OSError:  # such as a full disk, or a folder that has the file's name
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise
     _sync_folder(path.parent)
 
 
-def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
-    """Make the new folder `path` with `files` and a manifest of their hashes."""
-    aside = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    for name, content in files.items():
-        _write_synced(aside / name, content)
-    hashes = {name: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for name, c in files.items()}
-    _write_synced(aside / MANIFEST, to_json(hashes))
-    _sync_folder(aside)
-    os.rename(aside, path)
+def write_folder(path: Path, files: Mapping[str, bytes]) -> str:
+    """Make the new folder `path` with `files` and a manifest of their hashes; return the manifest's own SHA-256."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = _aside(path, "tmp")
+    aside.mkdir()
+    try:
+        for name, content in files.items():
+            _write_synced(aside / name, content)
+        hashes = {name: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for name, c in files.items()}
+        manifest = to_json(hashes)
+        _write_synced(aside / MANIFEST, manifest)
+        _sync_folder(aside)
+        os.rename(aside, path)
+    except OSError:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     _sync_folder(path.parent)
+    return hashlib.sha256(manifest).hexdigest()
 
 
-def listed(path: Path, cure: str = "restore it from a backup") -> dict[str, tuple[int, str]]:
+def listed(path: Path, cure: str = "restore it from a backup", digest: str | None = None) -> dict[str, tuple[int, str]]:
     """The size and the SHA-256 of each file in a folder from `write_folder`, as its manifest gives them.
 
+    Args:
+        cure: the end of the error message: what the user can do about a damaged folder.
+        digest: the SHA-256 that the manifest must have; None where nobody knows it.
+
     Raises:
-        StateError: the manifest is missing or damaged.
+        StateError: the manifest is missing or damaged, or another one than `digest` says.
     """
     try:
-        hashes = json.loads((path / MANIFEST).read_bytes())
-        return {_plain(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in hashes.items()}
+        content = read_regular(path / MANIFEST, MOST_MANIFEST)
+        hashes = parse_json(content)
+        found = {_plain(name): _entry(entry) for name, entry in hashes.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise StateError(f"{path / MANIFEST} is missing or torn ({_reason(error)}): {cure}") from None
+    if digest is not None and hashlib.sha256(content).hexdigest() != digest:
+        raise StateError(
+            f"{path / MANIFEST} is not the one that was written when the task was committed (the journal has its "
+            f"hash): the folder is another one's, or was changed: {cure}"
+        )
+    return found
+
+
+def manifest_digest(path: Path) -> str:
+    """The SHA-256 of the manifest of a folder from `write_folder`.
+
+    Raises:
+        StateError: the manifest cannot be read.
+    """
+    listed(path)
+    return hashlib.sha256(read_regular(path / MANIFEST, MOST_MANIFEST)).hexdigest()
 
 
 def read_folder(
-    path: Path, cure: str = "restore it from a backup", only: Collection[str] | None = None
+    path: Path,
+    cure: str = "restore it from a backup",
+    only: Collection[str] | None = None,
+    digest: str | None = None,
 ) -> dict[str, bytes]:
     """The contents of the files in a folder from `write_folder`, by name.
 
     Args:
         cure: the end of the error message: what the user can do about a damaged folder.
         only: names of files; only those of them that exist are read. None reads all files.
+        digest: the SHA-256 that the manifest must have; None where nobody knows it.
 
     Raises:
         StateError: a file is missing, damaged or changed; the message names it.
     """
     files = {}
-    for name, (size, digest) in listed(path, cure).items():
+    for name, (size, expected) in listed(path, cure, digest).items():
         if only is not None and name not in only:
             continue
         try:
-            content = (path / name).read_bytes()
+            there = os.stat(path / name).st_size
+            content = read_regular(path / name, size) if there == size else b""
         except OSError as error:
             raise StateError(f"{path / name} cannot be read ({_reason(error)}): {cure}") from None
-        if len(content) != size or hashlib.sha256(content).hexdigest() != digest:
+        if there != size or len(content) != size or hashlib.sha256(content).hexdigest() != expected:
             raise StateError(
-                f"{path / name} is torn or was changed ({len(content)} bytes; the manifest has {size} bytes and their "
+                f"{path / name} is torn or was changed ({there} bytes; the manifest has {size} bytes and their "
                 f"hash): {cure}"
             )
         files[name] = content
@@ -85,25 +135,47 @@ def read_folder(
 
 
 def remove_folder(path: Path) -> None:
-    """Delete a folder. It is renamed first, so that a crash leaves no half of it under its name."""
+    """Delete a folder. It is renamed first, so that a crash leaves no half of it under its name.
+
+    Raises:
+        StateError: it is a link.
+    """
+    check_no_link(path)
     if path.exists():
-        aside = path.with_name(f".{path.name}.gone")
-        shutil.rmtree(aside, ignore_errors=True)
+        aside = _aside(path, "gone")
         os.rename(path, aside)
         shutil.rmtree(aside)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files and folders that a crash left in `folder`."""
+def check_no_link(path: Path) -> None:
+    """StateError if `path` is a link."""
+    if path.is_symlink():
+        raise StateError(
+            f"{path} is a link: perpetune writes and removes nothing through links; put the folder or file itself there"
+        )
+
+
+def remove_leftovers(folder: Path) -> list[str]:
+    """Delete the temporary files and folders that a crash of ours left in `folder`; return their names."""
+    removed = []
     for path in [*folder.glob(".*.tmp"), *folder.glob(".*.gone")]:
-        if path.is_dir():
+        if not OURS.fullmatch(path.name):
+            continue  # somebody else's
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
-            path.unlink()
+            path.unlink()  # of a link the link alone
+        removed.append(path.name)
+    return removed
+
+
+def _aside(path: Path, suffix: str) -> Path:
+    """A name beside `path` that nobody can guess, so that nobody can have put a link there."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.{suffix}")
 
 
 def _write_synced(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
+    with open(path, "xb") as file:  # x: it is new, and no link
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -122,7 +194,18 @@ def _plain(name: str) -> str:
     """`name`; ValueError if it is not a plain file name, such as a path to another folder."""
     if "\0" in name or Path(name).name != name:
         raise ValueError(name)
+    os.fsencode(name)  # a ValueError where half a character stands in it
     return name
+
+
+def _entry(entry: dict[str, Any]) -> tuple[int, str]:
+    """The size and the hash of one file; ValueError if they are none."""
+    size, digest = entry["bytes"], entry["sha256"]
+    if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+        raise ValueError(size)
+    if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+        raise ValueError(digest)
+    return size, digest
 
 
 def _reason(error: Exception) -> str:

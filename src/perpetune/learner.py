@@ -7,6 +7,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -150,6 +151,8 @@ class Learner:
             )
         learner._tasks.moved = learner.state.moved()
         learner._reload()
+        if (line := learner.state.unchecked()) and learner.runtime.rank == 0:
+            warnings.warn(line, stacklevel=2)
         return learner
 
     @staticmethod

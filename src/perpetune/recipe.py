@@ -16,12 +16,15 @@ from perpetune.data.stream import StreamOptions
 from perpetune.errors import UsageError, closest
 from perpetune.fit import FitConfig
 from perpetune.models.taps import Count, Read
+from perpetune.plain import MOST_YAML, Malformed, parse_yaml, read_regular
 from perpetune.protection.config import ProtectConfig
 from perpetune.runtime import Precision
 
 Setting = Literal["class", "domain", "task"]
 PATH_KEYS = {"path", "train", "test"}  # options of a data source that may be paths
 CHOICES = {"pet", "method", "head", "data"}  # sections whose options belong to what they name
+MOST_EXTENDED = 16  # how many recipes may stand on each other
+MOST_KEYS_BELOW = 8  # how many keys `--set` may name below each other
 
 
 class Section(BaseModel):
@@ -380,11 +383,13 @@ def load_recipe(name: str | Path, changes: Sequence[str] = ()) -> Recipe:
 def _text(name: str, path: Path) -> str:
     """What the recipe `name`, which is at `path`, says."""
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_regular(path, MOST_YAML).decode("utf-8-sig").replace("\r\n", "\n")
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a path with a NUL
         if isinstance(error, FileNotFoundError) and "/" not in name and not name.endswith((".yaml", ".yml")):
             raise UsageError(f"there is no recipe {name!r}; {closest(name, packaged())}") from None
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        if not isinstance(error, OSError | UnicodeDecodeError):
+            reason = "no name may have a NUL character"
         raise UsageError(f"cannot read the recipe {str(path)!r}: {reason}") from None
 
 
@@ -406,7 +411,13 @@ def _extended(content: dict[str, Any], where: str, chain: Sequence[Path]) -> dic
         raise UsageError(f"recipe {where}: extends is {name!r}; the name or the file of a recipe is expected")
     folder = chain[0].parent if chain else Path()
     path = packaged().get(name, folder / name)
-    if path.resolve() in [p.resolve() for p in chain]:
+    if len(chain) > MOST_EXTENDED:
+        raise UsageError(f"recipe {where}: more than {MOST_EXTENDED} recipes extend each other")
+    try:
+        twice = path.resolve() in [p.resolve() for p in chain]
+    except (OSError, ValueError, RuntimeError):  # too long, with a NUL, or links in a circle
+        twice = False
+    if twice:
         raise UsageError(f"recipe {where}: extends {name!r}, which extends this one in turn")
     try:
         base = _extended(_beside(_plain(_text(name, path), name), path), name, [path, *chain])
@@ -441,17 +452,6 @@ def _long(choice: Any) -> Any:
     return {"name": choice} if isinstance(choice, str) else choice
 
 
-class _Loader(yaml.SafeLoader):
-    """Plain YAML in which no key stands twice: the second would silently replace the first."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(problem=f"key {twice!r} stands twice", problem_mark=node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def parse_recipe(text: str, where: str, changes: Sequence[str] = ()) -> Recipe:
     """A recipe from YAML text; `where` names it in errors."""
     return _changed(_extended(_plain(text, where), where, ()), where, changes)
@@ -460,11 +460,10 @@ def parse_recipe(text: str, where: str, changes: Sequence[str] = ()) -> Recipe:
 def _plain(text: str, where: str) -> dict[str, Any]:
     """The mapping that YAML text holds."""
     try:
-        content = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise UsageError(f"recipe {where}{line}: not YAML: {getattr(error, 'problem', None) or error}") from None
+        content = parse_yaml(text)
+    except Malformed as error:
+        line = f", line {error.line}" if error.line else ""
+        raise UsageError(f"recipe {where}{line}: not YAML: {error.what}") from None
     if content is None:
         raise UsageError(f"recipe {where} is empty: a mapping of keys is expected")
     if not isinstance(content, dict):
@@ -502,6 +501,8 @@ def apply_change(content: dict[str, Any], change: str) -> None:
     if not equals or not key:
         raise UsageError(f"--set {change!r}: KEY.KEY=VALUE is expected, for example train.epochs=3")
     *parents, last = key.split(".")
+    if len(parents) > MOST_KEYS_BELOW:
+        raise UsageError(f"--set {change[:60]!r}…: more than {MOST_KEYS_BELOW} keys below each other")
     place = content
     for parent in parents:
         below = place.get(parent)
@@ -514,6 +515,7 @@ def apply_change(content: dict[str, Any], change: str) -> None:
         place[parent] = below
         place = below
     try:
-        place[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UsageError(f"--set {change!r}: the value is not YAML") from None
+        place[last] = parse_yaml(value)
+    except Malformed as error:
+        shown = change if len(change) <= 200 else f"{change[:200]}…"
+        raise UsageError(f"--set {shown!r}: the value is not YAML: {error.what}") from None

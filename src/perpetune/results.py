@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -10,9 +9,8 @@ from typing import Any
 from perpetune.errors import StateError
 from perpetune.numerics.metrics import summarise
 from perpetune.snapshot import FILES, FIXED
-from perpetune.state import State
+from perpetune.state import DOCUMENTS, State
 
-DOCUMENTS = ("task.json", "metrics.json", "timings.json")
 PACKAGES = ("perpetune", "torch", "transformers", "timm", "accelerate", "numpy", "safetensors")
 
 
@@ -36,10 +34,9 @@ def read_results(state: State) -> dict[str, Any]:
     warnings: list[str] = []
     for committed in state.committed:
         files, sizes = committed.read(*DOCUMENTS), committed.sizes()
+        task, metrics, timing = (committed.document(files, name) for name in DOCUMENTS)
         try:
-            task = json.loads(files["task.json"])
             tasks.append({k: task[k] for k in ("index", "name", "classes", "train", "test", "fingerprint")})
-            metrics = json.loads(files["metrics.json"])
             rows.append(dict(metrics["cells"]))
             protection += [{"task": committed.index, **found} for found in metrics.get("protection", [])]
             facts.append({"task": committed.index, "of": metrics.get("facts", {})})
@@ -48,7 +45,7 @@ def read_results(state: State) -> dict[str, Any]:
             if after := metrics.get("exams"):
                 exams.append({"task": committed.index, "of": after})
             drift.append({"task": committed.index, "of": metrics.get("drift", {})})
-            timings.append({"task": committed.index, **json.loads(files["timings.json"])})
+            timings.append({"task": committed.index, **timing})
             storage.append({"task": committed.index, **{n: sizes[n] for n in (*FILES, *FIXED) if n in sizes}})
             bad += [{"task": committed.index, **_file_and_reason(entry)} for entry in task["bad"]]
             warnings += task["warnings"]

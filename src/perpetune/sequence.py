@@ -167,8 +167,8 @@ class TaskSequence:
         if index in self._tasks:
             return self._tasks[index]
         if index not in self._tests:
-            document = committed.json("task.json")
-            origin = moved(document["from"], self.moved)
+            document = committed.task()
+            origin = document["from"]
             if origin != STREAM and not origin.get("name"):
                 self.runtime.progress.note(f"task {committed.name} is not evaluated, it was given as a Python object")
                 return None

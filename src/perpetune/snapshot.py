@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,12 +10,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from perpetune.documents import Optimizer, check_document
 from perpetune.errors import StateError
 from perpetune.files import to_json
 from perpetune.heads.base import Head
 from perpetune.methods.base import Method
 from perpetune.models.backbone import Backbone
 from perpetune.pets.base import PET
+from perpetune.plain import Malformed, parse_json
 from perpetune.protection.protection import Protection
 
 EXTRA = "extra.json"
@@ -24,6 +25,7 @@ FILES = ("pet.safetensors", "head.safetensors", "method.safetensors")
 MEMORY = "protect.safetensors"  # the tensors of protection, if the recipe has it
 SUMS = "statistics.safetensors"  # the sums over examples that some heads keep
 EARLIER = "earlier.safetensors"  # tensors of earlier tasks that are not trained any more, if the method has such
+CURE = "delete the folder `resume` of the state, and the task begins again"
 FIXED = (MEMORY, SUMS, EARLIER)  # an optimizer's step does not change these files
 
 
@@ -74,15 +76,15 @@ def restore(method: Method, files: Mapping[str, bytes], where: str, *, memory: b
         if module.get_extra_state() != extra[name]:
             try:
                 module.set_extra_state(extra[name])
-            except (LookupError, TypeError, ValueError, AttributeError) as error:
-                kind = type(module).__name__
-                raise StateError(
-                    f"{where}/{EXTRA}: the entry {name!r} is not what a {kind} stores: {error!r}"
-                ) from None
+            except (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError) as error:
+                raise _foreign(module, name, where, error) from None
+            except (TypeError, ValueError) as error:
+                raise _foreign(module, name, where, error) from None
     shapes = {name: tuple(t.shape) for name, t in read_tensors(files, FILES[0], where).items()}
     for prefix, pet in ((f"{name}.", m) for name, m in method.named_modules() if isinstance(m, PET)):
         pet.make_room({name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)})
     pairs, groups = [], tensors(method)
+    spoiled: list[str] = []
     if memory and SUMS in groups and SUMS not in files:  # an old state, in which the sums have no separate file
         groups[FILES[1]] |= groups.pop(SUMS)
     for file, group in groups.items():
@@ -98,8 +100,18 @@ def restore(method: Method, files: Mapping[str, bytes], where: str, *, memory: b
                     f"{tensor.dtype} {tuple(tensor.shape)}: the state and its recipe do not belong together"
                 )
             pairs.append((tensor, value))
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                spoiled.append(f"{where}/{file}: {name}")
+    if spoiled:
+        more = f" and {len(spoiled) - 1} more" if len(spoiled) > 1 else ""
+        raise StateError(f"{spoiled[0]}{more} holds values that are not finite: the model would answer nothing of use")
     for tensor, value in pairs:
         tensor.copy_(value)
+
+
+def _foreign(module: nn.Module, name: str, where: str, error: Exception) -> StateError:
+    what = " ".join(repr(error).split())[:200]
+    return StateError(f"{where}/{EXTRA}: the entry {name!r} is not what a {type(module).__name__} stores: {what}")
 
 
 def snapshot_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, bytes]:
@@ -121,16 +133,19 @@ def snapshot_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, bytes]:
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, files: Mapping[str, bytes], where: str) -> None:
     """Restore an optimizer from the files of `snapshot_optimizer`."""
-    settings = _json(files, "optimizer.json", where)
+    settings = check_document(Optimizer, _json(files, "optimizer.json", where), f"{where}/optimizer.json", CURE)
     state: dict[int, dict[str, Any]] = {int(i): dict(entries) for i, entries in settings["plain"].items()}
     for key, value in read_tensors(files, "optimizer.safetensors", where).items():
-        index, _, name = key.partition(".")
+        index, dot, name = key.partition(".")
+        if not (index.isdecimal() and len(index) < 10 and dot and name):
+            raise StateError(f"{where}/optimizer.safetensors: {key!r} names no tensor of an optimizer: {CURE}")
         state.setdefault(int(index), {})[name] = value
-    groups = [{k: tuple(v) if k == "betas" else v for k, v in group.items()} for group in settings["groups"]]
     try:
+        groups = [{k: tuple(v) if k == "betas" else v for k, v in group.items()} for group in settings["groups"]]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise StateError(f"{where}: the optimizer's state does not fit the recipe: {error}") from None
+    except (ValueError, LookupError, RuntimeError, TypeError, AttributeError) as error:
+        what = " ".join(str(error).split())
+        raise StateError(f"{where}: the optimizer's state does not fit the recipe: {what}") from None
 
 
 def read_tensors(files: Mapping[str, bytes], name: str, where: str) -> dict[str, Tensor]:
@@ -145,11 +160,11 @@ def read_tensors(files: Mapping[str, bytes], name: str, where: str) -> dict[str,
 
 def _json(files: Mapping[str, bytes], name: str, where: str) -> dict[str, Any]:
     try:
-        content = json.loads(files[name])
+        content = parse_json(files[name])
     except KeyError:
         raise StateError(f"{where}: {name} is missing") from None
-    except ValueError:
-        raise StateError(f"{where}/{name} is not JSON") from None
+    except Malformed as error:
+        raise StateError(f"{where}/{name} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise StateError(f"{where}/{name}: a JSON object is expected, got {type(content).__name__}")
     return content

@@ -260,18 +260,20 @@ def rollback(
     from perpetune.cli.common import print_json
     from perpetune.report import write_report
     from perpetune.results import read_results
-    from perpetune.state import State
+    from perpetune.state import State, interrupted
 
     opened = State(state)
     with opened.writing():
+        discarded = interrupted(state / "resume") if opened.open_task() else ""
         dropped = opened.rollback(to)
         if dropped and (state / "report.html").is_file():  # the old report describes the dropped tasks
             write_report(read_results(opened), state)
     kept = [t.name for t in opened.committed]
     if json:
-        print_json({"dropped": dropped, "kept": kept})
+        print_json({"dropped": dropped, "kept": kept, **({"discarded": discarded} if discarded else {})})
     else:
-        message = f"dropped {', '.join(dropped)}" if dropped else "nothing to drop"
+        message = f"dropped {', '.join(dropped)}" if dropped else "" if discarded else "nothing to drop"
+        message += f"{'; ' if message else ''}discarded {discarded}" if discarded else ""
         print(f"{message}; {state} has {', '.join(kept) or 'no learned tasks'}")
 
 

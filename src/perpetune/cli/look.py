@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_text
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -219,14 +218,17 @@ def _runs(path: Path) -> list[Path]:
 def _results(path: Path) -> dict[str, Any]:
     """The results document of a state folder, or that in a report.json."""
     from perpetune.errors import StateError
+    from perpetune.plain import Malformed, read_json
     from perpetune.results import read_results
     from perpetune.state import State
 
     if not path.is_file():
         return read_results(State(path))
     try:
-        document: Any = json_text.loads(path.read_bytes())
-    except ValueError:
+        document: Any = read_json(path)
+    except OSError as error:
+        raise StateError(f"{path} cannot be read: {error.strerror}") from None
+    except Malformed:
         document = None
     if not isinstance(document, dict):
         raise StateError(f"{path} holds no results: a state folder, or the report.json of one, is expected")

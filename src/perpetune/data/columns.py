@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 from perpetune.data.names import label_of, printable, several
 from perpetune.data.sources import LONGEST
 from perpetune.errors import DataError, UsageError
+from perpetune.plain import parse_json
 
 Split = Literal["train", "test", "validation"]
 
@@ -109,7 +108,7 @@ def group_column(columns: Collection[str], asked: str | None, where: str, option
 def class_names(schema: Any, column: str) -> list[str] | None:
     """The names of a `ClassLabel` column, from the Hugging Face metadata of an arrow schema; None if there are none."""
     try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        features = parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return [str(name) for name in features[column]["names"]]
     except (KeyError, TypeError, ValueError):
         return None

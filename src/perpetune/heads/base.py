@@ -171,7 +171,12 @@ class Head(nn.Module, ABC):
         return {"classes": self.classes}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.classes = list(state["classes"])
+        classes = state["classes"]
+        if not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
+            raise ValueError("classes is no list of names")
+        if len(set(classes)) < len(classes):
+            raise ValueError("a class stands twice in classes")
+        self.classes = list(classes)
         self.resize(len(self.classes), torch.Generator())
 
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from perpetune.errors import PerpetuneError, StateError, UsageError, closest
 from perpetune.files import write_file
 from perpetune.numerics.projection import Closed, ProjectedStep
+from perpetune.plain import parse_json
 from perpetune.protection.config import ProtectConfig
 from perpetune.protection.memory import SiteMemory
 from perpetune.protection.protection import Certificate, Protection, _key
@@ -402,7 +403,7 @@ class DropIn(Protection):
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-            rest = json.loads(metadata[METADATA])
+            rest = parse_json(metadata[METADATA])
             sound = metadata[DIGEST] == _digest(metadata[METADATA], tensors) and isinstance(rest, dict)
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             sound, reason = False, (error.strerror if isinstance(error, OSError) else None) or reason

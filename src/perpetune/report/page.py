@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perpetune.files import write_file
+from perpetune.plain import Malformed, read_json
 from perpetune.report import form, html, markdown, palette
 from perpetune.report.blocks import Banner, Page
 from perpetune.report.compare import compare
@@ -108,8 +109,8 @@ def is_comparison(path: Path) -> bool:
     if path.suffix != ".json":
         return path.suffix in (".html", ".md")
     try:
-        document = json.loads(path.read_bytes())
-    except ValueError:
+        document = read_json(path)
+    except (OSError, Malformed):
         return False
     return isinstance(document, dict) and "rows" in document and "cells" not in document
 

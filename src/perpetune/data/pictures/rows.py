@@ -10,6 +10,7 @@ from typing import Any, TextIO
 from perpetune.data.names import natural, printable, several
 from perpetune.data.sources import LFS, LONGEST, POINTER, existing, is_pointer
 from perpetune.errors import DataError
+from perpetune.plain import Malformed, parse_json
 
 
 def read_rows(path: str) -> list[tuple[str, dict[str, Any]]]:
@@ -91,8 +92,8 @@ def _jsonl(file: TextIO, here: str) -> Iterator[tuple[str, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line)
+        except Malformed as error:
             raise DataError(f"{here} line {number}: not JSON: {error}") from error
         yield f"line {number}", _object(row, f"{here} line {number}")
 

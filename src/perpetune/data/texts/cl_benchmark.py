@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from perpetune.data.texts.files import Item, TextSource, list_texts, split_files
 from perpetune.data.texts.records import Record, read_records
 from perpetune.data.texts.tables import Row, Text, key_of, text_in
 from perpetune.errors import DataError, UsageError, closest
+from perpetune.plain import Malformed, read_json
 
 LABELS = "labels.json"
 INSTRUCTIONS = {
@@ -128,9 +128,8 @@ def _places(path: str) -> list[_Place]:
 def _labels(path: str) -> tuple[str, ...]:
     """The options of a task, in the file's order."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            content = json.load(file)
-    except (OSError, ValueError, RecursionError) as error:
+        found = read_json(path)
+    except (OSError, Malformed) as error:
         raise DataError(f"{printable(path)}: not a JSON array of labels: {error}") from error
     if not isinstance(content, list) or not content or not all(isinstance(x, str) and x.strip() for x in content):
         raise DataError(f"{printable(path)}: expected a JSON array of labels")

@@ -14,6 +14,7 @@ from perpetune.data.parquet import read_columns, read_schema
 from perpetune.data.sources import POINTER, file_start, is_pointer
 from perpetune.data.texts.tables import Written
 from perpetune.errors import DataError
+from perpetune.plain import DECODER, Malformed, check_depth, parse_json
 
 LINES = (".jsonl", ".ndjson")
 PACKED = ".gz"
@@ -109,10 +110,10 @@ def _lines(content: bytes, here: str) -> Iterator[Record]:
             continue
         at = f"{here} line {number}"
         try:
-            value = json.loads(line.decode(), parse_float=Written, object_pairs_hook=_once)
+            value = parse_json(line.decode())
         except UnicodeDecodeError as error:
             yield Record(at, {}, f"not UTF-8 text (byte {error.start})", line)
-        except (ValueError, RecursionError) as error:
+        except Malformed as error:
             yield Record(at, {}, f"not JSON: {error}", line)
         else:
             yield _record(at, value)
@@ -124,7 +125,7 @@ def _items(content: bytes, here: str) -> Iterator[Record]:
         text = content.decode()
     except UnicodeDecodeError as error:
         raise DataError(f"{here}: not UTF-8 text (byte {error.start})") from error
-    decoder, number, place = json.JSONDecoder(parse_float=Written, object_pairs_hook=_once), 0, _after_space(text, 0)
+    number, place = 0, _after_space(text, 0)
     if not text[place:]:
         return
     if text[place] != "[":
@@ -136,7 +137,9 @@ def _items(content: bytes, here: str) -> Iterator[Record]:
     while after != "]":
         number += 1
         try:
-            value, place = decoder.raw_decode(text, place)
+            began = place
+            value, place = DECODER.raw_decode(text, place)
+            check_depth(text[began:place])
         except (ValueError, RecursionError) as error:
             raise DataError(f"{here} item {number}: not JSON: {error}") from error
         yield _record(f"{here} item {number}", value)

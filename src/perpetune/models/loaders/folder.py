@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from perpetune.models.loaders import causal_lm, timm
 from perpetune.models.loaders.causal_lm import Dtype, Length, Source
 from perpetune.models.loaders.hf import load_checkpoint
 from perpetune.models.loaders.options import Side, taken
+from perpetune.plain import Malformed, read_json
 
 
 def load_folder(
@@ -59,8 +59,10 @@ def _config(spec: str, folder: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        config = json.loads(file.read_bytes())
-    except ValueError as error:
+        config = read_json(file)
+    except OSError as error:
+        raise UsageError(f"{spec}: config.json cannot be read: {error.strerror}") from error
+    except Malformed as error:
         raise UsageError(f"{spec}: config.json is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise UsageError(f"{spec}: config.json holds a {type(config).__name__}; an object is expected")

@@ -1,0 +1,132 @@
+"""What a killed export leaves is cleared by the next one, and who discards an interrupted task says which and where."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from tiny import picture_folder, recipe, vit_folder
+
+from perpetune import export
+from perpetune.cli import call
+from perpetune.errors import Interrupted
+from perpetune.export import WRITING, _aside
+from perpetune.learner import Learner
+from perpetune.runtime import Silent
+from perpetune.state import State
+
+
+class StopsAt(Silent):
+    """Asks for a stop after a step of the task with this name."""
+
+    def __init__(self, name: str, step: int):
+        self.name, self.left, self.here = name, step, False
+
+    def task(self, index: int, name: str, classes: int, examples: int) -> None:
+        self.here = name == self.name
+
+    def step(self, done: int, epoch: int, loss: float | None, images: int) -> None:
+        self.left -= self.here
+        if self.here and self.left == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`open`: a state that has learned `ab` and was stopped in `cd` after its second step."""
+    world = tmp_path_factory.mktemp("world")
+    model = vit_folder(world / "vit")
+    for name in ("ab", "cd", "ef"):
+        picture_folder(world / name, list(name), 8)
+    content = recipe(model, train={"epochs": 2, "batch_size": 4, "lr": 0.01}, stream={})
+    learner = Learner(content, world / "open", progress=StopsAt("cd", 2))
+    learner.learn(world / "ab", name="ab")
+    with pytest.raises(Interrupted):
+        learner.learn(world / "cd", name="cd")
+    return world
+
+
+@pytest.fixture
+def state(world: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(world / "open", tmp_path / "state"))
+
+
+WHERE = "task cd, stopped after step 3 of phase train"
+
+
+def test_a_rollback_says_what_it_discards(state: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert call(["rollback", str(state), "--to", "ab"]) == 0
+    assert capfd.readouterr().out == f"discarded {WHERE}; {state} has ab\n"
+    assert call(["rollback", str(state), "--to", "ab"]) == 0
+    assert capfd.readouterr().out == f"nothing to drop; {state} has ab\n"
+
+
+def test_a_rollback_says_what_it_drops_and_discards(state: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    again = Path(shutil.copytree(state, state.with_name("again")))
+    assert call(["rollback", str(state), "--to", "start"]) == 0
+    assert capfd.readouterr().out == f"dropped ab; discarded {WHERE}; {state} has no learned tasks\n"
+    assert call(["rollback", str(again), "--to", "start", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out) == {"dropped": ["ab"], "kept": [], "discarded": WHERE}
+
+
+def test_an_update_says_what_it_discards(world: Path, state: Path) -> None:
+    with pytest.warns(UserWarning, match="discarded") as said:
+        assert call(["update", str(state), "--data", str(world / "ef"), "--name", "ef", "-q"]) == 0
+    assert [str(w.message) for w in said] == [f"discarded: {WHERE}; task ef begins from its start"]
+    assert [t.name for t in State(state).committed] == ["ab", "ef"]
+
+
+def test_the_same_update_goes_on_and_discards_nothing(
+    world: Path, state: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    assert call(["update", str(state), "--data", str(world / "cd"), "--name", "cd", "-q"]) == 0
+    assert not [w for w in recwarn if "discarded" in str(w.message)]
+
+
+# -- exports ------------------------------------------------------------------------------------------------
+
+
+def test_what_a_killed_export_left_is_cleared_by_the_next(world: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    child = os.fork()
+    if child == 0:
+        with _aside(out) as aside:
+            (aside / "adapter_config.json").write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    left = [path.name for path in tmp_path.iterdir()]
+    assert len(left) == 1
+    assert left[0].startswith(".out.")
+    mine = tmp_path / ".out.mine.tmp"
+    mine.mkdir()
+    (mine / WRITING).write_text("mine")
+    other = tmp_path / ".out.0123456789abcdef.tmp"  # no marker: not of an export
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    assert call(["export", str(world / "open"), str(out)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.0123456789abcdef.tmp", ".out.mine.tmp", "out"]
+    assert not (out / WRITING).exists()
+    assert (other / "notes.txt").read_text() == "mine"
+
+
+def test_an_export_that_goes_on_is_left_alone(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with _aside(out) as aside:
+        (aside / "file").write_text("x")
+        child = os.fork()
+        if child == 0:
+            export._clear_stale(out)
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert (aside / "file").exists()
+    assert [path.name for path in out.iterdir()] == ["file"]
+
+
+def test_a_failed_export_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), _aside(tmp_path / "out"):
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
