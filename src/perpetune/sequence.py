@@ -196,6 +196,13 @@ class TaskSequence:
     moved: Sequence[tuple[str, str]] = ()
     """Beginnings of paths of tasks' data that have changed since they were learned, as they were and as they are."""
 
+    def _again(self, document: dict[str, Any], committed: Sequence[Committed]) -> list[str]:
+        """A warning where the same data were learned before."""
+        same = [c.name for c in committed if c.task()["fingerprint"] == document["fingerprint"]]
+        if not same or document["from"] == {"name": None}:  # of a Python object only the targets are known
+            return []
+        return [f"the same data were learned before, as task {several(same)}; they are learned again"]
+
     def _leaks(self, task: Task, others: Sequence[Task]) -> list[str]:
         """A warning where examples that `task` trains on are among the test examples of the others."""
         found, noun = [], ""

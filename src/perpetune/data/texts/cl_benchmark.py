@@ -128,7 +128,7 @@ def _places(path: str) -> list[_Place]:
 def _labels(path: str) -> tuple[str, ...]:
     """The options of a task, in the file's order."""
     try:
-        found = read_json(path)
+        content = read_json(path)
     except (OSError, Malformed) as error:
         raise DataError(f"{printable(path)}: not a JSON array of labels: {error}") from error
     if not isinstance(content, list) or not content or not all(isinstance(x, str) and x.strip() for x in content):

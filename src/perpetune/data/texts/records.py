@@ -12,7 +12,6 @@ from typing import Any, BinaryIO, cast
 from perpetune.data.names import printable
 from perpetune.data.parquet import read_columns, read_schema
 from perpetune.data.sources import POINTER, file_start, is_pointer
-from perpetune.data.texts.tables import Written
 from perpetune.errors import DataError
 from perpetune.plain import DECODER, Malformed, check_depth, parse_json
 

@@ -137,7 +137,8 @@ def _preprocess(spec: str, source: str, config: Any, image_size: int | None) -> 
         raise UsageError(f"{spec}: {PREPROCESSOR} is not valid JSON: {error}") from error
     if not isinstance(given, dict):
         raise UsageError(f"{spec}: {PREPROCESSOR} holds a {type(given).__name__}; an object is expected")
-    side, crop = _side(spec, given.get("size", config.image_size)), None
+    size = given.get("size", config.image_size)
+    side, crop, squeeze = _side(spec, size), None, False
     if given.get("do_center_crop"):
         side, whole = _side(spec, given.get("crop_size", side)), side
         crop = min(1.0, side / whole)
