@@ -157,7 +157,9 @@ def test_an_array_in_a_file_of_lines(tmp_path: Path, indent: int | None, mark: s
 
 
 @pytest.mark.parametrize(
-    "content", [b"no gzip", gzip.compress(b'{"prompt": "a"}')[:-9], b"\x1f\x8b\x08\x00" + b"\xff" * 40]
+    "content",
+    [b"no gzip", gzip.compress(b'{"prompt": "a"}')[:-9], b"\x1f\x8b\x08\x00" + b"\xff" * 40],
+    ids=["no gzip", "cut", "no stream"],  # the bytes hold the time, and every process has to know the test by one name
 )
 def test_a_packed_file_that_is_broken_is_one_line(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.jsonl.gz").write_bytes(content)
