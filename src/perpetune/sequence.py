@@ -201,7 +201,7 @@ class TaskSequence:
         same = [c.name for c in committed if c.task()["fingerprint"] == document["fingerprint"]]
         if not same or document["from"] == {"name": None}:  # of a Python object only the targets are known
             return []
-        return [f"the same data were learned before, as task {several(same)}; they are learned again"]
+        return [f"data of the same names, labels and sizes were learned before, as task {several(same)}"]
 
     def _leaks(self, task: Task, others: Sequence[Task]) -> list[str]:
         """A warning where examples that `task` trains on are among the test examples of the others."""

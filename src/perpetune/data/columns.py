@@ -126,7 +126,8 @@ def named(values: Sequence[Any], names: Sequence[str] | None, column: str, where
     """
     known: dict[Any, str] = {None: ""}
     for row, value in enumerate(values):
-        if value in known:
+        hashable = not isinstance(value, list | dict)  # several labels of one picture are none that can be learned
+        if hashable and value in known:
             continue
         at = f"{where} row {row}: column '{column}'"
         if isinstance(value, bool) or not isinstance(value, int | str):
