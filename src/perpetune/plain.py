@@ -195,7 +195,7 @@ def _check_events(text: str) -> None:
     open_: list[tuple[str | None, int]] = []  # of each open collection: its anchor, and the number of nodes before it
     sizes: dict[str, int] = {}  # how many nodes each anchor stands for
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        line = event.start_mark.line + 1
+        line = event.start_mark.line + 1 if event.start_mark else 1
         if isinstance(event, DocumentStartEvent):
             documents += 1
             if documents > 1:
@@ -203,7 +203,7 @@ def _check_events(text: str) -> None:
         elif isinstance(event, AliasEvent):
             if any(anchor == event.anchor for anchor, _ in open_):
                 raise Malformed(f"the alias *{event.anchor} stands inside what it repeats", line)
-            nodes += sizes.get(event.anchor, 1)  # an alias of nothing is for the parser to name
+            nodes += sizes.get(event.anchor or "", 1)  # an alias of nothing is for the parser to name
         elif isinstance(event, ScalarEvent | CollectionStartEvent):
             nodes += 1
             if event.tag is not None and event.tag != "!" and event.tag not in _TAGS:
