@@ -529,7 +529,7 @@ def test_log_says_where_data_came_from(shell: Shell, world: Path, state: Path) -
     shell("update", state, "--data", world / "more", "-q")
     shell("rollback", state, "--to", "fox-owl")
     said = shell("log", state)
-    assert said.lines[-3].endswith(f"task begun      0002-more, from folder {world / 'more'}")
+    assert said.lines[-4].endswith(f"task begun      0002-more, from folder {world / 'more'}")
     assert said.lines[-1].endswith("rolled back     to fox-owl, dropped more")
 
 

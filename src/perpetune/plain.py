@@ -195,8 +195,7 @@ def _check_events(text: str) -> None:
     open_: list[tuple[str | None, int]] = []  # of each open collection: its anchor, and the number of nodes before it
     sizes: dict[str, int] = {}  # how many nodes each anchor stands for
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        mark = event.start_mark
-        line = mark.line + 1 if mark is not None else None
+        line = event.start_mark.line + 1 if event.start_mark else 1
         if isinstance(event, DocumentStartEvent):
             documents += 1
             if documents > 1:

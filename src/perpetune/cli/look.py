@@ -56,7 +56,7 @@ def log(state: StateFolder, json: Json = False) -> None:
     if not events:
         print("nothing has happened yet")
     for event in events:
-        print(f"{event['time']}  {event['event']:<14}  {_facts(event)}")
+        print(f"{event.get('time', '')}  {event['event']:<14}  {_facts(event)}")
 
 
 def compare(
@@ -196,14 +196,18 @@ def check(
         raise typer.Exit(1)
 
 
+HIDDEN = {"time", "event", "versions", "fingerprint", "task", "name", "manifest", "manifests", "keep"}
+"""What `log` does not print of an event, or prints elsewhere."""
+
+
 def _facts(event: dict[str, Any]) -> str:
     """The rest of a journal's line, for people: a task by its folder's name, data by their kind and place."""
-    facts = {k: v for k, v in event.items() if k not in ("time", "event", "versions", "fingerprint", "task", "name")}
-    told = [f"{event['task']:04d}-{event['name']}"] if "task" in event else []
+    facts = {k: v for k, v in event.items() if k not in HIDDEN}
+    told = [f"{event['task']:04d}-{event['name']}"] if {"task", "name"} <= event.keys() else []
     for key, value in facts.items():
         if isinstance(value, dict):  # where data came from
             value = " ".join(str(value[k]) for k in ("name", "path") if value.get(k)) or "Python"
-        told.append(f"{key} {', '.join(value) if isinstance(value, list) else value}")
+        told.append(f"{key} {', '.join(map(str, value)) if isinstance(value, list) else value}")
     return ", ".join(told)
 
 

@@ -56,7 +56,7 @@ def split_of(value: Any, at: str) -> Split:
     """The split that a cell names; DataError if it names no split."""
     name = str(value or "").strip().lower()
     if name not in SPLITS:
-        raise DataError(f"{at}: split '{printable(name)}' is not one of train, test, val")
+        raise DataError(f"{at}: split '{printable(name)[:60]}' is not one of train, test, val")
     return SPLITS[name]
 
 
@@ -126,14 +126,11 @@ def named(values: Sequence[Any], names: Sequence[str] | None, column: str, where
     """
     known: dict[Any, str] = {None: ""}
     for row, value in enumerate(values):
-        hashable = not isinstance(value, list | dict)  # several labels of one picture are none that can be learned
-        if hashable and value in known:
-            continue
         at = f"{where} row {row}: column '{column}'"
-        if isinstance(value, bool) or not isinstance(value, int | str):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | str)):
             raise DataError(f"{at} holds {type(value).__name__}; expected text or a whole number")
-        if isinstance(value, str) and len(value) > LONGEST:
-            raise DataError(f"{at} holds {len(value)} characters; at most {LONGEST} are a name")
+        if value in known:
+            continue
         if isinstance(value, int) and names is not None and not 0 <= value < len(names):
             raise DataError(f"{at} is {value}; there are {len(names)} class names")
         known[value] = label_of(names[value] if isinstance(value, int) and names is not None else str(value))
