@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Literal
 
 from perpetune.data.names import label_of, printable, several
-from perpetune.data.sources import LONGEST
 from perpetune.errors import DataError, UsageError
 from perpetune.plain import parse_json
 
