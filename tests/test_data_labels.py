@@ -53,7 +53,7 @@ def test_one_path_in_several_spellings(pics, spelled):
         manifest(pics, [*ROWS, (again, "y")]).train()
     table = manifest(pics, [*ROWS, (again, "x")]).train()
     assert len(table) == 8
-    assert "1 rows repeat an earlier one" in table.warnings[0]
+    assert "1 rows repeat an earlier row" in table.warnings[0]
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])

@@ -36,6 +36,7 @@ class Backbone(Document):
     examples: str | None = None
     parameters: Count | None = None
     trainable_parameters: Count | None = None
+    date: str | None = None
 
 
 class Task(Document):

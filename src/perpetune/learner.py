@@ -149,6 +149,8 @@ class Learner:
                 f"{folder} was made with other weights of {learner.recipe.backbone.name} (their fingerprint is "
                 f"{known[:12]}, here it is {here[:12]}): restore the checkpoint that it was made with"
             )
+        if learner.method.model.view.dated:
+            learner.method.model.view.today = learner.state.begun
         learner._tasks.moved = learner.state.moved()
         learner._reload()
         if (line := learner.state.unchecked()) and learner.runtime.rank == 0:

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +75,14 @@ def _no_regular(path: str | Path) -> OSError:
 # -- JSON ---------------------------------------------------------------------------------------------------
 
 
-def parse_json(text: str | bytes, *, finite: bool = False, most: int = MOST_JSON) -> Any:
+def parse_json(
+    text: str | bytes, *, finite: bool = False, most: int = MOST_JSON, decoder: json.JSONDecoder | None = None
+) -> Any:
     """The value of a JSON text. A byte order mark before it is skipped.
 
     Args:
         finite: whether NaN and infinite numbers are refused.
+        decoder: decodes the text; None is one of this module.
         most: the number of bytes (of a `str`: of characters) that the text may have.
 
     Raises:
@@ -95,7 +99,7 @@ def parse_json(text: str | bytes, *, finite: bool = False, most: int = MOST_JSON
         text = text.removeprefix("\ufeff")
     check_depth(text)
     try:
-        return (_FINITE if finite else DECODER).decode(text)
+        return (decoder or (_FINITE if finite else DECODER)).decode(text)
     except Malformed:
         raise
     except RecursionError:  # not after `check_depth`, unless the caller itself is deep already
@@ -154,8 +158,12 @@ def _finite(text: str) -> float:
     return value
 
 
-DECODER = json.JSONDecoder(parse_int=_whole, object_pairs_hook=_object)
-"""Decodes JSON that `check_depth` has seen."""
+def decoder_of(parse_float: Callable[[str], Any] | None = None) -> json.JSONDecoder:
+    """Decodes JSON that `check_depth` has seen; `parse_float` makes its numbers with a fraction."""
+    return json.JSONDecoder(parse_int=_whole, parse_float=parse_float, object_pairs_hook=_object)
+
+
+DECODER = decoder_of()
 _FINITE = json.JSONDecoder(parse_int=_whole, parse_float=_finite, parse_constant=_finite, object_pairs_hook=_object)
 
 

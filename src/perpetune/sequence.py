@@ -168,7 +168,7 @@ class TaskSequence:
             return self._tasks[index]
         if index not in self._tests:
             document = committed.task()
-            origin = document["from"]
+            origin = moved(document["from"], self.moved)
             if origin != STREAM and not origin.get("name"):
                 self.runtime.progress.note(f"task {committed.name} is not evaluated, it was given as a Python object")
                 return None

@@ -19,7 +19,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import date, datetime, timezone
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -213,6 +213,27 @@ class State:
         if spec is not None:
             write_file(self.folder / "backbone.json", to_json({**self.backbone, "spec": spec}))
         self.log("relocated", **({"model": spec} if spec else {}), **({"data": list(data)} if data else {}))
+
+    @property
+    def begun(self) -> date | None:
+        """The day on which the state was made; None where nothing says it.
+
+        States of earlier versions do not have it. For them it is the day of their journal's first line.
+
+        Raises:
+            StateError: `backbone.json` holds something else.
+        """
+        day = self.backbone.get("date")
+        try:
+            if day is not None:
+                return date.fromisoformat(day)
+        except (TypeError, ValueError):
+            raise StateError(
+                f"{self.folder / 'backbone.json'}: date is {day!r}, and no day such as 2026-01-31: restore it from a "
+                "backup"
+            ) from None
+        journal = self.journal()
+        return datetime.fromisoformat(journal[0]["time"]).date() if journal else None
 
     def moved(self) -> list[tuple[str, str]]:
         """The beginnings of paths of tasks' data that have changed, as they were and as they are, the oldest first."""

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Literal
 
 from perpetune.data.names import label_of, printable, several
+from perpetune.data.sources import LONGEST
 from perpetune.errors import DataError, UsageError
 from perpetune.plain import parse_json
 
@@ -130,6 +131,8 @@ def named(values: Sequence[Any], names: Sequence[str] | None, column: str, where
             raise DataError(f"{at} holds {type(value).__name__}; expected text or a whole number")
         if value in known:
             continue
+        if isinstance(value, str) and len(value) > LONGEST:
+            raise DataError(f"{at} holds {len(value)} characters; at most {LONGEST} are a name")
         if isinstance(value, int) and names is not None and not 0 <= value < len(names):
             raise DataError(f"{at} is {value}; there are {len(names)} class names")
         known[value] = label_of(names[value] if isinstance(value, int) and names is not None else str(value))

@@ -155,7 +155,7 @@ class ManifestSource(Source):
         kept = list(first.values())
         grouped = any(r.group for r in kept)
         repeated = len(records) - len(kept)
-        warnings = [f"{printable(path)}: {repeated} rows repeat an earlier one and are left out"] if repeated else []
+        warnings = [f"{printable(path)}: {repeated} rows repeat an earlier row and are left out"] if repeated else []
         warnings += self._unused.get(path, [])
         return FileTable(
             os.path.dirname(path),

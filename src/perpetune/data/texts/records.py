@@ -12,9 +12,11 @@ from typing import Any, BinaryIO, cast
 from perpetune.data.names import printable
 from perpetune.data.parquet import read_columns, read_schema
 from perpetune.data.sources import POINTER, file_start, is_pointer
+from perpetune.data.texts.tables import Written
 from perpetune.errors import DataError
-from perpetune.plain import DECODER, Malformed, check_depth, parse_json
+from perpetune.plain import Malformed, check_depth, decoder_of, parse_json
 
+DECODER = decoder_of(Written)  # a number is an answer as it is written
 LINES = (".jsonl", ".ndjson")
 PACKED = ".gz"
 SUFFIXES = (*LINES, ".json", ".parquet", *(f"{suffix}{PACKED}" for suffix in (*LINES, ".json")))
@@ -109,7 +111,7 @@ def _lines(content: bytes, here: str) -> Iterator[Record]:
             continue
         at = f"{here} line {number}"
         try:
-            value = parse_json(line.decode())
+            value = parse_json(line.decode(), decoder=DECODER)
         except UnicodeDecodeError as error:
             yield Record(at, {}, f"not UTF-8 text (byte {error.start})", line)
         except Malformed as error:
@@ -150,16 +152,6 @@ def _items(content: bytes, here: str) -> Iterator[Record]:
         place = _after_space(text, place + 1)
     if text[place:]:
         raise DataError(f"{here}: there is text after the end of the array: {text[place : place + 20]!r}")
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object in which each key stands once; of two, one would fall away."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in found if keys.count(key) > 1)
-        raise ValueError(f"the key '{printable(twice)}' is there twice")
-    return found
 
 
 def _after_space(text: str, place: int) -> int:

@@ -445,7 +445,7 @@ class TextView(View):
         if "developer" not in str(self.tokenizer.chat_template):  # the newer name of the system
             told = [{**message, "role": "system"} if message["role"] == "developer" else message for message in told]
         try:
-            text: str = self.tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=asking)
+            text: str = self.tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=asking, **more)
         except (TemplateError, *REFUSED) as error:
             raise DataError(f"the model's chat template refuses the messages: {error}") from error
         if len(text) > LONGEST:
