@@ -232,7 +232,7 @@ SAID = {"role": "assistant", "content": "ho"}
 BAD = [
     (b'{"prompt": "a", "answer": ', "not JSON: Expecting value: line 1 column 27 (char 26)"),
     (b'{"prompt": "\xff"}', "not UTF-8 text (byte 12)"),
-    (b'{"prompt": "a", "prompt": "b", "answer": "c"}', "not JSON: the key 'prompt' is there twice"),
+    (b'{"prompt": "a", "prompt": "b", "answer": "c"}', "not JSON: key 'prompt' stands twice"),
     (b'["prompt", "answer"]', "holds list; expected an object of columns"),
     (b"3", "holds int; expected an object of columns"),
     (b"[" * 100_000, "not JSON: "),
@@ -355,8 +355,8 @@ def test_nothing_good_is_an_error(tmp_path):
         ("x.json", b'[{"prompt": "a"} {"prompt": "b"}]', "x.json item 1: expected a comma or the end of the array "),
         ("x.json", b'[{"prompt": "a"}', "x.json item 1: expected a comma or the end of the array after it, but the f"),
         ("x.json", b'[{"prompt": "a"},]', "x.json item 2: not JSON: "),
-        ("x.json", b'[{"prompt": "a", "prompt": "b"}]', "x.json item 1: not JSON: the key 'prompt' is there twice"),
-        ("x.json", b"[] []", "x.json: more follows after the end of the array"),
+        ("x.json", b'[{"prompt": "a", "prompt": "b"}]', "x.json item 1: not JSON: key 'prompt' stands twice"),
+        ("x.json", b"[] []", "x.json: there is text after the end of the array"),
         ("x.json", b'["\xff"]', r"x.json: not UTF-8 text \(byte 2\)"),
         ("x.parquet", b"PAR1", "x.parquet: not a readable parquet file"),
         ("x.csv", b"prompt,answer", "x.csv: expected a file that ends in .jsonl, "),
@@ -885,7 +885,7 @@ def test_prompts_for_prediction(tmp_path, monkeypatch):
         ([str(write(tmp_path / "x.jsonl", [{"prompt": "a"}, b"{"]))], "x.jsonl line 2: not JSON"),
         ([str(write(tmp_path / "y.jsonl", [{"answer": "a"}]))], "y.jsonl line 1: no prompt"),
         ([str(write(tmp_path / "z.jsonl", [{"messages": [SAID]}]))], "z.jsonl line 1: there is no message"),
-        ([], "no prompt is given"),
+        ([], "there is no prompt"),
         ([str(tmp_path)], "is a folder; name the files in it, and prompts are read from .txt, .jsonl"),
         (
             [str(write(tmp_path / "x.csv", [b"prompt"]))],

@@ -509,7 +509,9 @@ def out_is_there_already(p: Place) -> list[str]:
 @case(2, "out", "Not a directory")
 def out_is_below_a_file(p: Place) -> list[str]:
     p.text("mine", "file")
-    return [*p.run(), "--out", str(p.tmp / "file" / "out")]
+    arguments = p.run()
+    arguments[arguments.index("--out") + 1] = str(p.tmp / "file" / "out")
+    return arguments
 
 
 # -- data ---------------------------------------------------------------------------------------------------
@@ -868,10 +870,10 @@ def init_of_what_is_there(p: Place) -> list[str]:
     return ["init", str(p.state())]
 
 
-@case(2, "no LoRA", "pet: none")
+@case(2, "LoRA only", "Adapter")
 def export_without_lora(p: Place) -> list[str]:
     state = p.tmp / "plain"
-    Learner({**p.base(), "pet": None, "data": None}, state).learn(p.world / "images")
+    Learner({**p.base(), "pet": "adapter", "data": None}, state).learn(p.world / "images")
     return ["export", str(state), str(p.tmp / "peft")]
 
 

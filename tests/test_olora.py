@@ -303,7 +303,7 @@ def test_it_goes_back_to_any_task_and_on_from_there() -> None:
 def test_a_state_that_does_not_fit_is_said() -> None:
     files = snapshot(taught(made()))
     extra = json.loads(files["extra.json"])
-    for tasks, message in ((None, "the entry '' is not what a OLoRA stores"), (["a"], r"default.*\(6, 32\) where")):
+    for tasks, message in ((None, "the entry '' is not what a OLoRA stores"), (["a"], r"default.*\(6, 32\), but")):
         extra[""]["tasks"] = tasks
         with pytest.raises(StateError, match=message):
             restore(made(), {**files, "extra.json": json.dumps(extra).encode()}, "memory")

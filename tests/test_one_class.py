@@ -57,7 +57,8 @@ def test_one_class_is_learned_and_said_before(head: str, method: Any, world: Pat
     told.said.clear(), told.losses.clear()
     made.learn(world / "one")
     assert "step" in told.said
-    assert told.said[0] == (
+    (note,) = [said for said in told.said if "one class" in said]
+    assert note == (
         "task one: it has one class alone, 'cat'. Mask `task` would compare it with nothing, so it is compared with "
         "the 2 classes learned before; the head's rows for these do not change"
     )
@@ -67,7 +68,7 @@ def test_one_class_is_learned_and_said_before(head: str, method: Any, world: Pat
     found = made.evaluate()["one"]
     assert found is not None
     assert found["correct"] == found["total"] > 0
-    assert told.said[0] in json.loads((tmp_path / "s" / "tasks" / "0001-one" / "task.json").read_bytes())["warnings"]
+    assert note in json.loads((tmp_path / "s" / "tasks" / "0001-one" / "task.json").read_bytes())["warnings"]
 
 
 @pytest.mark.parametrize("head", HEADS)

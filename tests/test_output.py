@@ -174,7 +174,7 @@ def test_a_line_in_a_file_is_not_wrapped(world: Path, tmp_path: Path, monkeypatc
     code, out, err = run(["update", state, "--data", pictures], "utf-8", monkeypatch)
     assert code == 0, err
     notes = [line for line in out.splitlines() if line.startswith("note: ")]
-    assert len(notes) == 1
+    assert len(notes) == 2, "broken pictures, and new classes"
     assert notes[0].count("a-very-long-name-of-a-broken-picture-") >= 3
     assert any(line.startswith("report: ") for line in out.splitlines())
 

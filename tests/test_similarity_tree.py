@@ -228,7 +228,7 @@ class TestShape:
     def test_refuses_what_is_no_signature(self) -> None:
         tree = SimilarityTree.build(points(3), GROUPS)
         for wrong, message in (
-            (torch.full((MODULES, SIZE), torch.nan), "not finite"),
+            (torch.full((MODULES, SIZE), torch.nan), "have to be finite"),
             (torch.ones(MODULES, SIZE), "L1 norm"),
             (torch.zeros(MODULES, SIZE + 1), "signatures are"),
         ):

@@ -447,7 +447,7 @@ def test_a_search_goes_on_from_its_state() -> None:
             other.step(query)
             assert other.picked == whole.picked
         assert other.state() == whole.state()
-    with pytest.raises(StateError, match="of another tree"):
+    with pytest.raises(StateError, match="belongs to another tree"):
         Search(stored(8)[0], "lcb", 0.3, 7, points[0]).load_state(whole.state())
 
 
@@ -797,7 +797,7 @@ def test_states_reload_roll_back_and_take_updates(whole: dict[str, Path], tmp_pa
         learner.learn(tmp_path / name, name=name)
     assert len(learner.method.similar.tree) == 2
     assert learner.method.similar.tree.ids == tuple(learner.method.bank.kept)
-    with pytest.raises(UsageError, match="has a task 'new' already"):
+    with pytest.raises(UsageError, match="already has a task 'new'"):
         learner.learn(tmp_path / "new", name="new")
     reloaded = Learner.load(folder)
     assert reloaded.evaluate() == learner.evaluate()
