@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from perpetune.check import Checker, check_method, rules
+from perpetune.cli import call
 from perpetune.errors import UsageError
 from perpetune.fit import FitConfig, fit
 from perpetune.methods.finetune import FineTune
@@ -56,6 +58,23 @@ METHODS = [
 def test_every_method_keeps_the_contract(method: str, changes: tuple[str, ...]) -> None:
     faults = [f"{o.rule}: {o.fault}" for o in check_method(method, changes) if o.fault is not None]
     assert faults == []
+
+
+def test_what_is_not_tested_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pet that cannot be protected, and a language model that cannot have the pet."""
+    monkeypatch.setattr(rules, "RULES", (rules.scores_only_for_classes_seen, rules.protection_protects))
+    found = {(o.on, o.rule.partition(" ")[0]): o.left_out for o in check_method("finetune", ["pet=ssf"])}
+    assert "ssf cannot be protected" in found["pictures", "under"]
+    assert found["pictures", "there"] == ""
+    assert found["texts", "there"] == "answers are texts"
+    (texts,) = [o for o in check_method("finetune", ["pet=prefix"]) if o.on == "texts"]
+    assert "pet: prefix adds tokens, but the tokens of a text have a fixed order" in texts.left_out
+    (leak,) = [o.left_out for o in check_method("finetune", ["merge=falling"]) if o.rule.startswith("under")]
+    assert leak == "merge mixes in a copy that was free to move"
+    assert call(["check", "finetune", "--set", "pet=prefix"]) == 0
+    assert "--    texts: all rules: not tested, pet: prefix adds tokens" in capsys.readouterr().out
+    assert call(["check", "finetune", "--set", "pet=prefix", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[-1]["holds"] is None
 
 
 def test_what_protection_cannot_hold_is_told_before_any_rule() -> None:

@@ -430,7 +430,7 @@ def test_a_config_of_a_stranger_is_one_line(case: str, tmp_path: Path) -> None:
 def test_a_config_that_is_nested_too_deep(tmp_path: Path) -> None:
     write_peft(tuned(hf_vit, ["q"]), "default", tmp_path / "out")
     (tmp_path / "out" / "adapter_config.json").write_text("[" * 200_000)
-    with pytest.raises(UsageError, match="is not JSON"):
+    with pytest.raises(UsageError, match="is not valid JSON"):
         read_peft(built(hf_vit), tmp_path / "out", "back")
 
 

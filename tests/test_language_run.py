@@ -760,11 +760,12 @@ def test_a_template_is_told_the_day_of_init(
     begun = later.state.journal()[0]["time"]
     old = datetime.datetime.fromisoformat(begun).strftime("%d %b %Y")
     assert asked(Learner.load(tmp_path / "state")).startswith(f"{old}\n<|user|>")
-    for wrong in (7, "soon"):
+    for wrong, message in {
+        7: "date: Input should be a valid string, got 7",
+        "soon": "date is 'soon', and no day such as 2026-01-31",
+    }.items():
         (tmp_path / "state" / "backbone.json").write_text(json.dumps({**content, "date": wrong}))
-        with pytest.raises(
-            StateError, match=r"date is .*, and no day such as 2026-01-31|date: Input should be a valid string"
-        ):
+        with pytest.raises(StateError, match=message):
             Learner.load(tmp_path / "state")
 
 

@@ -273,14 +273,20 @@ def test_evaluate_report_log_and_compare(
     capsys.readouterr()
 
 
-def test_export(tapped: Learner, tuned: Learner, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export(
+    model: Path, tapped: Learner, tuned: Learner, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from safetensors.torch import load_file
 
     assert call(["export", str(tuned.state.folder), str(tmp_path / "out")]) == 0
     about = json.loads((tmp_path / "out" / "head.json").read_text())
-    assert about["head"] == "Ridge"
-    assert about["classes"] == ["blue", "green", "red", "bad", "good"]
-    assert about["reads"] == "texts"
+    assert about == {
+        "head": "Ridge",
+        "classes": ["blue", "green", "red", "bad", "good"],
+        "base": str(model),
+        "reads": "texts",
+        "relu": False,
+    }
     head = load_file(tmp_path / "out" / "head.safetensors")
     assert {"weight", "centre", "offset", "scale"} <= head.keys()
     assert not {"packed", "cross"} & head.keys()

@@ -39,7 +39,7 @@ from perpetune.models.loaders.causal_lm import gguf_origin
 from perpetune.models.loaders.packaged import PACKAGED
 from perpetune.pets.base import PET, Place, inject, pets, slots, submodule, walk
 from perpetune.pets.lora import LoRA
-from perpetune.plain import Malformed, read_json
+from perpetune.plain import read_object
 
 sre: Any = importlib.import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
 
@@ -264,14 +264,8 @@ def _adapter_folder(folder: Path, name: str) -> Path:
 
 def _read_config(file: Path) -> dict[str, Any]:
     """The adapter's configuration; UsageError if it is not plain LoRA."""
-    try:
-        config = read_json(file)
-    except OSError as error:
-        raise UsageError(f"{file} cannot be read: {error.strerror}") from error
-    except Malformed as error:
-        raise UsageError(f"{file} is not JSON: {error}") from error
-    kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-    if kind != "LORA":
+    config = read_object(file, str(file))
+    if (kind := config.get("peft_type")) != "LORA":
         raise UsageError(f"{file}: peft_type is {kind!r}; expected 'LORA'")
     if variant := sorted(key for key, value in config.items() if value and key not in UNDERSTOOD | SILENT):
         raise UsageError(f"{file}: perpetune reads plain LoRA only, and this file sets {', '.join(variant)}")

@@ -17,6 +17,8 @@ from typing import Any
 import yaml
 from yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, DocumentStartEvent, ScalarEvent
 
+from perpetune.errors import UsageError
+
 MOST_YAML = 2**20
 """Bytes of a YAML text."""
 MOST_JSON = 2**26
@@ -116,6 +118,27 @@ def read_json(path: str | Path, *, finite: bool = False, most: int = MOST_JSON) 
         Malformed: as `parse_json`.
     """
     return parse_json(read_regular(path, most), finite=finite, most=most)
+
+
+def read_object(path: str | Path, where: str) -> dict[str, Any]:
+    """The JSON object that a configuration file holds.
+
+    Args:
+        path: of the file.
+        where: the name of the file in messages.
+
+    Raises:
+        UsageError: the file cannot be read, is not JSON, or holds something else.
+    """
+    try:
+        content = read_json(path)
+    except OSError as error:
+        raise UsageError(f"{where} cannot be read: {error.strerror or error}") from error
+    except Malformed as error:
+        raise UsageError(f"{where} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{where} holds a {type(content).__name__}; an object is expected")
+    return content
 
 
 def check_depth(text: str) -> None:

@@ -227,7 +227,7 @@ class State:
         try:
             if day is not None:
                 return date.fromisoformat(day)
-        except (TypeError, ValueError):
+        except ValueError:
             raise StateError(
                 f"{self.folder / 'backbone.json'}: date is {day!r}, and no day such as 2026-01-31: restore it from a "
                 "backup"

@@ -52,11 +52,17 @@ class Outcome:
         rule: the rule as a sentence.
         fault: why the method breaks the rule; None if it keeps it.
         on: the kind of example on which the rule was tested.
+        left_out: the reason why it was not tested; empty if it was.
     """
 
     rule: str
     fault: str | None
     on: str = "pictures"
+    left_out: str = ""
+
+
+class NotApplicable(Exception):
+    """A rule says nothing about a method with these options; the text is the reason."""
 
 
 @dataclass(frozen=True)
@@ -229,7 +235,7 @@ def batch_companions_do_not_matter(c: Checker) -> None:
 def scores_only_for_classes_seen(c: Checker) -> None:
     """there is one score for each class seen, and no other"""
     if not c.whole.method.model.chooses:
-        return  # answers are texts
+        raise NotApplicable("answers are texts")
     seen: list[str] = []
     for task, classes, shape in zip(c.stream(), c.whole.classes, c.whole.shapes, strict=True):
         seen += [name for name in task.classes if name not in seen]
@@ -279,17 +285,17 @@ def protection_protects(c: Checker) -> None:
         config = ProtectConfig.model_validate({**given, "directions": directions})
         try:
             method = c.make(c.recipe.model_copy(update={"protect": config}))
-        except UsageError:
-            return  # this method or pet cannot be protected, and says so
+        except UsageError as error:
+            raise NotApplicable(str(error)) from None
         if method.leaks:
-            return
+            raise NotApplicable(method.leaks)
         certificates: list[dict[str, Any]] = []
         for task in with_earlier(method, c.stream()):
             certificates = learn_protected(method, task)
         moved.append(certificates[-1]["worst"])
     held, free = moved
     if held is None or free is None:
-        return  # the outputs of all sites are zero
+        raise NotApplicable("the outputs of all sites are zero")
     assert held <= HELD * free, (
         f"the worst site's outputs move by {held:.2g} with protection, and by {free:.2g} without it"
     )
@@ -350,23 +356,25 @@ def check_method(method: str, changes: Sequence[str] = (), on: str | None = None
     for number, checker in enumerate(checkers):
         try:
             checker.make()
-        except UsageError:
+        except UsageError as error:
             if number == 0 or not changes:
                 raise
-            continue  # these options need a head that chooses among classes
-        outcomes += [
-            Outcome((rule.__doc__ or rule.__name__).strip(), _fault(rule, checker), checker.kind.name) for rule in RULES
-        ]
+            outcomes.append(Outcome("all rules", None, checker.kind.name, str(error)))
+            continue
+        outcomes += [_outcome(rule, checker) for rule in RULES]
     return outcomes
 
 
-def _fault(rule: Rule, checker: Checker) -> str | None:
+def _outcome(rule: Rule, checker: Checker) -> Outcome:
+    fault, reason = None, ""
     try:
         rule(checker)
+    except NotApplicable as error:
+        reason = str(error)
     except PerpetuneError as error:
-        return str(error)
+        fault = str(error)
     except AssertionError as error:
-        return " ".join(str(error).split()) or "the method breaks the rule"
+        fault = " ".join(str(error).split()) or "the method breaks the rule"
     except Exception as error:  # noqa: BLE001  a foreign method may fail in any way, and the other rules are still tested
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return None
+        fault = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return Outcome((rule.__doc__ or rule.__name__).strip(), fault, checker.kind.name, reason)

@@ -188,10 +188,18 @@ def check(
 
     outcomes = check_method(method, change or [], on)
     if json:
-        print_json([{"on": o.on, "rule": o.rule, "holds": o.fault is None, "fault": o.fault} for o in outcomes])
+        print_json(
+            [
+                {"on": o.on, "rule": o.rule, "holds": None if o.left_out else o.fault is None, "fault": o.fault}
+                | ({"left_out": o.left_out} if o.left_out else {})
+                for o in outcomes
+            ]
+        )
     else:
         for o in outcomes:
-            print(f"{'ok  ' if o.fault is None else 'FAIL'}  {o.on}: {o.rule}" + (f": {o.fault}" if o.fault else ""))
+            word = "--  " if o.left_out else "ok  " if o.fault is None else "FAIL"
+            why = f"not tested, {o.left_out}" if o.left_out else o.fault
+            print(f"{word}  {o.on}: {o.rule}" + (f": {why}" if why else ""))
     if any(o.fault is not None for o in outcomes):
         raise typer.Exit(1)
 

@@ -405,20 +405,26 @@ def has_set(root: nn.Module, name: str, kind: type[PET] | None = None) -> bool:
     return bool(pets) and all(isinstance(pet, kind) for pet in pets)
 
 
+def form(root: nn.Module, name: str) -> tuple[Any, ...] | None:
+    """The places of a set, the class of its pets, and their tensors' names, shapes and types.
+
+    Sets of one form can be members of a `Choice`. None if a pet's class has no `blend`.
+    """
+    found: list[tuple[Any, ...]] = []
+    for path, slot in slots(root):
+        if name not in slot.pets:
+            continue
+        pet = slot.pet(name)
+        if type(pet).blend is PET.blend:
+            return None
+        found.append((path, type(pet), *((key, tuple(t.shape), t.dtype) for key, t in pet.state_dict().items())))
+    return tuple(found)
+
+
 def blendable(root: nn.Module, names: Sequence[str]) -> bool:
-    """Whether these sets can be members of a `Choice`: same places, class and shapes, and the class has `blend`."""
-    for _, slot in slots(root):
-        members = [slot.pet(name) for name in names if name in slot.pets]
-        if members and (len(members) < len(names) or len({_form(pet) for pet in members}) > 1):
-            return False
-        if members and type(members[0]).blend is PET.blend:
-            return False
-    return True
-
-
-def _form(pet: PET) -> tuple[Any, ...]:
-    """The class and the names, shapes and types of the tensors: equal for pets that can be blended."""
-    return (type(pet), *((name, tuple(t.shape), t.dtype) for name, t in pet.state_dict().items()))
+    """Whether these sets can be members of a `Choice`: all have one form."""
+    forms = {form(root, name) for name in names}
+    return len(forms) == 1 and None not in forms
 
 
 def pets(root: nn.Module, name: str) -> list[PET]:

@@ -18,7 +18,7 @@ from perpetune.errors import PerpetuneError, UsageError
 from perpetune.numerics.moments import pack, unpack
 from perpetune.numerics.projection import Operand, ProjectedStep
 from perpetune.numerics.subspace import SLACK, Subspace
-from perpetune.pets.base import PET, parameters, sets
+from perpetune.pets.base import PET, slots
 from perpetune.protection.config import ProtectConfig
 from perpetune.protection.memory import SiteMemory
 from perpetune.protection.renewal import kaiming, leading_start, random_start
@@ -101,8 +101,11 @@ class Protection(nn.Module):
         """
         trained = {p for group in optimizer.param_groups for p in group["params"]}
         held = {p for w in self.sites for p in w.site.operand.parameters}.union(self.still, self.free)
-        for name in (name for name in sets(root) if name not in private):
-            if any(p in trained and p not in held for p in parameters(root, name)):
+        loose = trained - held  # the head's, and those of pets that nobody holds
+        for _, slot in slots(root):
+            for name in (name for name in slot.pets if name not in private):
+                if loose.isdisjoint(slot.pet(name).parameters()):
+                    continue
                 guarded = sorted({w.set for w in self.sites if w.set is not None})
                 raise UsageError(
                     f"protect: the optimizer trains the set of pets {name!r}, but protection holds "

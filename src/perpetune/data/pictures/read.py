@@ -7,7 +7,7 @@ import stat
 import struct
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from io import BytesIO
 from pathlib import Path
@@ -111,19 +111,22 @@ def list_folder(path: str) -> tuple[list[str], list[str], list[str]]:
     """
     folders, pictures, others = [], [], []
     try:
-        with os.scandir(path) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if _is_folder(entry):
-                    folders.append(entry.name)
-                elif is_picture(entry.name) and (entry.is_symlink() or entry.is_file()):
-                    pictures.append(entry.name)
-                else:
-                    others.append(entry.name)
+        for entry in _visible(path):
+            if _is_folder(entry):
+                folders.append(entry.name)
+            elif is_picture(entry.name) and (entry.is_symlink() or entry.is_file()):
+                pictures.append(entry.name)
+            else:
+                others.append(entry.name)
     except OSError as error:
         raise DataError(f"{printable(path)}: {_reason(error)}") from error
     return sorted(folders, key=natural_key), sorted(pictures, key=natural_key), others
+
+
+def _visible(path: str) -> Iterator[os.DirEntry[str]]:
+    """The entries of a folder whose names do not begin with a dot; OSError if it cannot be read."""
+    with os.scandir(path) as entries:
+        yield from (entry for entry in entries if not entry.name.startswith("."))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -137,14 +140,11 @@ def holds_picture(path: str, depth: int = 3) -> bool:
     """Whether a picture lies in a folder, or so many folders deep in it; looks no further than the first."""
     folders = []
     try:
-        with os.scandir(path) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if _is_folder(entry):
-                    folders.append(entry.path)
-                elif is_picture(entry.name):
-                    return True
+        for entry in _visible(path):
+            if _is_folder(entry):
+                folders.append(entry.path)
+            elif is_picture(entry.name):
+                return True
     except OSError:
         return False
     return depth > 0 and any(holds_picture(folder, depth - 1) for folder in folders)

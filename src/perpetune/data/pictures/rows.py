@@ -108,8 +108,8 @@ def _json(file: TextIO, here: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield from _jsonl(file, here)
         return
     try:
-        rows = json.load(file)
-    except (ValueError, RecursionError) as error:
+        rows = parse_json(file.read())
+    except Malformed as error:
         raise DataError(f"{here}: not JSON: {error}") from error
     if not isinstance(rows, list):
         raise DataError(f"{here}: expected an array of objects, or one object a line")

@@ -8,6 +8,7 @@ from typing import Any
 
 from perpetune.data.names import printable
 from perpetune.errors import DataError
+from perpetune.plain import Malformed, parse_json
 
 Message = tuple[str, ...]
 """(role, content), or (role, content, more): `more` is a JSON object of what else the message holds."""
@@ -159,8 +160,8 @@ def parsed_tools(value: Any, column: str) -> list[Any]:
     found = value
     if isinstance(value, str):
         try:
-            found = json.loads(value)
-        except (ValueError, RecursionError):
+            found = parse_json(value)
+        except Malformed:
             found = None
     if not isinstance(found, list) or not all(isinstance(tool, Mapping) for tool in found):
         raise DataError(f"the tools (column '{printable(column)}') are no list of objects")

@@ -85,8 +85,8 @@ def _is_array(content: bytes) -> bool:
         return False
     first, _, rest = start.partition(b"\n")
     try:
-        json.loads(first.decode())
-    except (ValueError, RecursionError):
+        parse_json(first)
+    except Malformed:
         return True  # it goes on in the next line
     return not rest.strip()
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from perpetune.models.base import Model
 from perpetune.models.classifier import Classifier
-from perpetune.pets import PET, Choice, blendable, copy_set, pets, remove, sets, using
+from perpetune.pets import PET, Choice, copy_set, form, pets, remove, sets, using
 from perpetune.tasks import Inputs
 
 ELSEWHERE = 1e4  # subtracted from the log-probability of a class that does not belong to the chosen set's tasks
@@ -45,7 +45,9 @@ class Bank(nn.Module):
         self.working = working
         self.kept: dict[int, Kept] = {}
         self._rows: dict[str, list[str]] = {}  # for each set the classes whose rows are stored with it
-        self._sets: dict[str, list[PET]] = {}  # a cache, because a search for pets goes through the whole net
+        # Caches, because a search for pets goes through the whole net.
+        self._sets: dict[str, list[PET]] = {}
+        self._forms: dict[str, tuple[Any, ...] | None] = {}
 
     @property
     def model(self) -> Model:
@@ -166,11 +168,18 @@ class Bank(nn.Module):
         """
         used = sorted(set(by))
         names = tuple(map(set_name, used))
-        if not blendable(self.model, names):
+        if not self._alike(names):
             return self._asked(inputs, by, ask)
         place = {slot: position for position, slot in enumerate(used)}
         with using(self.model, Choice(names, torch.tensor([[place[slot]] for slot in by]))):
             return ask(inputs)
+
+    def _alike(self, names: Sequence[str]) -> bool:
+        """Whether the sets can act in one pass; asked for every batch, so each form is found once."""
+        for name in names:
+            if name not in self._forms:
+                self._forms[name] = form(self.model, name)
+        return self._forms[names[0]] is not None and len({self._forms[name] for name in names}) == 1
 
     def _asked(self, inputs: Inputs, by: Sequence[int], ask: Callable[[Inputs], Tensor]) -> Tensor:
         """The result of `ask(inputs)`, with one pass for each set; narrower rows are filled up."""
@@ -223,6 +232,7 @@ class Bank(nn.Module):
     def _remove(self, name: str) -> None:
         remove(self.model, name)
         self._sets.pop(name, None)
+        self._forms.pop(name, None)
         if name in self._rows:
             self._forget_rows(name)
 

@@ -11,7 +11,7 @@ from perpetune.models.loaders import causal_lm, timm
 from perpetune.models.loaders.causal_lm import Dtype, Length, Source
 from perpetune.models.loaders.hf import load_checkpoint
 from perpetune.models.loaders.options import Side, taken
-from perpetune.plain import Malformed, read_json
+from perpetune.plain import read_object
 
 
 def load_folder(
@@ -58,12 +58,4 @@ def _config(spec: str, folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         return {}
-    try:
-        config = read_json(file)
-    except OSError as error:
-        raise UsageError(f"{spec}: config.json cannot be read: {error.strerror}") from error
-    except Malformed as error:
-        raise UsageError(f"{spec}: config.json is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise UsageError(f"{spec}: config.json holds a {type(config).__name__}; an object is expected")
-    return config
+    return read_object(file, f"{spec}: config.json")

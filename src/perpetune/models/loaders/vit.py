@@ -16,7 +16,7 @@ from perpetune.models.backbone import Backbone, triple
 from perpetune.models.loaders.checkpoint import check_report, check_weights, config_of, quiet, unbuilt
 from perpetune.models.loaders.hub import hub_file, one_line
 from perpetune.models.loaders.options import Side, in_4bit, try_size
-from perpetune.plain import Malformed, read_json
+from perpetune.plain import read_object
 
 # `model_type` of the families whose feature is the class token after the final norm. True if the family interpolates
 # its position embeddings only with a keyword.
@@ -129,14 +129,7 @@ def _preprocess(spec: str, source: str, config: Any, image_size: int | None) -> 
     if path is None:
         warnings.warn(f"{spec} has no {PREPROCESSOR}: ImageNet's mean and std are assumed", stacklevel=2)
         return PictureView(size=image_size or _side(spec, config.image_size))
-    try:
-        given = read_json(path)
-    except OSError as error:
-        raise UsageError(f"{spec}: {PREPROCESSOR} cannot be read: {error.strerror}") from error
-    except Malformed as error:
-        raise UsageError(f"{spec}: {PREPROCESSOR} is not valid JSON: {error}") from error
-    if not isinstance(given, dict):
-        raise UsageError(f"{spec}: {PREPROCESSOR} holds a {type(given).__name__}; an object is expected")
+    given = read_object(path, f"{spec}: {PREPROCESSOR}")
     size = given.get("size", config.image_size)
     side, crop, squeeze = _side(spec, size), None, False
     if given.get("do_center_crop"):

@@ -8,10 +8,7 @@ from typing import Any
 from perpetune.report.blocks import Block, Brief, Column, Columns, Heading, Rows, Table, Text
 from perpetune.report.results_schema import Results
 
-MEANING = (
-    "Questions beside the tasks, from which nothing is learned. The first column is the model before its first task; "
-    "the others are after each task."
-)
+MEANING = "Questions beside the tasks. The model learns nothing from them. The columns say when they were asked."
 
 
 def section(results: Results) -> list[Block] | None:
