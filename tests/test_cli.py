@@ -612,8 +612,10 @@ def test_check(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     )
     monkeypatch.syspath_prepend(tmp_path)
     outcomes = json.loads(shell("check", "greedy:Greedy", "--set", "head=ncm", "--json", code=1).out)
-    broken = [o for o in outcomes if not o["holds"]]
+    broken = [o for o in outcomes if o["holds"] is False]
     assert [o["fault"] for o in broken] == ["predict takes ['inputs', 'task']"]
+    (untested,) = [o for o in outcomes if o["holds"] is None]
+    assert "trains no pet" in untested["left_out"]
 
 
 # -- the program itself -------------------------------------------------------------------------------------
