@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import warnings
 from collections.abc import Callable
@@ -225,6 +226,21 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(OSError, match="no space left"):
         write_peft(backbone, "default", tmp_path / "a")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_error_while_writing_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "a"
+
+    def denied(path: Path, *args: Any, **kwargs: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    backbone = tuned(timm_vit, ["q"])
+    for place in ("perpetune.export.open", "perpetune.export.os.replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, denied, raising=False)
+            with pytest.raises(PermissionError) as found:
+                write_peft(backbone, "default", folder)
+        assert found.value.filename == str(folder)
 
 
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {

@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import picture_folder, recipe, vit_folder
 
 from perpetune import export
@@ -17,7 +18,7 @@ from perpetune.errors import Interrupted
 from perpetune.export import WRITING, _aside
 from perpetune.learner import Learner
 from perpetune.runtime import Silent
-from perpetune.state import State
+from perpetune.state import MidTask, State
 
 
 class StopsAt(Silent):
@@ -78,6 +79,34 @@ def test_an_update_says_what_it_discards(world: Path, state: Path) -> None:
         assert call(["update", str(state), "--data", str(world / "ef"), "--name", "ef", "-q"]) == 0
     assert [str(w.message) for w in said] == [f"discarded: {WHERE}; task ef begins from its start"]
     assert [t.name for t in State(state).committed] == ["ab", "ef"]
+
+
+def test_why_the_task_of_the_same_name_is_discarded(world: Path, state: Path) -> None:
+    with pytest.warns(UserWarning, match="discarded") as said:
+        assert call(["update", str(state), "--data", str(world / "ef"), "--name", "cd", "-q"]) == 0
+    assert [str(w.message) for w in said] == [
+        f"discarded: {WHERE}, because its data changed; task cd begins from its start"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("now", "reason"),
+    [
+        ((1, "cd", "d/o/2"), ", because the number of processes changed"),
+        ((1, "cd", "d/p/1"), ", because the training options changed"),
+        ((1, "cd", "e/p/1"), ", because its data and the training options changed"),
+        ((1, "ef", "e/o/1"), ""),
+        ((2, "cd", "e/o/1"), ""),
+    ],
+)
+def test_what_a_checkpoint_belonged_to(now: tuple[int, str, str], reason: str, tmp_path: Path) -> None:
+    net = torch.nn.Linear(1, 1)
+    MidTask(tmp_path / "resume", net, (1, "cd", "d/o/1"), 1)  # type: ignore[arg-type]
+    with pytest.warns(UserWarning, match="discarded") as said:
+        MidTask(tmp_path / "resume", net, now, 1)  # type: ignore[arg-type]
+    assert [str(w.message) for w in said] == [
+        f"discarded: task cd, stopped before its first checkpoint{reason}; task {now[1]} begins from its start"
+    ]
 
 
 def test_the_same_update_goes_on_and_discards_nothing(

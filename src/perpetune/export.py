@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from perpetune.data.pictures.view import PictureView
 from perpetune.errors import StateError, UsageError
+from perpetune.files import about
 from perpetune.heads.base import Head
 from perpetune.methods.base import Method
 from perpetune.models.backbone import Backbone
@@ -101,8 +102,11 @@ def _aside(folder: Path) -> Iterator[Path]:
     _clear_stale(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = folder.parent / f".{folder.name}.{secrets.token_hex(8)}.tmp"
-    aside.mkdir()
-    marker = open(aside / WRITING, "xb")  # noqa: SIM115  the lock is held until the folder is complete
+    try:
+        aside.mkdir()
+        marker = open(aside / WRITING, "xb")  # noqa: SIM115  the lock is held until the folder is complete
+    except OSError as error:
+        raise about(error, folder) from None
     try:
         _held(marker.fileno())
         (aside / "new").mkdir()
@@ -110,6 +114,8 @@ def _aside(folder: Path) -> Iterator[Path]:
         if folder.is_dir():
             folder.rmdir()  # Windows cannot replace a folder, not even an empty one
         os.replace(aside / "new", folder)
+    except OSError as error:
+        raise about(error, folder) from None
     finally:
         marker.close()
         shutil.rmtree(aside, ignore_errors=True)

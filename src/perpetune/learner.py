@@ -20,7 +20,7 @@ from torch import Tensor
 from perpetune import oracle
 from perpetune.build import build_backbone, build_method, build_runtime
 from perpetune.data.examples import Question
-from perpetune.data.names import safe_name, several, task_names
+from perpetune.data.names import printable, safe_name, several, task_names
 from perpetune.data.sources import Source
 from perpetune.data.stream import Stream
 from perpetune.data.tasks import TaskData
@@ -280,7 +280,9 @@ class Learner:
                 f"{self.state.folder} has learned {index} of the {planned} tasks of its stream: "
                 f"finish them first with `perpetune resume {self.state.folder}`"
             )
-        name = self._name(data, name, index)
+        asked, name = name, self._name(data, name, index)
+        if asked and asked != name:
+            self.runtime.progress.note(f"the task is called {name}, because '{printable(asked)}' cannot name a folder")
         if options:
             if not isinstance(data, (str, Path)):
                 raise UsageError("options need data that are a path or an id; put them into the data section instead")

@@ -379,16 +379,25 @@ class State:
         """Drop every task after `to`, and an unfinished one; return the names of the dropped tasks.
 
         Args:
-            to: a task's name, its number or its folder's name; or `start`, which drops all tasks.
+            to: a task's name or its folder's name; or `start`, which drops all tasks.
+
+        Raises:
+            UsageError: there is no such task. A number alone is none: folders count from 0, and what is printed
+                counts from 1.
         """
         tasks = self._folders(self._chain().said)  # what is missing or too much after `to` is dropped from the journal
         if to == START:
             keep = 0
         else:
-            # A name counts before a number, because numbers may be names: tasks of digit images have such names.
-            matches = [t for t in tasks if t.name == to] or [t for t in tasks if to in (str(t.index), t.folder.name)]
+            matches = [t for t in tasks if t.name == to] or [t for t in tasks if t.folder.name == to]
             if not matches:
-                raise UsageError(f"{self.folder} has no task {to!r}; {closest(to, [START, *(t.name for t in tasks)])}")
+                near = closest(to, [START, *(t.name for t in tasks)])
+                meant = [f"task {to} is {t.name}" for t in tasks if to == str(t.index + 1)]
+                meant += [f"the folder with {to} is {t.folder.name}" for t in tasks if to == str(t.index)]
+                raise UsageError(
+                    f"{self.folder} has no task {to!r}; "
+                    + (f"a number is not taken for one: {', '.join(meant)}; give the name" if meant else near)
+                )
             keep = matches[0].index + 1
         self._check_rollback(tasks, keep)
         opened, said = self.open_task(), self._chain().said
@@ -473,7 +482,10 @@ class State:
         """
         for name in (".lock", "journal.jsonl", "tasks", "resume"):
             check_no_link(self.folder / name)
-        lock = _no_link(self.folder / ".lock", os.O_RDWR | os.O_CREAT)
+        try:
+            lock = _no_link(self.folder / ".lock", os.O_RDWR | os.O_CREAT)
+        except OSError as error:
+            raise StateError(f"{self.folder} cannot be changed: {error.strerror}") from None
         _held.add(lock)
         try:
             _lock(lock, self.folder)
@@ -606,6 +618,19 @@ def interrupted(folder: Path) -> str:
     return f"task {name}, stopped {found}"
 
 
+DECIDED_BY = ("its data", "the training options", "the number of processes")
+"""What a checkpoint inside a task belongs to."""
+
+
+def _why(before: Any, now: Mapping[str, Any]) -> str:
+    """Why checkpoints of a task are of no use to the task of the same name; empty for another task."""
+    if not isinstance(before, dict) or any(before.get(key) != now[key] for key in ("task", "name")):
+        return ""
+    parts = zip(DECIDED_BY, str(before.get("data")).split("/"), str(now["data"]).split("/"), strict=False)
+    changed = [what for what, old, new in parts if old != new]
+    return f", because {' and '.join(changed)} changed" if changed else ""
+
+
 class MidTask:
     """Checkpoints inside one task, in STATE/resume/: the finished phases, and the progress of the open one.
 
@@ -615,7 +640,7 @@ class MidTask:
     Args:
         folder: STATE/resume.
         method: the method to save and restore.
-        task: (index, name, fingerprint of its data). Checkpoints of any other task are deleted.
+        task: (index, name, the parts of `DECIDED_BY` with `/` between them). Checkpoints of any other task are deleted.
         every: optimizer steps between two checkpoints.
         writes: whether this process writes checkpoints; every process reads them.
     """
@@ -637,9 +662,11 @@ class MidTask:
         header = {"task": task[0], "name": task[1], "data": task[2]}
         path = folder / "task.json"
         check_no_link(folder)
-        if not path.is_file() or self._header(path) != header:
+        before = self._header(path) if path.is_file() else None
+        if before != header:
             if writes:
                 if discarded := interrupted(folder):
+                    discarded += _why(before, header)
                     warnings.warn(f"discarded: {discarded}; task {task[1]} begins from its start", stacklevel=3)
                 remove_folder(folder)
                 folder.mkdir(parents=True)

@@ -21,7 +21,7 @@ from perpetune.data.columns import (
     splits_among,
     unused_columns,
 )
-from perpetune.data.names import natural, printable, several
+from perpetune.data.names import label_of, natural, one_class, printable, several
 from perpetune.data.parquet import read_columns, read_schema
 from perpetune.data.pictures.read import holds_picture, list_folder
 from perpetune.data.pictures.tables import PictureTable
@@ -140,7 +140,16 @@ def arrow_table(
             groups += named(table.column(group).to_pylist(), class_names(table.schema, group), group, where)
     if not labels:
         raise DataError(f"{several([where for where, _ in parts])}: no rows")
-    return ArrowTable(images, labels, groups if any(groups) else None, roots)
+    here = several([where for where, _ in parts])
+    table = ArrowTable(images, _tidy(labels), _tidy(groups) if any(groups) else None, roots)
+    table.warnings += one_class(labels, f"{here}: column '{columns.label}'")
+    table.warnings += one_class(groups, f"{here}: column '{columns.group or 'task or domain'}'")
+    return table
+
+
+def _tidy(names: Sequence[str]) -> list[str]:
+    known = {name: label_of(name) for name in set(names)}
+    return [known[name] for name in names]
 
 
 def _present(found: Sequence[str], columns: Columns, where: str) -> tuple[list[str], str | None]:

@@ -79,8 +79,9 @@ def gguf_source(spec: str, rest: str, *, hub: bool) -> Source:
     if hub and owner and name and file and not path.parent.is_dir():
         return Source(f"{owner}/{name}", file)
     beside = [p.name for p in path.parent.glob(f"*{GGUF}")] if path.parent.is_dir() else []
-    also = "; on the hub it is OWNER/NAME/FILE.gguf" if hub else ""
-    raise UsageError(f"{spec}: there is no such file; in {path.parent}: {closest(path.name, beside)}{also}")
+    near = f"in {path.parent}: {closest(path.name, beside)}" if beside else f"{path.parent} has no GGUF file"
+    also = "; on the hub it is OWNER/NAME/FILE.gguf" if hub and not path.is_absolute() else ""
+    raise UsageError(f"{spec}: there is no such file; {near}{also}")
 
 
 def gguf_origin(file: str) -> str | None:
