@@ -31,7 +31,8 @@ def load_folder(
     Args:
         architecture: timm's name of the model, for weights without a `config.json`.
 
-    The other options are those of the loader for the kind of model in the folder; see `timm`, `vit` and `causal_lm`.
+    The other options are those of the loader for the kind of model in the folder; see `timm`, `vit`, `dual`
+    and `causal_lm`.
     """
     spec, folder = f"folder:{rest}", Path(rest).expanduser()
     given = {"pretrained": pretrained, "image_size": image_size, "architecture": architecture}
