@@ -229,7 +229,12 @@ class Backbone(nn.Module):
         Raises:
             UsageError: the net belongs to no known family.
         """
-        return next(iter(families.towers(self.net, self._answers).values()))
+        found = families.towers(self.net, self._answers)
+        if self.texts is not None and self._answers not in found:
+            raise UsageError(
+                f"{self.spec}: the parts of its picture tower are not known; name the tower for texts, as in `text.q`"
+            )
+        return next(iter(found.values()))
 
     @property
     def _answers(self) -> families.Reads:
@@ -245,6 +250,8 @@ class Backbone(nn.Module):
 
     def pet_places(self, roles: Sequence[str], blocks: Sequence[int] | None = None) -> list[Place]:
         """The places of `roles` in the net; see `families.places`. A role without a tower's name belongs to `tower`."""
+        if self.texts is not None and not all("." in role for role in roles):
+            _ = self.tower  # a role without a tower's name may not go to the texts
         return families.places(self.net, roles, blocks, self._answers)
 
     def fingerprint(self) -> str:

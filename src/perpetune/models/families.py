@@ -289,7 +289,12 @@ _BERT: dict[str, tuple[Where, ...]] = {
 }
 
 # Its attention is torch's own. It reads the weights of its layers directly, so a slot around them would have no effect.
+# `loaders.openclip` replaces it by a `SplitAttention`, which has layers.
 _OPEN_CLIP: dict[str, tuple[Where, ...]] = {
+    "q": (("attn.qkv", 0),),
+    "k": (("attn.qkv", 1),),
+    "v": (("attn.qkv", 2),),
+    "proj": (("attn.proj", None),),
     "fc1": (("mlp.c_fc", None),),
     "fc2": (("mlp.c_proj", None),),
     "attn": (("attn", None),),

@@ -160,7 +160,8 @@ def _texts(spec: str, net: nn.Module, config: Any, tokenizer: Any, dim: int) -> 
         vocabulary=tokenizer.get_vocab(),
     )
     if str(config.model_type).startswith("clip"):
-        _check_end(spec, config.eos_token_id, tokenise)
+        # Where the config says 2, as OpenAI's does, transformers reads the highest token of a text.
+        check_end(spec, None if config.eos_token_id == 2 else config.eos_token_id, tokenise)
     return side
 
 
@@ -179,15 +180,16 @@ def tokens_of(tokenizer: Any, length: int, texts: Sequence[str]) -> tuple[list[l
     return made["input_ids"], [len(ids) > length for ids in ask()["input_ids"]]
 
 
-def _check_end(spec: str, end: int, tokenise: Tokenise) -> None:
-    """Raise UsageError if CLIP's tower would not read a text at its last token.
+def check_end(spec: str, end: int | None, tokenise: Tokenise) -> None:
+    """Raise UsageError if a tower would not read a text at its last token.
 
-    Where the config says 2, as OpenAI's does, transformers reads the highest token of a text.
+    Args:
+        end: the token at which it reads a text; None is the highest one.
     """
     for ids in tokenise(PROBES)[0]:
-        at = ids.index(max(ids)) if end == 2 else ids.index(end) if end in ids else 0
+        at = ids.index(max(ids)) if end is None else ids.index(end) if end in ids else 0
         if at != len(ids) - 1:
-            wanted = "the highest token" if end == 2 else f"token {end}"
+            wanted = "the highest token" if end is None else f"token {end}"
             raise UsageError(
                 f"{spec}: its text tower reads a text at {wanted}, and its tokenizer does not end a text with it: the "
                 "tokenizer belongs to another model"
