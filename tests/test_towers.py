@@ -46,14 +46,15 @@ def dual(kind: str) -> nn.Module:
 
 CLIP_ROLES = {"q", "k", "v", "proj", "fc1", "fc2", "attn", "mlp", "block", "norm1", "norm2", "norm"}
 OPEN_ROLES = CLIP_ROLES - {"q", "k", "v", "proj"}  # its attention is one module of torch's
+PICTURE_ROLES, TEXT_ROLES = CLIP_ROLES | {"patch"}, CLIP_ROLES | {"embed", "out"}
 # Of each: where its towers are, and the roles they have.
 DUAL: dict[str, tuple[str, set[str], str, set[str]]] = {
-    "CLIP": ("vision_model", CLIP_ROLES | {"patch"}, "text_model", CLIP_ROLES),
-    "Siglip": ("vision_model", CLIP_ROLES | {"patch"}, "text_model", CLIP_ROLES),
-    "Siglip2": ("vision_model", CLIP_ROLES, "text_model", CLIP_ROLES),
-    "ViT and BERT": ("vision_model", CLIP_ROLES | {"patch"}, "text_model", CLIP_ROLES - {"mlp", "norm"}),
-    "open_clip CLIP": ("visual", OPEN_ROLES | {"patch"}, "", OPEN_ROLES),
-    "open_clip CustomTextCLIP": ("visual", OPEN_ROLES | {"patch"}, "text", OPEN_ROLES),
+    "CLIP": ("vision_model", PICTURE_ROLES | {"norm_pre", "out"}, "text_model", TEXT_ROLES),
+    "Siglip": ("vision_model", PICTURE_ROLES, "text_model", TEXT_ROLES),
+    "Siglip2": ("vision_model", PICTURE_ROLES, "text_model", TEXT_ROLES),
+    "ViT and BERT": ("vision_model", PICTURE_ROLES | {"out"}, "text_model", TEXT_ROLES - {"mlp", "norm"}),
+    "open_clip CLIP": ("visual", OPEN_ROLES | {"patch", "norm_pre"}, "", OPEN_ROLES | {"embed"}),
+    "open_clip CustomTextCLIP": ("visual", OPEN_ROLES | {"patch", "norm_pre"}, "text", OPEN_ROLES | {"embed"}),
 }
 
 
@@ -130,7 +131,7 @@ def test_roles_of_both_towers_go_tower_by_tower_and_each_once() -> None:
     ("asked", "blocks", "said"),
     [
         (["sound.q"], None, "role 'sound.q': CLIPModel has no tower 'sound'; its towers are picture, text"),
-        (["text.patch"], None, "texts: block 0 has no role 'patch'; it has q, .*norm; its towers are picture, text"),
+        (["text.patch"], None, "block 0 has no role 'patch'; it has q, .*norm, out; its towers are picture, text"),
         (["q", "text.q"], [2], "block 2 is out of range: the tower text has 2 blocks, 0 to 1"),
     ],
 )

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from perpetune.seeding import numpy_generator, own_global_state
@@ -155,6 +156,77 @@ def tiny_tokenizer(chat: bool = True) -> Any:
     if chat:
         tokenizer.chat_template = CHAT
     return tokenizer
+
+
+DUAL = ("CLIP", "Siglip", "Siglip2", "ViT and BERT")
+"""The kinds of dual encoders of transformers."""
+_TOWER: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+_PICTURES = {**_TOWER, "num_hidden_layers": 3, "patch_size": 8}
+
+
+def dual_folder(path: Path, kind: str = "CLIP", seed: int = 0, **text: Any) -> Path:
+    """A dual encoder of transformers with random weights and its tokenizer; the folder.
+
+    Three blocks for pictures of 16 pixels, two for texts of at most 40 tokens (SigLIP: 24). The features have 8
+    numbers, SigLIP's 16.
+
+    Args:
+        kind: one of `DUAL`.
+        text: further entries of the text tower's config, or other values.
+    """
+    import transformers as t
+    from transformers.utils import logging
+
+    tokenizer = dual_tokenizer(kind)
+    tokenizer.save_pretrained(path)
+    ends = {"bos_token_id": 1, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
+    length = 24 if kind.startswith("Siglip") else 40
+    text = {**_TOWER, "num_hidden_layers": 2, "vocab_size": 300, "max_position_embeddings": length, **ends, **text}
+    size = {"num_patches": 4} if kind == "Siglip2" else {"image_size": SIZE}
+    logging.disable_progress_bar()
+    with own_global_state("dual", kind, seed):
+        if kind == "ViT and BERT":
+            towers = t.ViTConfig(**_PICTURES, **size), t.BertConfig(**text)
+            config = t.VisionTextDualEncoderConfig.from_vision_text_configs(*towers, projection_dim=8)
+            net: Any = t.VisionTextDualEncoderModel(config)
+        else:
+            more = {"projection_dim": 8} if kind == "CLIP" else {}
+            config = getattr(t, f"{kind}Config")(text_config=text, vision_config={**_PICTURES, **size}, **more)
+            net = getattr(t, f"{kind}Model")(config)
+        for name, parameter in net.named_parameters():  # as initialised, small nets hardly look at their inputs
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.3)
+            elif "logit" in name:
+                parameter.data.fill_(-1.5 if "bias" in name else 2.0)
+    net.save_pretrained(path)
+    view = {"size": {"height": SIZE, "width": SIZE}, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    (path / "preprocessor_config.json").write_text(json.dumps(view))
+    return path
+
+
+def dual_tokenizer(kind: str = "CLIP") -> Any:
+    """Byte-level BPE of at most 300 tokens that lowers its texts. It ends them as the family does; SigLIP's makes no
+    mask."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.Lowercase()
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<pad>", "<bos>", "<unk>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(LINES, trainer)
+    form = "$A <eos>" if kind.startswith("Siglip") else "<bos> $A <eos>"
+    bpe.post_processor = processors.TemplateProcessing(single=form, special_tokens=[("<bos>", 1), ("<eos>", 3)])
+    names = ["input_ids"] if kind.startswith("Siglip") else ["input_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", model_input_names=names
+    )
 
 
 def package(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: str) -> None:

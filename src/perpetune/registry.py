@@ -52,6 +52,7 @@ BUILTIN: dict[Kind, dict[str, str]] = {
     "backbones": {
         "timm": "perpetune.models.loaders.timm:load_timm",
         "hf": "perpetune.models.loaders.hf:load_hf",
+        "openclip": "perpetune.models.loaders.openclip:load_openclip",
         "folder": "perpetune.models.loaders.folder:load_folder",
         "perpetune": "perpetune.models.loaders.packaged:load_packaged",
     },

@@ -18,6 +18,7 @@ from perpetune.data.texts.view import TextView
 from perpetune.errors import UsageError, out_of_memory
 from perpetune.models import families
 from perpetune.models.taps import Count, Read, Taps, mean_token
+from perpetune.models.text_side import PROBES, TextSide
 from perpetune.pets.base import Place, Slot, frozen, walk
 from perpetune.tasks import IGNORED, Inputs
 
@@ -44,6 +45,8 @@ class Backbone(nn.Module):
             the net and tokens `(B, N)`; None if the net's output is the features.
         prefix: the number of tokens before those of the patches of a picture.
         class_token: whether the first of these tokens is a class token.
+        width: width of the tokens after a block; None if that is `dim`. In a dual encoder the features are projected.
+        texts: what reads texts in a dual encoder; its tower is part of `net`.
     """
 
     mean: Tensor
@@ -59,13 +62,19 @@ class Backbone(nn.Module):
         forward: Forward | None = None,
         prefix: int = 1,
         class_token: bool = True,
+        width: int | None = None,
+        texts: TextSide | None = None,
     ):
         super().__init__()
         families.call_linears(net)
         self.net = net.requires_grad_(False).eval()
         self.spec, self.dim, self.preprocess = spec, dim, preprocess
         self.quantised_from: str | None = None  # fingerprint of the float weights; set by the code that quantises
-        self.width, self.prefix, self.class_token = dim, prefix, class_token
+        self.width, self.prefix, self.class_token = width or dim, prefix, class_token
+        self.own = dim
+        """The width of the net's own feature."""
+        self.texts = texts
+        """The text side of a dual encoder: its features have the space of the net's own feature. Else None."""
         self.taps: Taps | None = None
         """The blocks whose tokens are read as features; None means the net's own feature alone."""
         self._features = forward or call
@@ -89,7 +98,7 @@ class Backbone(nn.Module):
                 raise
             warnings.warn(f"{error} Its own feature is read instead.", stacklevel=2)
             self.taps = None
-        self.dim = self.width * (1 if self.taps is None else self.taps.count * len(self.taps.kinds))
+        self.dim = self.own if self.taps is None else self.width * self.taps.count * len(self.taps.kinds)
         return self
 
     @torch.no_grad()
@@ -116,6 +125,26 @@ class Backbone(nn.Module):
             raise UsageError(f"{self.spec}: its features have {features.shape[-1]} numbers; {self.dim} are expected")
         if not features.isfinite().all():
             raise UsageError(f"{self.spec}: its features are not finite numbers: the checkpoint is damaged")
+        if self.texts is not None:
+            self._check_texts(self.texts)
+
+    def _check_texts(self, texts: TextSide) -> None:
+        try:
+            features = texts.of(PROBES)
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+            if isinstance(error, RuntimeError) and out_of_memory(error):
+                raise
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise UsageError(
+                f"{self.spec}: the text tower cannot read texts ({reason}): look at its config and tokenizer"
+            ) from error
+        if features.shape[1] != self.own:
+            raise UsageError(
+                f"{self.spec}: features of texts have {features.shape[1]} numbers and those of pictures {self.own}: "
+                "they cannot be compared"
+            )
+        if not features.isfinite().all():
+            raise UsageError(f"{self.spec}: features of texts are not finite numbers: the checkpoint is damaged")
 
     def _empty(self) -> Inputs | None:
         """One example of the view without content; None if the view is of an unknown kind."""
@@ -200,7 +229,12 @@ class Backbone(nn.Module):
         Raises:
             UsageError: the net belongs to no known family.
         """
-        return next(iter(families.towers(self.net, self._answers).values()))
+        found = families.towers(self.net, self._answers)
+        if self.texts is not None and self._answers not in found:
+            raise UsageError(
+                f"{self.spec}: the parts of its picture tower are not known; name the tower for texts, as in `text.q`"
+            )
+        return next(iter(found.values()))
 
     @property
     def _answers(self) -> families.Reads:
@@ -216,10 +250,13 @@ class Backbone(nn.Module):
 
     def pet_places(self, roles: Sequence[str], blocks: Sequence[int] | None = None) -> list[Place]:
         """The places of `roles` in the net; see `families.places`. A role without a tower's name belongs to `tower`."""
+        if self.texts is not None and not all("." in role for role in roles):
+            _ = self.tower  # a role without a tower's name may not go to the texts
         return families.places(self.net, roles, blocks, self._answers)
 
     def fingerprint(self) -> str:
-        """SHA-256 over names, dtypes, shapes and bytes of the frozen tensors, without those of PETs.
+        """SHA-256 over names, dtypes, shapes and bytes of the frozen tensors, without those of PETs, and over the
+        tokens that a dual encoder makes of texts.
 
         For a net in 4 bits the digest is that of the weights before they were quantised, because bitsandbytes packs
         them differently on each device.
@@ -230,6 +267,8 @@ class Backbone(nn.Module):
         for name, tensor in sorted(frozen(self.net).items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        if self.texts is not None:
+            digest.update(self.texts.fingerprint().encode())
         return digest.hexdigest()
 
     def extra_repr(self) -> str:

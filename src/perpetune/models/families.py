@@ -12,7 +12,7 @@ that answers; `text.q` and `picture.q` also name the tower.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
 from torch import nn
@@ -41,7 +41,9 @@ Reads = Literal["picture", "text"]
 LINEAR_ROLES = ("q", "k", "v", "qkv", "proj", "fc1", "gate", "fc2")
 # Roles of whole submodules whose input and output are tokens.
 MODULE_ROLES = ("attn", "mlp", "block")
-NORM_ROLES = ("norm1", "norm2", "norm")
+NORM_ROLES = ("norm1", "norm2", "norm_pre", "norm")
+# Roles that are no single operation on tokens of a tower: the table of tokens, what follows the tower, and its result.
+OTHER_ROLES = ("embed", "out", "feature")
 OPERATIONS = "operations"
 """The role that stands for all roles of single operations: linear layers, norms and the patch embedding."""
 
@@ -61,6 +63,8 @@ class Family:
         roles: the possible paths of each role in a block; the first that exists counts.
         once: as `roles`, for the parts that the net has once, with paths relative to the net: the convolution that
             embeds patches, and the norm after the last block.
+        beside: as `once`, for parts that belong to the tower and are outside of it, in a module that holds it: the
+            projection of a dual encoder, and the place behind it. The nearest such module counts.
         known_by: roles that one of the blocks needs to have, or the net does not belong to the family.
         reads: what goes into the net; None if its embedding decides: a convolution of patches, or a table of tokens.
     """
@@ -70,8 +74,14 @@ class Family:
     blocks: str
     roles: Mapping[str, tuple[Where, ...]]
     once: Mapping[str, tuple[Where, ...]]
+    beside: Mapping[str, tuple[Where, ...]] = field(default_factory=dict)
     known_by: tuple[str, ...] = ()
     reads: Reads | None = None
+
+    @property
+    def single(self) -> tuple[str, ...]:
+        """The roles of parts that a net has once. `out` can be inside of a tower or beside it."""
+        return tuple(dict.fromkeys((*self.once, *self.beside)))
 
 
 @dataclass(frozen=True)
@@ -83,12 +93,14 @@ class Tower:
         path: its path in the net; `""` if it is the net itself.
         net: the transformer, never the slot around it.
         family: the row of the table that fits.
+        root: the whole net.
     """
 
     name: Reads
     path: str
     net: nn.Module
     family: Family
+    root: nn.Module
 
     @property
     def sequence(self) -> str:
@@ -112,7 +124,26 @@ class Tower:
 
     def roles(self) -> tuple[str, ...]:
         """The roles that any of its blocks has, then those of the parts that it has once."""
-        return (*_has(self.blocks, self.family.roles), *_has([self.net], self.family.once))
+        return (*_has(self.blocks, self.family.roles), *self.single())
+
+    def single(self) -> tuple[str, ...]:
+        """The roles of the parts that it has once, in it or beside it."""
+        return tuple(role for role in self.family.single if self.part(role) is not None)
+
+    def part(self, role: str) -> tuple[str, int | None, nn.Module] | None:
+        """A part that it has once: the path in the whole net, the index in a fused layer, and the submodule; or
+        None."""
+        found = _find(self.net, self.family.once, role)
+        if found is not None:
+            return self.at(found[0]), *found[1:]
+        parts = self.path.split(".") if self.path else []
+        for depth in range(len(parts) - 1, -1, -1):
+            around = ".".join(parts[:depth])
+            holder = submodule(self.root, around)
+            found = None if holder is None else _find(holder, self.family.beside, role)
+            if found is not None:
+                return f"{around}.{found[0]}" if around else found[0], *found[1:]
+        return None
 
 
 _TIMM: dict[str, tuple[Where, ...]] = {
@@ -258,7 +289,12 @@ _BERT: dict[str, tuple[Where, ...]] = {
 }
 
 # Its attention is torch's own. It reads the weights of its layers directly, so a slot around them would have no effect.
+# `loaders.openclip` replaces it by a `SplitAttention`, which has layers.
 _OPEN_CLIP: dict[str, tuple[Where, ...]] = {
+    "q": (("attn.qkv", 0),),
+    "k": (("attn.qkv", 1),),
+    "v": (("attn.qkv", 2),),
+    "proj": (("attn.proj", None),),
     "fc1": (("mlp.c_fc", None),),
     "fc2": (("mlp.c_proj", None),),
     "attn": (("attn", None),),
@@ -268,9 +304,19 @@ _OPEN_CLIP: dict[str, tuple[Where, ...]] = {
     "norm2": (("ln_2", None),),
 }
 
+# Of dual encoders: `head.proj` is open_clip's, around a picture tower of timm.
+_PICTURE_SIDE: dict[str, tuple[Where, ...]] = {
+    "out": (("visual_projection", None), ("head.proj", None)),
+    "feature": (("picture_feature", None),),
+}
+_TEXT_SIDE: dict[str, tuple[Where, ...]] = {
+    "out": (("text_projection", None),),
+    "feature": (("text_feature", None),),
+}
+
 FAMILIES = (
     *(
-        Family(name, classes, blocks, _TIMM, _TIMM_ONCE, reads="picture")
+        Family(name, classes, blocks, _TIMM, _TIMM_ONCE, _PICTURE_SIDE, reads="picture")
         for name, classes, blocks in (
             ("timm VisionTransformer", ("VisionTransformer", "VisionTransformerRelPos"), "blocks"),
             ("timm Eva", ("Eva",), "blocks"),
@@ -278,7 +324,7 @@ FAMILIES = (
         )
     ),
     *(
-        Family(name, classes, blocks, _TRANSFORMERS, _TRANSFORMERS_ONCE, reads="picture")
+        Family(name, classes, blocks, _TRANSFORMERS, _TRANSFORMERS_ONCE, _PICTURE_SIDE, reads="picture")
         for name, classes, blocks in (
             ("transformers ViT", ("ViTModel", "ViTMSNModel"), "layers"),
             ("transformers DeiT", ("DeiTModel",), "layers"),
@@ -291,7 +337,12 @@ FAMILIES = (
         ("CLIPVisionModel", "SiglipVisionModel", "Siglip2VisionModel"),
         "encoder.layers",
         _CLIP,
-        {"patch": (("embeddings.patch_embedding", None),), "norm": (("post_layernorm", None),)},
+        {
+            "patch": (("embeddings.patch_embedding", None),),
+            "norm_pre": (("pre_layrnorm", None),),  # so spelt in transformers; CLIP alone has it
+            "norm": (("post_layernorm", None),),
+        },
+        _PICTURE_SIDE,
         reads="picture",
     ),
     Family(
@@ -299,16 +350,30 @@ FAMILIES = (
         ("CLIPTextModel", "SiglipTextModel", "Siglip2TextModel"),
         "encoder.layers",
         _CLIP,
-        {"norm": (("final_layer_norm", None),)},
+        {
+            "embed": (("embeddings.token_embedding", None),),
+            "norm": (("final_layer_norm", None),),
+            "out": (("head", None),),  # SigLIP
+        },
+        _TEXT_SIDE,
         reads="text",
     ),
-    Family("transformers BERT", ("BertModel", "RobertaModel"), "encoder.layer", _BERT, {}, reads="text"),
+    Family(
+        "transformers BERT",
+        ("BertModel", "RobertaModel"),
+        "encoder.layer",
+        _BERT,
+        {"embed": (("embeddings.word_embeddings", None),)},
+        _TEXT_SIDE,
+        reads="text",
+    ),
     Family(
         "open_clip, pictures",
         ("VisionTransformer",),
         "transformer.resblocks",
         _OPEN_CLIP,
-        {"patch": (("conv1", None),), "norm": (("ln_post", None),)},
+        {"patch": (("conv1", None),), "norm_pre": (("ln_pre", None),), "norm": (("ln_post", None),)},
+        _PICTURE_SIDE,
         reads="picture",
     ),
     Family(
@@ -316,7 +381,8 @@ FAMILIES = (
         ("TextTransformer", "CLIP"),
         "transformer.resblocks",
         _OPEN_CLIP,
-        {"norm": (("ln_final", None),)},
+        {"embed": (("token_embedding", None),), "norm": (("ln_final", None),)},
+        _TEXT_SIDE,
         reads="text",
     ),
     # Its fused layer is a linear layer with GPT-2's name, but its rows may be mixed by head.
@@ -327,11 +393,11 @@ FAMILIES = (
         {"qkv": (("attn.c_attn", None),), **{r: at for r, at in _GPT.items() if r not in ("q", "k", "v")}},
         _GPT_ONCE,
     ),
-    Family("GPT-NeoX", (), "layers", _BY_HEAD, _GPT_ONCE, ("qkv", "proj")),
-    Family("Bloom and Falcon", (), "h", _BY_HEAD, _GPT_ONCE, ("qkv", "proj")),
-    Family("OPT", (), "layers", _OPT, _GPT_ONCE, ("q", "proj", "fc1", "fc2")),
-    Family("Llama and its kin", (), "layers", _LLAMA, _LLAMA_ONCE, ("q", "proj")),
-    Family("GPT-2 and its kin", (), "h", _GPT, _GPT_ONCE, ("q", "proj")),
+    Family("GPT-NeoX", (), "layers", _BY_HEAD, _GPT_ONCE, known_by=("qkv", "proj")),
+    Family("Bloom and Falcon", (), "h", _BY_HEAD, _GPT_ONCE, known_by=("qkv", "proj")),
+    Family("OPT", (), "layers", _OPT, _GPT_ONCE, known_by=("q", "proj", "fc1", "fc2")),
+    Family("Llama and its kin", (), "layers", _LLAMA, _LLAMA_ONCE, known_by=("q", "proj")),
+    Family("GPT-2 and its kin", (), "h", _GPT, _GPT_ONCE, known_by=("q", "proj")),
 )
 
 
@@ -381,7 +447,7 @@ def towers(net: nn.Module, answers: str | None = None) -> dict[str, Tower]:
         family = next((family for family in FAMILIES if _is_of(module, family)), None)
         if family is not None:
             name = family.reads or _embedded(net, path)
-            by_name.setdefault(name, Tower(name, path, module, family))
+            by_name.setdefault(name, Tower(name, path, module, family, net))
     if not by_name:
         known = ", ".join(family.name for family in FAMILIES)
         raise UsageError(
@@ -449,10 +515,11 @@ def _places(tower: Tower, roles: Sequence[str], blocks: Sequence[int] | None, be
     family, modules = tower.family, tower.blocks
     whole = f"the tower {tower.name}" if beside else "the net"
     numbers = list(range(len(modules))) if blocks is None else _checked(blocks, len(modules), whole)
-    known = (*_has([modules[block] for block in numbers], family.roles), *_has([tower.net], family.once))
+    known = (*_has([modules[block] for block in numbers], family.roles), *tower.single())
     if OPERATIONS in roles:
-        roles = [*(r for r in roles if r != OPERATIONS), *(r for r in known if r not in MODULE_ROLES)]
-    once = [r for r in family.once if r in roles]
+        skip = (*MODULE_ROLES, *OTHER_ROLES)
+        roles = [*(r for r in roles if r != OPERATIONS), *(r for r in known if r not in skip)]
+    once = [r for r in family.single if r in roles]
     roles = [r for r in roles if r not in once]
     for role in roles:
         if numbers and role not in known:
@@ -469,22 +536,38 @@ def _places(tower: Tower, roles: Sequence[str], blocks: Sequence[int] | None, be
             full = f"{tower.sequence}.{block}.{inner}" if inner else f"{tower.sequence}.{block}"
             places.append(_place(full, played, block, modules, family))
     for role in once:
-        where = _find(tower.net, family.once, role)
+        where = tower.part(role)
         if where is None:
             raise UsageError(
                 f"{family.name}: {type(tower.net).__name__} has no role {role!r} that a pet can go to{beside}"
             )
-        places.append(_place(tower.at(where[0]), [(role, *where[1:])], -1, modules, family))
+        places.append(_place(where[0], [(role, *where[1:])], -1, modules, family))
     return places
+
+
+class Feature(nn.Identity):
+    """The place of a tower's result in a dual encoder, `(B, width)`: behind the projection, before it is normalised."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.width = width
+
+
+def with_features(net: nn.Module, width: int) -> None:
+    """Give a dual encoder the places of the role `feature`. Whoever computes its features calls them."""
+    net.picture_feature, net.text_feature = Feature(width), Feature(width)
 
 
 def call_linears(net: nn.Module) -> None:
     """Make timm's EVA and BEiT call their fused qkv, as every other net does.
 
     By default they read `qkv.weight` directly, so a slot around the layer would have no effect. Their own switch
-    `qkv_bias_separate` makes them call the layer; otherwise it changes only the last bits of the output.
+    `qkv_bias_separate` makes them call the layer; otherwise it changes only the last bits of the output. SigLIP2 calls
+    its linear patch embedding, but first asks it for its type.
     """
     for _, module in _bare_modules(net):
+        if type(module).__name__ == "Siglip2VisionEmbeddings" and isinstance(module.patch_embedding, nn.Linear):
+            module.patch_embedding.asked_for_type = True  # type: ignore[assignment]
         if vars(module).get("qkv_bias_separate") is False:
             module.qkv_bias_separate = True  # type: ignore[assignment]
 
@@ -544,7 +627,11 @@ def _fits(module: nn.Module, role: str) -> bool:
     if role in NORM_ROLES:
         return _norm_width(module) is not None
     if role == "patch":
-        return isinstance(module, nn.Conv2d)
+        return isinstance(module, nn.Conv2d | nn.Linear)
+    if role == "embed":
+        return isinstance(module, nn.Embedding)
+    if role == "feature":
+        return isinstance(module, Feature)
     return role in MODULE_ROLES or widths(module) is not None
 
 
@@ -574,6 +661,9 @@ def _place(
         return Place(path, module, names, (), block, width, width, _heads(modules[block], family), len(modules))
     if isinstance(module, nn.Conv2d):
         return Place(path, module, names, (), block, module.in_channels, module.out_channels)
+    if isinstance(module, nn.Embedding | Feature):
+        width = module.embedding_dim if isinstance(module, nn.Embedding) else module.width
+        return Place(path, module, names, (), block, width, width)
     if (linear := widths(module)) is None:
         width = _norm_width(module) or 0
         return Place(path, module, names, (), block, width, width)

@@ -14,6 +14,7 @@ import copy
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal, Protocol, TypeGuard, TypeVar
@@ -243,6 +244,27 @@ class PET(nn.Module, ABC):
             self.watch = before
 
 
+_counted: ContextVar[Tensor | None] = ContextVar("_counted", default=None)
+
+
+@contextlib.contextmanager
+def counting(mask: Tensor) -> Iterator[None]:
+    """Inside this context a tower reads texts, and of its positions only those count for which `mask (B, N)` is true.
+
+    A tower that is called with its own texts says so itself: the batch that is learned has another mask, or none.
+    """
+    token = _counted.set(mask)
+    try:
+        yield
+    finally:
+        _counted.reset(token)
+
+
+def counted() -> Tensor | None:
+    """The mask of the texts that a tower reads now; None outside of `counting`."""
+    return _counted.get()
+
+
 @dataclass(frozen=True)
 class _TypeOnly:
     """The type of a weight. Code outside a slot may ask for the type, but must not use the weight."""
@@ -256,8 +278,9 @@ class Slot(nn.Module):
     With several active PETs, the first calls the frozen submodule, and each of the others calls the one before it.
 
     A slot does not pass on attributes such as `weight`. Code that reads them instead of calling the module would leave
-    the PET out without a sign; so it fails with an error. The `weight` of a convolution is an exception: it has a
-    `dtype` and nothing else, because transformers asks the patch embedding for the type of its input.
+    the PET out without a sign; so it fails with an error. The `weight` of a patch embedding (a convolution, or a layer
+    whose `asked_for_type` is true) is an exception: it has a `dtype` and nothing else, because transformers asks the
+    patch embedding for the type of its input.
     """
 
     def __init__(self, base: nn.Module):
@@ -285,8 +308,9 @@ class Slot(nn.Module):
         return partial(members[0].mixed, members, choice)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "weight" and isinstance(base := self._modules.get("base"), nn.Conv2d):
-            return _TypeOnly(base.weight.dtype)
+        base = self._modules.get("base") if name == "weight" else None
+        if isinstance(base, nn.Conv2d) or getattr(base, "asked_for_type", False):
+            return _TypeOnly(getattr(base, "weight").dtype)  # noqa: B009
         return super().__getattr__(name)
 
     def pet(self, name: str) -> PET:

@@ -20,9 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from perpetune.errors import UsageError
+from perpetune.models import families
 from perpetune.numerics.moments import Moments
 from perpetune.numerics.projection import Operand
-from perpetune.pets.base import PET, Conditions, Pair, Site, slots
+from perpetune.pets.base import PET, Conditions, Pair, Site, counted, slots, walk
 from perpetune.protection.renewal import PeftPair
 
 Sum = Callable[[Tensor], Tensor]
@@ -33,13 +34,15 @@ class Watched:
     """A site with a name that is unique in the model, and the module that reports its rows.
 
     The module is a PET or a trained linear layer. If `pair` is given, the site is that of its `A`, and the measured
-    values are the whole update that the pair adds to its layer.
+    values are the whole update that the pair adds to its layer. `pictures` is true in a tower that reads pictures: no
+    mask of a batch of texts touches the rows there.
     """
 
     name: str
     site: Site
     module: nn.Module
     pair: Pair | None = None
+    pictures: bool = False
 
     @property
     def set(self) -> str | None:
@@ -92,18 +95,21 @@ def pet_sites(
     watched: list[Watched] = []
     loose: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
+    seeing = _seeing(model)
     for path, slot in slots(model):
+        pictures = path in seeing
         for name in [name for name in slot.pets if only is None or name in only]:
             pet = slot.pet(name)
             if renew(name):
                 site, pair = _renewable(pet)
-                watched.append(Watched(f"{called(path)}/{name}/{site.name}", site, pet, pair))
+                watched.append(Watched(f"{called(path)}/{name}/{site.name}", site, pet, pair, pictures))
                 free += [p for p in pet.parameters() if p not in set(site.operand.parameters)]
                 continue
             sites = pet.sites(conditions)
             if name in sometimes:
                 sites = [replace(site, always=False) for site in sites]
-            watched += [Watched(f"{called(path)}/{name}/{site.name}", site, pet) for site in sites]
+            label = f"{called(path)}/{name}"
+            watched += [Watched(f"{label}/{site.name}", site, pet, pictures=pictures) for site in sites]
             declared = pet.free(conditions)
             covered = {p for site in sites for p in site.operand.parameters}.union(declared)
             loose += [p for p in pet.parameters() if p not in covered]
@@ -160,6 +166,7 @@ def linear_sites(
     inside |= {pair.b for pair in pairs.values()}
     owners = Counter(p for m in model.modules() for p in m._parameters.values() if p is not None)
     watched: list[Watched] = []
+    seeing = _seeing(model)
     for path, module in model.named_modules():
         if module in inside or module in skip or not (axis := _axis(module)):
             continue
@@ -168,8 +175,20 @@ def linear_sites(
             continue
         bias = bias if isinstance(bias, nn.Parameter) and bias.requires_grad and owners[bias] == 1 else None
         site = Site("weight", Operand(weight, bias, axis=axis[0]))
-        watched.append(Watched(f"{called(path)}/weight", site, module, pairs.get(module)))
+        watched.append(Watched(f"{called(path)}/weight", site, module, pairs.get(module), path in seeing))
     return watched
+
+
+def _seeing(model: nn.Module) -> set[str]:
+    """The paths of the modules in a tower of `model` that reads pictures; empty if it belongs to no known family."""
+    try:
+        tower = families.towers(model).get("picture")
+    except UsageError:
+        return set()
+    if tower is None:
+        return set()
+    start = f"{tower.path}." if tower.path else ""
+    return {path for path, _ in walk(model) if path.startswith(start)}
 
 
 def _axis(module: nn.Module) -> tuple[Any, ...]:
@@ -184,8 +203,10 @@ class Watch:
 
     Attributes:
         moments: the moments by the site's name; a site that saw nothing has no entry.
-        mask: `(B, N)` of the present batch, true for the tokens that count; None means all. Rows without an axis of
-            tokens (pooled features) all count, and so do rows with another number of tokens.
+        mask: `(B, N)` of the present batch of texts, true for the tokens that count; None means all. It belongs to the
+            tower that reads the batch: rows in a tower for pictures all count, and a tower that reads texts of its own
+            (`pets.base.counting`) has its own mask. Rows without an axis of tokens (pooled features) all count, and so
+            do rows with another number of tokens.
         feeds: if the output of a linear layer is the input of others (LoRA's A and B), the names of the others.
         elsewhere: the linear layers whose output is used by something else as well (`h + B(h)`). Recorded only if a
             watched layer is all zero, because it is not needed otherwise.
@@ -230,7 +251,9 @@ class Watch:
         Args:
             examples: the numbers, in the batch, of the examples to which the rows belong; None means all.
         """
-        mask = self.mask if self.mask is None or examples is None else self.mask[examples.to(self.mask.device)]
+        mask = None if watched.pictures else self.mask if (own := counted()) is None else own
+        if mask is not None and examples is not None:
+            mask = mask[examples.to(mask.device)]
         site, operand = watched.site, watched.site.operand
         groups = None if site.groups == 1 else site.groups
         if rows.dim() == 4:

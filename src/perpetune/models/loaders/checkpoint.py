@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from perpetune.errors import PerpetuneError, UsageError, closest
 from perpetune.models.loaders.hub import one_line
@@ -87,7 +88,12 @@ def check_numbers(spec: str, config: Any) -> None:
 
     Without this, memory would be full before anything could be compared with the tensors in the checkpoint.
     """
-    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+    parts = (
+        config,
+        config.get_text_config(),
+        *(getattr(config, name, None) for name in ("text_config", "vision_config")),
+    )
+    for part in {id(c): c for c in parts if hasattr(c, "__dict__")}.values():
         for name, value in vars(part).items():
             if not SIZES.fullmatch(name) or (value is None and name not in REQUIRED):
                 continue
@@ -133,6 +139,56 @@ def check_weights(spec: str, source: str, config: Any) -> None:
             f"{spec}: its config describes a model of {wanted:.3g} parameters, and its files hold {held:.3g}: they do "
             "not belong together"
         )
+
+
+def model_of(
+    spec: str,
+    source: str,
+    config: Any,
+    *,
+    pretrained: bool = True,
+    dtype: str = "float32",
+    ignored: tuple[str, ...] = (),
+    **extra: Any,
+) -> nn.Module:
+    """The model that transformers' `AutoModel` makes of `config`, with the tensors at `source`; safetensors only.
+
+    Args:
+        pretrained: False gives random weights.
+        dtype: torch's name of the type of the weights.
+        ignored: beginnings of tensors' names that the checkpoint may have in addition to those of the model.
+        extra: further arguments of the model's class.
+
+    Raises:
+        PerpetuneError: the model cannot be built, or the tensors are not its own; the message names them.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModel
+
+    if not pretrained:
+        try:
+            net: nn.Module = AutoModel.from_config(config, dtype=getattr(torch, dtype), **extra)
+        except Exception as error:  # a config of strangers makes transformers fail in any way
+            raise unbuilt(spec, error) from error
+        return net
+    check_weights(spec, source, config)
+    try:
+        with quiet():
+            net, report = AutoModel.from_pretrained(
+                source,
+                config=config,
+                dtype=getattr(torch, dtype),
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # so that the report names them
+                output_loading_info=True,
+                **extra,
+            )
+    except SafetensorError as error:
+        raise PerpetuneError(f"{spec}: its safetensors file cannot be read: {one_line(error)}") from error
+    except Exception as error:  # a config of strangers makes transformers fail in any way
+        raise unbuilt(spec, error) from error
+    check_report(spec, report, ignored)
+    return net
 
 
 def unbuilt(spec: str, error: Exception) -> PerpetuneError:

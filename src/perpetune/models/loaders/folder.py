@@ -1,4 +1,4 @@
-"""Backbones in a local folder: a checkpoint in transformers' or timm's layout, or a GGUF file."""
+"""Backbones in a local folder: a checkpoint in the layout of transformers, timm or open_clip, or a GGUF file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from perpetune.errors import UsageError, closest
 from perpetune.models.backbone import Backbone
-from perpetune.models.loaders import causal_lm, timm
+from perpetune.models.loaders import causal_lm, openclip, timm
 from perpetune.models.loaders.causal_lm import Dtype, Length, Source
 from perpetune.models.loaders.hf import load_checkpoint
 from perpetune.models.loaders.options import Side, taken
@@ -26,12 +26,13 @@ def load_folder(
     chat: bool | None = None,
     gradient_checkpointing: bool | None = None,
 ) -> Backbone:
-    """`folder:PATH`: a local checkpoint with its config, in transformers' or timm's layout, or a GGUF file.
+    """`folder:PATH`: a local checkpoint with its config in the layout of transformers, timm or open_clip, or a GGUF file.
 
     Args:
         architecture: timm's name of the model, for weights without a `config.json`.
 
-    The other options are those of the loader for the kind of model in the folder; see `timm`, `vit` and `causal_lm`.
+    The other options are those of the loader for the kind of model in the folder; see `timm`, `vit`, `dual`,
+    `openclip` and `causal_lm`.
     """
     spec, folder = f"folder:{rest}", Path(rest).expanduser()
     given = {"pretrained": pretrained, "image_size": image_size, "architecture": architecture}
@@ -42,6 +43,8 @@ def load_folder(
     if not folder.is_dir():
         beside = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
         raise UsageError(f"{spec}: there is no such folder; in {folder.parent}: {closest(folder.name, beside)}")
+    if architecture is None and (folder / openclip.CONFIG).is_file() and not (folder / "config.json").is_file():
+        return openclip.load_local(spec, folder, **taken(spec, "a model of open_clip", openclip.load_local, given))
     config = _config(spec, folder)
     if architecture is None and "model_type" in config:
         return load_checkpoint(spec, Source(str(folder)), given)

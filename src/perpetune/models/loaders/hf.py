@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from perpetune.models.backbone import Backbone
-from perpetune.models.loaders import causal_lm, vit
+from perpetune.models.loaders import causal_lm, dual, vit
 from perpetune.models.loaders.causal_lm import Dtype, Length, Source
 from perpetune.models.loaders.checkpoint import config_of
 from perpetune.models.loaders.options import Side, taken
@@ -24,9 +24,10 @@ def load_hf(
     chat: bool | None = None,
     gradient_checkpointing: bool | None = None,
 ) -> Backbone:
-    """`hf:ID_OR_FOLDER`, `hf:FILE.gguf`: ViT, DeiT, DINOv2 and similar models, or a language model.
+    """`hf:ID_OR_FOLDER`, `hf:FILE.gguf`: ViT, DeiT, DINOv2 and similar models, a dual encoder, or a language model.
 
-    A vision transformer takes the first three options; a language model takes all except `image_size`.
+    A vision transformer takes the first three options; a language model takes all except `image_size`; a dual encoder
+    (CLIP, SigLIP, SigLIP2, a picture and a text model) takes `pretrained`, `image_size` and `dtype`.
     """
     spec = f"hf:{rest}"
     if causal_lm.is_gguf(rest):
@@ -39,7 +40,7 @@ def load_hf(
 
 
 def load_checkpoint(spec: str, source: Source, given: Mapping[str, Any]) -> Backbone:
-    """The vision transformer or language model at `source`; its config decides which one it is.
+    """The vision transformer, dual encoder or language model at `source`; its config decides which one it is.
 
     Args:
         given: options of either kind of model; None means that the option is not given.
@@ -48,6 +49,8 @@ def load_checkpoint(spec: str, source: Source, given: Mapping[str, Any]) -> Back
         UsageError: there is no such model, or the model at `source` does not take a given option.
     """
     config = config_of(spec, source.place, **source.where)
+    if config.model_type in dual.FAMILIES:
+        return dual.load(spec, source.place, config, **taken(spec, "a dual encoder", dual.load, given))
     if config.model_type in vit.FAMILIES or not causal_lm.is_causal(config):
         return vit.load(spec, source.place, config, **taken(spec, "a model of pictures", vit.load, given))
     load: Callable[..., Backbone] = causal_lm.load

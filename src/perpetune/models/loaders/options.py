@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import nn
 
-from perpetune.errors import PerpetuneError, UsageError
+from perpetune.errors import MissingExtra, PerpetuneError, UsageError
 from perpetune.models.backbone import Backbone
 from perpetune.models.families import LINEAR_ROLES
 from perpetune.models.loaders.hub import one_line
@@ -43,6 +45,28 @@ def taken(spec: str, what: str, load: Callable[..., Backbone], given: Mapping[st
         if name not in takes and value is not None and value != NOTHING.get(name):
             raise UsageError(f"{spec}: this is {what}, which takes {', '.join(takes)}, but not {name}")
     return {name: value for name, value in given.items() if name in takes and value is not None}
+
+
+def library(spec: str, extra: str, name: str, *modules: str) -> ModuleType:
+    """The package `name`, imported together with some of its modules.
+
+    Raises:
+        MissingExtra: it is not installed; the message names the extra of perpetune that brings it.
+        PerpetuneError: it cannot be imported, because torchvision was built for another torch.
+    """
+    try:
+        package = importlib.import_module(name)
+        for module in modules:
+            importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise MissingExtra(spec, extra) from error
+    except RuntimeError as error:  # `operator torchvision::nms does not exist`
+        reason = str(error).splitlines()[0]
+        raise PerpetuneError(
+            f"{spec}: {name} cannot be imported ({reason}): torchvision was built for another torch; "
+            "pip install --force-reinstall torch torchvision from one index"
+        ) from error
+    return package
 
 
 def try_size(backbone: Backbone, image_size: int | None) -> None:

@@ -11,10 +11,10 @@ from typing import Any, get_args
 from safetensors import SafetensorError, safe_open
 
 from perpetune.data.pictures.view import Interpolation, PictureView
-from perpetune.errors import MissingExtra, PerpetuneError, UsageError, closest
+from perpetune.errors import PerpetuneError, UsageError, closest
 from perpetune.models.backbone import Backbone, triple
 from perpetune.models.loaders.hub import hub_file, one_line
-from perpetune.models.loaders.options import Side, in_4bit, try_size
+from perpetune.models.loaders.options import Side, in_4bit, library, try_size
 
 WEIGHTS = "model.safetensors"
 FILTERS: dict[str, Interpolation] = {f: f for f in get_args(Interpolation)}
@@ -63,7 +63,7 @@ def load_local(
 
 
 def _by_name(spec: str, name: str, pretrained: bool, image_size: int | None) -> Backbone:
-    timm = _timm(spec)
+    timm = library(spec, "timm", "timm", "timm.data")
     _check_name(timm, spec, name)
     if not pretrained:
         return _wrap(timm, spec, _create(timm, spec, name, image_size, num_classes=0), image_size)
@@ -88,7 +88,7 @@ def _in_folder(
     pretrained: bool,
     image_size: int | None,
 ) -> Backbone:
-    timm = _timm(spec)
+    timm = library(spec, "timm", "timm", "timm.data")
     file = folder / WEIGHTS
     if pretrained and not file.is_file():
         raise UsageError(f"{spec}: there is no {WEIGHTS} in the folder")
@@ -105,22 +105,6 @@ def _in_folder(
     overlay = {"file": str(file), "custom_load": False, "num_classes": classes}
     net = _create(timm, spec, architecture, image_size, pretrained=True, pretrained_cfg_overlay=overlay)
     return _wrap(timm, spec, net, image_size)
-
-
-def _timm(spec: str) -> ModuleType:
-    try:
-        import timm
-        import timm.data
-    except ModuleNotFoundError as error:
-        raise MissingExtra(spec, "timm") from error
-    except RuntimeError as error:  # `operator torchvision::nms does not exist`
-        reason = str(error).splitlines()[0]
-        raise PerpetuneError(
-            f"{spec}: timm cannot be imported ({reason}): torchvision was built for another torch; "
-            "pip install --force-reinstall torch torchvision from one index"
-        ) from error
-    module: ModuleType = timm
-    return module
 
 
 def _check_name(timm: ModuleType, spec: str, name: str) -> None:

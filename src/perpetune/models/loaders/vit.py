@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from perpetune.data.pictures.view import Interpolation, PictureView
-from perpetune.errors import PerpetuneError, UsageError
+from perpetune.errors import UsageError
 from perpetune.models.backbone import Backbone, triple
-from perpetune.models.loaders.checkpoint import check_report, check_weights, config_of, quiet, unbuilt
-from perpetune.models.loaders.hub import hub_file, one_line
+from perpetune.models.loaders.checkpoint import config_of, model_of
+from perpetune.models.loaders.hub import hub_file
 from perpetune.models.loaders.options import Side, in_4bit, try_size
 from perpetune.plain import read_object
 
@@ -32,7 +32,7 @@ FAMILIES = {
 # Tensors of heads that a checkpoint may hold. They are not loaded, because only features are needed.
 HEADS = ("pooler.", "classifier.", "cls_classifier.", "distillation_classifier.", "decoder.")
 
-PREPROCESSOR = "preprocessor_config.json"
+PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 FILTERS: dict[int, Interpolation] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
@@ -60,15 +60,15 @@ def load(
     config = config or config_of(spec, source)
     if config.model_type not in FAMILIES:
         raise UsageError(
-            f"{spec}: a {config.model_type!r} model cannot be used; usable are {', '.join(FAMILIES)}, and causal "
-            "language models"
+            f"{spec}: a {config.model_type!r} model cannot be used; usable are {', '.join(FAMILIES)}, dual encoders "
+            "(clip, siglip, siglip2, vision-text-dual-encoder), and causal language models"
         )
     channels = getattr(config, "num_channels", 3)
     if channels != 3:
         raise UsageError(f"{spec}: it takes pictures of {channels} channel(s), and perpetune gives it 3 (RGB)")
-    preprocess = _preprocess(spec, source, config, image_size)
-    net = _pretrained(spec, source, config) if pretrained else _random(spec, config)
-    interpolates = FAMILIES[config.model_type] and preprocess.size != _side(spec, config.image_size)
+    preprocess = preprocess_of(spec, source, config, image_size)
+    net = model_of(spec, source, config, pretrained=pretrained, ignored=HEADS, **_extra(config))
+    interpolates = FAMILIES[config.model_type] and preprocess.size != side_of(spec, config.image_size)
     forward = partial(class_token, interpolate_pos_encoding=True) if interpolates else class_token
     # And DeiT's distillation token
     prefix = 1 + getattr(config, "num_register_tokens", 0) + (config.model_type == "deit")
@@ -87,53 +87,31 @@ def _extra(config: Any) -> dict[str, Any]:
     return {"add_pooling_layer": False} if config.model_type in ("vit", "deit") else {}
 
 
-def _random(spec: str, config: Any) -> nn.Module:
-    from transformers import AutoModel
+def preprocess_of(
+    spec: str, source: str, config: Any, image_size: int | None, usual: Mapping[str, Any] | None = None
+) -> PictureView:
+    """The view that `preprocessor_config.json` or `processor_config.json` describes.
 
-    try:
-        net: nn.Module = AutoModel.from_config(config, dtype=torch.float32, **_extra(config))
-    except Exception as error:  # a config of strangers makes transformers fail in any way
-        raise unbuilt(spec, error) from error
-    return net
-
-
-def _pretrained(spec: str, source: str, config: Any) -> nn.Module:
-    from safetensors import SafetensorError
-    from transformers import AutoModel
-
-    check_weights(spec, source, config)
-    try:
-        with quiet():
-            net, report = AutoModel.from_pretrained(
-                source,
-                config=config,
-                dtype=torch.float32,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # so that the report names them
-                output_loading_info=True,
-                **_extra(config),
-            )
-    except SafetensorError as error:
-        raise PerpetuneError(f"{spec}: its safetensors file cannot be read: {one_line(error)}") from error
-    except Exception as error:  # a config of strangers makes transformers fail in any way
-        raise unbuilt(spec, error) from error
-    check_report(spec, report, HEADS)
-    loaded: nn.Module = net
-    return loaded
-
-
-def _preprocess(spec: str, source: str, config: Any, image_size: int | None) -> PictureView:
-    """The view that `preprocessor_config.json` describes; without that file ImageNet's mean and std, with a warning."""
-    file = Path(source) / PREPROCESSOR
-    path = (file if file.is_file() else None) if Path(source).is_dir() else hub_file(spec, source, PREPROCESSOR)
-    if path is None:
-        warnings.warn(f"{spec} has no {PREPROCESSOR}: ImageNet's mean and std are assumed", stacklevel=2)
-        return PictureView(size=image_size or _side(spec, config.image_size))
-    given = read_object(path, f"{spec}: {PREPROCESSOR}")
+    Args:
+        config: the config of the model; its `image_size` counts where the file gives no size.
+        image_size: the side that the user wants; None is the model's own.
+        usual: what the file says in the family of the model, for entries that are missing; None means that a missing
+            file is replaced by ImageNet's mean and std, with a warning.
+    """
+    given = _processor(spec, source)
+    if given is None:
+        assumed = "ImageNet's mean and std are" if usual is None else "what its family usually does with pictures is"
+        warnings.warn(f"{spec} has no {PREPROCESSOR}: {assumed} assumed", stacklevel=2)
+        if usual is None:
+            return PictureView(size=image_size or side_of(spec, config.image_size))
+    given = {
+        **(usual or {}),
+        **{name: value for name, value in (given or {}).items() if (name, value) != ("size", None)},
+    }
     size = given.get("size", config.image_size)
-    side, crop, squeeze = _side(spec, size), None, False
+    side, crop, squeeze = side_of(spec, size), None, False
     if given.get("do_center_crop"):
-        side, whole = _side(spec, given.get("crop_size", side)), side
+        side, whole = side_of(spec, given.get("crop_size", side)), side
         crop = min(1.0, side / whole)
         squeeze = isinstance(size, dict) and "height" in size  # resized to a square before the crop
         crop, squeeze = (None, False) if squeeze and crop == 1.0 else (crop, squeeze)
@@ -164,6 +142,20 @@ def _preprocess(spec: str, source: str, config: Any, image_size: int | None) -> 
     )
 
 
+def _processor(spec: str, source: str) -> dict[str, Any] | None:
+    """What the checkpoint says about its pictures; None if it says nothing."""
+    for name in (PREPROCESSOR, PROCESSOR):
+        file = Path(source) / name
+        path = (file if file.is_file() else None) if Path(source).is_dir() else hub_file(spec, source, name)
+        if path is None:
+            continue
+        given = read_object(path, f"{spec}: {name}")
+        inner = given.get("image_processor")  # a file for pictures and texts
+        if name == PREPROCESSOR or isinstance(inner, dict):
+            return inner if isinstance(inner, dict) else given
+    return None
+
+
 def _scale(spec: str, given: dict[str, Any]) -> float:
     """By which pixels from 0 to 1 are multiplied before mean and std: 1 unless the file says something unusual."""
     if given.get("do_rescale", True) is False:
@@ -174,7 +166,7 @@ def _scale(spec: str, given: dict[str, Any]) -> float:
     return 1.0 if abs(255 * factor - 1) < 1e-4 else 255.0 * factor
 
 
-def _side(spec: str, size: Any) -> int:
+def side_of(spec: str, size: Any) -> int:
     """The side in pixels. Transformers writes it as a number, as height and width, or as the shortest edge."""
     values = list(size.values()) if isinstance(size, dict) else size if isinstance(size, list | tuple) else [size]
     if len(set(values)) == 1 and isinstance(values[0], int):
