@@ -208,6 +208,11 @@ class Learner:
         self._fingerprint = self.backbone.fingerprint()
         self.method = build_method(recipe, self.backbone).to(self.runtime.device)
         self._oracle_note = oracle.check(recipe, self.method) if recipe.evaluate.oracle else None
+        if recipe.evaluate.future and self.method.model.chooses and not self.method.model.any_class:
+            raise UsageError(
+                f"evaluate.future asks about classes that are not learned yet, and head: {recipe.head.name} knows only "
+                "those that it has learned: use a head that reads the names of classes, or leave evaluate.future out"
+            )
         self._new = snapshot(self.method)
         self._learned = ""  # the last task folder that is part of `method`
         self._halfway = False  # whether `method` was left inside a task

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -59,6 +59,10 @@ class Model(nn.Module, ABC):
     def among(self, inputs: Inputs, classes: Sequence[str]) -> Tensor:
         """Scores `(B, len(classes))` of inputs over these classes, learned or not; only where `any_class`."""
         raise UsageError(f"{type(self).__name__} answers only with classes that it has learned")
+
+    def gated(self, inputs: Inputs, classes: Sequence[str]) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The scores of `among`, and the head's `gates` for these inputs."""
+        return self.among(inputs, classes), {}
 
     @property
     def chooses(self) -> bool:

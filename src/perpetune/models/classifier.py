@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -139,6 +139,10 @@ class Classifier(Model):
 
     def among(self, inputs: Inputs, classes: Sequence[str]) -> Tensor:
         return self.head.among(self.features(inputs), classes).float()
+
+    def gated(self, inputs: Inputs, classes: Sequence[str]) -> tuple[Tensor, Mapping[str, Tensor]]:
+        features = self.features(inputs)
+        return self.head.among(features, classes).float(), self.head.gates(features, classes)
 
     def scores(self, features: Tensor) -> Tensor:
         """Scores `(B, C)` of features `(B, D)`."""
