@@ -16,6 +16,7 @@ from perpetune.errors import UsageError
 from perpetune.evaluate import evaluate
 from perpetune.heads.ncm import NCM
 from perpetune.learner import Learner
+from perpetune.report import form, write_report
 from perpetune.results import read_results
 from perpetune.run import run
 from perpetune.snapshot import snapshot
@@ -163,6 +164,58 @@ def test_an_update_goes_on(vit: Path, data: Path, tmp_path: Path) -> None:
 
 
 def test_a_head_that_knows_no_names_is_refused_before_the_run(vit: Path, data: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="evaluate.future asks about classes that are not learned yet, and head: ncm"):
+    with pytest.raises(UsageError, match=r"evaluate\.future asks about .* not learned yet, and head: ncm"):
         Learner(recipe(vit, data, head="ncm", evaluate={"future": True}), tmp_path / "state")
     assert not (tmp_path / "state").exists()
+
+
+def page(learner: Learner, folder: Path, **changes: Any) -> str:
+    """The report in Markdown."""
+    return write_report({**read_results(learner.state), **changes}, folder)[2].read_text("utf-8")
+
+
+def test_the_report_shows_transfer_attraction_and_gates(learner: Learner, tmp_path: Path) -> None:
+    results, said = read_results(learner.state), page(learner, tmp_path)
+    found = results["zero_shot"]
+    for label, key in (("Transfer", "transfer"), ("Avg", "average"), ("Last", "last")):
+        assert f"| {label} | {form.percent(found[key])} | {form.percent(found['before'][key])} |" in said
+    assert "All classes of the stream could be answered at every moment" in said
+    rows = results["cells"]
+    drawn = [sum(row[j]["goes_to"].get("cat-dog", 0) for j in (0, 2)) / 16 for row in rows[:2]]
+    assert f"| cat-dog | {form.percent(drawn[0])} | {form.percent(drawn[1])} |" in said
+    opened = [sum(row[j]["gates"]["open"][0] for j in range(i + 1)) / (8 * (i + 1)) for i, row in enumerate(rows)]
+    assert f"| 3 elk-fox | open | {form.percent(opened[2])} |" in said
+
+
+def test_the_worst_loss_comes_first(learner: Learner, tmp_path: Path) -> None:
+    """The page begins with it, and its section comes before all others."""
+
+    def cell(correct: int) -> dict[str, Any]:
+        return {"correct": correct, "total": 8, "per_class": {}}
+
+    unlearned = [
+        {"task": None, "of": {name: cell(6) for name in NAMES}},
+        {"task": 0, "of": {"cat-dog": cell(5), "elk-fox": cell(7)}},
+        {"task": 1, "of": {"elk-fox": cell(1)}},
+    ]
+    exams = [
+        {"task": task, "of": {"suite": {"accuracy": share}}} for task, share in ((None, 0.6), (0, 0.59), (2, 0.61))
+    ]
+    said = page(learner, tmp_path, unlearned=unlearned, exams=exams)
+    lost = "Zero-shot lost: elk-fox fell from 75.0 % to 12.5 % after cat-dog (−62.5 points)"
+    assert lost in said.split("\n## ")[0]
+    section = said.split("\n## ")[1]
+    assert section.startswith("Zero-shot: what it still knows")
+    rows = [line for line in section.splitlines() if line.startswith("|")][2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| elk-fox", "| cat-dog", "| exam suite"]
+    assert rows[0].endswith("| 87.5 (+12.5) | 12.5 (−62.5) | – | −62.5 |")
+    calm = [{**entry, "of": {name: cell(6) for name in entry["of"]}} for entry in unlearned]
+    assert "Zero-shot lost" not in page(learner, tmp_path, unlearned=calm, exams=exams)
+
+
+def test_a_run_that_was_not_asked_has_no_such_sections(vit: Path, data: Path, tmp_path: Path) -> None:
+    other = Learner(content(vit, data, future=False), tmp_path / "state")
+    other.run()
+    said = page(other, tmp_path)
+    for title in ("Zero-shot", "Transfer, Avg, Last", "Retrieval", "False recognition", "## Gate"):
+        assert title not in said

@@ -12,8 +12,10 @@ from torch.nn import functional as F
 
 from perpetune.errors import Interrupted, UsageError
 from perpetune.methods.base import Method
+from perpetune.methods.parts.pairs import Gallery
 from perpetune.oracle import Oracle
-from perpetune.tasks import Batch, Task, evaluation_batches, load_batches
+from perpetune.runtime import Runtime
+from perpetune.tasks import Batch, Examples, Task, captioned, evaluation_batches, load_batches
 
 Setting = Literal["class", "domain", "task"]
 Among = Literal["seen", "task", "own"]
@@ -45,7 +47,8 @@ def evaluate(
     Returns:
         `{"correct": int, "total": int, "per_class": {name: [correct, total]}}`, with `"others"`, right predictions of
         the method's other ways to answer, and `"gauges"`, means of its gauges, by name, where it has any. Where answers
-        are free texts, `correct` is the sum of their scores in [0, 1], and `"score"` names what scored them. With an
+        are free texts, `correct` is the sum of their scores in [0, 1], and `"score"` names what scored them; for
+        pictures with captions it is `retrieval`, the mean of recall at 1 from pictures to texts and back. With an
         `oracle` there is `"oracle"`, its right predictions and what kind of head it is. `"gates"` are yes or no for
         each example: how often yes, and how often the answer is right then. With `future` and `seen` there is
         `"goes_to"`, how many examples are answered with a class of each task, by its name, if no class is in two tasks.
@@ -53,6 +56,8 @@ def evaluate(
     if task.test is None or len(task.test) == 0:
         return None
     run = task.runtime
+    if captioned(task.test):
+        return _found(method, task.test, batch_size, run)
     chooses = method.model.chooses
     asked: Sequence[str] | None = None  # the classes among which the method is asked; None: those it has learned
     if chooses and (among == "own" or future is not None):
@@ -115,6 +120,14 @@ def evaluate(
     if oracle is not None:
         cell["oracle"] = {"correct": _count(float(run.sum(seen))), "head": oracle.name}
     return cell
+
+
+def _found(method: Method, examples: Examples, batch_size: int, run: Runtime) -> dict[str, Any]:
+    """The cell of pictures with captions: the mean of recall at 1 of both directions, over all test pictures."""
+    captions = [examples.captions(i) for i in range(len(examples))]
+    (there,), (back,) = Gallery(method, captions, examples, batch_size, run).recalls((1,))
+    correct = _count(len(examples) * (there + back) / 2)
+    return {"correct": correct, "total": len(examples), "per_class": {}, "score": "retrieval"}
 
 
 class _Choices:

@@ -35,7 +35,7 @@ from perpetune.runtime import Progress, Runtime, Silent
 from perpetune.sequence import STREAM, Data, TaskSequence, moved
 from perpetune.snapshot import restore, snapshot
 from perpetune.state import START, State
-from perpetune.tasks import Task
+from perpetune.tasks import Task, captioned
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -301,7 +301,10 @@ class Learner:
     def _admit(self, tasks: Sequence[Task | TaskData]) -> None:
         """Check all tasks before the first one begins; UsageError if the model cannot learn one of them."""
         for task in tasks:
-            self.method.model.admits(task.name, task.classes)
+            if captioned(task.train):
+                self.method.model.admits_captions(task.name)
+            else:
+                self.method.model.admits(task.name, task.classes)
 
     def _name(self, data: Data, asked: str | None, index: int) -> str:
         """The name of an update's task: the requested name in safe characters, or a name that no task has yet."""

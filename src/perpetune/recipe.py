@@ -205,7 +205,8 @@ class Recipe(Section):
         changes["exams"] = {name: _complete("exams", section) for name, section in self.exams.items()}
         if self.data is not None:
             changes["data"] = _complete("data", self.data)
-            changes["stream"] = self.stream.fitted(registry.find("data", self.data.name).gives)
+            source = registry.find("data", self.data.name)
+            changes["stream"] = self.stream.fitted(source.gives, source.classed)
         return self.model_copy(update=changes)
 
     def anchored(self) -> Recipe:

@@ -91,7 +91,7 @@ def read_results(state: State) -> dict[str, Any]:
 
 
 def _candidates(tasks: Sequence[Mapping[str, Any]], ahead: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    """The tasks with the classes among which they were asked: where tasks are asked ahead, those of the whole stream."""
+    """The tasks with the classes among which they were asked. If tasks are asked ahead, it is the whole stream's."""
     if not ahead:
         return tasks
     every = {name for task in tasks for name in task["classes"]}

@@ -79,6 +79,10 @@ class Model(nn.Module, ABC):
         Called before training.
         """
 
+    def admits_captions(self, name: str) -> None:
+        """Raise UsageError if the model cannot learn a task of pictures with captions. Called before training."""
+        raise UsageError(f"task {name} has captions and no classes, and {type(self).__name__} learns none of them")
+
     def notes(self, task: Task) -> list[str]:
         """Sentences about how `task` will be learned that its user should read before; called before `grow`."""
         return []

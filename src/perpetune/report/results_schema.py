@@ -54,7 +54,7 @@ class AnsweredCell(Cell):
 
 
 class Unlearned(TypedDict):
-    """The counts on tasks that were not learned yet, by name: before the first task (`task` is None), or after a task."""
+    """The counts on tasks that are not learned yet, by name, before the first task (`task` is None) or after a task."""
 
     task: int | None
     of: dict[str, AnsweredCell | None]
