@@ -52,7 +52,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     info = tmp_path / "site" / "library-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: library\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[perpetune.exams]\nretrieval = library:Retrieval\ntwins = library:Twins\n")
+    (info / "entry_points.txt").write_text("[perpetune.exams]\nneighbours = library:Retrieval\ntwins = library:Twins\n")
     (tmp_path / "site" / "library.py").write_text(CODE)
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     monkeypatch.delitem(sys.modules, "library", raising=False)
@@ -61,7 +61,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_it_is_taken_before_the_first_task_and_after_each_and_shown(tmp_path: Path) -> None:
     data, vit = split_folder(tmp_path / "data", "abcd", 6, 3), vit_folder(tmp_path / "vit")
     asked = [str(picture_folder(tmp_path / "one", "xyz", 4)), str(picture_folder(tmp_path / "two", "abx", 4))]
-    content = recipe(vit, data, exams={"near": {"name": "retrieval", "paths": asked}})
+    content = recipe(vit, data, exams={"near": {"name": "neighbours", "paths": asked}})
     learner = Learner(content, tmp_path / "state")
     learner.run()
     rounds = read_results(learner.state)["exams"]

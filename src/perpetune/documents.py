@@ -83,6 +83,8 @@ class Cell(Document):
     others: dict[str, Amount] = {}
     gauges: dict[str, float] = {}
     oracle: Oracle | None = None
+    gates: dict[str, Annotated[list[Count], Field(min_length=2, max_length=2)]] = {}
+    goes_to: dict[str, Count] = {}
 
     @model_validator(mode="after")
     def _agrees(self) -> Cell:
@@ -91,6 +93,11 @@ class Cell(Document):
         for name, n in right.items():
             if n > self.total + ROUNDING:
                 raise ValueError(f"{name} is {n:g}, and there are {self.total} examples")
+        for name, (yes, correct) in self.gates.items():
+            if not correct <= yes <= self.total:
+                raise ValueError(f"gates.{name}: {correct} right of {yes}, and there are {self.total} examples")
+        if sum(self.goes_to.values()) > self.total:
+            raise ValueError(f"goes_to counts more answers than there are examples, {self.total}")
         for name, (n, of) in self.per_class.items():
             if n > of + ROUNDING:
                 raise ValueError(f"per_class.{name}: {n:g} right answers of {of:g}")
@@ -103,6 +110,7 @@ class Metrics(Document):
     """`metrics.json` of a committed task."""
 
     cells: dict[str, Cell | None]
+    cells_before: dict[str, Cell | None] = {}
     protection: list[dict[str, Any]] = []
     facts: dict[str, dict[str, Any]] = {}
     drift: dict[str, Amount] = {}

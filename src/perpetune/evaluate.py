@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -11,19 +11,29 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perpetune.errors import Interrupted, UsageError
-from perpetune.methods.base import Answers, Method
+from perpetune.methods.base import Method
+from perpetune.methods.parts.pairs import Gallery
 from perpetune.oracle import Oracle
-from perpetune.tasks import Batch, Task, evaluation_batches, load_batches
+from perpetune.runtime import Runtime
+from perpetune.tasks import Batch, Examples, Task, captioned, evaluation_batches, load_batches
 
 Setting = Literal["class", "domain", "task"]
 Among = Literal["seen", "task", "own"]
 AMONG: Mapping[Setting, Among] = MappingProxyType({"class": "seen", "domain": "seen", "task": "task"})
+Classes = Mapping[str, Sequence[str]]
+"""The classes of each task of a stream, learned or not, by its name."""
 PROBE = 32  # test images of a task by which the drift of its features is measured
 
 
 @torch.no_grad()
 def evaluate(
-    method: Method, task: Task, *, among: Among, batch_size: int, oracle: Oracle | None = None
+    method: Method,
+    task: Task,
+    *,
+    among: Among,
+    batch_size: int,
+    oracle: Oracle | None = None,
+    future: Classes | None = None,
 ) -> dict[str, Any] | None:
     """Counts of right predictions on the task's test data, asked without their answers; None when it has none.
 
@@ -31,34 +41,50 @@ def evaluate(
         among: the classes that may be answered. `seen`: all that were learned. `task`: those of the task that were
             learned; the scores of the others are left out here, after the method has answered. `own`: those of the
             task, learned or not: the method is asked among these (`Method.among`).
+        future: with these classes, learned or not, `seen` means all of them, and `task` is as `own`. So a task can be
+            asked before it is learned.
 
     Returns:
         `{"correct": int, "total": int, "per_class": {name: [correct, total]}}`, with `"others"`, right predictions of
         the method's other ways to answer, and `"gauges"`, means of its gauges, by name, where it has any. Where answers
-        are free texts, `correct` is the sum of their scores in [0, 1], and `"score"` names what scored them. With an
-        `oracle` there is `"oracle"`, its right predictions and what kind of head it is.
+        are free texts, `correct` is the sum of their scores in [0, 1], and `"score"` names what scored them; for
+        pictures with captions it is `retrieval`, the mean of recall at 1 from pictures to texts and back. With an
+        `oracle` there is `"oracle"`, its right predictions and what kind of head it is. `"gates"` are yes or no for
+        each example: how often yes, and how often the answer is right then. With `future` and `seen` there is
+        `"goes_to"`, how many examples are answered with a class of each task, by its name, if no class is in two tasks.
     """
     if task.test is None or len(task.test) == 0:
         return None
     run = task.runtime
+    if captioned(task.test):
+        return _found(method, task.test, batch_size, run)
     chooses = method.model.chooses
-    judge: _Choices | _Texts = _Choices(method, task, among) if chooses else _Texts(method, task)
+    asked: Sequence[str] | None = None  # the classes among which the method is asked; None: those it has learned
+    if chooses and (among == "own" or future is not None):
+        every = dict.fromkeys(name for classes in (future or {}).values() for name in classes)
+        asked = list(every) if among == "seen" else task.classes
+    judge = _Choices(method.classes, task, among, asked) if chooses else _Texts(method, task)
+    going = _Going(future, asked, run.device) if future and asked and among == "seen" else None
     exact = torch.float32 if run.device.type == "mps" else torch.float64  # Apple's GPUs have no other
     per_class = torch.zeros(2, max(1, len(task.classes)), dtype=exact, device=run.device)
     others: dict[str, Tensor] = {}
     gauges: dict[str, Tensor] = {}
     way: str | None = None
-    diagnosis = None if oracle is None else (oracle, _Choices(oracle, task, among))
+    gates: dict[str, Tensor] = {}
+    diagnosis = None if oracle is None else (oracle, _Choices(oracle.classes, task, among))
     seen = torch.zeros((), dtype=exact, device=run.device)
     for batch in evaluation_batches(task.test.questions(), batch_size, run):
         with run.autocast():
-            if chooses and among == "own":
-                answers = Answers(method.among(batch.inputs, task.classes))
-            else:
-                answers = method.answers(batch.inputs)
+            answers = method.answers(batch.inputs) if asked is None else method.named(batch.inputs, asked)
         way = answers.name
-        for row, values in enumerate((judge(answers.scores, batch), torch.ones_like(batch.targets))):
+        right = judge(answers.scores, batch)
+        for row, values in enumerate((right, torch.ones_like(batch.targets))):
             per_class[row].index_add_(0, batch.targets, values.to(exact))
+        for name, open_ in answers.gates.items():
+            both = torch.stack([open_, open_ & (right > 0)]).sum(1)
+            gates[name] = both + gates.get(name, 0)
+        if going is not None:
+            going.count(answers.scores)
         for name, scores in answers.others.items():
             others[name] = judge(scores, batch).to(exact).sum() + others.get(name, 0)
         for name, values in answers.gauges.items():
@@ -71,7 +97,7 @@ def evaluate(
         if signum is not None:
             raise Interrupted(f"stopped while task {task.name} was evaluated", signum)
     # The first process always has a batch; one without any does not know the names, and has nothing to add.
-    *names, way = run.of_first((list(others), list(gauges), way))
+    *names, way = run.of_first((list(others), list(gauges), list(gates), way))
     correct, totals = run.sum(per_class).tolist()
     total = int(sum(totals))
     cell: dict[str, Any] = {"correct": _count(sum(correct)), "total": total}
@@ -86,28 +112,64 @@ def evaluate(
     if names[1]:
         sums = {name: float(run.sum(gauges.get(name, zero))) for name in names[1]}
         cell["gauges"] = {name: round(value / total, 6) for name, value in sums.items()}
+    if names[2]:
+        none = torch.zeros(2, dtype=torch.int64, device=run.device)
+        cell["gates"] = {name: run.sum(gates.get(name, none)).tolist() for name in names[2]}
+    if going is not None and going.apart:
+        cell["goes_to"] = {t: n for t, n in zip(going.tasks, run.sum(going.counts).tolist(), strict=True) if n}
     if oracle is not None:
         cell["oracle"] = {"correct": _count(float(run.sum(seen))), "head": oracle.name}
     return cell
 
 
+def _found(method: Method, examples: Examples, batch_size: int, run: Runtime) -> dict[str, Any]:
+    """The cell of pictures with captions: the mean of recall at 1 of both directions, over all test pictures."""
+    captions = [examples.captions(i) for i in range(len(examples))]
+    (there,), (back,) = Gallery(method, captions, examples, batch_size, run).recalls((1,))
+    correct = _count(len(examples) * (there + back) / 2)
+    return {"correct": correct, "total": len(examples), "per_class": {}, "score": "retrieval"}
+
+
 class _Choices:
-    """1 where the best class is the right one, else 0."""
+    """1 where the best class is the right one, else 0.
+
+    Args:
+        learned: the classes that were learned, whose scores come.
+        asked: the classes whose scores come instead, all of them to be compared.
+    """
 
     score: str | None = None
 
-    def __init__(self, method: Method | Oracle, task: Task, among: Among):
-        known, device = task.classes if among == "own" else method.classes, task.runtime.device
+    def __init__(self, learned: Sequence[str], task: Task, among: Among, asked: Sequence[str] | None = None):
+        known, device = learned if asked is None else asked, task.runtime.device
         row = {name: i for i, name in enumerate(known)}
         self.rows = torch.tensor([row.get(name, -1) for name in task.classes], device=device)  # -1: never predicted
         self.allowed = torch.ones(len(known), dtype=torch.bool, device=device)
-        if among == "task":
+        if among != "seen" and asked is None:
             self.allowed[:] = False
             self.allowed[self.rows[self.rows >= 0]] = True
 
     def __call__(self, scores: Tensor, batch: Batch) -> Tensor:
         best = scores.float().masked_fill(~self.allowed, -torch.inf).argmax(1)
         return best == self.rows[batch.targets]
+
+
+class _Going:
+    """How many answers go to the classes of each task.
+
+    Attributes:
+        apart: whether no class belongs to two tasks; otherwise there is nothing to count.
+    """
+
+    def __init__(self, tasks: Classes, asked: Sequence[str], device: torch.device):
+        self.tasks = list(tasks)
+        owner = {name: number for number, classes in enumerate(tasks.values()) for name in classes}
+        self.apart = sum(map(len, tasks.values())) == len(owner)
+        self.owner = torch.tensor([owner[name] for name in asked], device=device)
+        self.counts = torch.zeros(len(tasks), dtype=torch.int64, device=device)
+
+    def count(self, scores: Tensor) -> None:
+        self.counts += torch.bincount(self.owner[scores.float().argmax(1)], minlength=len(self.tasks))
 
 
 class _Texts:

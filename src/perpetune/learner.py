@@ -35,7 +35,7 @@ from perpetune.runtime import Progress, Runtime, Silent
 from perpetune.sequence import STREAM, Data, TaskSequence, moved
 from perpetune.snapshot import restore, snapshot
 from perpetune.state import START, State
-from perpetune.tasks import Task
+from perpetune.tasks import Task, captioned
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -208,6 +208,11 @@ class Learner:
         self._fingerprint = self.backbone.fingerprint()
         self.method = build_method(recipe, self.backbone).to(self.runtime.device)
         self._oracle_note = oracle.check(recipe, self.method) if recipe.evaluate.oracle else None
+        if recipe.evaluate.future and self.method.model.chooses and not self.method.model.any_class:
+            raise UsageError(
+                f"evaluate.future asks about classes that are not learned yet, and head: {recipe.head.name} knows only "
+                "those that it has learned: use a head that reads the names of classes, or leave evaluate.future out"
+            )
         self._new = snapshot(self.method)
         self._learned = ""  # the last task folder that is part of `method`
         self._halfway = False  # whether `method` was left inside a task
@@ -296,7 +301,10 @@ class Learner:
     def _admit(self, tasks: Sequence[Task | TaskData]) -> None:
         """Check all tasks before the first one begins; UsageError if the model cannot learn one of them."""
         for task in tasks:
-            self.method.model.admits(task.name, task.classes)
+            if captioned(task.train):
+                self.method.model.admits_captions(task.name)
+            else:
+                self.method.model.admits(task.name, task.classes)
 
     def _name(self, data: Data, asked: str | None, index: int) -> str:
         """The name of an update's task: the requested name in safe characters, or a name that no task has yet."""

@@ -91,6 +91,10 @@ class EvaluateSection(Section):
     oracle: bool | Literal["last"] = False
     """Also solve the head on all training data so far, a diagnosis of the features: after every task, or after the
     last alone. It costs one more pass over all these data each time."""
+    future: bool = False
+    """Also ask about tasks that are not learned yet: all tasks of the stream before the first one, and after each. The
+    classes of the whole stream may answer then (setting `task`: those of the asked task), so the head has to know them
+    by their names."""
 
 
 class RunSection(Section):
@@ -201,7 +205,8 @@ class Recipe(Section):
         changes["exams"] = {name: _complete("exams", section) for name, section in self.exams.items()}
         if self.data is not None:
             changes["data"] = _complete("data", self.data)
-            changes["stream"] = self.stream.fitted(registry.find("data", self.data.name).gives)
+            source = registry.find("data", self.data.name)
+            changes["stream"] = self.stream.fitted(source.gives, source.classed)
         return self.model_copy(update=changes)
 
     def anchored(self) -> Recipe:

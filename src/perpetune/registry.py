@@ -61,16 +61,22 @@ BUILTIN: dict[Kind, dict[str, str]] = {
         "manifest": "perpetune.data.pictures.manifest:ManifestSource",
         "parquet": "perpetune.data.pictures.arrow:ParquetSource",
         "hf": "perpetune.data.pictures.hub:HubSource",
+        "captions": "perpetune.data.pictures.captions:CaptionSource",
         "digits": "perpetune.data.pictures.digits:DigitsSource",
         "text": "perpetune.data.texts.files:FileSource",
         "trace": "perpetune.data.texts.trace:TraceSource",
         "cl_benchmark": "perpetune.data.texts.cl_benchmark:ClBenchmarkSource",
     },
-    "exams": {"dataset": "perpetune.exams.dataset:Dataset"},
+    "exams": {
+        "dataset": "perpetune.exams.dataset:Dataset",
+        "retrieval": "perpetune.exams.retrieval:Retrieval",
+        "recognition": "perpetune.exams.recognition:Recognition",
+    },
     "sections": {  # in the order of the page
         name: f"perpetune.report.sections.{name}:section"
         for name in (
-            *("figures", "matrix", "curves", "answers", "exams", "headroom", "heads", "tree", "protection", "drift"),
+            *("figures", "zero_shot", "transfer", "matrix", "curves", "answers", "retrieval", "recognition", "gate"),
+            *("exams", "headroom", "heads", "tree", "protection", "drift"),
             *("tasks", "classes", "storage", "time", "problems", "reproduce"),
         )
     },

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from perpetune.errors import StateError
-from perpetune.numerics.metrics import summarise
+from perpetune.numerics.metrics import Cells, summarise
+from perpetune.numerics.transfer import summarise as summarise_transfer
 from perpetune.snapshot import FILES, FIXED
 from perpetune.state import DOCUMENTS, State
 
@@ -30,6 +32,7 @@ def read_results(state: State) -> dict[str, Any]:
     tasks, rows, timings, storage = [], [], [], []
     protection: list[dict[str, Any]] = []
     facts, drift, exams = [], [], list[dict[str, Any]]()
+    ahead: list[dict[str, Any]] = []
     bad: list[dict[str, Any]] = []
     warnings: list[str] = []
     for committed in state.committed:
@@ -40,6 +43,11 @@ def read_results(state: State) -> dict[str, Any]:
             rows.append(dict(metrics["cells"]))
             protection += [{"task": committed.index, **found} for found in metrics.get("protection", [])]
             facts.append({"task": committed.index, "of": metrics.get("facts", {})})
+            known = {t["name"] for t in tasks}
+            if zero := metrics.get("cells_before"):
+                ahead.append({"task": None, "of": zero})
+            if ahead and (unlearned := {name: cell for name, cell in rows[-1].items() if name not in known}):
+                ahead.append({"task": committed.index, "of": unlearned})
             if before := metrics.get("exams_before"):
                 exams.append({"task": None, "of": before})
             if after := metrics.get("exams"):
@@ -61,13 +69,14 @@ def read_results(state: State) -> dict[str, Any]:
         "seed": state.recipe.seed,
         "tasks": tasks,
         "cells": cells,
-        "metrics": summarise(cells, tasks),
+        "metrics": summarise(cells, _candidates(tasks, ahead) if state.recipe.setting == "class" else tasks),
         "timings": timings,
         "storage": storage,
         "protection": protection,
         "facts": facts,
         "drift": drift,
         **({"exams": exams} if exams else {}),
+        **_zero_shot(tasks, cells, ahead),
         "examples": backbone.get("examples"),
         "trainable_parameters": backbone.get("trainable_parameters"),
         "backbone_parameters": backbone.get("parameters"),
@@ -79,6 +88,23 @@ def read_results(state: State) -> dict[str, Any]:
         "complete": begun.get("tasks") is None or len(tasks) >= begun["tasks"],
         "extra": {},
     }
+
+
+def _candidates(tasks: Sequence[Mapping[str, Any]], ahead: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """The tasks with the classes among which they were asked. If tasks are asked ahead, it is the whole stream's."""
+    if not ahead:
+        return tasks
+    every = {name for task in tasks for name in task["classes"]}
+    every |= {name for cell in ahead[0]["of"].values() if cell for name in cell["per_class"]}
+    return [{"classes": sorted(every)} for _ in tasks]
+
+
+def _zero_shot(tasks: Sequence[Mapping[str, Any]], cells: Cells, ahead: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What is known of tasks that were asked before they were learned, and the figures of it; nothing if none was."""
+    if not ahead:
+        return {}
+    before = [ahead[0]["of"].get(task["name"]) for task in tasks]
+    return {"unlearned": list(ahead), "zero_shot": summarise_transfer(cells, [before])}
 
 
 def _file_and_reason(entry: str) -> dict[str, str]:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save
 
 from perpetune.errors import Interrupted
-from perpetune.evaluate import AMONG, Setting, evaluate, probe
+from perpetune.evaluate import AMONG, Classes, Setting, evaluate, probe
 from perpetune.exams.base import Exam, take_all
 from perpetune.methods.base import Method
 from perpetune.oracle import Oracle, solve
@@ -43,6 +43,8 @@ class Step:
         seen: all tasks so far, this one too, with their training data: what the oracle head is solved on afterwards
             (`evaluate.oracle`), which the method never sees; empty without it.
         exams: what is asked beside the tasks: before the first task, and after each.
+        ahead: tasks that are not learned yet and are asked all the same, before the first task and after each.
+        future: the classes of all tasks, learned or not, if tasks are asked before they are learned.
     """
 
     task: Task
@@ -51,6 +53,8 @@ class Step:
     reference: Examples | None = None
     seen: Sequence[Task] = ()
     exams: Sequence[Exam] = ()
+    ahead: Sequence[Task] = ()
+    future: Classes | None = None
 
 
 def run(method: Method, steps: Iterable[Step], state: State) -> None:
@@ -81,14 +85,23 @@ def learn_task(method: Method, step: Step, state: State) -> None:
     for note in ahead:
         run.progress.note(note)
     _reset_peak(run)
-    before = take_all(step.exams, method, recipe.evaluate.batch_size) if task.index == 0 else {}
+    begun: dict[str, Any] = {}  # what was measured before the first task
+    if task.index == 0:
+        exams_before = take_all(step.exams, method, recipe.evaluate.batch_size)
+        asked = [task, *step.ahead] if step.future is not None else []
+        zero = measure(method, asked, recipe.setting, recipe.evaluate.batch_size, future=step.future)
+        begun = {"exams_before": exams_before, "cells_before": zero}
+    else:
+        first = state.committed[0]
+        exams_before = first.document(first.read("metrics.json"), "metrics.json").get("exams_before", {})
     began = time.perf_counter()
     certificates = learn_protected(method, task, step.reference, recipe.evaluate.batch_size)
     learned = time.perf_counter()
     oracle = solve(method, step.seen, recipe) if step.seen else None
     solved = time.perf_counter()
-    cells = measure(method, [*step.others, task], recipe.setting, recipe.evaluate.batch_size, oracle)
-    exams = take_all(step.exams, method, recipe.evaluate.batch_size)
+    cells = measure(method, [*step.others, task], recipe.setting, recipe.evaluate.batch_size, oracle, step.future)
+    cells |= measure(method, step.ahead, recipe.setting, recipe.evaluate.batch_size, future=step.future)
+    exams = take_all(step.exams, method, recipe.evaluate.batch_size, exams_before)
     features, drift = _drift(method, step, state)
     evaluated = time.perf_counter()
     seconds = run.checkpoints.seconds + learned - began
@@ -111,7 +124,7 @@ def learn_task(method: Method, step: Step, state: State) -> None:
         run.progress.note(warning)
     document["warnings"] = [*document["warnings"], *ahead, *warnings]
     found: dict[str, Any] = {"cells": cells, "protection": certificates, "facts": facts, "drift": drift}
-    found |= {"exams_before": before, "exams": exams}
+    found |= {**begun, "exams": exams}
     metrics = {key: value for key, value in found.items() if value or key == "cells"}
     if main:
         documents = {"task.json": document, "metrics.json": metrics, "timings.json": timings}
@@ -210,10 +223,18 @@ def _observe(method: Method, batch: Batch, run: Runtime) -> None:
 
 
 def measure(
-    method: Method, tasks: Iterable[Task], setting: Setting, batch_size: int, oracle: Oracle | None = None
+    method: Method,
+    tasks: Iterable[Task],
+    setting: Setting,
+    batch_size: int,
+    oracle: Oracle | None = None,
+    future: Classes | None = None,
 ) -> dict[str, Any]:
     """Counts on the test data of each task, by its name; None where it has none."""
-    return {t.name: evaluate(method, t, among=AMONG[setting], batch_size=batch_size, oracle=oracle) for t in tasks}
+    among = AMONG[setting]
+    return {
+        t.name: evaluate(method, t, among=among, batch_size=batch_size, oracle=oracle, future=future) for t in tasks
+    }
 
 
 def _drift(method: Method, step: Step, state: State) -> tuple[dict[str, bytes], dict[str, float]]:

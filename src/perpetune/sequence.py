@@ -62,11 +62,17 @@ class TaskSequence:
         """Task `index` of the recipe's stream, evaluated on those `committed` too."""
         task, data = self._of_stream(index), self._checked(self.stream.tasks[index])
         others = [t for t in (self.past(c) for c in committed) if t is not None]
-        if self.recipe.setting == "domain" and index + 1 < len(self.stream.tasks):
+        future = self.recipe.evaluate.future
+        if self.recipe.setting == "domain" and not future and index + 1 < len(self.stream.tasks):
             others.append(self._of_stream(index + 1))  # its accuracy before it is learned: forward transfer
         warnings = self.stream.warnings if index == 0 else []
         document = _document(task, STREAM, data.fingerprint, data.bad, warnings)
-        return Step(task, others, document, self._first(index), self._seen(index), self.exams)
+        step = Step(task, others, document, self._first(index), self._seen(index), self.exams)
+        if not future:
+            return step
+        ahead = [self._of_stream(i) for i in range(index + 1, len(self.stream.tasks))]
+        classes = {t.name: self._of_stream(i).classes for i, t in enumerate(self.stream.tasks)}
+        return dataclasses.replace(step, ahead=ahead, future=classes)
 
     def _seen(self, index: int) -> list[Task]:
         """The tasks up to `index` with their training data, where the oracle head is to be solved on them after it."""
@@ -103,7 +109,11 @@ class TaskSequence:
         for line in _new_classes(task, committed):
             self.runtime.progress.note(line)
         document = {**document, "warnings": [*document["warnings"], *found]}
-        return Step(task, others, document, self._first(task.index), exams=self.exams)
+        step = Step(task, others, document, self._first(task.index), exams=self.exams)
+        if not self.recipe.evaluate.future:
+            return step
+        classes = {c.name: c.task()["classes"] for c in committed}
+        return dataclasses.replace(step, future={**classes, task.name: task.classes})
 
     @property
     def reference(self) -> tuple[TableSet, list[str]] | None:

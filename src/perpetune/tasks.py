@@ -29,6 +29,7 @@ class Inputs:
             `ids`: tokens of texts, int64 `(B, N)`, padded on the left, so that all texts end in the last column.
             `mask`: bool `(B, N)`, false at padding.
             `labels`: int64 `(B, N)`, the tokens that the model learns to say, and -100 elsewhere. Questions have none.
+            `caption`: int64 `(B,)`, the position of the caption that is learned among the captions of each picture.
             `options`: int64 `(B, K, M)`, the tokens of each answer that the model can choose, -100 after the answer's
             end and in place of missing answers. Questions with free answers have none.
         said: the number of last columns that contain all `labels`. So the code need not read it from the device.
@@ -163,6 +164,10 @@ class Examples(ABC):
         """The original text of example `index`; UsageError if the examples are not texts."""
         raise UsageError("these examples are not texts")
 
+    def captions(self, index: int) -> Sequence[str]:
+        """The sentences that describe example `index`; none if the examples have no captions."""
+        return ()
+
     def weight(self, rows: Sequence[int]) -> float:
         """The weight of `rows` in the mean of a step: their number, or the sum of their `weights`."""
         weights = self.weights
@@ -251,6 +256,15 @@ class Pick(Examples):
     def text(self, index: int) -> Any:
         k, i = self.picked[index]
         return self.sets[k].text(i)
+
+    def captions(self, index: int) -> Sequence[str]:
+        k, i = self.picked[index]
+        return self.sets[k].captions(i)
+
+
+def captioned(examples: Examples) -> bool:
+    """Whether the examples have captions instead of classes."""
+    return len(examples) > 0 and bool(examples.captions(0))
 
 
 def part(examples: Examples, numbers: Iterable[int]) -> Pick:

@@ -100,6 +100,8 @@ class Source(ABC):
     """
 
     gives: ClassVar[Kind] = "pictures"
+    classed: ClassVar[bool] = True
+    """Whether pictures have classes, by which a stream of them can be cut."""
 
     @classmethod
     def fits(cls, path: str, wanted: Kind | None = None) -> Fit:

@@ -25,7 +25,8 @@ class StreamOptions(BaseModel):
 
     Attributes:
         by: `class` makes tasks of `classes_per_task` classes; `domain` or `task` makes one task for each domain or task
-            that the source names. Default: `class` for pictures, `task` for texts. Texts cannot be cut by class.
+            that the source names. Default: `class` for pictures, `task` for texts and for pictures with captions, which
+            cannot be cut by class.
         classes_per_task: one number for all tasks (the last task may be smaller), or a list with one for each task.
         class_order: `seeded` draws the order by the seed, `sorted` sorts by name, a list names the classes in their
             order and leaves the others out. With `seeded`, classes keep their order when other classes come or go. If
@@ -66,14 +67,22 @@ class StreamOptions(BaseModel):
     overlap: Literal["error", "warn"] = "error"
     augment: Augment = "none"
 
-    def fitted(self, gives: Kind) -> StreamOptions:
+    def fitted(self, gives: Kind, classed: bool = True) -> StreamOptions:
         """The same options for one kind of data, with its default for `by`.
+
+        Args:
+            gives: the kind.
+            classed: whether pictures have classes (`Source.classed`).
 
         Raises:
             UsageError: an option does not exist for this kind.
         """
-        if gives == "pictures":
+        if gives == "pictures" and classed:
             return self.model_copy(update={"by": self.by or "class"})
+        if gives == "pictures":
+            if self.by == "class" or self.classes_per_task is not None or not isinstance(self.class_order, str):
+                raise UsageError("stream: these pictures have captions and no classes; cut them by task or domain")
+            return self.model_copy(update={"by": self.by or "task"})
         if self.by == "class":
             raise UsageError("stream.by: class works with pictures only; cut texts by task or domain")
         if self.classes_per_task is not None:
@@ -136,7 +145,7 @@ def build_stream(source: Source, options: StreamOptions, view: View, *, seed: in
         UsageError: the options do not fit the data, or the data do not fit the backbone.
         DataError: the data cannot be used.
     """
-    options = options.fitted(source.gives)
+    options = options.fitted(source.gives, source.classed)
     tables, warnings = _tables(source, options, view)
     warnings += _two_labels(tables, options) + _alike(tables.train)
     test = tables.test
@@ -176,7 +185,7 @@ def single_task(
         fresh: whether they were never learned; of those that were, labels are not compared again.
     """
     uncut = {"by": None, "classes_per_task": None, "class_order": "sorted", "order": None}
-    options = options.model_copy(update={**uncut, "holdout": holdout}).fitted(source.gives)
+    options = options.model_copy(update={**uncut, "holdout": holdout}).fitted(source.gives, source.classed)
     tables, warnings = _tables(source, options, view)
     if fresh:
         warnings += _two_labels(tables, options) + _alike(tables.train)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from perpetune.errors import UsageError
@@ -49,6 +49,7 @@ class Exam:
     task: Task
     among: Among = "seen"
     judge: Callable[[Method, Exam, int], Values] = right_answers
+    begun: Values = field(default_factory=dict)
 
     def taken(self, method: Method, batch_size: int) -> dict[str, float]:
         """The numbers of this exam as the method stands; none where nothing can be asked yet.
@@ -83,7 +84,17 @@ class Suite(ABC):
         """
 
 
-def take_all(exams: Sequence[Exam], method: Method, batch_size: int) -> dict[str, dict[str, float]]:
-    """The numbers of each exam that has some, by its name."""
-    taken = {exam.name: exam.taken(method, batch_size) for exam in exams}
+def take_all(
+    exams: Sequence[Exam], method: Method, batch_size: int, begun: Mapping[str, Values] | None = None
+) -> dict[str, dict[str, float]]:
+    """The numbers of each exam that has some, by its name.
+
+    Args:
+        exams: the exams.
+        method: what is asked.
+        batch_size: examples in a forward pass.
+        begun: the numbers of each exam before the first task, by its name.
+    """
+    known = begun or {}
+    taken = {exam.name: replace(exam, begun=known.get(exam.name, {})).taken(method, batch_size) for exam in exams}
     return {name: values for name, values in taken.items() if values}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -80,6 +80,10 @@ class Head(nn.Module, ABC):
         """
         scores: Tensor = self(features)
         return scores[:, self.rows(classes, scores.device)]
+
+    def gates(self, features: Tensor, classes: Sequence[str]) -> Mapping[str, Tensor]:
+        """Yes or no about how `among` finds each of its answers, bool `(B,)`, by name; for the report."""
+        return {}
 
     def logits(self, features: Tensor) -> Tensor:
         """Scores `(B, C)` for training by gradient; by default the same as at prediction."""

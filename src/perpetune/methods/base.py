@@ -32,11 +32,14 @@ class Answers:
             beside the answer.
         name: the name of the answer in the report, beside the others.
         gauges: numbers `(B,)` that describe how the method found the answer, by name; the report shows their means.
+        gates: yes or no, bool `(B,)`, about how the answer was found, by name, such as whether a head that falls back
+            on names let what it has learned speak; the report shows how often, and how often the answer is right then.
     """
 
     scores: Tensor
     others: Mapping[str, Tensor] = field(default_factory=dict)
     gauges: Mapping[str, Tensor] = field(default_factory=dict)
+    gates: Mapping[str, Tensor] = field(default_factory=dict)
     name: str | None = None
 
 
@@ -137,12 +140,17 @@ class Method(nn.Module, ABC):
 
         A class that was not learned has -inf, unless the head answers with any class by its name.
         """
+        return self.named(inputs, classes).scores
+
+    def named(self, inputs: Inputs, classes: Sequence[str]) -> Answers:
+        """The answers among these classes alone, as `among` scores them, with what else the head says of them."""
         if self.model.any_class:
             with using(self.model, self.answering):
-                return self.model.among(inputs, classes)
+                scores, gates = self.model.gated(inputs, classes)
+            return Answers(scores, gates=gates)
         scores, rows = self.predict(inputs), {name: i for i, name in enumerate(self.classes)}
         columns = [scores[:, rows[c]] if c in rows else scores.new_full((len(scores),), -torch.inf) for c in classes]
-        return torch.stack(columns, dim=1)
+        return Answers(torch.stack(columns, dim=1))
 
     def features(self, inputs: Inputs) -> Tensor:
         """Features `(B, D)` as at prediction. Their drift over the tasks is measured with them."""

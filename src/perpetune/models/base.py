@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -60,6 +60,10 @@ class Model(nn.Module, ABC):
         """Scores `(B, len(classes))` of inputs over these classes, learned or not; only where `any_class`."""
         raise UsageError(f"{type(self).__name__} answers only with classes that it has learned")
 
+    def gated(self, inputs: Inputs, classes: Sequence[str]) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The scores of `among`, and the head's `gates` for these inputs."""
+        return self.among(inputs, classes), {}
+
     @property
     def chooses(self) -> bool:
         """True if answers are scores over `classes`, False if they are texts."""
@@ -74,6 +78,10 @@ class Model(nn.Module, ABC):
 
         Called before training.
         """
+
+    def admits_captions(self, name: str) -> None:
+        """Raise UsageError if the model cannot learn a task of pictures with captions. Called before training."""
+        raise UsageError(f"task {name} has captions and no classes, and {type(self).__name__} learns none of them")
 
     def notes(self, task: Task) -> list[str]:
         """Sentences about how `task` will be learned that its user should read before; called before `grow`."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,33 @@ from perpetune.errors import UsageError
 from perpetune.heads.base import Head
 from perpetune.models.backbone import Backbone
 from perpetune.models.base import Mask, Model
+from perpetune.numerics.retrieval import contrastive
 from perpetune.runtime import Runtime
-from perpetune.tasks import Batch, Examples, Inputs, Task, balanced, evaluation_batches
+from perpetune.tasks import Batch, Examples, Inputs, Task, balanced, captioned, evaluation_batches
 
 SEEN_TWICE = 1000  # most examples of a task whose features are computed before and after its training
+
+
+class Texts(Protocol):
+    """What reads texts beside a backbone's pictures; see `models.text_side.TextSide`."""
+
+    @property
+    def scale(self) -> Tensor: ...
+
+    @property
+    def bias(self) -> Tensor | None: ...
+
+    def inputs(self, strings: Sequence[str], device: torch.device) -> Inputs: ...
+
+    def encode(self, inputs: Inputs) -> Tensor: ...
+
+    def of(self, strings: Sequence[str], batch: int = 64) -> Tensor: ...
+
+
+def texts_of(backbone: Backbone) -> Texts | None:
+    """What reads texts beside the backbone's pictures, with features in the same space; None if nothing does."""
+    found: Texts | None = getattr(backbone, "texts", None)
+    return found
 
 
 class Classifier(Model):
@@ -56,7 +80,23 @@ class Classifier(Model):
                 "questions of the task offer, or use head: lm"
             )
 
+    def admits_captions(self, name: str) -> None:
+        if texts_of(self.backbone) is None or not self.head.any_class:
+            raise UsageError(
+                f"task {name} has captions and no classes: these need a backbone of pictures and texts, such as "
+                f"CLIP, and a head that reads names; here are {self.backbone.spec} and head "
+                f"{type(self.head).__name__.lower()}"
+            )
+
     def grow(self, task: Task) -> None:
+        if captioned(task.train):
+            self.admits_captions(task.name)
+            if task.runtime.world > 1:
+                raise UsageError(
+                    f"task {task.name} has captions, which are compared with each other inside a batch: train with one "
+                    "process"
+                )
+            return
         self.admits(task.name, task.classes)
         self.seen += [c for c in task.classes if c not in self.seen]
         self.head.grow(task.classes, task.generator("head"))
@@ -87,6 +127,8 @@ class Classifier(Model):
         return len(task.classes) == 1 and not self.head.statistics
 
     def notes(self, task: Task) -> list[str]:
+        if captioned(task.train) and self.head.statistics:
+            return ["it has captions and no classes, so the head's sums learn nothing from it"]
         if len(task.classes) != 1 or self.head.statistics:
             return []
         name, others = task.classes[0], sum(c not in task.classes for c in self.seen)
@@ -117,7 +159,22 @@ class Classifier(Model):
         return self.backbone.features(inputs)
 
     def loss(self, task: Task, batch: Batch) -> Tensor:
+        if captioned(task.train):
+            return self._caption_loss(task.train, batch)
         return self.head_loss(task, self.features(batch.inputs), batch.targets)
+
+    def _caption_loss(self, examples: Examples, batch: Batch) -> Tensor:
+        """The contrastive loss of pictures with the caption that each is loaded with; a caption that describes several
+        pictures of the batch is right for each."""
+        side = texts_of(self.backbone)
+        assert side is not None and batch.numbers is not None
+        said = [examples.captions(number) for number in batch.numbers.tolist()]
+        texts = [captions[drawn] for captions, drawn in zip(said, batch.inputs["caption"].tolist(), strict=True)]
+        pictures = F.normalize(self.features(batch.inputs).float(), dim=-1)
+        words = F.normalize(side.encode(side.inputs(texts, pictures.device)).float(), dim=-1)
+        logits = side.scale.to(pictures.device) * pictures @ words.T
+        matches = torch.tensor([[text in captions for text in texts] for captions in said], device=logits.device)
+        return contrastive(logits if side.bias is None else logits + side.bias.to(logits.device), matches)
 
     def head_loss(self, task: Task, features: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of features `(B, D)` over the classes that `mask` selects."""
@@ -140,17 +197,24 @@ class Classifier(Model):
     def among(self, inputs: Inputs, classes: Sequence[str]) -> Tensor:
         return self.head.among(self.features(inputs), classes).float()
 
+    def gated(self, inputs: Inputs, classes: Sequence[str]) -> tuple[Tensor, Mapping[str, Tensor]]:
+        features = self.features(inputs)
+        return self.head.among(features, classes).float(), self.head.gates(features, classes)
+
     def scores(self, features: Tensor) -> Tensor:
         """Scores `(B, C)` of features `(B, D)`."""
         scores: Tensor = self.head(features)
         return scores.float()
 
     def summarise(self, task: Task, batch_size: int) -> None:
-        if self.head.statistics:
+        if self.head.statistics and not captioned(task.train):
             learn_statistics(task, batch_size, [(self.head, lambda batch: self.features(batch.inputs))])
 
     @contextlib.contextmanager
     def following(self, task: Task, batch_size: int, features: Callable[[Inputs], Tensor]) -> Iterator[None]:
+        if captioned(task.train):
+            yield
+            return
         with following(self.head, task, batch_size, features):
             yield
 

@@ -74,7 +74,7 @@ def average_accuracy(A: Matrix) -> float | None:
 
     A row without a measured cell is left out of the outer mean.
     """
-    return _mean(_row_mean(A, i) for i in range(len(A)))
+    return mean(_row_mean(A, i) for i in range(len(A)))
 
 
 def forgetting(A: Matrix) -> float | None:
@@ -83,7 +83,7 @@ def forgetting(A: Matrix) -> float | None:
     Negative when the last task improved the earlier ones. None with fewer than two tasks. A task
     counts when its last cell and at least one cell before that are measured.
     """
-    return _mean(task_forgetting(A, j) for j in range(len(A) - 1))
+    return mean(task_forgetting(A, j) for j in range(len(A) - 1))
 
 
 def task_forgetting(A: Matrix, j: int) -> float | None:
@@ -113,7 +113,7 @@ def backward_transfer(
     """
     last = len(A) - 1
     changes = (_difference(_at(A, last, j), _at(A, j, j)) for j in range(last + (divisor == "all")))
-    return _mean(min(change, 0.0) if clipped and change is not None else change for change in changes)
+    return mean(min(change, 0.0) if clipped and change is not None else change for change in changes)
 
 
 def forward_transfer(A: Matrix, classes: Sequence[int]) -> float | None:
@@ -132,7 +132,7 @@ def forward_transfer(A: Matrix, classes: Sequence[int]) -> float | None:
         before = _at(A, j - 1, j)
         if before is not None and classes[j] > 0:
             terms.append(before - 1 / classes[j])
-    return _mean(terms)
+    return mean(terms)
 
 
 def over_time(metric: Callable[[Matrix], float | None], A: Matrix) -> list[float | None]:
@@ -198,7 +198,7 @@ def _at(A: Matrix, i: int, j: int) -> float | None:
 
 
 def _row_mean(A: Matrix, i: int) -> float | None:
-    return _mean(_at(A, i, j) for j in range(i + 1))
+    return mean(_at(A, i, j) for j in range(i + 1))
 
 
 def _difference(a: float | None, b: float | None) -> float | None:
@@ -209,6 +209,7 @@ def _ratio(correct: float, total: int) -> float | None:
     return correct / total if total else None
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
+def mean(values: Iterable[float | None]) -> float | None:
+    """The mean of the values that are measured; None if none is."""
     measured = [v for v in values if v is not None]
     return sum(measured) / len(measured) if measured else None

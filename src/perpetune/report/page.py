@@ -16,7 +16,7 @@ from perpetune.report.compare import compare
 from perpetune.report.comparison import comparison_page
 from perpetune.report.document import choices, setting
 from perpetune.report.results_schema import Results, checked
-from perpetune.report.sections import classes, collect, curves, problems
+from perpetune.report.sections import classes, collect, curves, problems, zero_shot
 from perpetune.report.sections.headroom import Headroom
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def run_page(run: Results) -> Page:
         lead=f"{setting(run).capitalize()} learning of {tasks}, seed {run['seed']}",
         sections=collect(run),
         chips=[*choices(run["recipe"]).items(), ("device", run["device"])],
-        banners=[*([] if run["complete"] else [Banner(incomplete)]), *problems.banner(run)],
+        banners=[*zero_shot.banner(run), *([] if run["complete"] else [Banner(incomplete)]), *problems.banner(run)],
         footer=f"{made_by} from one file; nothing on this page is loaded from elsewhere.",
     )
 

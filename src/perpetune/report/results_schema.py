@@ -10,6 +10,7 @@ from typing_extensions import NotRequired, TypedDict  # pydantic reads no other 
 
 from perpetune.errors import StateError
 from perpetune.numerics.metrics import Cell, Metrics
+from perpetune.numerics.transfer import ZeroShot
 
 FORMAT = 1
 
@@ -40,11 +41,23 @@ class AnsweredCell(Cell):
         others: for each other way to answer its right answers (or sum of scores), by name.
         gauges: means of numbers that show how the method came to its answer, by name.
         oracle: the oracle head, with `evaluate.oracle`. It has seen all old data, so it is no way of the method.
+        gates: yes or no about how the method came to its answers, by name: how often yes, and how often the answer is
+            right then.
+        goes_to: with `evaluate.future`, how many examples are answered with a class of each task, by its name.
     """
 
     others: NotRequired[dict[str, float]]
     gauges: NotRequired[dict[str, float]]
     oracle: NotRequired[OracleCell]
+    gates: NotRequired[dict[str, list[int]]]
+    goes_to: NotRequired[dict[str, int]]
+
+
+class Unlearned(TypedDict):
+    """The counts on tasks that are not learned yet, by name, before the first task (`task` is None) or after a task."""
+
+    task: int | None
+    of: dict[str, AnsweredCell | None]
 
 
 class Facts(TypedDict):
@@ -149,6 +162,8 @@ class Results(TypedDict):
         storage: for each task `{"task": index, file kind: bytes, …}`.
         facts, drift: one entry after each task; an entry may be empty. Older documents do not have them.
         exams: in the order in which they were taken; absent if the recipe has none.
+        unlearned, zero_shot: with `evaluate.future`: the tasks that were asked before they were learned, first of all
+            before the first task; and the figures of it.
         protection: the certificates in order; empty without `protect:`. Older documents do not have them.
         recipe: the resolved recipe, with every default written out.
         examples: the word for the backbone's examples, in the plural; older documents do not have it, or have None.
@@ -171,6 +186,8 @@ class Results(TypedDict):
     facts: NotRequired[list[Facts]]
     drift: NotRequired[list[Moved]]
     exams: NotRequired[list[Exams]]
+    unlearned: NotRequired[list[Unlearned]]
+    zero_shot: NotRequired[ZeroShot]
     examples: NotRequired[str | None]
     trainable_parameters: int | None
     backbone_parameters: int | None
@@ -244,9 +261,18 @@ def _check_sizes(results: Results, where: str) -> None:
         for entry in entries:
             if not 0 <= entry.get("task", -1) < columns:
                 raise StateError(f"{where}: an entry of {key} names no task: {entry}")
-    for entry in results.get("exams", []):
-        if entry["task"] is not None and not 0 <= entry["task"] < columns:
-            raise StateError(f"{where}: an entry of exams names no task: {entry}")
+    rounds: dict[str, Sequence[Mapping[str, Any]]] = {
+        "exams": results.get("exams", []),
+        "unlearned": results.get("unlearned", []),
+    }
+    for key, entries in rounds.items():
+        for entry in entries:
+            if entry["task"] is not None and not 0 <= entry["task"] < columns:
+                raise StateError(f"{where}: an entry of {key} names no task: {entry}")
+    for i, asked in enumerate(results.get("unlearned", [])):
+        for name, cell in asked["of"].items():
+            if cell:
+                _check_cell(cell, f"{where}: unlearned.{i}.{name}")
     names = {task["name"] for task in results["tasks"]}
     for moved in results.get("drift", []):
         if unknown := sorted(moved["of"].keys() - names):

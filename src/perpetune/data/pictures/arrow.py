@@ -125,12 +125,7 @@ def arrow_table(
     groups: list[str] = []
     for where, table in parts:
         group = _present(table.column_names, columns, where)[1]
-        image = table.column(columns.image)
-        if not (_holds_pictures(image.type) or len(image) == 0):
-            raise DataError(
-                f"{where}: column '{columns.image}' is {image.type}; expected encoded pictures, "
-                "binary or {bytes, path}"
-            )
+        image = picture_column(table.column(columns.image), where, columns.image)
         images.append((where, image))
         known = class_names(table.schema, columns.label) or names
         labels += named(table.column(columns.label).to_pylist(), known, columns.label, where)
@@ -159,6 +154,15 @@ def _present(found: Sequence[str], columns: Columns, where: str) -> tuple[list[s
             raise missing_column(found, column, option, where)
     group = group_column(found, columns.group, where)
     return [name for name in (columns.image, columns.label, group) if name is not None], group
+
+
+def picture_column(images: Any, where: str, column: str) -> Any:
+    """`images`, a column of an arrow table, once it is known to hold encoded pictures; DataError if it does not."""
+    if not (_holds_pictures(images.type) or len(images) == 0):
+        raise DataError(
+            f"{where}: column '{column}' is {images.type}; expected encoded pictures, binary or {{bytes, path}}"
+        )
+    return images
 
 
 def _holds_pictures(kind: Any) -> bool:

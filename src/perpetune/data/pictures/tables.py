@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from perpetune.data.names import printable
 from perpetune.data.pictures.read import LARGE, read_header, read_picture
@@ -24,6 +24,7 @@ class PictureTable(Table):
     gives = "pictures"
     noun = "picture"
     use = "read"
+    captioned: ClassVar[bool] = False  #: whether pictures have captions instead of a class
 
     def __init__(self, labels: Sequence[str], groups: Sequence[str] | None = None, warnings: Iterable[str] = ()):
         super().__init__(labels, groups, warnings)
@@ -32,6 +33,10 @@ class PictureTable(Table):
     @abstractmethod
     def encoded(self, i: int) -> str | bytes:
         """Picture `i` in the form that Pillow reads: the path of a file, or the bytes of a file."""
+
+    def captions(self, i: int) -> Sequence[str]:
+        """The captions of picture `i`; none if pictures have classes."""
+        return ()
 
     def open(self, i: int) -> Image:
         """Picture `i` in RGB, as a person sees it; DataError, with its name, if it cannot be read."""

@@ -18,7 +18,7 @@ from perpetune.data.pictures.read import LARGE, as_rgb, picture_files, read_pict
 from perpetune.data.pictures.tables import FileTable, PictureTable
 from perpetune.data.sources import Table
 from perpetune.errors import DataError, UsageError
-from perpetune.tasks import Batch, Item, stack
+from perpetune.tasks import Batch, Inputs, Item, stack
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -79,7 +79,7 @@ class PictureView(View):
     ) -> PictureSet:
         if not isinstance(table, PictureTable):
             raise self._refused(table)
-        return PictureSet(table, rows, classes, self, augment)
+        return (CaptionSet if table.captioned else PictureSet)(table, rows, classes, self, augment)
 
     def collate(self, items: Sequence[Item]) -> Batch:
         return stack(items)
@@ -168,7 +168,36 @@ class PictureSet(TableSet):
         ]
 
     def _of(self, rows: Sequence[int], classes: Sequence[str]) -> PictureSet:
-        return PictureSet(self.table, rows, classes, self.view, self.augment)
+        return type(self)(self.table, rows, classes, self.view, self.augment)
+
+
+class CaptionSet(PictureSet):
+    """Pictures with captions. An example is loaded with one of its captions, which the seed draws; without a seed it is
+    the first. In `Inputs` the position of this caption has the name `caption`."""
+
+    def __init__(
+        self,
+        table: PictureTable,
+        rows: Sequence[int],
+        classes: Sequence[str],
+        view: PictureView,
+        augment: Augment = "none",
+    ):
+        super().__init__(table, rows, classes, view, augment)
+        self.deterministic = self.deterministic and all(len(table.captions(row)) == 1 for row in rows)
+
+    def captions(self, index: int) -> Sequence[str]:
+        return self.table.captions(self.rows[index])
+
+    def load(self, index: int, seed: int | None) -> tuple[Tensor, int]:  # type: ignore[override]
+        count = len(self.captions(index))
+        drawn = 0 if seed is None else int(np.random.default_rng((seed, count)).integers(count))
+        return super().load(index, seed), drawn
+
+    def collate(self, items: Sequence[Item]) -> Batch:
+        batch = stack([(pixels, target, number) for (pixels, _), target, number in items])
+        drawn = torch.tensor([caption for (_, caption), _, _ in items], dtype=torch.int64)
+        return Batch(Inputs(pixels=batch.inputs.pixels, caption=drawn), batch.targets, batch.numbers)
 
 
 def centre_box(width: int, height: int, crop: float, squeeze: bool = False) -> tuple[float, float, float, float]:

@@ -7,13 +7,16 @@ from typing import Any
 
 from perpetune.report.blocks import Block, Brief, Column, Columns, Heading, Rows, Table, Text
 from perpetune.report.results_schema import Results
+from perpetune.report.sections import recognition, retrieval
 
+ELSEWHERE = {*retrieval.NAMES, *recognition.SHARES, *recognition.NUMBERS, "threshold"}  # sections of their own
 MEANING = "Questions beside the tasks. The model learns nothing from them. The columns say when they were asked."
 
 
 def section(results: Results) -> list[Block] | None:
     rounds = results.get("exams", [])
-    names = list(dict.fromkeys((exam, value) for entry in rounds for exam, of in entry["of"].items() for value in of))
+    every = ((exam, value) for entry in rounds for exam, of in entry["of"].items() for value in of)
+    names = list(dict.fromkeys((exam, value) for exam, value in every if value not in ELSEWHERE))
     if not names:
         return None
     columns: Columns = [
@@ -38,5 +41,6 @@ def _shown(value: float | None) -> str:
 def _brief(rounds: list[Any]) -> list[Block]:
     """One line with the numbers of the last round."""
     last = rounds[-1]["of"]
-    said = [f"{exam} {value} {number:.3f}" for exam, of in last.items() for value, number in of.items()]
+    shown = ((exam, value, number) for exam, of in last.items() for value, number in of.items())
+    said = [f"{exam} {value} {number:.3f}" for exam, value, number in shown if value not in ELSEWHERE]
     return [Brief("exams", ", ".join(said))] if said else []
