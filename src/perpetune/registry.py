@@ -47,6 +47,7 @@ BUILTIN: dict[Kind, dict[str, str]] = {
         "cosine": "perpetune.heads.cosine:Cosine",
         "ncm": "perpetune.heads.ncm:NCM",
         "ridge": "perpetune.heads.ridge:Ridge",
+        "text": "perpetune.heads.text:Text",
         "lm": "perpetune.models.causal_lm:CausalLM",
     },
     "backbones": {

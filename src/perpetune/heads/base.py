@@ -90,6 +90,14 @@ class Head(nn.Module, ABC):
         scores: Tensor = self(features)
         return scores
 
+    def logits_of(self, features: Tensor, rows: Tensor) -> Tensor:
+        """Scores `(B, len(rows))` for training by gradient of the classes in some rows, int64 `(R,)`."""
+        return self.logits(features)[:, rows]
+
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that are trained by gradient."""
+        return list(self.parameters())
+
     @abstractmethod
     def resize(self, rows: int, generator: torch.Generator) -> None:
         """Give the head `rows` rows. Rows that exist keep their values; if there are too many, the last are dropped."""

@@ -146,7 +146,7 @@ class Classifier(Model):
         ]
 
     def trained(self) -> list[nn.Parameter]:
-        return list(self.head.parameters())
+        return self.head.trained()
 
     def per_class(self) -> list[nn.Parameter]:
         return self.head.per_class()
@@ -178,14 +178,14 @@ class Classifier(Model):
 
     def head_loss(self, task: Task, features: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of features `(B, D)` over the classes that `mask` selects."""
-        logits = self.head.logits(features).float()
-        rows = self.head.rows(task.classes, logits.device)
+        rows = self.head.rows(task.classes, features.device)
         if self.mask == "none":
-            return F.cross_entropy(logits, rows[targets])
+            return F.cross_entropy(self.head.logits(features).float(), rows[targets])
         if self.mask == "task" and not self._alone(task):
-            return F.cross_entropy(logits[:, rows], targets)
-        columns = self.head.rows(self.seen, logits.device)
-        return F.cross_entropy(logits[:, columns], torch.searchsorted(columns, rows[targets]))
+            return F.cross_entropy(self.head.logits_of(features, rows).float(), targets)
+        columns = self.head.rows(self.seen, features.device)
+        logits = self.head.logits_of(features, columns).float()
+        return F.cross_entropy(logits, torch.searchsorted(columns, rows[targets]))
 
     def predict(self, inputs: Inputs) -> Tensor:
         return self.scores(self.features(inputs))

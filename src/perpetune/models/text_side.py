@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from perpetune.data.names import several
 from perpetune.errors import UsageError
-from perpetune.pets.base import counting
+from perpetune.models import families
+from perpetune.pets.base import counting, slots
 from perpetune.tasks import Inputs
 
 Tokenise = Callable[[Sequence[str]], tuple[list[list[int]], list[bool]]]
@@ -121,6 +122,22 @@ class TextSide:
     def _number(self, name: str) -> Tensor:
         value: Tensor = getattr(self.net, name)
         return value.detach().float().reshape(())
+
+    def state(self) -> tuple[Any, ...]:
+        """What pets do to the text tower now: where they are in force, and how often their values have changed.
+
+        Empty if none is in force. Features of the same texts are the same as long as this is the same.
+        """
+        tower = families.towers(self.net).get("text")
+        start = "" if tower is None or not tower.path else f"{tower.path}."
+        found: list[Any] = []
+        for path, slot in slots(self.net):
+            if slot.active is None or not path.startswith(start):
+                continue
+            names = [slot.active] if isinstance(slot.active, str) else [str(slot.active)]
+            pets = [slot.pets[name] for name in names if name in slot.pets] or list(slot.pets.values())
+            found.append((path, *names, *((id(p), p._version) for pet in pets for p in pet.parameters())))
+        return tuple(found)
 
     def fingerprint(self) -> str:
         """SHA-256 over how texts become tokens. The weights of the tower are in the fingerprint of the backbone."""

@@ -24,6 +24,15 @@ def class_texts(features: Tensor) -> Tensor:
     return F.normalize(F.normalize(features, dim=-1).mean(1), dim=-1)
 
 
+def gate_open(probabilities: Tensor, learned: Tensor, gate: Gate = "zero_shot") -> Tensor:
+    """Bool `(B,)`: whether the expert may speak, because a learned class is the likeliest of all candidates."""
+    if gate == "none":
+        return torch.ones(len(probabilities), dtype=torch.bool, device=probabilities.device)
+    rest = probabilities.clone()
+    rest[:, learned] = -torch.inf
+    return probabilities[:, learned].amax(1) >= rest.amax(1)
+
+
 def fused(probabilities: Tensor, expert: Tensor, learned: Tensor, share: float, gate: Gate = "zero_shot") -> Tensor:
     """Scores `(B, K)` over all candidates, of which any columns may be left out afterwards.
 
@@ -50,8 +59,7 @@ def fused(probabilities: Tensor, expert: Tensor, learned: Tensor, share: float, 
         scores = torch.empty_like(probabilities)
         scores[:, learned] = joined
         return scores
-    best = p_others.amax(1)
-    opened = p_learned.amax(1) >= best if gate == "zero_shot" else torch.ones_like(best, dtype=torch.bool)
+    best, opened = p_others.amax(1), gate_open(probabilities, learned, gate)
     shift = (joined.amax(1) - best).clamp(min=0) + STEP
     scores = torch.empty_like(probabilities)
     scores[:, others] = torch.where(opened[:, None], (1 - share) * p_others, p_others)

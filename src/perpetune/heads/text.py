@@ -1,0 +1,329 @@
+"""The head `text`: classes from their names, as the text tower of a dual encoder reads them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from perpetune.errors import UsageError
+from perpetune.heads.base import Head, alone
+from perpetune.heads.ncm import NCM
+from perpetune.heads.ridge import Ridge
+from perpetune.heads.templates import spoken, templates_of
+from perpetune.numerics.fusion import Gate, class_texts, fused, gate_open
+from perpetune.tasks import Inputs
+
+SHARP = 10.0  # fused scores lie near [0, 1]; times this their softmax tells people how sure the answer is
+MOST_NAMES = 200_000
+
+
+class Texts(Protocol):
+    """What reads texts beside a backbone's pictures; `models.text_side.TextSide` is one."""
+
+    @property
+    def scale(self) -> Tensor: ...
+
+    @property
+    def bias(self) -> Tensor | None: ...
+
+    def inputs(self, strings: Sequence[str], device: torch.device) -> Inputs: ...
+
+    def encode(self, inputs: Inputs) -> Tensor: ...
+
+    def of(self, strings: Sequence[str], batch: int = 64) -> Tensor: ...
+
+    def state(self) -> tuple[Any, ...]: ...
+
+
+class Expert(BaseModel):
+    """A head that learns the classes from statistics and may speak beside the names; further keys are its options."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: Literal["ridge", "ncm"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    def make(self, dim: int) -> Head:
+        kind = {"ridge": Ridge, "ncm": NCM}[self.name]
+        options = {"scale": 1.0, **(self.model_extra or {})}  # scores near 0 and 1, or cosines
+        try:
+            made: Head = kind(dim, **options)
+        except TypeError as error:
+            raise UsageError(f"head: text: expert {self.name}: {error}") from None
+        return made
+
+
+class Text(Head):
+    """Scores a picture's feature against the texts of the classes' names: zero-shot classification, Radford et al.
+    2021, arXiv:2103.00020.
+
+    A class's text is the normalised mean of the normalised features of its templates. The score is `e^τ cos(f, t)`,
+    with the factor of the pretrained model, plus its bias if it has one. The head answers with any class by its name,
+    learned or not. Nothing has to be trained.
+
+    With an `expert` the head also learns. The expert is a head from statistics on the same features. It speaks only
+    where zero-shot finds a learned class likelier than every other candidate (the gate), as RAIL does, Xu et al. 2024,
+    arXiv:2406.18868. Candidates are the learned classes, the `vocabulary`, and the names that are asked. So a picture of
+    a class that was not learned is answered as before, if its name is a candidate.
+
+    The texts of learned classes and of the vocabulary are computed once and stored. If pets change the text tower, they
+    are computed again after each training.
+
+    Args:
+        templates: sentences with `{}` for the name, or the name of a packaged set (`photo`, `cifar`, `seven`). In
+            training with pets in the text tower one of them is drawn for each class and step.
+        vocabulary: further names that may be the answer, as a list, or a file with one name on each line.
+        expert: `ridge` or `ncm` with its options; none means zero-shot alone, and what pets learn.
+        fusion: `β`, the share of the expert where it may speak.
+        gate: `zero_shot`, or `none` to let the expert speak always.
+        learn_scale: train `τ` too.
+
+    Raises:
+        UsageError: the backbone has no text tower, or options do not fit.
+    """
+
+    any_class: ClassVar[bool] = True
+    kept: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        templates: str | list[str] = "photo",
+        vocabulary: str | list[str] | None = None,
+        expert: Expert | Literal["ridge", "ncm"] | None = None,
+        fusion: Annotated[float, Field(ge=0, le=1)] = 0.8,
+        gate: Gate = "zero_shot",
+        learn_scale: bool = False,
+    ):
+        super().__init__(dim)
+        self.templates, self.fusion, self.gate = templates_of(templates), fusion, gate
+        self.vocabulary = _names(vocabulary)
+        given = Expert.model_validate(expert) if isinstance(expert, str) else expert
+        self.expert = None if given is None else given.make(dim)
+        self.statistics = self.expert is not None  # type: ignore[misc]
+        self.shift = nn.Parameter(torch.zeros(()), requires_grad=False) if learn_scale else None
+        """How far `τ` has moved from the pretrained one."""
+        self.side: Texts | None = None
+        self.names: list[str] = []
+        """The names whose texts are kept, in the order of the rows of `kept`."""
+        self.register_buffer("kept", torch.zeros(0, dim))
+        self._state: tuple[Any, ...] | None = None
+
+    @classmethod
+    def of(cls, backbone: Any, **options: Any) -> Text:
+        if getattr(backbone, "texts", None) is None:
+            raise UsageError(
+                f"head: text needs a backbone that reads pictures and texts, such as CLIP, and {backbone.spec} has no "
+                "text tower: use another head, such as ridge"
+            )
+        if backbone.taps is not None:
+            raise UsageError("head: text compares the net's own feature with texts: leave backbone.taps out")
+        head = cls(backbone.dim, **options)
+        head.side = backbone.texts
+        return head
+
+    # -- texts ----------------------------------------------------------------------------------------
+
+    @property
+    def candidates(self) -> list[str]:
+        """The learned classes, then the rest of the vocabulary."""
+        return list(dict.fromkeys((*self.classes, *self.vocabulary)))
+
+    def texts(self, names: Sequence[str]) -> Tensor:
+        """Texts `(n, D)` of length 1 of names. Those of candidates are kept; gradients flow if the text tower is tuned
+        and gradients are on."""
+        assert self.side is not None
+        state = self.side.state()
+        if state and torch.is_grad_enabled():
+            return self._drawn(names)
+        if state != self._state:
+            if self._state is not None or state:  # what was loaded belongs to the tower as it was stored
+                self.kept, self.names = self.kept[:0], []
+            self._state = state
+        known = set(self.names)
+        if missing := [name for name in self.candidates if name not in known]:
+            self.kept = torch.cat([self.kept, self._made(missing).to(self.kept)])
+            self.names += missing
+        rows = {name: number for number, name in enumerate(self.names)}
+        others = [name for name in dict.fromkeys(names) if name not in rows]
+        table = torch.cat([self.kept, self._made(others).to(self.kept)]) if others else self.kept
+        rows |= {name: len(self.names) + number for number, name in enumerate(others)}
+        return table[torch.tensor([rows[name] for name in names], dtype=torch.int64, device=table.device)]
+
+    @torch.no_grad()
+    def _made(self, names: Sequence[str]) -> Tensor:
+        """Texts `(n, D)` of names, from all templates."""
+        assert self.side is not None
+        count = len(self.templates)
+        sentences = [template.format(spoken(name)) for name in names for template in self.templates]
+        features = self.side.of(sentences).float()
+        return class_texts(features.unflatten(0, (len(names), count))) if names else features
+
+    def _drawn(self, names: Sequence[str]) -> Tensor:
+        """Texts of names with gradients, each from a template drawn for this step."""
+        assert self.side is not None
+        picks = torch.randint(len(self.templates), (len(names),)).tolist()
+        sentences = [self.templates[pick].format(spoken(name)) for name, pick in zip(names, picks, strict=True)]
+        return F.normalize(self.side.encode(self.side.inputs(sentences, self.kept.device)).float(), dim=-1)
+
+    # -- scores ---------------------------------------------------------------------------------------
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.among(features, self.classes)
+
+    def among(self, features: Tensor, classes: Sequence[str]) -> Tensor:
+        """Scores `(B, len(classes))` of classes, learned or not.
+
+        Without an expert they are logits. With one they are the fused scores over all candidates, of which those of
+        `classes` are given; their softmax is what people see.
+        """
+        if self.expert is None or not self.classes or not self.fusion:
+            return self._logits(features, classes)
+        names, learned = self._all(classes)
+        with torch.autocast(features.device.type, enabled=False):
+            shares = self._logits(features, names).softmax(-1)
+            scores = fused(shares, self._expert(features), learned, self.fusion, self.gate)
+        rows = {name: number for number, name in enumerate(names)}
+        return SHARP * scores[:, [rows[name] for name in classes]]
+
+    def gates(self, features: Tensor, classes: Sequence[str]) -> Mapping[str, Tensor]:
+        if self.expert is None or not self.classes or not self.fusion:
+            return {}
+        names, learned = self._all(classes)
+        shares = self._logits(features, names).softmax(-1)
+        return {"the expert speaks": gate_open(shares, learned, self.gate)}
+
+    def _all(self, asked: Sequence[str]) -> tuple[list[str], Tensor]:
+        """All candidates, those that are asked among them, and the columns of the learned ones."""
+        names = list(dict.fromkeys((*self.candidates, *asked)))
+        return names, torch.arange(len(self.classes), device=self.kept.device)
+
+    def _logits(self, features: Tensor, names: Sequence[str]) -> Tensor:
+        assert self.side is not None
+        with torch.autocast(features.device.type, enabled=False):
+            logits = self._scale() * F.normalize(features.float(), dim=-1) @ self.texts(names).T.to(features.device)
+        return logits if self.side.bias is None else logits + self.side.bias.to(logits)
+
+    def _scale(self) -> Tensor:
+        """`e^τ`, at most 100 if it is trained, as in CLIP's own training."""
+        assert self.side is not None
+        scale = self.side.scale.to(self.kept)
+        return scale if self.shift is None else (scale.log() + self.shift).clamp(max=math.log(100.0)).exp()
+
+    def _expert(self, features: Tensor) -> Tensor:
+        assert self.expert is not None
+        scores: Tensor = self.expert(F.normalize(features.float(), dim=-1))
+        return scores.masked_fill(scores.isneginf(), 0.0)
+
+    def logits(self, features: Tensor) -> Tensor:
+        return self._logits(features, self.classes)
+
+    def logits_of(self, features: Tensor, rows: Tensor) -> Tensor:
+        return self._logits(features, [self.classes[row] for row in rows.tolist()])
+
+    # -- growing, training, statistics ----------------------------------------------------------------
+
+    def trained(self) -> list[nn.Parameter]:
+        return [] if self.shift is None else [self.shift]
+
+    def grow(self, classes: Sequence[str], generator: torch.Generator) -> None:
+        heard: dict[str, str] = {}
+        for name in (*self.classes, *classes):
+            other = heard.setdefault(spoken(name), name)
+            if other != name and name not in self.classes:
+                warnings.warn(
+                    f"head: text: classes {other!r} and {name!r} have the same text {spoken(name)!r}, so names cannot tell "
+                    "them apart",
+                    stacklevel=2,
+                )
+        super().grow(classes, generator)
+        if self.expert is not None:
+            self.expert.grow(classes, generator)
+
+    def resize(self, rows: int, generator: torch.Generator) -> None:
+        """Nothing has a row for each class, but for the expert, which grows with the head."""
+
+    def reset(self) -> None:
+        super().reset()
+        if self.expert is not None:
+            self.expert.reset()
+
+    def widen(self, dim: int) -> None:
+        raise UsageError(
+            "head: text compares the net's own feature with texts, so no other feature can stand beside it"
+        )
+
+    def expect(self, counts: Tensor) -> None:
+        self._known().expect(counts)
+
+    def observe(self, features: Tensor, rows: Tensor) -> None:
+        self._known().observe(F.normalize(features.float(), dim=-1), rows)
+
+    def flush(self) -> None:
+        self._known().flush()
+
+    def additive(self) -> list[Tensor]:
+        return [] if self.expert is None else self.expert.additive()
+
+    def settle(self, total: Callable[[Tensor], Tensor] = alone) -> None:
+        self._known().settle(total)
+
+    def _known(self) -> Head:
+        assert self.expert is not None
+        return self.expert
+
+    # -- reporting and storing ------------------------------------------------------------------------
+
+    def facts(self) -> dict[str, Any]:
+        return {} if self.expert is None else self.expert.facts()
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {**super().get_extra_state(), "names": self.names, "templates": self._digest()}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        names = state["names"]
+        if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise ValueError("names is no list of names")
+        if state["templates"] != self._digest():
+            raise ValueError("its texts were made with other templates")
+        super().set_extra_state({"classes": state["classes"]})
+        self.names = list(names)
+        self.kept = self.kept.new_zeros(len(names), self.dim)
+        self._state = None
+
+    def _digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.templates).encode()).hexdigest()[:16]
+
+
+def _names(given: str | Sequence[str] | None) -> list[str]:
+    """The names of a vocabulary: those in a list, or one on each line of a file."""
+    if given is None:
+        return []
+    if isinstance(given, str):
+        try:
+            text = Path(given).expanduser().read_text("utf-8-sig")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+            raise UsageError(f"head: text: cannot read the vocabulary {given!r}: {reason}") from None
+        given = [line.strip() for line in text.splitlines() if line.strip()]
+    names = list(dict.fromkeys(given))
+    if len(names) > MOST_NAMES:
+        raise UsageError(f"head: text: the vocabulary has {len(names)} names; at most {MOST_NAMES} are expected")
+    if any(not name.strip() for name in names):
+        raise UsageError("head: text: the vocabulary has an empty name")
+    return names
