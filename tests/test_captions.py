@@ -23,7 +23,7 @@ from perpetune.learner import Learner
 from perpetune.numerics.retrieval import recall
 from perpetune.pets import using
 from perpetune.registry import every
-from perpetune.report import write_report
+from perpetune.report import form, write_report
 from perpetune.results import read_results
 from perpetune.tasks import captioned, load_batches
 
@@ -200,3 +200,16 @@ def test_what_cannot_compare_texts_refuses_captions_before_the_run(tmp_path: Pat
     ):
         Learner(content, tmp_path / "state")
     assert not (tmp_path / "state").exists()
+
+
+def test_the_report_shows_retrieval_both_ways(learner: Learner, tmp_path: Path) -> None:
+    learner.run()
+    results = read_results(learner.state)
+    before, after = (entry["of"]["find"] for entry in results["exams"])
+    said = write_report(results, tmp_path)[2].read_text("utf-8")
+    section = said.split("\n## Retrieval")[1].split("\n## ")[0]
+    for key, label in (("image_to_text_r1", "picture → text R@1"), ("text_to_image_r5", "text → picture R@5")):
+        assert f"| find | {label} | {form.percent(before[key])} | {form.percent(after[key])} |" in section
+    recognition = said.split("\n## False recognition")[1].split("\n## ")[0]
+    assert f"| find | gap | {before['gap']:.3f} | {after['gap']:.3f} |" in recognition
+    assert "\n## Exams" not in said, "each number stands once"
