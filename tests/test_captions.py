@@ -23,7 +23,7 @@ from perpetune.learner import Learner
 from perpetune.numerics.retrieval import recall
 from perpetune.pets import using
 from perpetune.registry import every
-from perpetune.report import write_report
+from perpetune.report import form, write_report
 from perpetune.results import read_results
 from perpetune.tasks import captioned, load_batches
 
@@ -200,3 +200,55 @@ def test_what_cannot_compare_texts_refuses_captions_before_the_run(tmp_path: Pat
     ):
         Learner(content, tmp_path / "state")
     assert not (tmp_path / "state").exists()
+
+
+def test_the_report_shows_retrieval_both_ways(learner: Learner, tmp_path: Path) -> None:
+    learner.run()
+    results = read_results(learner.state)
+    before, after = (entry["of"]["find"] for entry in results["exams"])
+    said = write_report(results, tmp_path)[2].read_text("utf-8")
+    section = said.split("\n## Retrieval")[1].split("\n## ")[0]
+    for key, label in (("image_to_text_r1", "picture → text R@1"), ("text_to_image_r5", "text → picture R@5")):
+        assert f"| find | {label} | {form.percent(before[key])} | {form.percent(after[key])} |" in section
+    recognition = said.split("\n## False recognition")[1].split("\n## ")[0]
+    assert f"| find | gap | {before['gap']:.3f} | {after['gap']:.3f} |" in recognition
+    assert "\n## Exams" not in said, "each number stands once"
+
+
+def by_task(path: Path) -> Path:
+    """The file with a task for each kind of picture."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row | {"task": row["image"][:3]}) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"method": {"name": "finetune", "merge": 0.5}},
+            "what trains here compares classes: use method: finetune without merge, or joint",
+        ),
+        ({"evaluate": {"oracle": True}}, "evaluate.oracle solves a head of classes, and task cat has captions"),
+    ],
+)
+def test_what_needs_classes_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], said: str
+) -> None:
+    install(tmp_path, monkeypatch)
+    path = by_task(caption_file(tmp_path / "data", NAMES, 3))
+    with pytest.raises(UsageError, match=said):
+        Learner(plan(tmp_path, {"name": "captions", "path": str(path)}, stream={}, **changes), tmp_path / "state").run()
+
+
+def test_joint_training_draws_from_all_captions_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, monkeypatch)
+    path = by_task(caption_file(tmp_path / "data", NAMES, 3))
+    train = {"epochs": 1, "batch_size": 4, "lr": 0.01}
+    content = plan(tmp_path, {"name": "captions", "path": str(path)}, stream={}, method="joint", train=train)
+    results = Learner(content, tmp_path / "state").run()
+    assert [[cell and cell["total"] for cell in row] for row in results["cells"]] == [
+        [2, None, None],
+        [2, 2, None],
+        [2, 2, 2],
+    ]

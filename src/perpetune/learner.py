@@ -302,6 +302,10 @@ class Learner:
         """Check all tasks before the first one begins; UsageError if the model cannot learn one of them."""
         for task in tasks:
             if captioned(task.train):
+                if self.recipe.evaluate.oracle:
+                    raise UsageError(
+                        f"evaluate.oracle solves a head of classes, and task {task.name} has captions: leave it out"
+                    )
                 self.method.model.admits_captions(task.name)
             else:
                 self.method.model.admits(task.name, task.classes)

@@ -177,7 +177,16 @@ class Classifier(Model):
         return contrastive(logits if side.bias is None else logits + side.bias.to(logits.device), matches)
 
     def head_loss(self, task: Task, features: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy of features `(B, D)` over the classes that `mask` selects."""
+        """Cross-entropy of features `(B, D)` over the classes that `mask` selects.
+
+        Raises:
+            UsageError: the task has captions and no classes.
+        """
+        if captioned(task.train):
+            raise UsageError(
+                f"task {task.name} has captions, and what trains here compares classes: use method: finetune without "
+                "merge, or joint"
+            )
         rows = self.head.rows(task.classes, features.device)
         if self.mask == "none":
             return F.cross_entropy(self.head.logits(features).float(), rows[targets])
