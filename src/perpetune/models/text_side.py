@@ -25,6 +25,11 @@ PROBES = ("perpetune asks for a photo of a cat.", "Perpetune ASKS, of: naïve ё
 """Texts that nobody else asks for. They show how a tokenizer works, and whether a tower can read its tokens."""
 
 
+def wide(values: Tensor) -> Tensor:
+    """`values` in float32, or in a wider type that they have already."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 class TextSide:
     """The part of a `Backbone` that reads texts. It owns no parameters: the tower belongs to the backbone's net.
 
@@ -82,13 +87,13 @@ class TextSide:
         return self._padded(self._tokens(strings), device)
 
     def encode(self, inputs: Inputs) -> Tensor:
-        """Features `(n, D)`, float32, projected and not normalised. Gradients flow to pets in the text tower."""
+        """Features `(n, D)`, float32 or wider, projected, not normalised. Gradients flow to pets in the text tower."""
         mask = inputs.mask
         counts = mask
         if self.fixed:  # the last position is read even where it is padding
             counts = torch.cat([mask[:, :-1], torch.ones_like(mask[:, -1:])], dim=1)
         with counting(counts):
-            return self._encode(self.net, inputs.ids, mask).float()
+            return wide(self._encode(self.net, inputs.ids, mask))
 
     def of(self, strings: Sequence[str], batch: int = 64) -> Tensor:
         """Features `(n, D)` of texts, in their order, computed `batch` at a time. Texts of one length go together."""
@@ -120,7 +125,7 @@ class TextSide:
 
     def _number(self, name: str) -> Tensor:
         value: Tensor = getattr(self.net, name)
-        return value.detach().float().reshape(())
+        return wide(value.detach()).reshape(())
 
     def fingerprint(self) -> str:
         """SHA-256 over how texts become tokens. The weights of the tower are in the fingerprint of the backbone."""
