@@ -234,7 +234,11 @@ def test_position_embeddings_are_resampled_for_another_image_size(tmp_path: Path
 
 
 SPECS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "no prefix": ("vit_base_patch16_224", {}, "PREFIX:NAME is expected; prefixes: timm, hf, folder, perpetune"),
+    "no prefix": (
+        "vit_base_patch16_224",
+        {},
+        "PREFIX:NAME is expected; prefixes: timm, hf, openclip, folder, perpetune",
+    ),
     "no name": ("timm:", {}, "PREFIX:NAME is expected"),
     "prefix": ("tim:vit", {}, "there is no prefix 'tim'; closest: timm"),
     "packaged": ("perpetune:mikro", {}, "no such packaged model; one of micro"),

@@ -11,19 +11,21 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import DUAL, SIZE, dual_folder, dual_tokenizer
+from tiny import DUAL, SIZE, dual_folder, dual_tokenizer, picture_folder, recipe, split_folder
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from perpetune import Learner
 from perpetune.build import load_backbone
 from perpetune.errors import PerpetuneError, UsageError
 from perpetune.models.backbone import Backbone
 from perpetune.models.text_side import TextSide
 from perpetune.pets import inject, parameters, pets, using
 from perpetune.pets.adapter import Adapter
-from perpetune.pets.base import outermost, submodule
+from perpetune.pets.base import copy_set, outermost, submodule
 from perpetune.pets.lora import LoRA
 from perpetune.pets.prefix import Prefix
+from perpetune.pets.prompt import Prompt
 from perpetune.pets.ssf import SSF
 from perpetune.protection import sites
 from perpetune.seeding import generator
@@ -501,3 +503,45 @@ def test_the_shared_dual_encoder_scores_exactly_as_transformers(shared: Path) ->
             side(backbone).encode(side(backbone).inputs(names)), net.get_text_features(**asked).pooler_output
         )
         assert torch.equal(backbone.features(pixels), net.get_image_features(pixel_values=normalised).pooler_output)
+
+
+def test_a_shallow_prompt_through_norm_pre_stands_before_that_norm(folders: dict[str, Path]) -> None:
+    """As S-Prompts and PGP have it: tokens beside the embedded patches. Where among them does not matter."""
+    backbone = load(folders["CLIP"]).double()
+    (tokens,) = put(backbone, "block", kind=Prompt, deep=False, through="norm_pre", length=4, std=1.0)
+    put(backbone, "block", kind=Prompt, deep=False, length=4, std=1.0, name="behind")
+    net: Any = backbone.net
+    tower = net.vision_model
+    with torch.no_grad():
+        with using(backbone.net, "default"):
+            ours = backbone.features(PIXELS)
+        with using(backbone.net, "behind"):
+            behind = backbone.features(PIXELS)
+        embedded = tower.embeddings((PIXELS.double() / 255 - backbone.mean) / backbone.std)
+        for at in (1, 3, embedded.shape[1]):
+            mixed = torch.cat([embedded[:, :at], tokens.expand(len(PIXELS), -1, -1), embedded[:, at:]], 1)
+            made = tower.encoder(inputs_embeds=tower.pre_layrnorm(mixed)).last_hidden_state
+            expected = net.visual_projection(tower.post_layernorm(made[:, 0]))
+            torch.testing.assert_close(ours, expected, atol=1e-12, rtol=1e-12)
+        assert off(behind, ours) > 1e-3
+    copy_set(backbone.net, "default", "copy")
+    copied = pets(backbone.net, "copy")[0]
+    assert isinstance(copied, Prompt)
+    assert copied.place.before is tower.pre_layrnorm
+    for kind, options in (("Siglip", {"deep": False}), ("CLIP", {})):
+        with pytest.raises(UsageError, match=r"through: norm_pre is for deep: false in a net with a norm before"):
+            put(load(folders[kind]), "attn" if not options else "block", kind=Prompt, through="norm_pre", **options)
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "Siglip2"])
+def test_any_head_learns_on_a_dual_encoder_and_comes_back(folders: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    pictures = split_folder(tmp_path / "pictures", ["cat", "elk", "fox", "owl"], 8, 4)
+    pet = {"name": "lora", "at": ["picture.q", "picture.v"], "rank": 2}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*squeezed to a square")
+        for number, head in enumerate(("linear", "ridge")):
+            plan = recipe(folders[kind], pictures, pet=pet, head=head, protect=True)
+            learner = Learner(plan, tmp_path / f"state{number}")
+            learner.run()
+            asked = sorted(picture_folder(tmp_path / "new", ["cat", "owl"], 2, first=50).rglob("*.png"))
+            assert Learner.load(tmp_path / f"state{number}").predict(asked) == learner.predict(asked)

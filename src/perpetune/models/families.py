@@ -12,7 +12,7 @@ that answers; `text.q` and `picture.q` also name the tower.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, runtime_checkable
 
 from torch import nn
@@ -534,7 +534,9 @@ def _places(tower: Tower, roles: Sequence[str], blocks: Sequence[int] | None, be
                 at.setdefault(where[0], []).append((role, *where[1:]))
         for inner, played in at.items():
             full = f"{tower.sequence}.{block}.{inner}" if inner else f"{tower.sequence}.{block}"
-            places.append(_place(full, played, block, modules, family))
+            place = _place(full, played, block, modules, family)
+            norm = tower.part("norm_pre") if place.roles == ("block",) and block == 0 else None
+            places.append(place if norm is None else replace(place, before=norm[2]))
     for role in once:
         where = tower.part(role)
         if where is None:

@@ -26,6 +26,11 @@ PROBES = ("perpetune asks for a photo of a cat.", "Perpetune ASKS, of: naïve ё
 """Texts that nobody else asks for. They show how a tokenizer works, and whether a tower can read its tokens."""
 
 
+def wide(values: Tensor) -> Tensor:
+    """`values` in float32, or in a wider type that they have already."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 class TextSide:
     """The part of a `Backbone` that reads texts. It owns no parameters: the tower belongs to the backbone's net.
 
@@ -83,13 +88,13 @@ class TextSide:
         return self._padded(self._tokens(strings), device)
 
     def encode(self, inputs: Inputs) -> Tensor:
-        """Features `(n, D)`, float32, projected and not normalised. Gradients flow to pets in the text tower."""
+        """Features `(n, D)`, float32 or wider, projected, not normalised. Gradients flow to pets in the text tower."""
         mask = inputs.mask
         counts = mask
         if self.fixed:  # the last position is read even where it is padding
             counts = torch.cat([mask[:, :-1], torch.ones_like(mask[:, -1:])], dim=1)
         with counting(counts):
-            return self._encode(self.net, inputs.ids, mask).float()
+            return wide(self._encode(self.net, inputs.ids, mask))
 
     def of(self, strings: Sequence[str], batch: int = 64) -> Tensor:
         """Features `(n, D)` of texts, in their order, computed `batch` at a time. Texts of one length go together."""
@@ -121,7 +126,7 @@ class TextSide:
 
     def _number(self, name: str) -> Tensor:
         value: Tensor = getattr(self.net, name)
-        return value.detach().float().reshape(())
+        return wide(value.detach()).reshape(())
 
     def state(self) -> tuple[Any, ...]:
         """What pets do to the text tower now: where they are in force, and how often their values have changed.

@@ -51,6 +51,7 @@ class Place:
         d_in, d_out: widths of input and output.
         heads: the number of heads, if it is an attention or part of one; 0 if that is not known.
         depth: the number of transformer blocks in the net; 0 if that is not known.
+        before: for the first block, the norm that tokens go through before it; None if there is none.
     """
 
     path: str
@@ -62,6 +63,7 @@ class Place:
     d_out: int
     heads: int = 0
     depth: int = 0
+    before: nn.Module | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -386,12 +388,13 @@ def copy_set(root: nn.Module, name: str, new: str) -> None:
         UsageError: there is no set `name`; the message lists the sets that exist.
     """
     _known(root, name)
+    # A pet may hold its place; the frozen modules in it do not belong to the pet and are not copied.
+    memo = {id(module): module for _, module in walk(root)}
     for _, slot in slots(root):
         if name in slot.pets and new in slot.pets:
             slot.pets[new].load_state_dict(slot.pets[name].state_dict())
         elif name in slot.pets:
-            # A pet may hold its place; the frozen weights in it do not belong to the pet and are not copied.
-            slot.pets[new] = copy.deepcopy(slot.pets[name], {id(slot.base): slot.base})
+            slot.pets[new] = copy.deepcopy(slot.pets[name], dict(memo))
 
 
 def is_plain(base: nn.Module, kind: type[Module]) -> TypeGuard[Module]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ class Prompt(PET):
         length: the number of trained tokens; with `deep`, in each attention.
         deep: a deep prompt needs the role `attn`, a shallow one the role `block`.
         std: the standard deviation of the initial values.
+        through: `norm_pre` sends the tokens of a shallow prompt through the norm before the first block, as if they
+            stood beside the embedded patches (CLIP; so do S-Prompts and PGP). None puts them behind this norm.
 
     Raises:
         UsageError: an option is out of range, or the place has another role.
@@ -40,7 +42,14 @@ class Prompt(PET):
     tokens: nn.Parameter | None
 
     def __init__(
-        self, place: Place, generator: torch.Generator, *, length: int = 10, deep: bool = True, std: float = 0.02
+        self,
+        place: Place,
+        generator: torch.Generator,
+        *,
+        length: int = 10,
+        deep: bool = True,
+        std: float = 0.02,
+        through: Literal["norm_pre"] | None = None,
     ):
         super().__init__()
         check_options("prompt", length, std)
@@ -51,7 +60,12 @@ class Prompt(PET):
             raise UsageError(
                 f"prompt: {where} is not a block, and a prompt with deep: false needs blocks: set at: block"
             )
-        self.place, self.length, self.deep = place, length, deep
+        if through is not None and (deep or (place.block == 0 and place.before is None)):
+            raise UsageError(
+                "prompt: through: norm_pre is for deep: false in a net with a norm before its first block, as CLIP's "
+                "picture tower has it; leave through out"
+            )
+        self.place, self.length, self.deep, self.through = place, length, deep, through
         self._carried = length  # trained tokens that go through the blocks, if the prompt is shallow
         own = deep or place.block == 0
         self.tokens = nn.Parameter(torch.randn(length, place.d_in, generator=generator) * std) if own else None
@@ -77,7 +91,10 @@ class Prompt(PET):
                     "entries "
                     "for the tokens that the prompt adds; use deep: true"
                 )
-            y = unmasked(base, torch.cat([x, self._seen_tokens(x).expand(len(x), -1, -1)], dim=1), *args, **kwargs)
+            tokens = self._seen_tokens(x)
+            if self.through is not None and self.place.before is not None:
+                tokens = self.place.before(tokens)
+            y = unmasked(base, torch.cat([x, tokens.expand(len(x), -1, -1)], dim=1), *args, **kwargs)
         return y[:, : -self._carried] if self.place.block == self.place.depth - 1 else y
 
     def mixed(self, members: Sequence[PET], choice: Choice, base: Any, *args: Any, **kwargs: Any) -> Any:

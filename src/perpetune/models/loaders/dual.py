@@ -20,7 +20,7 @@ from perpetune.models.loaders.causal_lm import Dtype
 from perpetune.models.loaders.checkpoint import config_of, model_of
 from perpetune.models.loaders.hub import one_line
 from perpetune.models.loaders.options import Side, try_size
-from perpetune.models.text_side import PROBES, TextSide, Tokenise
+from perpetune.models.text_side import PROBES, TextSide, Tokenise, wide
 
 BOTH = "vision-text-dual-encoder"
 FAMILIES = ("clip", "siglip", "siglip2", BOTH)
@@ -101,7 +101,7 @@ def _pictures(net: Any, pixels: Tensor, **options: Any) -> Tensor:
     """Projected features `(B, D)` of normalised pixels `(B, 3, H, W)`."""
     pooled: Tensor = net.get_image_features(pixel_values=pixels.to(net.dtype), **options).pooler_output
     features: Tensor = net.picture_feature(pooled)
-    return features.float()
+    return wide(features)
 
 
 def _patches(net: Any, pixels: Tensor, *, patch: int) -> Tensor:

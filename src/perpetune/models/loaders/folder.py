@@ -26,7 +26,7 @@ def load_folder(
     chat: bool | None = None,
     gradient_checkpointing: bool | None = None,
 ) -> Backbone:
-    """`folder:PATH`: a local checkpoint with its config in the layout of transformers, timm or open_clip, or a GGUF file.
+    """`folder:PATH`: a local checkpoint in the layout of transformers, timm or open_clip, or a GGUF file.
 
     Args:
         architecture: timm's name of the model, for weights without a `config.json`.

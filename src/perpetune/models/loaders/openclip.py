@@ -22,7 +22,7 @@ from perpetune.models.loaders.dual import CLIP_MEAN, CLIP_STD, check_end
 from perpetune.models.loaders.hub import hub_file, one_line
 from perpetune.models.loaders.options import Side, library, try_size
 from perpetune.models.split_attention import SplitAttention, shared_linear
-from perpetune.models.text_side import TextSide
+from perpetune.models.text_side import TextSide, wide
 from perpetune.plain import read_object
 
 CONFIG = "open_clip_config.json"
@@ -228,7 +228,7 @@ def _encode(net: Any, ids: Tensor, mask: Tensor) -> Tensor:
 def _projected(pooled: Any, projection: nn.Module | None, place: nn.Module) -> Tensor:
     pooled = pooled[0] if isinstance(pooled, tuple) else pooled  # `output_tokens` gives the tokens too
     features: Tensor = place(pooled if projection is None else projection(pooled))
-    return features.float()
+    return wide(features)
 
 
 def _view(spec: str, visual: Any, given: Mapping[str, Any]) -> PictureView:
