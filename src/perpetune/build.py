@@ -16,7 +16,7 @@ from perpetune.methods.base import Method
 from perpetune.models.backbone import Backbone
 from perpetune.models.base import Model
 from perpetune.models.classifier import Classifier
-from perpetune.pets import inject
+from perpetune.pets import PET, Place, inject
 from perpetune.protection.config import ProtectConfig
 from perpetune.protection.protection import Protection
 from perpetune.protection.sites import pet_sites
@@ -101,7 +101,17 @@ def _inject(section: PetSection, backbone: Backbone, rng: torch.Generator, name:
             f"pet: {section.name} adds tokens, but the tokens of a text have a fixed order: use lora or adapter"
         )
     at = kind.default_at if section.at is None else section.at
-    inject(backbone.net, backbone.pet_places(at, section.blocks), lambda place: kind(place, rng, **options), name)
+
+    def make(place: Place, rng: torch.Generator) -> PET:
+        pet: PET = kind(place, rng, **options)
+        pet.anew = lambda other: make(place, other)  # a copy of the pet shares a function, and so the frozen module
+        return pet
+
+    made = inject(backbone.net, backbone.pet_places(at, section.blocks), lambda place: make(place, rng), name)
+    if any(pet.replaces_class_token for pet in made) and not backbone.class_token:
+        raise UsageError(
+            f"pet: {section.name} replaces the class token, and {backbone.spec} has none: use readout: class"
+        )
 
 
 def _build_model(recipe: Recipe, backbone: Backbone) -> Model:

@@ -83,11 +83,14 @@ class Cell(Document):
     others: dict[str, Amount] = {}
     gauges: dict[str, float] = {}
     oracle: Oracle | None = None
+    members: dict[str, Count] = {}
+    told: Amount | None = None
 
     @model_validator(mode="after")
     def _agrees(self) -> Cell:
         right = {"correct": self.correct, **{f"others.{name}": n for name, n in self.others.items()}}
         right |= {"oracle.correct": self.oracle.correct} if self.oracle else {}
+        right |= {"told": self.told} if self.told is not None else {}
         for name, n in right.items():
             if n > self.total + ROUNDING:
                 raise ValueError(f"{name} is {n:g}, and there are {self.total} examples")

@@ -23,7 +23,13 @@ PROBE = 32  # test images of a task by which the drift of its features is measur
 
 @torch.no_grad()
 def evaluate(
-    method: Method, task: Task, *, among: Among, batch_size: int, oracle: Oracle | None = None
+    method: Method,
+    task: Task,
+    *,
+    among: Among,
+    batch_size: int,
+    oracle: Oracle | None = None,
+    told: bool = False,
 ) -> dict[str, Any] | None:
     """Counts of right predictions on the task's test data, asked without their answers; None when it has none.
 
@@ -31,12 +37,14 @@ def evaluate(
         among: the classes that may be answered. `seen`: all that were learned. `task`: those of the task that were
             learned; the scores of the others are left out here, after the method has answered. `own`: those of the
             task, learned or not: the method is asked among these (`Method.among`).
+        told: also count the answers that the method would give if it knew the task (`Method.told`).
 
     Returns:
         `{"correct": int, "total": int, "per_class": {name: [correct, total]}}`, with `"others"`, right predictions of
         the method's other ways to answer, and `"gauges"`, means of its gauges, by name, where it has any. Where answers
         are free texts, `correct` is the sum of their scores in [0, 1], and `"score"` names what scored them. With an
-        `oracle` there is `"oracle"`, its right predictions and what kind of head it is.
+        `oracle` there is `"oracle"`, its right predictions and what kind of head it is. `"members"` counts how often
+        the method chose each of its members, by name, and `"told"` are the right answers of a method that knows the task.
     """
     if task.test is None or len(task.test) == 0:
         return None
@@ -49,7 +57,10 @@ def evaluate(
     gauges: dict[str, Tensor] = {}
     way: str | None = None
     diagnosis = None if oracle is None else (oracle, _Choices(oracle, task, among))
-    seen = torch.zeros((), dtype=exact, device=run.device)
+    seen, known = (torch.zeros((), dtype=exact, device=run.device) for _ in range(2))
+    members: list[str] = []
+    chosen = torch.zeros(0, dtype=torch.int64, device=run.device)
+    knows = False
     for batch in evaluation_batches(task.test.questions(), batch_size, run):
         with run.autocast():
             if chooses and among == "own":
@@ -63,6 +74,15 @@ def evaluate(
             others[name] = judge(scores, batch).to(exact).sum() + others.get(name, 0)
         for name, values in answers.gauges.items():
             gauges[name] = values.to(exact).sum() + gauges.get(name, 0)
+        if answers.members is not None:
+            members, index = list(answers.members[0]), answers.members[1].flatten().to(run.device)
+            chosen = torch.bincount(index, minlength=len(members)) + (chosen if len(chosen) else 0)
+        if told:
+            with run.autocast():
+                bound = method.told(batch.inputs, task.name)
+            if bound is not None:
+                knows = True
+                known += judge(bound, batch).to(exact).sum()
         if diagnosis is not None:
             with run.autocast():
                 scores = diagnosis[0](batch.inputs)
@@ -71,7 +91,7 @@ def evaluate(
         if signum is not None:
             raise Interrupted(f"stopped while task {task.name} was evaluated", signum)
     # The first process always has a batch; one without any does not know the names, and has nothing to add.
-    *names, way = run.of_first((list(others), list(gauges), way))
+    *names, members, knows, way = run.of_first((list(others), list(gauges), members, knows, way))
     correct, totals = run.sum(per_class).tolist()
     total = int(sum(totals))
     cell: dict[str, Any] = {"correct": _count(sum(correct)), "total": total}
@@ -86,6 +106,11 @@ def evaluate(
     if names[1]:
         sums = {name: float(run.sum(gauges.get(name, zero))) for name in names[1]}
         cell["gauges"] = {name: round(value / total, 6) for name, value in sums.items()}
+    if members:
+        counts = run.sum(chosen if len(chosen) else torch.zeros(len(members), dtype=torch.int64, device=run.device))
+        cell["members"] = {name: count for name, count in zip(members, counts.tolist(), strict=True) if count}
+    if knows:
+        cell["told"] = _count(float(run.sum(known)))
     if oracle is not None:
         cell["oracle"] = {"correct": _count(float(run.sum(seen))), "head": oracle.name}
     return cell

@@ -246,11 +246,16 @@ def _backward(loss: Loss, task: Task, shares: list[tuple[Batch, float]], run: Ru
 
 
 def _sum_gradients(parameters: list[nn.Parameter], run: Runtime) -> None:
-    """Sum the gradients over the processes in one message. PETs are small enough for this."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    flat = run.sum(torch.cat([g.flatten() for g in grads]))
-    for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-        grad.copy_(part.view_as(grad))
+    """Sum the gradients over the processes in one message. PETs are small enough for this.
+
+    A member of a pool has a gradient only in the processes whose examples chose it. So the message says of each
+    parameter whether its process has a gradient; the optimizer skips those that no process has one for.
+    """
+    has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=run.device)
+    flat = torch.cat([has, *((torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters)])
+    counts, *sums = run.sum(flat).split([len(parameters), *(p.numel() for p in parameters)])
+    for p, count, part in zip(parameters, counts.tolist(), sums, strict=True):
+        p.grad = part.view_as(p).to(p.dtype, copy=True) if count else None
 
 
 def _update(

@@ -91,6 +91,9 @@ class EvaluateSection(Section):
     oracle: bool | Literal["last"] = False
     """Also solve the head on all training data so far, a diagnosis of the features: after every task, or after the
     last alone. It costs one more pass over all these data each time."""
+    told: bool = False
+    """Also count what the method would answer if it knew the task of each example: a bound for methods that choose
+    among members. It costs one more pass over the test data."""
 
 
 class RunSection(Section):

@@ -33,6 +33,7 @@ BUILTIN: dict[Kind, dict[str, str]] = {
         "first_session": "perpetune.methods.first_session:FirstSession",
         "safe": "perpetune.methods.safe:Safe",
         "treelora": "perpetune.methods.treelora.method:TreeLoRA",
+        "pool": "perpetune.methods.pool:Pool",
         "olora": "perpetune.methods.olora:OLoRA",
     },
     "pets": {
@@ -69,7 +70,19 @@ BUILTIN: dict[Kind, dict[str, str]] = {
     "sections": {  # in the order of the page
         name: f"perpetune.report.sections.{name}:section"
         for name in (
-            *("figures", "matrix", "curves", "answers", "exams", "headroom", "heads", "tree", "protection", "drift"),
+            *(
+                "figures",
+                "matrix",
+                "curves",
+                "answers",
+                "exams",
+                "headroom",
+                "heads",
+                "members",
+                "tree",
+                "protection",
+                "drift",
+            ),
             *("tasks", "classes", "storage", "time", "problems", "reproduce"),
         )
     },

@@ -87,7 +87,9 @@ def learn_task(method: Method, step: Step, state: State) -> None:
     learned = time.perf_counter()
     oracle = solve(method, step.seen, recipe) if step.seen else None
     solved = time.perf_counter()
-    cells = measure(method, [*step.others, task], recipe.setting, recipe.evaluate.batch_size, oracle)
+    cells = measure(
+        method, [*step.others, task], recipe.setting, recipe.evaluate.batch_size, oracle, recipe.evaluate.told
+    )
     exams = take_all(step.exams, method, recipe.evaluate.batch_size)
     features, drift = _drift(method, step, state)
     evaluated = time.perf_counter()
@@ -210,10 +212,16 @@ def _observe(method: Method, batch: Batch, run: Runtime) -> None:
 
 
 def measure(
-    method: Method, tasks: Iterable[Task], setting: Setting, batch_size: int, oracle: Oracle | None = None
+    method: Method,
+    tasks: Iterable[Task],
+    setting: Setting,
+    batch_size: int,
+    oracle: Oracle | None = None,
+    told: bool = False,
 ) -> dict[str, Any]:
     """Counts on the test data of each task, by its name; None where it has none."""
-    return {t.name: evaluate(method, t, among=AMONG[setting], batch_size=batch_size, oracle=oracle) for t in tasks}
+    among = AMONG[setting]
+    return {t.name: evaluate(method, t, among=among, batch_size=batch_size, oracle=oracle, told=told) for t in tasks}
 
 
 def _drift(method: Method, step: Step, state: State) -> tuple[dict[str, bytes], dict[str, float]]:

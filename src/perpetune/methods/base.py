@@ -31,6 +31,8 @@ class Answers:
         others: other answers that the method could give, by name, each in the form of `scores`; the report shows them
             beside the answer.
         name: the name of the answer in the report, beside the others.
+        members: where a method chooses among members for each input: their names, and int64 `(B, k)`, the numbers of
+            the chosen ones. The report shows how often each was used, and whether it was that of the input's task.
         gauges: numbers `(B,)` that describe how the method found the answer, by name; the report shows their means.
     """
 
@@ -38,6 +40,7 @@ class Answers:
     others: Mapping[str, Tensor] = field(default_factory=dict)
     gauges: Mapping[str, Tensor] = field(default_factory=dict)
     name: str | None = None
+    members: tuple[Sequence[str], Tensor] | None = None
 
 
 class Method(nn.Module, ABC):
@@ -109,6 +112,13 @@ class Method(nn.Module, ABC):
     def answers(self, inputs: Inputs) -> Answers:
         """The prediction, with other answers and numbers for the report if the method has some."""
         return Answers(self.predict(inputs))
+
+    def told(self, inputs: Inputs, task: str) -> Tensor | None:
+        """What the method would answer if it knew the task of the inputs, in the form of `predict`; None by default.
+
+        This is a bound for evaluation (`evaluate.told`). No prediction uses it.
+        """
+        return None
 
     def companions(self) -> list[Companion]:
         """Functions that make a context manager around each optimizer in `learn`, in this order.

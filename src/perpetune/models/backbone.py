@@ -17,7 +17,7 @@ from perpetune.data.sources import Kind
 from perpetune.data.texts.view import TextView
 from perpetune.errors import UsageError, out_of_memory
 from perpetune.models import families
-from perpetune.models.taps import Count, Read, Taps, mean_token
+from perpetune.models.taps import Count, Read, Taps, mean_token, until_block
 from perpetune.pets.base import Place, Slot, frozen, walk
 from perpetune.tasks import IGNORED, Inputs
 
@@ -153,14 +153,35 @@ class Backbone(nn.Module):
         states of its tokens. After `tap` the features are those of `Taps`. In training a text contains its answer after
         the question; the answer is not read. Earlier answers in a chat belong to the question.
         """
-        inputs = Inputs.of(inputs)
+        mask, compute = self._computed(Inputs.of(inputs))
+        return self._read(compute, mask)
+
+    def _computed(self, inputs: Inputs) -> tuple[Tensor | None, Callable[[], Tensor]]:
+        """For texts `(B, N)`, true for the tokens that are read, else None; and what computes the net's own feature."""
         if "ids" in inputs:
             mask = inputs.mask if inputs.labels is None else inputs.mask & _before_answer(inputs.labels)
             arguments = self.asked(inputs)
             ids = arguments.pop("input_ids")
-            return self._read(lambda: mean_token(self(ids, **arguments), mask), mask)
+            return mask, lambda: mean_token(self(ids, **arguments), mask)
         pixels = (inputs.pixels.to(self.mean.dtype) / 255 - self.mean) / self.std
-        return self._read(lambda: self(pixels), None)
+        return None, lambda: self(pixels)
+
+    def query(self, inputs: Inputs | Tensor, after: int | None = None) -> Tensor:
+        """Features `(B, width)`, float32, by which a selector chooses members: of the net's end, without taps.
+
+        Args:
+            after: the number of blocks to compute; the tokens behind them are read and the rest of the net is not
+                computed. They pass a layer norm without scale and shift; then the class token is read, or the mean of
+                the patches if the net has none, and of a text the mean of its tokens. None computes the whole net.
+
+        Raises:
+            UsageError: the blocks of the net are not known, or it has fewer than `after`.
+        """
+        inputs = Inputs.of(inputs)
+        mask, compute = self._computed(inputs)
+        if after is None:
+            return compute().float()
+        return until_block(self, after, compute, mask)
 
     def _read(self, compute: Callable[[], Tensor], mask: Tensor | None) -> Tensor:
         """The result of `compute`, or with taps the features of the tokens that the taps catch while it runs."""

@@ -128,6 +128,11 @@ class PET(nn.Module, ABC):
 
     default_at: ClassVar[tuple[str, ...]] = ()  # the roles it is put at if the recipe names none
     adds_tokens: ClassVar[bool] = False  # whether it adds tokens to those of its input
+    replaces_class_token: bool = False
+    """Whether it puts something else in place of the net's class token; then the net needs to have one."""
+    anew: Callable[[torch.Generator], PET] | None = None
+    """Makes a pet of the same kind with the same options at the same place, with new initial values; None if the maker
+    of the pet has not said how."""
     watch: Callable[..., None] | None = None
     """Called as `watch(site, rows)`, or as `watch(site, rows, examples)` if the rows belong to some examples only; then
     `examples (n,)` are their numbers."""
@@ -368,6 +373,21 @@ def copy_set(root: nn.Module, name: str, new: str) -> None:
         elif name in slot.pets:
             # A pet may hold its place; the frozen weights in it do not belong to the pet and are not copied.
             slot.pets[new] = copy.deepcopy(slot.pets[name], {id(slot.base): slot.base})
+
+
+def draw_set(root: nn.Module, name: str, rng: torch.Generator) -> None:
+    """Give the pets of a set new initial values, as if the set were injected again.
+
+    Raises:
+        UsageError: there is no such set, or its pets were injected by code that has not said how to make them.
+    """
+    for pet in pets(root, name):
+        if pet.anew is None:
+            raise UsageError(
+                f"the set of pets {name!r} cannot be drawn anew: {type(pet).__name__} has no `anew`, which the code "
+                "that injects it has to set"
+            )
+        pet.load_state_dict(pet.anew(rng).state_dict())
 
 
 def is_plain(base: nn.Module, kind: type[Module]) -> TypeGuard[Module]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ class Prompt(PET):
         length: the number of trained tokens; with `deep`, in each attention.
         deep: a deep prompt needs the role `attn`, a shallow one the role `block`.
         std: the standard deviation of the initial values.
+        readout: for a shallow prompt. `class` leaves the net's class token as it is. `prompts` replaces it after the
+            last block by the mean of the outputs of the trained tokens, as in L2P (Wang et al. 2022, arXiv:2112.08654).
+            The net's last norm acts on this mean; L2P takes the mean of normed outputs.
 
     Raises:
         UsageError: an option is out of range, or the place has another role.
@@ -40,7 +43,14 @@ class Prompt(PET):
     tokens: nn.Parameter | None
 
     def __init__(
-        self, place: Place, generator: torch.Generator, *, length: int = 10, deep: bool = True, std: float = 0.02
+        self,
+        place: Place,
+        generator: torch.Generator,
+        *,
+        length: int = 10,
+        deep: bool = True,
+        std: float = 0.02,
+        readout: Literal["class", "prompts"] = "class",
     ):
         super().__init__()
         check_options("prompt", length, std)
@@ -51,7 +61,10 @@ class Prompt(PET):
             raise UsageError(
                 f"prompt: {where} is not a block, and a prompt with deep: false needs blocks: set at: block"
             )
+        if deep and readout == "prompts":
+            raise UsageError("prompt: readout: prompts needs deep: false, because deep tokens have no outputs")
         self.place, self.length, self.deep = place, length, deep
+        self.replaces_class_token = readout == "prompts"
         self._carried = length  # trained tokens that go through the blocks, if the prompt is shallow
         own = deep or place.block == 0
         self.tokens = nn.Parameter(torch.randn(length, place.d_in, generator=generator) * std) if own else None
@@ -78,7 +91,12 @@ class Prompt(PET):
                     "for the tokens that the prompt adds; use deep: true"
                 )
             y = unmasked(base, torch.cat([x, self._seen_tokens(x).expand(len(x), -1, -1)], dim=1), *args, **kwargs)
-        return y[:, : -self._carried] if self.place.block == self.place.depth - 1 else y
+        if self.place.block < self.place.depth - 1:
+            return y
+        tokens, added = y[:, : -self._carried], y[:, -self._carried :]
+        if not self.replaces_class_token:
+            return tokens
+        return torch.cat([added.mean(1, keepdim=True), tokens[:, 1:]], dim=1)
 
     def mixed(self, members: Sequence[PET], choice: Choice, base: Any, *args: Any, **kwargs: Any) -> Any:
         """As in `PET.mixed`. Also sets how many tokens to remove after the last block: all that entered at block 0."""

@@ -40,11 +40,15 @@ class AnsweredCell(Cell):
         others: for each other way to answer its right answers (or sum of scores), by name.
         gauges: means of numbers that show how the method came to its answer, by name.
         oracle: the oracle head, with `evaluate.oracle`. It has seen all old data, so it is no way of the method.
+        members: for each member of a pool how often it was chosen, by name.
+        told: right answers of a method that knows the task, with `evaluate.told`: a bound, no way of the method.
     """
 
     others: NotRequired[dict[str, float]]
     gauges: NotRequired[dict[str, float]]
     oracle: NotRequired[OracleCell]
+    members: NotRequired[dict[str, int]]
+    told: NotRequired[float]
 
 
 class Facts(TypedDict):

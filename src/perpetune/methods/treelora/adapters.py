@@ -137,6 +137,8 @@ class LoRABank(Bank):
         return {**super().get_extra_state(), "merged": self.merged}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
+        if self.merged is not None and state["merged"] is None and has_set(self.model, self.merged):
+            self._remove(self.merged)
         self.merged = state["merged"]
         super().set_extra_state(state)
 
