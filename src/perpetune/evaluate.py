@@ -44,7 +44,7 @@ def evaluate(
         the method's other ways to answer, and `"gauges"`, means of its gauges, by name, where it has any. Where answers
         are free texts, `correct` is the sum of their scores in [0, 1], and `"score"` names what scored them. With an
         `oracle` there is `"oracle"`, its right predictions and what kind of head it is. `"members"` counts how often
-        the method chose each of its members, by name, and `"told"` are the right answers of a method that knows the task.
+        the method chose each of its members, by name; `"told"` are right answers of a method that knows the task.
     """
     if task.test is None or len(task.test) == 0:
         return None

@@ -44,6 +44,9 @@ class Query(BaseModel):
     view: Literal["plain", "drawn"] = "plain"
 
 
+GAUSSIAN, WHOLE = Selection(name="gaussian"), Query()  # what a recipe gets that does not say otherwise
+
+
 class Pool(Method):
     """Keeps several sets of pets, the members. For each example a selector chooses the members that act on it.
 
@@ -90,15 +93,15 @@ class Pool(Method):
         *,
         train: FitConfig,
         members: Annotated[int, Field(ge=1, le=1000)] | Literal["task"] = "task",
-        select: Selection = Selection(name="gaussian"),  # noqa: B008: it cannot change
-        common: list[str] = [],  # noqa: B006: it is read only
+        select: Selection = GAUSSIAN,
+        common: tuple[str, ...] = (),
         answer: Literal["all", "own"] = "all",
         again: bool = False,
         start: Start = "last",
         each: Annotated[int, Field(ge=1, le=1000)] = 1,
         merge: Annotated[float, Field(ge=0, le=1)] = 0.0,
         repel: Annotated[float, Field(ge=0)] = 0.0,
-        query: Query = Query(),  # noqa: B008: it cannot change
+        query: Query = WHOLE,
         mask: Mask = "task",
     ):
         super().__init__(model)

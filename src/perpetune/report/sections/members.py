@@ -29,8 +29,8 @@ from perpetune.report.results_schema import Results, as_count, as_list, as_texts
 from perpetune.report.sections import reads
 
 MEANING = (
-    "For each example a selector chooses the members that act on it; it does not know the task. The table has the share "
-    "of each task’s test data (rows) on which each member (columns) acted, in %, after the last task."
+    "For each example a selector chooses the members that act on it; it does not know the task. The table has the "
+    "share of each task’s test data (rows) on which each member (columns) acted, in %, after the last task."
 )
 RIGHT = " Each task has a member of its own, so the right one is known for the test data of a task."
 TOLD = (
