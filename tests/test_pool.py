@@ -373,8 +373,7 @@ def test_evaluation_says_who_was_chosen_and_what_the_right_one_gives() -> None:
         learn_protected(made, task)
     tasks = [dataclasses.replace(t, test=kind.examples(t.classes, 3, 99)) for t in stream]
     cells = [evaluate(made, task, among="seen", batch_size=4, told=True) for task in tasks]
-    assert [cell
-    assert cell["members"] for cell in cells] == [{"task-3": 6}] * 3
+    assert [cell and cell["members"] for cell in cells] == [{"task-3": 6}] * 3
     first = cells[0]
     assert first is not None
     assert first["correct"] == 0
