@@ -82,7 +82,7 @@ def test_it_keeps_the_contract(changes: list[str], on: str) -> None:
 
 def test_a_batch_that_votes_breaks_the_contract() -> None:
     """The control: the most frequent members of a batch for all its examples, as in the released code of L2P."""
-    changes = ["members=4", "select=vote"]
+    changes = ["select={name: vote, start: mean}"]
     found = [o for o in check_method("perpetune.methods.pool:Pool", changes, on="pictures") if o.fault]
     assert len(found) == 1
     assert "batch" in found[0].rule
