@@ -111,6 +111,7 @@ class Pool(Method):
         self.each, self.merge, self.query = each, merge, query
         self.by_task = members == "task"
         model.compare(mask)
+        self.select = select
         self.selector: Selector = select.make(model.backbone.width)
         self.selector.private = self.by_task
         self._check(select.name, members)
@@ -130,7 +131,7 @@ class Pool(Method):
         else:
             self.trained, self.sometimes = (*self.common, *self.working), self.working
             self.selector.grow(len(self.working), rng)
-        if self.by_task and not self.common and not self.selector.sites():
+        if self.by_task and not self.common:
             self.unprotectable = (
                 "has nothing to protect: each task has members of its own, which later tasks do not change; leave "
                 "protect out"
@@ -436,6 +437,14 @@ class Pool(Method):
         if self.selector.every:
             return {set_name(slot): set_name(slot) for slot in self.bank.kept}
         return {"+".join(kept.tasks): set_name(slot) for slot, kept in self.bank.kept.items()}
+
+    def exported_selector(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors = {name: t for name, t in self.selector.state_dict().items() if isinstance(t, Tensor)}
+        extra = self.selector.get_extra_state()
+        return tensors, {"selector": self.select.model_dump(), "query": self.query.model_dump(), "extra": extra}
+
+    def acting(self, name: str | None) -> contextlib.AbstractContextManager[None]:
+        return self.bank.acting(name) if name is not None and self.by_task else super().acting(name)
 
     # -- reporting and storing ------------------------------------------------------------------------
 
