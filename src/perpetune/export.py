@@ -384,7 +384,8 @@ def export_learned(method: Method, backbone: Backbone, folder: Path) -> list[Pat
     in the order of its rows, and how features are read; docs/export.md has code that uses them. Without pets
     (`pet: none`) there are no files of PEFT. A packaged model lies in the folder `base`. A language model that answers
     with its own output layer has no files of a head. If a method keeps several adapters and each can be used alone,
-    each gets its own folder; `selector.safetensors` and `selector.json` then hold what chooses among them. Everything is written under another name first and then renamed.
+    each gets its own folder, and `selector.safetensors` with `selector.json` holds what chooses among them. Everything
+    is written under another name first and then renamed.
 
     Returns:
         The paths of the written files.
