@@ -132,7 +132,7 @@ class Method(nn.Module, ABC):
 
     def _guard(self, optimizer: torch.optim.Optimizer) -> contextlib.AbstractContextManager[object]:
         assert self.protection is not None
-        self.protection.check_covers(optimizer, self.model, self.private)
+        self.protection.check_covers(optimizer, self, self.private)
         return self.protection.guard(optimizer)
 
     def groups(self, config: FitConfig, pets: Sequence[str] | None = None) -> Groups:
@@ -199,6 +199,14 @@ class Method(nn.Module, ABC):
         None if nothing chooses.
         """
         return None
+
+    def from_earlier(self, extra: dict[str, Any]) -> dict[str, str]:
+        """Change the extra state of an earlier version, by module, into today's.
+
+        Returns:
+            How names of tensors begin today, by how they began then.
+        """
+        return {}
 
     def observe(self, inputs: Inputs) -> None:
         """One pass of the model as at prediction but with the trained pets in force, so that protection can watch
