@@ -58,7 +58,8 @@ def config_of(spec: str, source: str, **where: str) -> Any:
     if not Path(source).is_dir() and source.count("/") != 1:
         raise UsageError(f"{spec}: no such folder, and an id on the hub is OWNER/NAME; {closest(source, KNOWN)}")
     try:
-        config = AutoConfig.from_pretrained(source, **where)
+        with quiet():
+            config = AutoConfig.from_pretrained(source, **where)
     except (OSError, ValueError, KeyError, IndexError, struct.error) as error:  # the last two: torn GGUF files
         if Path(source).is_dir():
             start = "the file is torn: " if isinstance(error, IndexError | struct.error) else ""
@@ -124,7 +125,7 @@ def check_weights(spec: str, source: str, config: Any) -> None:
     if not files:
         return
     try:
-        with torch.device("meta"):
+        with quiet(), torch.device("meta"):
             wanted = sum(p.numel() for p in AutoModel.from_config(config).parameters())
     except Exception as error:  # a config of strangers makes transformers fail in any way
         raise unbuilt(spec, error) from error
