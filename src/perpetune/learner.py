@@ -179,7 +179,7 @@ class Learner:
             if not Path(new).exists():
                 raise UsageError(f"{new}: no such file or folder, so no data can have moved there")
             data = old, new
-            for key in ("data", "exams"):
+            for key in ("data", "exams", "protect"):
                 content[key] = moved(content[key], [data])
         if model is not None:
             content["backbone"]["name"] = model
@@ -322,7 +322,8 @@ class Learner:
                     f"the data of task {opened['name']} were a Python object: "
                     "call `Learner.load(...).learn` with it again"
                 )
-            return self.learn(opened["from"], name=opened["name"], holdout=opened["from"]["holdout"])
+            origin = moved(opened["from"], self._tasks.moved)
+            return self.learn(origin, name=opened["name"], holdout=origin["holdout"])
         if self.recipe.data is None:
             if self.runtime.rank == 0:
                 with self.state.writing():  # finishes an interrupted commit

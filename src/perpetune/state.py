@@ -11,6 +11,7 @@ STATE/
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -61,6 +62,8 @@ if TYPE_CHECKING:
 START = "start"  # the name of the state before the first task
 MADE_BY = "recipe.json"  # in a task's folder: what of the recipe decides what its tensors mean
 MOST_JOURNAL = 2**28  # bytes
+DECIDES = {"backbone", "pet", "method", "head", "protect", "train", "seed"}
+"""Sections of a recipe that decide a training."""
 DOCUMENTS: dict[str, type[Document]] = {"task.json": Task, "metrics.json": Metrics, "timings.json": Timings}
 
 
@@ -208,11 +211,23 @@ class State:
             data: the beginning of paths of tasks' data as it was, and as it is now.
         """
         if recipe is not None:
+            self._relocate_checkpoints(recipe)
             write_file(self.folder / "recipe.yaml", recipe.to_yaml().encode())
             self.recipe = recipe
         if spec is not None:
             write_file(self.folder / "backbone.json", to_json({**self.backbone, "spec": spec}))
         self.log("relocated", **({"model": spec} if spec else {}), **({"data": list(data)} if data else {}))
+
+    def _relocate_checkpoints(self, recipe: Recipe) -> None:
+        """Make the checkpoints of the unfinished task go on under `recipe`: it differs in places alone."""
+        path = self.folder / "resume" / "task.json"
+        try:
+            header = read_json(path)
+            data, digest, world = header["data"].split("/")
+        except (OSError, Malformed, LookupError, TypeError, ValueError, AttributeError):
+            return  # there are none, or whoever reads them names the fault
+        if digest == training_digest(self.recipe):
+            write_file(path, to_json({**header, "data": f"{data}/{training_digest(recipe)}/{world}"}))
 
     @property
     def begun(self) -> date | None:
@@ -536,6 +551,12 @@ def _unused(folder: Path) -> bool:
     ours = all(path.name in made or OURS.fullmatch(path.name) for path in folder.iterdir())
     tasks = folder / "tasks"
     return ours and not tasks.is_symlink() and not any(tasks.glob("*"))
+
+
+def training_digest(recipe: Recipe) -> str:
+    """A hash of all in a recipe that decides a training: a checkpoint is of use with the same one only."""
+    decides = recipe.model_dump_json(include=DECIDES | ({"pets"} if recipe.pets else set()))
+    return hashlib.sha256(decides.encode()).hexdigest()
 
 
 def _meaning(recipe: Recipe) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from perpetune.data.pictures.view import Interpolation, PictureView
 from perpetune.errors import MissingExtra, PerpetuneError, UsageError, closest
 from perpetune.models.backbone import Backbone, triple
+from perpetune.models.loaders.checkpoint import check_written
 from perpetune.models.loaders.hub import hub_file, one_line
 from perpetune.models.loaders.options import Side, in_4bit, try_size
 
@@ -93,6 +94,7 @@ def _in_folder(
     if pretrained and not file.is_file():
         raise UsageError(f"{spec}: there is no {WEIGHTS} in the folder")
     if architecture is None:
+        check_written(spec, config)
         _check_name(timm, spec, str(config["architecture"]).partition(".")[0])
         given: dict[str, Any] = {"num_classes": 0} if not pretrained else {}
         net = _create(timm, spec, f"local-dir:{folder}", image_size, pretrained=pretrained, **given)
