@@ -179,6 +179,29 @@ def test_sizes_that_no_model_has_take_no_memory(
     assert f"{name} in its config is {value}; a whole number from 1 to 10" in said
 
 
+@pytest.mark.parametrize(
+    "side", [10**9, 10**12, -3, 0, True, "wide", [[16]], [], None, {"height": 10**9, "width": 10**9}]
+)
+@pytest.mark.parametrize("key", ["size", "crop_size"])
+def test_a_side_that_no_picture_has(key: str, side: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = vit_folder(tmp_path / "m")
+    edit(folder, "preprocessor_config.json", **{key: side}, do_center_crop=True)
+    said = refused(folder, tmp_path, capsys)
+    assert f"image size {side} in its config; one side in pixels is expected, from 1 to 8192" in said
+
+
+@pytest.mark.parametrize("value", ["x", None, [1], True])
+def test_a_length_of_a_tokenizer_that_is_none(value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tiny_language_model(tmp_path / "m")
+    edit(folder, "tokenizer_config.json", model_max_length=value)
+    if value is None:  # as if it were not there
+        assert load_backbone(f"folder:{folder}").preprocess.max_length == 128  # type: ignore[attr-defined]
+        return
+    assert f"model_max_length in its tokenizer_config.json is {value!r}; a number is" in refused(
+        folder, tmp_path, capsys
+    )
+
+
 def test_one_channel_of_timm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     timm = pytest.importorskip("timm")
     net = timm.create_model("test_vit", in_chans=1, num_classes=3)

@@ -153,8 +153,9 @@ class Learner:
             learner.method.model.view.today = learner.state.begun
         learner._tasks.moved = learner.state.moved()
         learner._reload()
-        if (line := learner.state.unchecked()) and learner.runtime.rank == 0:
-            warnings.warn(line, stacklevel=2)
+        for line in (learner.state.unchecked(), learner.state.edited()):
+            if line and learner.runtime.rank == 0:
+                warnings.warn(line, stacklevel=2)
         return learner
 
     @staticmethod

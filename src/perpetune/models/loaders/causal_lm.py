@@ -300,6 +300,9 @@ def _tokenizer(spec: str, source: Source) -> Any:
         raise UsageError(
             f"{spec}: its tokenizer cannot be loaded: {one_line(error) or type(error).__name__}"
         ) from error
+    longest = tokenizer.model_max_length
+    if isinstance(longest, bool) or not isinstance(longest, int | float):
+        raise UsageError(f"{spec}: model_max_length in its tokenizer_config.json is {longest!r}; a number is expected")
     if not len(tokenizer):
         raise UsageError(f"{spec}: it has no tokenizer: tokenizer.json is expected beside config.json")
     if not tokenizer.is_fast:
