@@ -202,6 +202,20 @@ def test_a_length_of_a_tokenizer_that_is_none(value: Any, tmp_path: Path, capsys
     )
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"model_args": [1]}, {"model_args": {"depth": None}}, {"pretrained_cfg": {"input_size": [3, 10**9, 10**9]}}],
+)
+def test_a_config_of_timm_that_is_none(
+    changes: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    timm = pytest.importorskip("timm")
+    folder = tmp_path / "m"
+    timm.models.save_for_hf(timm.create_model("test_vit", num_classes=3), str(folder), safe_serialization=True)
+    edit(folder, **changes)
+    assert str(folder) in refused(folder, tmp_path, capsys)
+
+
 def test_one_channel_of_timm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     timm = pytest.importorskip("timm")
     net = timm.create_model("test_vit", in_chans=1, num_classes=3)
