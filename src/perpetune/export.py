@@ -7,19 +7,16 @@ The format is that of PEFT 0.21. The matrices `A` and `B` of the linear layer at
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib
 import json
 import math
-import os
 import re
-import secrets
 import shutil
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -29,9 +26,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from perpetune.aside import written_aside
 from perpetune.data.pictures.view import PictureView
 from perpetune.errors import StateError, UsageError
-from perpetune.files import about
 from perpetune.heads.base import Head
 from perpetune.methods.base import Method
 from perpetune.models.backbone import Backbone
@@ -47,7 +44,6 @@ sre: Any = importlib.import_module("re._parser" if sys.version_info >= (3, 11) e
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 A, B = ".lora_A.weight", ".lora_B.weight"
-WRITING = ".writing"  # a locked file beside the folder of an export that is not complete
 
 # Keys of an adapter_config.json that this module understands (UNDERSTOOD), or that do not change what the adapter
 # computes (SILENT). Any other key with a value belongs to a variant of LoRA that this module does not understand.
@@ -84,74 +80,10 @@ def write_peft(backbone: Backbone, name: str, folder: Path) -> None:
         up, down = lora.whole()
         tensors[f"{PREFIX}{path}{A}"] = down.detach().cpu().contiguous()
         tensors[f"{PREFIX}{path}{B}"] = up.detach().cpu().contiguous()
-    with _aside(folder) as aside:
+    with written_aside(folder) as aside:
         save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
         config = json.dumps(_config(backbone, adapters), indent=2, sort_keys=True, allow_nan=False)
         (aside / CONFIG).write_text(f"{config}\n")
-
-
-@contextlib.contextmanager
-def _aside(folder: Path) -> Iterator[Path]:
-    """Give an empty folder to write into, and rename it to `folder` at the end; after an error, delete it.
-
-    Raises:
-        UsageError: `folder` exists and is not empty.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder} already exists and is not empty; choose a new folder")
-    _clear_stale(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.parent / f".{folder.name}.{secrets.token_hex(8)}.tmp"
-    try:
-        aside.mkdir()
-        marker = open(aside / WRITING, "xb")  # noqa: SIM115  the lock is held until the folder is complete
-    except OSError as error:
-        raise about(error, folder) from None
-    try:
-        _held(marker.fileno())
-        (aside / "new").mkdir()
-        yield aside / "new"
-        if folder.is_dir():
-            folder.rmdir()  # Windows cannot replace a folder, not even an empty one
-        os.replace(aside / "new", folder)
-    except OSError as error:
-        raise about(error, folder) from None
-    finally:
-        marker.close()
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _held(descriptor: int) -> bool:
-    """Take the lock of a file; False where another process has it, or where there are no such locks."""
-    if os.name != "posix":
-        return False
-    import fcntl
-
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the kernel however the process ends
-    except OSError:
-        return False
-    return True
-
-
-def _clear_stale(folder: Path) -> None:
-    """Delete what killed exports to `folder` left: the folders of ours whose lock is free."""
-    name = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{16}}\.tmp")
-    beside = (
-        [path for path in folder.parent.glob(".*.tmp") if name.fullmatch(path.name)] if folder.parent.is_dir() else []
-    )
-    for path in beside:
-        if path.is_symlink() or not path.is_dir():
-            continue
-        try:
-            marker = os.open(path / WRITING, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
-        except OSError:  # not ours
-            continue
-        try:
-            if _held(marker):
-                shutil.rmtree(path, ignore_errors=True)
-        finally:
-            os.close(marker)
 
 
 def read_peft(backbone: Backbone, folder: Path, name: str) -> list[PET]:
@@ -383,7 +315,7 @@ def _exceptions(config: Mapping[str, Any], pattern: str, default: str) -> Callab
     return of
 
 
-def export_learned(method: Method, backbone: Backbone, folder: Path) -> list[Path]:
+def export_learned(method: Method, backbone: Backbone, folder: Path, state: Path | None = None) -> list[Path]:
     """Write a learned model for use in other programs: its LoRA in PEFT's format, and the head.
 
     Beside PEFT's two files, the folder has `head.safetensors`, and `head.json` with the kind of head, the class names
@@ -391,6 +323,10 @@ def export_learned(method: Method, backbone: Backbone, folder: Path) -> list[Pat
     (`pet: none`) there are no files of PEFT. A packaged model lies in the folder `base`. A language model that answers
     with its own output layer has no files of a head. If a method keeps several adapters and each can be used alone,
     each gets its own folder. Everything is written under another name first and then renamed.
+
+    Args:
+        state: the state folder that is exported; it remembers what is written, so that its next verb clears what a kill
+            leaves.
 
     Returns:
         The paths of the written files.
@@ -400,7 +336,7 @@ def export_learned(method: Method, backbone: Backbone, folder: Path) -> list[Pat
             model has no pet, so that there is nothing to export.
     """
     sets = method.exported()
-    with _aside(folder) as aside:
+    with written_aside(folder, state) as aside:
         for name, set_name in sets.items():
             with method.acting(set_name):
                 _export_set(method, backbone, set_name, aside / name)

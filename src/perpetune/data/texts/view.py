@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date, datetime, time
+from datetime import date
 from functools import cached_property
 from typing import Any
 
@@ -20,13 +19,12 @@ from perpetune.data.texts.chats import ASSISTANT, LEARN, TOOLS, Message, Message
 from perpetune.data.texts.examples import Encoded, TextSet
 from perpetune.data.texts.prompts import prompt_in, read_prompts
 from perpetune.data.texts.tables import SCORE, Text, TextTable
+from perpetune.data.texts.templates import NOW, render
 from perpetune.errors import DataError, UsageError
 from perpetune.numerics.text_scores import score_of
 from perpetune.tasks import IGNORED, Batch, Examples, Inputs, Item
 
 SOME_ANSWER = "a"  # stands where an answer is to come
-NOW = "strftime_now"  # by which a chat template asks for the day
-_ASKS = re.compile(NOW + r"""\s*\(\s*(?:format\s*=\s*)?(["'])((?:(?!\1)[^\\])*)\1\s*\)""")
 
 
 @dataclass(frozen=True)
@@ -42,13 +40,6 @@ class _Span:
     start: int
     content: int
     stop: int
-
-
-LONGEST = 10**7
-"""Characters of the longest text that a chat template may make."""
-
-REFUSED = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
-"""What a chat template may raise beside its own errors."""
 
 
 @dataclass(frozen=True)
@@ -434,38 +425,20 @@ class TextView(View):
                 "this model's tokenizer has no chat template, but messages need one: give rows with prompt and answer, "
                 "or put a chat_template.jinja beside the tokenizer"
             )
-        from jinja2 import TemplateError
-
         told = [as_dict(message) for message in messages]
-        more: dict[str, Any] = {}
-        if told and TOOLS in told[0]:
-            more[TOOLS] = told[0].pop(TOOLS)
-        if self.today is not None and self.dated:
-            more["chat_template"] = self._of_today(self.tokenizer.get_chat_template(tools=more.get(TOOLS)))
+        tools = told[0].pop(TOOLS, None) if told else None
         if "developer" not in str(self.tokenizer.chat_template):  # the newer name of the system
             told = [{**message, "role": "system"} if message["role"] == "developer" else message for message in told]
-        try:
-            text: str = self.tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=asking, **more)
-        except (TemplateError, *REFUSED) as error:
-            raise DataError(f"the model's chat template refuses the messages: {error}") from error
-        if len(text) > LONGEST:
-            raise DataError(f"the model's chat template makes {len(text)} characters of the messages")
-        return text
-
-    def _of_today(self, template: str) -> str:
-        """A chat template with the day instead of the calls that ask for it."""
-        assert self.today is not None
-        moment = datetime.combine(self.today, time())
-        return _ASKS.sub(lambda call: f"{call[1]}{moment.strftime(call[2])}{call[1]}", template)
+        return render(self.tokenizer, told, tools=tools, asking=asking, today=self.today)
 
     def _tokens(self, text: str, prompt: str | Messages) -> list[_Token]:
         """The tokens of a text. A chat template writes its special tokens into the text itself."""
-        found = self.tokenizer(
+        found = tokenized(
+            self.tokenizer,
             text,
             add_special_tokens=not self._is_chat(prompt),
             return_offsets_mapping=True,
             return_special_tokens_mask=True,
-            verbose=False,
         )
         unknown = {i for i in found["input_ids"] if self.rows is not None and i >= self.rows}
         if unknown:
@@ -478,6 +451,21 @@ class TextView(View):
         """The number of tokens with which every text begins, such as a begin-of-text token."""
         put = sum(1 for _ in itertools.takewhile(lambda token: token.added, tokens))
         return max(put, int(bool(tokens) and tokens[0].id == self.tokenizer.bos_token_id))
+
+
+def tokenized(tokenizer: Any, text: str, **options: Any) -> Any:
+    """What a tokenizer of transformers makes of a text.
+
+    Raises:
+        DataError: a pattern in its tokenizer.json takes too many steps. The library of patterns counts them.
+    """
+    try:
+        return tokenizer(text, verbose=False, **options)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust; it is no `Exception`
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"the model's tokenizer fails (a pattern in its tokenizer.json?): {reason}") from error
 
 
 def _shared(wholes: Sequence[_Whole]) -> int:
