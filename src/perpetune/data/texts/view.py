@@ -145,6 +145,17 @@ class TextView(View):
         return NOW in str(self.tokenizer.chat_template or "")
 
     @property
+    def template(self) -> str | None:
+        """The chat template, with the day that is today for the examples."""
+        found: str | None = self.tokenizer.chat_template and self.tokenizer.get_chat_template()
+        return found if found is None or self.today is None else self._of_today(found)
+
+    @property
+    def opening(self) -> int:
+        """The number of tokens with which every prompt begins, and which a cut leaves."""
+        return self._asked(SOME_ANSWER).opening
+
+    @property
     def answers(self) -> bool:
         """Whether an answer follows a question."""
         return self.chooses or self.room > 0
