@@ -12,6 +12,7 @@ import contextlib
 import faulthandler
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -34,6 +35,7 @@ START = 60
 """Seconds that the process may take to start."""
 
 NOW = "strftime_now"  # by which a template asks for the day
+_ASKS = re.compile(NOW + r"""\s*\(\s*(?:format\s*=\s*)?(["'])((?:(?!\1)[^\\])*)\1\s*\)""")
 _SIZE = struct.Struct(">Q")  # before each message between the two processes
 
 
@@ -268,3 +270,12 @@ def _bound_memory() -> None:
         now = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, now + MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def pinned(template: str, today: date) -> str:
+    """A template with the day instead of the calls that ask for it, for programs that cannot be told the day.
+
+    A call whose format is not written in it stays.
+    """
+    moment = datetime.combine(today, time())
+    return _ASKS.sub(lambda call: f"{call[1]}{moment.strftime(call[2])}{call[1]}", template)

@@ -19,7 +19,7 @@ from perpetune.data.texts.chats import ASSISTANT, LEARN, TOOLS, Message, Message
 from perpetune.data.texts.examples import Encoded, TextSet
 from perpetune.data.texts.prompts import prompt_in, read_prompts
 from perpetune.data.texts.tables import SCORE, Text, TextTable
-from perpetune.data.texts.templates import NOW, render
+from perpetune.data.texts.templates import NOW, pinned, render
 from perpetune.errors import DataError, UsageError
 from perpetune.numerics.text_scores import score_of
 from perpetune.tasks import IGNORED, Batch, Examples, Inputs, Item
@@ -134,6 +134,17 @@ class TextView(View):
     @property
     def dated(self) -> bool:
         return NOW in str(self.tokenizer.chat_template or "")
+
+    @property
+    def template(self) -> str | None:
+        """The chat template, with the day that is today for the examples."""
+        found: str | None = self.tokenizer.chat_template and self.tokenizer.get_chat_template()
+        return found if found is None or self.today is None else pinned(found, self.today)
+
+    @property
+    def opening(self) -> int:
+        """The number of tokens with which every prompt begins, and which a cut leaves."""
+        return self._asked(SOME_ANSWER).opening
 
     @property
     def answers(self) -> bool:
@@ -343,7 +354,7 @@ class TextView(View):
             return _Rendered(whole, (_Span(place, len(opened), len(whole)),))
         messages = [*_messages(text.prompt), (ASSISTANT, text.answer, *([text.more] if text.more else ()))]
         whole = self._told(messages)
-        spans = []
+        spans, trimmed = [], False
         answers = [turn for turn, message in enumerate(messages) if message[0] == ASSISTANT and turn]  # none opens it
         answers = [turn for turn in answers if is_learned(messages[turn])]
         for turn in answers:
@@ -351,6 +362,7 @@ class TextView(View):
             # Some forms drop what earlier answers held (their reasoning): those are not learned then.
             if whole.startswith(before) and whole.startswith(after):
                 spans.append(_Span(len(before), len(before), len(after)))
+                trimmed = trimmed or _trimmed(messages[turn][1], after[len(before) :])
         lost = self._lost(messages, whole)
         if not spans or spans[-1].stop != len(whole):  # what it asks with is not what it puts before an answer
             changed = self._told([*messages[:-1], (ASSISTANT, _other(text.answer), *messages[-1][2:])])
@@ -362,8 +374,8 @@ class TextView(View):
         said = whole[spans[-1].content :]
         if not text.answer.strip() and lost:
             raise DataError(f"the answer is empty, for the model's chat template leaves out {' and '.join(lost)}")
-        if text.answer not in said and text.answer.strip() in said:
-            lost = (*lost, "white space at the ends of the answer")
+        if trimmed or _trimmed(text.answer, said):
+            lost = (*lost, "white space at the ends of answers")
         return _Rendered(whole, tuple(spans), len(answers) - len(spans), lost)
 
     def _lost(self, messages: Sequence[Message], whole: str, *, asking: bool = False) -> tuple[str, ...]:
@@ -483,6 +495,11 @@ def _gap(prompt: str, answer: str) -> tuple[str, int]:
     brings = answer[:1].isspace() and answer[:2] != "  "
     gap = "" if not prompt or prompt[-1].isspace() or brings else " "
     return gap, len(prompt) - prompt.endswith(" ")
+
+
+def _trimmed(answer: str, said: str) -> bool:
+    """Whether an answer has lost white space at its ends in what the chat form says."""
+    return answer not in said and answer.strip() in said
 
 
 def _other(answer: str) -> str:

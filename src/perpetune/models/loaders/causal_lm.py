@@ -186,6 +186,7 @@ def load(
         preprocess=TextView(tokenizer, max_length=length, chat=chat, rows=rows),
         forward=hidden_states,
     )
+    backbone.opens = {"library": "transformers", "base": source.place, "options": {"dtype": dtype, **source.where}}
     return in_4bit(backbone) if load_in_4bit and not quantised else backbone
 
 

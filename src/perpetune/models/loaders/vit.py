@@ -73,6 +73,9 @@ def load(
     # And DeiT's distillation token
     prefix = 1 + getattr(config, "num_register_tokens", 0) + (config.model_type == "deit")
     backbone = Backbone(net, spec=spec, dim=config.hidden_size, preprocess=preprocess, forward=forward, prefix=prefix)
+    backbone.opens = {"library": "transformers", "base": source, "options": {"dtype": "float32", **_extra(config)}}
+    if interpolates:
+        backbone.opens["call"] = {"interpolate_pos_encoding": True}
     try_size(backbone, image_size)
     return in_4bit(backbone) if load_in_4bit else backbone
 
