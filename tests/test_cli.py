@@ -477,6 +477,14 @@ def test_predict_names_what_cannot_be_read_after_the_rest(shell: Shell, world: P
     assert len(said.err.splitlines()) == 1
 
 
+def test_predict_prints_one_line_for_each_picture(shell: Shell, world: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "line\nbreak.png"
+    broken.write_bytes((world / "images" / "test" / "cat" / "1000.png").read_bytes())
+    (line,) = shell("predict", world / "done", broken).lines
+    assert line.startswith(f"{tmp_path}/line\\nbreak.png: ")
+    assert shell.json("predict", world / "done", broken)[0]["image"] == str(broken)
+
+
 def test_evaluate(shell: Shell, world: Path) -> None:
     cells = shell.json("evaluate", world / "done")
     assert list(cells) == ["cat-dog", "fox-owl"]
