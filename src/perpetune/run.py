@@ -68,7 +68,9 @@ def learn_task(method: Method, step: Step, state: State) -> None:
     task, recipe, run = step.task, state.recipe, step.task.runtime
     main = run.rank == 0
     # A checkpoint is of use only for the same data, training and number of processes.
-    trained_by = recipe.model_dump_json(include=DECIDES | ({"pets"} if recipe.pets else set()))
+    added = {"pets"} if recipe.pets else set()
+    added |= {"average"} if recipe.average else set()
+    trained_by = recipe.model_dump_json(include=DECIDES | added)
     fingerprint = f"{step.document['fingerprint']}/{hashlib.sha256(trained_by.encode()).hexdigest()}/{run.world}"
     if main:
         about = {key: step.document[key] for key in ("fingerprint", "from")}
@@ -91,6 +93,7 @@ def learn_task(method: Method, step: Step, state: State) -> None:
     exams = take_all(step.exams, method, recipe.evaluate.batch_size)
     features, drift = _drift(method, step, state)
     evaluated = time.perf_counter()
+    method.task_measured()
     seconds = run.checkpoints.seconds + learned - began
     timings = {
         "learn_s": round(seconds, 3),
@@ -141,6 +144,7 @@ def learn_protected(
     task = method.model.posed(task)
     certificates = _protect(method, task, reference, batch_size) if reference else []
     _renew(method, task, batch_size)
+    method.task_begins(task)
     with task.runtime.accompanied(method.companions()):
         method.learn(task)
     return certificates + _protect(method, task, None, batch_size)

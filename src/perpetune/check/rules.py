@@ -41,7 +41,7 @@ from perpetune.tasks import Task
 
 HELD = 0.1  # with protection old outputs may move by at most this share of their movement without it
 ENERGY = 0.9999  # the least share of the features' energy that is protected in this test
-KEYS = ("head", "pet", "pets", "protect")  # sections of a recipe that `perpetune check --set` can change
+KEYS = ("average", "head", "pet", "pets", "protect")  # sections of a recipe that `perpetune check --set` can change
 
 
 @dataclass(frozen=True)
