@@ -2,11 +2,11 @@
 
     python benchmarks/average_step.py --threads 1
 
-The steps go through the product's own loop, on pictures in memory, each kind in turns in one process: a task without an
-average, one with a fixed weight, and those whose weight is computed in each step. A ratio is that of a task to the mean of
-the tasks without an average before and after it; printed is the median over the turns, of seconds of this process's CPU,
-which others on the machine disturb less, and of the clock. `alone_ms` is what the average by itself takes in a step.
-Prints JSON. `bars` are what issue 15 allows.
+The steps go through the product's own loop, on pictures in memory, in turns in one process: a task without an average,
+one with a fixed weight, and those whose weight is computed in each step. A task with an average is compared with the
+mean of the tasks without one before and after it. The figures are medians over the turns: `cpu` of seconds of this
+process's CPU, which others on the machine disturb less, and `clock`. `alone_ms` is what the average itself adds to a
+step of the optimizer. Prints JSON. `bar` is what issue 15 allows.
 """
 
 from __future__ import annotations

@@ -828,7 +828,7 @@ def test_methods_with_a_set_for_each_task_keep_the_average(method: str) -> None:
         ),
         (
             {"average": {"keep": 0.5, "answer": "both"}, "head": "ncm"},
-            "average.answer: both needs a head that is trained by gradient, and head: ncm",
+            "average.answer: both needs a head that is trained",
         ),
     ],
 )

@@ -164,8 +164,8 @@ def build_average(recipe: Recipe, method: Method) -> Average:
         )
     if config.answer == "both" and solved:
         raise UsageError(
-            f"average.answer: both needs a head that is trained by gradient, and head: {recipe.head.name} is solved for "
-            "the features of one answer: use head: linear, or answer: average"
+            f"average.answer: both needs a head that is trained by gradient, and head: {recipe.head.name} is solved "
+            "for the features of one answer: use head: linear, or answer: average"
         )
     if config.carried and (config.restart or config.answer != "online"):
         method.leaks = method.leaks or (

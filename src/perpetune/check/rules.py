@@ -324,9 +324,9 @@ def check_method(method: str, changes: Sequence[str] = (), on: str | None = None
 
     Args:
         method: the name of a built-in method, or PACKAGE.MODULE:CLASS.
-        changes: `key=value`: `head=NAME`, `pet=NAME` or `pet=none`, `protect=true` or a key of `protect`, else an
-            option of the method. With a head that chooses among classes only pictures are used, with `head=lm` only
-            texts.
+        changes: `key=value`: `head=NAME`, `pet=NAME` or `pet=none`, `protect=true`, a key of `protect` or of
+            `average`, else an option of the method. With a head that chooses among classes only pictures are used, with
+            `head=lm` only texts.
         on: `pictures` or `texts`, to use only this kind.
 
     Raises:

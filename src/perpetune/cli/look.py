@@ -179,7 +179,7 @@ def check(
     method: Annotated[str, typer.Argument(metavar="PKG.MOD:CLASS", help="A method's class, or a built-in's name.")],
     change: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="An option of the method, or head=, pet= or protect=."),
+        typer.Option("--set", metavar="KEY=VALUE", help="An option of the method, or head=, pet=, protect=, average=."),
     ] = None,
     on: Annotated[
         Literal["pictures", "texts"] | None, typer.Option(help="This kind alone; else every kind that the method fits.")

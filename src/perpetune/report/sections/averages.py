@@ -21,8 +21,8 @@ SOLVED = (
     "them."
 )
 RANGE = (
-    "In range is the share of steps and tensors in which the formula gave a weight between 0 and 1; elsewhere the weight "
-    "was fixed."
+    "In range is the share of steps and tensors in which the formula gave a weight between 0 and 1; elsewhere the "
+    "weight was fixed."
 )
 PUBLISHED = (
     "The weight is LLaCA’s (arXiv:2410.10868), reconstructed. It depends on the scale of the loss, on the size of the "
