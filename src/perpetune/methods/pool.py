@@ -211,7 +211,7 @@ class Pool(Method):
 
     def learn(self, task: Task) -> None:
         self.model.grow(task)
-        config, asked = self.train_config, self._asked(task)
+        config, asked = self.train_config, self._questions(task)
         table = self._table(task) if self._reads_queries(task) else None
         self._begin(task, table)
         self.queries.keep(table if task.train.deterministic or self.query.view == "plain" else None)
@@ -237,7 +237,7 @@ class Pool(Method):
             self.selector.learn(len(self.bank.kept) - 1, table.cpu(), targets, task.classes or ("",), rng)
         self.learned, self._owner = task.index + 1, []
 
-    def _asked(self, task: Task) -> Task:
+    def _questions(self, task: Task) -> Task:
         return dataclasses.replace(task, train=task.train.questions())
 
     def _reads_queries(self, task: Task) -> bool:
@@ -253,7 +253,7 @@ class Pool(Method):
 
     def _table(self, task: Task) -> Tensor:
         """The queries `(N, D)` of all training examples."""
-        return self.queries.table(self._asked(task), self.train_config.batch_size)
+        return self.queries.table(self._questions(task), self.train_config.batch_size)
 
     def _begin(self, task: Task, table: Tensor | None) -> None:
         """Give the task its members, with the values that they start from, and the selector room for them."""
