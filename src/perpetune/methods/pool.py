@@ -135,6 +135,7 @@ class Pool(Method):
             directions = torch.randn(len(self.working), self.selector.dim, generator=rng)
             self.selector.grow(len(self.working), rng, directions)
         if self.by_task and not self.common:
+            self.unaveraged = "gives each task members of its own, which later tasks do not change"
             self.unprotectable = (
                 "has nothing to protect: each task has members of its own, which later tasks do not change; leave "
                 "protect out"
