@@ -19,10 +19,12 @@ from perpetune.models.taps import Count, Read
 from perpetune.plain import MOST_YAML, Malformed, parse_yaml, read_regular
 from perpetune.protection.config import ProtectConfig
 from perpetune.runtime import Precision
+from perpetune.selectors import Selection
 
 Setting = Literal["class", "domain", "task"]
 PATH_KEYS = {"path", "train", "test"}  # options of a data source that may be paths
 CHOICES = {"pet", "method", "head", "data"}  # sections whose options belong to what they name
+NESTED = {"method": ("select",)}  # options that are choices themselves
 MOST_EXTENDED = 16  # how many recipes may stand on each other
 MOST_KEYS_BELOW = 8  # how many keys `--set` may name below each other
 
@@ -261,7 +263,8 @@ def _complete(kind: registry.Kind, choice: NamedSection, skip: Sequence[str] = (
         registry_schema = registry.schema(registry.find(kind, choice.name))
         required = {name: FitConfig() for name in skip if registry_schema.model_fields[name].is_required()}
         own |= required
-    options = registry.options(kind, choice.name, own)
+    completed = registry.options(kind, choice.name, own)
+    options = {k: v.model_dump() if isinstance(v, Selection) else v for k, v in completed.items()}
     kept = {k: v for k, v in choice.options.items() if k in skip}
     return NamedSection.model_validate(
         {"name": choice.name, **{k: v for k, v in options.items() if k not in skip}, **kept}
@@ -446,7 +449,7 @@ def _on_top(base: dict[str, Any], own: dict[str, Any], choices: Collection[str] 
             continue
         if isinstance(before, dict) and isinstance(given, dict):
             other = key in choices and given.get("name", before.get("name")) != before.get("name")
-            merged[key] = value if other else _on_top(before, given)
+            merged[key] = value if other else _on_top(before, given, NESTED.get(key, ()))
     return merged
 
 

@@ -120,6 +120,7 @@ HEADINGS: dict[Kind, tuple[str, str]] = {  # of what a recipe names
     "methods": ("method", "how the tasks are learned, one after the other"),
     "pets": ("pet", "the small parameters that are added to the frozen model; `pet: none` adds none"),
     "heads": ("head", "from features to classes known by name; `lm` for language models"),
+    "selectors": ("select", "which members of a pool act on an example; `method: {name: pool, select: keys}`"),
     "backbones": ("backbone", "the frozen pretrained model, named PREFIX:NAME"),
     "data": ("data", "where the images or texts come from; `stream:` cuts them into tasks"),
     "exams": (

@@ -25,12 +25,15 @@ class Operand:
         bias: `(out,)`; a constant 1 appended to the vectors multiplies it. None without a bias.
         axis: the axis of `weight` that the vectors multiply: 1 for `W a` with `W (out, in)`, 0 for `a W`.
         heads: the number of heads into which axis 1 of `weight` is divided; each head has its own vectors.
+        length: whether the rows of the matrices keep their lengths, for rows that are compared by cosine. A projected
+            step keeps the products of a row with the protected vectors. If its length changes, its cosines change.
     """
 
     weight: nn.Parameter
     bias: nn.Parameter | None = None
     axis: Literal[0, 1] = 1
     heads: int = 1
+    length: bool = False
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
@@ -58,6 +61,32 @@ class Operand:
         weight = matrix if self.bias is None else matrix[:, :, :-1]
         weight = weight.permute(1, 0, 2) if self.axis == 1 else weight.permute(2, 0, 1)
         return [weight.flatten(1), *bias]
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A place in a module where rows of features multiply parameters. Protection observes the rows there.
+
+    Attributes:
+        name: the name of the site in its module. The module reports the rows by `seen(name, rows)`.
+        operand: the parameters that the rows multiply, and the axis on which they do.
+        groups: the number of kinds of rows; each kind has its own moments. It equals the operand's number of heads,
+            unless `lift` maps one to the other.
+        width: the width of the observed rows, without the constant 1 that meets a bias; None means the operand's.
+        lift: computes the moments `(heads, m, m)` of the rows that multiply the operand from the observed moments
+            `(groups, width, width)`; None if both are the same.
+        always: True if every pass over data reaches the site. If False, a task may never reach it, and then what is
+            known about the site does not change.
+        energy: the least share of the rows' energy that is protected here, unless nothing is to be protected at all.
+    """
+
+    name: str
+    operand: Operand
+    groups: int = 1
+    width: int | None = None
+    lift: Callable[[Tensor], Tensor] | None = None
+    always: bool = True
+    energy: float = 0.0
 
 
 Closed = tuple[Sequence[tuple[Operand, Sequence[Subspace]]], Sequence[nn.Parameter]]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from perpetune.errors import UsageError, closest
 from perpetune.numerics.lowrank import Factors
-from perpetune.numerics.projection import Operand
+from perpetune.numerics.projection import Site
 from perpetune.pets.choice import Choice
 
 Conditions = Literal["exact", "paper"]
@@ -61,30 +61,6 @@ class Place:
     d_out: int
     heads: int = 0
     depth: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class Site:
-    """A place in a PET where rows of features multiply parameters. Protection observes the rows there.
-
-    Attributes:
-        name: the name of the site in its PET. The PET reports the rows by `seen(name, rows)`.
-        operand: the parameters that the rows multiply, and the axis on which they do.
-        groups: the number of kinds of rows; each kind has its own moments. It equals the operand's number of heads,
-            unless `lift` maps one to the other.
-        width: the width of the observed rows, without the constant 1 that meets a bias; None means the operand's.
-        lift: computes the moments `(heads, m, m)` of the rows that multiply the operand from the observed moments
-            `(groups, width, width)`; None if both are the same.
-        always: True if every pass over data reaches the site. If False, a task may never reach it, and then what is
-            known about the site does not change.
-    """
-
-    name: str
-    operand: Operand
-    groups: int = 1
-    width: int | None = None
-    lift: Callable[[Tensor], Tensor] | None = None
-    always: bool = True
 
 
 class Pair(Protocol):

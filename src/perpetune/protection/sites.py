@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 
 from perpetune.errors import UsageError
 from perpetune.numerics.moments import Moments
-from perpetune.numerics.projection import Operand
-from perpetune.pets.base import PET, Conditions, Pair, Site, slots
+from perpetune.numerics.projection import Operand, Site
+from perpetune.pets.base import PET, Conditions, Pair, slots
 from perpetune.protection.renewal import PeftPair
 
 Sum = Callable[[Tensor], Tensor]
