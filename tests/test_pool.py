@@ -278,6 +278,7 @@ METHODS: list[dict[str, Any]] = [
     *({"select": name} for name in STATISTICS),
     {"select": {"name": "keys", "start": "mean"}},
     {"members": 4, "select": {"name": "keys", "top": 2}},
+    {"members": 4, "select": {"name": "keys", "top": 2, "start": "mean", "spread": 1.0}},
     {"each": 2, "select": "weights", "start": "fresh"},
 ]
 
@@ -542,7 +543,7 @@ def test_members_that_are_never_chosen_are_reported() -> None:
     query = torch.randn(1, 32, generator=torch.Generator().manual_seed(0))
     method.queries._ask = lambda inputs: query.expand(len(Inputs.of(inputs).pixels), -1)
     learn_protected(method, stream[0])
-    assert "warning" not in method.facts()["pool"]
+    assert not method.facts()["pool"]["warning"]
     learn_protected(method, stream[1])
-    assert "only 2 of 6 members were ever chosen" in method.facts()["pool"]["warning"]
+    assert "2 of 6 members in 2 tasks" in method.facts()["pool"]["warning"]
     assert sum(method.use.tolist()) == 2 * 2 * 48

@@ -384,7 +384,8 @@ def export_learned(method: Method, backbone: Backbone, folder: Path) -> list[Pat
     in the order of its rows, and how features are read; docs/export.md has code that uses them. Without pets
     (`pet: none`) there are no files of PEFT. A packaged model lies in the folder `base`. A language model that answers
     with its own output layer has no files of a head. If a method keeps several adapters and each can be used alone,
-    each gets its own folder. Everything is written under another name first and then renamed.
+    each gets its own folder, and `selector.safetensors` with `selector.json` holds what chooses among them. Everything
+    is written under another name first and then renamed.
 
     Returns:
         The paths of the written files.
@@ -398,6 +399,12 @@ def export_learned(method: Method, backbone: Backbone, folder: Path) -> list[Pat
         for name, set_name in sets.items():
             with method.acting(set_name):
                 _export_set(method, backbone, set_name, aside / name)
+        if (selector := method.exported_selector()) is not None:
+            tensors, about = selector
+            plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(plain, aside / "selector.safetensors", metadata={"format": "pt"})
+            text = json.dumps({**about, "folders": list(sets)}, indent=2, ensure_ascii=False, allow_nan=False)
+            (aside / "selector.json").write_text(f"{text}\n", encoding="utf-8")
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 

@@ -193,6 +193,13 @@ class Method(nn.Module, ABC):
             )
         return {"": names.pop()}
 
+    def exported_selector(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What chooses among the sets of `exported` for each example: its tensors, and the rest in JSON's types.
+
+        None if nothing chooses.
+        """
+        return None
+
     def observe(self, inputs: Inputs) -> None:
         """One pass of the model as at prediction but with the trained pets in force, so that protection can watch
         their features."""

@@ -34,6 +34,7 @@ class Query(BaseModel):
 
     Attributes:
         after: the number of the net's blocks that are computed; None is the whole net. Fewer blocks cost less.
+        reads: the feature at the `end` of the net, or all that the backbone's `taps` read.
         view: in training, `drawn` computes the query of the picture as it is trained on, with its random changes;
             `plain` computes it once for each picture, as at prediction.
     """
@@ -41,6 +42,7 @@ class Query(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     after: Annotated[int, Field(ge=1)] | None = None
+    reads: Literal["end", "taps"] = "end"
     view: Literal["plain", "drawn"] = "plain"
 
 
@@ -108,10 +110,10 @@ class Pool(Method):
         self.common = tuple(common)
         self.form = self._form()
         self.train_config, self.answer, self.again, self.start = train, answer, again, start
-        self.each, self.merge, self.query = each, merge, query
+        self.each, self.merge, self.query, self.select = each, merge, query, select
         self.by_task = members == "task"
         model.compare(mask)
-        self.selector: Selector = select.make(model.backbone.width)
+        self.selector: Selector = select.make(self._query_width())
         self.selector.private = self.by_task
         self._check(select.name, members)
         self.bank = Bank(model, self.form, self.common)
@@ -129,8 +131,9 @@ class Pool(Method):
             self.trained, self.private = self.common, self.working
         else:
             self.trained, self.sometimes = (*self.common, *self.working), self.working
-            self.selector.grow(len(self.working), rng)
-        if self.by_task and not self.common and not self.selector.sites():
+            directions = torch.randn(len(self.working), self.selector.dim, generator=rng)
+            self.selector.grow(len(self.working), rng, directions)
+        if self.by_task and not self.common:
             self.unprotectable = (
                 "has nothing to protect: each task has members of its own, which later tasks do not change; leave "
                 "protect out"
@@ -140,6 +143,17 @@ class Pool(Method):
         """The number of tasks that were learned."""
         self._owner: list[int] = []
         self.register_buffer("use", torch.zeros(0 if self.by_task else len(self.working), dtype=torch.int64))
+
+    def _query_width(self) -> int:
+        backbone = self.model.backbone
+        if self.query.reads == "end":
+            return backbone.width
+        if backbone.taps is None or self.query.after is not None:
+            raise UsageError(
+                "method: pool: query.reads: taps reads the features of backbone.taps behind the last blocks: set "
+                "backbone.taps, and leave query.after out"
+            )
+        return backbone.dim
 
     # -- options --------------------------------------------------------------------------------------
 
@@ -245,7 +259,8 @@ class Pool(Method):
         """Give the task its members, with the values that they start from, and the selector room for them."""
         if not self.by_task:
             if self.selector.needs_start and task.index == 0:
-                self.selector.grow(len(self.working), task.generator("selector"), table)
+                assert table is not None
+                self.selector.start_at(table)
             return
         before = len(self.bank.kept)
         if before and self.start != "last":
@@ -335,6 +350,8 @@ class Pool(Method):
         # The difference between two tasks can be too small for bf16.
         device = next(iter(Inputs.of(inputs).tensors.values())).device
         with torch.autocast(device.type, enabled=False):
+            if self.query.reads == "taps":
+                return self.model.features(inputs)
             return self.model.backbone.query(inputs, self.query.after)
 
     def chosen(self, inputs: Inputs) -> Chosen | None:
@@ -437,6 +454,14 @@ class Pool(Method):
             return {set_name(slot): set_name(slot) for slot in self.bank.kept}
         return {"+".join(kept.tasks): set_name(slot) for slot, kept in self.bank.kept.items()}
 
+    def exported_selector(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors = {name: t for name, t in self.selector.state_dict().items() if isinstance(t, Tensor)}
+        extra = self.selector.get_extra_state()
+        return tensors, {"selector": self.select.model_dump(), "query": self.query.model_dump(), "extra": extra}
+
+    def acting(self, name: str | None) -> contextlib.AbstractContextManager[None]:
+        return self.bank.acting(name) if name is not None and self.by_task else super().acting(name)
+
     # -- reporting and storing ------------------------------------------------------------------------
 
     def facts(self) -> dict[str, Any]:
@@ -446,12 +471,7 @@ class Pool(Method):
             facts["selector"] = found
         if not self.by_task:
             facts["use"] = self.use.tolist()
-            used, wanted = int((self.use > 0).sum()), min(2 * self.selector.top, len(self.working))
-            if used < wanted and int(self.use.sum()) and self.learned > 1:
-                facts["warning"] = (
-                    f"only {used} of {len(self.working)} members were ever chosen: the selector serves all tasks with "
-                    "the same ones; set select.spread, or give each task its own member (members: task)"
-                )
+            facts["warning"] = self.selector.warning(self.learned)
         return {**super().facts(), "pool": facts}
 
     def get_extra_state(self) -> dict[str, Any]:

@@ -94,6 +94,14 @@ class Selector(nn.Module, ABC):
         """
         self.members = max(self.members, members)
 
+    def start_at(self, queries: Tensor) -> None:
+        """Start all members at the queries `(N, D)` of the first task; for a pool whose members all tasks share, if
+        `needs_start`."""
+
+    def warning(self, tasks: int) -> str | None:
+        """A warning about how the members were used in the training of so many tasks; None without one."""
+        return None
+
     def rest(self, members: int) -> None:
         """The first `members` members are finished: what is trained must not move for them any more."""
 

@@ -90,6 +90,10 @@ class Keys(Selector):
         # Fewer queries may differ than there are keys
         return F.normalize(centres, dim=-1)[torch.arange(count) % len(centres)]
 
+    @torch.no_grad()
+    def start_at(self, queries: Tensor) -> None:
+        self._set(self.kept, self._groups(queries, self.members).to(self.fresh))
+
     def _set(self, kept: Tensor, fresh: Tensor) -> None:
         """Change the tensors; the parameter stays the same object, because protection knows it."""
         self.kept, self.fresh.data, self.fresh.grad = kept.clone(), fresh.clone(), None
