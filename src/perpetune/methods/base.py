@@ -132,7 +132,7 @@ class Method(nn.Module, ABC):
 
     def _guard(self, optimizer: torch.optim.Optimizer) -> contextlib.AbstractContextManager[object]:
         assert self.protection is not None
-        self.protection.check_covers(optimizer, self.model, self.private)
+        self.protection.check_covers(optimizer, self, self.private)
         return self.protection.guard(optimizer)
 
     def groups(self, config: FitConfig, pets: Sequence[str] | None = None) -> Groups:
