@@ -136,7 +136,7 @@ def test_members_that_no_batch_chose_do_not_move_even_with_decay() -> None:
     learn_protected(method, stream[0])
     moved = [not same(values(method, name), before[name]) for name in method.working]
     assert sum(moved) == 1
-    assert method.use.tolist() == [48 * m for m in moved]
+    assert method.use.tolist() == [24 * m for m in moved]
 
 
 def test_only_chosen_members_get_gradients() -> None:
@@ -219,7 +219,7 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
         ({"select": "gaussian"}, 24),
         ({"select": "keys"}, 24),
         ({"members": 3, "select": "keys"}, 24),
-        ({"members": 3, "select": "keys", "query": {"view": "drawn"}}, 48),
+        ({"members": 3, "select": "keys", "query": {"view": "drawn"}}, 72),
         ({"select": "last"}, 0),
     ],
     ids=["statistics", "keys", "shared", "drawn", "last"],
@@ -546,4 +546,4 @@ def test_members_that_are_never_chosen_are_reported() -> None:
     assert not method.facts()["pool"]["warning"]
     learn_protected(method, stream[1])
     assert "2 of 6 members in 2 tasks" in method.facts()["pool"]["warning"]
-    assert sum(method.use.tolist()) == 2 * 2 * 48
+    assert sum(method.use.tolist()) == 2 * 2 * 24

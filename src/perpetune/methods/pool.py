@@ -213,7 +213,6 @@ class Pool(Method):
         config, asked = self.train_config, self._asked(task)
         table = self._table(task) if self._reads_queries(task) else None
         self._begin(task, table)
-        before = self.use.clone()
         self.queries.keep(table if task.train.deterministic or self.query.view == "plain" else None)
         loss = partial(self.loss, repulsion=self.repulsion)
         following = self.model.following(task, config.batch_size, self.features)
@@ -221,7 +220,7 @@ class Pool(Method):
             fit(loss, self._groups(config), task, config)
         self.queries.keep(None)
         if not self.by_task:
-            self._count_use(task, before)
+            self._count_use(self._table(task) if table is None else table)
         if table is None and self.selector.statistics:
             table = self._table(task)
         if self.merge and self.bank.kept:
@@ -287,8 +286,6 @@ class Pool(Method):
                 loss = self.model.head_loss(task, features, batch.targets) + repulsion.loss(features)
         if queries is None or chosen is None:
             return loss
-        if not self.by_task:
-            self.use += torch.bincount(chosen.index.flatten(), minlength=len(self.use))
         more = self.selector.loss(queries, chosen)
         return loss if more is None else loss + more
 
@@ -310,11 +307,15 @@ class Pool(Method):
         tokens = all(pet.adds_tokens for pet in pets(self.model, self.form))
         return "beside" if tokens and not self.selector.every else "sum"
 
-    def _count_use(self, task: Task, before: Tensor) -> None:
-        """Add up over the processes how often each member was trained in a task, and tell the selector."""
-        now = task.runtime.sum(self.use - before)
-        self.use.copy_(before + now)
-        self.selector.used(torch.arange(len(now), device=now.device).repeat_interleave(now))
+    def _count_use(self, queries: Tensor) -> None:
+        """Count for how many examples of a task each member is picked, and tell the selector.
+
+        Args:
+            queries: `(N, D)` of all training examples, the same on every process.
+        """
+        index = self.selector.pick(queries).index
+        self.use += torch.bincount(index.flatten(), minlength=len(self.use)).to(self.use.device)
+        self.selector.used(index)
 
     def _summarise(self, task: Task) -> None:
         """Let the head learn from the features that the task's examples have at prediction; so must `repel`."""

@@ -37,7 +37,7 @@ TOLD = (
     "“Right member” is the share of test data for which the right member was chosen. “If the task were known” is the "
     "accuracy with the right member for all of them: a bound, because nobody tells the method the task."
 )
-USE = "How often each member was trained, over all tasks. Members that are never chosen learn nothing."
+USE = "For how many training examples each member was chosen, over all tasks. A member that is never chosen learns nothing."
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def section(results: Results) -> list[Block] | None:
     if use is not None:
         blocks += [Text(USE), use]
         used = [row for row in use.rows if row[1] != "0"]
-        blocks.append(Brief("members", f"{len(used)} of {len(use.rows)} were trained"))
+        blocks.append(Brief("members", f"{len(used)} of {len(use.rows)} were ever chosen"))
     return blocks
 
 
@@ -151,7 +151,7 @@ def _use(results: Results) -> Table | None:
     if not whole:
         return None
     rows: Rows = [[str(number), form.count(count), form.percent(count / whole)] for number, count in enumerate(counts)]
-    return Table([Column("member", left=True), "times trained", "share, %"], rows, limit=30, noun="member")
+    return Table([Column("member", left=True), "chosen", "share, %"], rows, limit=30, noun="member")
 
 
 def _mean(values: list[float]) -> float | None:
