@@ -477,6 +477,14 @@ def test_predict_names_what_cannot_be_read_after_the_rest(shell: Shell, world: P
     assert len(said.err.splitlines()) == 1
 
 
+def test_predict_prints_one_line_for_each_picture(shell: Shell, world: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "line\nbreak.png"
+    broken.write_bytes((world / "images" / "test" / "cat" / "1000.png").read_bytes())
+    (line,) = shell("predict", world / "done", broken).lines
+    assert line.startswith(f"{tmp_path}/line\\nbreak.png: ")
+    assert shell.json("predict", world / "done", broken)[0]["image"] == str(broken)
+
+
 def test_evaluate(shell: Shell, world: Path) -> None:
     cells = shell.json("evaluate", world / "done")
     assert list(cells) == ["cat-dog", "fox-owl"]
@@ -554,11 +562,11 @@ def test_compare(shell: Shell, world: Path, tmp_path: Path) -> None:
 
 def test_methods(shell: Shell) -> None:
     said = shell("methods")
-    assert [line.partition(":")[0] for line in said.lines if line[0] != " " and ":  " in line][:7] == [
-        "method", "pet", "head", "backbone", "data", "exams", "protect",
+    assert [line.partition(":")[0] for line in said.lines if line[0] != " " and ":  " in line][:8] == [
+        "method", "pet", "head", "select", "backbone", "data", "exams", "protect",
     ]  # fmt: skip
     found = shell.json("methods")
-    assert list(found) == ["methods", "pets", "heads", "backbones", "data", "exams", "protect"]
+    assert list(found) == ["methods", "pets", "heads", "selectors", "backbones", "data", "exams", "protect"]
     assert found.pop("protect")["project"] == "step   (step, gradient)"
     for kind, choices in found.items():
         for name, about in choices.items():

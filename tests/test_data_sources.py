@@ -79,6 +79,61 @@ def test_files_that_are_no_pictures_are_told_by_suffix(tmp_path):
     assert warning.endswith("in a class folder: 1 .heic, 3 .txt, 1 without a suffix")
 
 
+def test_no_suffix_of_ignored_files_is_hidden(tmp_path):
+    tree(tmp_path, "cat/1.png")
+    for name in ("a.txt", "b.ico", "c.svg", "d.heic", "e.tga", "f.mp4", "README"):
+        (tmp_path / "cat" / name).write_text("x")
+    (warning,) = FolderSource(path=str(tmp_path)).train().warnings
+    assert warning.endswith("class folder: 1 .heic, 1 .ico, 1 .mp4, 1 .svg, 1 .tga, 1 .txt, 1 without a suffix")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems take these names for one already")
+def test_folders_of_one_class_are_told(tmp_path):
+    tree(tmp_path, "cat/1.png", "cat /2.png", "Café/1.png", "Cafe\u0301/2.png", "dog/1.png")
+    table = FolderSource(path=str(tmp_path)).train()
+    assert Counter(table.labels) == {"cat": 2, "Café": 2, "dog": 1}
+    assert table.warnings == [
+        f"{tmp_path}: spelled in several ways, and taken for one: 'Cafe\\u0301' and 'Café', 'cat' and 'cat '"
+    ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems take these names for one already")
+def test_domains_and_their_classes_are_told_apart(tmp_path):
+    tree(tmp_path, "photo/cat/1.png", "photo /cat/1.png", "sketch/cat /1.png", "sketch/photo  /1.png")
+    table = FolderSource(path=str(tmp_path)).train()
+    assert Counter(table.groups) == {"photo": 2, "sketch": 2}
+    start = f"{tmp_path}: spelled in several ways, and taken for one: "
+    assert table.warnings == [f"{start}'cat' and 'cat '", f"{start}'photo' and 'photo '"]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_cells_of_one_class_are_told(tmp_path, suffix):
+    rows = [("a.png", "cat", "x"), ("b.png", " cat", "x "), ("c.png", "dog", "x")]
+    if suffix == "csv":
+        lines = ["path,label,domain", *(",".join(row) for row in rows)]
+    else:
+        lines = [json.dumps(dict(zip(("path", "label", "domain"), row, strict=True))) for row in rows]
+    manifest = tmp_path / f"m.{suffix}"
+    manifest.write_text("\n".join(lines) + "\n")
+    table = ManifestSource(path=str(manifest)).train()
+    assert (table.labels, table.groups) == (["cat", "cat", "dog"], ["x", "x", "x"])
+    told = "spelled in several ways, and taken for one"
+    assert table.warnings == [
+        f"{manifest}: column 'label': {told}: 'cat' and ' cat'",
+        f"{manifest}: column 'domain': {told}: 'x' and 'x '",
+    ]
+
+
+def test_cells_of_one_class_in_parquet_are_told(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pictures = [{"bytes": png(c), "path": None} for c in ((1, 1, 1), (2, 2, 2), (3, 3, 3))]
+    file = tmp_path / "train.parquet"
+    pq.write_table(pa.table({"image": pictures, "label": ["cat", "dog", "cat "]}), file)
+    table = ParquetSource(path=str(file)).train()
+    assert table.labels == ["cat", "dog", "cat"]
+    assert table.warnings == [f"{file}: column 'label': spelled in several ways, and taken for one: 'cat' and 'cat '"]
+
+
 def test_domain_folders(tmp_path):
     tree(tmp_path, "photo/cat/1.png", "photo/dog/1.png", "sketch/cat/1.png", "sketch/loose.png")
     with pytest.raises(

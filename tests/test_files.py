@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -52,6 +53,25 @@ def test_a_folder_is_never_written_over(folder: Path) -> None:
     with pytest.raises(OSError):
         write_folder(folder, {"a.safetensors": b"other"})
     assert read_folder(folder) == CONTENT
+
+
+@pytest.mark.parametrize("write", ["file", "folder"])
+def test_an_error_names_what_was_to_be_written(write: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("perpetune.files.os.fsync", full)
+    path = tmp_path / "report.html"
+    with pytest.raises(OSError, match="No space left") as found:
+        write_file(path, b"x") if write == "file" else str(write_folder(path, {"a": b"x"}))
+    assert (found.value.errno, found.value.filename) == (errno.ENOSPC, str(path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_does_not_exist_is_named_by_what_was_to_be_written(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as found:
+        write_file(tmp_path / "none" / "report.md", b"x")
+    assert found.value.filename == str(tmp_path / "none" / "report.md")
 
 
 def test_what_a_crash_left_is_written_over(tmp_path: Path) -> None:

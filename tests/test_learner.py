@@ -337,11 +337,14 @@ def test_an_update_after_a_run_adds_classes_and_keeps_names(state: Path, two_cla
 
 
 def test_a_name_is_made_safe_and_is_taken_once(state: Path, two_classes: Path) -> None:
-    learner = Learner.load(state)
+    notes = Notes()
+    learner = Learner.load(state, progress=notes)
     results = learner.learn(two_classes, name="new birds/2024")
-    name = results["tasks"][2]["name"]
-    assert "/" not in name
-    assert (state / "tasks" / f"0002-{name}").is_dir()
+    assert results["tasks"][2]["name"] == "new_birds_2024"
+    assert "the task is called new_birds_2024, because 'new birds/2024' cannot name a folder" in notes.notes
+    assert (state / "tasks" / "0002-new_birds_2024").is_dir()
+    learner.learn(two_classes, name="neu_2024")
+    assert not [note for note in notes.notes if "neu_2024" in note and "cannot name" in note]
     with pytest.raises(UsageError, match="already has a task 'a-b': choose another --name"):
         learner.learn(two_classes, name="a-b")
 
@@ -382,7 +385,8 @@ def test_new_images_that_earlier_tasks_are_tested_on_are_named(vit: Path, two_cl
     learner.learn(two_classes, name="one", holdout=0.3)
     again = Path(shutil.copytree(two_classes, tmp_path / "again"))
     learner.learn(again, holdout=0.3)  # the same split of the same names
-    assert notes.notes == ["data of the same names, labels and sizes were learned before, as task one"]
+    count = sum(len(files) for _, _, files in os.walk(again))
+    assert notes.notes == [f"task again learns again: {count} of {count} pictures were learned before, as task one"]
     results = learner.learn(again, name="all", holdout=0.0)
     said = [n for n in notes.notes if "trains on" in n]
     assert said[0].startswith("task all trains on 12 test pictures of earlier tasks: ")

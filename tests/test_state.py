@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -97,6 +98,16 @@ def test_a_new_state_is_empty(state: State) -> None:
     assert state.open_task() is None
     assert state.backbone == {"spec": "tiny", "fingerprint": "f"}
     assert State(state.folder).recipe == make_recipe({})
+
+
+def test_a_state_of_somebody_else_is_not_changed(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(path: Any, *more: Any, **further: Any) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("perpetune.state.os.open", denied)
+    said = f"^{re.escape(str(state.folder))} cannot be changed: Permission denied$"
+    with pytest.raises(StateError, match=said), state.writing():
+        pass
 
 
 def test_a_state_is_not_made_over_anything(state: State, tmp_path: Path) -> None:
@@ -267,9 +278,9 @@ def test_checkpoints_of_the_open_task_stay(state: State) -> None:
 
 @pytest.mark.parametrize(
     ("to", "kept"),
-    [("b", 2), ("1", 2), ("0001-b", 2), ("0", 1), ("c", 3), ("start", 0)],
+    [("b", 2), ("0001-b", 2), ("c", 3), ("start", 0)],
 )
-def test_rollback_by_name_number_and_folder(state: State, method: Method, to: str, kept: int) -> None:
+def test_rollback_by_name_and_folder(state: State, method: Method, to: str, kept: int) -> None:
     commit(state, method, "a", "b", "c")
     begin(state, 3, "d")
     assert state.rollback(to) == ["a", "b", "c"][kept:]
@@ -279,11 +290,28 @@ def test_rollback_by_name_number_and_folder(state: State, method: Method, to: st
     assert (last["event"], last["to"], last["dropped"]) == ("rolled back", to, ["a", "b", "c"][kept:])
 
 
-def test_a_name_comes_before_a_number(state: State, method: Method) -> None:
+def test_a_number_is_a_task_only_where_it_is_its_name(state: State, method: Method) -> None:
     commit(state, method, "2", "1", "0")
     assert state.rollback("1") == ["0"]
     assert state.rollback("2") == ["1"]
-    assert state.rollback("0") == []
+    with pytest.raises(UsageError, match="has no task '0'"):
+        state.rollback("0")
+    assert [t.name for t in state.committed] == ["2"]
+
+
+def test_a_number_alone_is_not_guessed(state: State, method: Method) -> None:
+    commit(state, method, "may", "june", "july")
+    with pytest.raises(
+        UsageError,
+        match=r"has no task '2'; a number is not taken for one: task 2 is june, the folder with 2 is 0002-july; give "
+        "the name$",
+    ):
+        state.rollback("2")
+    with pytest.raises(UsageError, match=r"'3'; a number is not taken for one: task 3 is july; give the name$"):
+        state.rollback("3")
+    with pytest.raises(UsageError, match=r"has no task '4'; closest: "):
+        state.rollback("4")
+    assert [t.name for t in state.committed] == ["may", "june", "july"]
 
 
 def test_rollback_to_an_unknown_task_changes_nothing(state: State, method: Method) -> None:
@@ -291,8 +319,6 @@ def test_rollback_to_an_unknown_task_changes_nothing(state: State, method: Metho
     before = sorted(state.folder.rglob("*"))
     with pytest.raises(UsageError, match=r"has no task 'secnd'; one of first, second, start"):
         state.rollback("secnd")
-    with pytest.raises(UsageError, match="has no task '2'"):
-        state.rollback("2")
     assert sorted(state.folder.rglob("*")) == before
 
 

@@ -54,6 +54,8 @@ def load_backbone(spec: str, *, seed: int = 0, **options: Any) -> Backbone:
         given["seed"] = seed
     with own_global_state("backbone", seed):
         backbone: Backbone = load(spec.partition(":")[2], **given)
+    if given.get("pretrained") is False:
+        backbone.opens = {}  # nothing else draws the same weights
     return backbone.tap(taps, tokens or "both")
 
 

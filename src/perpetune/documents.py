@@ -39,6 +39,13 @@ class Backbone(Document):
     date: str | None = None
 
 
+class Contents(Document):
+    """A sample of the hashes of a task's examples (`data.sketch`)."""
+
+    count: Count
+    hashes: Annotated[str, Field(pattern="^([0-9a-f]{16})*$", max_length=2**16)]
+
+
 class Task(Document):
     """`task.json` of a committed task."""
 
@@ -52,6 +59,7 @@ class Task(Document):
     fingerprint: str
     bad: list[str]
     warnings: list[str]
+    contents: Contents | None = None
 
     @model_validator(mode="after")
     def _agrees(self) -> Task:

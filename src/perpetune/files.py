@@ -39,10 +39,10 @@ def write_file(path: Path, content: bytes) -> None:
     try:
         _write_synced(aside, content)
         os.replace(aside, path)
-    except OSError:  # such as a full disk, or a folder that has the file's name
+    except OSError as error:  # such as a full disk, or a folder that has the file's name
         with contextlib.suppress(OSError):
             aside.unlink()
-        raise
+        raise about(error, path) from None
     _sync_folder(path.parent)
 
 
@@ -50,8 +50,8 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> str:
     """Make the new folder `path` with `files` and a manifest of their hashes; return the manifest's own SHA-256."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = _aside(path, "tmp")
-    aside.mkdir()
     try:
+        aside.mkdir()
         for name, content in files.items():
             _write_synced(aside / name, content)
         hashes = {name: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for name, c in files.items()}
@@ -59,11 +59,16 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> str:
         _write_synced(aside / MANIFEST, manifest)
         _sync_folder(aside)
         os.rename(aside, path)
-    except OSError:
+    except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise
+        raise about(error, path) from None
     _sync_folder(path.parent)
     return hashlib.sha256(manifest).hexdigest()
+
+
+def about(error: OSError, path: Path) -> OSError:
+    """`error`, with the name that a user knows in the place of a temporary one."""
+    return error if error.errno is None else OSError(error.errno, error.strerror, str(path))  # of the class of errno
 
 
 def listed(path: Path, cure: str = "restore it from a backup", digest: str | None = None) -> dict[str, tuple[int, str]]:

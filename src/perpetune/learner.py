@@ -20,7 +20,7 @@ from torch import Tensor
 from perpetune import oracle
 from perpetune.build import build_backbone, build_method, build_runtime
 from perpetune.data.examples import Question
-from perpetune.data.names import safe_name, several, task_names
+from perpetune.data.names import printable, safe_name, several, task_names
 from perpetune.data.sources import Source
 from perpetune.data.stream import Stream
 from perpetune.data.tasks import TaskData
@@ -153,8 +153,9 @@ class Learner:
             learner.method.model.view.today = learner.state.begun
         learner._tasks.moved = learner.state.moved()
         learner._reload()
-        if (line := learner.state.unchecked()) and learner.runtime.rank == 0:
-            warnings.warn(line, stacklevel=2)
+        for line in (learner.state.unchecked(), learner.state.edited()):
+            if line and learner.runtime.rank == 0:
+                warnings.warn(line, stacklevel=2)
         return learner
 
     @staticmethod
@@ -179,7 +180,7 @@ class Learner:
             if not Path(new).exists():
                 raise UsageError(f"{new}: no such file or folder, so no data can have moved there")
             data = old, new
-            for key in ("data", "exams"):
+            for key in ("data", "exams", "protect"):
                 content[key] = moved(content[key], [data])
         if model is not None:
             content["backbone"]["name"] = model
@@ -280,7 +281,9 @@ class Learner:
                 f"{self.state.folder} has learned {index} of the {planned} tasks of its stream: "
                 f"finish them first with `perpetune resume {self.state.folder}`"
             )
-        name = self._name(data, name, index)
+        asked, name = name, self._name(data, name, index)
+        if asked and asked != name:
+            self.runtime.progress.note(f"the task is called {name}, because '{printable(asked)}' cannot name a folder")
         if options:
             if not isinstance(data, (str, Path)):
                 raise UsageError("options need data that are a path or an id; put them into the data section instead")
@@ -322,7 +325,8 @@ class Learner:
                     f"the data of task {opened['name']} were a Python object: "
                     "call `Learner.load(...).learn` with it again"
                 )
-            return self.learn(opened["from"], name=opened["name"], holdout=opened["from"]["holdout"])
+            origin = moved(opened["from"], self._tasks.moved)
+            return self.learn(origin, name=opened["name"], holdout=origin["holdout"])
         if self.recipe.data is None:
             if self.runtime.rank == 0:
                 with self.state.writing():  # finishes an interrupted commit

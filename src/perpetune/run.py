@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import sys
 import time
@@ -21,11 +20,9 @@ from perpetune.oracle import Oracle, solve
 from perpetune.results import read_results
 from perpetune.runtime import Runtime
 from perpetune.snapshot import read_tensors
-from perpetune.state import MidTask, State
+from perpetune.state import MidTask, State, training_digest
 from perpetune.tasks import Batch, Examples, Task, balanced, evaluation_batches
 
-# Sections of a recipe that decide a training.
-DECIDES = {"backbone", "pet", "method", "head", "protect", "train", "seed"}
 LEADING = 256  # examples of a task that say where its pet starts, with protect.start: leading
 FEATURES = "features.safetensors"  # of a few test images of the task, as they were when it was learned
 
@@ -68,8 +65,7 @@ def learn_task(method: Method, step: Step, state: State) -> None:
     task, recipe, run = step.task, state.recipe, step.task.runtime
     main = run.rank == 0
     # A checkpoint is of use only for the same data, training and number of processes.
-    trained_by = recipe.model_dump_json(include=DECIDES | ({"pets"} if recipe.pets else set()))
-    fingerprint = f"{step.document['fingerprint']}/{hashlib.sha256(trained_by.encode()).hexdigest()}/{run.world}"
+    fingerprint = f"{step.document['fingerprint']}/{training_digest(recipe)}/{run.world}"
     if main:
         about = {key: step.document[key] for key in ("fingerprint", "from")}
         state.log("task begun", task=task.index, name=task.name, **about)

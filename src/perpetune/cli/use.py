@@ -50,7 +50,7 @@ def _predictions(learner: Learner, inputs: list[str], top: int, options: str | N
 
     from perpetune.cli.common import print_json
     from perpetune.cli.output import escaped
-    from perpetune.data.names import several
+    from perpetune.data.names import printable, several
     from perpetune.errors import DataError, UsageError
 
     if options is not None:
@@ -70,7 +70,7 @@ def _predictions(learner: Learner, inputs: list[str], top: int, options: str | N
             writer.writerow([escaped(p.image), *(x for name, v in p.classes for x in (escaped(name), f"{v:.6f}"))])
     else:
         for p in predictions:
-            print(f"{p.image}: {', '.join(f'{name} {value:.3f}' for name, value in p.classes)}")
+            print(f"{printable(p.image)}: {', '.join(f'{name} {value:.3f}' for name, value in p.classes)}")
     if unreadable:
         raise DataError(f"{len(unreadable)} of {len(files)} pictures cannot be read: {several(unreadable)}")
 
@@ -173,7 +173,7 @@ def export(
     learner = Learner.load(state, device="cpu", progress=Notes())
     if not learner.state.committed:
         raise StateError(f"{state} has learned nothing yet: use `perpetune update` or `run` first")
-    written = export_learned(learner.method, learner.backbone, folder)
+    written = export_learned(learner.method, learner.backbone, folder, state)
     if json:
         print_json({"files": [str(p) for p in written]})
     else:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Literal
 
-from perpetune.data.names import label_of, printable, several
+from perpetune.data.names import printable, several
 from perpetune.data.sources import LONGEST
 from perpetune.errors import DataError, UsageError
 from perpetune.plain import parse_json
@@ -116,7 +116,7 @@ def class_names(schema: Any, column: str) -> list[str] | None:
 
 
 def named(values: Sequence[Any], names: Sequence[str] | None, column: str, where: str) -> list[str]:
-    """The cells of a label or group column as text. A missing cell gives `""`.
+    """The cells of a label or group column as text, as they are spelled. A missing cell gives `""`.
 
     Args:
         names: the names that whole numbers stand for; None keeps whole numbers.
@@ -135,5 +135,5 @@ def named(values: Sequence[Any], names: Sequence[str] | None, column: str, where
             raise DataError(f"{at} holds {len(value)} characters; at most {LONGEST} are a name")
         if isinstance(value, int) and names is not None and not 0 <= value < len(names):
             raise DataError(f"{at} is {value}; there are {len(names)} class names")
-        known[value] = label_of(names[value] if isinstance(value, int) and names is not None else str(value))
+        known[value] = names[value] if isinstance(value, int) and names is not None else str(value)
     return [known[value] for value in values]

@@ -36,6 +36,22 @@ def label_of(name: str) -> str:
     return printable(unicodedata.normalize("NFC", name.strip()))
 
 
+def one_class(names: Iterable[str], where: str) -> list[str]:
+    """A line on `names` that are spelled in several ways and stand for one (`label_of`); none where there are none."""
+    first: dict[str, str] = {}
+    found = []
+    for name in dict.fromkeys(names):
+        other = first.setdefault(label_of(name), name)
+        if other != name:
+            found.append(f"{_spelled(other)} and {_spelled(name)}")
+    return [f"{where}: spelled in several ways, and taken for one: {several(found)}"] if found else []
+
+
+def _spelled(name: str) -> str:
+    """`name` in quotes; with accents as escapes where they are stored apart from their letters."""
+    return f"'{printable(name)}'" if name == unicodedata.normalize("NFC", name) else ascii(name)
+
+
 def alike(names: Iterable[str], known: Iterable[str] = ()) -> list[str]:
     """`'Ant' and 'ant'` for each two names that differ only in case, width, or spaces, `_` and `-` between words.
 

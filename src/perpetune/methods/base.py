@@ -200,6 +200,14 @@ class Method(nn.Module, ABC):
         """
         return None
 
+    def from_earlier(self, extra: dict[str, Any]) -> dict[str, str]:
+        """Change the extra state of an earlier version, by module, into today's.
+
+        Returns:
+            How names of tensors begin today, by how they began then.
+        """
+        return {}
+
     def observe(self, inputs: Inputs) -> None:
         """One pass of the model as at prediction but with the trained pets in force, so that protection can watch
         their features."""

@@ -88,6 +88,7 @@ class Pool(Method):
     """
 
     several = True
+    use: Tensor
 
     def __init__(
         self,

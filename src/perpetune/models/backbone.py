@@ -66,6 +66,9 @@ class Backbone(nn.Module):
         self.spec, self.dim, self.preprocess = spec, dim, preprocess
         self.quantised_from: str | None = None  # fingerprint of the float weights; set by the code that quantises
         self.width, self.prefix, self.class_token = dim, prefix, class_token
+        self.opens: dict[str, Any] = {}
+        """How its library opens the same net, for an export: `library`, `base`, and keywords of the constructor
+        (`options`) and of each call (`call`). Empty if the loader does not say it."""
         self.taps: Taps | None = None
         """The blocks whose tokens are read as features; None means the net's own feature alone."""
         self._features = forward or call
@@ -99,7 +102,7 @@ class Backbone(nn.Module):
         Raises:
             UsageError: the net cannot read what its view makes, or gives features of another width or not finite ones.
         """
-        inputs = self._empty()
+        inputs = self.empty()
         if inputs is None:
             return
         try:
@@ -117,7 +120,7 @@ class Backbone(nn.Module):
         if not features.isfinite().all():
             raise UsageError(f"{self.spec}: its features are not finite numbers: the checkpoint is damaged")
 
-    def _empty(self) -> Inputs | None:
+    def empty(self) -> Inputs | None:
         """One example of the view without content; None if the view is of an unknown kind."""
         device = next((t.device for t in self.net.parameters()), torch.device("cpu"))
         if isinstance(self.preprocess, TextView):

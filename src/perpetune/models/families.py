@@ -384,7 +384,10 @@ def towers(net: nn.Module, answers: str | None = None) -> dict[str, Tower]:
             by_name.setdefault(name, Tower(name, path, module, family))
     if not by_name:
         known = ", ".join(family.name for family in FAMILIES)
-        raise UsageError(f"{type(net).__name__} is of no family whose parts are known; the known families are {known}")
+        raise UsageError(
+            f"{type(net).__name__} is of no family whose parts are known (`pet: none` uses the frozen features of any "
+            f"net for pictures); the known families are {known}"
+        )
     output_layer = getattr(net, "get_output_embeddings", None)
     first = answers or ("text" if callable(output_layer) and output_layer() is not None else "picture")
     return dict(sorted(by_name.items(), key=lambda entry: entry[0] != first))

@@ -76,6 +76,8 @@ class Taps:
         self.count = min(SOME, depth, most) if count == "auto" else count
         self.norm = tower.norm
         """The path of the net's last norm; None if it has none."""
+        self.normed_by_net = False
+        """Whether that norm acted on the tokens of the last pass."""
 
     @contextlib.contextmanager
     def listening(self, net: nn.Module) -> Iterator[list[Tensor]]:
@@ -103,11 +105,19 @@ class Taps:
             for hook in hooks:
                 hook.remove()
         last = caught[self.count - 1]
-        normed_by_net = caught.get(self.count)
+        normed = caught.get(self.count)
         states += [_normed(caught[number][:, : last.shape[1]]) for number in range(self.count - 1)]
-        states.append(
-            normed_by_net if normed_by_net is not None and normed_by_net.shape == last.shape else _normed(last)
-        )
+        self.normed_by_net = normed is not None and normed.shape == last.shape
+        states.append(normed if normed is not None and self.normed_by_net else _normed(last))
+
+    def modules(self, net: nn.Module) -> dict[str, bool]:
+        """The paths of the modules whose outputs were read in the last pass, and whether `n` is to act on each."""
+        blocks = [f"{self.sequence}.{name}" for name, _ in net.get_submodule(self.sequence).named_children()]
+        paths = dict.fromkeys(blocks[-self.count :], True)
+        if self.norm is not None and self.normed_by_net:
+            del paths[blocks[-1]]
+            paths[self.norm] = False
+        return paths
 
     def features(self, states: list[Tensor], mask: Tensor | None = None) -> Tensor:
         """Features `(B, count · len(kinds) · D)` from the normed tokens `(B, N, D)` of each block.

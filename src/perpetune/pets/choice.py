@@ -106,7 +106,8 @@ class Choice:
         """`(B, …)`: the weighted sum over the members of each example."""
         if self.weight is not None and self._same:  # all members at once, as in CODA: no copy for each example
             stacked = torch.stack(list(values))[self.index[0].to(values[0].device)]
-            return (self.weight.to(stacked) @ stacked.flatten(1)).unflatten(1, stacked.shape[1:])
+            joined: Tensor = (self.weight.to(stacked) @ stacked.flatten(1)).unflatten(1, stacked.shape[1:])
+            return joined
         picked = self.weighted(self.picked(values))
         return picked[:, 0] if self.each == 1 else picked.sum(1)
 

@@ -17,7 +17,7 @@ from perpetune.selectors.base import Chosen, Selector
 
 
 class Gaussian(Selector):
-    """Chooses the member that has learned the likeliest class, if the queries of all classes have one covariance.
+    """Chooses the member that has learned the likeliest class, if all classes have one covariance.
 
     This is HiDe's task inference (Wang et al. 2023, arXiv:2310.07234; 2024, arXiv:2407.05229) in closed form. It keeps
     sums over queries: of each class of each member, and of their products over all. So tasks may come in any order,

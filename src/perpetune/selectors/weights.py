@@ -16,10 +16,10 @@ SMALL = 1e-12  # the least length of a vector that is divided by
 
 
 class Weights(Selector):
-    """Weighs every member by `α_m = cos(q ⊙ a_m, κ_m)`: CODA-Prompt, Smith et al., CVPR 2023, arXiv:2211.13218.
+    """Weighs every member by `α_m = cos(q ⊙ a_m, κ_m)`: CODA-Prompt.
 
-    A weight may be negative, and no softmax compares them. Each `κ` and each `a` of a new member starts orthogonal to
-    those before it, of length 1.
+    Smith et al., CVPR 2023, arXiv:2211.13218. A weight may be negative, and no softmax compares them. Each `κ` and each
+    `a` of a new member starts orthogonal to those before it, of length 1.
 
     Args:
         orthogonal: the factor of the loss `mean((V Vᵀ − I)²)`, summed over `V = κ` and `V = a`.

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Literal
 
 from perpetune.data.columns import Split, split_named, splits_among
-from perpetune.data.names import label_of, printable, several
+from perpetune.data.names import label_of, one_class, printable, several
 from perpetune.data.pictures.read import holds_picture, list_folder, walk
 from perpetune.data.pictures.tables import FileTable
 from perpetune.data.sources import Fit, Kind, Source, existing
@@ -192,6 +192,7 @@ def _scan(root: str, layout: Layout, inner: tuple[Split, ...]) -> FileTable:
     labels: list[str] = []
     groups: list[str] = []
     empty: list[str] = []
+    spelled: tuple[list[str], list[str]] = [], []  # the names of classes, and of domains, as the folders have them
     folders, loose, others = list_folder(root)
     others += loose
     for top in folders:
@@ -215,10 +216,15 @@ def _scan(root: str, layout: Layout, inner: tuple[Split, ...]) -> FileTable:
             others += more
             if not names:
                 empty.append(printable(folder))
+            else:
+                spelled[0].append(label)
+                spelled[1].append(top)
             paths += [f"{folder}/{name}" for name in names]
             labels += [label_of(label)] * len(names)
             groups += [label_of(top)] * len(names)
-    warnings = []
+    warnings = one_class(spelled[0], printable(root))
+    if layout == "domains":
+        warnings += one_class(spelled[1], printable(root))
     if empty:
         warnings.append(f"{printable(root)}: no picture in {several(empty)}")
     if others:
@@ -233,7 +239,7 @@ def _by_suffix(names: Sequence[str]) -> str:
     """`12 .heic, 3 .txt`: HEIC comes first, because phones store pictures in it, which the user would miss."""
     counts = Counter(os.path.splitext(name)[1].lower() or "without a suffix" for name in names)
     order = sorted(counts, key=lambda suffix: (suffix not in (".heic", ".heif"), -counts[suffix], suffix))
-    return several([f"{counts[suffix]} {printable(suffix)}" for suffix in order])
+    return several([f"{counts[suffix]} {printable(suffix)}" for suffix in order], 12)
 
 
 def _expected(layout: Layout) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from perpetune.data.columns import Split, group_column, missing_column, split_of, unused_columns
-from perpetune.data.names import label_of, natural, printable, several
+from perpetune.data.names import label_of, natural, one_class, printable, several
 from perpetune.data.pictures.rows import cell_text, read_rows
 from perpetune.data.pictures.tables import FileTable
 from perpetune.data.sources import Fit, Kind, Source, existing
@@ -56,7 +56,7 @@ class ManifestSource(Source):
         self.label_column = label_column
         self.group_column = group_column
         self.split_column = split_column
-        self._unused: dict[str, list[str]] = {}  # of each manifest, a line on columns that are not used
+        self._notes: dict[str, list[str]] = {}  # of each manifest, on its columns and the spelling of its names
         self.labels = None if labels is None else [label_of(label) for label in labels]
 
     @classmethod
@@ -110,9 +110,12 @@ class ManifestSource(Source):
             splits: list[Split] = [split or "train"] * len(rows)
         else:
             splits = [split_of(row.get(choice), at) for at, row in rows]
-        if path not in self._unused:
+        if path not in self._notes:
             used = (self.path_column, self.label_column, group, choice if split is None else None)
-            self._unused[path] = unused_columns(columns, used, here)
+            self._notes[path] = unused_columns(columns, used, here)
+            for column in (self.label_column, group):
+                cells = (cell_text(row.get(column), column, at) for at, row in rows if column is not None)
+                self._notes[path] += one_class(cells, f"{here}: column '{column}'")
         records = [
             _Record(
                 at,
@@ -156,7 +159,7 @@ class ManifestSource(Source):
         grouped = any(r.group for r in kept)
         repeated = len(records) - len(kept)
         warnings = [f"{printable(path)}: {repeated} rows repeat an earlier row and are left out"] if repeated else []
-        warnings += self._unused.get(path, [])
+        warnings += self._notes.get(path, [])
         return FileTable(
             os.path.dirname(path),
             [r.path for r in kept],

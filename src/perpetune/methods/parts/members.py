@@ -65,4 +65,5 @@ def _orthogonal(values: Tensor, others: Sequence[Tensor]) -> Tensor:
     free = flat - basis @ (basis.mT @ flat)
     if float(free.norm()) <= 1e-6 * float(flat.norm()):
         return values
-    return (free * (flat.norm() / free.norm())).to(values).view_as(values)
+    new: Tensor = (free * (flat.norm() / free.norm())).to(values).view_as(values)
+    return new

@@ -43,10 +43,10 @@ class LoRABank(Bank):
         for pet, factors in zip(self._loras(self.working), self._made, strict=True):
             pet.set_factors(factors)
 
-    def keep(self, slot: int, task: str, classes: Sequence[str], weight: int) -> None:
+    def keep(self, slot: int, task: str, classes: Sequence[str], weight: int, *, source: str | None = None) -> None:
         """As in `Bank.keep`; the adapters to which the working set was drawn are dropped."""
         self._target = []
-        super().keep(slot, task, classes, weight)
+        super().keep(slot, task, classes, weight, source=source)
 
     # -- drawn towards another task's -----------------------------------------------------------------
 

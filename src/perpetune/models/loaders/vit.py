@@ -15,7 +15,7 @@ from perpetune.errors import PerpetuneError, UsageError
 from perpetune.models.backbone import Backbone, triple
 from perpetune.models.loaders.checkpoint import check_report, check_weights, config_of, quiet, unbuilt
 from perpetune.models.loaders.hub import hub_file, one_line
-from perpetune.models.loaders.options import Side, in_4bit, try_size
+from perpetune.models.loaders.options import Side, in_4bit, side_of, try_size
 from perpetune.plain import read_object
 
 # `model_type` of the families whose feature is the class token after the final norm. True if the family interpolates
@@ -68,11 +68,14 @@ def load(
         raise UsageError(f"{spec}: it takes pictures of {channels} channel(s), and perpetune gives it 3 (RGB)")
     preprocess = _preprocess(spec, source, config, image_size)
     net = _pretrained(spec, source, config) if pretrained else _random(spec, config)
-    interpolates = FAMILIES[config.model_type] and preprocess.size != _side(spec, config.image_size)
+    interpolates = FAMILIES[config.model_type] and preprocess.size != side_of(spec, config.image_size)
     forward = partial(class_token, interpolate_pos_encoding=True) if interpolates else class_token
     # And DeiT's distillation token
     prefix = 1 + getattr(config, "num_register_tokens", 0) + (config.model_type == "deit")
     backbone = Backbone(net, spec=spec, dim=config.hidden_size, preprocess=preprocess, forward=forward, prefix=prefix)
+    backbone.opens = {"library": "transformers", "base": source, "options": {"dtype": "float32", **_extra(config)}}
+    if interpolates:
+        backbone.opens["call"] = {"interpolate_pos_encoding": True}
     try_size(backbone, image_size)
     return in_4bit(backbone) if load_in_4bit else backbone
 
@@ -128,12 +131,12 @@ def _preprocess(spec: str, source: str, config: Any, image_size: int | None) -> 
     path = (file if file.is_file() else None) if Path(source).is_dir() else hub_file(spec, source, PREPROCESSOR)
     if path is None:
         warnings.warn(f"{spec} has no {PREPROCESSOR}: ImageNet's mean and std are assumed", stacklevel=2)
-        return PictureView(size=image_size or _side(spec, config.image_size))
+        return PictureView(size=image_size or side_of(spec, config.image_size))
     given = read_object(path, f"{spec}: {PREPROCESSOR}")
     size = given.get("size", config.image_size)
-    side, crop, squeeze = _side(spec, size), None, False
+    side, crop, squeeze = side_of(spec, size), None, False
     if given.get("do_center_crop"):
-        side, whole = _side(spec, given.get("crop_size", side)), side
+        side, whole = side_of(spec, given.get("crop_size", side)), side
         crop = min(1.0, side / whole)
         squeeze = isinstance(size, dict) and "height" in size  # resized to a square before the crop
         crop, squeeze = (None, False) if squeeze and crop == 1.0 else (crop, squeeze)
@@ -172,11 +175,3 @@ def _scale(spec: str, given: dict[str, Any]) -> float:
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor <= 255:
         raise UsageError(f"{spec}: rescale_factor {factor!r} in {PREPROCESSOR}; a number above 0 is expected")
     return 1.0 if abs(255 * factor - 1) < 1e-4 else 255.0 * factor
-
-
-def _side(spec: str, size: Any) -> int:
-    """The side in pixels. Transformers writes it as a number, as height and width, or as the shortest edge."""
-    values = list(size.values()) if isinstance(size, dict) else size if isinstance(size, list | tuple) else [size]
-    if len(set(values)) == 1 and isinstance(values[0], int):
-        return values[0]
-    raise UsageError(f"{spec}: image size {size!r} in its config; one side in pixels is expected")

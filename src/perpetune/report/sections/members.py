@@ -37,7 +37,10 @@ TOLD = (
     "“Right member” is the share of test data for which the right member was chosen. “If the task were known” is the "
     "accuracy with the right member for all of them: a bound, because nobody tells the method the task."
 )
-USE = "For how many training examples each member was chosen, over all tasks. A member that is never chosen learns nothing."
+USE = (
+    "For how many training examples each member was chosen, over all tasks. A member that is never chosen learns "
+    "nothing."
+)
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,10 @@ def section(results: Results) -> list[Block] | None:
         columns: Columns = [Column("after", left=True), "right member, %", Column(f"{what}, %")]
         columns += [Column(f"{what} if the task were known, %")] if told else []
         texts: Rows = [
-            [f"{row.number} {row.task}", form.percent(row.right), form.percent(row.answer)]
-            + ([form.percent(row.told)] if told else [])
+            [
+                f"{row.number} {row.task}",
+                *map(form.percent, (row.right, row.answer, *([row.told] if told else []))),
+            ]
             for row in rows
         ]
         blocks += [Text(TOLD if told else TOLD.partition(" “If")[0]), Table(columns, texts, limit=30, noun="task")]
