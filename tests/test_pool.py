@@ -16,6 +16,7 @@ from perpetune.check import Checker, check_method, tiny_backbone
 from perpetune.errors import UsageError
 from perpetune.evaluate import evaluate
 from perpetune.methods.parts.members import average_into, drawn_orthogonal
+from perpetune.methods.parts.recall import Recall
 from perpetune.methods.parts.repulsion import repulsion
 from perpetune.methods.pool import Pool
 from perpetune.models.classifier import Classifier
@@ -242,6 +243,32 @@ def test_one_member_is_asked_without_a_query(forwards: dict[str, int]) -> None:
     assert forwards["bare"] == 0
 
 
+def test_pictures_that_were_asked_before_are_not_queried_again(forwards: dict[str, int]) -> None:
+    """Test data of earlier tasks are asked after every task; the frozen net says the same of them each time."""
+    made, inputs = taught({"select": "gaussian"}), asked()
+    forwards["bare"] = 0
+    first = made.predict(inputs)
+    assert forwards["bare"] == 18
+    assert torch.equal(made.predict(inputs), first)
+    mixed = torch.cat([inputs.pixels[:3], 255 - inputs.pixels[3:6], inputs.pixels[:1]])
+    forwards["bare"] = 0
+    torch.testing.assert_close(made.predict(Inputs(pixels=mixed))[[0, 1, 2, 6]], first[[0, 1, 2, 0]])
+    assert forwards["bare"] == 3
+    made.recall.most = 4 * 32 * 2
+    made.recall.forget()
+    made.predict(inputs)
+    assert len(made.recall._kept) == 2
+
+
+def test_texts_are_found_again_whatever_their_padding() -> None:
+    asked_for = []
+    recall = Recall(lambda inputs: (asked_for.append(len(inputs)), torch.arange(len(inputs)).float()[:, None])[1])
+    ids, mask = torch.tensor([[0, 0, 5, 6], [1, 2, 5, 6]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]).bool()
+    recall(Inputs(ids=ids, mask=mask))
+    assert recall(Inputs(ids=ids[:1, 2:], mask=mask[:1, 2:])).tolist() == [[0.0]]
+    assert asked_for == [2]
+
+
 def test_a_table_of_queries_is_what_batches_give() -> None:
     method, stream = pool({"select": "keys"})
     table = method._table(stream[0])
@@ -287,6 +314,7 @@ METHODS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("head", ["linear", "ridge"])
 def test_companions_and_order_do_not_matter(method: dict[str, Any], head: str) -> None:
     made, inputs = taught(method, head=head), asked()
+    made.recall.most = 0  # so that each is asked anew
     whole = made.predict(inputs)
     order = torch.randperm(18, generator=torch.Generator().manual_seed(0)).tolist()
     torch.testing.assert_close(made.predict(inputs.rows(order)), whole[order], rtol=0, atol=1e-5)

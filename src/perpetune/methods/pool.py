@@ -17,6 +17,7 @@ from perpetune.fit import FitConfig, Groups, fit
 from perpetune.methods.base import Answers, Method, training
 from perpetune.methods.parts.bank import Bank, set_name
 from perpetune.methods.parts.members import average_into, drawn_orthogonal
+from perpetune.methods.parts.recall import Recall
 from perpetune.methods.parts.repulsion import Repulsion
 from perpetune.methods.parts.teacher import Teacher
 from perpetune.models.base import Mask, Model
@@ -120,6 +121,7 @@ class Pool(Method):
         self.bank = Bank(model, self.form, self.common)
         self.repulsion = Repulsion(model.backbone.dim, repel) if repel else None
         self.queries = Teacher(model, None, self._query)
+        self.recall = Recall(lambda inputs: self.queries.of(inputs))
         rng = torch.Generator().manual_seed(int(torch.randint(2**62, ())))  # the recipe's seed decides it
         if members == "task":
             self.working: tuple[str, ...] = (self.form, *(f"{self.form}-{i}" for i in range(1, each)))
@@ -362,7 +364,7 @@ class Pool(Method):
         count = len(self.bank.kept) if self.by_task else len(self.working)
         if count == 0 or (count == 1 and not self.selector.every):
             return None
-        return self.selector.choose(self.queries.of(Inputs.of(inputs)))
+        return self.selector.choose(self.recall(Inputs.of(inputs)))
 
     def predict(self, inputs: Inputs) -> Tensor:
         return self.answers(inputs).scores
