@@ -146,6 +146,14 @@ CASES: dict[str, dict[str, Any]] = {
         "pet": {"name": "adapter", "width": 8},
         "train": {"epochs": 2, "lr": 0.01},
     },
+    "averaged": {
+        "average": {"keep": 0.5},
+        "train": {"epochs": 2, "batch_size": 4, "accumulate": 2, "optimizer": "sgd"},
+    },
+    "lae": {
+        "average": {"weight": 0.9, "restart": False, "answer": "both"},
+        "train": {"epochs": 2, "batch_size": 4, "optimizer": "sgd"},
+    },
     "reference": {"protect": {"energy": 0.9, "samples": 5, "reference": {"path": "DATA/test"}}},
     "renewed": {"protect": {"energy": 0.9, "renew": True}, "train": {"epochs": 2, "lr": 0.01}},
     "leading": {

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from perpetune import registry
+from perpetune.averages.average import Average
 from perpetune.data.examples import View
 from perpetune.data.sources import Source
 from perpetune.data.stream import Stream, build_stream
@@ -91,6 +92,8 @@ def build_method(recipe: Recipe, backbone: Backbone) -> Method:
             )
         _check_renewed(recipe.protect, method)
         method.protection = build_protection(recipe, method)
+    if recipe.average is not None:
+        method.average = build_average(recipe, method)
     return method.requires_grad_(False).eval()
 
 
@@ -145,6 +148,43 @@ def build_protection(recipe: Recipe, method: Method) -> Protection:
     config = recipe.protect
     sites, loose, free = pet_sites(method, config.conditions, method.trained, config.renews, method.sometimes)
     return Protection(sites, config, still=loose, free=free, seed=recipe.seed)
+
+
+def build_average(recipe: Recipe, method: Method) -> Average:
+    """A new average of the method's pets, and of its head if the recipe says so; it has not averaged any task yet.
+
+    Raises:
+        UsageError: the method has nothing that could be averaged, or not with these options.
+    """
+    assert recipe.average is not None
+    config, name, model = recipe.average, recipe.method.name, method.model
+    solved = isinstance(model, Classifier) and model.head.statistics
+    if method.unaveraged:
+        raise UsageError(f"method: {name} {method.unaveraged}: leave average out, or use method: finetune")
+    if not method.trained and not (config.head and model.trained()):
+        cure = "name a pet" if solved or not model.trained() else "name a pet, or set average.head: true"
+        raise UsageError(f"average: there is no pet, so nothing is averaged: {cure}, or leave average out")
+    if config.carried and not method.steady:
+        raise UsageError(
+            f"method: {name} chooses where each task starts and which pets answer: average needs restart: true and "
+            "answer: average"
+        )
+    if config.carried and recipe.protect is not None and recipe.protect.renew:
+        raise UsageError(
+            "protect.renew starts new pets before each task, so no average of the old ones lives on: average needs "
+            "restart: true and answer: average"
+        )
+    if config.answer == "both" and solved:
+        raise UsageError(
+            f"average.answer: both needs a head that is trained by gradient, and head: {recipe.head.name} is solved "
+            "for the features of one answer: use head: linear, or answer: average"
+        )
+    if config.carried and (config.restart or config.answer != "online"):
+        method.leaks = method.leaks or (
+            "average and online pets differ on the data of their task, so old outputs move where one goes on from the "
+            "other (average.restart, average.answer)"
+        )
+    return Average(model, method.trained, config, head=model.trained, steady=method.steady, solved=solved)
 
 
 def build_data(recipe: Recipe, view: View) -> Stream:

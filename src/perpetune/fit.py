@@ -91,11 +91,13 @@ def fit(
         Interrupted: a signal asked the run to stop. A checkpoint was written.
     """
     run = task.runtime
-    groups = [{"params": list(p), "lr": lr, "peak": lr} for p, lr in _grouped(parameters, config.lr) if len(p) > 0]
-    trained: list[nn.Parameter] = [p for g in groups for p in g["params"]]  # type: ignore[attr-defined]
     per_epoch = math.ceil(len(task.train) / config.batch_size)
     epochs = config.epochs_of(task.index)
     total = per_epoch * epochs
+    about = {"steps": total}  # for companions, which see the optimizer alone
+    given = [(list(p), lr) for p, lr in _grouped(parameters, config.lr) if len(p) > 0]
+    groups = [{"params": p, "lr": lr, "peak": lr, **about} for p, lr in given]
+    trained = [p for some, _ in given for p in some]
     if not trained or total == 0:
         return
     with contextlib.ExitStack() as stack:

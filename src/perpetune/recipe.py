@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from perpetune import registry
+from perpetune.averages.config import AverageConfig
 from perpetune.data.stream import StreamOptions
 from perpetune.errors import UsageError, closest
 from perpetune.fit import FitConfig
@@ -132,6 +133,8 @@ class Recipe(Section):
     head: NamedSection = NamedSection(name="linear")
     protect: ProtectConfig | None = None
     """Keeps updates out of the directions that old features use; None leaves them free."""
+    average: AverageConfig | None = None
+    """Averages the pets over the steps of each task; None trains without an average."""
     online: bool = False
     """Each training example is trained on once: `train.epochs` is 1."""
     train: FitConfig = FitConfig()
@@ -180,6 +183,11 @@ class Recipe(Section):
     @classmethod
     def _protect_switch(cls, value: Any) -> Any:
         return {} if value is True else None if value is False or value == "none" else value
+
+    @field_validator("average", mode="before")
+    @classmethod
+    def _no_average(cls, value: Any) -> Any:
+        return None if value is False or value == "none" else value
 
     @model_validator(mode="after")
     def _online(self) -> Recipe:

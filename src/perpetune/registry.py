@@ -72,19 +72,8 @@ BUILTIN: dict[Kind, dict[str, str]] = {
     "sections": {  # in the order of the page
         name: f"perpetune.report.sections.{name}:section"
         for name in (
-            *(
-                "figures",
-                "matrix",
-                "curves",
-                "answers",
-                "exams",
-                "headroom",
-                "heads",
-                "members",
-                "tree",
-                "protection",
-                "drift",
-            ),
+            *("figures", "matrix", "curves", "answers", "exams", "headroom", "heads", "members", "tree"),
+            *("averages", "protection", "drift"),
             *("tasks", "classes", "storage", "time", "problems", "reproduce"),
         )
     },

@@ -89,6 +89,7 @@ def learn_task(method: Method, step: Step, state: State) -> None:
     exams = take_all(step.exams, method, recipe.evaluate.batch_size)
     features, drift = _drift(method, step, state)
     evaluated = time.perf_counter()
+    method.task_measured()
     seconds = run.checkpoints.seconds + learned - began
     timings = {
         "learn_s": round(seconds, 3),
@@ -139,6 +140,7 @@ def learn_protected(
     task = method.model.posed(task)
     certificates = _protect(method, task, reference, batch_size) if reference else []
     _renew(method, task, batch_size)
+    method.task_begins(task)
     with task.runtime.accompanied(method.companions()):
         method.learn(task)
     return certificates + _protect(method, task, None, batch_size)

@@ -599,7 +599,8 @@ def _unused(folder: Path) -> bool:
 
 def training_digest(recipe: Recipe) -> str:
     """A hash of all in a recipe that decides a training: a checkpoint is of use with the same one only."""
-    decides = recipe.model_dump_json(include=DECIDES | ({"pets"} if recipe.pets else set()))
+    added = {name for name in ("pets", "average") if getattr(recipe, name)}  # others have the digest of before
+    decides = recipe.model_dump_json(include=DECIDES | added)
     return hashlib.sha256(decides.encode()).hexdigest()
 
 

@@ -135,6 +135,7 @@ class Pool(Method):
             directions = torch.randn(len(self.working), self.selector.dim, generator=rng)
             self.selector.grow(len(self.working), rng, directions)
         if self.by_task and not self.common:
+            self.unaveraged = "gives each task members of its own, which later tasks do not change"
             self.unprotectable = (
                 "has nothing to protect: each task has members of its own, which later tasks do not change; leave "
                 "protect out"
@@ -211,7 +212,7 @@ class Pool(Method):
 
     def learn(self, task: Task) -> None:
         self.model.grow(task)
-        config, asked = self.train_config, self._asked(task)
+        config, asked = self.train_config, self._questions(task)
         table = self._table(task) if self._reads_queries(task) else None
         self._begin(task, table)
         self.queries.keep(table if task.train.deterministic or self.query.view == "plain" else None)
@@ -237,7 +238,7 @@ class Pool(Method):
             self.selector.learn(len(self.bank.kept) - 1, table.cpu(), targets, task.classes or ("",), rng)
         self.learned, self._owner = task.index + 1, []
 
-    def _asked(self, task: Task) -> Task:
+    def _questions(self, task: Task) -> Task:
         return dataclasses.replace(task, train=task.train.questions())
 
     def _reads_queries(self, task: Task) -> bool:
@@ -253,7 +254,7 @@ class Pool(Method):
 
     def _table(self, task: Task) -> Tensor:
         """The queries `(N, D)` of all training examples."""
-        return self.queries.table(self._asked(task), self.train_config.batch_size)
+        return self.queries.table(self._questions(task), self.train_config.batch_size)
 
     def _begin(self, task: Task, table: Tensor | None) -> None:
         """Give the task its members, with the values that they start from, and the selector room for them."""
