@@ -54,17 +54,29 @@ def hf_folder(path: Path, kind: str, headed: bool = False) -> Path:
     return path
 
 
-def timm_folder(path: Path, classes: int = 0, config: bool = True, dtype: torch.dtype = torch.float32) -> Path:
+def timm_folder(
+    path: Path,
+    classes: int = 0,
+    config: bool = True,
+    dtype: torch.dtype = torch.float32,
+    name: str = "test_vit",
+) -> Path:
     import timm
 
     path.mkdir(exist_ok=True)
     with own_global_state("test", "timm"):
-        net = timm.create_model("test_vit", pretrained=False, num_classes=classes)
+        net = timm.create_model(name, pretrained=False, num_classes=classes)
     save_file({name: value.to(dtype) for name, value in net.state_dict().items()}, path / "model.safetensors")
     if config:
-        own = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "input_size": [3, 160, 160], "fixed_input_size": True}
-        own |= {"interpolation": "bilinear", "crop_pct": 0.9, "num_classes": classes, "classifier": "head"}
-        layout = {"architecture": "test_vit", "num_classes": classes, "num_features": 64, "pretrained_cfg": own}
+        own = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "input_size": [3, 160, 160]}
+        own |= {"fixed_input_size": "vit" in name}
+        own |= {
+            "interpolation": "bilinear",
+            "crop_pct": 0.9,
+            "num_classes": classes,
+            "classifier": net.default_cfg["classifier"],
+        }
+        layout = {"architecture": name, "num_classes": classes, "num_features": 64, "pretrained_cfg": own}
         (path / "config.json").write_text(json.dumps(layout))
     return path
 

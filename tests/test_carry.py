@@ -13,9 +13,8 @@ from perpetune.heads import NCM, Ridge
 from perpetune.models.classifier import learn_statistics
 from perpetune.numerics import carry, lowrank, ridge
 from perpetune.numerics.moments import Moments
-from perpetune.numerics.projection import Operand
+from perpetune.numerics.projection import Operand, Site
 from perpetune.numerics.signature import RunningMean
-from perpetune.pets.base import Site
 from perpetune.protection.sites import Watched
 from perpetune.seeding import generator
 from perpetune.tasks import Examples, Task

@@ -211,15 +211,86 @@ def test_another_meaning_of_the_recipe_is_named(
         assert f"{path}: pet.alpha is 32.0, and was 16.0 when task e-f was learned: put it back" in said
 
 
-def test_training_and_places_in_the_recipe_may_change(world: Path, state: Path, tmp_path: Path) -> None:
-    """Also where the model lies: its fingerprint says whether it is the same."""
-    moved = shutil.copytree(world / "vit", tmp_path / "moved")
+def edit_recipe(state: Path, **sections: Any) -> None:
+    """Change keys of sections of the state's recipe, or values beside the sections; None removes a key."""
     path = state / "recipe.yaml"
     content = yaml.safe_load(path.read_text())
-    content["backbone"]["name"] = f"folder:{moved}"
-    content["train"] |= {"lr": 0.001, "epochs": 1}
+    for section, changes in sections.items():
+        if isinstance(changes, dict) and isinstance(content[section], dict):
+            content[section] = {k: v for k, v in {**content[section], **changes}.items() if v is not None}
+        else:
+            content[section] = changes
     path.write_text(yaml.safe_dump(content, sort_keys=False))
-    assert call(command("predict", state, world, tmp_path)) == 0
+
+
+def said_of_edits(arguments: list[str]) -> list[str]:
+    """The warnings about an edited recipe that a command gives; the command line prints each as one line."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert call(arguments) == 0
+    return [str(w.message) for w in said if "was changed since task" in str(w.message)]
+
+
+EDITS: dict[str, tuple[dict[str, Any], str]] = {
+    "an option of the method": ({"method": {"head_first": 0.5}}, "method.head_first is 0.5 (was 0.0)"),
+    "a rate": ({"train": {"lr": 0.001}}, "train.lr is 0.001 (was 0.01)"),
+    "a key that is gone": ({"train": {"lr": None}}, "train.lr is "),
+    "the seed": ({"seed": 7}, "seed is 7 (was 0)"),
+    "the setting": ({"setting": "task"}, 'setting is "task" (was "class")'),
+    "the stream": ({"stream": {"classes_per_task": 3}}, "stream.classes_per_task is 3 (was 2)"),
+    "precision": ({"run": {"precision": "bf16"}}, 'run.precision is "bf16" (was "no")'),
+    "several": ({"train": {"lr": 0.001, "epochs": 1}}, "train.epochs is 1 (was 2), train.lr is 0.001 (was 0.01); "),
+}
+
+
+@pytest.mark.parametrize("what", EDITS)
+def test_a_changed_training_in_the_recipe_is_said(what: str, world: Path, state: Path, tmp_path: Path) -> None:
+    """It may be changed by hand, but every verb that uses the model says it until a task is learned by it."""
+    for verb in ("predict", "evaluate", "export"):
+        assert said_of_edits(command(verb, state, world, tmp_path / "before")) == []
+    edit_recipe(state, **EDITS[what][0])
+    for verb in ("predict", "evaluate", "export"):
+        (line,) = said_of_edits(command(verb, state, world, tmp_path))
+        assert f"{state / 'recipe.yaml'} was changed since task e-f was learned: {EDITS[what][1]}" in line
+        assert line.endswith("; the model answers and learns by the file as it is now")
+
+
+def test_what_was_learned_by_a_changed_recipe_is_said_no_more(world: Path, state: Path, tmp_path: Path) -> None:
+    edit_recipe(state, train={"lr": 0.02})
+    assert len(said_of_edits(command("update", state, world, tmp_path))) == 1
+    assert said_of_edits(command("predict", state, world, tmp_path)) == []
+    assert call(["rollback", str(state), "--to", "e-f"]) == 0
+    assert len(said_of_edits(command("predict", state, world, tmp_path))) == 1
+
+
+def test_an_option_that_decides_answers_is_said(world: Path, tmp_path: Path) -> None:
+    content = recipe(world / "vit", world / "pictures", method={"name": "treelora", "answer": "routed"})
+    Learner(content, tmp_path / "tree").run()
+    edit_recipe(tmp_path / "tree", method={"answer": "merged"})
+    (line,) = said_of_edits(command("predict", tmp_path / "tree", world, tmp_path))
+    assert 'method.answer is "merged" (was "routed")' in line
+
+
+def test_places_in_the_recipe_may_change(world: Path, state: Path, tmp_path: Path) -> None:
+    """The model's fingerprint says whether it is the same; threads and devices change nothing."""
+    moved = shutil.copytree(world / "vit", tmp_path / "moved")
+    edit_recipe(state, backbone={"name": f"folder:{moved}"}, run={"threads": 1, "workers": 0})
+    assert said_of_edits(command("predict", state, world, tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("examples", "texts"), ("parameters", 7), ("trainable_parameters", 7), ("date", "2020-01-31"), ("mine", True)],
+)
+def test_another_backbone_json_is_named(
+    key: str, value: Any, world: Path, state: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = state / "backbone.json"
+    before = json.loads(path.read_bytes()).get(key)
+    path.write_bytes(as_json(put(key, value=value))(path.read_bytes()))
+    for verb in ("predict", "evaluate", "export", "update"):
+        said = refused(command(verb, state, world, tmp_path), capfd)
+        assert f"{path}: {key} is {json.dumps(value)}, and was {json.dumps(before)} when task e-f was learned" in said
 
 
 # -- states of the version before ---------------------------------------------------------------------------

@@ -562,12 +562,14 @@ def test_compare(shell: Shell, world: Path, tmp_path: Path) -> None:
 
 def test_methods(shell: Shell) -> None:
     said = shell("methods")
-    assert [line.partition(":")[0] for line in said.lines if line[0] != " " and ":  " in line][:7] == [
-        "method", "pet", "head", "backbone", "data", "exams", "protect",
+    assert [line.partition(":")[0] for line in said.lines if line[0] != " " and ":  " in line][:9] == [
+        "method", "pet", "head", "select", "backbone", "data", "exams", "protect", "average",
     ]  # fmt: skip
     found = shell.json("methods")
-    assert list(found) == ["methods", "pets", "heads", "backbones", "data", "exams", "protect"]
+    kinds = ["methods", "pets", "heads", "selectors", "backbones", "data", "exams", "protect", "average"]
+    assert list(found) == kinds
     assert found.pop("protect")["project"] == "step   (step, gradient)"
+    assert found.pop("average")["over"] == "steps   (steps, end)"
     for kind, choices in found.items():
         for name, about in choices.items():
             assert about["is"], (kind, name)

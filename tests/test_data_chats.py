@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +14,15 @@ import pytest
 from test_data_text import ORDER, stream_of, write
 from tiny import CHAT, tiny_tokenizer
 
+from perpetune import registry
+from perpetune.data.guess import guess_source
 from perpetune.data.texts.cl_benchmark import ClBenchmarkSource
 from perpetune.data.texts.files import FileSource, holds_texts
 from perpetune.data.texts.prompts import read_prompts
 from perpetune.data.texts.tables import Text
 from perpetune.data.texts.trace import TraceSource
 from perpetune.data.texts.view import TextView
-from perpetune.errors import DataError
+from perpetune.errors import DataError, UsageError
 
 USER = {"role": "user", "content": "hi"}
 SAID = {"role": "assistant", "content": "ho"}
@@ -277,7 +282,7 @@ def test_what_the_template_leaves_out_is_counted(tmp_path: Path) -> None:
     rows = [{"messages": [USER, {**SAID, "content": "  ho"}]}, {"messages": [USER, SAID]}]
     (note,) = notes_of(tmp_path, rows, trims)
     assert note.endswith(
-        "in 1 of 2 training chats the model's chat template leaves out white space at the ends of the answer"
+        "in 1 of 2 training chats the model's chat template leaves out white space at the ends of answers"
     )
     assert notes_of(tmp_path, rows, CHAT) == []
 
@@ -301,3 +306,139 @@ def test_questions_are_asked_with_all_that_their_messages_hold(tmp_path: Path) -
     )
     (again,) = asked.ask([question.given])
     assert again.item.ids.tolist() == question.item.ids.tolist()
+
+
+# -- sheets, and what is said of chats ----------------------------------------------------------------
+
+CHAT_ROW = json.dumps([USER, SAID])
+SHEETS: list[tuple[list[str], list[str], Text]] = [
+    (["prompt", "answer"], ["  hi, you\n", " 0.50"], Text("  hi, you\n", " 0.50")),
+    (["instruction", "input", "output"], ["Add.", "1 and 2", "3"], Text("Add.\n1 and 2", "3")),
+    (["instruction", "input", "output"], ["hi", "", "ho"], Text("hi", "ho")),
+    (
+        ["instruction", "output", "history"],
+        ["hi", "ho", '[["a", "b"]]'],
+        Text((("user", "a"), ("assistant", "b"), *HI), "ho"),
+    ),
+    (["prompt", "completion", "options"], ["hi", "ho", '["ho", "ha"]'], Text("hi", "ho", ("ho", "ha"))),
+    (["messages"], [CHAT_ROW], Text(HI, "ho")),
+    (["prompt", "answer", "messages"], ["hi", "ho", ""], Text("hi", "ho")),
+    (["prompt", "answer"], ['["a"]', "[1, 2]"], Text('["a"]', "[1, 2]")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.tsv", "semicolons.csv", "excel.csv", "x.csv.gz"])
+@pytest.mark.parametrize("case", range(len(SHEETS)))
+def test_sheets_of_texts(case: int, name: str, tmp_path: Path) -> None:
+    header, cells, text = SHEETS[case]
+    target, delimiter = io.StringIO(newline=""), {"x.tsv": "\t", "semicolons.csv": ";"}.get(name, ",")
+    csv.writer(target, delimiter=delimiter).writerows([header, cells, cells])
+    content = target.getvalue().encode("utf-16" if name == "excel.csv" else "utf-8-sig")
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    for folder in (path, tmp_path):  # in a folder its name is that of the task
+        table = FileSource(path=str(folder)).train()
+        assert [table.text(i) for i in range(2)] == [text, text]
+        assert table.warnings == []
+    assert holds_texts(str(path))
+    assert guess_source(str(path), registry.every("data"), "texts")[0] == "text"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # options are no part of a prompt
+        assert read_prompts([str(path)]) == [text.prompt, text.prompt]
+
+
+def test_sheets_name_columns_that_are_not_used_and_take_other_names(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text("question,reply,id\nhi,ho,1\n")
+    assert guess_source(str(path), registry.every("data"), "texts")[0] == "text"
+    table = FileSource(path=str(path), prompt_column="question", answer_column="reply").train()
+    assert (table.text(0), table.name(0)) == (Text("hi", "ho"), f"{path} line 2")
+    assert table.warnings == ["columns that are not used: 'id'"]
+    path.write_text(f"prompt,answer\n{'long ' * 60_000},ho\n")
+    assert len(FileSource(path=str(path)).train().text(0).prompt) == 300_000
+
+
+def test_a_sheet_of_something_else_in_a_folder_of_texts_is_left(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", [{"prompt": "p", "answer": "a"}])
+    (tmp_path / "costs.csv").write_text("month,euro\n1,2\n")
+    assert FileSource(path=str(tmp_path)).train().groups == ["a"]
+
+
+def test_a_manifest_of_pictures_is_no_sheet_of_texts(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text("path,label,note\na.png,b,c\n")
+    assert guess_source(str(tmp_path / "m.csv"), registry.every("data"))[0] == "manifest"
+    with pytest.raises(UsageError, match="for the reader `manifest`: these are pictures, and the backbone takes texts"):
+        guess_source(str(tmp_path / "m.csv"), registry.every("data"), "texts")
+
+
+BARE: list[Any] = [
+    [{"role": "User", "content": "hi"}, {"role": "ASSISTANT ", "content": "ho"}],
+    [{"role": "human", "content": "hi"}, {"role": "gpt", "content": "ho"}],
+    [{"from": "Human", "value": "hi"}, {"from": "GPT", "value": "ho"}],
+    [USER, SAID],
+]
+
+
+@pytest.mark.parametrize("case", range(len(BARE)))
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "jsonl.gz"])
+@pytest.mark.parametrize("form", ["bare", "messages", "json", "one"])
+def test_roles_with_capitals_lists_alone_and_messages_as_json(
+    case: int, suffix: str, form: str, tmp_path: Path
+) -> None:
+    chat: Any = BARE[case]
+    row = {"bare": chat, "messages": {"messages": chat}, "json": {"conversations": json.dumps(chat)}, "one": chat}[form]
+    rows = [row] if form == "one" else [row, row]
+    path = tmp_path / f"x.{suffix}"
+    if suffix == "json":
+        content = json.dumps(row if form == "one" else rows, indent=1)
+    else:
+        content = "".join(f"{json.dumps(one)}\n" for one in rows)
+    path.write_bytes(gzip.compress(content.encode()) if suffix.endswith(".gz") else content.encode())
+    table = FileSource(path=str(path)).train()
+    assert [table.text(i) for i in range(len(table))] == [Text(HI, "ho")] * len(rows)
+    assert table.warnings == []
+    assert read_prompts([str(path)]) == [HI] * len(rows)
+
+
+def test_chats_that_go_on_behind_their_last_answer(tmp_path: Path) -> None:
+    rows: list[Any] = [
+        {"messages": [USER, SAID, {**USER, "content": "again"}]},
+        {"messages": [USER, SAID]},
+        [USER, {**SAID, "content": "one"}, USER, SAID, {"role": "Tool", "content": "5"}],
+        {"messages": [USER, USER]},
+    ]
+    path = write(tmp_path / "x.jsonl", rows)
+    table = FileSource(path=str(path)).train()
+    assert [table.text(i) for i in (0, 1)] == [Text(HI, "ho")] * 2
+    assert table.text(2) == Text((*HI, ("assistant", "one"), *HI), "ho")
+    assert "the last message is by 'user'" in table.faults[3]
+    assert table.warnings == ["2 of 3 chats go on behind their last answer: nothing is learned of that"]
+    (again,) = read_prompts([str(write(tmp_path / "y.jsonl", rows[:1]))])  # asked, it is a question
+    assert again == (*HI, HO, ("user", "again"))
+
+
+def test_trimmed_answers_in_the_middle_of_a_chat_are_counted(tmp_path: Path) -> None:
+    trims = CHAT.replace("message['content']", "message['content'] | trim")
+    rows = [{"messages": [USER, {**SAID, "content": "ho\n"}, USER, SAID]}, {"messages": [USER, SAID]}]
+    (note,) = notes_of(tmp_path, rows, trims)
+    assert note.endswith(
+        "in 1 of 2 training chats the model's chat template leaves out white space at the ends of answers"
+    )
+
+
+def test_unused_columns_of_prompts_are_said(tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "answer": "a", "id": 1, "none": None}, {"prompt": "q", "note": "x"}]
+    path = write(tmp_path / "x.jsonl", rows)
+    with pytest.warns(UserWarning, match="columns of the prompts' files that are not used: 'id', 'note'"):
+        assert read_prompts([str(path)]) == ["p", "q"]
+
+
+def test_a_sentence_of_the_benchmark_keeps_its_white_space(tmp_path: Path) -> None:
+    """Of a sentence only the line feed that ends each in the published files is no part."""
+    folder = tmp_path / "SC" / "a"
+    write(folder / "train.json", [{"sentence": "  Text: a \n\n", "label": "b "}, {"sentence": "Text: c", "label": "b"}])
+    (folder / "labels.json").write_text('["b", "d"]')
+    table = ClBenchmarkSource(path=str(tmp_path)).train()
+    assert table.text(0).prompt.endswith("Option: b, d\n\n  Text: a \n\nAnswer:")
+    assert table.text(1).prompt.endswith("Option: b, d\n\nText: c\nAnswer:")
+    assert [table.text(i).answer for i in range(2)] == ["b", "b"]

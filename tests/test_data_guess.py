@@ -164,8 +164,10 @@ def test_other_forms(tmp_path, name, cure, kind):
         made(tmp_path / name, kind)
 
 
+@pytest.mark.filterwarnings("ignore:owner/name")
 def test_the_hub_is_asked_for_ids_alone(monkeypatch):
-    assert made("owner/name") == "hf"
+    with pytest.warns(UserWarning, match="^owner/name: no such file or folder here; the reader `hf` is asked for data"):
+        assert made("owner/name") == "hf"
     with pytest.raises(DataError, match=r"^owner/name: no such file or folder"):
         made("owner/name", "texts")
     with pytest.raises(

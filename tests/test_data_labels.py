@@ -140,7 +140,7 @@ def test_months(tmp_path):
     notes.notes.clear()
     shutil.copytree(first, tmp_path / "copy")
     learner.learn(tmp_path / "copy", name="again")
-    line = "data of the same names, labels and sizes were learned before, as task 2026-08"
+    line = "task again learns again: 10 of 10 pictures were learned before, as task 2026-08"
     assert notes.notes == [line]
     notes.notes.clear()
     learner.learn(picture_folder(tmp_path / "2026-10", ["bee"], 5, first=200))
@@ -158,4 +158,6 @@ def test_months_are_told_on_the_command_line(tmp_path, capfd):
     said = capfd.readouterr()
     assert "learned before" in said.out + said.err
     document = json.loads((tmp_path / "s" / "tasks" / "0001-b" / "task.json").read_text())
-    assert document["warnings"] == ["data of the same names, labels and sizes were learned before, as task a"]
+    assert document["warnings"] == ["task b learns again: 10 of 10 pictures were learned before, as task a"]
+    assert document["contents"]["count"] == 10
+    assert len(document["contents"]["hashes"]) == 160

@@ -14,6 +14,7 @@ from tiny import picture_folder, vit_folder
 from perpetune import Learner
 from perpetune.cli import call
 from perpetune.data.pictures.arrow import ParquetSource
+from perpetune.errors import DataError
 from perpetune.recipe import load_recipe
 
 BASE = {"backbone": "perpetune:micro", "pet": "none", "method": "frozen", "head": "ncm", "run": {"device": "cpu"}}
@@ -142,3 +143,29 @@ def test_paths_in_parquet_files_go_by_the_file(there, tmp_path):
     assert reds(table) == [40]
     (warning,) = table.warnings
     assert "im/old.png is not beside the file, and is taken from the folder where the command runs" in warning
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "dictionary"])
+def test_a_column_of_plain_paths_in_parquet_files(there, tmp_path, kind, monkeypatch):
+    """They go by the file as paths in `{bytes, path}` do, and pictures that are not there are named."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for root, shade in ((there, 10), (tmp_path / "here", 30)):
+        (root / "im").mkdir(parents=True, exist_ok=True)
+        (root / "im" / "0.png").write_bytes(png(shade))
+    monkeypatch.chdir(tmp_path / "here")
+    paths = pa.array(["im/0.png", str(tmp_path / "here" / "im" / "0.png"), "im/none.png", None])
+    cells = paths.dictionary_encode() if kind == "dictionary" else paths.cast(getattr(pa, kind)())
+    pq.write_table(pa.table({"image": cells, "label": list("abab")}), there / "a.parquet")
+    table = ParquetSource(path=str(there / "a.parquet")).train()
+    assert [table.open(i).getpixel((0, 0))[0] for i in (0, 1)] == [10, 30]
+    assert table.name(0).endswith("a.parquet row 0 (im/0.png)")
+    assert table.warnings == []
+    for i in (2, 3):
+        with pytest.raises(DataError, match=rf"a\.parquet row {i}") as caught:
+            table.check(i, "decode")
+        assert "\n" not in str(caught.value)
+    pq.write_table(pa.table({"image": [1, 2], "label": ["a", "b"]}), there / "n.parquet")
+    with pytest.raises(DataError, match=r"column 'image' is int64; expected .* binary or \{bytes, path\}, or paths"):
+        ParquetSource(path=str(there / "n.parquet")).train()

@@ -146,11 +146,31 @@ CASES: dict[str, dict[str, Any]] = {
         "pet": {"name": "adapter", "width": 8},
         "train": {"epochs": 2, "lr": 0.01},
     },
+    "averaged": {
+        "average": {"keep": 0.5},
+        "train": {"epochs": 2, "batch_size": 4, "accumulate": 2, "optimizer": "sgd"},
+    },
+    "lae": {
+        "average": {"weight": 0.9, "restart": False, "answer": "both"},
+        "train": {"epochs": 2, "batch_size": 4, "optimizer": "sgd"},
+    },
     "reference": {"protect": {"energy": 0.9, "samples": 5, "reference": {"path": "DATA/test"}}},
     "renewed": {"protect": {"energy": 0.9, "renew": True}, "train": {"epochs": 2, "lr": 0.01}},
     "leading": {
         "protect": {"energy": 0.9, "renew": True, "start": "leading"},
         "train": {"epochs": 2, "batch_size": 4, "lr": 0.01},
+    },
+    # A member may have no gradient in one process and have one in the other; batches of 4 are 2 + 2, and once 1 + 0.
+    "pool-shared": {
+        "pet": {"name": "prefix", "length": 3},
+        "method": {"name": "pool", "members": 4, "select": {"name": "keys", "pull": 0.5, "spread": 1.0}},
+        "train": {"epochs": 2, "batch_size": 4, "lr": 0.01, "weight_decay": 0.1},
+    },
+    "pool-tasks": {
+        "method": {"name": "pool", "select": "gaussian", "merge": 0.1},
+        "head": {"name": "ridge", "scale": 5.0, "penalty": 1.0},
+        "train": {"epochs": 1, "batch_size": 4, "optimizer": "sgd"},
+        "evaluate": {"told": True},
     },
     "whole": {"train": LONG},
     "stopped": {"train": LONG},

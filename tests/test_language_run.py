@@ -18,13 +18,14 @@ import yaml
 from safetensors.torch import load_file
 from test_distributed import finish, start_warm
 from test_distributed import tensors as tensors_of
-from tiny import CHAT, tiny_language_model, tiny_tokenizer
+from tiny import CHAT, seal, tiny_language_model, tiny_tokenizer
 from warm import Warm
 
 from perpetune.cli import call
 from perpetune.data.texts.tables import Text
 from perpetune.data.texts.view import TextView
 from perpetune.errors import DataError, Interrupted, StateError, UsageError
+from perpetune.files import read_folder, to_json, write_folder
 from perpetune.fit import FitConfig, _order
 from perpetune.learner import Learner
 from perpetune.methods.joint import union
@@ -756,7 +757,15 @@ def test_a_template_is_told_the_day_of_init(
     later.learn(write(tmp_path / "new.jsonl", stories(range(4))), holdout=0.0)
     content = json.loads((tmp_path / "state" / "backbone.json").read_bytes())
     content.pop("date")
-    (tmp_path / "state" / "backbone.json").write_text(json.dumps(content))  # as earlier versions wrote it
+    (tmp_path / "state" / "backbone.json").write_text(json.dumps(content))
+    with pytest.raises(StateError, match='date is null, and was "2026-02-01" when task new was learned'):
+        Learner.load(tmp_path / "state")
+    task = later.state.committed[-1].folder  # as earlier versions wrote it
+    files = read_folder(task)
+    shutil.rmtree(task)
+    made_by = {key: value for key, value in json.loads(files["recipe.json"]).items() if key != "model"}
+    write_folder(task, {**files, "recipe.json": to_json(made_by)})
+    seal(tmp_path / "state")
     begun = later.state.journal()[0]["time"]
     old = datetime.datetime.fromisoformat(begun).strftime("%d %b %Y")
     assert asked(Learner.load(tmp_path / "state")).startswith(f"{old}\n<|user|>")

@@ -12,10 +12,10 @@ import pytest
 import torch
 from tiny import picture_folder, recipe, vit_folder
 
-from perpetune import export
+from perpetune import aside as asides
+from perpetune.aside import WRITING, written_aside
 from perpetune.cli import call
 from perpetune.errors import Interrupted
-from perpetune.export import WRITING, _aside
 from perpetune.learner import Learner
 from perpetune.runtime import Silent
 from perpetune.state import MidTask, State
@@ -123,7 +123,7 @@ def test_what_a_killed_export_left_is_cleared_by_the_next(world: Path, tmp_path:
     out = tmp_path / "out"
     child = os.fork()
     if child == 0:
-        with _aside(out) as aside:
+        with written_aside(out) as aside:
             (aside / "adapter_config.json").write_text("half")
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
@@ -144,11 +144,11 @@ def test_what_a_killed_export_left_is_cleared_by_the_next(world: Path, tmp_path:
 
 def test_an_export_that_goes_on_is_left_alone(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with _aside(out) as aside:
+    with written_aside(out) as aside:
         (aside / "file").write_text("x")
         child = os.fork()
         if child == 0:
-            export._clear_stale(out)
+            asides.clear_beside(out)
             os._exit(0)
         os.waitpid(child, 0)
         assert (aside / "file").exists()
@@ -156,6 +156,125 @@ def test_an_export_that_goes_on_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_failed_export_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), _aside(tmp_path / "out"):
+    with pytest.raises(RuntimeError), written_aside(tmp_path / "out"):
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
+
+
+# -- by the next verb on the state --------------------------------------------------------------------------
+
+
+def killed(state: Path, out: Path, moment: str = "writing") -> None:
+    """Start an export of `state` to `out` in another process, and kill it in the middle."""
+    child = os.fork()
+    if child == 0:
+
+        def kill(*_: object, **__: object) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        take, mkdir = asides._take, Path.mkdir
+        if moment == "before the folder":
+            Path.mkdir = lambda path, **how: kill() if path.suffix == ".tmp" else mkdir(path, **how)  # type: ignore[method-assign,assignment]
+        elif moment == "before the marker":
+            asides._take = lambda marker: kill() if list(out.parent.glob(".out.*.tmp")) else take(marker)  # type: ignore[assignment]
+        with written_aside(out, state) as aside:
+            (aside / "adapter_config.json").write_text("half")
+            kill()
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def notes(state: Path) -> list[str]:
+    return sorted(path.name for path in state.glob(".export.*"))
+
+
+VERBS: dict[str, list[str]] = {
+    "predict": ["ab/a"],
+    "evaluate": [],
+    "export": ["elsewhere"],
+    "update": ["--data", "cd", "--name", "cd", "-q"],
+    "resume": ["-q"],
+    "rollback": ["--to", "ab"],
+    "report": [],
+    "log": [],
+    "compare": [],
+    "relocate": ["--data", "ab=ab"],
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_next_verb_clears_what_a_killed_export_left(verb: str, world: Path, state: Path, tmp_path: Path) -> None:
+    out = tmp_path / "far" / "out"
+    killed(state, out)
+    assert len(notes(state)) == 1
+    (left,) = out.parent.iterdir()
+    assert (left / "new" / "adapter_config.json").read_text() == "half"
+    for name in ("ab", "cd"):
+        (tmp_path / name).symlink_to(world / name)
+    places = {"ab/a": str(world / "ab" / "a"), "cd": str(world / "cd"), "elsewhere": str(tmp_path / "elsewhere")}
+    places["ab=ab"] = f"{world / 'ab'}={world / 'ab'}"
+    assert call([verb, str(state), *(places.get(argument, argument) for argument in VERBS[verb])]) == 0
+    assert list(out.parent.iterdir()) == []
+    assert notes(state) == []
+
+
+@pytest.mark.parametrize("moment", ["before the folder", "before the marker"])
+def test_an_export_that_was_killed_early(moment: str, state: Path, tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    killed(state, tmp_path / "far" / "out", moment)
+    assert len(notes(state)) == 1
+    State(state)
+    assert list((tmp_path / "far").iterdir()) == []
+    assert notes(state) == []
+
+
+def test_an_export_that_goes_on_keeps_its_note(state: Path, tmp_path: Path) -> None:
+    with written_aside(tmp_path / "out", state) as aside:
+        (aside / "file").write_text("x")
+        child = os.fork()
+        if child == 0:
+            State(state)
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert (aside / "file").exists()
+        assert len(notes(state)) == 1
+    assert notes(state) == []
+    assert (tmp_path / "out" / "file").read_text() == "x"
+
+
+def test_a_strangers_note_deletes_nothing(state: Path, tmp_path: Path) -> None:
+    name = "0123456789abcdef"
+    mine = [tmp_path / "mine", tmp_path / f".mine.{name}.tmp", tmp_path / f".linked.{name}.tmp"]
+    for folder in mine[:2]:
+        folder.mkdir()
+        (folder / "notes.txt").write_text("mine")
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / WRITING).write_text("mine")
+    mine[2].symlink_to(tmp_path / "target")
+    path = state / f".export.{name}.json"
+    for folder in mine:
+        path.write_text(json.dumps({"folder": str(folder), "host": asides.platform.node()}))
+        State(state)
+    ours = tmp_path / f".out.{name}.tmp"
+    ours.mkdir()
+    (ours / WRITING).write_text("")
+    path.write_text(json.dumps({"folder": str(ours), "host": "another computer"}))
+    State(state)
+    assert ours.exists()
+    assert (tmp_path / "target" / WRITING).exists()
+    assert all((folder / "notes.txt").read_text() == "mine" for folder in mine[:2])
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "7", '{"folder": 7, "host": ""}', '{"folder": "a\\u0000b"}'])
+def test_a_torn_note_is_removed(content: str, state: Path) -> None:
+    (state / ".export.0123456789abcdef.json").write_text(content)
+    State(state)
+    assert notes(state) == []
+
+
+def test_a_state_that_cannot_be_written_is_exported(
+    state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a disk that is read-only: no note, and no error."""
+    with written_aside(tmp_path / "out", tmp_path / "none") as aside:
+        (aside / "file").write_text("x")
+    assert (tmp_path / "out" / "file").read_text() == "x"

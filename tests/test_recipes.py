@@ -111,6 +111,23 @@ def test_each_number_has_its_source_beside_it(name: str) -> None:
         assert "Not\n# reproduced here." in head or "Not reproduced here." in head
 
 
+@pytest.mark.parametrize("pet", ["lora", "adapter", "prefix"])
+@pytest.mark.parametrize(("data", "epochs", "lr"), [("cifar100", 5, 2.8125e-3), ("imagenet-r", 50, 4.6875e-4)])
+def test_it_is_lae(pet: str, data: str, epochs: int, lr: float) -> None:
+    recipe = load_recipe(f"lae-{pet}-{data}")
+    assert recipe.pet is not None
+    assert recipe.average is not None
+    assert (recipe.pet.name, recipe.pet.blocks, recipe.method.name) == (pet, [0, 1, 2, 3, 4], "finetune")
+    about = recipe.average
+    assert (about.weight, about.restart, about.answer, about.head, about.first) == (0.9999, False, "both", False, 2)
+    assert (recipe.train.epochs, recipe.train.lr, recipe.train.batch_size, recipe.train.clip) == (epochs, lr, 24, None)
+    assert (recipe.train.schedule, recipe.method.options["head_first"]) == ("constant", 0.6)
+    method = built(recipe)
+    assert method.average is not None
+    size = {"lora": ("rank", 5), "adapter": ("width", 5), "prefix": ("length", 10)}[pet]
+    assert recipe.pet.options[size[0]] == size[1]
+
+
 @pytest.mark.parametrize("name", PEGP)
 def test_what_the_published_numbers_include_can_be_switched_on(name: str) -> None:
     text = packaged()[name].read_text(encoding="utf-8")

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import signal
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import picture_folder, recipe, split_folder, vit_folder
 
 from perpetune import Learner
 from perpetune.cli import call
-from perpetune.errors import StateError
+from perpetune.errors import Interrupted, StateError
+from perpetune.runtime import Silent
 
 
 @pytest.fixture
@@ -81,3 +87,99 @@ def test_what_cannot_be_relocated(
 def test_no_state(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="does not exist"):
         Learner.relocate(tmp_path / "none", model="perpetune:micro")
+
+
+# -- in the middle of a task --------------------------------------------------------------------------------
+
+
+class StopsOnce(Silent):
+    """Asks for a stop after the second step of task `cd`, once."""
+
+    def __init__(self) -> None:
+        self.here, self.left = False, 2
+
+    def task(self, index: int, name: str, classes: int, examples: int) -> None:
+        self.here = name in ("cd", "c-d")
+
+    def step(self, done: int, epoch: int, loss: float | None, images: int) -> None:
+        self.left -= self.here
+        if self.here and self.left == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Counts(Silent):
+    """Counts the steps that are made."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def step(self, done: int, epoch: int, loss: float | None, images: int) -> None:
+        self.steps += 1
+
+
+def tensors(state: Path) -> dict[str, str]:
+    """A hash of each file of tensors of the last task."""
+    last = max((state / "tasks").iterdir())
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(last.glob("*.safetensors"))}
+
+
+def interrupted(world: Path, kind: str, whole: bool) -> Path:
+    """A state that is stopped in its second task, or was never stopped; its data in `images` or `months`."""
+    folder = world / ("whole" if whole else "stopped")
+    more: dict[str, Any] = {"train": {"epochs": 2, "batch_size": 4, "lr": 0.01}}
+    reference = {"protect": {"energy": 0.9, "reference": {"path": str(world / "months" / "m1")}}}
+    progress = Silent() if whole else StopsOnce()
+    if kind == "run":
+        made = Learner(recipe(world / "model", world / "images", **more), folder, progress=progress)
+        steps = [made.run]
+    else:
+        own = recipe(world / "model", **more, **(reference if kind == "protected" else {}))
+        made = Learner({**own, "stream": {}}, folder, progress=progress)
+        steps = [lambda: made.learn(world / "months" / "ab"), lambda: made.learn(world / "months" / "cd")]
+    try:
+        for step in steps:
+            step()
+    except Interrupted:
+        assert not whole
+    return folder
+
+
+@pytest.mark.parametrize("what", ["model", "data", "both"])
+@pytest.mark.parametrize("kind", ["run", "update", "protected"])
+def test_a_checkpoint_survives(kind: str, what: str, world: Path) -> None:
+    split_folder(world / "images", ("a", "b", "c", "d"), 6, 2)
+    for name in ("ab", "cd"):
+        picture_folder(world / "months" / name, list(name), 8)
+    whole = tensors(interrupted(world, kind, whole=True))
+    state = interrupted(world, kind, whole=False)
+    assert len(list((state / "tasks").iterdir())) == 1
+    asked = ["relocate", str(state)]
+    if what != "data":
+        (world / "model").rename(world / "elsewhere")
+        asked += ["--model", f"folder:{world / 'elsewhere'}"]
+    if what != "model":
+        old, new = ("images", "pictures") if kind == "run" else ("months", "archive")
+        (world / old).rename(world / new)
+        asked += ["--data", f"{world / old}={world / new}"]
+    assert call(asked) == 0
+    counts = Counts()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="discarded")
+        learner = Learner.load(state, progress=counts)
+        learner.resume()
+    assert [t.name for t in learner.state.committed][1] in ("cd", "c-d")
+    assert tensors(state) == whole
+    total = {"run": 6, "update": 8, "protected": 8}[kind]
+    assert 0 < counts.steps < total
+
+
+def test_a_checkpoint_of_another_training_is_discarded_and_said(world: Path) -> None:
+    for name in ("ab", "cd"):
+        picture_folder(world / "months" / name, list(name), 8)
+    state = interrupted(world, "update", whole=False)
+    path = state / "recipe.yaml"
+    path.write_text(path.read_text().replace("lr: 0.01", "lr: 0.02"))
+    (world / "model").rename(world / "elsewhere")
+    assert call(["relocate", str(state), "--model", f"folder:{world / 'elsewhere'}"]) == 0
+    with pytest.warns(UserWarning, match=r"discarded: task cd, stopped after step \d+ of phase train; task cd begins"):
+        Learner.load(state).resume()

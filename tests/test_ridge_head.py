@@ -646,19 +646,15 @@ def test_a_state_without_a_centre_is_that_of_rows_as_they_are() -> None:
 
 
 @every_kind
-def test_what_prediction_needs_is_there_without_the_sums(options: dict[str, Any]) -> None:
+def test_the_head_is_one_linear_map_without_the_sums(options: dict[str, Any]) -> None:
     """As it is exported."""
     head = learned(TEN[:3], **options)
-    needed = head.needed()
-    assert not {"packed", "cross", "mass"} & needed.keys()
-    z = features("a", 5)
-    if head.projection:
-        z = z @ needed["projected"]
-        z = F.relu(z) if head.kind == "relu" else z
-    if head.standardise:
-        z = z - needed["centre"]
-    scores = needed["scale"] * (z @ needed["weight"] + needed.get("offset", torch.zeros(6)))
-    torch.testing.assert_close(head(features("a", 5)), scores, rtol=1e-4, atol=1e-4)
+    folded, z = head.folded(), features("a", 5)
+    if folded.projected is not None:
+        z = F.relu(z @ folded.projected)
+    assert (folded.projected is None) == (not head.projection or head.kind == "orthogonal")
+    scores = z.double() @ folded.weight.mT + folded.bias
+    torch.testing.assert_close(head(features("a", 5)), scores.float(), rtol=1e-4, atol=1e-4)
 
 
 def test_another_run_has_another_projection() -> None:

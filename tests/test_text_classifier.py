@@ -281,15 +281,26 @@ def test_export(
     assert call(["export", str(tuned.state.folder), str(tmp_path / "out")]) == 0
     about = json.loads((tmp_path / "out" / "head.json").read_text())
     assert about == {
+        "format": 2,
         "head": "Ridge",
         "classes": ["blue", "green", "red", "bad", "good"],
+        "normalise": False,
+        "library": "transformers",
         "base": str(model),
+        "options": {"dtype": "float32"},
+        "call": {},
+        "adapter": True,
+        "frozen_beside": False,
         "reads": "texts",
-        "relu": False,
+        "taps": 1,
+        "tokens": [[0, None]],
+        "modules": {},
+        "chat": None,
+        "opening": 0,
+        "room": 128,
     }
     head = load_file(tmp_path / "out" / "head.safetensors")
-    assert {"weight", "centre", "offset", "scale"} <= head.keys()
-    assert not {"packed", "cross"} & head.keys()
+    assert {name: tuple(t.shape) for name, t in head.items()} == {"weight": (5, 32), "bias": (5,)}
     capsys.readouterr()
     assert call(["export", str(tapped.state.folder), str(tmp_path / "none")]) == 0, "a head alone is exported too"
     assert json.loads((tmp_path / "none" / "head.json").read_text())["taps"] == 2
@@ -303,7 +314,8 @@ def test_export_says_where_features_are_read(model: Path, data: Path, tmp_path: 
     learner.run()
     assert call(["export", str(tmp_path / "state"), str(tmp_path / "out")]) == 0
     about = json.loads((tmp_path / "out" / "head.json").read_text())
-    assert (about["taps"], about["tokens"]) == (2, ["mean"])
+    assert (about["taps"], about["tokens"]) == (2, [[0, None]])
+    assert about["modules"] == {"model.layers.0": True, "model.norm": False}
 
 
 # -- updates, and what is no task of classes ----------------------------------------------------------------

@@ -530,7 +530,8 @@ def test_over_the_budget_the_nearest_become_one(budget: int, monkeypatch: pytest
     else:
         assert told["names"] == {"0": "t0 + t1 + t2 + t3"}
         assert [24.0 * 3, 24.0] in [w for _, w in seen], "weighted by the examples of each"
-    assert {method.router.classes[r].split("/")[0] for r in range(8)} == {"t0", "t1", "t2", "t3"}
+    assert method.tasks == ["t0", "t1", "t2", "t3"]
+    assert [member for member, _ in method.selector.rows] == [0, 0, 1, 1, 2, 2, 3, 3]
     for number, task in enumerate(domains([0, 1, 0, 1], seed=9)):
         examples: Any = task.train
         routes = method._routes(torch.stack(examples.pixels))
@@ -700,10 +701,11 @@ def test_under_bfloat16_tasks_are_still_told_apart() -> None:
     with torch.no_grad(), using(method.model, None), torch.autocast("cpu", torch.bfloat16):
         features = method.model.features(pixels)
         mean = features.float().mean(0)
-        method.router.means.copy_(mean + 1e-3 * torch.randn(4, len(mean), generator=generator("near")))
-        halves = len(method.router(features).argmax(1).unique())
+        means: Any = method.selector.means
+        means.means.copy_(mean + 1e-3 * torch.randn(4, len(mean), generator=generator("near")))
+        halves = len(means(features).argmax(1).unique())
         found = method._routes(pixels)
-    wanted = method.router(features.float()).argmax(1).tolist()
+    wanted = means(features.float()).argmax(1).tolist()
     assert found == [row // 2 for row in wanted]
     assert len(set(wanted)) > halves, "the control"
 
@@ -811,7 +813,7 @@ def test_states_reload_roll_back_and_take_updates(whole: dict[str, Path], tmp_pa
 @pytest.mark.parametrize(("prototypes", "counts"), [(None, [12, 12]), (2000, [12, 12]), (6, [3, 3])])
 def test_prototypes_are_made_of_so_many_examples(prototypes: int | None, counts: list[int]) -> None:
     method = taught(treelora(prototypes=prototypes), domains([0, 1]))
-    assert method.router.counts.tolist() == counts * 2
+    assert method.selector.means.counts.tolist() == counts * 2
 
 
 def test_loading_makes_and_takes_away_adapters() -> None:
@@ -990,3 +992,45 @@ def test_a_language_model_learns_reloads_and_answers_in_three_ways(tmp_path: Pat
     assert [sum(h["steps"].values()) for h in tree(method)["helped"]] == [4, 4]
     said = learner.answer(["sky 1: which is it 9?", "sum 0: which is it 8?"])
     assert len(said) == 2
+
+
+# -- other selectors ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "select", ["means", "gaussian", "centres", "classifier", {"name": "classifier", "head": "linear"}]
+)
+def test_another_selector_can_find_the_task(select: Any) -> None:
+    method = treelora({"epochs": 1}, select=select, start="fresh")
+    for task in domains([0, 1, 2, 3], each=12):
+        method.learn(task)
+    asked = [torch.stack(task.train.pixels) for task in domains([0, 1, 2, 3], each=8, seed=5)]  # type: ignore[attr-defined]
+    with torch.no_grad():
+        right = sum(method._routes(pixels).count(number) for number, pixels in enumerate(asked))
+    assert right > 0.8 * sum(map(len, asked))
+    other = treelora({"epochs": 1}, select=select, start="fresh")
+    restore(other, snapshot(method), "memory")
+    assert snapshot(other) == snapshot(method)
+    with torch.no_grad():
+        assert torch.equal(other.predict(asked[0]), method.predict(asked[0]))
+    checkpoint = snapshot(method, memory=False)
+    restore(other, checkpoint, "memory", memory=False)
+    assert snapshot(other) == snapshot(method)
+
+
+@pytest.mark.parametrize("select", ["keys", "weights", "random", "last", "vote"])
+def test_a_selector_without_statistics_is_refused(select: str) -> None:
+    with pytest.raises(UsageError, match=f"select: {select} learns nothing"):
+        treelora(select=select)
+
+
+@pytest.mark.parametrize("fault", [{"classes": 3}, {"classes": [3]}, {}, [], {"classes": ["a/b"], "more": 1}])
+def test_a_broken_router_of_an_earlier_version_is_told(fault: Any) -> None:
+    method = taught(treelora(), domains([0, 1]))
+    files = snapshot(method)
+    extra = json.loads(files["extra.json"])
+    extra["router"] = fault
+    files["extra.json"] = json.dumps(extra).encode()
+    with pytest.raises(StateError) as told:
+        restore(treelora(), files, "here")
+    assert "\n" not in str(told.value)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from perpetune import registry
+from perpetune.averages.average import Average
 from perpetune.data.examples import View
 from perpetune.data.sources import Source
 from perpetune.data.stream import Stream, build_stream
@@ -16,7 +17,7 @@ from perpetune.methods.base import Method
 from perpetune.models.backbone import Backbone
 from perpetune.models.base import Model
 from perpetune.models.classifier import Classifier
-from perpetune.pets import inject
+from perpetune.pets import PET, Place, inject
 from perpetune.protection.config import ProtectConfig
 from perpetune.protection.protection import Protection
 from perpetune.protection.sites import pet_sites
@@ -54,6 +55,8 @@ def load_backbone(spec: str, *, seed: int = 0, **options: Any) -> Backbone:
         given["seed"] = seed
     with own_global_state("backbone", seed):
         backbone: Backbone = load(spec.partition(":")[2], **given)
+    if given.get("pretrained") is False:
+        backbone.opens = {}  # nothing else draws the same weights
     return backbone.tap(taps, tokens or "both")
 
 
@@ -89,6 +92,8 @@ def build_method(recipe: Recipe, backbone: Backbone) -> Method:
             )
         _check_renewed(recipe.protect, method)
         method.protection = build_protection(recipe, method)
+    if recipe.average is not None:
+        method.average = build_average(recipe, method)
     return method.requires_grad_(False).eval()
 
 
@@ -101,7 +106,17 @@ def _inject(section: PetSection, backbone: Backbone, rng: torch.Generator, name:
             f"pet: {section.name} adds tokens, but the tokens of a text have a fixed order: use lora or adapter"
         )
     at = kind.default_at if section.at is None else section.at
-    inject(backbone.net, backbone.pet_places(at, section.blocks), lambda place: kind(place, rng, **options), name)
+
+    def make(place: Place, rng: torch.Generator) -> PET:
+        pet: PET = kind(place, rng, **options)
+        pet.anew = lambda other: make(place, other)  # a copy of the pet shares a function, and so the frozen module
+        return pet
+
+    made = inject(backbone.net, backbone.pet_places(at, section.blocks), lambda place: make(place, rng), name)
+    if any(pet.replaces_class_token for pet in made) and not backbone.class_token:
+        raise UsageError(
+            f"pet: {section.name} replaces the class token, and {backbone.spec} has none: use readout: class"
+        )
 
 
 def _build_model(recipe: Recipe, backbone: Backbone) -> Model:
@@ -133,6 +148,43 @@ def build_protection(recipe: Recipe, method: Method) -> Protection:
     config = recipe.protect
     sites, loose, free = pet_sites(method, config.conditions, method.trained, config.renews, method.sometimes)
     return Protection(sites, config, still=loose, free=free, seed=recipe.seed)
+
+
+def build_average(recipe: Recipe, method: Method) -> Average:
+    """A new average of the method's pets, and of its head if the recipe says so; it has not averaged any task yet.
+
+    Raises:
+        UsageError: the method has nothing that could be averaged, or not with these options.
+    """
+    assert recipe.average is not None
+    config, name, model = recipe.average, recipe.method.name, method.model
+    solved = isinstance(model, Classifier) and model.head.statistics
+    if method.unaveraged:
+        raise UsageError(f"method: {name} {method.unaveraged}: leave average out, or use method: finetune")
+    if not method.trained and not (config.head and model.trained()):
+        cure = "name a pet" if solved or not model.trained() else "name a pet, or set average.head: true"
+        raise UsageError(f"average: there is no pet, so nothing is averaged: {cure}, or leave average out")
+    if config.carried and not method.steady:
+        raise UsageError(
+            f"method: {name} chooses where each task starts and which pets answer: average needs restart: true and "
+            "answer: average"
+        )
+    if config.carried and recipe.protect is not None and recipe.protect.renew:
+        raise UsageError(
+            "protect.renew starts new pets before each task, so no average of the old ones lives on: average needs "
+            "restart: true and answer: average"
+        )
+    if config.answer == "both" and solved:
+        raise UsageError(
+            f"average.answer: both needs a head that is trained by gradient, and head: {recipe.head.name} is solved "
+            "for the features of one answer: use head: linear, or answer: average"
+        )
+    if config.carried and (config.restart or config.answer != "online"):
+        method.leaks = method.leaks or (
+            "average and online pets differ on the data of their task, so old outputs move where one goes on from the "
+            "other (average.restart, average.answer)"
+        )
+    return Average(model, method.trained, config, head=model.trained, steady=method.steady, solved=solved)
 
 
 def build_data(recipe: Recipe, view: View) -> Stream:

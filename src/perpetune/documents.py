@@ -39,6 +39,13 @@ class Backbone(Document):
     date: str | None = None
 
 
+class Contents(Document):
+    """A sample of the hashes of a task's examples (`data.sketch`)."""
+
+    count: Count
+    hashes: Annotated[str, Field(pattern="^([0-9a-f]{16})*$", max_length=2**16)]
+
+
 class Task(Document):
     """`task.json` of a committed task."""
 
@@ -52,6 +59,7 @@ class Task(Document):
     fingerprint: str
     bad: list[str]
     warnings: list[str]
+    contents: Contents | None = None
 
     @model_validator(mode="after")
     def _agrees(self) -> Task:
@@ -85,11 +93,14 @@ class Cell(Document):
     oracle: Oracle | None = None
     gates: dict[str, Annotated[list[Count], Field(min_length=2, max_length=2)]] = {}
     goes_to: dict[str, Count] = {}
+    members: dict[str, Count] = {}
+    told: Amount | None = None
 
     @model_validator(mode="after")
     def _agrees(self) -> Cell:
         right = {"correct": self.correct, **{f"others.{name}": n for name, n in self.others.items()}}
         right |= {"oracle.correct": self.oracle.correct} if self.oracle else {}
+        right |= {"told": self.told} if self.told is not None else {}
         for name, n in right.items():
             if n > self.total + ROUNDING:
                 raise ValueError(f"{name} is {n:g}, and there are {self.total} examples")

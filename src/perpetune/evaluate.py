@@ -34,6 +34,7 @@ def evaluate(
     batch_size: int,
     oracle: Oracle | None = None,
     future: Classes | None = None,
+    told: bool = False,
 ) -> dict[str, Any] | None:
     """Counts of right predictions on the task's test data, asked without their answers; None when it has none.
 
@@ -43,6 +44,7 @@ def evaluate(
             task, learned or not: the method is asked among these (`Method.among`).
         future: with these classes, learned or not, `seen` means all of them, and `task` is as `own`. So a task can be
             asked before it is learned.
+        told: also count the answers that the method would give if it knew the task (`Method.told`).
 
     Returns:
         `{"correct": int, "total": int, "per_class": {name: [correct, total]}}`, with `"others"`, right predictions of
@@ -52,6 +54,8 @@ def evaluate(
         `oracle` there is `"oracle"`, its right predictions and what kind of head it is. `"gates"` are yes or no for
         each example: how often yes, and how often the answer is right then. With `future` and `seen` there is
         `"goes_to"`, how many examples are answered with a class of each task, by its name, if no class is in two tasks.
+        `"members"` counts how often the method chose each of its members, by name; `"told"` are right answers of a
+        method that knows the task.
     """
     if task.test is None or len(task.test) == 0:
         return None
@@ -72,7 +76,10 @@ def evaluate(
     way: str | None = None
     gates: dict[str, Tensor] = {}
     diagnosis = None if oracle is None else (oracle, _Choices(oracle.classes, task, among))
-    seen = torch.zeros((), dtype=exact, device=run.device)
+    seen, known = (torch.zeros((), dtype=exact, device=run.device) for _ in range(2))
+    members: list[str] = []
+    chosen = torch.zeros(0, dtype=torch.int64, device=run.device)
+    knows = False
     for batch in evaluation_batches(task.test.questions(), batch_size, run):
         with run.autocast():
             answers = method.answers(batch.inputs) if asked is None else method.named(batch.inputs, asked)
@@ -89,6 +96,15 @@ def evaluate(
             others[name] = judge(scores, batch).to(exact).sum() + others.get(name, 0)
         for name, values in answers.gauges.items():
             gauges[name] = values.to(exact).sum() + gauges.get(name, 0)
+        if answers.members is not None:
+            members, index = list(answers.members[0]), answers.members[1].flatten().to(run.device)
+            chosen = torch.bincount(index, minlength=len(members)) + (chosen if len(chosen) else 0)
+        if told:
+            with run.autocast():
+                bound = method.told(batch.inputs, task.name)
+            if bound is not None:
+                knows = True
+                known += judge(bound, batch).to(exact).sum()
         if diagnosis is not None:
             with run.autocast():
                 scores = diagnosis[0](batch.inputs)
@@ -97,7 +113,7 @@ def evaluate(
         if signum is not None:
             raise Interrupted(f"stopped while task {task.name} was evaluated", signum)
     # The first process always has a batch; one without any does not know the names, and has nothing to add.
-    *names, way = run.of_first((list(others), list(gauges), list(gates), way))
+    *names, members, knows, way = run.of_first((list(others), list(gauges), list(gates), members, knows, way))
     correct, totals = run.sum(per_class).tolist()
     total = int(sum(totals))
     cell: dict[str, Any] = {"correct": _count(sum(correct)), "total": total}
@@ -117,6 +133,11 @@ def evaluate(
         cell["gates"] = {name: run.sum(gates.get(name, none)).tolist() for name in names[2]}
     if going is not None and going.apart:
         cell["goes_to"] = {t: n for t, n in zip(going.tasks, run.sum(going.counts).tolist(), strict=True) if n}
+    if members:
+        counts = run.sum(chosen if len(chosen) else torch.zeros(len(members), dtype=torch.int64, device=run.device))
+        cell["members"] = {name: count for name, count in zip(members, counts.tolist(), strict=True) if count}
+    if knows:
+        cell["told"] = _count(float(run.sum(known)))
     if oracle is not None:
         cell["oracle"] = {"correct": _count(float(run.sum(seen))), "head": oracle.name}
     return cell

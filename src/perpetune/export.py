@@ -7,19 +7,16 @@ The format is that of PEFT 0.21. The matrices `A` and `B` of the linear layer at
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import importlib
 import json
 import math
 import os
 import re
-import secrets
 import shutil
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -29,9 +26,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from perpetune.aside import written_aside
+from perpetune.data.examples import View
 from perpetune.data.pictures.view import PictureView
+from perpetune.data.texts.templates import NOW
+from perpetune.data.texts.view import TextView
 from perpetune.errors import StateError, UsageError
-from perpetune.files import about
 from perpetune.heads.base import Head
 from perpetune.methods.base import Method
 from perpetune.models.backbone import Backbone
@@ -47,7 +47,7 @@ sre: Any = importlib.import_module("re._parser" if sys.version_info >= (3, 11) e
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 A, B = ".lora_A.weight", ".lora_B.weight"
-WRITING = ".writing"  # a locked file beside the folder of an export that is not complete
+FORMAT = 2  # of head.json and head.safetensors; docs/export.md has both
 
 # Keys of an adapter_config.json that this module understands (UNDERSTOOD), or that do not change what the adapter
 # computes (SILENT). Any other key with a value belongs to a variant of LoRA that this module does not understand.
@@ -84,74 +84,10 @@ def write_peft(backbone: Backbone, name: str, folder: Path) -> None:
         up, down = lora.whole()
         tensors[f"{PREFIX}{path}{A}"] = down.detach().cpu().contiguous()
         tensors[f"{PREFIX}{path}{B}"] = up.detach().cpu().contiguous()
-    with _aside(folder) as aside:
+    with written_aside(folder) as aside:
         save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
         config = json.dumps(_config(backbone, adapters), indent=2, sort_keys=True, allow_nan=False)
         (aside / CONFIG).write_text(f"{config}\n")
-
-
-@contextlib.contextmanager
-def _aside(folder: Path) -> Iterator[Path]:
-    """Give an empty folder to write into, and rename it to `folder` at the end; after an error, delete it.
-
-    Raises:
-        UsageError: `folder` exists and is not empty.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder} already exists and is not empty; choose a new folder")
-    _clear_stale(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.parent / f".{folder.name}.{secrets.token_hex(8)}.tmp"
-    try:
-        aside.mkdir()
-        marker = open(aside / WRITING, "xb")  # noqa: SIM115  the lock is held until the folder is complete
-    except OSError as error:
-        raise about(error, folder) from None
-    try:
-        _held(marker.fileno())
-        (aside / "new").mkdir()
-        yield aside / "new"
-        if folder.is_dir():
-            folder.rmdir()  # Windows cannot replace a folder, not even an empty one
-        os.replace(aside / "new", folder)
-    except OSError as error:
-        raise about(error, folder) from None
-    finally:
-        marker.close()
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _held(descriptor: int) -> bool:
-    """Take the lock of a file; False where another process has it, or where there are no such locks."""
-    if os.name != "posix":
-        return False
-    import fcntl
-
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the kernel however the process ends
-    except OSError:
-        return False
-    return True
-
-
-def _clear_stale(folder: Path) -> None:
-    """Delete what killed exports to `folder` left: the folders of ours whose lock is free."""
-    name = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{16}}\.tmp")
-    beside = (
-        [path for path in folder.parent.glob(".*.tmp") if name.fullmatch(path.name)] if folder.parent.is_dir() else []
-    )
-    for path in beside:
-        if path.is_symlink() or not path.is_dir():
-            continue
-        try:
-            marker = os.open(path / WRITING, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
-        except OSError:  # not ours
-            continue
-        try:
-            if _held(marker):
-                shutil.rmtree(path, ignore_errors=True)
-        finally:
-            os.close(marker)
 
 
 def read_peft(backbone: Backbone, folder: Path, name: str) -> list[PET]:
@@ -229,7 +165,7 @@ def _base(backbone: Backbone) -> str | None:
 
     None if a GGUF file does not say it; then a warning says which model to give.
     """
-    base = backbone.spec.removeprefix("hf:").removeprefix("folder:")
+    base = _anywhere(backbone.spec.removeprefix("hf:").removeprefix("folder:"))
     if not base.lower().endswith(".gguf"):
         return base
     origin = gguf_origin(base)
@@ -383,14 +319,19 @@ def _exceptions(config: Mapping[str, Any], pattern: str, default: str) -> Callab
     return of
 
 
-def export_learned(method: Method, backbone: Backbone, folder: Path) -> list[Path]:
+def export_learned(method: Method, backbone: Backbone, folder: Path, state: Path | None = None) -> list[Path]:
     """Write a learned model for use in other programs: its LoRA in PEFT's format, and the head.
 
-    Beside PEFT's two files, the folder has `head.safetensors`, and `head.json` with the kind of head, the class names
-    in the order of its rows, and how features are read; docs/export.md has code that uses them. Without pets
+    Beside PEFT's two files, the folder has `head.safetensors`, the head as one linear map, and `head.json` with the
+    class names in the order of its rows, and how features are read; docs/export.md has code for them. Without pets
     (`pet: none`) there are no files of PEFT. A packaged model lies in the folder `base`. A language model that answers
     with its own output layer has no files of a head. If a method keeps several adapters and each can be used alone,
-    each gets its own folder. Everything is written under another name first and then renamed.
+    each gets its own folder, and `selector.safetensors` with `selector.json` holds what chooses among them. Everything
+    is written under another name first and then renamed.
+
+    Args:
+        state: the state folder that is exported; it remembers what is written, so that its next verb clears what a kill
+            leaves.
 
     Returns:
         The paths of the written files.
@@ -400,10 +341,16 @@ def export_learned(method: Method, backbone: Backbone, folder: Path) -> list[Pat
             model has no pet, so that there is nothing to export.
     """
     sets = method.exported()
-    with _aside(folder) as aside:
+    with written_aside(folder, state) as aside:
         for name, set_name in sets.items():
             with method.acting(set_name):
                 _export_set(method, backbone, set_name, aside / name)
+        if (selector := method.exported_selector()) is not None:
+            tensors, about = selector
+            plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(plain, aside / "selector.safetensors", metadata={"format": "pt"})
+            text = json.dumps({**about, "folders": list(sets)}, indent=2, ensure_ascii=False, allow_nan=False)
+            (aside / "selector.json").write_text(f"{text}\n", encoding="utf-8")
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
@@ -414,27 +361,92 @@ def _export_set(method: Method, backbone: Backbone, name: str | None, folder: Pa
     head = next((m for m in method.model.modules() if isinstance(m, Head)), None)
     if head is None:
         return
-    tensors = {n: t.detach().cpu().contiguous() for n, t in head.needed().items()}
-    save_file(tensors, folder / "head.safetensors", metadata={"format": "pt"})
-    about = {"head": type(head).__name__, "classes": head.classes, **head.described(), **_read(backbone)}
-    if head.dim == 2 * backbone.dim:  # features of the frozen net stand beside those of the tuned one
-        about["frozen_beside"] = True
-    (folder / "head.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    prefix, _, rest = backbone.spec.partition(":")
-    if prefix == "perpetune" and rest in PACKAGED:
-        with as_file(files("perpetune") / "assets" / PACKAGED[rest]) as own:
+    about, tensors = _head(head)
+    about |= _read(backbone, method.model.view) | {
+        "adapter": name is not None,
+        "frozen_beside": head.dim == 2 * backbone.dim,
+    }
+    stored = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    save_file(stored, folder / "head.safetensors", metadata={"format": "pt"})
+    written = json.dumps(about, indent=2, ensure_ascii=False, allow_nan=False)
+    (folder / "head.json").write_text(f"{written}\n", encoding="utf-8")
+    if _packaged(backbone):
+        with as_file(files("perpetune") / "assets" / PACKAGED[backbone.spec.partition(":")[2]]) as own:
             shutil.copytree(own, folder / "base")
 
 
-def _read(backbone: Backbone) -> dict[str, Any]:
-    """How features are read, for `head.json`."""
-    packaged = backbone.spec.startswith("perpetune:")
-    about: dict[str, Any] = {
-        "base": "base" if packaged else backbone.spec.removeprefix("hf:").removeprefix("folder:"),
-        "reads": backbone.takes,
-    }
-    if isinstance(backbone.preprocess, PictureView):
-        about |= {"image": dataclasses.asdict(backbone.preprocess), "prefix": backbone.prefix}
-    if (taps := backbone.taps) is not None:  # the blocks at which the features are read
-        about |= {"taps": taps.count, "tokens": taps.kinds}
+def _packaged(backbone: Backbone) -> bool:
+    prefix, _, rest = backbone.spec.partition(":")
+    return prefix == "perpetune" and rest in PACKAGED
+
+
+def _head(head: Head) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `head.json` says of a head, and its tensors."""
+    about: dict[str, Any] = {"format": FORMAT, "head": type(head).__name__, "classes": head.classes}
+    folded = head.folded()
+    if folded is None:  # of another package, which has to say what its tensors mean
+        return about, head.needed()
+    tensors = {"weight": folded.weight, "bias": folded.bias}
+    if folded.projected is not None:
+        tensors["projected"] = folded.projected
+    return {**about, "normalise": folded.normalise}, tensors
+
+
+def _read(backbone: Backbone, view: View) -> dict[str, Any]:
+    """How the model is opened and its features are read, for `head.json`."""
+    if not backbone.opens:
+        warnings.warn(
+            f"{backbone.spec}: its weights are random, or its loader does not say how another program opens it; "
+            "head.json does not say it either",
+            stacklevel=2,
+        )
+    opens = {"library": None, "base": backbone.spec, "options": {}, "call": {}} | backbone.opens
+    opens["base"] = None if _packaged(backbone) else _anywhere(opens["base"])
+    about: dict[str, Any] = {**opens, "reads": backbone.takes}
+    texts, taps = backbone.takes == "texts", backbone.taps
+    first: list[int | None] = [-1, None] if texts else [0, 1]
+    places = {"class": first, "mean": [0 if texts else backbone.prefix, None]}
+    if taps is not None:
+        inputs = backbone.empty()
+        if inputs is not None:
+            with torch.no_grad():
+                backbone.features(inputs)  # shows at which modules the features are read
+        about |= {"taps": taps.count}
+        about |= {"tokens": [places[kind] for kind in taps.kinds], "modules": taps.modules(backbone.net)}
+    elif opens["library"] == "transformers":  # what `vit` and `causal_lm` give
+        about |= {"taps": 1, "tokens": [places["mean" if texts else "class"]], "modules": {}}
+    else:
+        about |= {"taps": 0, "tokens": [], "modules": {}}
+    if isinstance(view, PictureView):
+        about["image"] = _image(view)
+    if isinstance(view, TextView):
+        ask = {"tokenize": False, "add_generation_prompt": True, "chat_template": view.template if view.dated else None}
+        if view.dated and NOW in str(ask["chat_template"]):
+            warnings.warn(
+                "the chat template asks for the day in a way that cannot be written down: other programs give it their "
+                "own day, and the model was trained with the day of `init`",
+                stacklevel=2,
+            )
+        opening = view.opening
+        about |= {"chat": ask if view.chat else None, "opening": opening, "room": view.max_length - opening}
     return about
+
+
+def _anywhere(base: str) -> str:
+    """A model's name, or its path as other folders need it."""
+    return os.path.abspath(base) if os.path.exists(base) else base
+
+
+def _image(view: PictureView) -> dict[str, Any]:
+    """How a picture becomes the model's input, in the words of Pillow."""
+    from PIL.Image import Resampling
+
+    whole = view.crop is None
+    return {
+        "size": view.size,
+        "crop": 1.0 if whole else view.crop,
+        "squeeze": whole or view.squeeze,
+        "resample": int(Resampling[view.interpolation.upper()]),
+        "mean": view.mean,
+        "std": view.std,
+    }

@@ -91,11 +91,13 @@ def fit(
         Interrupted: a signal asked the run to stop. A checkpoint was written.
     """
     run = task.runtime
-    groups = [{"params": list(p), "lr": lr, "peak": lr} for p, lr in _grouped(parameters, config.lr) if len(p) > 0]
-    trained: list[nn.Parameter] = [p for g in groups for p in g["params"]]  # type: ignore[attr-defined]
     per_epoch = math.ceil(len(task.train) / config.batch_size)
     epochs = config.epochs_of(task.index)
     total = per_epoch * epochs
+    about = {"steps": total}  # for companions, which see the optimizer alone
+    given = [(list(p), lr) for p, lr in _grouped(parameters, config.lr) if len(p) > 0]
+    groups = [{"params": p, "lr": lr, "peak": lr, **about} for p, lr in given]
+    trained = [p for some, _ in given for p in some]
     if not trained or total == 0:
         return
     with contextlib.ExitStack() as stack:
@@ -246,11 +248,16 @@ def _backward(loss: Loss, task: Task, shares: list[tuple[Batch, float]], run: Ru
 
 
 def _sum_gradients(parameters: list[nn.Parameter], run: Runtime) -> None:
-    """Sum the gradients over the processes in one message. PETs are small enough for this."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    flat = run.sum(torch.cat([g.flatten() for g in grads]))
-    for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-        grad.copy_(part.view_as(grad))
+    """Sum the gradients over the processes in one message. PETs are small enough for this.
+
+    A member of a pool has a gradient only in the processes whose examples chose it. So the message says of each
+    parameter whether its process has a gradient; the optimizer skips those that no process has one for.
+    """
+    has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=run.device)
+    flat = torch.cat([has, *((torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters)])
+    counts, *sums = run.sum(flat).split([len(parameters), *(p.numel() for p in parameters)])
+    for p, count, part in zip(parameters, counts.tolist(), sums, strict=True):
+        p.grad = part.view_as(p).to(p.dtype, copy=True) if count else None
 
 
 def _update(

@@ -153,8 +153,9 @@ class Learner:
             learner.method.model.view.today = learner.state.begun
         learner._tasks.moved = learner.state.moved()
         learner._reload()
-        if (line := learner.state.unchecked()) and learner.runtime.rank == 0:
-            warnings.warn(line, stacklevel=2)
+        for line in (learner.state.unchecked(), learner.state.edited()):
+            if line and learner.runtime.rank == 0:
+                warnings.warn(line, stacklevel=2)
         return learner
 
     @staticmethod
@@ -179,7 +180,7 @@ class Learner:
             if not Path(new).exists():
                 raise UsageError(f"{new}: no such file or folder, so no data can have moved there")
             data = old, new
-            for key in ("data", "exams"):
+            for key in ("data", "exams", "protect"):
                 content[key] = moved(content[key], [data])
         if model is not None:
             content["backbone"]["name"] = model
@@ -336,7 +337,8 @@ class Learner:
                     f"the data of task {opened['name']} were a Python object: "
                     "call `Learner.load(...).learn` with it again"
                 )
-            return self.learn(opened["from"], name=opened["name"], holdout=opened["from"]["holdout"])
+            origin = moved(opened["from"], self._tasks.moved)
+            return self.learn(origin, name=opened["name"], holdout=origin["holdout"])
         if self.recipe.data is None:
             if self.runtime.rank == 0:
                 with self.state.writing():  # finishes an interrupted commit

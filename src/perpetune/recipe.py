@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from perpetune import registry
+from perpetune.averages.config import AverageConfig
 from perpetune.data.stream import StreamOptions
 from perpetune.errors import UsageError, closest
 from perpetune.fit import FitConfig
@@ -19,10 +20,12 @@ from perpetune.models.taps import Count, Read
 from perpetune.plain import MOST_YAML, Malformed, parse_yaml, read_regular
 from perpetune.protection.config import ProtectConfig
 from perpetune.runtime import Precision
+from perpetune.selectors import Selection
 
 Setting = Literal["class", "domain", "task"]
 PATH_KEYS = {"path", "train", "test"}  # options of a data source that may be paths
 CHOICES = {"pet", "method", "head", "data"}  # sections whose options belong to what they name
+NESTED = {"method": ("select",)}  # options that are choices themselves
 MOST_EXTENDED = 16  # how many recipes may stand on each other
 MOST_KEYS_BELOW = 8  # how many keys `--set` may name below each other
 
@@ -95,6 +98,9 @@ class EvaluateSection(Section):
     """Also ask about tasks that are not learned yet: all tasks of the stream before the first one, and after each. The
     classes of the whole stream may answer then (setting `task`: those of the asked task), so the head has to know them
     by their names."""
+    told: bool = False
+    """Also count what the method would answer if it knew the task of each example: a bound for methods that choose
+    among members. It costs one more pass over the test data."""
 
 
 class RunSection(Section):
@@ -131,6 +137,8 @@ class Recipe(Section):
     head: NamedSection = NamedSection(name="linear")
     protect: ProtectConfig | None = None
     """Keeps updates out of the directions that old features use; None leaves them free."""
+    average: AverageConfig | None = None
+    """Averages the pets over the steps of each task; None trains without an average."""
     online: bool = False
     """Each training example is trained on once: `train.epochs` is 1."""
     train: FitConfig = FitConfig()
@@ -179,6 +187,11 @@ class Recipe(Section):
     @classmethod
     def _protect_switch(cls, value: Any) -> Any:
         return {} if value is True else None if value is False or value == "none" else value
+
+    @field_validator("average", mode="before")
+    @classmethod
+    def _no_average(cls, value: Any) -> Any:
+        return None if value is False or value == "none" else value
 
     @model_validator(mode="after")
     def _online(self) -> Recipe:
@@ -263,7 +276,8 @@ def _complete(kind: registry.Kind, choice: NamedSection, skip: Sequence[str] = (
         registry_schema = registry.schema(registry.find(kind, choice.name))
         required = {name: FitConfig() for name in skip if registry_schema.model_fields[name].is_required()}
         own |= required
-    options = registry.options(kind, choice.name, own)
+    completed = registry.options(kind, choice.name, own)
+    options = {k: v.model_dump() if isinstance(v, Selection) else v for k, v in completed.items()}
     kept = {k: v for k, v in choice.options.items() if k in skip}
     return NamedSection.model_validate(
         {"name": choice.name, **{k: v for k, v in options.items() if k not in skip}, **kept}
@@ -448,7 +462,7 @@ def _on_top(base: dict[str, Any], own: dict[str, Any], choices: Collection[str] 
             continue
         if isinstance(before, dict) and isinstance(given, dict):
             other = key in choices and given.get("name", before.get("name")) != before.get("name")
-            merged[key] = value if other else _on_top(before, given)
+            merged[key] = value if other else _on_top(before, given, NESTED.get(key, ()))
     return merged
 
 

@@ -1,8 +1,8 @@
 """What can be chosen by name, and the options each choice takes.
 
 A choice is a class or function found by a dotted path: those below, and those that installed packages
-name under the entry points `perpetune.methods`, `.pets`, `.heads`, `.backbones`, `.data` and `.exams`. Its
-keyword-only arguments are its options in a recipe: the constructor is the schema. A backbone's choice is the loader
+name under the entry points `perpetune.methods`, `.pets`, `.heads`, `.selectors`, `.backbones`, `.data` and `.exams`.
+Its keyword-only arguments are its options in a recipe: the constructor is the schema. A backbone's choice is the loader
 that the prefix of its name stands for. Sections of the report are found in the same way, under `perpetune.sections`; no
 recipe names them.
 """
@@ -22,8 +22,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from perpetune.errors import UsageError, closest
 from perpetune.models.loaders.options import NOTHING
 from perpetune.models.taps import Count, Read
+from perpetune.selectors import base as selectors
 
-Kind = Literal["methods", "pets", "heads", "backbones", "data", "exams", "sections"]
+Kind = Literal["methods", "pets", "heads", "selectors", "backbones", "data", "exams", "sections"]
 
 BUILTIN: dict[Kind, dict[str, str]] = {
     "methods": {
@@ -33,6 +34,7 @@ BUILTIN: dict[Kind, dict[str, str]] = {
         "first_session": "perpetune.methods.first_session:FirstSession",
         "safe": "perpetune.methods.safe:Safe",
         "treelora": "perpetune.methods.treelora.method:TreeLoRA",
+        "pool": "perpetune.methods.pool:Pool",
         "olora": "perpetune.methods.olora:OLoRA",
     },
     "pets": {
@@ -50,6 +52,7 @@ BUILTIN: dict[Kind, dict[str, str]] = {
         "text": "perpetune.heads.text:Text",
         "lm": "perpetune.models.causal_lm:CausalLM",
     },
+    "selectors": selectors.BUILTIN,
     "backbones": {
         "timm": "perpetune.models.loaders.timm:load_timm",
         "hf": "perpetune.models.loaders.hf:load_hf",
@@ -77,7 +80,7 @@ BUILTIN: dict[Kind, dict[str, str]] = {
         name: f"perpetune.report.sections.{name}:section"
         for name in (
             *("figures", "zero_shot", "transfer", "matrix", "curves", "answers", "retrieval", "recognition", "gate"),
-            *("exams", "headroom", "heads", "tree", "protection", "drift"),
+            *("exams", "headroom", "heads", "members", "tree", "averages", "protection", "drift"),
             *("tasks", "classes", "storage", "time", "problems", "reproduce"),
         )
     },
@@ -88,6 +91,7 @@ BASES: dict[Kind, str] = {
     "methods": "perpetune.methods.base:Method",
     "pets": "perpetune.pets.base:PET",
     "heads": "perpetune.heads.base:Head",
+    "selectors": "perpetune.selectors.base:Selector",
     "data": "perpetune.data.sources:Source",
     "exams": "perpetune.exams.base:Suite",
 }
@@ -220,7 +224,18 @@ def options(kind: Kind, name: str, given: dict[str, Any]) -> dict[str, Any]:
         checked = model.model_validate(given)
     except ValidationError as error:
         raise UsageError(f"{kind}: {name}: {explain(error, model)}") from None
-    return {key: getattr(checked, key) for key in (*model.model_fields, *(checked.model_extra or {}))}
+    found = {key: getattr(checked, key) for key in (*model.model_fields, *(checked.model_extra or {}))}
+    return {key: _completed(f"{kind}: {name}: {key}", value) for key, value in found.items()}
+
+
+def _completed(where: str, value: Any) -> Any:
+    """The value of an option; a selection of a selector with its class and all its options."""
+    if not isinstance(value, selectors.Selection):
+        return value
+    try:
+        return value.bound(find("selectors", value.name), options("selectors", value.name, value.options))
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
@@ -295,6 +310,9 @@ def summary(kind: Kind, name: str) -> dict[str, Any]:
     elif kind == "heads":
         statistics = "Learned from statistics of the features: for any method."
         fits = statistics if target.statistics else "Trained by gradient: for methods that train."
+    if kind == "selectors":
+        learned = "Learned from the queries of each task." if target.statistics else ""
+        fits = "A control for experiments." if target.control else "Trained by gradient." if target.learned else learned
     return {
         "is": (inspect.getdoc(target) or "").partition("\n")[0],
         "fits": fits,
@@ -309,6 +327,9 @@ def described(model: type[BaseModel], *without: str) -> dict[str, str]:
         if name in without:
             continue
         words = typing.get_args(field.annotation) if typing.get_origin(field.annotation) is Literal else ()
+        if isinstance(field.default, selectors.Selection):
+            told[name] = f"{field.default.name}   (a selector)"
+            continue
         default = "required" if field.is_required() else yaml.safe_dump(field.default).splitlines()[0]
         if inspect.isclass(field.annotation) and issubclass(field.annotation, BaseModel):
             default = "the recipe's `train:` section"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import sys
 import time
@@ -21,11 +20,9 @@ from perpetune.oracle import Oracle, solve
 from perpetune.results import read_results
 from perpetune.runtime import Runtime
 from perpetune.snapshot import read_tensors
-from perpetune.state import MidTask, State
+from perpetune.state import MidTask, State, training_digest
 from perpetune.tasks import Batch, Examples, Task, balanced, evaluation_batches
 
-# Sections of a recipe that decide a training.
-DECIDES = {"backbone", "pet", "method", "head", "protect", "train", "seed"}
 LEADING = 256  # examples of a task that say where its pet starts, with protect.start: leading
 FEATURES = "features.safetensors"  # of a few test images of the task, as they were when it was learned
 
@@ -72,8 +69,7 @@ def learn_task(method: Method, step: Step, state: State) -> None:
     task, recipe, run = step.task, state.recipe, step.task.runtime
     main = run.rank == 0
     # A checkpoint is of use only for the same data, training and number of processes.
-    trained_by = recipe.model_dump_json(include=DECIDES | ({"pets"} if recipe.pets else set()))
-    fingerprint = f"{step.document['fingerprint']}/{hashlib.sha256(trained_by.encode()).hexdigest()}/{run.world}"
+    fingerprint = f"{step.document['fingerprint']}/{training_digest(recipe)}/{run.world}"
     if main:
         about = {key: step.document[key] for key in ("fingerprint", "from")}
         state.log("task begun", task=task.index, name=task.name, **about)
@@ -99,11 +95,13 @@ def learn_task(method: Method, step: Step, state: State) -> None:
     learned = time.perf_counter()
     oracle = solve(method, step.seen, recipe) if step.seen else None
     solved = time.perf_counter()
-    cells = measure(method, [*step.others, task], recipe.setting, recipe.evaluate.batch_size, oracle, step.future)
-    cells |= measure(method, step.ahead, recipe.setting, recipe.evaluate.batch_size, future=step.future)
-    exams = take_all(step.exams, method, recipe.evaluate.batch_size, exams_before)
+    size, told = recipe.evaluate.batch_size, recipe.evaluate.told
+    cells = measure(method, [*step.others, task], recipe.setting, size, oracle, step.future, told)
+    cells |= measure(method, step.ahead, recipe.setting, size, future=step.future)
+    exams = take_all(step.exams, method, size, exams_before)
     features, drift = _drift(method, step, state)
     evaluated = time.perf_counter()
+    method.task_measured()
     seconds = run.checkpoints.seconds + learned - began
     timings = {
         "learn_s": round(seconds, 3),
@@ -154,6 +152,7 @@ def learn_protected(
     task = method.model.posed(task)
     certificates = _protect(method, task, reference, batch_size) if reference else []
     _renew(method, task, batch_size)
+    method.task_begins(task)
     with task.runtime.accompanied(method.companions()):
         method.learn(task)
     return certificates + _protect(method, task, None, batch_size)
@@ -229,12 +228,11 @@ def measure(
     batch_size: int,
     oracle: Oracle | None = None,
     future: Classes | None = None,
+    told: bool = False,
 ) -> dict[str, Any]:
     """Counts on the test data of each task, by its name; None where it has none."""
-    among = AMONG[setting]
-    return {
-        t.name: evaluate(method, t, among=among, batch_size=batch_size, oracle=oracle, future=future) for t in tasks
-    }
+    asked: dict[str, Any] = {"among": AMONG[setting], "batch_size": batch_size, "oracle": oracle}
+    return {t.name: evaluate(method, t, **asked, future=future, told=told) for t in tasks}
 
 
 def _drift(method: Method, step: Step, state: State) -> tuple[dict[str, bytes], dict[str, float]]:

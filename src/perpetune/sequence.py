@@ -18,6 +18,7 @@ from perpetune.data.examples import TableSet, View
 from perpetune.data.guess import guess_source
 from perpetune.data.names import alike, several
 from perpetune.data.reference import reference_examples
+from perpetune.data.sketch import learned_before, whole
 from perpetune.data.sources import Kind, Source
 from perpetune.data.stream import Stream, StreamOptions, single_task
 from perpetune.data.tasks import TaskData
@@ -97,13 +98,15 @@ class TaskSequence:
             found = self._checked(self._single(source, index, name, holdout))
             task = self._as_task(found)
             document = _document(task, origin, found.fingerprint, found.bad, found.warnings)
+            if found.contents is not None:
+                document["contents"] = found.contents
         self._tasks[index] = task
         return task, document
 
     def of_update(self, task: Task, document: dict[str, Any], committed: Sequence[Committed]) -> Step:
         """What `given` prepared, evaluated on the tasks `committed` too, whose test pictures it should not hold."""
         others = [t for t in (self.past(c) for c in committed) if t is not None]
-        found = [*self._again(document, committed), *_alike_before(task, committed), *self._leaks(task, others)]
+        found = [*_again(task, document, committed), *_alike_before(task, committed), *self._leaks(task, others)]
         for warning in found:
             self.runtime.progress.note(warning)
         for line in _new_classes(task, committed):
@@ -206,13 +209,6 @@ class TaskSequence:
     moved: Sequence[tuple[str, str]] = ()
     """Beginnings of paths of tasks' data that have changed since they were learned, as they were and as they are."""
 
-    def _again(self, document: dict[str, Any], committed: Sequence[Committed]) -> list[str]:
-        """A warning where the same data were learned before."""
-        same = [c.name for c in committed if c.task()["fingerprint"] == document["fingerprint"]]
-        if not same or document["from"] == {"name": None}:  # of a Python object only the targets are known
-            return []
-        return [f"data of the same names, labels and sizes were learned before, as task {several(same)}"]
-
     def _leaks(self, task: Task, others: Sequence[Task]) -> list[str]:
         """A warning where examples that `task` trains on are among the test examples of the others."""
         found, noun = [], ""
@@ -302,6 +298,24 @@ def _document(
         "bad": list(bad),
         "warnings": list(warnings),
     }
+
+
+def _again(task: Task, document: dict[str, Any], committed: Sequence[Committed]) -> list[str]:
+    """A warning where the same data were learned before, however they were cut into training and test data."""
+    if document["from"] == {"name": None}:  # of a Python object only the targets are known
+        return []
+    earlier = {c.name: c.task() for c in committed}
+    known = {name: one["contents"] for name, one in earlier.items() if one.get("contents")}
+    new = document.get("contents")
+    found = learned_before(new, known) if new else None
+    if new and found:
+        (share, names), noun = found, task.train.table.noun if isinstance(task.train, TableSet) else "example"
+        exact = whole([new, *(known[name] for name in names)])
+        much = f"{share * new['count']:.0f} of {new['count']}" if exact else f"about {share:.0%} of the"
+        return [f"task {task.name} learns again: {much} {noun}s were learned before, as task {several(names)}"]
+    same = [name for name, one in earlier.items() if one["fingerprint"] == document["fingerprint"]]
+    same = [name for name in same if not new or name not in known]  # else the contents are others
+    return [f"data of the same names, labels and sizes were learned before, as task {several(same)}"] if same else []
 
 
 def _before(committed: Sequence[Committed]) -> list[str]:

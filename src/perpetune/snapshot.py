@@ -71,6 +71,10 @@ def restore(method: Method, files: Mapping[str, bytes], where: str, *, memory: b
     """
     extra = _json(files, EXTRA, where)
     modules = _with_extra(method, memory)
+    try:
+        renamed = method.from_earlier(extra)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise _foreign(method, "", where, error) from None
     _same_names(modules, extra, f"{where}/{EXTRA}", "entries")
     for name, module in modules.items():
         if module.get_extra_state() != extra[name]:
@@ -90,7 +94,7 @@ def restore(method: Method, files: Mapping[str, bytes], where: str, *, memory: b
     for file, group in groups.items():
         if not memory and file in FIXED:
             continue
-        stored = read_tensors(files, file, where)
+        stored = {_today(name, renamed): tensor for name, tensor in read_tensors(files, file, where).items()}
         _same_names(group, stored, f"{where}/{file}", "tensors")
         for name, tensor in group.items():
             value = stored[name]
@@ -107,6 +111,12 @@ def restore(method: Method, files: Mapping[str, bytes], where: str, *, memory: b
         raise StateError(f"{spoiled[0]}{more} holds values that are not finite: the model would answer nothing of use")
     for tensor, value in pairs:
         tensor.copy_(value)
+
+
+def _today(name: str, renamed: Mapping[str, str]) -> str:
+    """The name of a tensor, if names that begin in one way begin in another today."""
+    old = next((old for old in renamed if name.startswith(old)), "")
+    return renamed.get(old, "") + name.removeprefix(old)
 
 
 def _foreign(module: nn.Module, name: str, where: str, error: Exception) -> StateError:

@@ -11,6 +11,7 @@ STATE/
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from perpetune.aside import clear_noted
 from perpetune.documents import (
     EVENTS,
     Backbone,
@@ -59,8 +61,10 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 START = "start"  # the name of the state before the first task
-MADE_BY = "recipe.json"  # in a task's folder: what of the recipe decides what its tensors mean
+MADE_BY = "recipe.json"  # in a task's folder: what of the recipe decides what its tensors mean, and how it learned
 MOST_JOURNAL = 2**28  # bytes
+DECIDES = {"backbone", "pet", "method", "head", "protect", "train", "seed"}
+"""Sections of a recipe that decide a training."""
 DOCUMENTS: dict[str, type[Document]] = {"task.json": Task, "metrics.json": Metrics, "timings.json": Timings}
 
 
@@ -162,6 +166,7 @@ class State:
             raise StateError(str(error)) from None
         if "checkpoint_every" not in self.recipe.run.model_fields_set:  # defaults must not fill up a torn recipe
             raise StateError(f"{folder / 'recipe.yaml'} is torn, its last key is missing: restore it from a backup")
+        clear_noted(folder)  # every verb opens the state, so the next one after a killed export does this
 
     @classmethod
     def create(cls, folder: Path, recipe: Recipe, backbone: Mapping[str, Any]) -> State:
@@ -208,11 +213,23 @@ class State:
             data: the beginning of paths of tasks' data as it was, and as it is now.
         """
         if recipe is not None:
+            self._relocate_checkpoints(recipe)
             write_file(self.folder / "recipe.yaml", recipe.to_yaml().encode())
             self.recipe = recipe
         if spec is not None:
             write_file(self.folder / "backbone.json", to_json({**self.backbone, "spec": spec}))
         self.log("relocated", **({"model": spec} if spec else {}), **({"data": list(data)} if data else {}))
+
+    def _relocate_checkpoints(self, recipe: Recipe) -> None:
+        """Make the checkpoints of the unfinished task go on under `recipe`: it differs in places alone."""
+        path = self.folder / "resume" / "task.json"
+        try:
+            header = read_json(path)
+            data, digest, world = header["data"].split("/")
+        except (OSError, Malformed, LookupError, TypeError, ValueError, AttributeError):
+            return  # there are none, or whoever reads them names the fault
+        if digest == training_digest(self.recipe):
+            write_file(path, to_json({**header, "data": f"{data}/{training_digest(recipe)}/{world}"}))
 
     @property
     def begun(self) -> date | None:
@@ -357,23 +374,53 @@ class State:
         """Store a learned task in one step, with JSON documents and other files; then delete its checkpoints."""
         folder = self.folder / "tasks" / f"{index:04d}-{name}"
         check_no_link(folder.parent)
-        documents = {**documents, MADE_BY: _meaning(self.recipe)}
+        made_by = {**_meaning(self.recipe), "training": _training(self.recipe), "model": _known(self.backbone)}
+        documents = {**documents, MADE_BY: made_by}
         files = {**snapshot(method), **{file: to_json(content) for file, content in documents.items()}, **files}
         manifest = write_folder(folder, files)
         self.log("task committed", task=index, name=name, manifest=manifest)
         remove_folder(self.folder / "resume")
 
     def _check_recipe(self, task: Committed, files: Mapping[str, bytes]) -> None:
-        """StateError if the recipe gives the stored tensors another meaning than when they were stored."""
+        """StateError if the recipe gives the stored tensors another meaning than when they were stored, or if
+        `backbone.json` is another one."""
         if MADE_BY not in files:
             return  # a task of an older version
-        now = _meaning(self.recipe)
         then = read_document(Document, files[MADE_BY], str(task.folder / MADE_BY), task._cure)
-        for key, before, after in _differences(then, now):
+        for key, before, after in _differences(then, _meaning(self.recipe)):
             raise StateError(
-                f"{self.folder / 'recipe.yaml'}: {key} is {json.dumps(after)[:60]}, and was {json.dumps(before)[:60]} "
-                f"when task {task.name} was learned: put it back, because the learned model means something else now"
+                f"{self.folder / 'recipe.yaml'}: {key} is {_short(after)}, and was {_short(before)} when task "
+                f"{task.name} was learned: put it back, because the learned model means something else now"
             )
+        here = _known(self.backbone)
+        known = then.get("model", here)  # a task of an older version does not have it
+        for key in sorted({*known, *here}):
+            if known.get(key) != here.get(key):
+                raise StateError(
+                    f"{self.folder / 'backbone.json'}: {key} is {_short(here.get(key))}, and was "
+                    f"{_short(known.get(key))} when task {task.name} was learned: restore it from a backup"
+                )
+
+    def edited(self) -> str:
+        """A line about what of the recipe was changed since the last task was learned; empty if nothing was.
+
+        How later tasks are learned may be changed in `recipe.yaml`, but not without a word: some options of a method
+        also decide how it answers.
+        """
+        task = next(reversed(self.committed), None)
+        files = task.read(MADE_BY) if task is not None else {}
+        if task is None or MADE_BY not in files:
+            return ""
+        then = read_document(Document, files[MADE_BY], str(task.folder / MADE_BY), task._cure)
+        found = list(_differences(then.get("training", {}), _training(self.recipe)))
+        changes = [f"{key} is {_short(after)} (was {_short(before)})" for key, before, after in found]
+        if not changes:
+            return ""
+        few = ", ".join(changes[:5]) + (f" and {len(changes) - 5} more" if len(changes) > 5 else "")
+        return (
+            f"{self.folder / 'recipe.yaml'} was changed since task {task.name} was learned: {few}; the model answers "
+            "and learns by the file as it is now"
+        )
 
     def rollback(self, to: str) -> list[str]:
         """Drop every task after `to`, and an unfinished one; return the names of the dropped tasks.
@@ -550,6 +597,13 @@ def _unused(folder: Path) -> bool:
     return ours and not tasks.is_symlink() and not any(tasks.glob("*"))
 
 
+def training_digest(recipe: Recipe) -> str:
+    """A hash of all in a recipe that decides a training: a checkpoint is of use with the same one only."""
+    added = {name for name in ("pets", "average") if getattr(recipe, name)}  # others have the digest of before
+    decides = recipe.model_dump_json(include=DECIDES | added)
+    return hashlib.sha256(decides.encode()).hexdigest()
+
+
 def _meaning(recipe: Recipe) -> dict[str, Any]:
     """The parts of a recipe that say what stored tensors mean. Where the model lies may change, and so may training."""
     plain = recipe.model_dump(mode="json", include={"backbone", "pet", "pets", "head", "method"})
@@ -558,10 +612,29 @@ def _meaning(recipe: Recipe) -> dict[str, Any]:
     return plain
 
 
+def _training(recipe: Recipe) -> dict[str, Any]:
+    """The parts of a recipe that say how it goes on to learn, without places."""
+    plain = recipe.model_dump(
+        mode="json", include={"seed", "setting", "method", "protect", "online", "train", "stream", "evaluate"}
+    )
+    if plain["protect"] is not None and plain["protect"].get("reference"):
+        plain["protect"]["reference"] = {k: v for k, v in plain["protect"]["reference"].items() if k != "path"}
+    return {**plain, "run": {"precision": recipe.run.precision}}
+
+
+def _known(backbone: Mapping[str, Any]) -> dict[str, Any]:
+    """What `backbone.json` says, without the place of the model."""
+    return {key: value for key, value in backbone.items() if key != "spec"}
+
+
+def _short(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)[:60]
+
+
 def _differences(then: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
     """The keys that have another value now. Keys that one of them lacks are of another version, and no difference."""
     if isinstance(then, dict) and isinstance(now, dict):
-        for name in then.keys() & now.keys():
+        for name in sorted(then.keys() & now.keys()):
             yield from _differences(then[name], now[name], f"{key}.{name}" if key else name)
     elif then != now:
         yield key, then, now

@@ -41,7 +41,7 @@ from perpetune.tasks import Task
 
 HELD = 0.1  # with protection old outputs may move by at most this share of their movement without it
 ENERGY = 0.9999  # the least share of the features' energy that is protected in this test
-KEYS = ("head", "pet", "pets", "protect")  # sections of a recipe that `perpetune check --set` can change
+KEYS = ("average", "head", "pet", "pets", "protect")  # sections of a recipe that `perpetune check --set` can change
 
 
 @dataclass(frozen=True)
@@ -324,9 +324,9 @@ def check_method(method: str, changes: Sequence[str] = (), on: str | None = None
 
     Args:
         method: the name of a built-in method, or PACKAGE.MODULE:CLASS.
-        changes: `key=value`: `head=NAME`, `pet=NAME` or `pet=none`, `protect=true` or a key of `protect`, else an
-            option of the method. With a head that chooses among classes only pictures are used, with `head=lm` only
-            texts.
+        changes: `key=value`: `head=NAME`, `pet=NAME` or `pet=none`, `protect=true`, a key of `protect` or of
+            `average`, else an option of the method. With a head that chooses among classes only pictures are used, with
+            `head=lm` only texts.
         on: `pictures` or `texts`, to use only this kind.
 
     Raises:

@@ -88,6 +88,7 @@ def compare(
 def methods(json: Json = False) -> None:
     """List what a recipe can name and what fits together: methods, pets, heads, backbones, data; with options."""
     from perpetune import registry
+    from perpetune.averages.config import AverageConfig
     from perpetune.cli.common import print_json
     from perpetune.protection.config import ProtectConfig
     from perpetune.recipe import PetSection
@@ -97,9 +98,9 @@ def methods(json: Json = False) -> None:
     for name, about in found["pets"].items():
         at = ", ".join(registry.find("pets", name).default_at)
         about["options"] = {**places, "at": f"[{at}]", **about["options"]}
-    protect = registry.described(ProtectConfig)
+    protect, average = registry.described(ProtectConfig), registry.described(AverageConfig)
     if json:
-        print_json({**found, "protect": protect})
+        print_json({**found, "protect": protect, "average": average})
         return
     for kind, choices in found.items():
         key, what = HEADINGS[kind]
@@ -113,6 +114,9 @@ def methods(json: Json = False) -> None:
     print("protect:  keeps old answers where they are by gradient projection, with any pet; default none")
     _print_options(protect)
     print()
+    print("average:  averages the pets over the steps of each task, with any pet; default none")
+    _print_options(average)
+    print()
     print(FITS)
 
 
@@ -120,6 +124,7 @@ HEADINGS: dict[Kind, tuple[str, str]] = {  # of what a recipe names
     "methods": ("method", "how the tasks are learned, one after the other"),
     "pets": ("pet", "the small parameters that are added to the frozen model; `pet: none` adds none"),
     "heads": ("head", "from features to classes known by name; `lm` for language models"),
+    "selectors": ("select", "which members of a pool act on an example; `method: {name: pool, select: keys}`"),
     "backbones": ("backbone", "the frozen pretrained model, named PREFIX:NAME"),
     "data": ("data", "where the images or texts come from; `stream:` cuts them into tasks"),
     "exams": (
@@ -175,7 +180,7 @@ def check(
     method: Annotated[str, typer.Argument(metavar="PKG.MOD:CLASS", help="A method's class, or a built-in's name.")],
     change: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="An option of the method, or head=, pet= or protect=."),
+        typer.Option("--set", metavar="KEY=VALUE", help="An option of the method, or head=, pet=, protect=, average=."),
     ] = None,
     on: Annotated[
         Literal["pictures", "texts"] | None, typer.Option(help="This kind alone; else every kind that the method fits.")

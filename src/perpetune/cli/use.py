@@ -173,7 +173,7 @@ def export(
     learner = Learner.load(state, device="cpu", progress=Notes())
     if not learner.state.committed:
         raise StateError(f"{state} has learned nothing yet: use `perpetune update` or `run` first")
-    written = export_learned(learner.method, learner.backbone, folder)
+    written = export_learned(learner.method, learner.backbone, folder, state)
     if json:
         print_json({"files": [str(p) for p in written]})
     else:

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Literal, Protocol, TypeVar
 
 from perpetune.data.names import several
+from perpetune.data.sketch import START, content_hash
 from perpetune.data.sources import Table
 from perpetune.errors import DataError
 
@@ -115,6 +116,16 @@ def find_overlap(
     if contents:
         matches |= _matches(train, left, test, right, [_size, _start, _whole])
     return sorted((a, b) for b, a in matches.items())
+
+
+def contents(table: Table, rows: Sequence[int]) -> list[str]:
+    """A hash of the content of each row."""
+    look = partial(_hashed, table)
+    return list(in_threads(look, rows) if table.threads else map(look, rows))
+
+
+def _hashed(table: Table, i: int) -> str:
+    return content_hash(table.size(i), table.content(i, START))
 
 
 def find_twins(table: Table) -> list[list[int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,13 +51,18 @@ def guess_source(
             )
         expected = _EXPECTED[wanted] if wanted is not None else f"{_EXPECTED['pictures']}; or {_EXPECTED['texts']}"
         raise UsageError(f"{printable(path)}: expected {expected}{_other_form(path)}")
+    if sure == Fit.ANY and not os.path.exists(path):
+        warnings.warn(
+            f"{printable(path)}: no such file or folder here; the reader `{best}` is asked for data of that name",
+            stacklevel=2,
+        )
     return best, {"path": path}
 
 
 _EXPECTED: dict[Kind, str] = {
     "pictures": "a folder of class folders, a .csv, .jsonl or .json manifest, a .parquet file, or the id of a Hugging "
     "Face data set",
-    "texts": "a .jsonl, .json or .parquet file with prompts and answers, or a folder of such files",
+    "texts": "a .jsonl, .json, .csv or .parquet file with prompts and answers, or a folder of such files",
 }
 
 

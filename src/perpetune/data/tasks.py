@@ -6,10 +6,12 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
-from perpetune.data.check import Depth, Report, find_bad
+from perpetune.data.check import Depth, Report, contents, find_bad
 from perpetune.data.examples import TableSet
 from perpetune.data.names import several
+from perpetune.data.sketch import sketch
 from perpetune.data.sources import Table
 from perpetune.errors import DataError
 
@@ -108,6 +110,20 @@ class TaskData:
             bad=list(bad_rows.values()),
             checked=True,
         )
+
+    @cached_property
+    def contents(self) -> dict[str, Any] | None:
+        """What is stored of the contents of the examples, so that the same data are known again (`data.sketch`); None
+        if `check` does not look at them.
+
+        Test and validation examples count if they were drawn from the training data, because another share may be drawn
+        from the same data the next time.
+        """
+        if self.depth == "none":
+            return None
+        table, (_, *parts) = self.train.table, self._given
+        rows = [row for part in parts if part is not None and part.table is table for row in part.rows]
+        return sketch(contents(table, sorted(set(rows))))
 
     @cached_property
     def fingerprint(self) -> str:

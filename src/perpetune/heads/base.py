@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +16,23 @@ from perpetune.numerics.carry import Carry
 def alone(value: Tensor) -> Tensor:
     """The sum over processes if there is only one process."""
     return value
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A head as one linear map: its scores are `g weightᵀ + bias`, up to a number that all classes share.
+
+    Attributes:
+        weight, bias: float64 `(C, M)` and `(C,)`, so that nothing is lost where a large mean is in the bias. A class
+            that was never seen has the bias −∞.
+        normalise: `g` is the feature divided by its length.
+        projected: `g` is `relu(f projected)` of the feature `f`; `(D, M)`.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    normalise: bool = False
+    projected: Tensor | None = None
 
 
 class Borrowed:
@@ -156,14 +174,15 @@ class Head(nn.Module, ABC):
             total: sums a tensor over all processes.
         """
 
+    def folded(self) -> Folded | None:
+        """The head as one linear map, for an export; None if it is none, and then an export has the tensors of
+        `needed`."""
+        return None
+
     def needed(self) -> dict[str, Tensor]:
         """The tensors that `forward` needs, by name: all stored tensors except the sums."""
         sums = {id(t) for t in self.additive()}
         return {n: t for n, t in self.state_dict(keep_vars=True).items() if isinstance(t, Tensor) and id(t) not in sums}
-
-    def described(self) -> dict[str, Any]:
-        """What `forward` needs beside the tensors of `needed`, for `head.json` of an export, in JSON's types."""
-        return {}
 
     def facts(self) -> dict[str, Any]:
         """Facts about the last `settle` for the report, in JSON's types. The entry `warning` is shown as a warning."""

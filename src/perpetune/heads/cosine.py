@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perpetune.heads.base import Head, grow_rows
+from perpetune.heads.base import Folded, Head, grow_rows
 
 
 class Cosine(Head):
@@ -31,6 +31,10 @@ class Cosine(Head):
 
     def forward(self, features: Tensor) -> Tensor:
         return self.scale * F.normalize(self.read(features), dim=-1) @ F.normalize(self.weight, dim=-1).T
+
+    def folded(self) -> Folded:
+        rows = self.scale.double() * F.normalize(self.weight.double(), dim=-1)
+        return Folded(rows, rows.new_zeros(len(rows)), normalise=True)
 
     def read(self, features: Tensor) -> Tensor:
         """The columns of features `(B, D)` that the head reads; features of its own width are returned unchanged."""

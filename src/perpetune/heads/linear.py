@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perpetune.heads.base import Head, grow_rows
+from perpetune.heads.base import Folded, Head, grow_rows
 
 
 class Linear(Head):
@@ -24,6 +24,9 @@ class Linear(Head):
 
     def forward(self, features: Tensor) -> Tensor:
         return F.linear(features, self.weight, self.bias)
+
+    def folded(self) -> Folded:
+        return Folded(self.weight.double(), self.bias.double())
 
     def per_class(self) -> list[nn.Parameter]:
         return [self.weight, self.bias]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perpetune.heads.base import Head, alone, carry_facts
+from perpetune.heads.base import Folded, Head, alone, carry_facts
 from perpetune.heads.cosine import Cosine
 from perpetune.numerics import carry as carrying
 from perpetune.numerics.lowrank import moved_exactly
@@ -113,11 +113,13 @@ class NCM(Head):
         super().widen(dim)
         self.sums, self.means = self.sums.new_zeros(0, dim), self.means.new_zeros(0, dim)
 
-    def described(self) -> dict[str, Any]:
-        return {"metric": self.metric, "scale": self.scale}
-
-    def needed(self) -> dict[str, Tensor]:
-        return super().needed() | {"counts": self.counts}
+    def folded(self) -> Folded:
+        means = self.means.double()
+        if self.metric == "cosine":
+            weight, bias = self.scale * F.normalize(means, dim=-1), means.new_zeros(len(means))
+        else:  # without −σ ‖f‖² / D, which all classes share
+            weight, bias = 2 * self.scale / self.dim * means, -self.scale / self.dim * means.pow(2).sum(-1)
+        return Folded(weight, bias.masked_fill(self.counts == 0, -torch.inf), normalise=self.metric == "cosine")
 
     @torch.no_grad()
     def settle(self, total: Callable[[Tensor], Tensor] = alone) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perpetune.errors import PerpetuneError, UsageError
-from perpetune.heads.base import Head, alone, carry_facts
+from perpetune.heads.base import Folded, Head, alone, carry_facts
 from perpetune.heads.cosine import Cosine
 from perpetune.numerics import carry as carrying
 from perpetune.numerics import ridge
@@ -251,11 +251,18 @@ class Ridge(Head):
     def additive(self) -> list[Tensor]:
         return [self.packed, self.cross, self.counts, self.mass]
 
-    def described(self) -> dict[str, Any]:
-        return {"relu": bool(self.projection) and self.kind == "relu"}
-
-    def needed(self) -> dict[str, Tensor]:
-        return super().needed() | ({"projected": self.projected} if self.projection else {}) | {"counts": self.counts}
+    def folded(self) -> Folded:
+        weight, bias = self.weight.double(), self.weight.new_zeros(len(self.counts), dtype=torch.float64)
+        if self.standardise:
+            bias = self.offset.double() - self.centre.double() @ weight
+        if self.projection and self.kind == "orthogonal":
+            weight = self.projected.double() @ weight
+        scale, unseen = self.scale.double(), (self.counts == 0).to(bias.device)
+        return Folded(
+            scale * weight.mT,
+            (scale * bias).masked_fill(unseen, -torch.inf),
+            projected=self.projected if self.projection and self.kind == "relu" else None,
+        )
 
     def _clear(self) -> None:
         """Drop the examples of a task and what depends on them. The head keeps only sums."""

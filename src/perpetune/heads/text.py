@@ -77,8 +77,8 @@ class Text(Head):
 
     With an `expert` the head also learns. The expert is a head from statistics on the same features. It speaks only
     where zero-shot finds a learned class likelier than every other candidate (the gate), as RAIL does, Xu et al. 2024,
-    arXiv:2406.18868. Candidates are the learned classes, the `vocabulary`, and the names that are asked. So a picture of
-    a class that was not learned is answered as before, if its name is a candidate.
+    arXiv:2406.18868. Candidates are the learned classes, the `vocabulary`, and the names that are asked. So a picture
+    of a class that was not learned is answered as before, if its name is a candidate.
 
     The texts of learned classes and of the vocabulary are computed once and stored. If pets change the text tower, they
     are computed again after each training.
@@ -247,8 +247,8 @@ class Text(Head):
             other = heard.setdefault(spoken(name), name)
             if other != name and name not in self.classes:
                 warnings.warn(
-                    f"head: text: classes {other!r} and {name!r} have the same text {spoken(name)!r}, so names cannot tell "
-                    "them apart",
+                    f"head: text: classes {other!r} and {name!r} have the same text {spoken(name)!r}, so names cannot "
+                    "tell them apart",
                     stacklevel=2,
                 )
         super().grow(classes, generator)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from perpetune.averages.average import Average
 from perpetune.errors import UsageError
 from perpetune.fit import FitConfig, Groups
 from perpetune.heads.base import Head
@@ -31,6 +32,8 @@ class Answers:
         others: other answers that the method could give, by name, each in the form of `scores`; the report shows them
             beside the answer.
         name: the name of the answer in the report, beside the others.
+        members: where a method chooses among members for each input: their names, and int64 `(B, k)`, the numbers of
+            the chosen ones. The report shows how often each was used, and whether it was that of the input's task.
         gauges: numbers `(B,)` that describe how the method found the answer, by name; the report shows their means.
         gates: yes or no, bool `(B,)`, about how the answer was found, by name, such as whether a head that falls back
             on names let what it has learned speak; the report shows how often, and how often the answer is right then.
@@ -41,6 +44,7 @@ class Answers:
     gauges: Mapping[str, Tensor] = field(default_factory=dict)
     gates: Mapping[str, Tensor] = field(default_factory=dict)
     name: str | None = None
+    members: tuple[Sequence[str], Tensor] | None = None
 
 
 class Method(nn.Module, ABC):
@@ -52,7 +56,9 @@ class Method(nn.Module, ABC):
 
     Options in the recipe are the keyword-only arguments of `__init__`; an option of type `FitConfig` starts from the
     recipe's `train:` section. Class attributes: `unprotectable` is the reason why `protect:` cannot be used with the
-    method, else empty. `renewable` is True if its pets may be renewed before each task (`protect.renew`); then it reads
+    method, else empty. `unaveraged` is the same for `average:`, and `steady` is True if every task trains the same sets
+    from where the last one left them, and `predict` is that of this class: then an average can live on between tasks.
+    `renewable` is True if its pets may be renewed before each task (`protect.renew`); then it reads
     the pets only from the model and keeps no copy of them. `several` is True if it can train the named sets of `pets:`.
     `needs_earlier_data` is for upper bounds only: `update` refuses such a method, because it has no earlier data.
 
@@ -65,10 +71,13 @@ class Method(nn.Module, ABC):
         sometimes: names of those sets in `trained` that a task need not use (members of a pool).
         leaks: the reason why old outputs move under `protect:` although the sites are held, else empty.
         protection: the protection of old answers; None unless the recipe has a `protect:` section.
+        average: the average of the pets; None unless the recipe has an `average:` section.
     """
 
     needs_earlier_data: bool = False
     unprotectable: str = ""
+    unaveraged: str = ""
+    steady: bool = False
     renewable: bool = False
     several: bool = False
     fits: ClassVar[type[Model]] = Model  # type: ignore[type-abstract]
@@ -87,6 +96,7 @@ class Method(nn.Module, ABC):
         self.sometimes: tuple[str, ...] = ()
         self.leaks = ""
         self.protection: Protection | None = None
+        self.average: Average | None = None
 
     @property
     def classes(self) -> list[str]:
@@ -100,6 +110,16 @@ class Method(nn.Module, ABC):
         Usually calls `perpetune.fit.fit` inside `training`.
         """
 
+    def task_begins(self, task: Task) -> None:
+        """Called before `learn`, each time it is called for a task."""
+        if self.average is not None:
+            self.average.begin(task.index)
+
+    def task_measured(self) -> None:
+        """Called when the task is learned and measured, before it is stored."""
+        if self.average is not None:
+            self.average.put_away()
+
     def notes(self, task: Task) -> list[str]:
         """Sentences about how `task` will be learned that its user should read before; called before `learn`."""
         return self.model.notes(task)
@@ -107,25 +127,39 @@ class Method(nn.Module, ABC):
     def predict(self, inputs: Inputs) -> Tensor:
         """Scores `(B, C)` over `classes` for pictures, uint8 `(B, 3, H, W)`; for texts see `Model.predict`."""
         with using(self.model, self.answering):
-            return self.model.predict(inputs)
+            return self._asked(lambda: self.model.predict(inputs))
 
     def answers(self, inputs: Inputs) -> Answers:
         """The prediction, with other answers and numbers for the report if the method has some."""
-        return Answers(self.predict(inputs))
+        if self.average is None or not self.average.compared:
+            return Answers(self.predict(inputs))
+        with using(self.model, self.answering):
+            (name, scores), *others = self.average.ways(lambda: self.model.predict(inputs)).items()
+        return Answers(scores, dict(others), name=name if others else None)
+
+    def _asked(self, call: Callable[[], Tensor]) -> Tensor:
+        """The result of `call()`, or with `average.answer: both` that of both sets of values of the pets."""
+        return call() if self.average is None else self.average.ask(call)
+
+    def told(self, inputs: Inputs, task: str) -> Tensor | None:
+        """What the method would answer if it knew the task of the inputs, in the form of `predict`; None by default.
+
+        This is a bound for evaluation (`evaluate.told`). No prediction uses it.
+        """
+        return None
 
     def companions(self) -> list[Companion]:
         """Functions that make a context manager around each optimizer in `learn`, in this order.
 
         A method that adds its own calls this first. Protection is the first one, so the later ones see a step after
-        protection has changed it.
+        protection has changed it; the average of the recipe is the second.
         """
-        if self.protection is None:
-            return []
-        return [self._guard]
+        found: list[Companion] = [] if self.protection is None else [self._guard]
+        return found if self.average is None else [*found, self.average.beside]
 
     def _guard(self, optimizer: torch.optim.Optimizer) -> contextlib.AbstractContextManager[object]:
         assert self.protection is not None
-        self.protection.check_covers(optimizer, self.model, self.private)
+        self.protection.check_covers(optimizer, self, self.private)
         return self.protection.guard(optimizer)
 
     def groups(self, config: FitConfig, pets: Sequence[str] | None = None) -> Groups:
@@ -146,7 +180,15 @@ class Method(nn.Module, ABC):
         """The answers among these classes alone, as `among` scores them, with what else the head says of them."""
         if self.model.any_class:
             with using(self.model, self.answering):
-                scores, gates = self.model.gated(inputs, classes)
+                # `average.answer: both` asks for both sets of values; a gate is that of the one asked last
+                gates: Mapping[str, Tensor] = {}
+
+                def asked() -> Tensor:
+                    nonlocal gates
+                    scores, gates = self.model.gated(inputs, classes)
+                    return scores
+
+                scores = self._asked(asked)
             return Answers(scores, gates=gates)
         scores, rows = self.predict(inputs), {name: i for i, name in enumerate(self.classes)}
         columns = [scores[:, rows[c]] if c in rows else scores.new_full((len(scores),), -torch.inf) for c in classes]
@@ -158,9 +200,10 @@ class Method(nn.Module, ABC):
             return self.model.features(inputs)
 
     def facts(self) -> dict[str, Any]:
-        """Facts for the report about the task just learned, in JSON's types. By default those of its heads, by name."""
-        heads = {name: m for name, m in self.named_modules() if isinstance(m, Head)}
-        return {name: facts for name, m in heads.items() if (facts := m.facts())}
+        """Facts for the report about the task just learned, in JSON's types. By default those of its heads and of its
+        average, by name."""
+        about = {name: m for name, m in self.named_modules() if isinstance(m, Head | Average)}
+        return {name: facts for name, m in about.items() if (facts := m.facts())}
 
     def earlier(self) -> Iterable[Tensor]:
         """Tensors of earlier tasks that do not change while `fit` runs. The checkpoints of `fit` leave them out."""
@@ -183,6 +226,11 @@ class Method(nn.Module, ABC):
             if not self.model.chooses:
                 raise UsageError("there is nothing to export: the recipe has `pet: none`, so nothing was trained")
             return {"": None}
+        if self.average is not None and self.average.config.answer == "both":
+            raise UsageError(
+                "average.answer: both answers with the average and the online pets, and PEFT's format holds one set: "
+                "use the state itself"
+            )
         answering = (self.answering,) if isinstance(self.answering, str) else self.answering
         if others := sorted(names - {answering[0]} if isinstance(answering, tuple) and len(answering) == 1 else names):
             raise UsageError(
@@ -190,6 +238,21 @@ class Method(nn.Module, ABC):
                 "PEFT's format holds one: use the state itself"
             )
         return {"": names.pop()}
+
+    def exported_selector(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What chooses among the sets of `exported` for each example: its tensors, and the rest in JSON's types.
+
+        None if nothing chooses.
+        """
+        return None
+
+    def from_earlier(self, extra: dict[str, Any]) -> dict[str, str]:
+        """Change the extra state of an earlier version, by module, into today's.
+
+        Returns:
+            How names of tensors begin today, by how they began then.
+        """
+        return {}
 
     def observe(self, inputs: Inputs) -> None:
         """One pass of the model as at prediction but with the trained pets in force, so that protection can watch

@@ -47,6 +47,7 @@ class FineTune(Method):
 
     renewable = True
     several = True
+    steady = True
 
     def __init__(
         self,
@@ -65,6 +66,8 @@ class FineTune(Method):
             name = "merge" if merge else "head_first"
             raise UsageError(f"method finetune: {name} is for a head of classes; leave it out with head: lm")
         self.leaks = "merge mixes in a copy that was free to move" if merge else ""
+        if merge:
+            self.unaveraged = "mixes a free copy in with merge, which is an average already"
         self.head_first, self.merge, self.merge_epochs = head_first, merge, merge_epochs
         if not self.trained and not model.chooses:
             raise UsageError("pet: none leaves nothing to train in a language model: use pet: lora, or method: frozen")

@@ -32,6 +32,7 @@ class FirstSession(Method):
     """
 
     fits: ClassVar[type[Model]] = Classifier
+    unaveraged = "trains its pets in the first task alone, so an average has nothing to keep"
     several = True
 
     def __init__(self, model: Classifier, *, train: FitConfig, concat: bool = False):

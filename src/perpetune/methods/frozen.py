@@ -24,6 +24,7 @@ class Frozen(Method):
     """
 
     several = True  # any sets may be given, because it trains none of them
+    unaveraged = "trains no pet, so there is nothing to average"
     unprotectable = (
         "trains no pet, so there is nothing for protect: to keep: leave protect out, or use method: finetune"
     )

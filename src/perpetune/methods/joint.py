@@ -27,6 +27,7 @@ class Joint(Method):
 
     needs_earlier_data = True
     several = True
+    unaveraged = "trains anew on all data, so an average has nothing to keep"
     unprotectable = "keeps all data, so there is nothing for protect: to keep"
 
     def __init__(self, model: Model, *, train: FitConfig):

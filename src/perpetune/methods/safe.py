@@ -203,7 +203,8 @@ class Safe(Method):
         self.features(inputs)  # protection watches the trained pets, and the head has none
 
     def facts(self) -> dict[str, Any]:
-        return {"fast": self.model.head.facts(), "slow": self.slow.facts()}
+        found = super().facts()
+        return {"fast": found.pop("model.head", {}), "slow": found.pop("slow", {}), **found}
 
     def get_extra_state(self) -> dict[str, int]:
         return {"tasks": self.tasks}

@@ -17,7 +17,7 @@ from perpetune.data.sources import Kind
 from perpetune.data.texts.view import TextView
 from perpetune.errors import UsageError, out_of_memory
 from perpetune.models import families
-from perpetune.models.taps import Count, Read, Taps, mean_token
+from perpetune.models.taps import Count, Read, Taps, mean_token, until_block
 from perpetune.models.text_side import PROBES, TextSide
 from perpetune.pets.base import Place, Slot, frozen, walk
 from perpetune.tasks import IGNORED, Inputs
@@ -75,6 +75,9 @@ class Backbone(nn.Module):
         """The width of the net's own feature."""
         self.texts = texts
         """The text side of a dual encoder: its features have the space of the net's own feature. Else None."""
+        self.opens: dict[str, Any] = {}
+        """How its library opens the same net, for an export: `library`, `base`, and keywords of the constructor
+        (`options`) and of each call (`call`). Empty if the loader does not say it."""
         self.taps: Taps | None = None
         """The blocks whose tokens are read as features; None means the net's own feature alone."""
         self._features = forward or call
@@ -108,7 +111,7 @@ class Backbone(nn.Module):
         Raises:
             UsageError: the net cannot read what its view makes, or gives features of another width or not finite ones.
         """
-        inputs = self._empty()
+        inputs = self.empty()
         if inputs is None:
             return
         try:
@@ -146,7 +149,7 @@ class Backbone(nn.Module):
         if not features.isfinite().all():
             raise UsageError(f"{self.spec}: features of texts are not finite numbers: the checkpoint is damaged")
 
-    def _empty(self) -> Inputs | None:
+    def empty(self) -> Inputs | None:
         """One example of the view without content; None if the view is of an unknown kind."""
         device = next((t.device for t in self.net.parameters()), torch.device("cpu"))
         if isinstance(self.preprocess, TextView):
@@ -182,14 +185,35 @@ class Backbone(nn.Module):
         states of its tokens. After `tap` the features are those of `Taps`. In training a text contains its answer after
         the question; the answer is not read. Earlier answers in a chat belong to the question.
         """
-        inputs = Inputs.of(inputs)
+        mask, compute = self._computed(Inputs.of(inputs))
+        return self._read(compute, mask)
+
+    def _computed(self, inputs: Inputs) -> tuple[Tensor | None, Callable[[], Tensor]]:
+        """For texts `(B, N)`, true for the tokens that are read, else None; and what computes the net's own feature."""
         if "ids" in inputs:
             mask = inputs.mask if inputs.labels is None else inputs.mask & _before_answer(inputs.labels)
             arguments = self.asked(inputs)
             ids = arguments.pop("input_ids")
-            return self._read(lambda: mean_token(self(ids, **arguments), mask), mask)
+            return mask, lambda: mean_token(self(ids, **arguments), mask)
         pixels = (inputs.pixels.to(self.mean.dtype) / 255 - self.mean) / self.std
-        return self._read(lambda: self(pixels), None)
+        return None, lambda: self(pixels)
+
+    def query(self, inputs: Inputs | Tensor, after: int | None = None) -> Tensor:
+        """Features `(B, width)`, float32, by which a selector chooses members: of the net's end, without taps.
+
+        Args:
+            after: the number of blocks to compute; the tokens behind them are read and the rest of the net is not
+                computed. They pass a layer norm without scale and shift; then the class token is read, or the mean of
+                the patches if the net has none, and of a text the mean of its tokens. None computes the whole net.
+
+        Raises:
+            UsageError: the blocks of the net are not known, or it has fewer than `after`.
+        """
+        inputs = Inputs.of(inputs)
+        mask, compute = self._computed(inputs)
+        if after is None:
+            return compute().float()
+        return until_block(self, after, compute, mask)
 
     def _read(self, compute: Callable[[], Tensor], mask: Tensor | None) -> Tensor:
         """The result of `compute`, or with taps the features of the tokens that the taps catch while it runs."""

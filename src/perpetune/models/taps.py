@@ -7,7 +7,7 @@ of the patches after several blocks: Ahrens et al. 2023, arXiv:2312.08888.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import torch
@@ -76,6 +76,8 @@ class Taps:
         self.count = min(SOME, depth, most) if count == "auto" else count
         self.norm = tower.norm
         """The path of the net's last norm; None if it has none."""
+        self.normed_by_net = False
+        """Whether that norm acted on the tokens of the last pass."""
 
     @contextlib.contextmanager
     def listening(self, net: nn.Module) -> Iterator[list[Tensor]]:
@@ -103,11 +105,19 @@ class Taps:
             for hook in hooks:
                 hook.remove()
         last = caught[self.count - 1]
-        normed_by_net = caught.get(self.count)
+        normed = caught.get(self.count)
         states += [_normed(caught[number][:, : last.shape[1]]) for number in range(self.count - 1)]
-        states.append(
-            normed_by_net if normed_by_net is not None and normed_by_net.shape == last.shape else _normed(last)
-        )
+        self.normed_by_net = normed is not None and normed.shape == last.shape
+        states.append(normed if normed is not None and self.normed_by_net else _normed(last))
+
+    def modules(self, net: nn.Module) -> dict[str, bool]:
+        """The paths of the modules whose outputs were read in the last pass, and whether `n` is to act on each."""
+        blocks = [f"{self.sequence}.{name}" for name, _ in net.get_submodule(self.sequence).named_children()]
+        paths = dict.fromkeys(blocks[-self.count :], True)
+        if self.norm is not None and self.normed_by_net:
+            del paths[blocks[-1]]
+            paths[self.norm] = False
+        return paths
 
     def features(self, states: list[Tensor], mask: Tensor | None = None) -> Tensor:
         """Features `(B, count · len(kinds) · D)` from the normed tokens `(B, N, D)` of each block.
@@ -123,6 +133,46 @@ class Taps:
             if "mean" in self.kinds:
                 read.append(tokens[:, self.prefix :].mean(1) if mask is None else mean_token(tokens, mask))
         return torch.cat(read, dim=1)
+
+
+class _Reached(Exception):
+    """The net has computed the blocks that are needed. It carries their tokens and ends the forward pass."""
+
+    def __init__(self, tokens: Tensor):
+        super().__init__("the tokens behind a block")
+        self.tokens = tokens
+
+
+def until_block(backbone: Backbone, count: int, compute: Callable[[], object], mask: Tensor | None = None) -> Tensor:
+    """Features `(B, D)` behind the first `count` blocks of a net, while `compute` runs it; later blocks do not run.
+
+    Args:
+        mask: for texts `(B, N)`, true for the tokens that are read.
+
+    Raises:
+        UsageError: the blocks of the net are not known, or it has fewer.
+    """
+    tower = backbone.tower
+    if not 1 <= count <= len(tower.blocks):
+        raise UsageError(
+            f"{backbone.spec}: query.after is {count}, and the net has {len(tower.blocks)} blocks: 1 to "
+            f"{len(tower.blocks)} is expected"
+        )
+    block = list(backbone.net.get_submodule(tower.sequence).children())[count - 1]
+
+    def stop(_module: nn.Module, _arguments: Any, output: Any) -> None:
+        raise _Reached(output[0] if isinstance(output, tuple | list) else output)
+
+    hook = block.register_forward_hook(stop)
+    try:
+        compute()
+    except _Reached as reached:
+        tokens = _normed(reached.tokens)
+    finally:
+        hook.remove()
+    if mask is not None:
+        return mean_token(tokens, mask)
+    return tokens[:, 0] if backbone.class_token else tokens[:, backbone.prefix :].mean(1)
 
 
 def _normed(tokens: Tensor) -> Tensor:

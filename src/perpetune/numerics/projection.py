@@ -25,12 +25,15 @@ class Operand:
         bias: `(out,)`; a constant 1 appended to the vectors multiplies it. None without a bias.
         axis: the axis of `weight` that the vectors multiply: 1 for `W a` with `W (out, in)`, 0 for `a W`.
         heads: the number of heads into which axis 1 of `weight` is divided; each head has its own vectors.
+        length: whether the rows of the matrices keep their lengths, for rows that are compared by cosine. A projected
+            step keeps the products of a row with the protected vectors. If its length changes, its cosines change.
     """
 
     weight: nn.Parameter
     bias: nn.Parameter | None = None
     axis: Literal[0, 1] = 1
     heads: int = 1
+    length: bool = False
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
@@ -60,6 +63,32 @@ class Operand:
         return [weight.flatten(1), *bias]
 
 
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A place in a module where rows of features multiply parameters. Protection observes the rows there.
+
+    Attributes:
+        name: the name of the site in its module. The module reports the rows by `seen(name, rows)`.
+        operand: the parameters that the rows multiply, and the axis on which they do.
+        groups: the number of kinds of rows; each kind has its own moments. It equals the operand's number of heads,
+            unless `lift` maps one to the other.
+        width: the width of the observed rows, without the constant 1 that meets a bias; None means the operand's.
+        lift: computes the moments `(heads, m, m)` of the rows that multiply the operand from the observed moments
+            `(groups, width, width)`; None if both are the same.
+        always: True if every pass over data reaches the site. If False, a task may never reach it, and then what is
+            known about the site does not change.
+        energy: the least share of the rows' energy that is protected here, unless nothing is to be protected at all.
+    """
+
+    name: str
+    operand: Operand
+    groups: int = 1
+    width: int | None = None
+    lift: Callable[[Tensor], Tensor] | None = None
+    always: bool = True
+    energy: float = 0.0
+
+
 Closed = tuple[Sequence[tuple[Operand, Sequence[Subspace]]], Sequence[nn.Parameter]]
 
 
@@ -74,6 +103,10 @@ class ProjectedStep:
     after the other; the order does not matter if both have one head and no bias. Operands of the same shape are
     projected together in one batched product. Parameters that the optimizer gets later (`add_param_group`) are
     projected too.
+
+    After a projected step, the rows of an operand with `length` have the lengths that they had: the free part of each
+    row, `w_⊥ = w (I − UUᵀ)`, is scaled by `‖w_⊥,old‖ / ‖w_⊥‖`. So their cosines with protected vectors stay, and the
+    free part can still turn. With `project: gradient` the lengths are not kept.
 
     Args:
         optimizer: an optimizer of torch; of a wrapper pass the inner one (`accelerate`: `wrapper.optimizer`).
@@ -195,6 +228,8 @@ class ProjectedStep:
         steps = {p: p - before for p, before in self._before.items()}
         for parameter, step in self._projected(steps).items():
             parameter.copy_(self._before[parameter] + step)
+        for stack in (stack for stage in self._stages for stack in stage if stack.length and self.project == "step"):
+            stack.keep_lengths(self._before)
         self._before = {}
 
     def _projected(self, changes: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
@@ -215,7 +250,7 @@ class _Stack:
     def __init__(self, members: Sequence[tuple[Operand, Sequence[Subspace]]]):
         self.operands = [operand for operand, _ in members]
         subspaces = [s for _, several in members for s in several]
-        self.complement = subspaces[0].complement
+        self.complement, self.length = subspaces[0].complement, self.operands[0].length
         weight = self.operands[0].weight
         widest = max(s.vectors.shape[1] for s in subspaces)
         vectors = torch.zeros(len(subspaces), subspaces[0].dim, widest, dtype=torch.float64)
@@ -248,6 +283,25 @@ class _Stack:
             through = torch.bmm(torch.bmm(matrix, self.vectors[at]), self.weighted[at])
             self._write([operand], through if self.complement else matrix - through, changes)
 
+    def keep_lengths(self, before: Mapping[nn.Parameter, Tensor]) -> None:
+        """Give the rows of all operands the lengths that they had with the values `before` the step."""
+        new, old = (
+            torch.cat([o.read([values(p) for p in o.parameters]) for o in self.operands])
+            for values in (lambda p: p.detach(), lambda p: before[p])
+        )
+        free, was = self._free(new), self._free(old)
+        now, then = (torch.linalg.vector_norm(rows, dim=-1, keepdim=True) for rows in (free, was))
+        share = torch.where(now > 0, then / now, 1.0)  # where nothing is free, nothing has moved
+        changes: dict[nn.Parameter, Tensor] = {}
+        self._write(self.operands, new + (share - 1) * free, changes)
+        for parameter, values in changes.items():
+            parameter.copy_(values)
+
+    def _free(self, matrices: Tensor) -> Tensor:
+        """The parts of rows that no protected direction has, also if protection is soft."""
+        through = torch.bmm(torch.bmm(matrices, self.vectors), self.vectors.mT)
+        return through if self.complement else matrices - through
+
     @staticmethod
     def _write(operands: Sequence[Operand], matrices: Tensor, changes: dict[nn.Parameter, Tensor]) -> None:
         for operand, matrix in zip(operands, matrices.split([o.heads for o in operands]), strict=True):
@@ -268,7 +322,7 @@ def _stages(operands: Sequence[tuple[Operand, Sequence[Subspace]]]) -> list[list
         # The heads of one operand may differ in form; in the same form they can be projected in one product.
         form = _alike(subspaces)
         weight = operand.weight
-        key = (operand.shape, form[0].complement, weight.dtype, weight.device)
+        key = (operand.shape, operand.length, form[0].complement, weight.dtype, weight.device)
         stages[number].setdefault(key, []).append((operand, form))
     return [[_Stack(members) for members in stage.values()] for stage in stages]
 

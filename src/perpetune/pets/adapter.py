@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perpetune.errors import UsageError
-from perpetune.numerics.projection import Operand
-from perpetune.pets.base import PET, Conditions, Place, Site
+from perpetune.numerics.projection import Operand, Site
+from perpetune.pets.base import PET, Conditions, Place
 from perpetune.pets.choice import Choice
 
 

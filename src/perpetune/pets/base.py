@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from perpetune.errors import UsageError, closest
 from perpetune.numerics.lowrank import Factors
-from perpetune.numerics.projection import Operand
+from perpetune.numerics.projection import Site
 from perpetune.pets.choice import Choice
 
 Conditions = Literal["exact", "paper"]
@@ -64,30 +64,6 @@ class Place:
     heads: int = 0
     depth: int = 0
     before: nn.Module | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Site:
-    """A place in a PET where rows of features multiply parameters. Protection observes the rows there.
-
-    Attributes:
-        name: the name of the site in its PET. The PET reports the rows by `seen(name, rows)`.
-        operand: the parameters that the rows multiply, and the axis on which they do.
-        groups: the number of kinds of rows; each kind has its own moments. It equals the operand's number of heads,
-            unless `lift` maps one to the other.
-        width: the width of the observed rows, without the constant 1 that meets a bias; None means the operand's.
-        lift: computes the moments `(heads, m, m)` of the rows that multiply the operand from the observed moments
-            `(groups, width, width)`; None if both are the same.
-        always: True if every pass over data reaches the site. If False, a task may never reach it, and then what is
-            known about the site does not change.
-    """
-
-    name: str
-    operand: Operand
-    groups: int = 1
-    width: int | None = None
-    lift: Callable[[Tensor], Tensor] | None = None
-    always: bool = True
 
 
 class Pair(Protocol):
@@ -131,6 +107,11 @@ class PET(nn.Module, ABC):
 
     default_at: ClassVar[tuple[str, ...]] = ()  # the roles it is put at if the recipe names none
     adds_tokens: ClassVar[bool] = False  # whether it adds tokens to those of its input
+    replaces_class_token: bool = False
+    """Whether it puts something else in place of the net's class token; then the net needs to have one."""
+    anew: Callable[[torch.Generator], PET] | None = None
+    """Makes a pet of the same kind with the same options at the same place, with new initial values; None if the maker
+    of the pet has not said how."""
     watch: Callable[..., None] | None = None
     """Called as `watch(site, rows)`, or as `watch(site, rows, examples)` if the rows belong to some examples only; then
     `examples (n,)` are their numbers."""
@@ -395,6 +376,21 @@ def copy_set(root: nn.Module, name: str, new: str) -> None:
             slot.pets[new].load_state_dict(slot.pets[name].state_dict())
         elif name in slot.pets:
             slot.pets[new] = copy.deepcopy(slot.pets[name], dict(memo))
+
+
+def draw_set(root: nn.Module, name: str, rng: torch.Generator) -> None:
+    """Give the pets of a set new initial values, as if the set were injected again.
+
+    Raises:
+        UsageError: there is no such set, or its pets were injected by code that has not said how to make them.
+    """
+    for pet in pets(root, name):
+        if pet.anew is None:
+            raise UsageError(
+                f"the set of pets {name!r} cannot be drawn anew: {type(pet).__name__} has no `anew`, which the code "
+                "that injects it has to set"
+            )
+        pet.load_state_dict(pet.anew(rng).state_dict())
 
 
 def is_plain(base: nn.Module, kind: type[Module]) -> TypeGuard[Module]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -70,6 +71,11 @@ class Choice:
             return members[0]
         return Choice(members, index, self.weight, self.join)
 
+    @cached_property
+    def _same(self) -> bool:
+        """Whether all examples have the same members, several of them; their weights may differ."""
+        return self.each > 1 and bool((self.index == self.index[:1]).all())
+
     def rows(self, x: Tensor) -> Tensor:
         """`x (B or a multiple of B, …, d)` in the shape `(B, n, d)`: the `n` rows of each example."""
         self.check(x)
@@ -98,6 +104,10 @@ class Choice:
 
     def summed(self, values: Sequence[Tensor]) -> Tensor:
         """`(B, …)`: the weighted sum over the members of each example."""
+        if self.weight is not None and self._same:  # all members at once, as in CODA: no copy for each example
+            stacked = torch.stack(list(values))[self.index[0].to(values[0].device)]
+            joined: Tensor = (self.weight.to(stacked) @ stacked.flatten(1)).unflatten(1, stacked.shape[1:])
+            return joined
         picked = self.weighted(self.picked(values))
         return picked[:, 0] if self.each == 1 else picked.sum(1)
 

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from perpetune.errors import UsageError
 from perpetune.numerics.lowrank import Factors, reduced, summed
-from perpetune.numerics.projection import Operand
-from perpetune.pets.base import PET, Conditions, Pair, Place, Site, is_plain, with_values
+from perpetune.numerics.projection import Operand, Site
+from perpetune.pets.base import PET, Conditions, Pair, Place, is_plain, with_values
 from perpetune.pets.choice import Choice
 
 

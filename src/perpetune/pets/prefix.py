@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from perpetune.errors import UsageError
-from perpetune.numerics.projection import Operand
+from perpetune.numerics.projection import Operand, Site
 from perpetune.pets.attention import extended
-from perpetune.pets.base import PET, Conditions, Place, Site
+from perpetune.pets.base import PET, Conditions, Place
 from perpetune.pets.choice import Choice
 
 

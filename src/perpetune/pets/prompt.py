@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from perpetune.errors import UsageError
-from perpetune.numerics.projection import Operand
+from perpetune.numerics.projection import Operand, Site
 from perpetune.pets.attention import extended, projected, unmasked
-from perpetune.pets.base import PET, Conditions, Place, Site
+from perpetune.pets.base import PET, Conditions, Place
 from perpetune.pets.choice import Choice
 from perpetune.pets.prefix import check_attention, check_options, tokens_seen
 
@@ -32,6 +32,9 @@ class Prompt(PET):
         std: the standard deviation of the initial values.
         through: `norm_pre` sends the tokens of a shallow prompt through the norm before the first block, as if they
             stood beside the embedded patches (CLIP; so do S-Prompts and PGP). None puts them behind this norm.
+        readout: for a shallow prompt. `class` leaves the net's class token as it is. `prompts` replaces it after the
+            last block by the mean of the outputs of the trained tokens, as in L2P (Wang et al. 2022, arXiv:2112.08654).
+            The net's last norm acts on this mean; L2P takes the mean of normed outputs.
 
     Raises:
         UsageError: an option is out of range, or the place has another role.
@@ -50,6 +53,7 @@ class Prompt(PET):
         deep: bool = True,
         std: float = 0.02,
         through: Literal["norm_pre"] | None = None,
+        readout: Literal["class", "prompts"] = "class",
     ):
         super().__init__()
         check_options("prompt", length, std)
@@ -60,12 +64,15 @@ class Prompt(PET):
             raise UsageError(
                 f"prompt: {where} is not a block, and a prompt with deep: false needs blocks: set at: block"
             )
+        if deep and readout == "prompts":
+            raise UsageError("prompt: readout: prompts needs deep: false, because deep tokens have no outputs")
         if through is not None and (deep or (place.block == 0 and place.before is None)):
             raise UsageError(
                 "prompt: through: norm_pre is for deep: false in a net with a norm before its first block, as CLIP's "
                 "picture tower has it; leave through out"
             )
         self.place, self.length, self.deep, self.through = place, length, deep, through
+        self.replaces_class_token = readout == "prompts"
         self._carried = length  # trained tokens that go through the blocks, if the prompt is shallow
         own = deep or place.block == 0
         self.tokens = nn.Parameter(torch.randn(length, place.d_in, generator=generator) * std) if own else None
@@ -91,11 +98,16 @@ class Prompt(PET):
                     "entries "
                     "for the tokens that the prompt adds; use deep: true"
                 )
-            tokens = self._seen_tokens(x)
+            own = self._seen_tokens(x)
             if self.through is not None and self.place.before is not None:
-                tokens = self.place.before(tokens)
-            y = unmasked(base, torch.cat([x, tokens.expand(len(x), -1, -1)], dim=1), *args, **kwargs)
-        return y[:, : -self._carried] if self.place.block == self.place.depth - 1 else y
+                own = self.place.before(own)
+            y = unmasked(base, torch.cat([x, own.expand(len(x), -1, -1)], dim=1), *args, **kwargs)
+        if self.place.block < self.place.depth - 1:
+            return y
+        tokens, added = y[:, : -self._carried], y[:, -self._carried :]
+        if not self.replaces_class_token:
+            return tokens
+        return torch.cat([added.mean(1, keepdim=True), tokens[:, 1:]], dim=1)
 
     def mixed(self, members: Sequence[PET], choice: Choice, base: Any, *args: Any, **kwargs: Any) -> Any:
         """As in `PET.mixed`. Also sets how many tokens to remove after the last block: all that entered at block 0."""

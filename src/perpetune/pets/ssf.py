@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from perpetune.errors import UsageError
-from perpetune.pets.base import PET, Conditions, Place, Site, is_plain, with_values
+from perpetune.numerics.projection import Site
+from perpetune.pets.base import PET, Conditions, Place, is_plain, with_values
 from perpetune.pets.choice import Choice
 
 

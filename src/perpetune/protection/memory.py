@@ -125,12 +125,21 @@ class SiteMemory(nn.Module):
         self.last, self.cross = drift.last, drift.cross
         self.figures = {"change": drift.change, "output": drift.output, "count": drift.count}
 
+    def make_room(self, out: int) -> None:
+        """Set the number of rows of the operand, as long as it had none."""
+        heads, _, dim = self.shape
+        self.shape = (heads, out, dim)
+        self.last, self.cross = self.last.new_zeros(self.shape), self.cross.new_zeros(self.shape)
+
     def get_extra_state(self) -> dict[str, Any]:
         about = {"shape": list(self.shape), "forms": [list(form) for form in self.forms], "figures": self.figures}
         return about if self.rows is None else {**about, "terms": [len(self.last), len(self.cross)]}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        if list(state["shape"]) != list(self.shape):
+        heads, out, dim = (int(n) for n in state["shape"])
+        if (heads, dim) == (self.shape[0], self.shape[2]) and out != self.shape[1] and 0 in (out, self.shape[1]):
+            self.make_room(out)
+        if (heads, out, dim) != self.shape:
             raise ValueError(f"the site has shape {self.shape} in the model and {tuple(state['shape'])} in the state")
         self.forms = [(int(count), bool(complement)) for count, complement in state["forms"]]
         self.figures = dict(state["figures"])

@@ -24,6 +24,7 @@ from perpetune.protection.memory import SiteMemory
 from perpetune.protection.renewal import kaiming, leading_start, random_start
 from perpetune.protection.sites import Sum, Watch, Watched
 from perpetune.seeding import generator
+from perpetune.selectors import Selector
 
 Item = TypeVar("Item")
 Certificate = dict[str, Any]
@@ -94,7 +95,7 @@ class Protection(nn.Module):
         return ProjectedStep(optimizer, chosen, still=still, project=self.config.project)
 
     def check_covers(self, optimizer: torch.optim.Optimizer, root: nn.Module, private: Collection[str] = ()) -> None:
-        """Raise UsageError if `optimizer` trains a pet of the model `root` that is neither protected nor declared free.
+        """Raise UsageError if `optimizer` trains a pet or a selector in `root` that is neither protected nor free.
 
         Args:
             private: names of sets of pets that may be trained without protection.
@@ -111,6 +112,12 @@ class Protection(nn.Module):
                     f"protect: the optimizer trains the set of pets {name!r}, but protection holds "
                     f"{', '.join(map(repr, guarded)) or 'none'}: the method has to name in `trained` every set that it "
                     "trains, or in `private` one that no later task uses"
+                )
+        for path, selector in [(p, m) for p, m in root.named_modules() if isinstance(m, Selector)]:
+            if not loose.isdisjoint(selector.parameters()):
+                raise UsageError(
+                    f"protect: the optimizer trains the selector {path or type(selector).__name__!r}, and protection "
+                    "does not hold it: the method has to make it before its first task, and to keep its parameters"
                 )
 
     def closed(self) -> tuple[list[tuple[Operand, list[Subspace]]], list[nn.Parameter]]:
@@ -137,13 +144,16 @@ class Protection(nn.Module):
         return self.config.sites is None or watched.kind in self.config.sites
 
     def _check_shape(self, watched: Watched) -> None:
-        now, then = watched.site.operand.shape, self.of(watched).shape
-        if now != then:
+        memory = self.of(watched)
+        now, then = watched.site.operand.shape, memory.shape
+        if (now[0], now[2]) == (then[0], then[2]) and not then[1]:
+            memory.make_room(now[1])  # of a selector that had no members yet
+        elif now != then:
             raise UsageError(
                 f"protect: {watched.name} has shape {now} now and had {then} when its features were added: a pet "
                 "cannot change its shape under protection"
             )
-        if not isinstance(watched.module, PET) and watched.module.weight is not watched.site.operand.weight:
+        if not isinstance(watched.module, PET | Selector) and watched.module.weight is not watched.site.operand.weight:
             raise UsageError(
                 f"protect: the weight of {watched.name} was replaced by another tensor, {watched.module.weight.shape}: "
                 "change its values in place, or leave the layer out"
@@ -245,7 +255,9 @@ class Protection(nn.Module):
 
     def _gathered(self, watch: Watch, watched: Watched, total: Sum) -> tuple[Tensor, int]:
         moments, count = watch.merged(watched, total)
-        if count == 0 and watched.site.always:
+        # One key has no other to be compared with, so a pool of one member need not show it any query
+        alone = watched.site.operand.length and watched.site.operand.shape[1] < 2
+        if count == 0 and watched.site.always and not alone:
             raise PerpetuneError(
                 f"protect: {watched.name} saw no data, because the pass did not go through it: leave it out, or check "
                 "the batches"
@@ -258,6 +270,11 @@ class Protection(nn.Module):
             )
         return moments, count
 
+    @staticmethod
+    def _energy_at(watched: Watched, energy: float) -> float:
+        """The energy that is protected at a site, if `energy` is that of all sites: 0 closes nothing anywhere."""
+        return max(energy, watched.site.energy) if energy else energy
+
     def _grown(self, watched: Watched, moments: Tensor, energy: float, traces: Tensor | None = None) -> list[Subspace]:
         """The site's subspaces, extended by the main directions of `moments (heads, m, m)`.
 
@@ -267,6 +284,7 @@ class Protection(nn.Module):
                 protected already.
         """
         subspaces = [copy.copy(s) for s in self.of(watched).subspaces]
+        energy = self._energy_at(watched, energy)
         rounding = _noise(watched)
         for head, (subspace, matrix) in enumerate(zip(subspaces, moments, strict=True)):
             share, left = energy, float(matrix.trace())
@@ -392,6 +410,8 @@ class Protection(nn.Module):
         sites = certificate["sites"]
         for entry, w in zip(sites, self.sites, strict=True):
             entry["room"], entry["rank"] = self.of(w).room, self.of(w).rank
+            if (held := self._energy_at(w, energy)) != energy:
+                entry["energy"] = held
         moved = [s["relative"] for s in sites if s["relative"] is not None]
         closed = [s for s, w in zip(sites, self.sites, strict=True) if self._chosen(w)]
         return {

@@ -1,4 +1,4 @@
-"""The sites of a model, where features meet trained parameters: in its PETs, and at linear layers that are trained.
+"""The sites of a model, where features meet trained parameters: in PETs, in selectors, and at trained linear layers.
 
 Modules are compared by identity, never by name.
 """
@@ -22,9 +22,10 @@ from torch.utils._pytree import tree_leaves
 from perpetune.errors import UsageError
 from perpetune.models import families
 from perpetune.numerics.moments import Moments
-from perpetune.numerics.projection import Operand
-from perpetune.pets.base import PET, Conditions, Pair, Site, counted, slots, walk
+from perpetune.numerics.projection import Operand, Site
+from perpetune.pets.base import PET, Conditions, Pair, counted, slots, walk
 from perpetune.protection.renewal import PeftPair
+from perpetune.selectors import Selector
 
 Sum = Callable[[Tensor], Tensor]
 
@@ -33,9 +34,9 @@ Sum = Callable[[Tensor], Tensor]
 class Watched:
     """A site with a name that is unique in the model, and the module that reports its rows.
 
-    The module is a PET or a trained linear layer. If `pair` is given, the site is that of its `A`, and the measured
-    values are the whole update that the pair adds to its layer. `pictures` is true in a tower that reads pictures: no
-    mask of a batch of texts touches the rows there.
+    The module is a PET, a selector or a trained linear layer. If `pair` is given, the site is that of its `A`, and the
+    measured values are the whole update that the pair adds to its layer. `pictures` is true in a tower that reads
+    pictures: no mask of a batch of texts touches the rows there.
     """
 
     name: str
@@ -46,12 +47,12 @@ class Watched:
 
     @property
     def set(self) -> str | None:
-        """The set of PETs to which the site belongs; None for a linear layer."""
+        """The set of PETs to which the site belongs; None for a selector and a linear layer."""
         return self.name.split("/")[-2] if isinstance(self.module, PET) else None
 
     @property
     def kind(self) -> str:
-        """The site's name in its PET, without a number: `down`, `up`, `keys`; `weight` for a linear layer."""
+        """The site's name in its module, without a number: `down`, `up`, `keys`; `weight` for a linear layer."""
         return self.site.name.partition(".")[0]
 
     def values(self) -> Tensor:
@@ -79,7 +80,7 @@ def pet_sites(
     renew: Callable[[str], bool] = lambda _: False,
     sometimes: Collection[str] = (),
 ) -> tuple[list[Watched], list[nn.Parameter], list[nn.Parameter]]:
-    """The sites of every PET in `model`.
+    """The sites of every PET and every selector in `model`.
 
     Args:
         only: the sets of PETs that count; None means all.
@@ -87,7 +88,8 @@ def pet_sites(
         sometimes: sets that a task need not use, so a pass over its data may not reach their sites.
 
     Returns:
-        The sites, the PETs' parameters that are at no site, and the parameters that may move freely.
+        The sites, the PETs' parameters that are at no site, and the parameters that may move freely. A selector's
+        parameters that are at no site are free: no later task uses them.
 
     Raises:
         UsageError: a PET cannot be renewed.
@@ -114,6 +116,11 @@ def pet_sites(
             covered = {p for site in sites for p in site.operand.parameters}.union(declared)
             loose += [p for p in pet.parameters() if p not in covered]
             free += declared
+    for path, selector in [(p, m) for p, m in model.named_modules() if isinstance(m, Selector)]:
+        sites = selector.sites()
+        watched += [Watched(f"{called(path)}/{site.name}", site, selector) for site in sites]
+        held = {p for site in sites for p in site.operand.parameters}
+        free += [p for p in selector.parameters() if p not in held]
     return watched, loose, free
 
 
@@ -225,23 +232,23 @@ class Watch:
     def on(self) -> Iterator[Watch]:
         """Inside this context the rows that reach the sites are added to the moments."""
         hooks: list[Any] = []
-        pets: dict[PET, dict[str, Watched]] = {}
+        reporting: dict[PET | Selector, dict[str, Watched]] = {}
         for watched in self.sites:
-            if isinstance(watched.module, PET):
-                pets.setdefault(watched.module, {})[watched.site.name] = watched
+            if isinstance(watched.module, PET | Selector):
+                reporting.setdefault(watched.module, {})[watched.site.name] = watched
             else:
                 hooks.append(watched.module.register_forward_pre_hook(partial(self._into, watched), with_kwargs=True))
                 hooks.append(watched.module.register_forward_hook(partial(self._out_of, watched)))
         try:
-            for pet, sites in pets.items():
-                pet.watch = partial(self._at_pet, sites)
-            linear = [w for w in self.sites if not isinstance(w.module, PET)]
+            for module, sites in reporting.items():
+                module.watch = partial(self._reported, sites)
+            linear = [w for w in self.sites if not isinstance(w.module, PET | Selector)]
             zero = any(not any(p.any() for p in w.site.operand.parameters) for w in linear)
             with _Uses(self) if zero else contextlib.nullcontext():
                 yield self
         finally:
-            for pet in pets:
-                pet.watch = None
+            for module in reporting:
+                module.watch = None
             for hook in hooks:
                 hook.remove()
 
@@ -283,7 +290,7 @@ class Watch:
         matrix = matrix if matrix.dim() == 3 else matrix.unsqueeze(0)
         return (matrix if site.lift is None else site.lift(matrix).cpu()), count
 
-    def _at_pet(self, sites: dict[str, Watched], name: str, rows: Tensor, examples: Tensor | None = None) -> None:
+    def _reported(self, sites: dict[str, Watched], name: str, rows: Tensor, examples: Tensor | None = None) -> None:
         if name in sites:
             self.add(sites[name], rows, examples)
 

@@ -10,7 +10,7 @@ from perpetune.report.results_schema import Results
 
 BYTES_PER_PARAMETER = 4  # the backbone is compared as float32
 SETTINGS = {"class": "class-incremental", "domain": "domain-incremental", "task": "task-incremental"}
-AXES = ("backbone", "method", "pet", "protect", "head")
+AXES = ("backbone", "method", "pet", "protect", "average", "head")
 
 
 def backbone_bytes(results: Results) -> int | None:
@@ -67,6 +67,9 @@ def choices(recipe: Mapping[str, Any]) -> dict[str, str]:
         if axis == "protect" and isinstance(value, Mapping):
             controlled = {"random": "random directions, ", "none": "only measured, "}
             name = f"{controlled.get(value.get('directions', ''), '')}energy {form.setting(value.get('energy'))}"
+        if axis == "average" and isinstance(value, Mapping):
+            given = "keep" if value.get("keep") is not None else "weight"
+            name = f"{given} {form.setting(value.get(given))}, {value.get('answer')}"
         if isinstance(name, str) and name:
             chosen[axis] = name
     return chosen

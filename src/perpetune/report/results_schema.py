@@ -44,6 +44,8 @@ class AnsweredCell(Cell):
         gates: yes or no about how the method came to its answers, by name: how often yes, and how often the answer is
             right then.
         goes_to: with `evaluate.future`, how many examples are answered with a class of each task, by its name.
+        members: for each member of a pool how often it was chosen, by name.
+        told: right answers of a method that knows the task, with `evaluate.told`: a bound, no way of the method.
     """
 
     others: NotRequired[dict[str, float]]
@@ -51,6 +53,8 @@ class AnsweredCell(Cell):
     oracle: NotRequired[OracleCell]
     gates: NotRequired[dict[str, list[int]]]
     goes_to: NotRequired[dict[str, int]]
+    members: NotRequired[dict[str, int]]
+    told: NotRequired[float]
 
 
 class Unlearned(TypedDict):

@@ -39,7 +39,7 @@ class Columns:
 
 
 class ArrowTable(PictureTable):
-    """Pictures in an arrow column, as bytes or as `{bytes, path}`; a row may have a path only.
+    """Pictures in an arrow column, as bytes, as `{bytes, path}` or as a path; a row may have a path only.
 
     A relative path goes by the folder of the file that it stands in. Where nothing is there, it goes by the folder
     where the command runs, as it did in earlier versions.
@@ -73,6 +73,8 @@ class ArrowTable(PictureTable):
         cell = self._cell(i)[2]
         if isinstance(cell, dict):
             cell = cell.get("bytes") or self._placed(i, cell.get("path"))
+        elif isinstance(cell, str):
+            cell = self._placed(i, cell)
         return cell or b""
 
     def _placed(self, i: int, path: str | None) -> str | None:
@@ -86,7 +88,7 @@ class ArrowTable(PictureTable):
         """A line where the first relative path in the first rows is not beside its file, but found from here."""
         for i in range(min(len(self), 100)):
             name, _, cell = self._cell(i)
-            path = cell.get("path") if isinstance(cell, dict) and not cell.get("bytes") else None
+            path = _path_in(cell) if not (isinstance(cell, dict) and cell.get("bytes")) else None
             if path and not os.path.isabs(path):
                 if self.roots is not None and self._placed(i, path) == path:
                     return [
@@ -98,11 +100,17 @@ class ArrowTable(PictureTable):
 
     def name(self, i: int) -> str:
         name, row, cell = self._cell(i)
-        path = cell.get("path") if isinstance(cell, dict) else None
+        path = _path_in(cell)
         return f"{name} row {row}" + (f" ({printable(path)})" if path else "")
 
     def key(self, i: int) -> str:
         return str(i)
+
+
+def _path_in(cell: Any) -> str | None:
+    """The path that a cell holds; None where it holds none."""
+    path = cell.get("path") if isinstance(cell, dict) else cell
+    return path if isinstance(path, str) and path else None
 
 
 def arrow_table(
@@ -125,7 +133,7 @@ def arrow_table(
     groups: list[str] = []
     for where, table in parts:
         group = _present(table.column_names, columns, where)[1]
-        image = picture_column(table.column(columns.image), where, columns.image)
+        image = picture_column(table.column(columns.image), where, columns.image, paths=roots is not None)
         images.append((where, image))
         known = class_names(table.schema, columns.label) or names
         labels += named(table.column(columns.label).to_pylist(), known, columns.label, where)
@@ -156,25 +164,35 @@ def _present(found: Sequence[str], columns: Columns, where: str) -> tuple[list[s
     return [name for name in (columns.image, columns.label, group) if name is not None], group
 
 
-def picture_column(images: Any, where: str, column: str) -> Any:
-    """`images`, a column of an arrow table, once it is known to hold encoded pictures; DataError if it does not."""
-    if not (_holds_pictures(images.type) or len(images) == 0):
+def picture_column(images: Any, where: str, column: str, *, paths: bool = False) -> Any:
+    """`images`, a column of an arrow table, once it is known to hold encoded pictures; DataError if it does not.
+
+    Args:
+        paths: whether texts are the paths of pictures.
+    """
+    if not (_holds_pictures(images.type, paths) or len(images) == 0):
+        also = ", or paths" if paths else ""
         raise DataError(
-            f"{where}: column '{column}' is {images.type}; expected encoded pictures, binary or {{bytes, path}}"
+            f"{where}: column '{column}' is {images.type}; expected encoded pictures, binary or {{bytes, path}}{also}"
         )
     return images
 
 
-def _holds_pictures(kind: Any) -> bool:
+def _holds_pictures(kind: Any, paths: bool) -> bool:
+    """Whether values of an arrow type are pictures; with `paths`, texts are the paths of pictures."""
     import pyarrow as pa
 
+    if paths and (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        return True
+    if paths and pa.types.is_dictionary(kind):
+        return _holds_pictures(kind.value_type, paths)
     if pa.types.is_struct(kind):
         return "bytes" in [kind.field(i).name for i in range(kind.num_fields)]
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
 class ParquetSource(Source):
-    """Parquet files with a column of encoded pictures (`{bytes, path}` or bytes) and a column of labels.
+    """Parquet files with a column of pictures (`{bytes, path}`, bytes, or paths) and a column of labels.
 
     Args:
         path: a file, a list of files, or a folder with `train*.parquet` and `test*.parquet` (or by another name in

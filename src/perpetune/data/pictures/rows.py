@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from perpetune.data.names import natural, printable, several
+from perpetune.data.names import printable
+from perpetune.data.sheets import encoding_of, sheet_rows
 from perpetune.data.sources import LFS, LONGEST, POINTER, existing, is_pointer
 from perpetune.errors import DataError
 from perpetune.plain import Malformed, parse_json
@@ -23,14 +23,14 @@ def read_rows(path: str) -> list[tuple[str, dict[str, Any]]]:
     """
     here = printable(path)
     lower = path.lower()
-    reader = _jsonl if lower.endswith((".jsonl", ".ndjson")) else _json if lower.endswith(".json") else _csv
+    reader = _jsonl if lower.endswith((".jsonl", ".ndjson")) else _json if lower.endswith(".json") else sheet_rows
     existing(path, "file")
     try:
         with open(path, "rb") as raw:
             start = raw.read(len(LFS))
         if is_pointer(start):
             raise DataError(f"{here}: {POINTER}")
-        encoding = "utf-16" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"  # Excel's "Unicode text"
+        encoding = encoding_of(start)
         with open(path, encoding=encoding, newline="") as file:
             rows = [(f"{here} {place}", row) for place, row in reader(file, here)]
     except UnicodeError as error:
@@ -54,37 +54,6 @@ def cell_text(value: Any, column: str, at: str) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     raise DataError(f"{at}: column '{column}' holds {json.dumps(value)[:40]}; expected text or a whole number")
-
-
-def _csv(file: TextIO, here: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of named cells. What Excel leaves is no row and no column: a line `sep=;`, lines and columns of nothing."""
-    header, start = file.readline(), 0
-    delimiter = header[4:5] if header.lower().startswith("sep=") and len(header.strip()) == 5 else ""
-    if delimiter:
-        start = file.tell()
-        header = file.readline()
-    if not header.strip():
-        raise DataError(f"{here}: no header line; expected columns such as path,label")
-    file.seek(start)
-    reader = csv.reader(file, delimiter=delimiter or max(",;\t", key=header.count), strict=True)
-    above = 1 if delimiter else 0  # lines that the reader does not count
-    try:
-        named = [c.strip() for c in next(reader)]
-        columns = [name or f"(column {number})" for number, name in enumerate(named, 1)]
-        twice = natural({c for c in columns if columns.count(c) > 1})
-        if twice:
-            raise DataError(f"{here}: the header has a column twice: {several(twice)}")
-        for cells in reader:
-            line = reader.line_num + above
-            if not any(cell.strip() for cell in cells):
-                continue
-            spare = cells[len(columns) :]
-            if len(cells) < len(columns) or any(cell.strip() for cell in spare):
-                raise DataError(f"{here} line {line}: {len(cells)} cells; the header has {len(columns)}")
-            pairs = zip(columns, named, cells, strict=False)
-            yield f"line {line}", {column: cell for column, name, cell in pairs if name or cell.strip()}
-    except csv.Error as error:
-        raise DataError(f"{here} line {reader.line_num + above}: {error}") from error
 
 
 def _jsonl(file: TextIO, here: str) -> Iterator[tuple[str, dict[str, Any]]]:

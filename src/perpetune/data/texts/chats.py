@@ -16,6 +16,7 @@ Messages = tuple[Message, ...]
 """In the order they were said."""
 ASSISTANT = "assistant"
 ROLES = ("system", "developer", "user", ASSISTANT, "tool")
+CHAT = "messages"  # the column of a chat
 LEARN = "learn"  # in `more`: false for an answer that is not to be learned
 TOOLS = "tools"  # in `more` of the first message: the functions that the model may call
 CALLS = "tool_calls"
@@ -36,27 +37,49 @@ _FORM = "expected {role, content}"
 def messages_in(value: Any) -> Messages:
     """The messages of a list of `{role, content}` or ShareGPT's `{from, value}`.
 
-    A content may be a list of parts that are texts. An assistant's message may have `tool_calls` and no content. What
-    else a message holds is kept for the model's chat template. `weight: 0`, `train: false` or `loss: false` says of an
-    answer that it is not learned.
+    They may be the JSON of such a list. Roles may have capitals. A content may be a list of parts that are texts. An
+    assistant's message may have `tool_calls` and no content. What else a message holds is kept for the model's chat
+    template. `weight: 0`, `train: false` or `loss: false` says of an answer that it is not learned.
 
     Raises:
         DataError: it is something else.
     """
-    if not isinstance(value, list):
-        raise DataError(f"the messages hold {type(value).__name__}; expected a list of {{role, content}}")
-    if not value:
+    listed = unpacked(value)
+    if not isinstance(listed, list):
+        raise DataError(f"the messages hold {type(listed).__name__}; expected a list of {{role, content}}")
+    if not listed:
         raise DataError("there are no messages")
-    return tuple(_message(message, number) for number, message in enumerate(value, 1))
+    return tuple(_message(message, number) for number, message in enumerate(listed, 1))
+
+
+def unpacked(value: Any) -> Any:
+    """A list that a cell holds as JSON, as files without lists have it; any other value as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        return parse_json(value)
+    except Malformed:
+        return value
+
+
+def is_message(value: Any) -> bool:
+    """Whether a value is a message of a known role, and not a row of other columns."""
+    return isinstance(value, dict) and _role(value) in ROLES and bool({"content", "value", CALLS} & value.keys())
+
+
+def goes_on(value: Any) -> bool:
+    """Whether a chat goes on behind its last answer; nothing is learned of that."""
+    listed = unpacked(value)
+    return isinstance(listed, list) and bool(listed) and _role(listed[-1]) not in (None, ASSISTANT)
 
 
 def chat_of(messages: Messages) -> tuple[Messages, Message]:
-    """The messages up to the answer, and the answer: the last message, or the last that is to be learned.
+    """The messages up to the answer, and the answer: the last that is the assistant's and to be learned.
 
     Raises:
-        DataError: the last message is not the assistant's, or no answer is to be learned.
+        DataError: there is no answer, or none is to be learned.
     """
-    if messages[-1][0] != ASSISTANT:
+    if all(message[0] != ASSISTANT for message in messages):
         raise DataError(
             f"the last message is by {short(messages[-1][0])}; expected the {ASSISTANT}'s, which is the answer"
         )
@@ -97,11 +120,9 @@ def _message(value: Any, number: int) -> Message:
     if not isinstance(value, dict):
         raise DataError(f"message {number} is {type(value).__name__}; {_FORM}")
     who, what = ("from", "value") if value.get("role") is None and "from" in value else ("role", "content")
-    role, content = value.get(who), value.get(what)
-    if not isinstance(role, str):
-        raise DataError(f"message {number}: the {who} holds {_kind(role)}; expected text")
-    if who == "from":
-        role = _SPEAKERS.get(role, role)
+    role, content = _role(value), value.get(what)
+    if role is None:
+        raise DataError(f"message {number}: the {who} holds {_kind(value.get(who))}; expected text")
     more = {k: v for k, v in value.items() if k not in (who, what) and not is_empty(v)}
     if content is None and role == ASSISTANT and CALLS in more:
         content = ""
@@ -109,6 +130,18 @@ def _message(value: Any, number: int) -> Message:
     if not _flag(more, role, number):
         more[LEARN] = False
     return with_more((role, text), **more)
+
+
+def _role(value: Any) -> str | None:
+    """The role of a message by its name in any case; a name that is no role as it is, and None without a name."""
+    if not isinstance(value, dict):
+        return None
+    name = value.get("from") if value.get("role") is None else value["role"]
+    if not isinstance(name, str):
+        return None
+    plain = name.strip().lower()
+    role = _SPEAKERS.get(plain, plain)
+    return role if role in ROLES else name
 
 
 def _joined(content: Any, what: str) -> str:

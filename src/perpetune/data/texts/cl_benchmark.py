@@ -43,9 +43,9 @@ class _Place:
 class ClBenchmarkSource(TextSource):
     """The O-LoRA benchmark: `PATH/GROUP/TASK/train.json`, `test.json` of `{sentence, label}`; `labels.json`.
 
-    The prompt has the group's instruction, the options, the sentence and `Answer:`; the answer is the label. The score
-    is exact match. If there is no `test.json`, `dev.json` is the test. Otherwise `dev.json` is not used, because the
-    benchmark publishes it as a copy of the test.
+    The prompt has the group's instruction, the options, the sentence, and `Answer:`; the answer is the label.
+    The score is exact match. If there is no `test.json`, `dev.json` is the test. Otherwise `dev.json` is not used,
+    because the benchmark publishes it as a copy of the test.
 
     Args:
         path: the folder of the groups, of one group, or of one task.
@@ -146,9 +146,11 @@ def _row(record: Record, opening: str, options: tuple[str, ...]) -> Row:
     sentence, label = record.value.get("sentence"), record.value.get("label")
     key = key_of(sentence, label)
     try:
-        plain = text_in(sentence, "sentence").strip()
-        if not plain:
+        # The published files end each sentence with a line feed, `"Text: " + … + "\n"`; all else is the sentence.
+        plain, said = text_in(sentence, "sentence").removesuffix("\n"), text_in(label, "label")
+        if not plain.strip():
             raise DataError("the sentence is empty")
-        return Row(record.at, key, Text(f"{opening}{plain}\nAnswer:", text_in(label, "label").strip(), options))
+        said = said.strip() if said.strip() in options else said  # as in other files, space makes no other option
+        return Row(record.at, key, Text(f"{opening}{plain}\nAnswer:", said, options))
     except DataError as error:
         return Row(record.at, key, None, str(error))

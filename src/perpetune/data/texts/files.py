@@ -14,10 +14,11 @@ from typing import Any, Literal
 from perpetune.data.columns import SPLITS, Split, group_column, split_of
 from perpetune.data.names import label_of, natural, printable, several
 from perpetune.data.parquet import read_schema
+from perpetune.data.sheets import SHEETS, sheet_columns
 from perpetune.data.sources import Fit, Kind, Source, existing
-from perpetune.data.texts.chats import Messages, is_empty
+from perpetune.data.texts.chats import Messages, is_empty, unpacked
 from perpetune.data.texts.layouts import CHATS, INSTRUCTION, Layout, layout_of
-from perpetune.data.texts.records import PACKED, SUFFIXES, Record, open_text, read_records
+from perpetune.data.texts.records import MARK, PACKED, SUFFIXES, Record, open_text, read_records
 from perpetune.data.texts.tables import Row, TextTable, common_options, key_of, text_in
 from perpetune.errors import DataError, MissingExtra, UsageError, closest
 from perpetune.numerics.text_scores import score_of
@@ -122,12 +123,13 @@ class TextSource(Source):
 
 
 class FileSource(TextSource):
-    """Texts in a `.jsonl`, `.json` (also `.gz`) or `.parquet` file, or in a folder of such.
+    """Texts in a `.jsonl`, `.json`, `.csv` or `.tsv` (also `.gz`) or `.parquet` file, or in a folder of such.
 
     A folder has `TASK.jsonl` files; or `TASK/train.jsonl`, if needed with `TASK/test.jsonl` and
     `TASK/validation.jsonl` (or `eval`, `dev`); or `train.jsonl` and `test.jsonl` of one task. Each may be `.json` or
     `.parquet`. A row has a prompt and an answer, or the messages of a chat whose last message is the answer. If a row
-    has both, the messages are used.
+    has both, the messages are used. A CSV file has a header, and its cells may hold lists (messages, options) as JSON.
+    In a folder, a CSV file counts if its header names a column of texts, or if its name is that of a split.
 
     Args:
         path: the file or folder.
@@ -169,6 +171,7 @@ class FileSource(TextSource):
         self.task_column, self.split_column = task_column, split_column
         self.options, self.instruction, self.score = options, instruction, score
         self._unused: list[str] = []
+        self._beyond: dict[str, bool] = {}  # of each chat that was read, by its place, whether it goes on
         for name in score.values() if isinstance(score, dict) else [score] if score else []:
             score_of(name)
 
@@ -192,7 +195,13 @@ class FileSource(TextSource):
         return dict.fromkeys(tasks, self.score) if self.score else {}
 
     def _warnings(self) -> list[str]:
-        return self._found[1] + self._unused
+        beyond = sum(self._beyond.values())
+        note = (
+            [f"{beyond} of {len(self._beyond)} chats go on behind their last answer: nothing is learned of that"]
+            if beyond
+            else []
+        )
+        return self._found[1] + self._unused + note
 
     @cached_property
     def _found(self) -> tuple[list[TextFile], list[str]]:
@@ -266,6 +275,8 @@ class FileSource(TextSource):
             options = _options(record.value, column)
         except DataError as error:
             return Row(record.at, key, None, str(error))
+        if not isinstance(text.prompt, str):
+            self._beyond[record.at] = layout.goes_on(record.value)
         # Space at its ends does not make an option another one.
         said = text.answer.strip() if text.answer.strip() in options else text.answer
         return Row(record.at, key, replace(text, prompt=self._instructed(text.prompt), answer=said, options=options))
@@ -274,7 +285,7 @@ class FileSource(TextSource):
         """The options of all rows in a file, or the column with the options of each row."""
         if self.options is not None:
             return self.options
-        held = [record.value[OPTIONS] for record in records if record.value.get(OPTIONS) is not None]
+        held = [unpacked(r.value[OPTIONS]) for r in records if r.value.get(OPTIONS) is not None]
         if any(isinstance(value, list) for value in held):
             return OPTIONS
         if held:
@@ -300,7 +311,7 @@ def _options(value: Mapping[str, Any], column: str | list[str]) -> tuple[str, ..
     Raises:
         DataError: the column does not have a list of texts.
     """
-    options = value.get(column) if isinstance(column, str) else column
+    options = unpacked(value.get(column)) if isinstance(column, str) else column
     if not isinstance(options, list):
         kind = "nothing" if options is None else type(options).__name__
         raise DataError(f"the options (column '{column}') hold {kind}; expected a list of texts")
@@ -415,11 +426,17 @@ def list_texts(folder: str) -> tuple[list[str], list[str]]:
                     continue
                 if entry.is_dir():
                     folders.append(entry.name)
-                elif entry.name.lower().endswith(SUFFIXES):
+                elif entry.name.lower().endswith(SUFFIXES) and _counts(entry.path):
                     files.append(entry.name)
     except OSError as error:
         raise DataError(f"{printable(folder)}: {(error.strerror or str(error)).lower()}") from error
     return natural(files), natural(folders)
+
+
+def _counts(path: str) -> bool:
+    """Whether a file in a folder is one of texts by its suffix; sheets are often of something else."""
+    sheet = path.lower().removesuffix(PACKED).endswith(SHEETS)
+    return not sheet or _split_named(os.path.basename(path)) is not None or _names_texts(path)
 
 
 def _stem(path: str) -> str:
@@ -443,15 +460,26 @@ def holds_texts(path: str, *, sure: bool = False) -> bool:
     """
     if not os.path.isdir(path):
         lower = path.lower()
-        return lower.endswith((".json", f".json{PACKED}")) or (
-            lower.endswith(SUFFIXES) and (sure or _names_texts(path))
-        )
+        if not lower.endswith(SUFFIXES) or lower.endswith((".json", f".json{PACKED}")):
+            return lower.endswith(SUFFIXES)
+        return _names_texts(path) or (sure and not {"path", "label"} <= _columns(path))
     files, folders = list_texts(path)
     candidates = [os.path.join(path, file) for file in files]
     for folder in folders:
         inner = list_texts(os.path.join(path, folder))[0]
         candidates += [os.path.join(path, folder, file) for file in inner if _split_named(file) == "train"][:1]
     return any(map(_names_texts, candidates)) or (sure and bool(candidates))
+
+
+def _columns(path: str, looked: int = 1 << 16) -> set[str]:
+    """The columns of a sheet; none of another file, and of one that cannot be read."""
+    if not path.lower().removesuffix(PACKED).endswith(SHEETS):
+        return set()
+    try:
+        with open_text(path) as file:
+            return sheet_columns(file.read(looked))
+    except (OSError, EOFError, zlib.error):
+        return set()
 
 
 def _names_texts(path: str, looked: int = 1 << 16) -> bool:
@@ -461,12 +489,14 @@ def _names_texts(path: str, looked: int = 1 << 16) -> bool:
             return not _TEXTS.isdisjoint(read_schema(path).names)
         except (DataError, MissingExtra):  # said by the source that is taken for it
             return False
+    if path.lower().removesuffix(PACKED).endswith(SHEETS):
+        return not _TEXTS.isdisjoint(_columns(path))
     try:
         with open_text(path) as file:
             start = file.read(looked)
     except (OSError, EOFError, zlib.error):
         return False
-    start = start.removeprefix(b"\xef\xbb\xbf").lstrip()
+    start = start.removeprefix(MARK).lstrip()
     array = path.lower().removesuffix(PACKED).endswith(".json") or start.startswith(b"[")
     first = start if array else start.partition(b"\n")[0]
     return re.search(rb'"(%s)"\s*:' % "|".join(sorted(_TEXTS)).encode(), first) is not None

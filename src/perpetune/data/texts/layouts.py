@@ -8,19 +8,22 @@ from typing import Any
 
 from perpetune.data.texts.chats import (
     ASSISTANT,
+    CHAT,
     TOOLS,
     Messages,
     chat_of,
+    goes_on,
     is_empty,
     messages_in,
     parsed_tools,
+    unpacked,
     with_more,
 )
 from perpetune.data.texts.tables import Text, key_of, text_in
 from perpetune.errors import DataError
 
 ANSWERS = ("answer", "completion", "response", "output")
-CHATS = ("messages", "conversations", "conversation")
+CHATS = (CHAT, "conversations", "conversation")
 INSTRUCTION = "instruction"  # Alpaca's prompt, to which further columns belong
 
 
@@ -57,6 +60,13 @@ class Layout:
         columns = (self.input if messages is None else None, self.system, self.history, self.tools)
         more = {column: value[column] for column in columns if column and not is_empty(value.get(column))}
         return key_of(*own, more) if more else key_of(*own)
+
+    def goes_on(self, value: Mapping[str, Any]) -> bool:
+        """Whether the chat of a row goes on behind its last answer."""
+        if value.get(self.messages) is not None:
+            return goes_on(value[self.messages])
+        answer = value.get(self.answer)
+        return isinstance(answer, list) and goes_on(answer)
 
     def prompt_of(self, value: Mapping[str, Any]) -> str | Messages:
         """The prompt of a row; an answer at the end of a chat is left out.
@@ -163,6 +173,7 @@ def layout_of(
 
 def _turns(history: Any, column: str) -> Messages:
     """Earlier turns: pairs of a question and an answer."""
+    history = unpacked(history)
     if not isinstance(history, list):
         raise DataError(f"the history (column '{column}') holds {type(history).__name__}; expected a list of pairs")
     turns: list[tuple[str, ...]] = []

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
-from perpetune.data.names import printable
-from perpetune.data.texts.chats import Messages, messages_in, more_of
+from perpetune.data.names import printable, several
+from perpetune.data.texts.chats import Messages, is_empty, messages_in, more_of
 from perpetune.data.texts.layouts import layout_of
 from perpetune.data.texts.records import SUFFIXES, Record, read_records
 from perpetune.data.texts.tables import Text, fault_of
@@ -44,6 +45,7 @@ def read_prompts(inputs: Iterable[str]) -> list[str | Messages]:
         DataError: a file cannot be read, a row has no prompt, or there are no prompts.
     """
     prompts: list[str | Messages] = []
+    left: dict[str, None] = {}
     for given in inputs:
         there = os.path.lexists(given)
         is_file = there or (given.lower().endswith((".txt", *SUFFIXES)) and len(given.split()) == 1)
@@ -66,7 +68,11 @@ def read_prompts(inputs: Iterable[str]) -> list[str | Messages]:
             except (OSError, UnicodeDecodeError) as error:
                 raise DataError(f"{printable(given)}: cannot be read as UTF-8 text: {error}") from error
         else:
-            prompts += [_prompt_in(record) for record in read_records(given)]
+            for record in read_records(given):
+                prompts.append(_prompt_in(record, left))
+    if left:
+        columns = several([f"'{printable(column)}'" for column in left], 20)
+        warnings.warn(f"columns of the prompts' files that are not used: {columns}", stacklevel=2)
     if not any(prompts):
         raise DataError("there is no prompt")
     return prompts
@@ -81,11 +87,15 @@ def _as_object(message: Any) -> Any:
     return message
 
 
-def _prompt_in(record: Record) -> str | Messages:
+def _prompt_in(record: Record, left: dict[str, None]) -> str | Messages:
+    """The prompt of a row; its columns that are not used are added to those that are `left`."""
     try:
         if record.fault:
             raise DataError(record.fault)
-        prompt = prompt_in(layout_of(record.value.keys()).prompt_of(record.value))
+        layout = layout_of(record.value.keys())
+        prompt = prompt_in(layout.prompt_of(record.value))
+        used = layout.used(record.value)
+        left |= {column: None for column, v in record.value.items() if column not in used and not is_empty(v)}
     except DataError as error:
         raise DataError(f"{record.at}: {error}") from error
     return prompt

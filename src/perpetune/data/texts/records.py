@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Iterator
@@ -11,15 +12,20 @@ from typing import Any, BinaryIO, cast
 
 from perpetune.data.names import printable
 from perpetune.data.parquet import read_columns, read_schema
+from perpetune.data.sheets import SHEETS, encoding_of, sheet_rows
 from perpetune.data.sources import POINTER, file_start, is_pointer
+from perpetune.data.texts.chats import CHAT, is_message
 from perpetune.data.texts.tables import Written
 from perpetune.errors import DataError
 from perpetune.plain import Malformed, check_depth, decoder_of, parse_json
 
 DECODER = decoder_of(Written)  # a number is an answer as it is written
+MARK = b"\xef\xbb\xbf"  # a byte order mark, as Windows puts it there
 LINES = (".jsonl", ".ndjson")
 PACKED = ".gz"
-SUFFIXES = (*LINES, ".json", ".parquet", *(f"{suffix}{PACKED}" for suffix in (*LINES, ".json")))
+PLAIN = (*LINES, ".json", *SHEETS)
+SUFFIXES = (*PLAIN, ".parquet", *(f"{suffix}{PACKED}" for suffix in PLAIN))
+LONGEST_CELL = 10**7  # characters of a cell of a sheet
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,8 @@ def read_records(path: str) -> list[Record]:
     """The rows of a file; the suffix gives its format. Lines and items of arrays count from 1, parquet rows from 0.
 
     A `.json` file that begins with an object is taken for one object a line, and a `.jsonl` file that is one array of
-    objects for an array. A file that ends in `.gz` is unpacked.
+    objects for an array. A list of messages is a row with the column `messages`: on a line, as an item, or as a whole
+    array. A file that ends in `.gz` is unpacked. Empty cells of a CSV or TSV file hold nothing.
 
     Raises:
         DataError: the file cannot be read, an array ends too early, or there are no rows.
@@ -57,18 +64,36 @@ def read_records(path: str) -> list[Record]:
             raise DataError(f"{here}: {POINTER}")
         try:
             with open_text(path) as file:
-                content = file.read().removeprefix(b"\xef\xbb\xbf")  # a byte order mark, as Windows puts it there
+                content = file.read().removeprefix(MARK)
         except (OSError, EOFError, zlib.error) as error:
             reason = error.strerror if isinstance(error, OSError) else None
             raise DataError(f"{here}: {(reason or str(error)).lower()}") from error
-        lines = lower.removesuffix(PACKED).endswith(LINES)
-        array = _is_array(content) if lines else not content.lstrip().startswith(b"{")
-        found = list(_items(content, here) if array else _lines(content, here))
+        if lower.removesuffix(PACKED).endswith(SHEETS):
+            found = list(_cells(content, here))
+        elif (
+            _is_array(content) if lower.removesuffix(PACKED).endswith(LINES) else not content.lstrip().startswith(b"{")
+        ):
+            found = list(_items(content, here))
+            if found and all(is_message(record.value) for record in found):  # one chat
+                found = [Record(here, {CHAT: [record.value for record in found]})]
+        else:
+            found = list(_lines(content, here))
     else:
         raise DataError(f"{here}: expected a file that ends in {', '.join(SUFFIXES)}")
     if not found:
         raise DataError(f"{here}: no rows")
     return found
+
+
+def _cells(content: bytes, here: str) -> Iterator[Record]:
+    """The rows of a sheet."""
+    encoding = encoding_of(content)
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{here}: not {encoding.removesuffix('-sig').upper()} text (byte {error.start})") from error
+    for place, row in sheet_rows(io.StringIO(text, newline=""), here, LONGEST_CELL):
+        yield Record(f"{here} {place}", {column: cell or None for column, cell in row.items()})
 
 
 def open_text(path: str) -> BinaryIO:
@@ -163,5 +188,7 @@ def _after_space(text: str, place: int) -> int:
 def _record(at: str, value: Any) -> Record:
     if isinstance(value, dict):
         return Record(at, value)
+    if isinstance(value, list) and value and all(map(is_message, value)):
+        return Record(at, {CHAT: value})
     fault = f"holds {type(value).__name__}; expected an object of columns"
     return Record(at, {}, fault, json.dumps(value).encode())

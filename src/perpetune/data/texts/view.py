@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date, datetime, time
+from datetime import date
 from functools import cached_property
 from typing import Any
 
@@ -20,13 +19,12 @@ from perpetune.data.texts.chats import ASSISTANT, LEARN, TOOLS, Message, Message
 from perpetune.data.texts.examples import Encoded, TextSet
 from perpetune.data.texts.prompts import prompt_in, read_prompts
 from perpetune.data.texts.tables import SCORE, Text, TextTable
+from perpetune.data.texts.templates import NOW, pinned, render
 from perpetune.errors import DataError, UsageError
 from perpetune.numerics.text_scores import score_of
 from perpetune.tasks import IGNORED, Batch, Examples, Inputs, Item
 
 SOME_ANSWER = "a"  # stands where an answer is to come
-NOW = "strftime_now"  # by which a chat template asks for the day
-_ASKS = re.compile(NOW + r"""\s*\(\s*(?:format\s*=\s*)?(["'])((?:(?!\1)[^\\])*)\1\s*\)""")
 
 
 @dataclass(frozen=True)
@@ -42,13 +40,6 @@ class _Span:
     start: int
     content: int
     stop: int
-
-
-LONGEST = 10**7
-"""Characters of the longest text that a chat template may make."""
-
-REFUSED = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
-"""What a chat template may raise beside its own errors."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +134,17 @@ class TextView(View):
     @property
     def dated(self) -> bool:
         return NOW in str(self.tokenizer.chat_template or "")
+
+    @property
+    def template(self) -> str | None:
+        """The chat template, with the day that is today for the examples."""
+        found: str | None = self.tokenizer.chat_template and self.tokenizer.get_chat_template()
+        return found if found is None or self.today is None else pinned(found, self.today)
+
+    @property
+    def opening(self) -> int:
+        """The number of tokens with which every prompt begins, and which a cut leaves."""
+        return self._asked(SOME_ANSWER).opening
 
     @property
     def answers(self) -> bool:
@@ -352,7 +354,7 @@ class TextView(View):
             return _Rendered(whole, (_Span(place, len(opened), len(whole)),))
         messages = [*_messages(text.prompt), (ASSISTANT, text.answer, *([text.more] if text.more else ()))]
         whole = self._told(messages)
-        spans = []
+        spans, trimmed = [], False
         answers = [turn for turn, message in enumerate(messages) if message[0] == ASSISTANT and turn]  # none opens it
         answers = [turn for turn in answers if is_learned(messages[turn])]
         for turn in answers:
@@ -360,6 +362,7 @@ class TextView(View):
             # Some forms drop what earlier answers held (their reasoning): those are not learned then.
             if whole.startswith(before) and whole.startswith(after):
                 spans.append(_Span(len(before), len(before), len(after)))
+                trimmed = trimmed or _trimmed(messages[turn][1], after[len(before) :])
         lost = self._lost(messages, whole)
         if not spans or spans[-1].stop != len(whole):  # what it asks with is not what it puts before an answer
             changed = self._told([*messages[:-1], (ASSISTANT, _other(text.answer), *messages[-1][2:])])
@@ -371,8 +374,8 @@ class TextView(View):
         said = whole[spans[-1].content :]
         if not text.answer.strip() and lost:
             raise DataError(f"the answer is empty, for the model's chat template leaves out {' and '.join(lost)}")
-        if text.answer not in said and text.answer.strip() in said:
-            lost = (*lost, "white space at the ends of the answer")
+        if trimmed or _trimmed(text.answer, said):
+            lost = (*lost, "white space at the ends of answers")
         return _Rendered(whole, tuple(spans), len(answers) - len(spans), lost)
 
     def _lost(self, messages: Sequence[Message], whole: str, *, asking: bool = False) -> tuple[str, ...]:
@@ -434,38 +437,20 @@ class TextView(View):
                 "this model's tokenizer has no chat template, but messages need one: give rows with prompt and answer, "
                 "or put a chat_template.jinja beside the tokenizer"
             )
-        from jinja2 import TemplateError
-
         told = [as_dict(message) for message in messages]
-        more: dict[str, Any] = {}
-        if told and TOOLS in told[0]:
-            more[TOOLS] = told[0].pop(TOOLS)
-        if self.today is not None and self.dated:
-            more["chat_template"] = self._of_today(self.tokenizer.get_chat_template(tools=more.get(TOOLS)))
+        tools = told[0].pop(TOOLS, None) if told else None
         if "developer" not in str(self.tokenizer.chat_template):  # the newer name of the system
             told = [{**message, "role": "system"} if message["role"] == "developer" else message for message in told]
-        try:
-            text: str = self.tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=asking, **more)
-        except (TemplateError, *REFUSED) as error:
-            raise DataError(f"the model's chat template refuses the messages: {error}") from error
-        if len(text) > LONGEST:
-            raise DataError(f"the model's chat template makes {len(text)} characters of the messages")
-        return text
-
-    def _of_today(self, template: str) -> str:
-        """A chat template with the day instead of the calls that ask for it."""
-        assert self.today is not None
-        moment = datetime.combine(self.today, time())
-        return _ASKS.sub(lambda call: f"{call[1]}{moment.strftime(call[2])}{call[1]}", template)
+        return render(self.tokenizer, told, tools=tools, asking=asking, today=self.today)
 
     def _tokens(self, text: str, prompt: str | Messages) -> list[_Token]:
         """The tokens of a text. A chat template writes its special tokens into the text itself."""
-        found = self.tokenizer(
+        found = tokenized(
+            self.tokenizer,
             text,
             add_special_tokens=not self._is_chat(prompt),
             return_offsets_mapping=True,
             return_special_tokens_mask=True,
-            verbose=False,
         )
         unknown = {i for i in found["input_ids"] if self.rows is not None and i >= self.rows}
         if unknown:
@@ -478,6 +463,21 @@ class TextView(View):
         """The number of tokens with which every text begins, such as a begin-of-text token."""
         put = sum(1 for _ in itertools.takewhile(lambda token: token.added, tokens))
         return max(put, int(bool(tokens) and tokens[0].id == self.tokenizer.bos_token_id))
+
+
+def tokenized(tokenizer: Any, text: str, **options: Any) -> Any:
+    """What a tokenizer of transformers makes of a text.
+
+    Raises:
+        DataError: a pattern in its tokenizer.json takes too many steps. The library of patterns counts them.
+    """
+    try:
+        return tokenizer(text, verbose=False, **options)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust; it is no `Exception`
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"the model's tokenizer fails (a pattern in its tokenizer.json?): {reason}") from error
 
 
 def _shared(wholes: Sequence[_Whole]) -> int:
@@ -495,6 +495,11 @@ def _gap(prompt: str, answer: str) -> tuple[str, int]:
     brings = answer[:1].isspace() and answer[:2] != "  "
     gap = "" if not prompt or prompt[-1].isspace() or brings else " "
     return gap, len(prompt) - prompt.endswith(" ")
+
+
+def _trimmed(answer: str, said: str) -> bool:
+    """Whether an answer has lost white space at its ends in what the chat form says."""
+    return answer not in said and answer.strip() in said
 
 
 def _other(answer: str) -> str:

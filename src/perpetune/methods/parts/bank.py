@@ -37,12 +37,13 @@ class Bank(nn.Module):
     Args:
         model: the model, with the set `working`.
         working: the name of the set that is trained.
+        common: names of sets that are in force beside each set of the bank.
     """
 
-    def __init__(self, model: Model, working: str):
+    def __init__(self, model: Model, working: str, common: Sequence[str] = ()):
         super().__init__()
         self._models = (model,)  # in a tuple, so that it is not a submodule: it is one of the method already
-        self.working = working
+        self.working, self.common = working, tuple(common)
         self.kept: dict[int, Kept] = {}
         self._rows: dict[str, list[str]] = {}  # for each set the classes whose rows are stored with it
         # Caches, because a search for pets goes through the whole net.
@@ -72,14 +73,15 @@ class Bank(nn.Module):
         copy_set(self.model, set_name(slot), self.working)
         self._swap(set_name(slot))
 
-    def keep(self, slot: int, task: str, classes: Sequence[str], weight: int) -> None:
+    def keep(self, slot: int, task: str, classes: Sequence[str], weight: int, *, source: str | None = None) -> None:
         """Store a copy of the working set, with its rows of the head, for a task.
 
         Args:
             slot: the number of the new set.
             weight: the number of examples on which it was trained.
+            source: the name of the set that is copied; None is the working set.
         """
-        copy_set(self.model, self.working, set_name(slot))
+        copy_set(self.model, source or self.working, set_name(slot))
         self.kept[slot] = Kept(slot, [task], list(classes), weight)
         self._store_rows(set_name(slot), {c: self._row(c) for c in classes} if self.model.per_class() else {})
 
@@ -88,7 +90,7 @@ class Bank(nn.Module):
     @contextlib.contextmanager
     def acting(self, name: str) -> Iterator[None]:
         """Inside this context a set of pets is in force, and the head has the rows that belong to it."""
-        with self._with_rows(name), using(self.model, name):
+        with self._with_rows(name), using(self.model, (*self.common, name)):
             yield
 
     @contextlib.contextmanager
@@ -134,13 +136,12 @@ class Bank(nn.Module):
 
     # -- predicting -----------------------------------------------------------------------------------
 
-    def predict(self, inputs: Inputs, by: Sequence[int]) -> Tensor:
+    def predict(self, inputs: Inputs, by: Sequence[int], *, own: bool = True) -> Tensor:
         """The prediction for each input with the set chosen for it.
-
-        For a classifier the classes of the set's tasks get higher scores than all others.
 
         Args:
             by: the number of the chosen set for each input, `(B,)`.
+            own: for a classifier, give the classes of the set's tasks higher scores than all others.
         """
         model, asked = self.model, Inputs.of(inputs)
         if not isinstance(model, Classifier):
@@ -148,10 +149,15 @@ class Bank(nn.Module):
                 return self._asked(asked, by, model.predict)
             return self._at_once(asked, by, model.predict)
         features = self.features(inputs, by)
+        if not own and not any(self._rows.get(set_name(slot)) for slot in set(by)):
+            return model.scores(features)
         whole = features.new_empty(len(by), len(model.classes), dtype=torch.float32)
         for slot, rows in _by_slot(by).items():
             with self._with_rows(set_name(slot)):
                 scores = model.scores(features[rows])
+            if not own:
+                whole[rows] = scores
+                continue
             of_set = set(self.kept[slot].classes)
             away = torch.tensor([c not in of_set for c in model.classes], device=scores.device)
             whole[rows] = scores.log_softmax(-1) - ELSEWHERE * away
@@ -171,7 +177,8 @@ class Bank(nn.Module):
         if not self._alike(names):
             return self._asked(inputs, by, ask)
         place = {slot: position for position, slot in enumerate(used)}
-        with using(self.model, Choice(names, torch.tensor([[place[slot]] for slot in by]))):
+        choice = Choice(names, torch.tensor([[place[slot]] for slot in by]))
+        with using(self.model, (*self.common, choice)):
             return ask(inputs)
 
     def _alike(self, names: Sequence[str]) -> bool:
@@ -212,12 +219,12 @@ class Bank(nn.Module):
         return {"kept": [asdict(kept) for kept in self.kept.values()], "rows": rows}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
+        before = set(self.names())
         self.kept = {entry["slot"]: Kept(**entry) for entry in state["kept"]}
-        wanted = set(self.names())
-        existing = set(sets(self.model)) - {self.working}
-        for name in sorted(existing - wanted):
+        wanted, present = set(self.names()), set(sets(self.model))
+        for name in sorted((before & present) - wanted):
             self._remove(name)
-        for name in sorted(wanted - existing):
+        for name in sorted(wanted - present):
             copy_set(self.model, self.working, name)
         for name in list(self._rows):
             self._forget_rows(name)

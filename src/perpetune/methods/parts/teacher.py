@@ -1,6 +1,8 @@
-"""A teacher: features of a task's examples by other pets or by the frozen net, kept if examples never change."""
+"""Features of a task's examples by other pets or by the frozen net, kept if the examples never change."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -8,7 +10,7 @@ from torch import Tensor
 from perpetune.models.base import Model
 from perpetune.models.classifier import feature_table
 from perpetune.pets import InForce, using
-from perpetune.tasks import Batch, Task
+from perpetune.tasks import Batch, Inputs, Task
 
 
 class Teacher:
@@ -17,10 +19,12 @@ class Teacher:
     Args:
         model: the model that computes the features.
         pets: the sets that are in force; None is the frozen net.
+        ask: computes the features `(B, D)` of inputs; None is `model.features`.
     """
 
-    def __init__(self, model: Model, pets: InForce):
+    def __init__(self, model: Model, pets: InForce, ask: Callable[[Inputs], Tensor] | None = None):
         self.model, self.pets = model, pets
+        self._ask = ask or model.features
         self._table: Tensor | None = None
 
     @torch.no_grad()
@@ -30,7 +34,7 @@ class Teacher:
         The order is fixed, so that a resumed run has the same bits.
         """
         with using(self.model, self.pets):
-            return feature_table(task.train, batch_size, task.runtime, self.model.features)
+            return feature_table(task.train, batch_size, task.runtime, self._ask)
 
     def keep(self, table: Tensor | None) -> Teacher:
         """Use the features in `table` from now on. None computes them each time.
@@ -45,8 +49,13 @@ class Teacher:
         """Features of a batch, `(B, D)`, float32."""
         if self._table is not None:
             return rows_of(self._table, batch)
+        return self.of(batch.inputs)
+
+    @torch.no_grad()
+    def of(self, inputs: Inputs) -> Tensor:
+        """Features of inputs, `(B, D)`, float32, computed now."""
         with using(self.model, self.pets):
-            return self.model.features(batch.inputs).float()
+            return self._ask(inputs).float()
 
 
 def rows_of(table: Tensor, batch: Batch) -> Tensor:

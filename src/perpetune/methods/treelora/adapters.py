@@ -43,10 +43,10 @@ class LoRABank(Bank):
         for pet, factors in zip(self._loras(self.working), self._made, strict=True):
             pet.set_factors(factors)
 
-    def keep(self, slot: int, task: str, classes: Sequence[str], weight: int) -> None:
+    def keep(self, slot: int, task: str, classes: Sequence[str], weight: int, *, source: str | None = None) -> None:
         """As in `Bank.keep`; the adapters to which the working set was drawn are dropped."""
         self._target = []
-        super().keep(slot, task, classes, weight)
+        super().keep(slot, task, classes, weight, source=source)
 
     # -- drawn towards another task's -----------------------------------------------------------------
 
@@ -137,6 +137,8 @@ class LoRABank(Bank):
         return {**super().get_extra_state(), "merged": self.merged}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
+        if self.merged is not None and state["merged"] is None and has_set(self.model, self.merged):
+            self._remove(self.merged)
         self.merged = state["merged"]
         super().set_extra_state(state)
 

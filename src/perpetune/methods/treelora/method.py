@@ -7,7 +7,6 @@ differs.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
@@ -18,7 +17,6 @@ from torch import Tensor
 
 from perpetune.errors import UsageError
 from perpetune.fit import FitConfig, fit
-from perpetune.heads.ncm import NCM
 from perpetune.methods.base import Answers, Method, training
 from perpetune.methods.parts.bank import set_name
 from perpetune.methods.parts.probe import gradients_of
@@ -26,15 +24,16 @@ from perpetune.methods.treelora.adapters import LoRABank
 from perpetune.methods.treelora.search import Kind, Search, TaskTree
 from perpetune.methods.treelora.sketch import GradientSketch, in_groups
 from perpetune.models.base import Mask, Model
-from perpetune.models.classifier import Classifier, learn_statistics
+from perpetune.models.classifier import Classifier, feature_table
 from perpetune.numerics.signature import RunningMean, normalised
 from perpetune.pets import has_set, parameters, using
+from perpetune.selectors import Selection
+from perpetune.selectors.means import row_name
 from perpetune.tasks import Batch, Inputs, Task, balanced
 
 Mode = Literal["last", "merged", "routed"]
 MODES: tuple[Mode, ...] = ("last", "merged", "routed")
 DEFAULT, MERGED = "default", "merged"
-OF = "/"  # stands between the task's name and the class in the name of a prototype; a task's name has no such sign
 
 
 class TreeLoRA(Method):
@@ -54,14 +53,15 @@ class TreeLoRA(Method):
         regularise: `λ`; with 0 there is no search.
         start: the adapter from which a task starts: that of the `nearest` task, of the `last` task, or a `fresh` one.
         answer: the adapter that predicts: that of the `last` task, all of them `merged` into one, or `routed`, which
-            chooses for each input the task with the nearest prototype. A prototype is the mean feature of one class of
-            a task, computed by the bare backbone. The method is never given the task of an input. The report shows the
-            other two answers as well.
+            chooses a task for each input. The method is never given the task of an input. The report shows the other
+            two answers as well.
+        select: the selector that chooses, by features of the bare backbone. `means` chooses the task with the nearest
+            prototype, the mean feature of one class of a task. Any other that learns from statistics fits.
         search: how the task of each step is picked: by lower confidence bounds (`lcb`), or the `nearest` of all;
             `random` and `farthest` are controls.
         confidence: the factor `c` of the bounds.
         probe: the number of batches whose gradients find the nearest task before the first step.
-        prototypes: the most examples of a task, balanced over its classes, that make its prototypes; None is all.
+        prototypes: the most examples of a task, balanced over its classes, that the selector learns from; None is all.
         every: the signature is updated every so many steps.
         size: the numbers in a signature for each module.
         groups: the number of groups of layers, from shallow to deep; each is a level of the tree.
@@ -69,7 +69,7 @@ class TreeLoRA(Method):
             all.
 
     Raises:
-        UsageError: there is no pet, or the pet is not LoRA.
+        UsageError: there is no pet, or the pet is not LoRA; or the selector does not learn from statistics.
     """
 
     def __init__(
@@ -81,6 +81,7 @@ class TreeLoRA(Method):
         regularise: Annotated[float, Field(ge=0)] = 0.1,
         start: Literal["nearest", "last", "fresh"] = "nearest",
         answer: Mode = "routed",
+        select: Selection = Selection(name="means"),
         search: Kind = "lcb",
         confidence: Annotated[float, Field(ge=0)] = 0.3,
         probe: Annotated[int, Field(ge=1)] = 8,
@@ -99,6 +100,11 @@ class TreeLoRA(Method):
                 "them: "
                 "leave head.carry out, or use method: finetune or olora"
             )
+        if not select.kind.statistics:
+            raise UsageError(
+                f"method: treelora: select: {select.name} learns nothing from the features of a finished task: use "
+                "means, gaussian, centres or classifier"
+            )
         model.compare(mask)
         self.train_config, self.regularise, self.start, self.answer = train, regularise, start, answer
         if start != "last":  # protection holds one set of pets in place, so each task has to start from it
@@ -110,7 +116,9 @@ class TreeLoRA(Method):
         self.layers, self.layer_names = in_groups(self.gradients.names, blocks, groups)
         self.similar = TaskTree(self.layers, self.gradients.shape)
         self.bank = LoRABank(model, DEFAULT, budget)
-        self.router = NCM(model.backbone.dim)
+        self.selector = select.make(model.backbone.dim)
+        self.tasks: list[str] = []
+        """The task of each member of the selector."""
         self.mean = RunningMean(self.gradients.shape)
         self._begun()
 
@@ -156,7 +164,7 @@ class TreeLoRA(Method):
         if not len(tree):
             return
         if self.start == "last":
-            self.task_facts["start"] = self.router.classes[-1].partition(OF)[0]
+            self.task_facts["start"] = self.tasks[-1]
         if self.start == "nearest" or self.regularise > 0:
             signature = normalised(self._probed(task))  # the adapter has the values of the last task here
             if self.start == "nearest":
@@ -221,18 +229,17 @@ class TreeLoRA(Method):
         self.search = None
 
     def _prototypes(self, task: Task) -> None:
-        """Compute the task's prototypes: the mean of the bare backbone's features for each of its classes."""
-        names = tuple(f"{task.name}{OF}{c}" for c in task.classes or ("",))
-        self.router.grow(names, task.generator("router"))
-
-        def bare(batch: Batch) -> Tensor:
-            with using(self.model, None):
-                return self.model.features(batch.inputs)
-
+        """Let the selector learn features of the task's examples by the bare backbone."""
+        if task.name not in self.tasks:
+            self.tasks.append(task.name)
+        member = self.tasks.index(task.name)
         count = len(task.train) if self.prototypes is None else self.prototypes
         some = balanced(task.train.questions(), count, task.generator("prototypes"))
-        asked = dataclasses.replace(task, classes=names, train=some)
-        learn_statistics(asked, self.train_config.batch_size, [(self.router, bare)])
+        with using(self.model, None):
+            queries = feature_table(some, self.train_config.batch_size, task.runtime, self.model.features)
+        rng, targets = task.generator("router"), torch.tensor(some.targets)
+        self.selector.grow(member + 1, rng, queries)
+        self.selector.learn(member, queries, targets, task.classes or ("",), rng)
 
     # -- predicting -----------------------------------------------------------------------------------
 
@@ -256,17 +263,14 @@ class TreeLoRA(Method):
             return self.model.predict(inputs)
 
     def _routes(self, inputs: Inputs) -> list[int]:
-        """For each input the number of the adapter of the task with the nearest prototype."""
+        """For each input the number of the adapter of the task that the selector chooses."""
         with using(self.model, None):
             features = self.model.features(inputs)
-        # The difference between two tasks can be too small for bf16.
-        with torch.autocast(features.device.type, enabled=False):
-            nearest = self.router(features.float()).argmax(1)
         slot_of = self.bank.by_task()
-        return [slot_of[self.router.classes[row].partition(OF)[0]] for row in nearest.tolist()]
+        return [slot_of[self.tasks[member]] for member in self.selector.choose(features).index[:, 0].tolist()]
 
     def earlier(self) -> Iterable[Tensor]:
-        return [*self.bank.earlier(), *self.similar.buffers()]
+        return [*self.bank.earlier(), *self.similar.buffers(), *self.selector.buffers(recurse=False)]
 
     def acting(self, name: str | None) -> contextlib.AbstractContextManager[None]:
         return super().acting(None) if name is None else self.bank.acting(name)
@@ -297,11 +301,27 @@ class TreeLoRA(Method):
 
     def get_extra_state(self) -> dict[str, Any]:
         search = self.search.state() if self.search is not None else None
-        return {"steps": self.steps, "told": self.task_facts, "search": search}
+        return {"steps": self.steps, "told": self.task_facts, "search": search, "tasks": self.tasks}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.steps, self.task_facts, self.drawn = state["steps"], state["told"], None
+        self.tasks = [str(name) for name in state["tasks"]]
         if state["search"] is None:
             self.search = None
         elif self.search is not None:  # the task was stopped in the middle, and `_begin` has started it again
             self.search.load_state(state["search"])
+
+    def from_earlier(self, extra: dict[str, Any]) -> dict[str, str]:
+        """Before there were selectors, a head `router` had the means, and its classes were called `TASK/CLASS`."""
+        if "router" not in extra:
+            return {}
+        means = "selector.means"
+        pairs = [name.partition("/")[::2] for name in extra.pop("router")["classes"]]
+        tasks = list(dict.fromkeys(task for task, _ in pairs))
+        rows = [(tasks.index(task), name) for task, name in pairs]
+        extra[""]["tasks"] = tasks
+        extra["selector"] = {"members": len(tasks), "rows": [list(row) for row in rows]}
+        extra["selector"]["owners"] = {name: member for member, name in rows}
+        extra[means] = {"classes": [row_name(*row) for row in rows]}
+        extra[f"{means}.probe"] = extra.pop("router.probe")
+        return {"router.": f"{means}."}

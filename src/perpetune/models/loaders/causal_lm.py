@@ -19,8 +19,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from perpetune.data.texts.view import TextView
-from perpetune.errors import MissingExtra, PerpetuneError, UsageError, closest
+from perpetune.data.texts.templates import render
+from perpetune.data.texts.view import TextView, tokenized
+from perpetune.errors import DataError, MissingExtra, PerpetuneError, UsageError, closest
 from perpetune.models.backbone import Backbone
 from perpetune.models.loaders.checkpoint import check_report, check_weights, config_of, quiet, unbuilt
 from perpetune.models.loaders.hub import hub_file, one_line
@@ -185,6 +186,7 @@ def load(
         preprocess=TextView(tokenizer, max_length=length, chat=chat, rows=rows),
         forward=hidden_states,
     )
+    backbone.opens = {"library": "transformers", "base": source.place, "options": {"dtype": dtype, **source.where}}
     return in_4bit(backbone) if load_in_4bit and not quantised else backbone
 
 
@@ -300,6 +302,9 @@ def _tokenizer(spec: str, source: Source) -> Any:
         raise UsageError(
             f"{spec}: its tokenizer cannot be loaded: {one_line(error) or type(error).__name__}"
         ) from error
+    longest = tokenizer.model_max_length
+    if isinstance(longest, bool) or not isinstance(longest, int | float):
+        raise UsageError(f"{spec}: model_max_length in its tokenizer_config.json is {longest!r}; a number is expected")
     if not len(tokenizer):
         raise UsageError(f"{spec}: it has no tokenizer: tokenizer.json is expected beside config.json")
     if not tokenizer.is_fast:
@@ -327,12 +332,12 @@ def _check_vocabulary(spec: str, tokenizer: Any, rows: int) -> None:
     """
     beyond = {number: token for token, number in tokenizer.get_vocab().items() if number >= rows}
     special = {number for number, added in tokenizer.added_tokens_decoder.items() if added.special}
-    used = {tokenizer.eos_token_id, *tokenizer("a")["input_ids"]}
+    used = {tokenizer.eos_token_id, *tokenized(tokenizer, "a")["input_ids"]}
     if tokenizer.chat_template:
-        with contextlib.suppress(Exception):  # a template that fails is named when it is given messages
+        with contextlib.suppress(DataError):  # a template that refuses is named when it is given messages
             messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
-            text = tokenizer.apply_chat_template(messages, tokenize=False)[:100_000]
-            used |= set(tokenizer(text, add_special_tokens=False)["input_ids"])
+            text = render(tokenizer, messages, asking=False)[:100_000]
+            used |= set(tokenized(tokenizer, text, add_special_tokens=False)["input_ids"])
     lost = [token for number, token in sorted(beyond.items()) if number not in special or number in used]
     if lost:
         raise UsageError(

@@ -54,12 +54,17 @@ def config_of(spec: str, source: str, **where: str) -> Any:
     Raises:
         UsageError: there is no config, or transformers cannot read it.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PretrainedConfig
 
     if not Path(source).is_dir() and source.count("/") != 1:
         raise UsageError(f"{spec}: no such folder, and an id on the hub is OWNER/NAME; {closest(source, KNOWN)}")
     try:
-        config = AutoConfig.from_pretrained(source, **where)
+        with quiet():
+            if not where:
+                check_written(spec, PretrainedConfig.get_config_dict(source)[0])
+            config = AutoConfig.from_pretrained(source, **where)
+    except PerpetuneError:
+        raise
     except (OSError, ValueError, KeyError, IndexError, struct.error) as error:  # the last two: torn GGUF files
         if Path(source).is_dir():
             start = "the file is torn: " if isinstance(error, IndexError | struct.error) else ""
@@ -79,8 +84,34 @@ SIZES = re.compile(
     r"|head_dim|word_embed_proj_dim|max_position_embeddings|num_channels|n_(embd|inner|layer|head|positions))"
 )
 """Keys of a config whose values are whole numbers above 0."""
-MOST, DEEPEST = 10**8, 10**4
-"""The largest size, and the largest number of layers or heads, that any model has."""
+SEVERAL = re.compile(r"((embed|mlp)_dims?|dims?|depths?|layers|num_heads|img_size|image_size|patch_size)")
+"""Keys, also of timm's configs, whose values are such numbers or lists of them."""
+MOST, DEEPEST, MOST_LABELS = 10**8, 10**4, 10**6
+"""The largest size, the largest number of layers or heads, and that of labels, that any model has."""
+
+
+def check_written(spec: str, content: Any) -> None:
+    """Raise UsageError if a config as it is written has a size that no model has.
+
+    Transformers makes lists and names of such sizes already while it reads them, and timm builds the whole net.
+    """
+    for name, value in content.items() if isinstance(content, Mapping) else ():
+        check_written(spec, value)
+        labels = name in ("num_labels", "num_classes")
+        most = MOST_LABELS if labels else _most(name)
+        if labels or SIZES.fullmatch(name) or SEVERAL.fullmatch(name):
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, int) and number > most:
+                    raise _no_size(spec, name, value, most)
+
+
+def _most(name: str) -> int:
+    return DEEPEST if re.search(r"layer|depth|head(?!_dim)", name) else MOST
+
+
+def _no_size(spec: str, name: str, value: Any, most: int) -> UsageError:
+    told = repr(value) if len(repr(value)) < 60 else f"{repr(value)[:60]}…"
+    return UsageError(f"{spec}: {name} in its config is {told}; a whole number from 1 to {most} is needed")
 
 
 def check_numbers(spec: str, config: Any) -> None:
@@ -97,14 +128,11 @@ def check_numbers(spec: str, config: Any) -> None:
         for name, value in vars(part).items():
             if not SIZES.fullmatch(name) or (value is None and name not in REQUIRED):
                 continue
-            most = DEEPEST if "layer" in name or "head" in name.replace("head_dim", "") else MOST
+            most = _most(name)
             numbers = value if isinstance(value, list) and name == "num_key_value_heads" else [value]
             for number in numbers:
                 if isinstance(number, bool) or not isinstance(number, int) or not 0 < number <= most:
-                    told = repr(value) if len(repr(value)) < 60 else f"{repr(value)[:60]}…"
-                    raise UsageError(
-                        f"{spec}: {name} in its config is {told}; a whole number from 1 to {most} is needed"
-                    )
+                    raise _no_size(spec, name, value, most)
 
 
 REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -130,7 +158,7 @@ def check_weights(spec: str, source: str, config: Any) -> None:
     if not files:
         return
     try:
-        with torch.device("meta"):
+        with quiet(), torch.device("meta"):
             wanted = sum(p.numel() for p in AutoModel.from_config(config).parameters())
     except Exception as error:  # a config of strangers makes transformers fail in any way
         raise unbuilt(spec, error) from error

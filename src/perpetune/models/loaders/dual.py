@@ -19,7 +19,7 @@ from perpetune.models.loaders import vit
 from perpetune.models.loaders.causal_lm import Dtype
 from perpetune.models.loaders.checkpoint import config_of, model_of
 from perpetune.models.loaders.hub import one_line
-from perpetune.models.loaders.options import Side, try_size
+from perpetune.models.loaders.options import Side, side_of, try_size
 from perpetune.models.text_side import PROBES, TextSide, Tokenise, wide
 
 BOTH = "vision-text-dual-encoder"
@@ -118,7 +118,7 @@ def _own_side(spec: str, kind: str, config: Any) -> int:
     """The side, in pixels, of the pictures that the model was trained with."""
     if kind.startswith("siglip2"):
         return math.isqrt(config.num_patches) * int(config.patch_size)
-    return vit.side_of(spec, config.image_size)
+    return side_of(spec, config.image_size)
 
 
 def _usual(kind: str, side: int) -> dict[str, Any] | None:

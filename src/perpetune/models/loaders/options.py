@@ -17,7 +17,8 @@ from perpetune.models.backbone import Backbone
 from perpetune.models.families import LINEAR_ROLES
 from perpetune.models.loaders.hub import one_line
 
-Side = Annotated[int, Field(ge=1)]
+MOST_SIDE = 2**13
+Side = Annotated[int, Field(ge=1, le=MOST_SIDE)]
 """The side of a square input, in pixels; None is the model's own."""
 
 NOTHING: dict[str, Any] = {
@@ -84,6 +85,21 @@ def try_size(backbone: Backbone, image_size: int | None) -> None:
         raise UsageError(
             f"{backbone.spec}: image_size {image_size} does not fit this net: {one_line(error)}"
         ) from error
+
+
+def side_of(spec: str, size: Any) -> int:
+    """The side in pixels that a config gives: as a number, as height and width, or as the shortest edge.
+
+    Raises:
+        UsageError: it is none, or two.
+    """
+    values = list(size.values()) if isinstance(size, dict) else size if isinstance(size, list | tuple) else [size]
+    whole = values and all(isinstance(v, int) and not isinstance(v, bool) and 1 <= v <= MOST_SIDE for v in values)
+    if not whole or len(set(values)) != 1:
+        raise UsageError(
+            f"{spec}: image size {str(size)[:60]} in its config; one side in pixels is expected, from 1 to {MOST_SIDE}"
+        )
+    return int(values[0])
 
 
 def in_4bit(backbone: Backbone) -> Backbone:

@@ -13,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from perpetune.data.pictures.view import Interpolation, PictureView
 from perpetune.errors import PerpetuneError, UsageError, closest
 from perpetune.models.backbone import Backbone, triple
+from perpetune.models.loaders.checkpoint import check_written, unbuilt
 from perpetune.models.loaders.hub import hub_file, one_line
-from perpetune.models.loaders.options import Side, in_4bit, library, try_size
+from perpetune.models.loaders.options import Side, in_4bit, library, side_of, try_size
 
 WEIGHTS = "model.safetensors"
 FILTERS: dict[str, Interpolation] = {f: f for f in get_args(Interpolation)}
@@ -77,7 +78,7 @@ def _by_name(spec: str, name: str, pretrained: bool, image_size: int | None) -> 
         raise PerpetuneError(f"{spec}: {config.hf_hub_id} has no {WEIGHTS}; weights as pickle are not loaded")
     overlay = {"file": str(file), "custom_load": False}
     net = _create(timm, spec, name, image_size, pretrained=True, pretrained_cfg_overlay=overlay)
-    return _wrap(timm, spec, net, image_size)
+    return _opened(_wrap(timm, spec, net, image_size), name, image_size)
 
 
 def _in_folder(
@@ -93,18 +94,19 @@ def _in_folder(
     if pretrained and not file.is_file():
         raise UsageError(f"{spec}: there is no {WEIGHTS} in the folder")
     if architecture is None:
+        check_written(spec, config)
         _check_name(timm, spec, str(config["architecture"]).partition(".")[0])
         given: dict[str, Any] = {"num_classes": 0} if not pretrained else {}
         net = _create(timm, spec, f"local-dir:{folder}", image_size, pretrained=pretrained, **given)
-        return _wrap(timm, spec, net, image_size)
+        return _opened(_wrap(timm, spec, net, image_size), f"local-dir:{folder.absolute()}", image_size)
     _check_name(timm, spec, architecture)
     if not pretrained:
         return _wrap(timm, spec, _create(timm, spec, architecture, image_size, num_classes=0), image_size)
     known = timm.get_pretrained_cfg(architecture)
     classes = _classes_in(spec, file, known.classifier if known else None)
-    overlay = {"file": str(file), "custom_load": False, "num_classes": classes}
+    overlay = {"file": str(file.absolute()), "custom_load": False, "num_classes": classes}
     net = _create(timm, spec, architecture, image_size, pretrained=True, pretrained_cfg_overlay=overlay)
-    return _wrap(timm, spec, net, image_size)
+    return _opened(_wrap(timm, spec, net, image_size), architecture, image_size, pretrained_cfg_overlay=overlay)
 
 
 def _check_name(timm: ModuleType, spec: str, name: str) -> None:
@@ -129,6 +131,15 @@ def _create(timm: ModuleType, spec: str, name: str, image_size: int | None, **kw
         raise UsageError(f"{spec}: the model cannot be built {what} ({one_line(error)})") from error
     except (RuntimeError, ValueError, KeyError, AssertionError, OSError) as error:
         raise PerpetuneError(f"{spec}: {one_line(error)}") from error
+    except Exception as error:  # a config of strangers makes timm fail in any way
+        raise unbuilt(spec, error) from error
+
+
+def _opened(backbone: Backbone, name: str, image_size: int | None, **how: Any) -> Backbone:
+    """The backbone, which now says that `create_model(name, **how)` makes its net."""
+    size = {} if image_size is None else {"img_size": image_size}
+    backbone.opens = {"library": "timm", "base": name, "options": {"pretrained": True, **size, **how, "num_classes": 0}}
+    return backbone
 
 
 def _wrap(timm: ModuleType, spec: str, net: Any, image_size: int | None) -> Backbone:
@@ -143,7 +154,7 @@ def _wrap(timm: ModuleType, spec: str, net: Any, image_size: int | None) -> Back
             f"{spec}: timm pads its pictures to a square; here the centred square is cut out of them", stacklevel=2
         )
     preprocess = PictureView(
-        size=image_size or config["input_size"][-1],
+        size=image_size or side_of(spec, config["input_size"][-1]),
         mean=triple(spec, config["mean"]),
         std=triple(spec, config["std"]),
         interpolation=FILTERS.get(config["interpolation"], "bilinear"),  # timm's `random` has no fixed filter

@@ -15,7 +15,7 @@ from perpetune.errors import UsageError
 from perpetune.models.backbone import Backbone, triple
 from perpetune.models.loaders.checkpoint import config_of, model_of
 from perpetune.models.loaders.hub import hub_file
-from perpetune.models.loaders.options import Side, in_4bit, try_size
+from perpetune.models.loaders.options import Side, in_4bit, side_of, try_size
 from perpetune.plain import read_object
 
 # `model_type` of the families whose feature is the class token after the final norm. True if the family interpolates
@@ -73,6 +73,9 @@ def load(
     # And DeiT's distillation token
     prefix = 1 + getattr(config, "num_register_tokens", 0) + (config.model_type == "deit")
     backbone = Backbone(net, spec=spec, dim=config.hidden_size, preprocess=preprocess, forward=forward, prefix=prefix)
+    backbone.opens = {"library": "transformers", "base": source, "options": {"dtype": "float32", **_extra(config)}}
+    if interpolates:
+        backbone.opens["call"] = {"interpolate_pos_encoding": True}
     try_size(backbone, image_size)
     return in_4bit(backbone) if load_in_4bit else backbone
 
@@ -164,11 +167,3 @@ def _scale(spec: str, given: dict[str, Any]) -> float:
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor <= 255:
         raise UsageError(f"{spec}: rescale_factor {factor!r} in {PREPROCESSOR}; a number above 0 is expected")
     return 1.0 if abs(255 * factor - 1) < 1e-4 else 255.0 * factor
-
-
-def side_of(spec: str, size: Any) -> int:
-    """The side in pixels. Transformers writes it as a number, as height and width, or as the shortest edge."""
-    values = list(size.values()) if isinstance(size, dict) else size if isinstance(size, list | tuple) else [size]
-    if len(set(values)) == 1 and isinstance(values[0], int):
-        return values[0]
-    raise UsageError(f"{spec}: image size {size!r} in its config; one side in pixels is expected")

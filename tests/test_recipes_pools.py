@@ -1,0 +1,168 @@
+"""The recipes of pools (L2P, DualPrompt, CODA-Prompt, S-Prompts, HiDe, PGP on pools): what they say, and that they
+learn."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_recipes import built, changed, domains, learned, sets
+from tiny import split_folder
+
+from perpetune.methods.pool import Pool
+from perpetune.recipe import Recipe, load_recipe, packaged
+
+DATASETS = ("cifar100", "imagenet-r", "cub200", "domainnet", "core50")
+PROTECTED = ("cifar100", "imagenet-r", "cub200")  # the data sets of PGP's own runs
+METHODS = ("l2p", "dualprompt", "coda-prompt", "sprompts", "hide-prompt", "hide-lora", "hide-adapter")
+PLAIN = [f"{method}-{dataset}" for method in METHODS for dataset in DATASETS]
+PGP = [f"{m}-pgp-{d}{end}" for m in ("l2p", "dualprompt") for d in PROTECTED for end in ("", "-paper")]
+NAMES = [*PLAIN, *PGP]
+FEW = {"epochs": 1, "batch_size": 4}
+TAGS = re.compile(r"\[(paper|code|ours|HP|CODA|PGP)\]")
+
+
+def parts(name: str) -> tuple[str, str]:
+    """The method and the data set in the name of a recipe."""
+    dataset = next(d for d in DATASETS if name.removesuffix("-paper").endswith(d))
+    return name.partition(f"-{dataset}")[0], dataset
+
+
+def test_there_is_one_for_every_method_and_data_set() -> None:
+    assert sorted(n for n in packaged() if n.startswith(METHODS)) == sorted(NAMES)
+    assert sorted(n for n in packaged() if load_recipe(n).method.name == "pool") == sorted(NAMES)
+
+
+def selector(recipe: Recipe) -> str:
+    return str(recipe.method_options()["select"].name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_the_method_that_its_name_says(name: str) -> None:
+    recipe, (kind, dataset) = load_recipe(name), parts(name)
+    options = recipe.method_options()
+    l2p = kind.startswith("l2p")
+    assert options["members"] == (10 if l2p else "task")
+    wanted = {"l2p": "keys", "dua": "keys", "cod": "weights", "spr": "centres", "hid": "gaussian"}[kind[:3]]
+    assert selector(recipe) == wanted
+    assert options["common"] == (("general",) if kind.startswith("dual") else ())
+    assert options["answer"] == ("own" if kind == "sprompts" else "all")
+    assert recipe.head.name == ("ridge" if kind.startswith("hide") else "linear")
+    assert options["mask"] == "task"
+    assert (options["merge"] > 0, options["repel"] > 0) == (kind.startswith("hide"),) * 2
+    by_domain = dataset in ("domainnet", "core50")
+    assert (recipe.setting, recipe.stream.by) == (("domain",) * 2 if by_domain else ("class",) * 2)
+    assert (recipe.protect is not None) == ("-pgp" in kind)
+    pet = {"l2p": "prompt", "cod": "prefix", "spr": "prompt", "hid": kind.partition("-")[2]}.get(kind[:3], "")
+    assert [p.name for p in recipe.pets.values()] == (["prefix"] * 2 if kind.startswith("dual") else [])
+    assert kind.startswith("dual") == (recipe.pet is None)
+    if recipe.pet is not None:
+        assert recipe.pet.name == {"prompt": "prefix" if kind.startswith("hide") else "prompt"}.get(pet, pet)
+
+
+# Epochs, batch size, effective learning rate, classes a task: prompt-pools.md §2 and pgp-pegp.md §3.1
+NUMBERS: dict[str, tuple[int, int, float, int | None]] = {
+    "l2p-cifar100": (5, 16, 0.03 * 16 / 256, 10),
+    "l2p-imagenet-r": (50, 24, 0.005 * 24 / 256, 20),
+    "dualprompt-cifar100": (5, 24, 0.03 * 24 / 256, 10),
+    "dualprompt-imagenet-r": (50, 24, 0.005 * 24 / 256, 20),
+    "dualprompt-domainnet": (5, 128, 1e-3, None),
+    "coda-prompt-cifar100": (20, 128, 1e-3, 10),
+    "coda-prompt-imagenet-r": (50, 128, 1e-3, 20),
+    "sprompts-domainnet": (30, 128, 0.01, None),
+    "sprompts-core50": (20, 128, 0.01, None),
+    "hide-prompt-cifar100": (50, 192, 0.03 * 24 / 256, 10),
+    "hide-prompt-imagenet-r": (150, 192, 0.03 * 24 / 256, 20),
+    "hide-lora-imagenet-r": (50, 192, 0.01 * 24 / 256, 20),
+    "hide-adapter-imagenet-r": (50, 192, 0.01 * 24 / 256, 20),
+    "l2p-pgp-cifar100": (5, 16, 0.03 * 16 / 256, 10),
+    "l2p-pgp-cub200": (5, 16, 0.03 * 16 / 256, 40),
+    "l2p-pgp-imagenet-r": (50, 16, 0.005 * 16 / 256, 20),
+    "dualprompt-pgp-cifar100": (20, 24, 0.03 * 24 / 256, 10),
+    "dualprompt-pgp-cub200": (10, 24, 0.03 * 24 / 256, 40),
+    "dualprompt-pgp-imagenet-r": (50, 24, 0.005 * 24 / 256, 20),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_it_trains_as_its_source_says(name: str) -> None:
+    for end in ("", "-paper") if "-pgp-" in name else ("",):
+        recipe = load_recipe(name + end)
+        train = recipe.train
+        found = (train.epochs, train.batch_size, train.lr, recipe.stream.classes_per_task)
+        assert found == pytest.approx(NUMBERS[name]) if None not in found else found == NUMBERS[name]
+
+
+@pytest.mark.parametrize("name", PGP)
+def test_projection_is_exact_or_that_of_the_paper(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.protect is not None
+    paper = name.endswith("-paper")
+    wanted = ("paper", "gradient", 0.5) if paper else ("exact", "step", 0.99)
+    assert (recipe.protect.conditions, recipe.protect.project, recipe.protect.energy) == wanted
+    method = built(recipe)
+    assert method.protection is not None
+    kinds = {watched.name.rpartition("/")[2] for watched in method.protection.sites}
+    exact = {"keys", "values"} if not paper else {"keys.inputs"}
+    assert kinds == (exact | {"choice"} if name.startswith("l2p") else exact)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_number_has_its_source_beside_it(name: str) -> None:
+    text = packaged()[name].read_text(encoding="utf-8")
+    section = ""
+    for line in text.splitlines():
+        if re.match(r"\w+:", line):
+            section = line.partition(":")[0]
+        value, _, comment = line.strip().partition(": ")[2].partition("  # ")
+        if section in ("pet", "pets", "method", "protect", "train") and re.search(r"\d", value):
+            assert TAGS.search(comment), line
+    assert "Sources: " in text or "# The sources are those of " in text
+    assert ("Published" in text) == bool(re.search("[Nn]ot\\s(# )?reproduced here", text))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_changes_that_it_offers_fit(name: str) -> None:
+    text = packaged()[name].read_text(encoding="utf-8")
+    quoted = re.findall(r'--set "(\S+=\{[^"]*\})"', text)
+    given = [*quoted, *(change for change in sets(text) if not change.startswith('"'))]
+    for change in given:
+        built(load_recipe(name, [change]))
+    if name in ("hide-prompt-cifar100", "hide-lora-imagenet-r", "hide-adapter-imagenet-r"):
+        assert quoted
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_learns(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe(name)
+    sections: dict[str, Any] = {"train": FEW}
+    if recipe.setting == "domain":
+        wanted = ["s1", "s2"] if recipe.stream.order else ["clipart", "real"]
+        data = domains(tmp_path / "data", tuple(wanted))
+        stream = {"holdout": 0.2, "order": wanted if recipe.stream.order else None}
+        tasks = wanted
+    else:
+        data = {"name": "folder", "path": str(split_folder(tmp_path / "data", ["a", "b", "c", "d"], 6, 2))}
+        stream, tasks = {"classes_per_task": 2, "holdout": 0.0}, []
+    results = learned(recipe, tmp_path / "state", monkeypatch, data=data, stream=stream, **sections)
+    assert len(results["tasks"]) == 2
+    assert not tasks or [task["name"] for task in results["tasks"]] == tasks
+    assert (results["protection"] != []) == (recipe.protect is not None)
+    facts = results["facts"][-1]["of"]["pool"]
+    assert len(facts["members"]) == (10 if parts(name)[0].startswith("l2p") else 2 * recipe.method_options()["each"])
+
+
+def test_the_number_of_processes_is_no_option() -> None:
+    """HiDe's batch of 24 on each of 8 processes is a batch of 192 here, with the learning rate of 24."""
+    for kind in ("prompt", "lora", "adapter"):
+        for dataset in DATASETS:
+            assert load_recipe(f"hide-{kind}-{dataset}").train.batch_size == 192
+
+
+def test_the_published_way_to_find_the_task_fits() -> None:
+    recipe = load_recipe("hide-prompt-cifar100", ["method.select={name: classifier, head: linear}"])
+    method = built(changed(recipe, train=FEW))
+    assert isinstance(method, Pool)
+    assert selector(recipe) == "classifier"
