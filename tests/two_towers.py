@@ -28,6 +28,12 @@ class Side:
     def __init__(self, net: Twins) -> None:
         self.net, self.scale, self.encoded = net, torch.tensor(7.0), 0
 
+    def fingerprint(self) -> str:
+        return "bytes"
+
+    def state(self) -> tuple[Any, ...]:
+        return ()
+
     def inputs(self, strings: Sequence[str], device: Any = None) -> Inputs:
         rows = [list(text.encode()) for text in strings]
         width = max(map(len, rows))
