@@ -25,6 +25,7 @@ from perpetune.tasks import Inputs
 
 SHARP = 10.0  # fused scores lie near [0, 1]; times this their softmax tells people how sure the answer is
 MOST_NAMES = 200_000
+MOST_ASKED = 20_000  # names that are no candidates, whose texts are kept while the process lives
 
 
 class Texts(Protocol):
@@ -123,6 +124,8 @@ class Text(Head):
         """The names whose texts are kept, in the order of the rows of `kept`."""
         self.register_buffer("kept", torch.zeros(0, dim))
         self._state: tuple[Any, ...] | None = None
+        self._asked: dict[str, Tensor] = {}
+        """Texts of other names that were asked; they are not stored."""
 
     @classmethod
     def of(cls, backbone: Any, **options: Any) -> Text:
@@ -154,16 +157,24 @@ class Text(Head):
         if state != self._state:
             if self._state is not None or state:  # what was loaded belongs to the tower as it was stored
                 self.kept, self.names = self.kept[:0], []
-            self._state = state
+            self._state, self._asked = state, {}
         known = set(self.names)
         if missing := [name for name in self.candidates if name not in known]:
             self.kept = torch.cat([self.kept, self._made(missing).to(self.kept)])
             self.names += missing
         rows = {name: number for number, name in enumerate(self.names)}
         others = [name for name in dict.fromkeys(names) if name not in rows]
-        table = torch.cat([self.kept, self._made(others).to(self.kept)]) if others else self.kept
+        table = torch.cat([self.kept, self._of_asked(others)]) if others else self.kept
         rows |= {name: len(self.names) + number for number, name in enumerate(others)}
         return table[torch.tensor([rows[name] for name in names], dtype=torch.int64, device=table.device)]
+
+    def _of_asked(self, names: Sequence[str]) -> Tensor:
+        """Texts `(n, D)` of names that are no candidates, each read once."""
+        if new := [name for name in names if name not in self._asked]:
+            if len(self._asked) + len(new) > MOST_ASKED:
+                self._asked = {name: self._asked[name] for name in names if name in self._asked}
+            self._asked |= dict(zip(new, self._made(new).to(self.kept), strict=True))
+        return torch.stack([self._asked[name] for name in names])
 
     @torch.no_grad()
     def _made(self, names: Sequence[str]) -> Tensor:
@@ -304,7 +315,7 @@ class Text(Head):
         super().set_extra_state({"classes": state["classes"]})
         self.names = list(names)
         self.kept = self.kept.new_zeros(len(names), self.dim)
-        self._state = None
+        self._state, self._asked = None, {}
 
     def _digest(self) -> str:
         return hashlib.sha256(json.dumps(self.templates).encode()).hexdigest()[:16]
