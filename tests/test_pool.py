@@ -15,6 +15,7 @@ from perpetune.build import build_method
 from perpetune.check import Checker, check_method, tiny_backbone
 from perpetune.errors import UsageError
 from perpetune.evaluate import evaluate
+from perpetune.heads.ridge import Ridge
 from perpetune.methods.parts.members import average_into, drawn_orthogonal
 from perpetune.methods.parts.recall import Recall
 from perpetune.methods.parts.repulsion import repulsion
@@ -23,6 +24,7 @@ from perpetune.models.classifier import Classifier
 from perpetune.pets import LoRA, parameters, pets, sets, using
 from perpetune.recipe import make_recipe
 from perpetune.run import learn_protected
+from perpetune.selectors import Chosen
 from perpetune.snapshot import restore, snapshot
 from perpetune.tasks import Inputs, Task
 
@@ -490,6 +492,50 @@ def test_orthogonal_values_keep_their_length() -> None:
         torch.testing.assert_close(now.norm(), before[place].norm())
         for name in method.working[:3]:
             assert float((values(method, name)[place].flatten() @ now.flatten()).abs()) < 1e-6
+
+
+def test_ridge_over_members_is_ridge_on_the_features_of_each_ones_own() -> None:
+    """What the papers train on drawn features of all tasks: here it is one regression on all real ones."""
+    ridge = {"name": "ridge", "penalty": 0.1}
+    method, stream = pool({"select": "gaussian"}, head=ridge)
+    alone = Ridge(32, penalty=0.1)
+    for number, task in enumerate(stream):
+        learn_protected(method, task)
+        with using(method.model, f"task-{number}"):
+            rows = torch.cat([method.model.features(batch.inputs) for batch in task.batches(8)])
+            targets = torch.cat([batch.targets for batch in task.batches(8)])
+        alone.grow(task.classes, torch.Generator())
+        counts = torch.zeros(len(alone.classes), dtype=torch.int64)
+        counts[-2:] = 12
+        alone.expect(counts)
+        alone.observe(rows.detach(), alone.rows(task.classes)[targets])
+        alone.flush()
+        alone.settle()
+    shown = torch.randn(20, 32, generator=torch.Generator().manual_seed(0))
+    assert isinstance(method.model, Classifier)
+    mine, theirs = method.model.head, alone
+    torch.testing.assert_close(mine(shown) / mine.scale, theirs(shown) / theirs.scale, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [20, 400])
+def test_a_batch_touches_only_the_members_that_it_chooses(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many members are stored: two members act on a batch, and nobody looks for the others."""
+    from perpetune.methods.parts.bank import Kept, set_name
+    from perpetune.pets import base, copy_set
+
+    method, stream = pool({"select": "random"})
+    learn_protected(method, stream[0])
+    for slot in range(1, count):
+        copy_set(method.model, "task-0", set_name(slot))
+        method.bank.kept[slot] = Kept(slot, [f"t{slot}"], [], 1)
+    method.selector.grow(count, torch.Generator().manual_seed(0))
+    asked_for: list[str] = []
+    known = base._known
+    monkeypatch.setattr(base, "_known", lambda root, name: (asked_for.append(name), known(root, name))[1])
+    chosen = torch.tensor([[3], [7], [3], [7], [3], [7]])
+    monkeypatch.setattr(method.selector, "choose", lambda queries: Chosen(chosen[: len(queries)]))
+    method.predict(asked("ab"))
+    assert set(asked_for) == {"task-3", "task-7"}
 
 
 def test_the_contrastive_loss() -> None:
