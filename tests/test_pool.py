@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from perpetune.build import build_method
 from perpetune.check import Checker, check_method, tiny_backbone
 from perpetune.errors import UsageError
 from perpetune.evaluate import evaluate
+from perpetune.export import export_learned
 from perpetune.heads.ridge import Ridge
 from perpetune.methods.parts.members import average_into, drawn_orthogonal
 from perpetune.methods.parts.recall import Recall
@@ -621,3 +625,29 @@ def test_members_that_are_never_chosen_are_reported() -> None:
     learn_protected(method, stream[1])
     assert "2 of 6 members in 2 tasks" in method.facts()["pool"]["warning"]
     assert sum(method.use.tolist()) == 2 * 2 * 24
+
+
+# -- export ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_export_has_a_folder_for_each_member_and_the_selector(tmp_path: Path) -> None:
+    method = taught({"select": "gaussian"}, tasks=2, pet={"name": "lora", "rank": 2}, head="ridge")
+    written = export_learned(method, method.model.backbone, tmp_path / "out")
+    names = {str(path.relative_to(tmp_path / "out")) for path in written}
+    assert {"task-1/adapter_model.safetensors", "task-2/head.json", "selector.json", "selector.safetensors"} <= names
+    about = json.loads((tmp_path / "out" / "selector.json").read_text())
+    assert about["folders"] == ["task-1", "task-2"]
+    assert about["selector"]["name"] == "gaussian"
+    chosen, loaded = method.chosen(asked("abcd")), method.select.make(32)
+    loaded.set_extra_state(about["extra"])
+    loaded.load_state_dict({**load_file(tmp_path / "out" / "selector.safetensors"), "_extra_state": about["extra"]})
+    assert chosen is not None
+    again = loaded.choose(method.queries.of(asked("abcd")))
+    assert torch.equal(again.index, chosen.index)
+
+
+def test_a_pool_with_a_common_set_cannot_be_exported(tmp_path: Path) -> None:
+    section = {"general": {"name": "lora", "blocks": [0]}, "member": {"name": "lora", "blocks": [1]}}
+    method = taught({"select": "gaussian", "common": ["general"]}, tasks=1, pet="none", pets=section)
+    with pytest.raises(UsageError, match="holds one set: use the state itself"):
+        export_learned(method, method.model.backbone, tmp_path / "out")
