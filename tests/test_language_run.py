@@ -688,7 +688,7 @@ def test_predict_on_the_command_line(
         (
             ["x", str(write(tmp_path / "b.csv", [b"prompt"]))],
             1,
-            "b.csv: is there, and prompts are read from .txt, .jsonl",
+            "b.csv: no rows",
         ),
     ):
         (line,) = said(*arguments, code=code)[1].splitlines()

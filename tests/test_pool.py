@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from perpetune.build import build_method
 from perpetune.check import Checker, check_method, tiny_backbone
 from perpetune.errors import UsageError
 from perpetune.evaluate import evaluate
+from perpetune.export import export_learned
+from perpetune.heads.ridge import Ridge
 from perpetune.methods.parts.members import average_into, drawn_orthogonal
 from perpetune.methods.parts.recall import Recall
 from perpetune.methods.parts.repulsion import repulsion
@@ -23,6 +28,7 @@ from perpetune.models.classifier import Classifier
 from perpetune.pets import LoRA, parameters, pets, sets, using
 from perpetune.recipe import make_recipe
 from perpetune.run import learn_protected
+from perpetune.selectors import Chosen
 from perpetune.snapshot import restore, snapshot
 from perpetune.tasks import Inputs, Task
 
@@ -492,6 +498,50 @@ def test_orthogonal_values_keep_their_length() -> None:
             assert float((values(method, name)[place].flatten() @ now.flatten()).abs()) < 1e-6
 
 
+def test_ridge_over_members_is_ridge_on_the_features_of_each_ones_own() -> None:
+    """What the papers train on drawn features of all tasks: here it is one regression on all real ones."""
+    ridge = {"name": "ridge", "penalty": 0.1}
+    method, stream = pool({"select": "gaussian"}, head=ridge)
+    alone = Ridge(32, penalty=0.1)
+    for number, task in enumerate(stream):
+        learn_protected(method, task)
+        with using(method.model, f"task-{number}"):
+            rows = torch.cat([method.model.features(batch.inputs) for batch in task.batches(8)])
+            targets = torch.cat([batch.targets for batch in task.batches(8)])
+        alone.grow(task.classes, torch.Generator())
+        counts = torch.zeros(len(alone.classes), dtype=torch.int64)
+        counts[-2:] = 12
+        alone.expect(counts)
+        alone.observe(rows.detach(), alone.rows(task.classes)[targets])
+        alone.flush()
+        alone.settle()
+    shown = torch.randn(20, 32, generator=torch.Generator().manual_seed(0))
+    assert isinstance(method.model, Classifier)
+    mine, theirs = method.model.head, alone
+    torch.testing.assert_close(mine(shown) / mine.scale, theirs(shown) / theirs.scale, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [20, 400])
+def test_a_batch_touches_only_the_members_that_it_chooses(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many members are stored: two members act on a batch, and nobody looks for the others."""
+    from perpetune.methods.parts.bank import Kept, set_name
+    from perpetune.pets import base, copy_set
+
+    method, stream = pool({"select": "random"})
+    learn_protected(method, stream[0])
+    for slot in range(1, count):
+        copy_set(method.model, "task-0", set_name(slot))
+        method.bank.kept[slot] = Kept(slot, [f"t{slot}"], [], 1)
+    method.selector.grow(count, torch.Generator().manual_seed(0))
+    asked_for: list[str] = []
+    known = base._known
+    monkeypatch.setattr(base, "_known", lambda root, name: (asked_for.append(name), known(root, name))[1])
+    chosen = torch.tensor([[3], [7], [3], [7], [3], [7]])
+    monkeypatch.setattr(method.selector, "choose", lambda queries: Chosen(chosen[: len(queries)]))
+    method.predict(asked("ab"))
+    assert set(asked_for) == {"task-3", "task-7"}
+
+
 def test_the_contrastive_loss() -> None:
     means, features = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.6, 0.8], [0.8, 0.6]])
     assert float(repulsion(means.double(), features.double())) == pytest.approx(1.0938533, abs=1e-7)
@@ -575,3 +625,29 @@ def test_members_that_are_never_chosen_are_reported() -> None:
     learn_protected(method, stream[1])
     assert "2 of 6 members in 2 tasks" in method.facts()["pool"]["warning"]
     assert sum(method.use.tolist()) == 2 * 2 * 24
+
+
+# -- export ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_export_has_a_folder_for_each_member_and_the_selector(tmp_path: Path) -> None:
+    method = taught({"select": "gaussian"}, tasks=2, pet={"name": "lora", "rank": 2}, head="ridge")
+    written = export_learned(method, method.model.backbone, tmp_path / "out")
+    names = {str(path.relative_to(tmp_path / "out")) for path in written}
+    assert {"task-1/adapter_model.safetensors", "task-2/head.json", "selector.json", "selector.safetensors"} <= names
+    about = json.loads((tmp_path / "out" / "selector.json").read_text())
+    assert about["folders"] == ["task-1", "task-2"]
+    assert about["selector"]["name"] == "gaussian"
+    chosen, loaded = method.chosen(asked("abcd")), method.select.make(32)
+    loaded.set_extra_state(about["extra"])
+    loaded.load_state_dict({**load_file(tmp_path / "out" / "selector.safetensors"), "_extra_state": about["extra"]})
+    assert chosen is not None
+    again = loaded.choose(method.queries.of(asked("abcd")))
+    assert torch.equal(again.index, chosen.index)
+
+
+def test_a_pool_with_a_common_set_cannot_be_exported(tmp_path: Path) -> None:
+    section = {"general": {"name": "lora", "blocks": [0]}, "member": {"name": "lora", "blocks": [1]}}
+    method = taught({"select": "gaussian", "common": ["general"]}, tasks=1, pet="none", pets=section)
+    with pytest.raises(UsageError, match="holds one set: use the state itself"):
+        export_learned(method, method.model.backbone, tmp_path / "out")

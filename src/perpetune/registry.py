@@ -330,8 +330,12 @@ def described(model: type[BaseModel], *without: str) -> dict[str, str]:
         if isinstance(field.default, selectors.Selection):
             told[name] = f"{field.default.name}   (a selector)"
             continue
-        default = "required" if field.is_required() else yaml.safe_dump(field.default).splitlines()[0]
-        if inspect.isclass(field.annotation) and issubclass(field.annotation, BaseModel):
-            default = "the recipe's `train:` section"
+        section = inspect.isclass(field.annotation) and issubclass(field.annotation, BaseModel)
+        if field.is_required():
+            default = "the recipe's `train:` section" if section else "required"
+        else:
+            plain = field.default.model_dump() if section else field.default
+            listed = list(plain) if isinstance(plain, tuple) else plain
+            default = yaml.safe_dump(listed, default_flow_style=True).splitlines()[0]
         told[name] = default + (f"   ({', '.join(words)})" if words else "")
     return told

@@ -145,7 +145,9 @@ class Pool(Method):
         self.answering: InForce = None
         self.learned = 0
         """The number of tasks that were learned."""
+        # What a batch needs of all members; made anew after each task
         self._owner: list[int] = []
+        self._names: list[str] = []
         self.register_buffer("use", torch.zeros(0 if self.by_task else len(self.working), dtype=torch.int64))
 
     def _query_width(self) -> int:
@@ -238,7 +240,7 @@ class Pool(Method):
             targets = torch.tensor(asked.train.targets)
             rng = task.generator("selector", "learn")
             self.selector.learn(len(self.bank.kept) - 1, table.cpu(), targets, task.classes or ("",), rng)
-        self.learned, self._owner = task.index + 1, []
+        self.learned, self._owner, self._names = task.index + 1, [], []
 
     def _questions(self, task: Task) -> Task:
         return dataclasses.replace(task, train=task.train.questions())
@@ -396,9 +398,10 @@ class Pool(Method):
 
     def member_names(self) -> list[str]:
         """The names of the members: the tasks that they belong to, or their numbers."""
-        if self.by_task:
-            return [self.bank.called(slot) for slot in self.bank.kept]
-        return [str(number) for number in range(len(self.working))]
+        if not self._names:
+            by_task = (self.bank.called(slot) for slot in self.bank.kept)
+            self._names = list(by_task) if self.by_task else [str(number) for number in range(len(self.working))]
+        return self._names
 
     def _owners(self, rows: Sequence[int]) -> list[int]:
         """For each row of the head the number of the last member whose task has that class."""
@@ -483,4 +486,4 @@ class Pool(Method):
         return {"learned": self.learned}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.learned, self._owner = int(state["learned"]), []
+        self.learned, self._owner, self._names = int(state["learned"]), [], []
