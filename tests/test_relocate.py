@@ -181,5 +181,8 @@ def test_a_checkpoint_of_another_training_is_discarded_and_said(world: Path) -> 
     path.write_text(path.read_text().replace("lr: 0.01", "lr: 0.02"))
     (world / "model").rename(world / "elsewhere")
     assert call(["relocate", str(state), "--model", f"folder:{world / 'elsewhere'}"]) == 0
-    with pytest.warns(UserWarning, match=r"discarded: task cd, stopped after step \d+ of phase train, because the training options changed; task cd begins"):
+    with pytest.warns(
+        UserWarning,
+        match=r"discarded: task cd, stopped after step \d+ of phase train, because the training options changed; task cd begins",
+    ):
         Learner.load(state).resume()
