@@ -258,6 +258,11 @@ def test_what_people_type_and_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         {"prompt": "Which?", "images": [A]},
         {"prompt": "Same?", "images": ["img/b.png", A]},
     ]
+    rows(tmp_path, {"prompt": "Two?", "images": [A, A]}, {"prompt": "None of its own"}, name="asked.jsonl")
+    assert asker.typed(["img/b.png", "asked.jsonl"]) == [
+        {"prompt": "Two?", "images": [A, A]},
+        {"prompt": "None of its own", "images": ["img/b.png"]},
+    ]
     assert asker.typed(["hi"]) == [{"prompt": "hi", "images": []}]
     with pytest.raises(UsageError, match=r"there is no question about img/a\.png: give the picture, then the question"):
         asker.typed(["hi", A])

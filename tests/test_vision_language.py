@@ -350,6 +350,54 @@ def test_a_pair_of_any_parts_with_its_projector(tmp_path: Any) -> None:
         load_backbone(f"pair:{{picture: perpetune:micro, {text}, projector: {file}}}")
 
 
+@torch.no_grad()
+def test_a_model_of_any_size_counts_its_tokens(tmp_path: Any) -> None:
+    folder = tiny_vision_language(tmp_path, "qwen2_5_vl")
+    for side, count in ((8, 1), (24, 9), (40, 25)):
+        backbone = load_tiny_vlm(folder, "qwen2_5_vl", image_size=side)
+        model = VisionLanguage(backbone)
+        assert backbone.pictures is not None
+        assert (backbone.pictures.count, backbone.pictures.grid) == (count, side // 8)
+        encoded = view_of(model).question(TEXTS[2][0])
+        assert int((encoded.ids == backbone.pictures.token).sum()) == 2 * count
+        both, one = batch(model, *TEXTS[1:], ask=True).inputs, batch(model, TEXTS[2], ask=True).inputs
+        torch.testing.assert_close(model.predict(both)[1], model.predict(one)[0], atol=1e-4, rtol=1e-4)
+    with pytest.raises(UsageError, match="image_size 20 is no multiple of 8, the side of a token"):
+        load_tiny_vlm(folder, "qwen2_5_vl", image_size=20)
+
+
+@pytest.mark.parametrize("kind", ["llava-clip", "idefics3", "paligemma"])
+def test_a_model_in_16_bits_trains_its_projector_in_32(kind: str, tmp_path: Any) -> None:
+    backbone = load_tiny_vlm(tiny_vision_language(tmp_path, kind), kind, dtype="bfloat16")
+    model = VisionLanguage(backbone, projector=True)
+    for parameter in model.trained():
+        assert parameter.dtype == torch.float32
+        parameter.requires_grad_(True)
+    model.loss(task(), batch(model, *TEXTS)).backward()
+    assert all(bool(p.grad is not None and p.grad.abs().max() > 0) for p in model.trained())
+    model.predict(batch(model, *TEXTS, ask=True).inputs)
+
+
+def test_checkpoints_inside_blocks_change_no_gradient(tmp_path: Any) -> None:
+    gradients = []
+    for on in (False, True):
+        backbone = load_tiny_vlm(
+            tiny_vision_language(tmp_path / str(on), "llava-clip"), "llava-clip", gradient_checkpointing=on
+        )
+        places = [*backbone.pet_places(["q"]), *backbone.pet_places(["picture.q"], [0])]
+        inject(backbone.net, places, lambda place: LoRA(place, torch.Generator().manual_seed(1)), "x")
+        pets = [p for p in backbone.net.parameters() if p.requires_grad]
+        generator = torch.Generator().manual_seed(2)
+        for parameter in pets:
+            parameter.data.normal_(generator=generator)
+        model = VisionLanguage(backbone).train()
+        with using(model, "x"):
+            gradients.append(torch.autograd.grad(model.loss(task(), batch(model, *TEXTS)), pets))
+    for plain_, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain_, again)
+        assert bool(plain_.abs().max() > 0)
+
+
 def test_other_families_are_named(tmp_path: Any) -> None:
     folder = tiny_vision_language(tmp_path, "llava-vit")
     config = folder / "config.json"

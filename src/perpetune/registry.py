@@ -79,6 +79,7 @@ BUILTIN: dict[Kind, dict[str, str]] = {
         "dataset": "perpetune.exams.dataset:Dataset",
         "retrieval": "perpetune.exams.retrieval:Retrieval",
         "recognition": "perpetune.exams.recognition:Recognition",
+        "yes_no": "perpetune.exams.yes_no:YesNo",
     },
     "sections": {  # in the order of the page
         name: f"perpetune.report.sections.{name}:section"

@@ -98,7 +98,8 @@ class PictureSide:
         if self.projector is None:
             return states
         projector = self._trained or net.get_submodule(self.projector)
-        projected: Tensor = projector(states)
+        wanted = next((p.dtype for p in projector.parameters()), states.dtype)
+        projected: Tensor = projector(states.to(wanted))
         return projected
 
     @torch.no_grad()

@@ -65,7 +65,9 @@ class VisionLanguage(CausalLM):
                     f"{backbone.spec}: its projector is a part of its picture tower: leave head.projector out, and put "
                     "a pet at picture.proj or another role of the tower"
                 )
-            self.projector = copy.deepcopy(backbone.net.get_submodule(side.projector)).requires_grad_(False)
+            own = copy.deepcopy(backbone.net.get_submodule(side.projector)).requires_grad_(False)
+            half = any(p.dtype in (torch.bfloat16, torch.float16) for p in own.parameters())
+            self.projector = own.float() if half else own  # small steps vanish in 16 bits
             self.leaks = "the projector is trained (head.projector), so what the model sees in old pictures moves"
         side.room = int(keep * (1 << 30))
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 
 from perpetune.data.names import label_of, several
-from perpetune.data.pictured.files import ANSWERS, IMAGES, shown_in, with_pictures
+from perpetune.data.pictured.files import ANSWERS, with_pictures
+from perpetune.data.pictured.marks import IMAGES, shown_in
 from perpetune.data.pictured.table import PicturedTable
 from perpetune.data.sources import Fit, Kind, existing
 from perpetune.data.texts.files import Item, TextFile, TextSource, list_texts, text_files

@@ -8,18 +8,16 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from perpetune.data.pictured.marks import MARK, with_marks, without_parts
+from perpetune.data.pictured.marks import IMAGES, MARK, shown_in, with_marks
 from perpetune.data.pictured.table import PicturedTable
-from perpetune.data.pictured.view import pictures_of
 from perpetune.data.sources import Fit, Kind
-from perpetune.data.texts.chats import is_empty, short, unpacked
+from perpetune.data.texts.chats import is_empty, unpacked
 from perpetune.data.texts.files import FileSource, Item, TextFile, holds_texts
 from perpetune.data.texts.layouts import Layout
 from perpetune.data.texts.records import Record
 from perpetune.data.texts.tables import Row, Text, key_of, text_in
 from perpetune.errors import DataError, UsageError
 
-IMAGES = ("image", "images")  # columns of pictures
 ANSWERS = "answers"  # the column of what several people answered
 
 
@@ -117,44 +115,6 @@ class PicturedSource(FileSource):
             return Row(record.at, key_of(repr(record.value)), None, str(error))
         row = super()._row(replace(record, value=value), layout, column)
         return row if row.text is None else with_pictures(row, row.text, value, pictures)
-
-
-def shown_in(
-    value: Mapping[str, Any], columns: Sequence[str], folder: str
-) -> tuple[dict[str, Any], tuple[str | bytes, ...]]:
-    """The columns of a row, with marks for pictures that are parts of messages; and its pictures.
-
-    Args:
-        columns: those that may hold pictures.
-        folder: paths are relative to it.
-
-    Raises:
-        DataError: a picture is given in a form that is not known, or at two places.
-    """
-    changed, named = without_parts(value)
-    listed: list[Any] = []
-    for column in columns:
-        found = unpacked(value.get(column))
-        if is_empty(found):
-            continue
-        if listed:
-            raise DataError(f"the columns {' and '.join(map(repr, columns))} both hold pictures: one is expected")
-        listed = list(found) if isinstance(found, list) else [found]
-    return changed, tuple(_picture(one, folder) for one in pictures_of(listed, named))
-
-
-def _picture(given: Any, folder: str) -> str | bytes:
-    """The path of a picture, or its bytes."""
-    if isinstance(given, Mapping):
-        given = given.get("bytes") or given.get("path")
-    if isinstance(given, bytes | bytearray):
-        return bytes(given)
-    if not isinstance(given, str) or not given:
-        kind = "nothing" if given is None else type(given).__name__
-        raise DataError(f"a picture is {kind}; expected a path, or the bytes of a file")
-    if given.startswith(("http://", "https://", "data:")):
-        raise DataError(f"the picture {short(given)} lies elsewhere: perpetune loads none, give a file")
-    return os.path.join(folder, os.path.expanduser(given))
 
 
 def with_pictures(row: Row, text: Text, value: Mapping[str, Any], pictures: tuple[str | bytes, ...]) -> Row:

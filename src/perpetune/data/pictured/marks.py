@@ -1,17 +1,19 @@
-"""Marks: what stands in a text where a picture is."""
+"""Marks: what stands in a text where a picture is; and the pictures that a row names."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from perpetune.data.texts.chats import ASSISTANT, CHAT, Messages, short, unpacked
+from perpetune.data.texts.chats import ASSISTANT, CHAT, Messages, is_empty, short, unpacked
 from perpetune.data.texts.layouts import CHATS
 from perpetune.errors import DataError
 
 MARK = "<image>"
 """What people write where a picture is."""
+IMAGES = ("image", "images")  # columns of pictures
 
 
 @dataclass(frozen=True)
@@ -114,3 +116,55 @@ def _part(part: Any, number: int, named: list[Any]) -> Any:
         raise DataError(f"message {number} shows the picture {short(found)}: perpetune loads none, give a file")
     named.append(found)
     return {"type": "text", "text": MARK}
+
+
+def pictures_of(listed: list[Any], named: list[Any]) -> list[Any]:
+    """The pictures of an example: those of its columns, or those that the parts of its messages name.
+
+    Raises:
+        DataError: both name some, or some parts name theirs and others do not.
+    """
+    own = [picture for picture in named if picture is not None]
+    if own and listed:
+        raise DataError("parts of messages name pictures, and a column does too: one of them is expected")
+    if own and len(own) < len(named):
+        raise DataError("some parts of messages name their picture, and others do not")
+    return own or listed
+
+
+def shown_in(
+    value: Mapping[str, Any], columns: Sequence[str], folder: str
+) -> tuple[dict[str, Any], tuple[str | bytes, ...]]:
+    """The columns of a row, with marks for pictures that are parts of messages; and its pictures.
+
+    Args:
+        columns: those that may hold pictures.
+        folder: paths are relative to it.
+
+    Raises:
+        DataError: a picture is given in a form that is not known, or at two places.
+    """
+    changed, named = without_parts(value)
+    listed: list[Any] = []
+    for column in columns:
+        found = unpacked(value.get(column))
+        if is_empty(found):
+            continue
+        if listed:
+            raise DataError(f"the columns {' and '.join(map(repr, columns))} both hold pictures: one is expected")
+        listed = list(found) if isinstance(found, list) else [found]
+    return changed, tuple(_picture(one, folder) for one in pictures_of(listed, named))
+
+
+def _picture(given: Any, folder: str) -> str | bytes:
+    """The path of a picture, or its bytes."""
+    if isinstance(given, Mapping):
+        given = given.get("bytes") or given.get("path")
+    if isinstance(given, bytes | bytearray):
+        return bytes(given)
+    if not isinstance(given, str) or not given:
+        kind = "nothing" if given is None else type(given).__name__
+        raise DataError(f"a picture is {kind}; expected a path, or the bytes of a file")
+    if given.startswith(("http://", "https://", "data:")):
+        raise DataError(f"the picture {short(given)} lies elsewhere: perpetune loads none, give a file")
+    return os.path.join(folder, os.path.expanduser(given))

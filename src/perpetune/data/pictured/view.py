@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -13,15 +14,26 @@ import torch
 from torch import Tensor
 
 from perpetune.data.examples import Augment, Purpose, Question
-from perpetune.data.names import printable
-from perpetune.data.pictured.marks import MARK, Mark, count_marks, with_marks, without_parts
+from perpetune.data.names import printable, several
+from perpetune.data.pictured.marks import (
+    IMAGES,
+    MARK,
+    Mark,
+    count_marks,
+    pictures_of,
+    shown_in,
+    with_marks,
+    without_parts,
+)
 from perpetune.data.pictured.table import PicturedSet, PicturedTable, Shown, number_of
-from perpetune.data.pictures.read import as_rgb, is_picture
+from perpetune.data.pictures.read import as_rgb, is_picture, read_picture
 from perpetune.data.pictures.view import PictureView
 from perpetune.data.sources import Table
-from perpetune.data.texts.chats import Message, Messages, as_dict, messages_in
+from perpetune.data.texts.chats import Message, Messages, as_dict, is_empty, messages_in
 from perpetune.data.texts.examples import Encoded
+from perpetune.data.texts.layouts import layout_of
 from perpetune.data.texts.prompts import prompt_in, read_prompts
+from perpetune.data.texts.records import SUFFIXES, read_records
 from perpetune.data.texts.tables import Text
 from perpetune.data.texts.templates import render
 from perpetune.data.texts.view import TextView, _Token
@@ -110,8 +122,11 @@ class PicturedView(TextView):
                 pictures = [*pictures, given] if open_ else [given]
                 open_ = True
                 continue
-            asked += [{"prompt": prompt, "images": list(pictures)} for prompt in read_prompts([given])]
             open_ = False
+            if given.lower().endswith(SUFFIXES) and os.path.isfile(given):
+                asked += _asked_in(given, pictures)
+            else:
+                asked += [{"prompt": prompt, "images": list(pictures)} for prompt in read_prompts([given])]
         if open_ or not asked:
             about = f" about {', '.join(map(printable, pictures))}" if pictures else ""
             raise UsageError(f"there is no question{about}: give the picture, then the question")
@@ -147,6 +162,8 @@ class PicturedView(TextView):
     def _pixels(self, picture: Any) -> Tensor:
         if isinstance(picture, str | Path):
             return self.picture.load(picture)
+        if isinstance(picture, bytes):
+            return self.picture(read_picture(picture, "its picture"))
         if hasattr(picture, "getexif"):  # PIL's
             return self.picture(as_rgb(picture))
         raise DataError(f"a picture is {type(picture).__name__}; expected a path or a PIL image")
@@ -224,6 +241,31 @@ class PicturedView(TextView):
         return left.nonzero()[:, 0]
 
 
+def _asked_in(path: str, before: Sequence[str]) -> list[dict[str, Any]]:
+    """The questions in a file of rows with `prompt` or `messages`, and `image` or `images`.
+
+    Args:
+        before: the pictures that stand before the file; a row without its own is about them.
+    """
+    asked, left = [], dict[str, None]()
+    for record in read_records(path):
+        try:
+            if record.fault:
+                raise DataError(record.fault)
+            value, pictures = shown_in(record.value, IMAGES, os.path.dirname(path))
+            layout = layout_of(value.keys())
+            prompt = prompt_in(layout.prompt_of(value))
+        except DataError as error:
+            raise DataError(f"{record.at}: {error}") from error
+        used = {*layout.used(value), *IMAGES}
+        left |= {column: None for column, cell in value.items() if column not in used and not is_empty(cell)}
+        asked.append({"prompt": prompt, "images": list(pictures) or list(before)})
+    if left:
+        columns = several([f"'{printable(column)}'" for column in left], 20)
+        warnings.warn(f"columns of the prompts' files that are not used: {columns}", stacklevel=4)
+    return asked
+
+
 def _asked_of(given: Any) -> tuple[str | Messages, list[Any]]:
     """The prompt and the pictures of what somebody asks.
 
@@ -245,17 +287,3 @@ def _asked_of(given: Any) -> tuple[str | Messages, list[Any]]:
     else:
         prompt = prompt_in(given)
     return prompt, pictures_of(list(listed), named)
-
-
-def pictures_of(listed: list[Any], named: list[Any]) -> list[Any]:
-    """The pictures of an example: those of its columns, or those that the parts of its messages name.
-
-    Raises:
-        DataError: both name some, or some parts name theirs and others do not.
-    """
-    own = [picture for picture in named if picture is not None]
-    if own and listed:
-        raise DataError("parts of messages name pictures, and a column does too: one of them is expected")
-    if own and len(own) < len(named):
-        raise DataError("some parts of messages name their picture, and others do not")
-    return own or listed
