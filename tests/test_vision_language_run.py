@@ -195,6 +195,38 @@ def test_methods_go_on_working(way: str, tmp_path: Path) -> None:
     assert all(cell["total"] for cell in results["cells"][-1])
 
 
+@pytest.mark.filterwarnings("ignore:.*squeezed to a square")
+@pytest.mark.parametrize("kind", ["llava-clip", "qwen2_5_vl"])
+@torch.no_grad()
+def test_protection_holds_old_pictures_in_both_towers(kind: str, tmp_path: Path) -> None:
+    """Rows of the picture tower are no tokens of the batch: none is left out, and none is taken for another."""
+    folder = tiny_vision_language(tmp_path / "m", kind)
+    size = {"image_size": SIZE} if kind == "qwen2_5_vl" else {}
+    moved = []
+    for protect in ({"energy": 0.9999999}, None):
+        content = {
+            "name": "x",
+            "backbone": {"name": f"folder:{folder}", **size},
+            "head": "vlm",
+            "pet": {"name": "lora", "rank": 2, "at": ["q", "v", "picture.q", "picture.v"], "blocks": [0]},
+            "train": {"epochs": 3, "batch_size": 4, "lr": 0.05},
+            "protect": protect,
+        }
+        learner = Learner(content, tmp_path / f"eyes-{protect is None}")
+        with torch.enable_grad():
+            learner.learn(str(month(tmp_path / "data", "one")))
+        view = learner.method.model.view
+        given = [{"prompt": "one: which?", "images": [tmp_path / "data" / f"one-{i}.png"]} for i in range(3)]
+        items = [(asked.item, 0, i) for i, asked in enumerate(view.ask([*given, "one: which?"], choose=False))]
+        inputs = view.collate(items).inputs
+        before = learner.method.features(inputs)
+        with torch.enable_grad():
+            learner.learn(str(month(tmp_path / "data", "two")))
+        moved.append(float((learner.method.features(inputs) - before).norm() / before.norm()))
+    assert moved[0] < 1e-3
+    assert moved[1] > 0.1
+
+
 def test_yes_and_no_are_asked_before_and_after_each_task(tmp_path: Path) -> None:
     folder = tiny_vision_language(tmp_path / "m", "llava-clip")
     rows = []

@@ -341,9 +341,9 @@ def export_learned(method: Method, backbone: Backbone, folder: Path, state: Path
     class names in the order of its rows, and how features are read; docs/export.md has code for them. A projector that
     was trained is among PEFT's `modules_to_save`; that of a pair, or one alone, lies in `projector.safetensors`.
     Without pets (`pet: none`) there are no files of PEFT. A packaged model lies in the folder `base`. A language model
-    that answers with its own output layer has no files of a head. If a method keeps several adapters and each can be used alone,
-    each gets its own folder, and `selector.safetensors` with `selector.json` holds what chooses among them. Everything
-    is written under another name first and then renamed.
+    that answers with its own output layer has no files of a head. If a method keeps several adapters and each can be
+    used alone, each gets its own folder, and `selector.safetensors` with `selector.json` holds what chooses among them.
+    Everything is written under another name first and then renamed.
 
     Args:
         state: the state folder that is exported; it remembers what is written, so that its next verb clears what a kill
