@@ -171,9 +171,9 @@ def test_faults_are_named_by_row(row: dict[str, Any], fault: str, tmp_path: Path
 
 def test_a_row_is_known_by_its_pictures_wherever_they_lie(tmp_path: Path) -> None:
     row = {"prompt": "What?", "answer": "x"}
-    path = rows(tmp_path / "one", {**row, "image": A}, {**row, "image": "img/b.png"}, row)
+    path = rows(tmp_path / "one", {**row, "image": A}, {**row, "image": "img/b.png"}, row, {**row, "image": "a.png"})
     found, moved = table(path), table(rows(tmp_path / "two", {**row, "image": A}))
-    assert len({found.key(i) for i in range(3)}) == 3
+    assert len({found.key(i) for i in range(4)}) == 4
     assert found.key(0) == moved.key(0)
     sizes = [found.size(i) for i in range(3)]
     assert sizes[0] == len(found.content(0)) > len(found.content(2)) == sizes[2]

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import SIZE, VLMS, load_tiny_vlm, picture, tiny_language_model, tiny_vision_language, vit_folder
+from test_language_backbones import gguf_of
+from tiny import SIZE, VLMS, dual_folder, load_tiny_vlm, picture, tiny_language_model, tiny_vision_language, vit_folder
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -348,6 +349,28 @@ def test_a_pair_of_any_parts_with_its_projector(tmp_path: Any) -> None:
     save_file({"norm.weight": torch.ones(2)}, file)
     with pytest.raises(PerpetuneError, match=r"holds norm\.weight; norm\.weight, norm\.bias, .* are expected"):
         load_backbone(f"pair:{{picture: perpetune:micro, {text}, projector: {file}}}")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_pair_of_a_gguf_file_and_a_dual_encoder(dtype: str, tmp_path: Any) -> None:
+    """The norm behind CLIP's last block reads the class token alone, so the states are those of the block."""
+    lm, file = tiny_language_model(tmp_path / "lm"), tmp_path / "model.gguf"
+    clip = dual_folder(tmp_path / "clip")
+    with pytest.warns(UserWarning, match="drawn at random"):
+        backbone = load_backbone(f"pair:{{picture: hf:{clip}, text: hf:{gguf_of(lm, file)}}}", dtype=dtype)
+    model = VisionLanguage(backbone)
+    inputs = batch(model, *TEXTS)
+    assert backbone.pictures is not None
+    with torch.no_grad():
+        states = backbone.pictures._tower(backbone.net, pixels_of(backbone, inputs.inputs))
+        vision: Any = backbone.net.get_submodule("picture_tower.vision_model")
+        wanted = vision(pixels_of(backbone, inputs.inputs)).last_hidden_state[:, 1:]
+    torch.testing.assert_close(states, wanted)
+    for parameter in model.trained():
+        parameter.requires_grad_(True)
+    model.loss(task(), inputs).backward()
+    assert all(bool(p.grad is not None and p.grad.abs().max() > 0) for p in model.trained())
+    assert all(place.path.startswith("model.layers") for place in backbone.pet_places(["q"]))
 
 
 @torch.no_grad()

@@ -91,7 +91,7 @@ class CoinSource(TextSource):
         except DataError as error:
             return Row(record.at, key, None, str(error))
         self._use(record, {*layout.used(value), *IMAGES, ANSWERS, "id", "question_id"})
-        return with_pictures(Row(record.at, layout.key(value), text), text, value, pictures)
+        return with_pictures(Row(record.at, layout.key(value), text), text, value, pictures, self._pictures)
 
     def _scoring(self, tasks: Sequence[str]) -> Mapping[str, str]:
         for task in self.score:

@@ -114,14 +114,17 @@ class PicturedSource(FileSource):
         except DataError as error:
             return Row(record.at, key_of(repr(record.value)), None, str(error))
         row = super()._row(replace(record, value=value), layout, column)
-        return row if row.text is None else with_pictures(row, row.text, value, pictures)
+        return row if row.text is None else with_pictures(row, row.text, value, pictures, self._folder)
 
 
-def with_pictures(row: Row, text: Text, value: Mapping[str, Any], pictures: tuple[str | bytes, ...]) -> Row:
+def with_pictures(
+    row: Row, text: Text, value: Mapping[str, Any], pictures: tuple[str | bytes, ...], folder: str
+) -> Row:
     """The row with its pictures, and with marks for them in its text.
 
     Args:
         value: its columns, for the answers of several people.
+        folder: paths of pictures are relative to it; the key of the row must not depend on where it lies.
     """
     try:
         if MARK in text.answer or any(MARK in option for option in text.options):
@@ -131,8 +134,9 @@ def with_pictures(row: Row, text: Text, value: Mapping[str, Any], pictures: tupl
     except DataError as error:
         return Row(row.at, row.key, None, str(error))
     key = row.key
-    if pictures:  # the name alone of a file, because the key must not depend on the place of the data
-        shown = [os.path.basename(p) if isinstance(p, str) else hashlib.sha256(p).hexdigest() for p in pictures]
+    if pictures:
+        start = folder or "."
+        shown = [os.path.relpath(p, start) if isinstance(p, str) else hashlib.sha256(p).hexdigest() for p in pictures]
         key = key_of(row.key, shown)
     text = replace(text, prompt=prompt, pictures=len(pictures), references=references)
     return Row(row.at, key, text, row.fault, pictures)
