@@ -346,11 +346,11 @@ def test_an_export_that_fails_half_way_leaves_nothing(tmp_path: Path, monkeypatc
     checker = Checker(make_recipe(recipe))
     method, written = checker.learned(), []
 
-    def fails(backbone: Backbone, name: str, folder: Path) -> None:
+    def fails(backbone: Backbone, name: str, folder: Path, whole: Any) -> None:
         if written:
             raise OSError("no space left on device")
         written.append(folder)
-        write_peft(backbone, name, folder)
+        write_peft(backbone, name, folder, whole)
 
     monkeypatch.setattr("perpetune.export.write_peft", fails)
     with pytest.raises(OSError, match="no space"):

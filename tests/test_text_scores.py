@@ -19,6 +19,7 @@ from test_report import fake_results, rendered
 
 from perpetune.cli import use
 from perpetune.errors import MissingExtra, StateError, UsageError
+from perpetune.numerics import text_scores
 from perpetune.numerics.metrics import summarise
 from perpetune.numerics.text_scores import (
     SCORES,
@@ -35,7 +36,9 @@ from perpetune.numerics.text_scores import (
 from perpetune.report import checked, terminal, write_report
 from perpetune.report.sections import matrix
 
-NAMES = sorted(SCORES)
+WORDS = ("contains", "vqa", "box", "yes_no")
+"""Scores by which a text need not be right because it is the right answer: it may be empty, or say nothing."""
+NAMES = [name for name in SCORES if name not in WORDS]
 # Text that scores cut differently, among any other: repeated words, articles, marks, literals, scripts without spaces.
 PIECES = ["the", "a", "The cat", "cat", " ", "\n", ".", "!?", "«", "3.5", "don't", "<STR_LIT:x>", "<NUM_LIT>",
           "<STR_LIT:", "我们", "支持", "カナ", "é", "e\u0301", "ﬁ", "İ", "हिन्दी", "ไทย", "\x00", "\u200b", "_",
@@ -229,8 +232,8 @@ def test_every_score_is_a_share_for_any_text(name: str, prediction: str, referen
 @given(texts, texts)
 def test_lenient_scores_are_never_below_strict_ones(prediction: str, reference: str) -> None:
     strict = accuracy(prediction, reference)
-    for score in SCORES.values():
-        assert score(prediction, reference, "?") >= strict - 1e-12
+    for name in NAMES:
+        assert SCORES[name](prediction, reference, "?") >= strict - 1e-12
     assert f1(prediction, reference) >= exact_match(prediction, reference)
 
 
@@ -336,3 +339,64 @@ def test_evaluate_prints_what_was_scored(monkeypatch: pytest.MonkeyPatch, capsys
         "all 0.7321 1,540.42/2,104",  # of several scores: named by none
     ]
     assert printed(a=exact, b=exact)[-1] == "all 0.7500 3,000/4,000 exact_match"
+
+
+def test_contains_takes_no_part_of_the_right_answer() -> None:
+    """CoIN's released score for ImageNet (E10) says `text in label or label in text`: the empty answer is right."""
+    said = ("", " ", "tabby", "a tabby cat.", "Tabby Cat", "the tabby cats", "cat tabby")
+    assert [text_scores.contains(text, "tabby cat") for text in said] == [0, 0, 0, 1, 1, 0, 0]
+    assert text_scores.contains("", "") == 0
+
+
+def test_vqa_counts_people() -> None:
+    people = ["two"] * 2 + ["a dog"] * 4 + ["cat", "Cat!", "the cat", "none"]
+    said = ("2", "dog", "cat", "none", "bird", "", ".")
+    assert [text_scores.vqa(text, people) for text in said] == [2 / 3, 1, 1, 1 / 3, 0, 0, 0]
+    assert [text_scores.vqa(text, "a cat") for text in ("cat", "dog", "")] == [1, 0, 0]
+    assert text_scores.vqa("", [""] * 10) == 0
+    assert text_scores.vqa("x", []) == 0
+
+
+def test_a_box_that_cannot_be_read_is_wrong_and_counted() -> None:
+    """The released score for Grounding (E12) leaves such an answer out of the denominator."""
+    right = "[0.1, 0.1, 0.5, 0.5]"
+    said = (right, "It is at [.1,.1,.5,.48].", "[0.1, 0.1, 0.3, 0.5]", "[0.1, 0.1, 0.31, 0.5]", "", "here", "[1, 2, 3]")
+    assert [text_scores.box(text, right) for text in said] == [1, 1, 0, 1, 0, 0, 0]
+    assert [text_scores.box(text, text) for text in ("", "here", "[0.5, 0.1, 0.1, 0.5]")] == [0, 0, 0]
+
+
+def test_yes_and_no_are_words() -> None:
+    """POPE's released score (E11) takes all without a word No, not or no for yes: the empty answer, `none`, `nope`."""
+    said = ("Yes", "yes, there is", "No.", "There is no cat", "it is not there", "", "none", "nope", "a cat", "I know")
+    found = [text_scores.said(text) for text in said]
+    assert found == [True, True, False, False, False, None, None, None, None, None]
+    assert [text_scores.yes_no(text, "Yes") for text in said] == [1, 1, 0, 0, 0, 0, 0, 0, 0, 0]
+    assert [text_scores.yes_no(text, "no") for text in said] == [0, 0, 1, 1, 1, 0, 0, 0, 0, 0]
+
+
+def test_figures_of_yes_and_no() -> None:
+    """Precision and recall of yes; a share of nothing is 0, where the released code (E11) divides by zero."""
+    figures = text_scores.yes_no_figures([True, True, False, None, True], [True, False, False, True, True])
+    assert figures == pytest.approx({"accuracy": 0.6, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "yes": 0.6})
+    nothing = dict.fromkeys(("accuracy", "precision", "recall", "f1", "yes"), 0.0)
+    assert text_scores.yes_no_figures([], []) == nothing
+    assert text_scores.yes_no_figures([False], [False]) == {**nothing, "accuracy": 1.0}
+    assert text_scores.yes_no_figures([None], [False]) == nothing
+
+
+@pytest.mark.parametrize("name", WORDS)
+@settings(max_examples=60, deadline=None)
+@given(prediction=texts, reference=texts)
+def test_scores_of_what_is_said_are_shares_for_any_text(name: str, prediction: str, reference: str) -> None:
+    score = SCORES[name]
+    found = score(prediction, reference, "?")
+    assert isinstance(found, float)
+    assert 0 <= found <= 1
+    assert 0 <= score(prediction, [reference, prediction], "?") <= 1
+    assert score(f" {prediction}\n", reference, "?") == found
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_an_empty_answer_is_never_right(name: str) -> None:
+    score = text_scores.score_of(name)
+    assert [score(text, right, "") for text in ("", " \n", ".") for right in ("", "yes", "[0, 0, 1, 1]")] == [0.0] * 9

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,117 @@ def tiny_language_model(folder: Path, kind: str = "llama", chat: bool = True, se
         net = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **own))
     net.save_pretrained(folder)
     return folder
+
+
+VLMS = ("llava-clip", "llava-vit", "idefics3", "smolvlm", "qwen2_5_vl", "paligemma")
+"""The kinds of `tiny_vision_language`."""
+
+_VLM_CHAT = (
+    "{% for message in messages %}<|{{ message['role'] }}|>\n{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}MARK{% else %}{{ part['text'] }}{% endif %}{% endfor %}{{ eos_token }}\n"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def tiny_vision_language(folder: Path, kind: str, seed: int = 0) -> Path:
+    """A vision-language model of width 32 with its tokenizer, in transformers' layout; the folder.
+
+    Pictures have 16 pixels. They become 4 tokens (Idefics3 and SmolVLM: 4 and 3 marks around them). PaliGemma has no
+    chat form; Qwen2.5-VL takes any size.
+
+    Args:
+        kind: one of `VLMS`.
+    """
+    import transformers as t
+    from tokenizers import AddedToken
+    from transformers.utils import logging
+
+    tokenizer = tiny_tokenizer(chat=False)
+    mark = "<|image_pad|>" if kind == "qwen2_5_vl" else "<image>"
+    marks = [mark, "<fake_token_around_image>", "<global-img>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"]
+    tokenizer.add_tokens([AddedToken(m, special=True, normalized=False) for m in marks], special_tokens=True)
+    if kind != "paligemma":
+        whole = f"<|vision_start|>{mark}<|vision_end|>" if kind == "qwen2_5_vl" else mark
+        tokenizer.chat_template = _VLM_CHAT.replace("MARK", whole)
+    tokenizer.save_pretrained(folder)
+    token = {m: tokenizer.convert_tokens_to_ids(m) for m in marks}
+    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    text = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
+        "max_position_embeddings": 160,
+        "vocab_size": 320,
+        **ids,
+    }
+    vision = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    square = {**vision, "image_size": SIZE, "patch_size": 8}
+    given: dict[str, Any] = {"image_token_id": token[mark]}
+    if kind.startswith("llava"):
+        tower = t.CLIPVisionConfig(**square) if kind == "llava-clip" else t.ViTConfig(**square)
+        config: Any = t.LlavaConfig(vision_config=tower, text_config=t.LlamaConfig(**text), **given)
+    elif kind == "paligemma":
+        own = {**square, "projection_dim": 32}
+        config = t.PaliGemmaConfig(
+            vision_config=t.SiglipVisionConfig(**square).to_dict() | own,
+            text_config=t.GemmaConfig(**text, head_dim=8).to_dict(),
+            projection_dim=32,
+            hidden_size=32,
+            **given,
+        )
+    elif kind == "qwen2_5_vl":
+        own = {
+            "depth": 2,
+            "hidden_size": 16,
+            "num_heads": 2,
+            "intermediate_size": 32,
+            "out_hidden_size": 32,
+            "patch_size": 4,
+            "window_size": 16,
+            "fullatt_block_indexes": [1],
+        }
+        rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+        config = t.Qwen2_5_VLConfig(
+            vision_config=own,
+            text_config={**text, "rope_parameters": rope},
+            vision_start_token_id=token["<|vision_start|>"],
+            vision_end_token_id=token["<|vision_end|>"],
+            video_token_id=token["<|video_pad|>"],
+            **given,
+        )
+    else:
+        name = "Idefics3" if kind == "idefics3" else "SmolVLM"
+        config = getattr(t, f"{name}Config")(
+            vision_config={**vision, "image_size": SIZE, "patch_size": 4},
+            text_config={"model_type": "llama", **text},
+            scale_factor=2,
+            pad_token_id=0,
+            **given,
+        )
+    logging.disable_progress_bar()
+    with own_global_state("tiny", kind, seed):
+        net = t.AutoModelForImageTextToText.from_config(config)
+        for parameter in net.parameters():  # as initialised, small nets hardly look at their inputs
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.2)
+    net.save_pretrained(folder)
+    size = {"height": SIZE, "width": SIZE}
+    view = {"size": size, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(view))
+    return folder
+
+
+def load_tiny_vlm(folder: Path, kind: str, **options: Any) -> Any:
+    """The backbone in a folder of `tiny_vision_language`, for pictures of 16 pixels."""
+    from perpetune.build import load_backbone
+
+    if kind == "qwen2_5_vl":
+        options = {"image_size": SIZE, **options}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*squeezed to a square")
+        return load_backbone(f"hf:{folder}", **options)
 
 
 def tiny_tokenizer(chat: bool = True) -> Any:

@@ -91,6 +91,7 @@ def build_method(recipe: Recipe, backbone: Backbone) -> Method:
                 "or use finetune"
             )
         _check_renewed(recipe.protect, method)
+        method.leaks = method.leaks or model.leaks
         method.protection = build_protection(recipe, method)
     if recipe.average is not None:
         method.average = build_average(recipe, method)

@@ -38,6 +38,8 @@ from perpetune.models.backbone import Backbone
 from perpetune.models.families import LinearLike, widths
 from perpetune.models.loaders.causal_lm import gguf_origin
 from perpetune.models.loaders.packaged import PACKAGED
+from perpetune.models.loaders.pair import parts_of
+from perpetune.models.vision_language import VisionLanguage
 from perpetune.pets.base import PET, Place, inject, pets, slots, submodule, walk
 from perpetune.pets.lora import LoRA
 from perpetune.plain import read_object
@@ -47,6 +49,8 @@ sre: Any = importlib.import_module("re._parser" if sys.version_info >= (3, 11) e
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 A, B = ".lora_A.weight", ".lora_B.weight"
+PAIR = "pair:"
+PROJECTOR = "projector.safetensors"
 FORMAT = 2  # of head.json and head.safetensors; docs/export.md has both
 
 # Keys of an adapter_config.json that this module understands (UNDERSTOOD), or that do not change what the adapter
@@ -60,7 +64,7 @@ SILENT |= {"revision", "runtime_config", "task_type"}
 HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
-def write_peft(backbone: Backbone, name: str, folder: Path) -> None:
+def write_peft(backbone: Backbone, name: str, folder: Path, whole: Mapping[str, nn.Module] | None = None) -> None:
     """Write the LoRA adapters of the set `name` as a PEFT folder.
 
     `PeftModel.from_pretrained` loads the folder onto the same net.
@@ -71,6 +75,9 @@ def write_peft(backbone: Backbone, name: str, folder: Path) -> None:
 
     In timm's BEiT and EVA, the attention reads the weight of the fused qkv layer without calling the layer, so PEFT has
     no effect there. Set `qkv_bias_separate = True` on their attention first, as `Backbone` does.
+
+    Args:
+        whole: modules that take the place of the net's own, by their paths (PEFT's `modules_to_save`).
 
     Raises:
         UsageError: the set does not exist or has pets that are not LoRA, or the folder is not empty.
@@ -84,9 +91,12 @@ def write_peft(backbone: Backbone, name: str, folder: Path) -> None:
         up, down = lora.whole()
         tensors[f"{PREFIX}{path}{A}"] = down.detach().cpu().contiguous()
         tensors[f"{PREFIX}{path}{B}"] = up.detach().cpu().contiguous()
+    whole = whole or {}
+    for path, module in whole.items():
+        tensors |= {f"{PREFIX}{path}.{key}": value.detach().cpu() for key, value in module.state_dict().items()}
     with written_aside(folder) as aside:
         save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
-        config = json.dumps(_config(backbone, adapters), indent=2, sort_keys=True, allow_nan=False)
+        config = json.dumps(_config(backbone, adapters, whole), indent=2, sort_keys=True, allow_nan=False)
         (aside / CONFIG).write_text(f"{config}\n")
 
 
@@ -133,14 +143,18 @@ def read_peft(backbone: Backbone, folder: Path, name: str) -> list[PET]:
     return inject(backbone.net, [targets[path] for path in adapters], lambda place: adapters[place.path], name)
 
 
-def _config(backbone: Backbone, adapters: Mapping[str, LoRA]) -> dict[str, Any]:
-    """The configuration from which PEFT rebuilds the adapters: the commonest rank and alpha, and the exceptions."""
+def _config(backbone: Backbone, adapters: Mapping[str, LoRA], whole: Iterable[str]) -> dict[str, Any]:
+    """The configuration from which PEFT rebuilds the adapters: the commonest rank and alpha, and the exceptions.
+
+    Args:
+        whole: paths of modules that are stored as a whole.
+    """
     ranks = {path: len(lora.whole()[1]) for path, lora in adapters.items()}
     alphas = {path: _plain(lora.scale * ranks[path]) for path, lora in adapters.items()}
     rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if backbone.takes == "texts" else None,
+        "task_type": None if backbone.takes == "pictures" else "CAUSAL_LM",
         "base_model_name_or_path": _base(backbone),
         "inference_mode": True,
         "r": rank,
@@ -156,7 +170,7 @@ def _config(backbone: Backbone, adapters: Mapping[str, LoRA]) -> dict[str, Any]:
         "init_lora_weights": True,
         "use_rslora": False,
         "use_dora": False,
-        "modules_to_save": None,
+        "modules_to_save": list(whole) or None,
     }
 
 
@@ -165,7 +179,8 @@ def _base(backbone: Backbone) -> str | None:
 
     None if a GGUF file does not say it; then a warning says which model to give.
     """
-    base = _anywhere(backbone.spec.removeprefix("hf:").removeprefix("folder:"))
+    spec = parts_of(backbone.spec.removeprefix(PAIR))["text"] if backbone.spec.startswith(PAIR) else backbone.spec
+    base = _anywhere(spec.removeprefix("hf:").removeprefix("folder:"))
     if not base.lower().endswith(".gguf"):
         return base
     origin = gguf_origin(base)
@@ -323,11 +338,12 @@ def export_learned(method: Method, backbone: Backbone, folder: Path, state: Path
     """Write a learned model for use in other programs: its LoRA in PEFT's format, and the head.
 
     Beside PEFT's two files, the folder has `head.safetensors`, the head as one linear map, and `head.json` with the
-    class names in the order of its rows, and how features are read; docs/export.md has code for them. Without pets
-    (`pet: none`) there are no files of PEFT. A packaged model lies in the folder `base`. A language model that answers
-    with its own output layer has no files of a head. If a method keeps several adapters and each can be used alone,
-    each gets its own folder, and `selector.safetensors` with `selector.json` holds what chooses among them. Everything
-    is written under another name first and then renamed.
+    class names in the order of its rows, and how features are read; docs/export.md has code for them. A projector that
+    was trained is among PEFT's `modules_to_save`; that of a pair, or one alone, lies in `projector.safetensors`.
+    Without pets (`pet: none`) there are no files of PEFT. A packaged model lies in the folder `base`. A language model
+    that answers with its own output layer has no files of a head. If a method keeps several adapters and each can be
+    used alone, each gets its own folder, and `selector.safetensors` with `selector.json` holds what chooses among them.
+    Everything is written under another name first and then renamed.
 
     Args:
         state: the state folder that is exported; it remembers what is written, so that its next verb clears what a kill
@@ -355,9 +371,18 @@ def export_learned(method: Method, backbone: Backbone, folder: Path, state: Path
 
 
 def _export_set(method: Method, backbone: Backbone, name: str | None, folder: Path) -> None:
+    model, side = method.model, backbone.pictures
+    projector = model.projector if isinstance(model, VisionLanguage) else None
+    path = side.projector if side is not None and projector is not None else None
+    # PEFT opens the language part of a pair, which has no projector: there it is the file that `pair:` takes
+    beside = path is not None and (name is None or backbone.spec.startswith(PAIR))
     if name is not None:
-        write_peft(backbone, name, folder)
+        whole = {path: projector} if path is not None and projector is not None and not beside else {}
+        write_peft(backbone, name, folder, whole)
     folder.mkdir(exist_ok=True)
+    if beside and projector is not None:
+        stored = {key: tensor.detach().cpu().contiguous() for key, tensor in projector.state_dict().items()}
+        save_file(stored, folder / PROJECTOR, metadata={"format": "pt"})
     head = next((m for m in method.model.modules() if isinstance(m, Head)), None)
     if head is None:
         return

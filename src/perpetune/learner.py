@@ -42,8 +42,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-Prompt = str | Sequence[tuple[str, ...]] | Sequence[dict[str, Any]]
-"""A prompt for a language model: a text, or the messages of a chat."""
+Prompt = str | Sequence[tuple[str, ...]] | Sequence[dict[str, Any]] | Mapping[str, Any]
+"""A prompt for a language model: a text, or the messages of a chat. For a vision-language model also
+`{"prompt": …, "images": […]}` or `{"messages": …, "images": […]}`, whose images are paths or PIL images."""
 
 
 @dataclass(frozen=True)
@@ -513,14 +514,16 @@ class Learner:
         return self.method.model.view.collate(items).to(self.runtime.device)
 
     @torch.no_grad()
-    def answer(self, prompts: str | Sequence[Prompt], *, options: Sequence[str] | None = None) -> list[Answer]:
+    def answer(
+        self, prompts: str | Mapping[str, Any] | Sequence[Prompt], *, options: Sequence[str] | None = None
+    ) -> list[Answer]:
         """The tuned language model's answers to prompts: a generated text, or the likeliest of some options.
 
         A model with a head of classes answers with the likeliest of the learned classes.
 
         Args:
             prompts: one prompt or several. A prompt is a text, or the messages of a chat as (role, content) or
-                `{"role": …, "content": …}`.
+                `{"role": …, "content": …}`. For a vision-language model see also `Prompt`.
             options: the answers among which the model chooses; with None it generates the answer. With a head of
                 classes, options are some of the classes, and None means all of them.
 
@@ -541,7 +544,7 @@ class Learner:
             for option in chosen:
                 if option not in known:
                     raise UsageError(f"options: {option!r} is not a learned class; {closest(option, known)}")
-        several = [prompts] if isinstance(prompts, str) else prompts
+        several = [prompts] if isinstance(prompts, str | Mapping) else prompts
         questions = self.method.model.view.ask(several, options=chosen, choose=not known)
         size, answers = self.recipe.evaluate.batch_size, []
         for start in range(0, len(questions), size):
@@ -608,7 +611,7 @@ class Learner:
         """Raise an error if the model takes another kind of examples, or (with `first`) has learned nothing yet."""
         self._leave_halfway()
         kind = self.backbone.takes
-        if takes is not None and takes != kind:
+        if takes is not None and takes != kind and (takes, kind) != ("texts", "pictured"):
             call = self.method.model.view.verb
             raise UsageError(f"{self.recipe.backbone.name} takes {kind}, not {takes}: call `{call}`")
         if first and not self.state.committed:

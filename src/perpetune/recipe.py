@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -52,7 +52,8 @@ class NamedSection(BaseModel):
 
 
 class BackboneSection(NamedSection):
-    """The frozen pretrained model: `timm:NAME[.TAG]`, `hf:ID_OR_FOLDER_OR_GGUF`, `folder:PATH`, or `perpetune:micro`.
+    """The frozen pretrained model: `timm:NAME[.TAG]`, `hf:ID_OR_FOLDER_OR_GGUF`, `folder:PATH`, `perpetune:micro`, or a
+    pair of two of them: `pair:{picture: SPEC, text: SPEC, projector: FILE}`.
 
     Further keys are options of the loader that the prefix stands for.
     """
@@ -224,10 +225,9 @@ class Recipe(Section):
 
     def anchored(self) -> Recipe:
         """The same recipe with paths that exist here made absolute, so that its state works from any folder."""
-        prefix, colon, rest = self.backbone.name.partition(":")
         changes: dict[str, Any] = {}
-        if prefix in ("folder", "hf"):
-            changes["backbone"] = self.backbone.model_copy(update={"name": f"{prefix}{colon}{_absolute(rest)}"})
+        if (name := _placed(self.backbone.name, _absolute)) != self.backbone.name:
+            changes["backbone"] = self.backbone.model_copy(update={"name": name})
         if self.data is not None:
             changes["data"] = NamedSection.model_validate(_anchored(self.data.model_dump()))
         changes["exams"] = {
@@ -303,6 +303,23 @@ def _anchored(options: dict[str, Any]) -> dict[str, Any]:
     return changed
 
 
+def _placed(name: str, place: Callable[[str], Any]) -> str:
+    """The name of a backbone with `place` applied to each path in it."""
+    prefix, colon, rest = name.partition(":")
+    if prefix in ("folder", "hf"):
+        return f"{prefix}{colon}{place(rest)}"
+    if prefix != "pair":
+        return name
+    from perpetune.models.loaders.pair import parts_of
+
+    parts = parts_of(rest)
+    placed = {part: place(value) if part == "projector" else _placed(value, place) for part, value in parts.items()}
+    if placed == parts:
+        return name
+    told = yaml.safe_dump(placed, default_flow_style=True, width=1 << 20, sort_keys=False, allow_unicode=True)
+    return f"pair:{told.strip()}"
+
+
 def _absolute(value: Any) -> Any:
     """`value`, made absolute if it is the path of something that is there."""
     if not isinstance(value, str) or not value:
@@ -321,9 +338,8 @@ def _beside(content: dict[str, Any], file: Path) -> dict[str, Any]:
     changed = dict(content)
     backbone = changed.get("backbone")
     name = backbone.get("name") if isinstance(backbone, dict) else backbone
-    if isinstance(name, str) and name.partition(":")[0] in ("folder", "hf"):
-        prefix, colon, rest = name.partition(":")
-        full = f"{prefix}{colon}{_from_file(rest, file, 'backbone')}"
+    if isinstance(name, str) and name.partition(":")[0] in ("folder", "hf", "pair"):
+        full = _placed(name, lambda path: _from_file(path, file, "backbone"))
         changed["backbone"] = {**backbone, "name": full} if isinstance(backbone, dict) else full
     if isinstance(changed.get("data"), dict):
         changed["data"] = _section_beside(changed["data"], file, "data")

@@ -51,6 +51,7 @@ BUILTIN: dict[Kind, dict[str, str]] = {
         "ridge": "perpetune.heads.ridge:Ridge",
         "text": "perpetune.heads.text:Text",
         "lm": "perpetune.models.causal_lm:CausalLM",
+        "vlm": "perpetune.models.vision_language:VisionLanguage",
     },
     "selectors": selectors.BUILTIN,
     "backbones": {
@@ -59,6 +60,7 @@ BUILTIN: dict[Kind, dict[str, str]] = {
         "openclip": "perpetune.models.loaders.openclip:load_openclip",
         "folder": "perpetune.models.loaders.folder:load_folder",
         "perpetune": "perpetune.models.loaders.packaged:load_packaged",
+        "pair": "perpetune.models.loaders.pair:load_pair",
     },
     "data": {
         "folder": "perpetune.data.pictures.folder:FolderSource",
@@ -70,11 +72,14 @@ BUILTIN: dict[Kind, dict[str, str]] = {
         "text": "perpetune.data.texts.files:FileSource",
         "trace": "perpetune.data.texts.trace:TraceSource",
         "cl_benchmark": "perpetune.data.texts.cl_benchmark:ClBenchmarkSource",
+        "pictured": "perpetune.data.pictured.files:PicturedSource",
+        "coin": "perpetune.data.pictured.coin:CoinSource",
     },
     "exams": {
         "dataset": "perpetune.exams.dataset:Dataset",
         "retrieval": "perpetune.exams.retrieval:Retrieval",
         "recognition": "perpetune.exams.recognition:Recognition",
+        "yes_no": "perpetune.exams.yes_no:YesNo",
     },
     "sections": {  # in the order of the page
         name: f"perpetune.report.sections.{name}:section"

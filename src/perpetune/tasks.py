@@ -25,7 +25,10 @@ class Inputs:
 
     Args:
         tensors: the tensors, by name; a name with None is left out. A view may use further names. The library uses:
-            `pixels`: images, uint8 `(B, 3, H, W)`, not normalised.
+            `pixels`: images, uint8 `(B, 3, H, W)`, not normalised. Beside texts uint8 `(B, P, 3, H, W)`, where `P` is
+            the number of pictures of the example with most.
+            `shown`: int64 `(B, P)` beside texts: a number that only pictures of equal pixels share, 0 where there is
+            no picture.
             `ids`: tokens of texts, int64 `(B, N)`, padded on the left, so that all texts end in the last column.
             `mask`: bool `(B, N)`, false at padding.
             `labels`: int64 `(B, N)`, the tokens that the model learns to say, and -100 elsewhere. Questions have none.

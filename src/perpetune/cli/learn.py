@@ -174,7 +174,8 @@ def _shared(folder: Path) -> Path:
 def init(
     state: StateFolder,
     model: Annotated[
-        str | None, typer.Option(help="timm:NAME, hf:ID_OR_FOLDER, folder:PATH or perpetune:micro.")
+        str | None,
+        typer.Option(help="timm:NAME, hf:ID_OR_FOLDER, folder:PATH, perpetune:micro, or pair:{picture: …, text: …}."),
     ] = None,
     data: Annotated[
         str | None, typer.Option(help="First batch of data: a folder, manifest, parquet file or id.")
@@ -187,11 +188,13 @@ def init(
     json: Json = False,
 ) -> None:
     """Make a state folder; `update` then adds one batch of data after the other."""
+    from json import dumps
+
     from perpetune.learner import Learner
     from perpetune.recipe import load_recipe
 
     changes = [*(change or []), "data=null"]
-    changes += [f"backbone.name={model}"] if model else []
+    changes += [f"backbone.name={dumps(model)}"] if model else []  # in quotes: a pair has the look of a mapping
     changes += [f"run.device={device}"] if device is not None else []
     with _watch(quiet or json, state) as view:
         learner = Learner(load_recipe(recipe, changes), state, progress=view)

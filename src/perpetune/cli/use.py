@@ -20,7 +20,8 @@ def predict(
         typer.Argument(
             metavar="INPUT...",
             help="Image files, or folders of images. For a language model: prompts, .txt files with one prompt on each "
-            "line, or .jsonl files with `prompt` or `messages`; - reads lines from standard input.",
+            "line, or .jsonl files with `prompt` or `messages`; - reads lines from standard input. For a "
+            "vision-language model: image files, then the prompt about them.",
         ),
     ],
     top: Annotated[int, typer.Option(min=1, help="Names to print for each image or text.")] = 3,

@@ -63,6 +63,7 @@ _EXPECTED: dict[Kind, str] = {
     "pictures": "a folder of class folders, a .csv, .jsonl or .json manifest, a .parquet file, or the id of a Hugging "
     "Face data set",
     "texts": "a .jsonl, .json, .csv or .parquet file with prompts and answers, or a folder of such files",
+    "pictured": "a .jsonl, .json, .csv or .parquet file with images, prompts and answers, or a folder of such files",
 }
 
 

@@ -13,7 +13,8 @@ from typing import ClassVar, Literal
 from perpetune.data.names import printable
 from perpetune.errors import DataError
 
-Kind = Literal["pictures", "texts"]
+Kind = Literal["pictures", "texts", "pictured"]
+"""What an example is: a picture, a text, or a text with pictures in it."""
 
 
 class Table(ABC):

@@ -223,7 +223,7 @@ class Method(nn.Module, ABC):
         """
         names = set(sets(self.model))
         if not names:
-            if not self.model.chooses:
+            if not self.model.chooses and not self.model.trained():
                 raise UsageError("there is nothing to export: the recipe has `pet: none`, so nothing was trained")
             return {"": None}
         if self.average is not None and self.average.config.answer == "both":

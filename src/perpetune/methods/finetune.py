@@ -69,7 +69,7 @@ class FineTune(Method):
         if merge:
             self.unaveraged = "mixes a free copy in with merge, which is an average already"
         self.head_first, self.merge, self.merge_epochs = head_first, merge, merge_epochs
-        if not self.trained and not model.chooses:
+        if not self.trained and not model.chooses and not model.trained():
             raise UsageError("pet: none leaves nothing to train in a language model: use pet: lora, or method: frozen")
 
     def notes(self, task: Task) -> list[str]:

@@ -17,6 +17,7 @@ from perpetune.data.sources import Kind
 from perpetune.data.texts.view import TextView
 from perpetune.errors import UsageError, out_of_memory
 from perpetune.models import families
+from perpetune.models.picture_side import PictureSide
 from perpetune.models.taps import Count, Read, Taps, mean_token, until_block
 from perpetune.models.text_side import PROBES, TextSide
 from perpetune.pets.base import Place, Slot, frozen, walk
@@ -26,7 +27,7 @@ Forward = Callable[..., Tensor]
 """A function from `(net, inputs)` to features. For a language model it also takes keywords such as `attention_mask`."""
 
 
-def call(net: nn.Module, pixels: Tensor) -> Tensor:
+def call(net: nn.Module, pixels: Tensor | None) -> Tensor:
     """Features of a net whose output is the features."""
     features: Tensor = net(pixels)
     return features
@@ -47,6 +48,7 @@ class Backbone(nn.Module):
         class_token: whether the first of these tokens is a class token.
         width: width of the tokens after a block; None if that is `dim`. In a dual encoder the features are projected.
         texts: what reads texts in a dual encoder; its tower is part of `net`.
+        pictures: what reads the pictures in the texts of a vision-language model; its tower is part of `net`.
     """
 
     mean: Tensor
@@ -64,6 +66,7 @@ class Backbone(nn.Module):
         class_token: bool = True,
         width: int | None = None,
         texts: TextSide | None = None,
+        pictures: PictureSide | None = None,
     ):
         super().__init__()
         families.call_linears(net)
@@ -75,6 +78,8 @@ class Backbone(nn.Module):
         """The width of the net's own feature."""
         self.texts = texts
         """The text side of a dual encoder: its features have the space of the net's own feature. Else None."""
+        self.pictures = pictures
+        """The picture side of a vision-language model; else None."""
         self.opens: dict[str, Any] = {}
         """How its library opens the same net, for an export: `library`, `base`, and keywords of the constructor
         (`options`) and of each call (`call`). Empty if the loader does not say it."""
@@ -167,13 +172,14 @@ class Backbone(nn.Module):
 
     @property
     def takes(self) -> Kind:
-        """The kind of examples that the backbone takes: pictures or texts."""
+        """The kind of examples that the backbone takes: pictures, texts, or texts with pictures (`pictured`)."""
         return self.preprocess.takes
 
-    def forward(self, inputs: Tensor, **options: Any) -> Tensor:
+    def forward(self, inputs: Tensor | None, **options: Any) -> Tensor:
         """Features `(B, dim)` of normalised pixels `(B, 3, H, W)`, or `(B, N, dim)` of tokens `(B, N)`.
 
         Args:
+            inputs: None if `options` has the embeddings of the tokens.
             options: keywords for a language model, such as `attention_mask`.
         """
         return self._features(self.net, inputs, **options)
@@ -193,10 +199,15 @@ class Backbone(nn.Module):
         if "ids" in inputs:
             mask = inputs.mask if inputs.labels is None else inputs.mask & _before_answer(inputs.labels)
             arguments = self.asked(inputs)
-            ids = arguments.pop("input_ids")
+            ids = arguments.pop("input_ids", None)
             return mask, lambda: mean_token(self(ids, **arguments), mask)
-        pixels = (inputs.pixels.to(self.mean.dtype) / 255 - self.mean) / self.std
+        pixels = self._normalised(inputs.pixels)
         return None, lambda: self(pixels)
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        """Pixels `(B, 3, H, W)` as the net takes them, from uint8."""
+        normalised: Tensor = (pixels.to(self.mean.dtype) / 255 - self.mean) / self.std
+        return normalised
 
     def query(self, inputs: Inputs | Tensor, after: int | None = None) -> Tensor:
         """Features `(B, width)`, float32, by which a selector chooses members: of the net's end, without taps.
@@ -225,10 +236,19 @@ class Backbone(nn.Module):
 
     def asked(self, inputs: Inputs) -> dict[str, Any]:
         """The keyword arguments with which a language model is called for these texts."""
-        arguments: dict[str, Any] = {"input_ids": inputs.ids, "attention_mask": inputs.mask.long()}
+        read: dict[str, Any] = {"input_ids": inputs.ids}
+        if self.pictures is not None:
+            read = self.pictures.asked(self.net, inputs, self._normalised)
+        arguments = {**read, "attention_mask": inputs.mask.long()}
         if self.places:
-            arguments["position_ids"] = positions(inputs.mask)
+            arguments["position_ids"] = self.positions(inputs.ids, inputs.mask)
         return arguments
+
+    def positions(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """The positions of tokens `(B, N)` as the net takes them: `(B, N)`, or `(3, B, N)` where it has three axes."""
+        if self.pictures is not None and self.pictures.grid is not None:
+            return self.pictures.positions(ids, mask)
+        return positions(mask)
 
     def train(self, mode: bool = True) -> Backbone:
         """Set the mode of the PETs; the frozen net stays in evaluation mode.
@@ -262,7 +282,7 @@ class Backbone(nn.Module):
 
     @property
     def _answers(self) -> families.Reads:
-        return "text" if self.takes == "texts" else "picture"
+        return "picture" if self.takes == "pictures" else "text"
 
     def roles(self) -> tuple[str, ...]:
         """The roles at which a PET can be put. Roles of towers other than `tower` have the tower's name: `text.q`.

@@ -29,13 +29,16 @@ class Model(nn.Module, ABC):
     """The kinds of examples that the model can read."""
     nothing: int = 0
     """The token that fills an answer after its end."""
+    leaks: str = ""
+    """Why old outputs move although the pets' directions are held; else empty."""
 
     def __init__(self, backbone: Backbone):
         super().__init__()
         if backbone.takes not in self.reads:
+            cure = "use `head: ridge` or another head that chooses among classes"
             raise UsageError(
-                f"{backbone.spec} takes {backbone.takes}, and this head is for {self.reads[0]}: use `head: ridge` "
-                "or another head that chooses among classes"
+                f"{backbone.spec} takes {backbone.takes}, and this head is for {self.reads[0]}: "
+                f"{'use `head: vlm`' if backbone.takes == 'pictured' else cure}"
             )
         self.backbone = backbone
         self.view = copy.copy(backbone.preprocess)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from perpetune.data.sources import Kind
 from perpetune.data.texts.view import TextView
 from perpetune.errors import UsageError
-from perpetune.models.backbone import Backbone, positions
+from perpetune.models.backbone import Backbone
 from perpetune.models.base import Model
 from perpetune.tasks import IGNORED, Batch, Inputs, Task
 
@@ -57,7 +57,9 @@ class CausalLM(Model):
                 "prompt and answer together: lower it, or raise backbone.max_length"
             )
         self.view.room, self.view.chooses = max_new_tokens, eval != "generate"
-        self._keeps = "logits_to_keep" in inspect.signature(backbone.net.forward).parameters
+        known = inspect.signature(backbone.net.forward).parameters
+        self._keeps = "logits_to_keep" in known
+        self._memory = "cache" if "cache" in known else "past_key_values"
         # transformers fills every setting that a call leaves open from the net's generation config (sampling,
         # penalties), so that config is replaced as a whole.
         net: Any = backbone.net
@@ -138,7 +140,7 @@ class CausalLM(Model):
         net: Any = self.backbone.net
         more = {"logits_to_keep": 1} if self._keeps else {}
         output = net(**self.backbone.asked(inputs), **more, use_cache=True)
-        memory = _repeatable(getattr(output, "past_key_values", None))
+        memory = _repeatable(getattr(output, self._memory, None))
         scores = torch.full(options.shape[:2], -torch.inf, device=options.device)
         given = (options != IGNORED).any(-1)
         logs = output.logits[:, -1].float().log_softmax(-1)  # (B, V)
@@ -160,18 +162,23 @@ class CausalLM(Model):
         flat = options.flatten(0, 1)  # (B K, M)
         given, wanted = flat[:, :-1], flat[:, 1:]
         mask = torch.cat([inputs.mask.repeat_interleave(k, 0), given != IGNORED], 1)
-        ids, length = given.clamp(min=0), given.shape[1]
-        arguments: dict[str, Any] = {"attention_mask": mask.long(), "use_cache": memory is not None}
+        added, length = given.clamp(min=0), given.shape[1]
+        ids = torch.cat([inputs.ids.repeat_interleave(k, 0), added], 1)
         if memory is None:
-            ids = torch.cat([inputs.ids.repeat_interleave(k, 0), ids], 1)
+            # `labels` say where the answer begins, for nets whose questions are read both ways
+            labels = torch.cat([torch.full_like(ids[:, :-length], IGNORED), added], 1)
+            pixels, shown = (
+                inputs[name].repeat_interleave(k, 0) if name in inputs else None for name in ("pixels", "shown")
+            )
+            arguments = self.backbone.asked(Inputs(ids=ids, mask=mask, labels=labels, pixels=pixels, shown=shown))
         else:
-            arguments["past_key_values"] = copy.deepcopy(memory)
-            arguments["past_key_values"].batch_repeat_interleave(k)
-        if self.backbone.places:
-            arguments["position_ids"] = positions(mask)[:, -ids.shape[1] :]
+            arguments = {"input_ids": added, "attention_mask": mask.long(), self._memory: copy.deepcopy(memory)}
+            arguments[self._memory].batch_repeat_interleave(k)
+            if self.backbone.places:
+                arguments["position_ids"] = self.backbone.positions(ids, mask)[..., -length:]
         if self._keeps:
             arguments["logits_to_keep"] = length
-        logits = self.backbone.net(input_ids=ids, **arguments).logits[:, -length:].float()
+        logits = self.backbone.net(**arguments, use_cache=memory is not None).logits[:, -length:].float()
         scores = -F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="none")
         return scores.view(count, k, -1).sum(-1)
 

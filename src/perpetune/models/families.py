@@ -304,6 +304,19 @@ _OPEN_CLIP: dict[str, tuple[Where, ...]] = {
     "norm2": (("ln_2", None),),
 }
 
+# Its tokens have no axis of pictures, so no role of a whole submodule is in the table.
+_QWEN_PICTURES: dict[str, tuple[Where, ...]] = {
+    "q": (("attn.qkv", 0),),
+    "k": (("attn.qkv", 1),),
+    "v": (("attn.qkv", 2),),
+    "proj": (("attn.proj", None),),
+    "fc1": (("mlp.up_proj", None),),
+    "gate": (("mlp.gate_proj", None),),
+    "fc2": (("mlp.down_proj", None),),
+    "norm1": (("norm1", None),),
+    "norm2": (("norm2", None),),
+}
+
 # Of dual encoders: `head.proj` is open_clip's, around a picture tower of timm.
 _PICTURE_SIDE: dict[str, tuple[Where, ...]] = {
     "out": (("visual_projection", None), ("head.proj", None)),
@@ -343,6 +356,14 @@ FAMILIES = (
             "norm": (("post_layernorm", None),),
         },
         _PICTURE_SIDE,
+        reads="picture",
+    ),
+    Family(
+        "Qwen2.5-VL, pictures",
+        ("Qwen2_5_VisionTransformerPretrainedModel",),
+        "blocks",
+        _QWEN_PICTURES,
+        {},
         reads="picture",
     ),
     Family(

@@ -13,7 +13,8 @@ all strings:
 
 Benchmarks and their scores: the O-LoRA benchmark uses `exact_match`. TRACE uses `accuracy` (C-STANCE, FOMC, NumGLUE),
 `first_character` (ScienceQA), `rouge_l` (MeetingBank), `code_similarity` (Py150) and `sari` (20Minuten). TRACE gives
-the last two as percentages; here they are shares.
+the last two as percentages; here they are shares. CoIN uses `first_character`, `vqa`, `contains`, `box` and
+`exact_match`; in these new ones an empty answer is never right, whatever the right one is.
 
 `rouge_l` and `code_similarity` need rapidfuzz, which the extra `lm` installs (MIT, no dependencies). The packages made
 for ROUGE are not used: `rouge-score` had its last release in 2022, needs nltk and deletes every letter except a–z;
@@ -36,6 +37,10 @@ Score = Callable[[str, Reference, str], float]
 ARTICLES = frozenset({"a", "an", "the"})
 LONGEST = 4  # words in the longest n-grams of SARI
 _UNSPACED = re.compile("([\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff])")
+NUMBERS = {
+    word: str(number) for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
+}
+_BOX = re.compile(r"\s*,\s*".join([r"(-?\d+(?:\.\d+)?|-?\.\d+)"] * 4))
 _TOKEN = re.compile(r"\d+(?:[.,]\d+)+|\w+(?:['’-]\w+)*|[^\w\s]")
 _BARE_LITERAL = re.compile("<(NUM|STR|CHAR)_LIT>")
 _LITERAL = re.compile("<(?:NUM|STR|CHAR)_LIT:([^>]*)>")
@@ -155,6 +160,74 @@ def sari(prediction: str, reference: Reference, prompt: str, *, undefined: float
     return total / (3 * LONGEST)
 
 
+def contains(prediction: str, reference: Reference, prompt: str = "") -> float:
+    """1 if the words of the right answer stand together in the prediction, else 0; an empty answer is never right.
+
+    Words are those of `exact_match`. (CoIN's released score for ImageNet also takes an answer that is a part of the
+    right one, so the empty answer is right there.)
+    """
+
+    def of(predicted: str, right: str) -> float:
+        ours, theirs = (_normalised(text).split() for text in (predicted, right))
+        return float(any(ours[i : i + len(theirs)] == theirs for i in range(len(ours) - len(theirs) + 1)))
+
+    return _best(prediction, reference, of) if prediction.strip() else 0.0
+
+
+def vqa(prediction: str, reference: Reference, prompt: str = "") -> float:
+    """The share of agreement with what several people answered (VQA, Antol et al. 2015): `min(n / 3, 1)`, where `n` of
+    them gave the predicted answer. With fewer than three answers, all of them have to agree.
+
+    Case, punctuation, articles and words for numbers up to ten do not count. An empty answer is never right. (The
+    authors' code takes the mean over all choices of nine of the ten people, which differs where two or three agree.)
+    """
+    ours = _vqa_answer(prediction)
+    rights = [_vqa_answer(right) for right in _several(reference)]
+    return min(rights.count(ours) / min(3, len(rights)), 1.0) if ours and rights else 0.0
+
+
+def box(prediction: str, reference: Reference, prompt: str = "") -> float:
+    """1 if the box `[x1, y1, x2, y2]` in the prediction overlaps the right one by more than half of their union, else
+    0. The first four numbers with commas between them count. A box that cannot be read, or has no area, is wrong."""
+    ours = _box_in(prediction)
+    return max((float(_overlap(ours, _box_in(right)) > 0.5) for right in _several(reference)), default=0.0)
+
+
+def yes_no(prediction: str, reference: Reference, prompt: str = "") -> float:
+    """1 if both texts say yes or both say no, else 0; see `said`. What says neither is wrong."""
+    ours = said(prediction)
+    return max((float(ours is not None and ours == said(right)) for right in _several(reference)), default=0.0)
+
+
+def said(text: str) -> bool | None:
+    """Whether a text says yes: the first of the words yes, no and not decides; None if it has none of them."""
+    found = next((word for word in _words(text) if word in ("yes", "no", "not")), None)
+    return None if found is None else found == "yes"
+
+
+def yes_no_figures(answers: Sequence[bool | None], rights: Sequence[bool]) -> dict[str, float]:
+    """The figures of yes-or-no questions, as for hallucination (POPE, Li et al. 2023): each from 0 to 1.
+
+    `accuracy`, `precision`, `recall` and `f1` of yes, and `yes`, the share of questions that are answered with yes. A
+    share of nothing is 0.
+
+    Args:
+        answers: for each question whether the answer was yes; None for neither, which is wrong.
+        rights: the right answers.
+    """
+    pairs = list(zip(answers, rights, strict=True))
+    found = sum(answer is True and right for answer, right in pairs)
+    yes, there = sum(answer is True for answer, _ in pairs), sum(rights)
+    precision, recall = _share(found, yes), _share(found, there)
+    return {
+        "accuracy": _share(sum(answer is not None and answer == right for answer, right in pairs), len(pairs)),
+        "precision": precision,
+        "recall": recall,
+        "f1": _harmonic(precision, recall),
+        "yes": _share(yes, len(pairs)),
+    }
+
+
 SCORES: dict[str, Score] = {
     "exact_match": exact_match,
     "accuracy": accuracy,
@@ -164,6 +237,10 @@ SCORES: dict[str, Score] = {
     "rouge_l": rouge_l,
     "sari": sari,
     "code_similarity": code_similarity,
+    "contains": contains,
+    "vqa": vqa,
+    "box": box,
+    "yes_no": yes_no,
 }
 
 
@@ -203,6 +280,34 @@ def _normalised(text: str) -> str:
 
 def _is_punctuation(c: str) -> bool:
     return c in string.punctuation or unicodedata.category(c)[0] == "P"
+
+
+def _vqa_answer(text: str) -> tuple[str, ...]:
+    return tuple(NUMBERS.get(word, word) for word in _squad_words(text))
+
+
+def _box_in(text: str) -> tuple[float, ...] | None:
+    """The box in a text; None if there is none, or it has no area."""
+    found = _BOX.search(text)
+    if found is None:
+        return None
+    left, top, right, bottom = map(float, found.groups())
+    return (left, top, right, bottom) if left < right and top < bottom else None
+
+
+def _overlap(one: tuple[float, ...] | None, other: tuple[float, ...] | None) -> float:
+    """The share of two boxes' union that is in both; 0 if one of them is not known."""
+    if one is None or other is None:
+        return 0.0
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    both = max(0.0, width) * max(0.0, height)
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (one, other)]
+    return both / (sum(areas) - both)
+
+
+def _share(count: int, of: int) -> float:
+    return count / of if of else 0.0
 
 
 def _squad_words(text: str) -> list[str]:

@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from perpetune.data.columns import SPLITS, Split, group_column, split_of
 from perpetune.data.names import label_of, natural, printable, several
@@ -53,7 +53,9 @@ class TextSource(Source):
     If a task has validation examples but no test examples, the validation examples are its test.
     """
 
-    gives = "texts"
+    gives: ClassVar[Kind] = "texts"
+    table: ClassVar[type[TextTable]] = TextTable
+    """The class of its tables."""
 
     @abstractmethod
     def _items(self) -> Iterator[Item]:
@@ -110,7 +112,7 @@ class TextSource(Source):
         tasks = natural({item.task for item in items})
         scoring, order = self._scoring(tasks), self._order(tasks)
         return {
-            split: TextTable(
+            split: self.table(
                 [item.row for item in part],
                 [item.task for item in part],
                 declared,

@@ -7,10 +7,10 @@ import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from perpetune.data.names import natural, several
-from perpetune.data.sources import Table
+from perpetune.data.sources import Kind, Table
 from perpetune.data.texts.chats import CALLS, ROLES, Messages, short
 from perpetune.errors import DataError, UsageError
 
@@ -27,12 +27,16 @@ class Text:
         answer: what is to be said; empty where it is not known.
         options: the answers that stand to choice, where there are such.
         more: what the message with the answer holds beside it, as in `chats.Message`.
+        references: what several people answered, for scores that compare with all of them; empty if `answer` is all.
+        pictures: the number of pictures that belong to the prompt; in it stands a mark for each.
     """
 
     prompt: str | Messages
     answer: str = ""
     options: tuple[str, ...] = ()
     more: str = ""
+    references: tuple[str, ...] = ()
+    pictures: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,14 @@ class Row:
         key: an identifier that does not depend on the place of the file; seeded choices depend only on it.
         text: the example; None if it cannot be read.
         fault: the reason why it cannot be read.
+        pictures: of each picture its path, or the bytes of its file.
     """
 
     at: str
     key: str
     text: Text | None
     fault: str = ""
+    pictures: tuple[str | bytes, ...] = ()
 
 
 class TextTable(Table):
@@ -67,7 +73,7 @@ class TextTable(Table):
         warnings: one line each.
     """
 
-    gives = "texts"
+    gives: ClassVar[Kind] = "texts"
     noun = "example"
     use = "used"
     threads = False  # tokenizers are not made for threads, and no example waits for the disk

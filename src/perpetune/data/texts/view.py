@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from perpetune.data.examples import Augment, Judge, Purpose, Question, View
-from perpetune.data.sources import Table
+from perpetune.data.sources import Kind, Table
 from perpetune.data.texts.chats import ASSISTANT, LEARN, TOOLS, Message, Messages, as_dict, is_learned, more_of
 from perpetune.data.texts.examples import Encoded, TextSet
 from perpetune.data.texts.prompts import prompt_in, read_prompts
@@ -112,10 +112,14 @@ class TextView(View):
         rows: the number of tokens that the model has a row for; None if it has one for every token.
     """
 
-    takes = "texts"
+    takes: ClassVar[Kind] = "texts"
     noun = "examples"
     verb = "answer"
     ordered = True
+    placeholder: int | None = None
+    """The token that stands for what is no text; the model needs no row for it."""
+    opened = False
+    """Whether the form of a plain prompt has the tokens that open a text in it already."""
 
     def __init__(self, tokenizer: Any, *, max_length: int, chat: bool = False, rows: int | None = None):
         self.tokenizer, self.max_length, self.chat, self.rows = tokenizer, max_length, chat, rows
@@ -165,7 +169,7 @@ class TextView(View):
             raise DataError(
                 f"the answer alone has {last} tokens, but prompt and answer together can have only {self.max_length}"
             )
-        kept = _without(whole.ids, over, whole.opening)
+        kept = self._without(whole.ids, over, whole.opening, whole.last)
         said = whole.said[kept]
         said[0] = False  # of an earlier answer in a chat that was cut: nothing stands before it any more
         return Encoded(whole.ids[kept], said, cut=over, dropped=whole.dropped, lost=whole.lost)
@@ -197,7 +201,7 @@ class TextView(View):
             )
         over = len(ids) - most
         if over > 0:
-            ids = ids[_without(ids, over, wholes[0].opening)]
+            ids = ids[self._without(ids, over, wholes[0].opening, len(ids))]
         around = ("", "") if given else self._around(text.prompt, wholes[0])
         return Encoded(ids, options=options, cut=max(0, over), lost=wholes[0].lost, around=around)
 
@@ -300,7 +304,7 @@ class TextView(View):
             text: Text = examples.text(number)
             if isinstance(answer, int):  # not by the score, because for some scores `A+` equals `A-`
                 return float(text.options[answer] == text.answer)
-            return judged(answer, text.answer, _last(text.prompt))
+            return judged(answer, text.references or text.answer, _last(text.prompt))
 
         return judge
 
@@ -437,27 +441,40 @@ class TextView(View):
                 "this model's tokenizer has no chat template, but messages need one: give rows with prompt and answer, "
                 "or put a chat_template.jinja beside the tokenizer"
             )
-        told = [as_dict(message) for message in messages]
+        told = [self._spoken(message) for message in messages]
         tools = told[0].pop(TOOLS, None) if told else None
         if "developer" not in str(self.tokenizer.chat_template):  # the newer name of the system
             told = [{**message, "role": "system"} if message["role"] == "developer" else message for message in told]
         return render(self.tokenizer, told, tools=tools, asking=asking, today=self.today)
+
+    def _spoken(self, message: Message) -> dict[str, Any]:
+        """A message in the form in which the chat template takes it."""
+        return as_dict(message)
 
     def _tokens(self, text: str, prompt: str | Messages) -> list[_Token]:
         """The tokens of a text. A chat template writes its special tokens into the text itself."""
         found = tokenized(
             self.tokenizer,
             text,
-            add_special_tokens=not self._is_chat(prompt),
+            add_special_tokens=not self._is_chat(prompt) and not self.opened,
             return_offsets_mapping=True,
             return_special_tokens_mask=True,
         )
-        unknown = {i for i in found["input_ids"] if self.rows is not None and i >= self.rows}
+        unknown = {i for i in found["input_ids"] if self.rows is not None and i >= self.rows and i != self.placeholder}
         if unknown:
             named = ", ".join(map(repr, self.tokenizer.convert_ids_to_tokens(sorted(unknown)[:3])))
             raise DataError(f"the tokenizer makes {named} of it, and the model's embedding has no row for that")
         columns = (found["input_ids"], found["offset_mapping"], found["special_tokens_mask"])
         return [_Token(int(i), int(a), int(b), bool(added)) for i, (a, b), added in zip(*columns, strict=True)]
+
+    def _without(self, ids: Tensor, count: int, opening: int, stop: int) -> Tensor:
+        """The positions that are left after a cut of `count` tokens on the left, behind the first `opening` tokens.
+
+        Args:
+            stop: where the prompt ends.
+        """
+        first = opening if len(ids) > count + opening else 0
+        return torch.cat([torch.arange(first), torch.arange(first + count, len(ids))])
 
     def _opening(self, tokens: Sequence[_Token]) -> int:
         """The number of tokens with which every text begins, such as a begin-of-text token."""
@@ -505,12 +522,6 @@ def _trimmed(answer: str, said: str) -> bool:
 def _other(answer: str) -> str:
     """An answer that begins otherwise."""
     return "0" if not answer.strip().startswith("0") else "1"
-
-
-def _without(ids: Tensor, count: int, opening: int) -> Tensor:
-    """The positions that are left after a cut of `count` tokens on the left, behind the first `opening` tokens."""
-    first = opening if len(ids) > count + opening else 0
-    return torch.cat([torch.arange(first), torch.arange(first + count, len(ids))])
 
 
 def _last(prompt: str | Messages) -> str:

@@ -27,6 +27,7 @@ from perpetune.models.loaders.checkpoint import check_report, check_weights, con
 from perpetune.models.loaders.hub import hub_file, one_line
 from perpetune.models.loaders.options import in_4bit
 from perpetune.pets.base import Active, Slot, slots
+from perpetune.plain import read_object
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 """The type of the frozen weights."""
@@ -35,6 +36,8 @@ Length = Annotated[int, Field(ge=2)]
 
 GGUF = ".gguf"
 ROTATION = "rope_freqs.weight"  # in a GGUF file the tensor by which the frequencies of rotary positions are divided
+
+CAUSAL = "AutoModelForCausalLM"
 
 # The length of texts if neither the model nor its tokenizer gives one.
 SOME_LENGTH = 2048
@@ -162,36 +165,60 @@ def load(
     if source.file is not None:
         _check_positions(spec, source.place, source.file, config)
     quantised = getattr(config, "quantization_config", None) is not None
-    _without_dropout(config)
-    tokenizer = _tokenizer(spec, source)
-    if chat and not tokenizer.chat_template:
-        raise UsageError(f"{spec}: its tokenizer has no chat template; leave chat out, or name a model made for chats")
-    length = _max_length(spec, config, tokenizer, max_length)
-    try:
-        with _silent() if source.file else quiet():
-            net = _pretrained(spec, source, config, dtype) if pretrained else _random(config, dtype)
-    except PerpetuneError:
-        raise
-    except Exception as error:  # a config of strangers makes transformers fail in any way
-        raise unbuilt(spec, error) from error
-    if gradient_checkpointing:
-        _checkpointing(spec, net)
-    rows = _rows(net)
-    _check_vocabulary(spec, tokenizer, rows)
-    _padding(spec, tokenizer, rows)
+    tokenizer = tokenizer_of(spec, source, chat=chat)
+    net = net_of(spec, source, config, CAUSAL, pretrained, dtype, gradient_checkpointing)
+    rows = check_tokenizer(spec, tokenizer, net)
     backbone = Backbone(
         net,
         spec=spec,
         dim=config.get_text_config().hidden_size,
-        preprocess=TextView(tokenizer, max_length=length, chat=chat, rows=rows),
+        preprocess=TextView(
+            tokenizer, max_length=longest_text(spec, config, tokenizer, max_length), chat=chat, rows=rows
+        ),
         forward=hidden_states,
     )
     backbone.opens = {"library": "transformers", "base": source.place, "options": {"dtype": dtype, **source.where}}
     return in_4bit(backbone) if load_in_4bit and not quantised else backbone
 
 
-def hidden_states(net: nn.Module, tokens: Tensor, **options: Any) -> Tensor:
-    """Hidden states `(B, N, D)` after the last norm, of tokens `(B, N)`."""
+def net_of(
+    spec: str, source: Source, config: Any, auto: str, pretrained: bool, dtype: Dtype, gradient_checkpointing: bool
+) -> nn.Module:
+    """The net that a class of transformers, called `auto`, makes of `config`, without dropout.
+
+    Raises:
+        PerpetuneError: it cannot be built, or the tensors in the checkpoint are not those of the model.
+        UsageError: it has no gradient checkpointing.
+    """
+    import transformers
+
+    _without_dropout(config)
+    kind: Any = getattr(transformers, auto)
+    try:
+        with _silent() if source.file else quiet():
+            net: nn.Module = (
+                _pretrained(spec, source, config, kind, dtype) if pretrained else _random(config, kind, dtype)
+            )
+    except PerpetuneError:
+        raise
+    except Exception as error:  # a config of strangers makes transformers fail in any way
+        raise unbuilt(spec, error) from error
+    if gradient_checkpointing:
+        _checkpointing(spec, net)
+    return net
+
+
+def check_tokenizer(spec: str, tokenizer: Any, net: nn.Module) -> int:
+    """Refuse a tokenizer that does not fit the net, and give it a token for padding. Returns the number of tokens that
+    the net knows."""
+    rows = _rows(net)
+    _check_vocabulary(spec, tokenizer, rows)
+    _padding(spec, tokenizer, rows)
+    return rows
+
+
+def hidden_states(net: nn.Module, tokens: Tensor | None, **options: Any) -> Tensor:
+    """Hidden states `(B, N, D)` after the last norm, of tokens `(B, N)`, or of the embeddings in `options`."""
     outer: Any = net
     inner = outer.base_model if outer.base_model is not outer else outer.model  # `base_model` of Llama 4 is itself
     states: Tensor = inner(input_ids=tokens, use_cache=False, **options).last_hidden_state
@@ -216,40 +243,35 @@ def _check_positions(spec: str, place: str, file: str, config: Any) -> None:
 
 def _without_dropout(config: Any) -> None:
     """Set every dropout probability in the config to 0. Only the PETs are tuned, and they have their own dropout."""
-    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+    parts = (config, config.get_text_config(), getattr(config, "vision_config", None))
+    for part in {id(c): c for c in parts if hasattr(c, "__dict__")}.values():
         for name, value in vars(part).items():
             if "drop" in name and isinstance(value, float | int) and not isinstance(value, bool):
                 setattr(part, name, 0.0)
 
 
-def _attention(config: Any) -> str:
+def _attention(config: Any, auto: Any) -> str:
     """`sdpa` if the model supports it, because PETs inside attention work in that function; else `eager`."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM._model_mapping[type(config)]
+    model = auto._model_mapping[type(config)]
     return "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
 
 
-def _random(config: Any, dtype: Dtype) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation=_attention(config))
+def _random(config: Any, auto: Any, dtype: Dtype) -> Any:
+    return auto.from_config(config, dtype=getattr(torch, dtype), attn_implementation=_attention(config, auto))
 
 
-def _pretrained(spec: str, source: Source, config: Any, dtype: Dtype) -> Any:
+def _pretrained(spec: str, source: Source, config: Any, auto: Any, dtype: Dtype) -> Any:
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     if source.file is None:
         check_weights(spec, source.place, config)
     how: dict[str, Any] = {"use_safetensors": True} if source.file is None else {**source.where, **_unpacked()}
-    model: Any = AutoModelForCausalLM
     try:
-        net, report = model.from_pretrained(
+        net, report = auto.from_pretrained(
             source.place,
             config=config,
             dtype=getattr(torch, dtype),
-            attn_implementation=_attention(config),
+            attn_implementation=_attention(config, auto),
             ignore_mismatched_sizes=True,  # so that the report names them
             output_loading_info=True,
             **how,
@@ -291,8 +313,12 @@ def _silent() -> Iterator[None]:
         yield
 
 
-def _tokenizer(spec: str, source: Source) -> Any:
-    """The model's tokenizer. It has to be a fast one, because only a fast one gives the characters of each token."""
+def tokenizer_of(spec: str, source: Source, *, chat: bool) -> Any:
+    """The model's tokenizer. It has to be a fast one, because only a fast one gives the characters of each token.
+
+    Args:
+        chat: whether it needs a chat template.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -309,7 +335,20 @@ def _tokenizer(spec: str, source: Source) -> Any:
         raise UsageError(f"{spec}: it has no tokenizer: tokenizer.json is expected beside config.json")
     if not tokenizer.is_fast:
         raise UsageError(f"{spec}: its tokenizer has no fast version (tokenizer.json), and only that gives offsets")
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = _processors_template(source)
+    if chat and not tokenizer.chat_template:
+        raise UsageError(f"{spec}: its tokenizer has no chat template; leave chat out, or name a model made for chats")
     return tokenizer
+
+
+def _processors_template(source: Source) -> str | None:
+    """The chat template that older vision-language models have in a file of their processor; None without one."""
+    file = Path(source.place) / "chat_template.json"
+    if not file.is_file():
+        return None
+    found = read_object(file, str(file)).get("chat_template")
+    return found if isinstance(found, str) else None
 
 
 def _rows(net: Any) -> int:
@@ -367,7 +406,7 @@ def _padding(spec: str, tokenizer: Any, rows: int) -> None:
     raise UsageError(f"{spec}: its tokenizer has no pad, eos or unk token among the {rows} that the model knows")
 
 
-def _max_length(spec: str, config: Any, tokenizer: Any, asked: int | None) -> int:
+def longest_text(spec: str, config: Any, tokenizer: Any, asked: int | None) -> int:
     """The most tokens of a text: `asked`, or as many as the model and its tokenizer take."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if asked is None:

@@ -40,6 +40,10 @@ KNOWN = (
     "meta-llama/Llama-3.2-1B",
     "google/gemma-3-1b-it",
     "EleutherAI/pythia-160m",
+    "HuggingFaceTB/SmolVLM-256M-Instruct",
+    "llava-hf/llava-1.5-7b-hf",
+    "Qwen/Qwen2.5-VL-3B-Instruct",
+    "google/paligemma2-3b-pt-224",
     "openai-community/gpt2",
     "facebook/opt-125m",
 )

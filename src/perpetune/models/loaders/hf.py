@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from perpetune.models.backbone import Backbone
-from perpetune.models.loaders import causal_lm, dual, vit
+from perpetune.models.loaders import causal_lm, dual, vision_language, vit
 from perpetune.models.loaders.causal_lm import Dtype, Length, Source
 from perpetune.models.loaders.checkpoint import config_of
 from perpetune.models.loaders.options import Side, taken
@@ -24,10 +24,11 @@ def load_hf(
     chat: bool | None = None,
     gradient_checkpointing: bool | None = None,
 ) -> Backbone:
-    """`hf:ID_OR_FOLDER`, `hf:FILE.gguf`: ViT, DeiT, DINOv2 and similar models, a dual encoder, or a language model.
+    """`hf:ID_OR_FOLDER`, `hf:FILE.gguf`: ViT, DINOv2 and similar, a dual encoder, a language or vision-language model.
 
     A vision transformer takes the first three options; a language model takes all except `image_size`; a dual encoder
-    (CLIP, SigLIP, SigLIP2, a picture and a text model) takes `pretrained`, `image_size` and `dtype`.
+    (CLIP, SigLIP, SigLIP2, a picture and a text model) takes `pretrained`, `image_size` and `dtype`; a vision-language
+    model takes all.
     """
     spec = f"hf:{rest}"
     if causal_lm.is_gguf(rest):
@@ -40,7 +41,7 @@ def load_hf(
 
 
 def load_checkpoint(spec: str, source: Source, given: Mapping[str, Any]) -> Backbone:
-    """The vision transformer, dual encoder or language model at `source`; its config decides which one it is.
+    """The vision transformer, dual encoder, language or vision-language model at `source`; its config decides.
 
     Args:
         given: options of either kind of model; None means that the option is not given.
@@ -51,6 +52,10 @@ def load_checkpoint(spec: str, source: Source, given: Mapping[str, Any]) -> Back
     config = config_of(spec, source.place, **source.where)
     if config.model_type in dual.FAMILIES:
         return dual.load(spec, source.place, config, **taken(spec, "a dual encoder", dual.load, given))
+    if config.model_type in vision_language.FAMILIES:
+        both: Callable[..., Backbone] = vision_language.load
+        return both(spec, source, config, **taken(spec, "a vision-language model", both, given))
+    vision_language.check_other(spec, config)
     if config.model_type in vit.FAMILIES or not causal_lm.is_causal(config):
         return vit.load(spec, source.place, config, **taken(spec, "a model of pictures", vit.load, given))
     load: Callable[..., Backbone] = causal_lm.load

@@ -91,7 +91,13 @@ def _extra(config: Any) -> dict[str, Any]:
 
 
 def preprocess_of(
-    spec: str, source: str, config: Any, image_size: int | None, usual: Mapping[str, Any] | None = None
+    spec: str,
+    source: str,
+    config: Any,
+    image_size: int | None,
+    usual: Mapping[str, Any] | None = None,
+    *,
+    fixed: bool = False,
 ) -> PictureView:
     """The view that `preprocessor_config.json` or `processor_config.json` describes.
 
@@ -100,6 +106,7 @@ def preprocess_of(
         image_size: the side that the user wants; None is the model's own.
         usual: what the file says in the family of the model, for entries that are missing; None means that a missing
             file is replaced by ImageNet's mean and std, with a warning.
+        fixed: whether the size of the config counts, and none of the file: it is a range, or one for tiles.
     """
     given = _processor(spec, source)
     if given is None:
@@ -111,7 +118,7 @@ def preprocess_of(
         **(usual or {}),
         **{name: value for name, value in (given or {}).items() if (name, value) != ("size", None)},
     }
-    size = given.get("size", config.image_size)
+    size = config.image_size if fixed else given.get("size", config.image_size)
     side, crop, squeeze = side_of(spec, size), None, False
     if given.get("do_center_crop"):
         side, whole = side_of(spec, given.get("crop_size", side)), side
