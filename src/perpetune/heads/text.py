@@ -69,8 +69,7 @@ class Expert(BaseModel):
 
 
 class Text(Head):
-    """Scores a picture's feature against the texts of the classes' names: zero-shot classification, Radford et al.
-    2021, arXiv:2103.00020.
+    """Compares pictures with the texts of the classes' names: zero-shot, Radford et al. 2021, arXiv:2103.00020.
 
     A class's text is the normalised mean of the normalised features of its templates. The score is `e^τ cos(f, t)`,
     with the factor of the pretrained model, plus its bias if it has one. The head answers with any class by its name,

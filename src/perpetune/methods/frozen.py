@@ -11,9 +11,9 @@ from perpetune.tasks import Task
 
 
 class Frozen(Method):
-    """Trains nothing by gradient, so its head has to learn from statistics, or to know classes by their names. With
-    `ncm` this is SimpleCIL, arXiv:2303.07338; with `text` it is zero-shot, and with its expert RAIL.
+    """Trains nothing by gradient: its head learns from statistics, or knows classes by their names.
 
+    With `ncm` this is SimpleCIL, arXiv:2303.07338; with `text` it is zero-shot, and with its expert RAIL.
     A language model answers without any tuning (zero-shot).
 
     Args:

@@ -24,7 +24,7 @@ def load_hf(
     chat: bool | None = None,
     gradient_checkpointing: bool | None = None,
 ) -> Backbone:
-    """`hf:ID_OR_FOLDER`, `hf:FILE.gguf`: ViT, DINOv2 and similar, a dual encoder, a language or vision-language model.
+    """`hf:ID_OR_FOLDER`, `hf:FILE.gguf`: ViT, DINOv2 and similar, dual encoders, (vision-)language models.
 
     A vision transformer takes the first three options; a language model takes all except `image_size`; a dual encoder
     (CLIP, SigLIP, SigLIP2, a picture and a text model) takes `pretrained`, `image_size` and `dtype`; a vision-language
