@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
 
 from perpetune import registry
 from perpetune.averages.config import AverageConfig
@@ -82,6 +82,25 @@ class PetSection(NamedSection):
     default."""
     blocks: list[int] | None = None
     """Numbers of the transformer blocks, negative ones from the end; None is all."""
+    beside: list[PetSection] = []
+    """Further pets of the same set, at other places, such as a context for texts beside a prompt for pictures."""
+
+    @model_serializer(mode="wrap")
+    def _plain(self, handler: Any) -> Any:
+        """Without `beside` where there is nothing, as recipes had it before."""
+        return {key: value for key, value in handler(self).items() if key != "beside" or value}
+
+    @field_validator("beside", mode="before")
+    @classmethod
+    def _one_beside(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str | dict) else value
+
+    @field_validator("beside")
+    @classmethod
+    def _flat(cls, value: list[PetSection]) -> list[PetSection]:
+        if any(section.beside for section in value):
+            raise ValueError("a pet in beside has no beside of its own: put all of them into one list")
+        return value
 
     @field_validator("at", mode="before")
     @classmethod
@@ -266,7 +285,9 @@ def _once(epochs: Any) -> bool:
 def _complete_pet(section: PetSection) -> PetSection:
     kind = registry.find("pets", section.name)
     at = list(kind.default_at) if section.at is None else section.at
-    return PetSection.model_validate({**_complete("pets", section).model_dump(), "at": at, "blocks": section.blocks})
+    beside = [_complete_pet(one) for one in section.beside]
+    own = _complete("pets", section).model_dump()
+    return PetSection.model_validate({**own, "at": at, "blocks": section.blocks, "beside": beside})
 
 
 def _complete(kind: registry.Kind, choice: NamedSection, skip: Sequence[str] = ()) -> NamedSection:

@@ -43,6 +43,7 @@ BUILTIN: dict[Kind, dict[str, str]] = {
         "prefix": "perpetune.pets.prefix:Prefix",
         "prompt": "perpetune.pets.prompt:Prompt",
         "ssf": "perpetune.pets.ssf:SSF",
+        "context": "perpetune.pets.context:Context",
     },
     "heads": {
         "linear": "perpetune.heads.linear:Linear",

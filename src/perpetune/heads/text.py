@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perpetune.errors import UsageError
-from perpetune.heads.base import Head, alone
+from perpetune.heads.base import Head, alone, grow_rows
 from perpetune.heads.ncm import NCM
 from perpetune.heads.ridge import Ridge
 from perpetune.heads.templates import spoken, templates_of
@@ -35,6 +35,9 @@ class Texts(Protocol):
 
     @property
     def bias(self) -> Tensor | None: ...
+
+    @property
+    def by_task(self) -> bool: ...
 
     def inputs(self, strings: Sequence[str], device: torch.device) -> Inputs: ...
 
@@ -81,11 +84,13 @@ class Text(Head):
     of a class that was not learned is answered as before, if its name is a candidate.
 
     The texts of learned classes and of the vocabulary are computed once and stored. If pets change the text tower, they
-    are computed again after each training.
+    are computed again after each training. If each task has a context of its own, the texts of its classes are computed
+    when the task was learned and stay as they are. Other names are read with the context in force.
 
     Args:
-        templates: sentences with `{}` for the name, or the name of a packaged set (`photo`, `cifar`, `seven`). In
-            training with pets in the text tower one of them is drawn for each class and step.
+        templates: sentences with `{}` for the name, or the name of a packaged set (`photo`, `context`, `cifar`,
+            `seven`). In training with pets in the text tower one of them is drawn for each class and step. `[context]`
+            at the beginning of one stands for the vectors of the pet `context`.
         vocabulary: further names that may be the answer, as a list, or a file with one name on each line.
         expert: `ridge` or `ncm` with its options; none means zero-shot alone, and what pets learn.
         fusion: `β`, the share of the expert where it may speak.
@@ -97,6 +102,7 @@ class Text(Head):
     """
 
     any_class: ClassVar[bool] = True
+    reads: ClassVar[bool] = True
     kept: Tensor
 
     def __init__(
@@ -122,6 +128,9 @@ class Text(Head):
         self.names: list[str] = []
         """The names whose texts are kept, in the order of the rows of `kept`."""
         self.register_buffer("kept", torch.zeros(0, dim))
+        self.settled: nn.Parameter | None = None
+        """The texts of the classes, in their order, if each task has a context of its own; zero before a task ends."""
+        self._open: set[str] = set()  # classes of the task that is learned now
         self._state: tuple[Any, ...] | None = None
 
     @classmethod
@@ -135,6 +144,8 @@ class Text(Head):
             raise UsageError("head: text compares the net's own feature with texts: leave backbone.taps out")
         head = cls(backbone.dim, **options)
         head.side = backbone.texts
+        if backbone.texts.by_task:
+            head.settled = nn.Parameter(torch.zeros(0, backbone.dim), requires_grad=False)
         return head
 
     # -- texts ----------------------------------------------------------------------------------------
@@ -147,6 +158,16 @@ class Text(Head):
     def texts(self, names: Sequence[str]) -> Tensor:
         """Texts `(n, D)` of length 1 of names. Those of candidates are kept; gradients flow if the text tower is tuned
         and gradients are on."""
+        if self.settled is None:
+            return self._read(names)
+        rows = {name: row for row, name in enumerate(self.classes) if name not in self._open}
+        others = [name for name in dict.fromkeys(names) if name not in rows]
+        table = torch.cat([self.settled, self._read(others).to(self.settled)]) if others else self.settled
+        rows |= {name: len(self.settled) + number for number, name in enumerate(others)}
+        return table[torch.tensor([rows[name] for name in names], dtype=torch.int64, device=table.device)]
+
+    def _read(self, names: Sequence[str]) -> Tensor:
+        """As `texts`, by the text tower as it is now."""
         assert self.side is not None
         state = self.side.state()
         if state and torch.is_grad_enabled():
@@ -156,7 +177,8 @@ class Text(Head):
                 self.kept, self.names = self.kept[:0], []
             self._state = state
         known = set(self.names)
-        if missing := [name for name in self.candidates if name not in known]:
+        wanted = self.candidates if self.settled is None else self.vocabulary
+        if missing := [name for name in wanted if name not in known]:
             self.kept = torch.cat([self.kept, self._made(missing).to(self.kept)])
             self.names += missing
         rows = {name: number for number, name in enumerate(self.names)}
@@ -169,10 +191,11 @@ class Text(Head):
     def _made(self, names: Sequence[str]) -> Tensor:
         """Texts `(n, D)` of names, from all templates."""
         assert self.side is not None
-        count = len(self.templates)
-        sentences = [template.format(spoken(name)) for name in names for template in self.templates]
-        features = self.side.of(sentences).float()
-        return class_texts(features.unflatten(0, (len(names), count))) if names else features
+        features = self.side.of(self.sentences(names)).float()
+        return class_texts(features.unflatten(0, (len(names), len(self.templates)))) if names else features
+
+    def sentences(self, classes: Sequence[str]) -> list[str]:
+        return [template.format(spoken(name)) for name in classes for template in self.templates]
 
     def _drawn(self, names: Sequence[str]) -> Tensor:
         """Texts of names with gradients, each from a template drawn for this step."""
@@ -252,14 +275,28 @@ class Text(Head):
                     stacklevel=2,
                 )
         super().grow(classes, generator)
+        self._open = set(classes)
         if self.expert is not None:
             self.expert.grow(classes, generator)
 
     def resize(self, rows: int, generator: torch.Generator) -> None:
-        """Nothing has a row for each class, but for the expert, which grows with the head."""
+        """The expert grows with the head. Else nothing has a row for each class, but for texts that stay."""
+        if self.settled is not None:
+            new = grow_rows(self.settled, rows, generator, 0.0)
+            self.settled = nn.Parameter(new, requires_grad=False)
+
+    def per_class(self) -> list[nn.Parameter]:
+        return [] if self.settled is None else [self.settled]
+
+    @torch.no_grad()
+    def finish(self, classes: Sequence[str]) -> None:
+        if self.settled is not None:
+            self.settled[self.rows(classes, self.settled.device)] = self._made(classes).to(self.settled)
+        self._open = set()
 
     def reset(self) -> None:
         super().reset()
+        self._open = set()
         if self.expert is not None:
             self.expert.reset()
 

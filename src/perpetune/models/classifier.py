@@ -216,8 +216,27 @@ class Classifier(Model):
         return scores.float()
 
     def summarise(self, task: Task, batch_size: int) -> None:
-        if self.head.statistics and not captioned(task.train):
+        if captioned(task.train):
+            return
+        if self.head.statistics:
             learn_statistics(task, batch_size, [(self.head, lambda batch: self.features(batch.inputs))])
+        self.head.finish(task.classes)
+
+    def sentences(self, examples: Examples, classes: Sequence[str]) -> list[str]:
+        if captioned(examples):
+            said = (caption for number in range(len(examples)) for caption in examples.captions(number))
+            return list(dict.fromkeys(said))
+        return self.head.sentences(classes)
+
+    def observe_texts(self, sentences: Sequence[str]) -> None:
+        side = texts_of(self.backbone)
+        if side is not None:
+            side.of(sentences)
+
+    def observe(self, inputs: Inputs) -> None:
+        features = self.features(inputs)
+        if not self.head.reads:
+            self.scores(features)
 
     @contextlib.contextmanager
     def following(self, task: Task, batch_size: int, features: Callable[[Inputs], Tensor]) -> Iterator[None]:
