@@ -278,9 +278,7 @@ class Backbone(nn.Module):
         if self.texts is not None and not all("." in role for role in roles):
             _ = self.tower  # a role without a tower's name may not go to the texts
         found = families.places(self.net, roles, blocks, self._answers)
-        if self.texts is None:
-            return found
-        words = self.texts.words
+        words = getattr(self.texts, "words", None)  # another package's text side need not have it
         return [dataclasses.replace(place, words=words) if place.roles == ("embed",) else place for place in found]
 
     def fingerprint(self) -> str:
