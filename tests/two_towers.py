@@ -28,8 +28,14 @@ class Side:
     def __init__(self, net: Twins) -> None:
         self.net, self.scale, self.encoded = net, torch.tensor(7.0), 0
 
+    def fingerprint(self) -> str:
+        return "bytes"
+
+    def state(self) -> tuple[Any, ...]:
+        return ()
+
     def inputs(self, strings: Sequence[str], device: Any = None) -> Inputs:
-        rows = [list(text.encode()) for text in strings]
+        rows = [[byte % 128 for byte in text.encode()] for text in strings]
         width = max(map(len, rows))
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
         return Inputs(ids=ids, mask=torch.tensor([[i < len(row) for i in range(width)] for row in rows]))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from perpetune import oracle
 from perpetune.build import build_backbone, build_method, build_runtime
@@ -27,7 +28,7 @@ from perpetune.data.tasks import TaskData
 from perpetune.data.texts.chats import Messages
 from perpetune.errors import Interrupted, StateError, UsageError, closest
 from perpetune.evaluate import AMONG, evaluate
-from perpetune.pets import PET, frozen
+from perpetune.pets import PET, frozen, using
 from perpetune.recipe import Recipe, load_recipe, make_recipe
 from perpetune.results import read_results, versions
 from perpetune.run import run
@@ -35,7 +36,7 @@ from perpetune.runtime import Progress, Runtime, Silent
 from perpetune.sequence import STREAM, Data, TaskSequence, moved
 from perpetune.snapshot import restore, snapshot
 from perpetune.state import START, State
-from perpetune.tasks import Task, captioned
+from perpetune.tasks import Batch, Task, captioned
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -407,6 +408,7 @@ class Learner:
         *,
         top: int = 5,
         unreadable: list[str] | None = None,
+        names: Sequence[str] | None = None,
     ) -> list[Prediction]:
         """Names and probabilities for images. A language model has `answer` instead.
 
@@ -415,32 +417,100 @@ class Learner:
             top: the number of names for each image.
             unreadable: a list that gets one line for each image that cannot be read. Such an image has no prediction.
                 Without this list, it is an error.
+            names: the classes to choose among, learned or not; for a head that knows classes by their names. It needs
+                not have learned anything. None means the learned classes.
 
         Raises:
-            StateError: the learner has not learned anything yet.
-            UsageError: the tensor does not have the shape or type that the backbone takes.
+            StateError: the learner has not learned anything yet, and there are no names.
+            UsageError: the head does not know classes by their names, a name is empty or given twice, or the tensor
+                does not have the shape or type that the backbone takes.
             DataError: an image cannot be read; the message names it.
         """
-        self._need_learned("pictures")
+        asked = None if names is None else self._named(names)
+        self._need_learned("pictures", first=asked is None)
         images = [images] if isinstance(images, (str, Path)) else images
         size, predictions = self.recipe.evaluate.batch_size, []
         for start in range(0, len(images), size):
             some = self.method.model.view.ask(images[start : start + size], first=start, unreadable=unreadable)
             if not some:
                 continue
-            scores = self._asked(some)
+            scores = self._asked(some) if asked is None else self._asked(some, asked)
             best = scores.float().softmax(1).topk(min(top, scores.shape[1]), dim=1)
             for question, values, rows in zip(some, best.values.tolist(), best.indices.tolist(), strict=True):
-                pairs = [(self.method.classes[row], value) for row, value in zip(rows, values, strict=True)]
+                classes = self.method.classes if asked is None else asked
+                pairs = [(classes[row], value) for row, value in zip(rows, values, strict=True)]
                 predictions.append(Prediction(question.given, pairs))
         return predictions
 
-    def _asked(self, questions: Sequence[Question]) -> Tensor:
-        """The method's prediction for some questions, as one batch."""
-        items = [(question.item, 0, number) for number, question in enumerate(questions)]
-        batch = self.method.model.view.collate(items).to(self.runtime.device)
+    def _named(self, names: Sequence[str]) -> list[str]:
+        """The names, once it is known that the head can choose among them."""
+        model = self.method.model
+        if not (model.chooses and model.any_class):
+            raise UsageError(
+                "names need a head that knows classes by their names: head: text on a backbone of pictures and texts, "
+                "such as CLIP"
+            )
+        found = [name.strip() for name in names]
+        if not found or not all(found) or len(set(found)) < len(found):
+            raise UsageError(f"names {list(names)}: expected different names, none of them empty")
+        return found
+
+    def match(self, images: Sequence[str | Path | Image], texts: Sequence[str]) -> Tensor:
+        """How well each text describes each image: cosines `(images, texts)`, with the pets that answer in force.
+
+        It need not have learned anything.
+
+        Raises:
+            UsageError: the backbone does not read texts beside pictures, or there is no text.
+            DataError: an image cannot be read; the message names it.
+        """
+        return self._matched(images, texts, None)[1]
+
+    def find(
+        self, text: str, images: Sequence[str | Path], *, top: int = 10, unreadable: list[str] | None = None
+    ) -> list[tuple[str, float]]:
+        """The images that a text describes best: their paths and cosines, the best first. See `match`.
+
+        Args:
+            top: how many.
+            unreadable: as in `predict`.
+        """
+        given, scores = self._matched(images, [text], unreadable)
+        best = scores[:, 0].topk(min(top, len(given)))
+        return [(given[i], value) for i, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+
+    @torch.no_grad()
+    def _matched(
+        self, images: Sequence[str | Path | Image], texts: Sequence[str], unreadable: list[str] | None
+    ) -> tuple[list[str], Tensor]:
+        """The names of the images that can be read, and their cosines with the texts."""
+        side = self.backbone.texts
+        if side is None:
+            raise UsageError(f"{self.backbone.spec} reads no texts beside pictures: use a model such as CLIP")
+        if not texts:
+            raise UsageError("there is no text to compare with")
+        self._leave_halfway()
+        size, rows, given = self.recipe.evaluate.batch_size, list[Tensor](), list[str]()
         with self.runtime.autocast():
-            return self.method.predict(batch.inputs)
+            with using(self.method.model, self.method.answering):
+                words = F.normalize(side.of(list(texts)).float(), dim=-1)
+            for start in range(0, len(images), size):
+                some = self.method.model.view.ask(images[start : start + size], first=start, unreadable=unreadable)
+                if not some:
+                    continue
+                given += [question.given for question in some]
+                rows.append(F.normalize(self.method.features(self._batch(some).inputs).float(), dim=-1) @ words.T)
+        return given, torch.cat(rows) if rows else words.new_zeros(0, len(texts))
+
+    def _asked(self, questions: Sequence[Question], names: Sequence[str] | None = None) -> Tensor:
+        """The method's prediction for some questions, as one batch; among `names` if they are given."""
+        inputs = self._batch(questions).inputs
+        with self.runtime.autocast():
+            return self.method.predict(inputs) if names is None else self.method.among(inputs, names)
+
+    def _batch(self, questions: Sequence[Question]) -> Batch:
+        items = [(question.item, 0, number) for number, question in enumerate(questions)]
+        return self.method.model.view.collate(items).to(self.runtime.device)
 
     @torch.no_grad()
     def answer(self, prompts: str | Sequence[Prompt], *, options: Sequence[str] | None = None) -> list[Answer]:
@@ -534,13 +604,14 @@ class Learner:
                 f"examples can be right: {several(unknown)}"
             )
 
-    def _need_learned(self, takes: str | None = None) -> None:
+    def _need_learned(self, takes: str | None = None, *, first: bool = True) -> None:
+        """Raise an error if the model takes another kind of examples, or (with `first`) has learned nothing yet."""
         self._leave_halfway()
         kind = self.backbone.takes
         if takes is not None and takes != kind:
             call = self.method.model.view.verb
             raise UsageError(f"{self.recipe.backbone.name} takes {kind}, not {takes}: call `{call}`")
-        if not self.state.committed:
+        if first and not self.state.committed:
             raise StateError(f"{self.state.folder} has learned nothing yet: use `perpetune update` or `run` first")
 
     def save(self, folder: str | Path) -> Path:

@@ -28,6 +28,13 @@ def predict(
         str | None,
         typer.Option(help="Answers to choose among, with commas between them; with a classifier, some of its classes."),
     ] = None,
+    names: Annotated[
+        str | None,
+        typer.Option(
+            help="Classes to choose among, learned or not, with commas between them; for a head that knows classes by "
+            "their names, such as `text` on CLIP."
+        ),
+    ] = None,
     device: Device = None,
     json: Json = False,
     csv: Annotated[bool, typer.Option("--csv", help="Print CSV: image, then name and probability by rank.")] = False,
@@ -40,11 +47,23 @@ def predict(
     if json and csv:
         raise UsageError("--json and --csv exclude each other: choose one of them")
     learner = Learner.load(state, device=device, progress=Notes())
-    show = {"predict": _predictions, "answer": _answers}[learner.method.model.view.verb]
-    show(learner, inputs, top, options, json, csv)
+    if learner.method.model.view.verb == "predict":
+        _predictions(learner, inputs, top, options, json, csv, None if names is None else names.split(","))
+        return
+    if names is not None:
+        raise UsageError("--names is for pictures: use --options with a language model")
+    _answers(learner, inputs, top, options, json, csv)
 
 
-def _predictions(learner: Learner, inputs: list[str], top: int, options: str | None, json: bool, csv: bool) -> None:
+def _predictions(
+    learner: Learner,
+    inputs: list[str],
+    top: int,
+    options: str | None,
+    json: bool,
+    csv: bool,
+    names: list[str] | None,
+) -> None:
     import csv as csv_writer
     import sys
 
@@ -57,7 +76,7 @@ def _predictions(learner: Learner, inputs: list[str], top: int, options: str | N
         raise UsageError("--options works with language models only: an image classifier chooses among its classes")
     files = learner.method.model.view.typed(inputs)
     unreadable: list[str] = []
-    predictions = learner.predict(files, top=top, unreadable=unreadable)
+    predictions = learner.predict(files, top=top, unreadable=unreadable, names=names)
     if json:
         print_json(
             [{"image": p.image, "classes": [{"name": n, "probability": v} for n, v in p.classes]} for p in predictions]
@@ -114,6 +133,36 @@ def _shown(answer: Answer) -> dict[str, Any]:
         prompt = [as_dict(message) for message in prompt]
     more = {"options": dict(answer.options), "cut": answer.cut, "left_out": list(answer.left_out)}
     return {"prompt": prompt, "answer": answer.text, **{key: value for key, value in more.items() if value}}
+
+
+def find(
+    state: StateFolder,
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="What the pictures should show: a sentence or a name.")],
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Image files, or folders of images.")],
+    top: Annotated[int, typer.Option(min=1, help="Pictures to print.")] = 10,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Print the pictures that a text describes best, with a model of pictures and texts such as CLIP.
+
+    Example: perpetune find STATE "a dog on a beach" photos/ --top 5
+    """
+    from perpetune.cli.common import print_json
+    from perpetune.cli.notes import Notes
+    from perpetune.data.names import printable, several
+    from perpetune.errors import DataError
+    from perpetune.learner import Learner
+
+    learner = Learner.load(state, device=device, progress=Notes())
+    files, unreadable = learner.method.model.view.typed(inputs), list[str]()
+    found = learner.find(text, files, top=top, unreadable=unreadable)
+    if json:
+        print_json([{"image": image, "score": score} for image, score in found])
+    else:
+        for image, score in found:
+            print(f"{score:.4f}  {printable(image)}")
+    if unreadable:
+        raise DataError(f"{len(unreadable)} of {len(files)} pictures cannot be read: {several(unreadable)}")
 
 
 def evaluate(
@@ -180,4 +229,4 @@ def export(
         print(f"{folder}: {', '.join(str(p.relative_to(folder)) for p in written)}")
 
 
-VERBS = (predict, evaluate, export)
+VERBS = (predict, find, evaluate, export)

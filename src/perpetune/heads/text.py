@@ -119,7 +119,7 @@ class Text(Head):
         super().__init__(dim)
         self.templates, self.fusion, self.gate = templates_of(templates), fusion, gate
         self.vocabulary = _names(vocabulary)
-        given = Expert.model_validate(expert) if isinstance(expert, str) else expert
+        given = expert if expert is None or isinstance(expert, Expert) else Expert.model_validate(expert)
         self.expert = None if given is None else given.make(dim)
         self.statistics = self.expert is not None  # type: ignore[misc]
         self.shift = nn.Parameter(torch.zeros(()), requires_grad=False) if learn_scale else None
@@ -156,8 +156,8 @@ class Text(Head):
         return list(dict.fromkeys((*self.classes, *self.vocabulary)))
 
     def texts(self, names: Sequence[str]) -> Tensor:
-        """Texts `(n, D)` of length 1 of names. Those of candidates are kept; gradients flow if the text tower is tuned
-        and gradients are on."""
+        """Texts `(n, D)` of length 1 of names. Those of candidates are kept. In training, gradients flow to pets in the
+        text tower."""
         if self.settled is None:
             return self._read(names)
         rows = {name: row for row, name in enumerate(self.classes) if name not in self._open}
@@ -170,7 +170,7 @@ class Text(Head):
         """As `texts`, by the text tower as it is now."""
         assert self.side is not None
         state = self.side.state()
-        if state and torch.is_grad_enabled():
+        if state and self.training and torch.is_grad_enabled():
             return self._drawn(names)
         if state != self._state:
             if self._state is not None or state:  # what was loaded belongs to the tower as it was stored

@@ -11,8 +11,8 @@ from perpetune.tasks import Task
 
 
 class Frozen(Method):
-    """Trains nothing by gradient, so its head has to learn from statistics. With `ncm` this is SimpleCIL,
-    arXiv:2303.07338.
+    """Trains nothing by gradient, so its head has to learn from statistics, or to know classes by their names. With
+    `ncm` this is SimpleCIL, arXiv:2303.07338; with `text` it is zero-shot, and with its expert RAIL.
 
     A language model answers without any tuning (zero-shot).
 
@@ -20,7 +20,7 @@ class Frozen(Method):
         batch_size: examples in a forward pass.
 
     Raises:
-        UsageError: the head does not learn from statistics.
+        UsageError: the head does not learn from statistics and knows no class by its name.
     """
 
     several = True  # any sets may be given, because it trains none of them
@@ -32,7 +32,7 @@ class Frozen(Method):
     def __init__(self, model: Model, *, batch_size: int = 64):
         super().__init__(model)
         self.trained, self.answering = (), None
-        if isinstance(model, Classifier) and not model.head.statistics:
+        if isinstance(model, Classifier) and not (model.head.statistics or model.head.any_class):
             raise UsageError(
                 f"method: frozen trains nothing, so head {type(model.head).__name__.lower()} would stay random: use "
                 "head: ncm, or method: finetune with pet: none to train the head alone"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,28 +19,6 @@ from perpetune.runtime import Runtime
 from perpetune.tasks import Batch, Examples, Inputs, Task, balanced, captioned, evaluation_batches
 
 SEEN_TWICE = 1000  # most examples of a task whose features are computed before and after its training
-
-
-class Texts(Protocol):
-    """What reads texts beside a backbone's pictures; see `models.text_side.TextSide`."""
-
-    @property
-    def scale(self) -> Tensor: ...
-
-    @property
-    def bias(self) -> Tensor | None: ...
-
-    def inputs(self, strings: Sequence[str], device: torch.device) -> Inputs: ...
-
-    def encode(self, inputs: Inputs) -> Tensor: ...
-
-    def of(self, strings: Sequence[str], batch: int = 64) -> Tensor: ...
-
-
-def texts_of(backbone: Backbone) -> Texts | None:
-    """What reads texts beside the backbone's pictures, with features in the same space; None if nothing does."""
-    found: Texts | None = getattr(backbone, "texts", None)
-    return found
 
 
 class Classifier(Model):
@@ -81,7 +58,7 @@ class Classifier(Model):
             )
 
     def admits_captions(self, name: str) -> None:
-        if texts_of(self.backbone) is None or not self.head.any_class:
+        if self.backbone.texts is None or not self.head.any_class:
             raise UsageError(
                 f"task {name} has captions and no classes: these need a backbone of pictures and texts, such as "
                 f"CLIP, and a head that reads names; here are {self.backbone.spec} and head "
@@ -166,7 +143,7 @@ class Classifier(Model):
     def _caption_loss(self, examples: Examples, batch: Batch) -> Tensor:
         """The contrastive loss of pictures with the caption that each is loaded with; a caption that describes several
         pictures of the batch is right for each."""
-        side = texts_of(self.backbone)
+        side = self.backbone.texts
         assert side is not None and batch.numbers is not None
         said = [examples.captions(number) for number in batch.numbers.tolist()]
         texts = [captions[drawn] for captions, drawn in zip(said, batch.inputs["caption"].tolist(), strict=True)]

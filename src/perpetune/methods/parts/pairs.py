@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from perpetune.errors import UsageError
 from perpetune.methods.base import Method
-from perpetune.models.classifier import feature_table, texts_of
+from perpetune.models.classifier import feature_table
 from perpetune.numerics.retrieval import recall
 from perpetune.pets import using
 from perpetune.runtime import Runtime
@@ -66,7 +66,7 @@ def text_features(method: Method, texts: Sequence[str], batch_size: int, run: Ru
     Raises:
         UsageError: the backbone reads no texts beside its pictures.
     """
-    side = texts_of(method.model.backbone)
+    side = method.model.backbone.texts
     if side is None:
         raise UsageError(
             f"{method.model.backbone.spec} has no text tower, so pictures cannot be compared with captions: use a "

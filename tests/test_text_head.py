@@ -1,0 +1,369 @@
+"""The head `text` on tiny dual encoders: zero-shot, the expert behind its gate, kept texts, the verbs that use it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import DUAL, dual_folder, picture_folder, recipe, split_folder
+from torch import Tensor
+from torch.nn import functional as F
+
+from perpetune.build import build_method, load_backbone
+from perpetune.cli import call
+from perpetune.errors import UsageError
+from perpetune.heads.templates import spoken, templates_of
+from perpetune.heads.text import Text
+from perpetune.learner import Learner
+from perpetune.models.backbone import Backbone
+from perpetune.models.classifier import Classifier
+from perpetune.pets import parameters
+from perpetune.recipe import make_recipe
+from perpetune.run import learn_protected
+from perpetune.snapshot import restore, snapshot
+from perpetune.tasks import Inputs, Task
+
+NAMES = ["cat", "elk", "fox", "owl", "red panda", "yak"]
+KINDS = list(DUAL)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("dual")
+    return {kind: dual_folder(root / kind.replace(" ", "-"), kind) for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return split_folder(tmp_path_factory.mktemp("data"), NAMES[:4], 6, 3)
+
+
+def backbone(folders: dict[str, Path], kind: str = "CLIP") -> Backbone:
+    return load_backbone(f"folder:{folders[kind]}")
+
+
+def head_of(folders: dict[str, Path], kind: str = "CLIP", classes: Sequence[str] = (), **options: Any) -> Text:
+    head = Text.of(backbone(folders, kind), **options)
+    head.grow(classes, torch.Generator().manual_seed(0))
+    return head.eval().requires_grad_(False)
+
+
+def features(rows: int, dim: int, seed: int = 0) -> Tensor:
+    return torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed))
+
+
+def taught(head: Text, seed: int = 1, each: int = 8) -> Text:
+    """Teaches the expert with features that are near their class's text."""
+    rows = torch.arange(len(head.classes)).repeat_interleave(each)
+    shown = head.texts(head.classes)[rows] + 0.3 * features(len(rows), head.dim, seed) / head.dim**0.5
+    head.expect(torch.full((len(head.classes),), each))
+    head.observe(shown, rows)
+    head.flush()
+    head.settle()
+    return head
+
+
+# -- zero-shot ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_are_scaled_cosines_with_the_mean_of_normalised_texts(folders: dict[str, Path], kind: str) -> None:
+    templates = ["a photo of a {}.", "{}", "one {} in the wild"]
+    head = head_of(folders, kind, NAMES, templates=templates)
+    side, shown = head.side, features(5, head.dim)
+    assert side is not None
+    wanted = []
+    for name in NAMES:
+        each = torch.stack([F.normalize(side.of([template.format(name)])[0], dim=-1) for template in templates])
+        wanted.append(F.normalize(each.mean(0), dim=-1))
+    scores = side.scale * F.normalize(shown, dim=-1) @ torch.stack(wanted).T
+    scores = scores if side.bias is None else scores + side.bias
+    torch.testing.assert_close(head(shown), scores, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_names_and_templates_have_no_order(folders: dict[str, Path], kind: str) -> None:
+    one = head_of(folders, kind, NAMES, templates=["a photo of a {}.", "{}"])
+    other = head_of(folders, kind, NAMES[::-1], templates=["{}", "a photo of a {}."])
+    shown = features(5, one.dim)
+    torch.testing.assert_close(one(shown), other(shown).flip(1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(one.among(shown, [*NAMES, "a new one"])[:, :6], one(shown), rtol=0, atol=1e-5)
+    torch.testing.assert_close(one(shown[2:3]), one(shown)[2:3], rtol=0, atol=1e-5)
+
+
+def test_an_underscore_is_a_space_and_the_rest_stays() -> None:
+    assert [spoken(name) for name in ("red_panda", "Red panda", "T-Shirt/top")] == [
+        "red panda",
+        "Red panda",
+        "T-Shirt/top",
+    ]
+    assert len(templates_of("cifar")) == 18
+    assert templates_of("itap of a {}.") == ("itap of a {}.",)
+    for wrong, said in (("cifr", "no templates 'cifr'.*cifar"), (["{} {}"], "does not have {} once"), ([], "once")):
+        with pytest.raises(UsageError, match=said):
+            templates_of(wrong)
+
+
+def test_two_spellings_of_one_name_are_said(folders: dict[str, Path]) -> None:
+    with pytest.warns(UserWarning, match="'red panda' and 'red_panda' have the same text"):
+        head_of(folders, "CLIP", ["red panda", "red_panda"])
+
+
+# -- the expert -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("expert", ["ridge", "ncm"])
+@pytest.mark.parametrize("kind", ["CLIP", "Siglip"])
+def test_what_was_not_learned_is_answered_as_before(folders: dict[str, Path], kind: str, expert: str) -> None:
+    """Picture by picture, after any number of tasks: an answer outside of the learned classes stays, bit by bit."""
+    plain = head_of(folders, kind, [], vocabulary=NAMES)
+    head = head_of(folders, kind, [], vocabulary=NAMES, expert=expert)
+    shown = features(200, head.dim)
+    before = plain.among(shown, NAMES)
+    for classes in (NAMES[:2], NAMES[2:4]):
+        head.grow(classes, torch.Generator().manual_seed(0))
+        taught(head)
+        learned = set(head.classes)
+        now = head.among(shown, NAMES)
+        outside = torch.tensor([NAMES[i] not in learned for i in before.argmax(1).tolist()])
+        assert 0 < int(outside.sum()) < 200
+        assert torch.equal(now.argmax(1)[outside], before.argmax(1)[outside])
+        others = [i for i, name in enumerate(NAMES) if name not in learned]
+        probabilities = before.softmax(-1)
+        assert torch.equal(now[outside][:, others], 10.0 * probabilities[outside][:, others])
+        gate = head.gates(shown, NAMES)["the expert speaks"]
+        assert torch.equal(gate, ~outside)
+        assert torch.equal(now[:, others].argmax(1), before[:, others].argmax(1)), "among the others zero-shot decides"
+
+
+def test_without_a_gate_zero_shot_is_lost(folders: dict[str, Path]) -> None:
+    """The control."""
+    head = head_of(folders, "CLIP", NAMES[:2], vocabulary=NAMES, expert="ridge", gate="none", fusion=0.95)
+    plain = head_of(folders, "CLIP", [], vocabulary=NAMES)
+    shown = features(200, head.dim)
+    now, before = taught(head).among(shown, NAMES).argmax(1), plain.among(shown, NAMES).argmax(1)
+    outside = before >= 2
+    assert float((now[outside] == before[outside]).float().mean()) < 0.7
+
+
+def test_the_expert_is_one_regression_in_any_order_of_tasks(folders: dict[str, Path]) -> None:
+    def learned(order: Sequence[Sequence[str]]) -> Tensor:
+        head = head_of(folders, "CLIP", [], expert={"name": "ridge", "penalty": 0.1})
+        for classes in order:
+            head.grow(classes, torch.Generator().manual_seed(0))
+            rows = head.rows(classes).repeat_interleave(8)
+            shown = torch.cat([features(8, head.dim, NAMES.index(name)) for name in classes])
+            counts = torch.zeros(len(head.classes), dtype=torch.int64)
+            counts[head.rows(classes)] = 8
+            head.expect(counts)
+            head.observe(shown, rows)
+            head.flush()
+            head.settle()
+        return head.among(features(20, head.dim, 99), NAMES[:4])
+
+    torch.testing.assert_close(learned([NAMES[:2], NAMES[2:4]]), learned([NAMES[2:4], NAMES[:2]]), rtol=0, atol=1e-5)
+
+
+def test_no_share_of_the_expert_is_zero_shot(folders: dict[str, Path]) -> None:
+    head = taught(head_of(folders, "CLIP", NAMES[:4], expert="ridge", fusion=0.0))
+    shown = features(9, head.dim)
+    assert torch.equal(head(shown), head_of(folders, "CLIP", NAMES[:4])(shown))
+
+
+# -- kept texts -------------------------------------------------------------------------------------------
+
+
+def counted(head: Text, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    counts: list[int] = []
+    assert head.side is not None
+    original = head.side.of
+    monkeypatch.setattr(head.side, "of", lambda strings, batch=64: (counts.append(len(strings)), original(strings))[1])
+    return counts
+
+
+def test_texts_are_read_once_and_stored(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    head = head_of(folders, "CLIP", NAMES[:4], vocabulary=NAMES, templates="seven")
+    counts, shown = counted(head, monkeypatch), features(3, head.dim)
+    first = head(shown)
+    head(shown), head.among(shown, NAMES)
+    assert counts == [6 * 7]
+    head.among(shown, ["another"])
+    assert counts == [6 * 7, 7], "a name that is no candidate is read each time"
+    stored, extra = {k: v.clone() for k, v in head.state_dict().items() if k == "kept"}, head.get_extra_state()
+    loaded = head_of(folders, "CLIP", [], vocabulary=NAMES, templates="seven")
+    again = counted(loaded, monkeypatch)
+    loaded.set_extra_state(copy.deepcopy(extra))
+    loaded.kept.copy_(stored["kept"])
+    assert torch.equal(loaded(shown), first)
+    assert again == []
+    with pytest.raises(ValueError, match="other templates"):
+        head_of(folders, "CLIP").set_extra_state(extra)
+
+
+def tuned(folders: dict[str, Path], at: Sequence[str], **head: Any) -> tuple[Any, list[Task]]:
+    from perpetune.check import tiny_stream
+    from perpetune.runtime import Runtime
+
+    content = {
+        "backbone": f"folder:{folders['CLIP']}",
+        "pet": {"name": "lora", "rank": 2, "at": list(at)},
+        "head": {"name": "text", **head},
+        "train": {"epochs": 2, "batch_size": 8, "lr": 0.02},
+    }
+    recipe_ = make_recipe(content)
+    return build_method(recipe_, backbone(folders)), tiny_stream(Runtime())
+
+
+def test_pets_in_the_text_tower_change_the_texts(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    method, stream = tuned(folders, ["text.q", "text.v"])
+    head = method.model.head
+    learn_protected(method, stream[0])
+    shown = Inputs(pixels=torch.stack([stream[0].train.load(i, None) for i in range(4)]))
+    first = method.predict(shown)
+    counts = counted(head, monkeypatch)
+    assert torch.equal(method.predict(shown), first)
+    assert counts == [], "the pets have not changed, so the texts are kept"
+    learn_protected(method, stream[1])
+    assert not torch.equal(method.predict(shown)[:, :2], first)
+    assert sum(counts) == 4
+
+
+def test_picture_pets_leave_the_texts(folders: dict[str, Path]) -> None:
+    method, stream = tuned(folders, ["picture.q"])
+    head = method.model.head
+    learn_protected(method, stream[0])
+    before = head.texts(["a", "b"])
+    learn_protected(method, stream[1])
+    assert torch.equal(head.texts(["a", "b"]), before)
+
+
+@pytest.mark.parametrize("mask", ["task", "seen"])
+def test_training_lowers_the_loss_and_reads_only_the_compared_classes(
+    folders: dict[str, Path], mask: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, stream = tuned(folders, ["text.v", "picture.v"])
+    method.model.compare(mask)
+    read: list[int] = []
+    side = method.model.head.side
+    original = side.inputs
+    monkeypatch.setattr(side, "inputs", lambda strings, device=None: (read.append(len(strings)), original(strings))[1])
+    for task in stream[:2]:
+        read.clear()
+        learn_protected(method, task)
+        classes = len(method.classes) if mask == "seen" else 2
+        assert max(read) == classes
+    assert all(bool(p.any()) for p in parameters(method.model, "default"))
+
+
+def test_the_scale_can_be_trained(folders: dict[str, Path]) -> None:
+    method, stream = tuned(folders, ["picture.v"], learn_scale=True)
+    learn_protected(method, stream[0])
+    assert float(method.model.head.shift.detach().abs()) > 0
+    fixed, stream = tuned(folders, ["picture.v"])
+    assert fixed.model.trained() == []
+
+
+@pytest.mark.parametrize("head", [{}, {"expert": "ridge", "vocabulary": NAMES}, {"learn_scale": True}], ids=str)
+def test_states_bring_everything_back(folders: dict[str, Path], head: dict[str, Any]) -> None:
+    method, stream = tuned(folders, ["picture.q", "text.q"], **head)
+    states = [snapshot(method)]
+    inputs = Inputs(pixels=torch.stack([stream[0].train.load(i, None) for i in range(4)]))
+    scores = []
+    for task in stream:
+        learn_protected(method, task)
+        scores.append(method.predict(inputs))
+        states.append(snapshot(method))
+    other, _ = tuned(folders, ["picture.q", "text.q"], **head)
+    for number in (3, 1, 2):
+        restore(other, states[number], "memory")
+        torch.testing.assert_close(other.predict(inputs), scores[number - 1], rtol=0, atol=1e-6)
+
+
+# -- the verbs --------------------------------------------------------------------------------------------
+
+
+def test_a_run_of_zero_shot_and_the_verbs(folders: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    """No task is needed to ask among names; `frozen` learns nothing and knows the classes."""
+    content = recipe(folders["CLIP"], data, head="text", method="frozen", pet="none")
+    learner = Learner(content, tmp_path / "state")
+    photos = picture_folder(tmp_path / "photos", NAMES[:4], 2, first=70)
+    asked = sorted(photos.rglob("*.png"))
+    first = learner.predict(asked, names=NAMES, top=2)
+    with pytest.raises(Exception, match="has learned nothing yet"):
+        learner.predict(asked)
+    results = learner.run()
+    assert results["tasks"][1]["classes"] == ["fox", "owl"]
+    for one, other in zip(learner.predict(asked, names=NAMES, top=2), first, strict=True):
+        assert [name for name, _ in one.classes] == [name for name, _ in other.classes]
+        assert dict(one.classes) == pytest.approx(dict(other.classes), abs=1e-5)
+    assert {name for name, _ in learner.predict(asked, top=9)[0].classes} == set(NAMES[:4])
+    for wrong in ([], ["a", "a"], ["a", " "]):
+        with pytest.raises(UsageError, match="expected different names"):
+            learner.predict(asked, names=wrong)
+    cosines = learner.match(asked, ["a photo of a cat.", "a dog"])
+    assert cosines.shape == (8, 2)
+    found = learner.find("a photo of a cat.", asked, top=3)
+    best = cosines[:, 0].topk(3)
+    assert [path for path, _ in found] == [str(asked[i]) for i in best.indices.tolist()]
+
+
+def test_the_command_line(
+    folders: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    learner = Learner(recipe(folders["CLIP"], data, head="text", method="frozen", pet="none"), tmp_path / "state")
+    learner.run()
+    photos = picture_folder(tmp_path / "photos", ["cat"], 2, first=70)
+    (photos / "torn.png").write_bytes(b"no picture")
+    state = str(tmp_path / "state")
+    capsys.readouterr()
+    assert call(["predict", state, str(photos / "cat"), "--names", "red panda, otter", "--top", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert all(line.rpartition(": ")[2].split(" 0")[0] in ("red panda", "otter") for line in lines)
+    assert call(["find", state, "a dog on a beach", str(photos), "--top", "5"]) == 1
+    told = capsys.readouterr()
+    assert len(told.out.splitlines()) == 2
+    assert "torn.png" in told.err
+    assert call(["predict", state, str(photos / "cat"), "--names", "a,,b"]) == 2
+    assert "expected different names" in capsys.readouterr().err
+
+
+def test_heads_and_backbones_that_do_not_fit(folders: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    from tiny import vit_folder
+
+    vit = vit_folder(tmp_path / "vit")
+    with pytest.raises(UsageError, match="has no text tower"):
+        Learner(recipe(vit, data, head="text", method="frozen", pet="none"), tmp_path / "a")
+    learner = Learner(recipe(vit, data), tmp_path / "b")
+    with pytest.raises(UsageError, match=r"names need a head that knows classes by their names"):
+        learner.predict([], names=["a"])
+    with pytest.raises(UsageError, match="reads no texts beside pictures"):
+        learner.match([], ["a"])
+    for options, said in (
+        ({"vocabulary": str(tmp_path / "none.txt")}, "cannot read the vocabulary"),
+        ({"vocabulary": ["a", " "]}, "empty name"),
+        ({"expert": {"name": "ridge", "projecton": 3}}, "projecton"),
+        ({"expert": "linear"}, "ridge"),
+    ):
+        content = recipe(folders["CLIP"], data, head={"name": "text", **options}, method="frozen", pet="none")
+        with pytest.raises(UsageError, match=said):
+            Learner(content, tmp_path / "c")
+    with pytest.raises(UsageError, match=r"leave backbone.taps out"):
+        Text.of(backbone(folders).tap(1))
+
+
+def test_a_vocabulary_in_a_file(folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("\ufeffcat\n\nred_panda\ncat\n")
+    assert head_of(folders, "CLIP", vocabulary=str(tmp_path / "names.txt")).vocabulary == ["cat", "red_panda"]
+
+
+def test_it_is_a_head_of_a_classifier(folders: dict[str, Path]) -> None:
+    method, _ = tuned(folders, ["picture.q"])
+    assert isinstance(method.model, Classifier)
+    assert method.model.any_class
+    shared = copy.deepcopy(method.model.head)
+    assert shared.side is method.model.head.side
