@@ -19,7 +19,7 @@ from perpetune.models.base import Model
 from perpetune.models.classifier import Classifier
 from perpetune.pets import PET, Place, inject, pets, sets
 from perpetune.pets.context import MARK, Context
-from perpetune.protection.config import ProtectConfig
+from perpetune.protection.config import ProtectConfig, Reference
 from perpetune.protection.protection import Protection
 from perpetune.protection.sites import pet_sites
 from perpetune.recipe import PetSection, Recipe
@@ -182,7 +182,30 @@ def build_protection(recipe: Recipe, method: Method) -> Protection:
     assert recipe.protect is not None
     config = recipe.protect
     sites, loose, free = pet_sites(method, config.conditions, method.trained, config.renews, method.sometimes)
-    return Protection(sites, config, still=loose, free=free, seed=recipe.seed)
+    made = Protection(sites, config, still=loose, free=free, seed=recipe.seed)
+    _check_reference(config.reference, made, method)
+    return made
+
+
+def _check_reference(reference: Reference | None, made: Protection, method: Method) -> None:
+    """Raise UsageError if a tower that is protected would see nothing of the reference, or if it names something that
+    nobody sees."""
+    if reference is None:
+        return
+    if reference.weights:
+        made.weights()
+        return
+    if made.reads_texts and method.model.takes == "pictures" and not (reference.texts or method.model.vocabulary):
+        raise UsageError(
+            "protect.reference: pets in the text tower are protected, and no text is: give protect.reference.texts, or "
+            "head.vocabulary"
+        )
+    if reference.texts is not None and not made.reads_texts:
+        raise UsageError("protect.reference.texts: no pet in a text tower is protected, so nothing reads them")
+    if made.reads_pictures and reference.path is None:
+        raise UsageError(
+            "protect.reference: pets in the picture tower are protected, and no picture is: give protect.reference.path"
+        )
 
 
 def build_average(recipe: Recipe, method: Method) -> Average:

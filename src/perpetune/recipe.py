@@ -253,7 +253,9 @@ class Recipe(Section):
             name: NamedSection.model_validate(_anchored(section.model_dump())) for name, section in self.exams.items()
         }
         if self.protect is not None and self.protect.reference is not None:
-            reference = self.protect.reference.model_copy(update={"path": _absolute(self.protect.reference.path)})
+            before = self.protect.reference
+            places = {"path": _absolute(before.path), "texts": _absolute(before.texts)}
+            reference = before.model_copy(update=places)
             changes["protect"] = self.protect.model_copy(update={"reference": reference})
         return self.model_copy(update=changes)
 
@@ -356,11 +358,13 @@ def _beside(content: dict[str, Any], file: Path) -> dict[str, Any]:
     protect = changed.get("protect")
     if isinstance(protect, dict) and isinstance(reference := protect.get("reference"), dict | str):
         where = "protect.reference"
+        placed: Any
         if isinstance(reference, str):
-            changed["protect"] = {**protect, "reference": _from_file(reference, file, where)}
-        elif "path" in reference:
-            placed = {**reference, "path": _from_file(reference["path"], file, where)}
+            placed = reference if reference == "weights" else _from_file(reference, file, where)
             changed["protect"] = {**protect, "reference": placed}
+        else:
+            places = {key: _from_file(reference[key], file, where) for key in ("path", "texts") if key in reference}
+            changed["protect"] = {**protect, "reference": {**reference, **places}}
     return changed
 
 

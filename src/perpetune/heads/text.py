@@ -7,7 +7,6 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import torch
@@ -21,10 +20,10 @@ from perpetune.heads.ncm import NCM
 from perpetune.heads.ridge import Ridge
 from perpetune.heads.templates import spoken, templates_of
 from perpetune.numerics.fusion import Gate, class_texts, fused, gate_open
+from perpetune.plain import names_in
 from perpetune.tasks import Inputs
 
 SHARP = 10.0  # fused scores lie near [0, 1]; times this their softmax tells people how sure the answer is
-MOST_NAMES = 200_000
 
 
 class Texts(Protocol):
@@ -118,7 +117,7 @@ class Text(Head):
     ):
         super().__init__(dim)
         self.templates, self.fusion, self.gate = templates_of(templates), fusion, gate
-        self.vocabulary = _names(vocabulary)
+        self.vocabulary = names_in(vocabulary or (), "head: text: the vocabulary")
         given = expert if expert is None or isinstance(expert, Expert) else Expert.model_validate(expert)
         self.expert = None if given is None else given.make(dim)
         self.statistics = self.expert is not None  # type: ignore[misc]
@@ -345,22 +344,3 @@ class Text(Head):
 
     def _digest(self) -> str:
         return hashlib.sha256(json.dumps(self.templates).encode()).hexdigest()[:16]
-
-
-def _names(given: str | Sequence[str] | None) -> list[str]:
-    """The names of a vocabulary: those in a list, or one on each line of a file."""
-    if given is None:
-        return []
-    if isinstance(given, str):
-        try:
-            text = Path(given).expanduser().read_text("utf-8-sig")
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
-            raise UsageError(f"head: text: cannot read the vocabulary {given!r}: {reason}") from None
-        given = [line.strip() for line in text.splitlines() if line.strip()]
-    names = list(dict.fromkeys(given))
-    if len(names) > MOST_NAMES:
-        raise UsageError(f"head: text: the vocabulary has {len(names)} names; at most {MOST_NAMES} are expected")
-    if any(not name.strip() for name in names):
-        raise UsageError("head: text: the vocabulary has an empty name")
-    return names

@@ -127,8 +127,13 @@ class Model(nn.Module, ABC):
         """One forward pass as at prediction, with the head, for code that watches the features in the model."""
         self.predict(inputs)
 
-    def sentences(self, examples: Examples, classes: Sequence[str]) -> list[str]:
-        """The texts that the model reads beside these examples of a task with these classes, each once: what its head
+    @property
+    def vocabulary(self) -> list[str]:
+        """Names of classes that it knows beside those that it has learned."""
+        return []
+
+    def sentences(self, classes: Sequence[str], examples: Examples | None = None) -> list[str]:
+        """The texts that the model reads beside the examples of a task with these classes, each once: what its head
         reads of their names, or captions."""
         return []
 

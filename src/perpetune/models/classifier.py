@@ -199,16 +199,22 @@ class Classifier(Model):
             learn_statistics(task, batch_size, [(self.head, lambda batch: self.features(batch.inputs))])
         self.head.finish(task.classes)
 
-    def sentences(self, examples: Examples, classes: Sequence[str]) -> list[str]:
-        if captioned(examples):
+    @property
+    def vocabulary(self) -> list[str]:
+        found: list[str] = getattr(self.head, "vocabulary", [])
+        return found
+
+    def sentences(self, classes: Sequence[str], examples: Examples | None = None) -> list[str]:
+        if examples is not None and captioned(examples):
             said = (caption for number in range(len(examples)) for caption in examples.captions(number))
             return list(dict.fromkeys(said))
+        if examples is None and not self.head.reads:
+            return list(classes)  # of a reference, for a head without templates
         return self.head.sentences(classes)
 
     def observe_texts(self, sentences: Sequence[str]) -> None:
-        side = texts_of(self.backbone)
-        if side is not None:
-            side.of(sentences)
+        if self.backbone.texts is not None:
+            self.backbone.texts.of(sentences)
 
     def observe(self, inputs: Inputs) -> None:
         features = self.features(inputs)
