@@ -20,7 +20,8 @@ from perpetune.recipe import Recipe, load_recipe, make_recipe, packaged
 from perpetune.seeding import own_global_state
 
 NAMES = list(packaged())
-PICTURES = [name for name in NAMES if "lm" not in name.split("-")]  # the others: test_recipes_language.py
+BOTH = [name for name in NAMES if name.startswith(("clip-", "update-text"))]  # test_recipes_clip.py
+PICTURES = [name for name in NAMES if "lm" not in name.split("-") and name not in BOTH]  # test_recipes_language.py
 PEGP = [name for name in PICTURES if name.startswith("pegp-") and "ridge" not in name]  # as the papers have it
 PETS = ("lora", "adapter", "prefix", "prompt")
 STREAMS = ("cifar100-10", "cifar100-20", "imagenet-r-10", "domainnet", "core50")

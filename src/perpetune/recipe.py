@@ -20,7 +20,6 @@ from perpetune.models.taps import Count, Read
 from perpetune.plain import MOST_YAML, Malformed, parse_yaml, read_regular
 from perpetune.protection.config import ProtectConfig
 from perpetune.runtime import Precision
-from perpetune.selectors import Selection
 
 Setting = Literal["class", "domain", "task"]
 PATH_KEYS = {"path", "train", "test"}  # options of a data source that may be paths
@@ -300,7 +299,7 @@ def _complete(kind: registry.Kind, choice: NamedSection, skip: Sequence[str] = (
         required = {name: FitConfig() for name in skip if registry_schema.model_fields[name].is_required()}
         own |= required
     completed = registry.options(kind, choice.name, own)
-    options = {k: v.model_dump() if isinstance(v, Selection) else v for k, v in completed.items()}
+    options = {k: v.model_dump() if isinstance(v, BaseModel) else v for k, v in completed.items()}
     kept = {k: v for k, v in choice.options.items() if k in skip}
     return NamedSection.model_validate(
         {"name": choice.name, **{k: v for k, v in options.items() if k not in skip}, **kept}
