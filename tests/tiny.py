@@ -273,17 +273,18 @@ def tiny_tokenizer(chat: bool = True) -> Any:
 DUAL = ("CLIP", "Siglip", "Siglip2", "ViT and BERT")
 """The kinds of dual encoders of transformers."""
 _TOWER: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
-_PICTURES = {**_TOWER, "num_hidden_layers": 3, "patch_size": 8}
+_PICTURES = {**_TOWER, "patch_size": 8}
 
 
-def dual_folder(path: Path, kind: str = "CLIP", seed: int = 0, **text: Any) -> Path:
+def dual_folder(path: Path, kind: str = "CLIP", seed: int = 0, blocks: int = 3, **text: Any) -> Path:
     """A dual encoder of transformers with random weights and its tokenizer; the folder.
 
-    Three blocks for pictures of 16 pixels, two for texts of at most 40 tokens (SigLIP: 24). The features have 8
-    numbers, SigLIP's 16.
+    Three blocks (or so many) for pictures of 16 pixels, two for texts of at most 40 tokens (SigLIP: 24). The features
+    have 8 numbers, SigLIP's 16.
 
     Args:
         kind: one of `DUAL`.
+        blocks: how many the tower for pictures has.
         text: further entries of the text tower's config, or other values.
     """
     import transformers as t
@@ -295,6 +296,7 @@ def dual_folder(path: Path, kind: str = "CLIP", seed: int = 0, **text: Any) -> P
     length = 24 if kind.startswith("Siglip") else 40
     text = {**_TOWER, "num_hidden_layers": 2, "vocab_size": 300, "max_position_embeddings": length, **ends, **text}
     size = {"num_patches": 4} if kind == "Siglip2" else {"image_size": SIZE}
+    size["num_hidden_layers"] = blocks
     logging.disable_progress_bar()
     with own_global_state("dual", kind, seed):
         if kind == "ViT and BERT":

@@ -17,8 +17,9 @@ from perpetune.methods.base import Method
 from perpetune.models.backbone import Backbone
 from perpetune.models.base import Model
 from perpetune.models.classifier import Classifier
-from perpetune.pets import PET, Place, inject
-from perpetune.protection.config import ProtectConfig
+from perpetune.pets import PET, Place, inject, pets, sets
+from perpetune.pets.context import MARK, Context
+from perpetune.protection.config import ProtectConfig, Reference
 from perpetune.protection.protection import Protection
 from perpetune.protection.sites import pet_sites
 from perpetune.recipe import PetSection, Recipe
@@ -63,9 +64,9 @@ def load_backbone(spec: str, *, seed: int = 0, **options: Any) -> Backbone:
 def build_method(recipe: Recipe, backbone: Backbone) -> Method:
     """A new method without learned tasks, on the backbone's device."""
     if recipe.pet is not None:
-        _inject(recipe.pet, backbone, generator(recipe.seed, "pet"), "default")
+        _inject_set(recipe.pet, backbone, generator(recipe.seed, "pet"), "default")
     for name, section in recipe.pets.items():
-        _inject(section, backbone, generator(recipe.seed, "pet", name), name)
+        _inject_set(section, backbone, generator(recipe.seed, "pet", name), name)
     with own_global_state(recipe.seed, "method"):
         model = _build_model(recipe, backbone)
         kind = registry.find("methods", recipe.method.name)
@@ -77,6 +78,7 @@ def build_method(recipe: Recipe, backbone: Backbone) -> Method:
         method: Method = kind(model, **recipe.method_options())
     if isinstance(model, Classifier):
         model.head.ready()
+    _check_contexts(recipe, method)
     if recipe.backbone.options.get("dtype") == "float16" and recipe.run.precision != "fp16":
         raise UsageError(
             "backbone.dtype: float16 needs a scaled loss, because small gradients become zero in float16: add "
@@ -96,6 +98,39 @@ def build_method(recipe: Recipe, backbone: Backbone) -> Method:
     if recipe.average is not None:
         method.average = build_average(recipe, method)
     return method.requires_grad_(False).eval()
+
+
+def _inject_set(section: PetSection, backbone: Backbone, rng: torch.Generator, name: str) -> None:
+    """Put a set of pets on the backbone: those of the section and those beside them."""
+    for one in (section, *section.beside):
+        _inject(one, backbone, rng, name)
+
+
+def _check_contexts(recipe: Recipe, method: Method) -> None:
+    """Raise UsageError if contexts and the head's templates do not fit together."""
+    templates = getattr(method.model.head, "templates", ()) if isinstance(method.model, Classifier) else ()
+    marked = any(MARK in template for template in templates)
+    contexts = [pet for name in sets(method.model) for pet in pets(method.model, name) if isinstance(pet, Context)]
+    if not contexts and marked:
+        raise UsageError(
+            f"head: text: a template has {MARK}, and no pet makes it: add pet: context, or change templates"
+        )
+    if not contexts:
+        return
+    if not marked:
+        raise UsageError(
+            f"pet: context stands where a template of head: text has {MARK}, and none has it: use head: {{name: text, "
+            "templates: context}"
+        )
+    if len({(pet.length, pet.words, pet.of_task) for pet in contexts}) > 1:
+        raise UsageError("pet: context: all sets of pets need the same length, init and share")
+    if contexts[0].of_task and not method.by_task:
+        raise UsageError(
+            f"pet: context with share: task is for methods that train each task, and {recipe.method.name} does not "
+            "start new ones: use share: all, or method: finetune"
+        )
+    if method.by_task and recipe.method.name == "pool" and not contexts[0].of_task:
+        raise UsageError("pet: context: each member of the pool has its own: use share: task")
 
 
 def _inject(section: PetSection, backbone: Backbone, rng: torch.Generator, name: str) -> None:
@@ -148,7 +183,30 @@ def build_protection(recipe: Recipe, method: Method) -> Protection:
     assert recipe.protect is not None
     config = recipe.protect
     sites, loose, free = pet_sites(method, config.conditions, method.trained, config.renews, method.sometimes)
-    return Protection(sites, config, still=loose, free=free, seed=recipe.seed)
+    made = Protection(sites, config, still=loose, free=free, seed=recipe.seed)
+    _check_reference(config.reference, made, method)
+    return made
+
+
+def _check_reference(reference: Reference | None, made: Protection, method: Method) -> None:
+    """Raise UsageError if a tower that is protected would see nothing of the reference, or if it names something that
+    nobody sees."""
+    if reference is None:
+        return
+    if reference.weights:
+        made.weights()
+        return
+    if made.reads_texts and method.model.takes == "pictures" and not (reference.texts or method.model.vocabulary):
+        raise UsageError(
+            "protect.reference: pets in the text tower are protected, and no text is: give protect.reference.texts, or "
+            "head.vocabulary"
+        )
+    if reference.texts is not None and not made.reads_texts:
+        raise UsageError("protect.reference.texts: no pet in a text tower is protected, so nothing reads them")
+    if made.reads_pictures and reference.path is None:
+        raise UsageError(
+            "protect.reference: pets in the picture tower are protected, and no picture is: give protect.reference.path"
+        )
 
 
 def build_average(recipe: Recipe, method: Method) -> Average:
@@ -170,6 +228,8 @@ def build_average(recipe: Recipe, method: Method) -> Average:
             f"method: {name} chooses where each task starts and which pets answer: average needs restart: true and "
             "answer: average"
         )
+    if any(pet.of_task for name in method.trained for pet in pets(model, name)):
+        raise UsageError("average: each task starts from a context of its own (share: task): leave average out")
     if config.carried and recipe.protect is not None and recipe.protect.renew:
         raise UsageError(
             "protect.renew starts new pets before each task, so no average of the old ones lives on: average needs "

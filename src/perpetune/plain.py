@@ -10,7 +10,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ MOST_NODES = 50_000
 """Values of a YAML text, each as often as aliases repeat it."""
 MOST_KEYS = 1_000
 """Keys of one mapping in YAML."""
+MOST_NAMES = 200_000
+"""Names in one list."""
 MOST_DIGITS = 64
 """Digits of a whole number."""
 
@@ -66,6 +68,30 @@ def read_regular(path: str | Path, most: int) -> bytes:
     if len(content) > most:
         raise OSError(errno.EFBIG, f"it has more than {most} bytes", str(path))
     return content
+
+
+def names_in(given: str | Sequence[str], where: str) -> list[str]:
+    """The names in a list, or one on each line of a file; each once.
+
+    Args:
+        where: what the names are, for messages.
+
+    Raises:
+        UsageError: the file cannot be read, a name is empty, or there are more than `MOST_NAMES`.
+    """
+    if isinstance(given, str):
+        try:
+            text = read_regular(Path(given).expanduser(), MOST_JSON).decode("utf-8-sig")
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+            raise UsageError(f"{where}: cannot read {given!r}: {reason}") from None
+        given = [line.strip() for line in text.splitlines() if line.strip()]
+    names = list(dict.fromkeys(given))
+    if len(names) > MOST_NAMES:
+        raise UsageError(f"{where} has {len(names)} names; at most {MOST_NAMES} are expected")
+    if any(not name.strip() for name in names):
+        raise UsageError(f"{where} has an empty name")
+    return names
 
 
 def _no_regular(path: str | Path) -> OSError:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
 
 from perpetune import registry
 from perpetune.averages.config import AverageConfig
@@ -20,7 +20,6 @@ from perpetune.models.taps import Count, Read
 from perpetune.plain import MOST_YAML, Malformed, parse_yaml, read_regular
 from perpetune.protection.config import ProtectConfig
 from perpetune.runtime import Precision
-from perpetune.selectors import Selection
 
 Setting = Literal["class", "domain", "task"]
 PATH_KEYS = {"path", "train", "test"}  # options of a data source that may be paths
@@ -83,6 +82,25 @@ class PetSection(NamedSection):
     default."""
     blocks: list[int] | None = None
     """Numbers of the transformer blocks, negative ones from the end; None is all."""
+    beside: list[PetSection] = []
+    """Further pets of the same set, at other places, such as a context for texts beside a prompt for pictures."""
+
+    @model_serializer(mode="wrap")
+    def _plain(self, handler: Any) -> Any:
+        """Without `beside` where there is nothing, as recipes had it before."""
+        return {key: value for key, value in handler(self).items() if key != "beside" or value}
+
+    @field_validator("beside", mode="before")
+    @classmethod
+    def _one_beside(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str | dict) else value
+
+    @field_validator("beside")
+    @classmethod
+    def _flat(cls, value: list[PetSection]) -> list[PetSection]:
+        if any(section.beside for section in value):
+            raise ValueError("a pet in beside has no beside of its own: put all of them into one list")
+        return value
 
     @field_validator("at", mode="before")
     @classmethod
@@ -234,7 +252,9 @@ class Recipe(Section):
             name: NamedSection.model_validate(_anchored(section.model_dump())) for name, section in self.exams.items()
         }
         if self.protect is not None and self.protect.reference is not None:
-            reference = self.protect.reference.model_copy(update={"path": _absolute(self.protect.reference.path)})
+            before = self.protect.reference
+            places = {"path": _absolute(before.path), "texts": _absolute(before.texts)}
+            reference = before.model_copy(update=places)
             changes["protect"] = self.protect.model_copy(update={"reference": reference})
         return self.model_copy(update=changes)
 
@@ -266,7 +286,9 @@ def _once(epochs: Any) -> bool:
 def _complete_pet(section: PetSection) -> PetSection:
     kind = registry.find("pets", section.name)
     at = list(kind.default_at) if section.at is None else section.at
-    return PetSection.model_validate({**_complete("pets", section).model_dump(), "at": at, "blocks": section.blocks})
+    beside = [_complete_pet(one) for one in section.beside]
+    own = _complete("pets", section).model_dump()
+    return PetSection.model_validate({**own, "at": at, "blocks": section.blocks, "beside": beside})
 
 
 def _complete(kind: registry.Kind, choice: NamedSection, skip: Sequence[str] = ()) -> NamedSection:
@@ -277,7 +299,7 @@ def _complete(kind: registry.Kind, choice: NamedSection, skip: Sequence[str] = (
         required = {name: FitConfig() for name in skip if registry_schema.model_fields[name].is_required()}
         own |= required
     completed = registry.options(kind, choice.name, own)
-    options = {k: v.model_dump() if isinstance(v, Selection) else v for k, v in completed.items()}
+    options = {k: v.model_dump() if isinstance(v, BaseModel) else v for k, v in completed.items()}
     kept = {k: v for k, v in choice.options.items() if k in skip}
     return NamedSection.model_validate(
         {"name": choice.name, **{k: v for k, v in options.items() if k not in skip}, **kept}
@@ -351,11 +373,13 @@ def _beside(content: dict[str, Any], file: Path) -> dict[str, Any]:
     protect = changed.get("protect")
     if isinstance(protect, dict) and isinstance(reference := protect.get("reference"), dict | str):
         where = "protect.reference"
+        placed: Any
         if isinstance(reference, str):
-            changed["protect"] = {**protect, "reference": _from_file(reference, file, where)}
-        elif "path" in reference:
-            placed = {**reference, "path": _from_file(reference["path"], file, where)}
+            placed = reference if reference == "weights" else _from_file(reference, file, where)
             changed["protect"] = {**protect, "reference": placed}
+        else:
+            places = {key: _from_file(reference[key], file, where) for key in ("path", "texts") if key in reference}
+            changed["protect"] = {**protect, "reference": {**reference, **places}}
     return changed
 
 

@@ -43,6 +43,7 @@ BUILTIN: dict[Kind, dict[str, str]] = {
         "prefix": "perpetune.pets.prefix:Prefix",
         "prompt": "perpetune.pets.prompt:Prompt",
         "ssf": "perpetune.pets.ssf:SSF",
+        "context": "perpetune.pets.context:Context",
     },
     "heads": {
         "linear": "perpetune.heads.linear:Linear",
@@ -325,6 +326,13 @@ def summary(kind: Kind, name: str) -> dict[str, Any]:
     }
 
 
+def _written(value: Any) -> str:
+    """A default as a recipe has it, in one line."""
+    if isinstance(value, BaseModel):
+        return yaml.safe_dump(value.model_dump(), default_flow_style=True, sort_keys=False, width=200).splitlines()[0]
+    return yaml.safe_dump(value).splitlines()[0]
+
+
 def described(model: type[BaseModel], *without: str) -> dict[str, str]:
     """The options of a model, each with its default, and the words it can be where it is one of a few."""
     told = {}
@@ -335,12 +343,8 @@ def described(model: type[BaseModel], *without: str) -> dict[str, str]:
         if isinstance(field.default, selectors.Selection):
             told[name] = f"{field.default.name}   (a selector)"
             continue
-        section = inspect.isclass(field.annotation) and issubclass(field.annotation, BaseModel)
-        if field.is_required():
-            default = "the recipe's `train:` section" if section else "required"
-        else:
-            plain = field.default.model_dump() if section else field.default
-            listed = list(plain) if isinstance(plain, tuple) else plain
-            default = yaml.safe_dump(listed, default_flow_style=True).splitlines()[0]
+        default = "required" if field.is_required() else _written(field.default)
+        if field.is_required() and inspect.isclass(field.annotation) and issubclass(field.annotation, BaseModel):
+            default = "the recipe's `train:` section"
         told[name] = default + (f"   ({', '.join(words)})" if words else "")
     return told

@@ -24,6 +24,7 @@ from perpetune.data.stream import Stream, StreamOptions, single_task
 from perpetune.data.tasks import TaskData
 from perpetune.errors import DataError, UsageError
 from perpetune.exams.base import Exam, Suite
+from perpetune.plain import names_in
 from perpetune.recipe import Recipe
 from perpetune.run import Step
 from perpetune.runtime import Runtime
@@ -68,7 +69,7 @@ class TaskSequence:
             others.append(self._of_stream(index + 1))  # its accuracy before it is learned: forward transfer
         warnings = self.stream.warnings if index == 0 else []
         document = _document(task, STREAM, data.fingerprint, data.bad, warnings)
-        step = Step(task, others, document, self._first(index), self._seen(index), self.exams)
+        step = Step(task, others, document, self._first(index), self._names(index), self._seen(index), self.exams)
         if not future:
             return step
         ahead = [self._of_stream(i) for i in range(index + 1, len(self.stream.tasks))]
@@ -112,7 +113,8 @@ class TaskSequence:
         for line in _new_classes(task, committed):
             self.runtime.progress.note(line)
         document = {**document, "warnings": [*document["warnings"], *found]}
-        step = Step(task, others, document, self._first(task.index), exams=self.exams)
+        first = self._first(task.index), self._names(task.index)
+        step = Step(task, others, document, *first, exams=self.exams)
         if not self.recipe.evaluate.future:
             return step
         classes = {c.name: c.task()["classes"] for c in committed}
@@ -122,9 +124,19 @@ class TaskSequence:
     def reference(self) -> tuple[TableSet, list[str]] | None:
         """The recipe's reference pictures, with a line for each that cannot be read; None where it names none."""
         reference = self.recipe.protect.reference if self.recipe.protect else None
-        if reference is not None and self._reference is None:
+        if reference is not None and reference.path is not None and self._reference is None:
             self._reference = reference_examples(reference.path, self.view, self.recipe.stream)
         return self._reference
+
+    def _names(self, index: int) -> list[str]:
+        """The names whose texts are protected before task `index`: those of the reference, before the first."""
+        reference = self.recipe.protect.reference if self.recipe.protect else None
+        if index > 0 or reference is None or reference.weights:
+            return []
+        if reference.texts is not None:
+            return names_in(reference.texts, "protect.reference.texts")
+        vocabulary: str | list[str] = self.recipe.head.options.get("vocabulary") or []
+        return names_in(vocabulary, "head: the vocabulary")
 
     def _first(self, index: int) -> TableSet | None:
         """What is protected before task `index`: reference pictures, before the first."""

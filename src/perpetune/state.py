@@ -618,7 +618,10 @@ def _training(recipe: Recipe) -> dict[str, Any]:
         mode="json", include={"seed", "setting", "method", "protect", "online", "train", "stream", "evaluate"}
     )
     if plain["protect"] is not None and plain["protect"].get("reference"):
-        plain["protect"]["reference"] = {k: v for k, v in plain["protect"]["reference"].items() if k != "path"}
+        given = plain["protect"]["reference"].items()
+        plain["protect"]["reference"] = {
+            k: v for k, v in given if k != "path" and not (k == "texts" and isinstance(v, str))
+        }
     return {**plain, "run": {"precision": recipe.run.precision}}
 
 

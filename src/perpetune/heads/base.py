@@ -65,6 +65,9 @@ class Head(nn.Module, ABC):
     statistics: ClassVar[bool] = False
     any_class: ClassVar[bool] = False
     """Whether `among` takes classes that were not learned: a head that reads their names."""
+    reads: ClassVar[bool] = False
+    """Whether it reads the `sentences` of classes, and `forward` keeps what it made of them. Protection shows these
+    sentences to the text tower by itself, once for each class."""
     carry: bool = False
     """Whether its sums are moved as training moves the features."""
 
@@ -102,6 +105,13 @@ class Head(nn.Module, ABC):
     def gates(self, features: Tensor, classes: Sequence[str]) -> Mapping[str, Tensor]:
         """Yes or no about how `among` finds each of its answers, bool `(B,)`, by name; for the report."""
         return {}
+
+    def sentences(self, classes: Sequence[str]) -> list[str]:
+        """All texts that it reads for some classes; none if it reads no texts."""
+        return []
+
+    def finish(self, classes: Sequence[str]) -> None:
+        """Called when a task with these classes was learned, with the pets in force that were trained on it."""
 
     def logits(self, features: Tensor) -> Tensor:
         """Scores `(B, C)` for training by gradient; by default the same as at prediction."""

@@ -19,6 +19,7 @@ _CIFAR = (
 )
 SETS: dict[str, tuple[str, ...]] = {
     "photo": ("a photo of a {}.",),
+    "context": ("[context] {}.",),
     "cifar": tuple(template.format(article) for article in ("a", "the") for template in _CIFAR),
     "seven": (
         "itap of a {}.",
@@ -30,7 +31,8 @@ SETS: dict[str, tuple[str, ...]] = {
         "a photo of the small {}.",
     ),
 }
-"""Sets of templates by name. `cifar` and `seven` are those that OpenAI published for CLIP on CIFAR and ImageNet."""
+"""Sets of templates by name. `context` is for the pet of that name. `cifar` and `seven` are those that OpenAI published
+for CLIP on CIFAR and ImageNet."""
 
 
 def templates_of(given: str | Sequence[str]) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import torch
@@ -16,15 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perpetune.errors import UsageError
-from perpetune.heads.base import Head, alone
+from perpetune.heads.base import Head, alone, grow_rows
 from perpetune.heads.ncm import NCM
 from perpetune.heads.ridge import Ridge
 from perpetune.heads.templates import spoken, templates_of
 from perpetune.numerics.fusion import Gate, class_texts, fused, gate_open
+from perpetune.plain import names_in
 from perpetune.tasks import Inputs
 
 SHARP = 10.0  # fused scores lie near [0, 1]; times this their softmax tells people how sure the answer is
-MOST_NAMES = 200_000
 MOST_ASKED = 20_000  # names that are no candidates, whose texts are kept while the process lives
 
 
@@ -36,6 +35,9 @@ class Texts(Protocol):
 
     @property
     def bias(self) -> Tensor | None: ...
+
+    @property
+    def by_task(self) -> bool: ...
 
     def inputs(self, strings: Sequence[str], device: torch.device) -> Inputs: ...
 
@@ -81,11 +83,13 @@ class Text(Head):
     of a class that was not learned is answered as before, if its name is a candidate.
 
     The texts of learned classes and of the vocabulary are computed once and stored. If pets change the text tower, they
-    are computed again after each training.
+    are computed again after each training. If each task has a context of its own, the texts of its classes are computed
+    when the task was learned and stay as they are. Other names are read with the context in force.
 
     Args:
-        templates: sentences with `{}` for the name, or the name of a packaged set (`photo`, `cifar`, `seven`). In
-            training with pets in the text tower one of them is drawn for each class and step.
+        templates: sentences with `{}` for the name, or the name of a packaged set (`photo`, `context`, `cifar`,
+            `seven`). In training with pets in the text tower one of them is drawn for each class and step. `[context]`
+            at the beginning of one stands for the vectors of the pet `context`.
         vocabulary: further names that may be the answer, as a list, or a file with one name on each line.
         expert: `ridge` or `ncm` with its options; none means zero-shot alone, and what pets learn.
         fusion: `β`, the share of the expert where it may speak.
@@ -97,6 +101,7 @@ class Text(Head):
     """
 
     any_class: ClassVar[bool] = True
+    reads: ClassVar[bool] = True
     kept: Tensor
 
     def __init__(
@@ -112,7 +117,7 @@ class Text(Head):
     ):
         super().__init__(dim)
         self.templates, self.fusion, self.gate = templates_of(templates), fusion, gate
-        self.vocabulary = _names(vocabulary)
+        self.vocabulary = names_in(vocabulary or (), "head: text: the vocabulary")
         given = expert if expert is None or isinstance(expert, Expert) else Expert.model_validate(expert)
         self.expert = None if given is None else given.make(dim)
         self.statistics = self.expert is not None  # type: ignore[misc]
@@ -122,6 +127,9 @@ class Text(Head):
         self.names: list[str] = []
         """The names whose texts are kept, in the order of the rows of `kept`."""
         self.register_buffer("kept", torch.zeros(0, dim))
+        self.settled: nn.Parameter | None = None
+        """The texts of the classes, in their order, if each task has a context of its own; zero before a task ends."""
+        self._open: set[str] = set()  # classes of the task that is learned now
         self._state: tuple[Any, ...] | None = None
         self._asked: dict[str, Tensor] = {}
         """Texts of other names that were asked; they are not stored."""
@@ -137,6 +145,8 @@ class Text(Head):
             raise UsageError("head: text compares the net's own feature with texts: leave backbone.taps out")
         head = cls(backbone.dim, **options)
         head.side = backbone.texts
+        if backbone.texts.by_task:
+            head.settled = nn.Parameter(torch.zeros(0, backbone.dim), requires_grad=False)
         return head
 
     # -- texts ----------------------------------------------------------------------------------------
@@ -149,6 +159,16 @@ class Text(Head):
     def texts(self, names: Sequence[str]) -> Tensor:
         """Texts `(n, D)` of length 1 of names. Those of candidates are kept. In training, gradients flow to pets in the
         text tower."""
+        if self.settled is None:
+            return self._read(names)
+        rows = {name: row for row, name in enumerate(self.classes) if name not in self._open}
+        others = [name for name in dict.fromkeys(names) if name not in rows]
+        table = torch.cat([self.settled, self._read(others).to(self.settled)]) if others else self.settled
+        rows |= {name: len(self.settled) + number for number, name in enumerate(others)}
+        return table[torch.tensor([rows[name] for name in names], dtype=torch.int64, device=table.device)]
+
+    def _read(self, names: Sequence[str]) -> Tensor:
+        """As `texts`, by the text tower as it is now."""
         assert self.side is not None
         state = self.side.state()
         if state and self.training and torch.is_grad_enabled():
@@ -158,7 +178,8 @@ class Text(Head):
                 self.kept, self.names = self.kept[:0], []
             self._state, self._asked = state, {}
         known = set(self.names)
-        if missing := [name for name in self.candidates if name not in known]:
+        wanted = self.candidates if self.settled is None else self.vocabulary
+        if missing := [name for name in wanted if name not in known]:
             self.kept = torch.cat([self.kept, self._made(missing).to(self.kept)])
             self.names += missing
         rows = {name: number for number, name in enumerate(self.names)}
@@ -179,10 +200,11 @@ class Text(Head):
     def _made(self, names: Sequence[str]) -> Tensor:
         """Texts `(n, D)` of names, from all templates."""
         assert self.side is not None
-        count = len(self.templates)
-        sentences = [template.format(spoken(name)) for name in names for template in self.templates]
-        features = self.side.of(sentences).float()
-        return class_texts(features.unflatten(0, (len(names), count))) if names else features
+        features = self.side.of(self.sentences(names)).float()
+        return class_texts(features.unflatten(0, (len(names), len(self.templates)))) if names else features
+
+    def sentences(self, classes: Sequence[str]) -> list[str]:
+        return [template.format(spoken(name)) for name in classes for template in self.templates]
 
     def _drawn(self, names: Sequence[str]) -> Tensor:
         """Texts of names with gradients, each from a template drawn for this step."""
@@ -262,14 +284,28 @@ class Text(Head):
                     stacklevel=2,
                 )
         super().grow(classes, generator)
+        self._open = set(classes)
         if self.expert is not None:
             self.expert.grow(classes, generator)
 
     def resize(self, rows: int, generator: torch.Generator) -> None:
-        """Nothing has a row for each class, but for the expert, which grows with the head."""
+        """The expert grows with the head. Else nothing has a row for each class, but for texts that stay."""
+        if self.settled is not None:
+            new = grow_rows(self.settled, rows, generator, 0.0)
+            self.settled = nn.Parameter(new, requires_grad=False)
+
+    def per_class(self) -> list[nn.Parameter]:
+        return [] if self.settled is None else [self.settled]
+
+    @torch.no_grad()
+    def finish(self, classes: Sequence[str]) -> None:
+        if self.settled is not None:
+            self.settled[self.rows(classes, self.settled.device)] = self._made(classes).to(self.settled)
+        self._open = set()
 
     def reset(self) -> None:
         super().reset()
+        self._open = set()
         if self.expert is not None:
             self.expert.reset()
 
@@ -318,22 +354,3 @@ class Text(Head):
 
     def _digest(self) -> str:
         return hashlib.sha256(json.dumps(self.templates).encode()).hexdigest()[:16]
-
-
-def _names(given: str | Sequence[str] | None) -> list[str]:
-    """The names of a vocabulary: those in a list, or one on each line of a file."""
-    if given is None:
-        return []
-    if isinstance(given, str):
-        try:
-            text = Path(given).expanduser().read_text("utf-8-sig")
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
-            raise UsageError(f"head: text: cannot read the vocabulary {given!r}: {reason}") from None
-        given = [line.strip() for line in text.splitlines() if line.strip()]
-    names = list(dict.fromkeys(given))
-    if len(names) > MOST_NAMES:
-        raise UsageError(f"head: text: the vocabulary has {len(names)} names; at most {MOST_NAMES} are expected")
-    if any(not name.strip() for name in names):
-        raise UsageError("head: text: the vocabulary has an empty name")
-    return names

@@ -80,6 +80,8 @@ class Method(nn.Module, ABC):
     steady: bool = False
     renewable: bool = False
     several: bool = False
+    by_task: bool = False
+    """Whether it gives each task new values of pets of which each has its own (`context` with `share: task`)."""
     fits: ClassVar[type[Model]] = Model  # type: ignore[type-abstract]
     """The class of models that it can train."""
 
@@ -259,6 +261,11 @@ class Method(nn.Module, ABC):
         their features."""
         with using(self.model, self.trained or None):
             self.model.observe(inputs)
+
+    def observe_texts(self, sentences: Sequence[str]) -> None:
+        """As `observe`, for the texts that the model reads beside its inputs."""
+        with using(self.model, self.trained or None):
+            self.model.observe_texts(sentences)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from perpetune.fit import FitConfig, Groups, fit
 from perpetune.methods.base import Method, training
 from perpetune.models.base import Mask, Model
 from perpetune.models.classifier import Classifier
-from perpetune.pets import copy_set, parameters, pets, remove, using
+from perpetune.pets import copy_set, draw_set, parameters, pets, remove, using
 from perpetune.tasks import Batch, Task
 
 PROTECTED = "protected"  # the sets of the protected copies have names that begin so, while free copies are trained
@@ -48,6 +48,7 @@ class FineTune(Method):
     renewable = True
     several = True
     steady = True
+    by_task = True
 
     def __init__(
         self,
@@ -85,6 +86,8 @@ class FineTune(Method):
     def learn(self, task: Task) -> None:
         self.model.grow(task)
         config, later = self.train_config, task.index > 0
+        for number, name in enumerate(self.trained if later else ()):
+            draw_set(self.model, name, task.generator("own", number), of_task=True)
         both = self.groups(config)
         pet = both[0][0]
         epochs = config.epochs_of(task.index)

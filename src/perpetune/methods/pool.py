@@ -331,6 +331,8 @@ class Pool(Method):
                 learn_statistics(task, size, [(self.model.head, lambda batch: self._features(batch.inputs))])
             elif not isinstance(self.model, Classifier):
                 self.model.summarise(task, size)
+            if isinstance(self.model, Classifier):
+                self.model.head.finish(task.classes)
             if self.repulsion is not None:
                 self.repulsion.grow(task.classes, task.generator("repel"))
                 learn_statistics(task, size, [(self.repulsion.means, lambda batch: self._features(batch.inputs))])
@@ -441,10 +443,20 @@ class Pool(Method):
         with using(self.model, (*self.common, self._acting(chosen))):
             self.model.observe(inputs)
 
-    def among(self, inputs: Inputs, classes: Sequence[str]) -> Tensor:
-        if isinstance(self.model, Classifier) and self.model.any_class:
-            return self.model.head.among(self.features(inputs), classes).float()
-        return super().among(inputs, classes)
+    def observe_texts(self, sentences: Sequence[str]) -> None:
+        with using(self.model, (*self.common, *((self.form,) if self.by_task else ()))):
+            self.model.observe_texts(sentences)
+
+    def named(self, inputs: Inputs, classes: Sequence[str]) -> Answers:
+        if not (isinstance(self.model, Classifier) and self.model.any_class):
+            return super().named(inputs, classes)
+        inputs = Inputs.of(inputs)
+        features, head = self.features(inputs), self.model.head
+        if not (self.by_task and not self.selector.every and self.bank.kept):
+            return Answers(head.among(features, classes).float(), gates=head.gates(features, classes))
+        chosen = self.chosen(inputs)
+        by = [0] * len(features) if chosen is None else chosen.index[:, 0].tolist()
+        return Answers(self.bank.among(features, by, classes))
 
     def earlier(self) -> Iterable[Tensor]:
         return [*self.bank.earlier(), *self.selector.earlier()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import inspect
 import warnings
@@ -296,7 +297,9 @@ class Backbone(nn.Module):
         """The places of `roles` in the net; see `families.places`. A role without a tower's name belongs to `tower`."""
         if self.texts is not None and not all("." in role for role in roles):
             _ = self.tower  # a role without a tower's name may not go to the texts
-        return families.places(self.net, roles, blocks, self._answers)
+        found = families.places(self.net, roles, blocks, self._answers)
+        words = getattr(self.texts, "words", None)  # another package's text side need not have it
+        return [dataclasses.replace(place, words=words) if place.roles == ("embed",) else place for place in found]
 
     def fingerprint(self) -> str:
         """SHA-256 over names, dtypes, shapes and bytes of the frozen tensors, without those of PETs, and over the

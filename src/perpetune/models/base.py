@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from perpetune.data.sources import Kind
 from perpetune.errors import UsageError
 from perpetune.models.backbone import Backbone
-from perpetune.tasks import Batch, Inputs, Task
+from perpetune.tasks import Batch, Examples, Inputs, Task
 
 Mask = Literal["task", "seen", "none"]
 
@@ -129,6 +129,19 @@ class Model(nn.Module, ABC):
     def observe(self, inputs: Inputs) -> None:
         """One forward pass as at prediction, with the head, for code that watches the features in the model."""
         self.predict(inputs)
+
+    @property
+    def vocabulary(self) -> list[str]:
+        """Names of classes that it knows beside those that it has learned."""
+        return []
+
+    def sentences(self, classes: Sequence[str], examples: Examples | None = None) -> list[str]:
+        """The texts that the model reads beside the examples of a task with these classes, each once: what its head
+        reads of their names, or captions."""
+        return []
+
+    def observe_texts(self, sentences: Sequence[str]) -> None:
+        """One pass of the text tower over sentences, for code that watches the features in the model."""
 
     def trained(self) -> list[nn.Parameter]:
         """The parameters that are trained by gradient, beside those of the pets."""

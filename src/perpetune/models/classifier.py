@@ -193,8 +193,33 @@ class Classifier(Model):
         return scores.float()
 
     def summarise(self, task: Task, batch_size: int) -> None:
-        if self.head.statistics and not captioned(task.train):
+        if captioned(task.train):
+            return
+        if self.head.statistics:
             learn_statistics(task, batch_size, [(self.head, lambda batch: self.features(batch.inputs))])
+        self.head.finish(task.classes)
+
+    @property
+    def vocabulary(self) -> list[str]:
+        found: list[str] = getattr(self.head, "vocabulary", [])
+        return found
+
+    def sentences(self, classes: Sequence[str], examples: Examples | None = None) -> list[str]:
+        if examples is not None and captioned(examples):
+            said = (caption for number in range(len(examples)) for caption in examples.captions(number))
+            return list(dict.fromkeys(said))
+        if examples is None and not self.head.reads:
+            return list(classes)  # of a reference, for a head without templates
+        return self.head.sentences(classes)
+
+    def observe_texts(self, sentences: Sequence[str]) -> None:
+        if self.backbone.texts is not None:
+            self.backbone.texts.of(sentences)
+
+    def observe(self, inputs: Inputs) -> None:
+        features = self.features(inputs)
+        if not self.head.reads:
+            self.scores(features)
 
     @contextlib.contextmanager
     def following(self, task: Task, batch_size: int, features: Callable[[Inputs], Tensor]) -> Iterator[None]:

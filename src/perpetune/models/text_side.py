@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from perpetune.data.names import several
 from perpetune.errors import UsageError
 from perpetune.models import families
-from perpetune.pets.base import counting, slots
+from perpetune.pets.base import PET, Slot, counting, outermost, slots
+from perpetune.pets.context import MARK, Context, placing
 from perpetune.tasks import Inputs
 
 Tokenise = Callable[[Sequence[str]], tuple[list[list[int]], list[bool]]]
@@ -72,20 +73,22 @@ class TextSide:
         self.length, self.rows, self.pad, self.fixed, self.masked = length, rows, pad, fixed, masked
         self._tokenise, self._encode, self._vocabulary = tokenise, encode, vocabulary
         self._cut = set(PROBES)  # texts about which it was said that their end is cut off
+        self._ends: tuple[int, int, int] | None = None
         self._tokens(PROBES)
 
     def inputs(self, strings: Sequence[str], device: torch.device | None = None) -> Inputs:
         """The tokens `ids` of texts, `(n, N)`, padded on the right, and their `mask`, true where a position counts.
 
-        If a text is longer than the tower takes, its end is cut off, with a warning that names it once.
+        If a text begins with `[context]`, `context` is true at the positions of the vectors of the pet `context`. If a
+        text is longer than the tower takes, its end is cut off, with a warning that names it once.
 
         Args:
             device: where the tensors are made; None is the device of the net.
 
         Raises:
-            UsageError: a text is empty, or has a token that the tower does not know.
+            UsageError: a text is empty, has a token that the tower does not know, or `[context]` at a wrong place.
         """
-        return self._padded(self._tokens(strings), device)
+        return self._padded(self._tokens(strings), self._marked(strings), device)
 
     def encode(self, inputs: Inputs) -> Tensor:
         """Features `(n, D)`, float32 or wider, projected, not normalised. Gradients flow to pets in the text tower."""
@@ -93,16 +96,16 @@ class TextSide:
         counts = mask
         if self.fixed:  # the last position is read even where it is padding
             counts = torch.cat([mask[:, :-1], torch.ones_like(mask[:, -1:])], dim=1)
-        with counting(counts):
+        with counting(counts), placing(inputs.tensors.get("context")):
             return wide(self._encode(self.net, inputs.ids, mask))
 
     def of(self, strings: Sequence[str], batch: int = 64) -> Tensor:
         """Features `(n, D)` of texts, in their order, computed `batch` at a time. Texts of one length go together."""
-        tokens = self._tokens(strings)
+        tokens, marked = self._tokens(strings), self._marked(strings)
         order = sorted(range(len(tokens)), key=lambda number: len(tokens[number]))
         parts = [
-            self.encode(self._padded([tokens[number] for number in order[start : start + batch]], None))
-            for start in range(0, len(order), batch)
+            self.encode(self._padded([tokens[n] for n in some], [marked[n] for n in some], None))
+            for some in (order[start : start + batch] for start in range(0, len(order), batch))
         ]
         if not parts:
             return torch.zeros(0, self.dim, device=self.device)
@@ -144,6 +147,66 @@ class TextSide:
             found.append((path, *names, *((id(p), p._version) for pet in pets for p in pet.parameters())))
         return tuple(found)
 
+    @property
+    def contexts(self) -> list[Context]:
+        """The contexts of all sets of pets, in force or not."""
+        tower = families.towers(self.net).get("text")
+        part = None if tower is None else tower.part("embed")
+        slot = None if part is None else outermost(self.net, part[0])
+        found: list[PET] = [slot.pet(name) for name in slot.pets] if isinstance(slot, Slot) else []
+        return [pet for pet in found if isinstance(pet, Context)]
+
+    @property
+    def by_task(self) -> bool:
+        """Whether each task has a context of its own."""
+        return any(context.of_task for context in self.contexts)
+
+    def words(self, text: str) -> list[int]:
+        """The tokens of some words, without those that begin and end a text."""
+        before, behind, _ = self._around()
+        (ids,) = self._tokens([text])
+        return ids[before : len(ids) - behind]
+
+    def _around(self) -> tuple[int, int, int]:
+        """How many tokens begin and end every text, and a token of an ordinary word."""
+        if self._ends is None:
+            nothing, word = self._tokenise(["", "x"])[0]
+            before = next((n for n, (a, b) in enumerate(zip(nothing, word, strict=False)) if a != b), len(nothing))
+            behind = len(nothing) - before
+            self._ends = before, behind, word[len(word) - behind - 1]
+        return self._ends
+
+    @staticmethod
+    def _marked(strings: Sequence[str]) -> list[bool]:
+        """For each text whether it begins with `[context]`."""
+        return [text.startswith(MARK) for text in strings]
+
+    def _behind_context(self, ids: list[int], tokens: Sequence[int]) -> tuple[list[int], bool]:
+        """The tokens of a text with those of a context before its words, and whether its end was cut off."""
+        before, behind, _ = self._around()
+        room = self.length - len(tokens)
+        if room <= before + behind:
+            raise UsageError(f"context: {len(tokens)} vectors leave no room; a text has {self.length} tokens")
+        end = ids[len(ids) - behind :]
+        kept = ids if len(ids) <= room else [*ids[: room - behind], *end]
+        return [*kept[:before], *tokens, *kept[before:]], len(ids) > room
+
+    def _context_tokens(self, strings: Sequence[str]) -> list[int] | None:
+        """The tokens in place of `[context]`; the pet puts its vectors there. None if no text has it.
+
+        Raises:
+            UsageError: there is no context, or `[context]` is not at the beginning.
+        """
+        wrong = next((text for text in strings if text.rfind(MARK) > 0), None)
+        if wrong is not None:
+            raise UsageError(f"text {wrong!r}: {MARK} has to stand once, at the beginning")
+        if not any(self._marked(strings)):
+            return None
+        if not self.contexts:
+            raise UsageError(f"a text begins with {MARK}, and there is no pet that makes it: add pet: context")
+        context = self.contexts[0]
+        return self.words(context.words) if context.words else [self._around()[2]] * context.length
+
     def fingerprint(self) -> str:
         """SHA-256 over how texts become tokens. The weights of the tower are in the fingerprint of the backbone."""
         made = [self.length, self.pad, self.fixed, self.masked, self._tokenise(PROBES)[0], dict(self._vocabulary)]
@@ -151,12 +214,18 @@ class TextSide:
 
     def _tokens(self, strings: Sequence[str]) -> list[list[int]]:
         """The tokens of each text, without padding."""
-        for number, text in enumerate(strings):
+        placed = self._context_tokens(strings)
+        bare = [text.removeprefix(MARK) for text in strings]
+        for number, text in enumerate(bare):
             if not text.strip():
                 raise UsageError(f"text {number} is empty: every class and every question needs a name or a sentence")
         if not strings:
             return []
-        tokens, cut = self._tokenise(strings)
+        tokens, cut = self._tokenise(bare)
+        for number, text in enumerate(strings) if placed else ():
+            if placed and text.startswith(MARK):
+                tokens[number], more = self._behind_context(tokens[number], placed)
+                cut[number] = cut[number] or more
         for text, ids in zip(strings, tokens, strict=True):
             if ids and max(ids) >= self.rows:
                 raise UsageError(
@@ -173,14 +242,19 @@ class TextSide:
             )
         return tokens
 
-    def _padded(self, tokens: Sequence[list[int]], device: torch.device | None) -> Inputs:
+    def _padded(self, tokens: Sequence[list[int]], marked: Sequence[bool], device: torch.device | None) -> Inputs:
         width = self.length if self.fixed else max((len(ids) for ids in tokens), default=1)
         ids = torch.tensor([[*one, *[self.pad] * (width - len(one))] for one in tokens], dtype=torch.int64)
         ids = ids.reshape(len(tokens), width)
         lengths = torch.tensor([len(one) for one in tokens], dtype=torch.int64)
         mask = torch.arange(width) < (lengths if self.masked else torch.full_like(lengths, width))[:, None]
         device = device or self.device
-        return Inputs(ids=ids.to(device), mask=mask.to(device))
+        where = None
+        if any(marked):
+            start, place = self._around()[0], torch.arange(width)
+            inside = (place >= start) & (place < start + self.contexts[0].length)
+            where = (inside & torch.tensor(marked)[:, None]).to(device)
+        return Inputs(ids=ids.to(device), mask=mask.to(device), context=where)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TextSide:
         """A text side for the copy of the net, if the net is copied too; else this one."""

@@ -1,4 +1,4 @@
-"""The pet `adapter`: a small two-layer network beside an attention or an MLP."""
+"""The pet `adapter`: a small two-layer network beside an attention or an MLP, or behind a tower of a dual encoder."""
 
 from __future__ import annotations
 
@@ -23,15 +23,18 @@ class Adapter(PET):
     `(d, width)`; `W_u` and both biases start at zero. If the base returns a tuple, the adapter changes its first
     element only.
 
+    At the feature of a dual encoder (`picture.feature`, `text.feature`) it changes this feature before it is
+    normalised. With `activation: none`, `bias: false` and `scale: 1` this is the linear adapter of PEGP on CLIP.
+
     Args:
         width: the number of hidden units.
         scale: `s`, a constant. It is not learned, because a learned scale would move old outputs even when the
             matrices are protected.
         bias: whether the biases `b_d` and `b_u` exist.
-        activation: `φ`.
+        activation: `φ`; `none` is the identity.
 
     Raises:
-        UsageError: an option is out of range, or the place is neither an attention nor an MLP.
+        UsageError: an option is out of range, or the place is neither an attention nor an MLP nor a feature.
     """
 
     default_at: ClassVar[tuple[str, ...]] = ("mlp",)
@@ -44,11 +47,14 @@ class Adapter(PET):
         width: int = 64,
         scale: float = 0.1,
         bias: bool = True,
-        activation: Literal["relu", "gelu"] = "gelu",
+        activation: Literal["relu", "gelu", "none"] = "gelu",
     ):
         super().__init__()
-        if place.roles[0] not in ("attn", "mlp"):
-            raise UsageError(f"adapter: {place.path} ({', '.join(place.roles)}) is not a whole module; use attn or mlp")
+        if place.roles[0] not in ("attn", "mlp", "feature"):
+            raise UsageError(
+                f"adapter: {place.path} ({', '.join(place.roles)}) is not a whole module; use attn or mlp, or feature "
+                "in a dual encoder"
+            )
         if width < 1:
             raise UsageError(f"adapter: width is {width}; at least 1 is expected")
         if not (scale > 0 and math.isfinite(scale)):
@@ -62,8 +68,8 @@ class Adapter(PET):
 
     def forward(self, base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         y = base(x, *args, **kwargs)
-        act = F.gelu if self.activation == "gelu" else F.relu
-        hidden = act(_linear(x, self.down, self.down_bias))  # (..., width)
+        made = _linear(x, self.down, self.down_bias)  # (..., width)
+        hidden = F.gelu(made) if self.activation == "gelu" else F.relu(made) if self.activation == "relu" else made
         self.seen("down", x)
         self.seen("up", hidden)
         update = _linear(hidden, self.up, self.up_bias)
@@ -110,6 +116,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     With `W (B, o, d)` and `b (B, o)`, the rows of `x` that belong to example `i` meet `W[i]` and `b[i]`.
     """
     if weight.dim() == 2:
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.promote_types(x.dtype, weight.dtype))  # the frozen net may have half precision
         return F.linear(x, weight, bias)
     rows, across = x.reshape(len(weight), -1, x.shape[-1]), weight.mT.to(x.dtype)
     y = rows @ across if bias is None else torch.baddbmm(bias[:, None].to(x.dtype), rows, across)

@@ -52,6 +52,8 @@ class Place:
         heads: the number of heads, if it is an attention or part of one; 0 if that is not known.
         depth: the number of transformer blocks in the net; 0 if that is not known.
         before: for the first block, the norm that tokens go through before it; None if there is none.
+        words: for the table of tokens of a dual encoder's text tower: turns words into tokens, without those that begin
+            and end a text.
     """
 
     path: str
@@ -64,6 +66,7 @@ class Place:
     heads: int = 0
     depth: int = 0
     before: nn.Module | None = None
+    words: Callable[[str], Sequence[int]] | None = None
 
 
 class Pair(Protocol):
@@ -109,6 +112,9 @@ class PET(nn.Module, ABC):
     adds_tokens: ClassVar[bool] = False  # whether it adds tokens to those of its input
     replaces_class_token: bool = False
     """Whether it puts something else in place of the net's class token; then the net needs to have one."""
+    of_task: bool = False
+    """Whether each task has values of its own: the next one starts from new ones, and the head keeps what they made of
+    the task's classes."""
     anew: Callable[[torch.Generator], PET] | None = None
     """Makes a pet of the same kind with the same options at the same place, with new initial values; None if the maker
     of the pet has not said how."""
@@ -378,13 +384,18 @@ def copy_set(root: nn.Module, name: str, new: str) -> None:
             slot.pets[new] = copy.deepcopy(slot.pets[name], dict(memo))
 
 
-def draw_set(root: nn.Module, name: str, rng: torch.Generator) -> None:
+def draw_set(root: nn.Module, name: str, rng: torch.Generator, *, of_task: bool = False) -> None:
     """Give the pets of a set new initial values, as if the set were injected again.
+
+    Args:
+        of_task: only those pets of which each task has its own.
 
     Raises:
         UsageError: there is no such set, or its pets were injected by code that has not said how to make them.
     """
     for pet in pets(root, name):
+        if of_task and not pet.of_task:
+            continue
         if pet.anew is None:
             raise UsageError(
                 f"the set of pets {name!r} cannot be drawn anew: {type(pet).__name__} has no `anew`, which the code "

@@ -2,23 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from perpetune.numerics.projection import Project
 from perpetune.pets.base import Conditions
 
 
+def _short(section: BaseModel, handler: Any, new: Collection[str]) -> dict[str, Any]:
+    """The fields of a section, without those of `new` that have their default: as recipes were written before."""
+    fields = type(section).model_fields
+    found: dict[str, Any] = handler(section)
+    return {k: v for k, v in found.items() if k not in new or getattr(section, k) != fields[k].default}
+
+
 class Reference(BaseModel):
-    """Unlabelled data whose features are protected from the first step on, to keep what the pretrained model knows."""
+    """What stands for the knowledge of the pretrained model, protected from the first step on: unlabelled pictures,
+    names whose texts are read, or the frozen weights themselves. `weights` is short for `{weights: true}`, another word
+    is a path."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    path: str
-    """A folder of pictures; subfolders are included."""
+    path: str | None = None
+    """A folder of pictures; subfolders are included. None shows no pictures."""
     samples: Annotated[int, Field(ge=1)] | Literal["all"] = "all"
     """The number of pictures that are used, drawn at random."""
+    texts: list[str] | str | None = None
+    """Names that the text tower reads in all templates of the head, in a list or on the lines of a file. None are those
+    of the head's `vocabulary`."""
+    weights: bool = False
+    """No data: the leading right singular directions of each frozen linear layer are protected at its pet."""
+    energy: Annotated[float, Field(ge=0, le=1)] | None = None
+    """The share of energy that is protected of the reference; None is that of the tasks."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return {"weights": True} if value == "weights" else {"path": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _something(self) -> Reference:
+        if self.weights and (self.path is not None or self.texts is not None or self.samples != "all"):
+            raise ValueError("weights needs no data: leave path, texts and samples out, or weights")
+        if not self.weights and self.path is None and self.texts is None:
+            raise ValueError("nothing is named: give path, a folder of pictures, or texts, or weights: true")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _plain(self, handler: Any) -> dict[str, Any]:
+        return _short(self, handler, ("texts", "weights", "energy"))
 
 
 class ProtectConfig(BaseModel):
@@ -29,6 +71,8 @@ class ProtectConfig(BaseModel):
     energy: Annotated[float, Field(ge=0, le=1)] = 0.99
     """The share of the features' energy (σ²) that is protected at every site: 0 protects nothing, 1 everything that was
     seen."""
+    text_energy: Annotated[float, Field(ge=0, le=1)] | None = None
+    """The share of energy at sites of the text tower, also of the reference's texts; None is that of the others."""
     energy_rise: Annotated[float, Field(ge=0)] = 0.0
     """Added to `energy` with every task, up to 1; GPM on CIFAR-100 uses 0.97 and 0.003."""
     samples: Annotated[int, Field(ge=1)] | Literal["all"] = "all"
@@ -59,6 +103,10 @@ class ProtectConfig(BaseModel):
     rest: Annotated[int, Field(ge=1)] | None = None
     """For `renew`: the highest rank of the stored product. If its rank is higher, the rest is cut off so that old
     outputs change as little as possible. None stores all."""
+
+    @model_serializer(mode="wrap")
+    def _plain(self, handler: Any) -> dict[str, Any]:
+        return _short(self, handler, ("text_energy",))
 
     @field_validator("renew")
     @classmethod

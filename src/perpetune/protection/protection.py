@@ -18,7 +18,7 @@ from perpetune.errors import PerpetuneError, UsageError
 from perpetune.numerics.moments import pack, unpack
 from perpetune.numerics.projection import Operand, ProjectedStep
 from perpetune.numerics.subspace import SLACK, Subspace
-from perpetune.pets.base import PET, slots
+from perpetune.pets.base import PET, is_plain, slots
 from perpetune.protection.config import ProtectConfig
 from perpetune.protection.memory import SiteMemory
 from perpetune.protection.renewal import kaiming, leading_start, random_start
@@ -234,9 +234,47 @@ class Protection(nn.Module):
         self.consolidated += 1
         return self._summed_up(certificate, energy)
 
+    def consolidate_weights(self) -> Certificate:
+        """Protect what the frozen layers know, without data: each PET sees the rows of its layer's weight `W`.
+
+        Their moments are `Wᵀ W`, so the protected directions are the leading right singular vectors of `W`. That is
+        what KeepLoRA and NuSA-CL keep.
+
+        Raises:
+            UsageError: a PET is not around a plain linear layer.
+        """
+        shown = self.weights()
+
+        def show(_: None) -> None:
+            for pet, (base, rows) in shown.items():
+                pet(base, rows)
+
+        return self.consolidate([None], show)
+
+    def weights(self) -> dict[PET, tuple[nn.Module, Tensor]]:
+        """For each PET the frozen layer and the rows `(n, d_in)` of its weight that the PET changes.
+
+        Raises:
+            UsageError: a PET is not around a plain linear layer.
+        """
+        return {w.module: _weight_rows(w) for w in self.sites if isinstance(w.module, PET)}
+
+    @property
+    def reads_texts(self) -> bool:
+        """Whether a PET in a tower for texts is protected."""
+        return any(w.tower == "text" and isinstance(w.module, PET) for w in self.sites)
+
+    @property
+    def reads_pictures(self) -> bool:
+        """Whether a PET in a tower for pictures is protected."""
+        return any(w.tower == "picture" and isinstance(w.module, PET) for w in self.sites)
+
     def _energy(self, added: int) -> float:
         """The energy for the data that are added as number `added`, from 0. Reference data do not count as a task."""
-        return self.config.energy_at(max(0, added - (self.config.reference is not None)))
+        reference = self.config.reference
+        if reference is not None and added == 0 and reference.energy is not None:
+            return reference.energy
+        return self.config.energy_at(max(0, added - (reference is not None)))
 
     @torch.no_grad()
     def _look(
@@ -258,6 +296,11 @@ class Protection(nn.Module):
         # One key has no other to be compared with, so a pool of one member need not show it any query
         alone = watched.site.operand.length and watched.site.operand.shape[1] < 2
         if count == 0 and watched.site.always and not alone:
+            if watched.tower == "text":
+                raise PerpetuneError(
+                    f"protect: {watched.name} is in the text tower and saw no text: give protect.reference.texts, use "
+                    "a head that reads names (head: text), or leave pets out of this tower"
+                )
             raise PerpetuneError(
                 f"protect: {watched.name} saw no data, because the pass did not go through it: leave it out, or check "
                 "the batches"
@@ -270,9 +313,10 @@ class Protection(nn.Module):
             )
         return moments, count
 
-    @staticmethod
-    def _energy_at(watched: Watched, energy: float) -> float:
+    def _energy_at(self, watched: Watched, energy: float) -> float:
         """The energy that is protected at a site, if `energy` is that of all sites: 0 closes nothing anywhere."""
+        if watched.tower == "text" and self.config.text_energy is not None:
+            energy = self.config.text_energy
         return max(energy, watched.site.energy) if energy else energy
 
     def _grown(self, watched: Watched, moments: Tensor, energy: float, traces: Tensor | None = None) -> list[Subspace]:
@@ -441,6 +485,18 @@ def random_like(subspace: Subspace, rng: torch.Generator) -> Subspace:
     drawn.extend_random(subspace.rank, rng)
     drawn.importance = subspace.importance
     return drawn
+
+
+def _weight_rows(watched: Watched) -> tuple[nn.Module, Tensor]:
+    base, parts = watched.base, getattr(watched.module, "parts", None)
+    if base is None or not parts or not (is_plain(base, nn.Linear) or type(base).__name__ == "Conv1D"):
+        raise UsageError(
+            f"protect.reference: weights is for pets at linear layers, such as lora, and {watched.name} is around "
+            f"{type(base).__name__}: give pictures and texts"
+        )
+    weight = base.get_parameter("weight").detach()
+    weight = weight if is_plain(base, nn.Linear) else weight.mT  # a Conv1D stores it turned
+    return base, torch.cat([weight[start:stop] for start, stop in parts])
 
 
 def _measured(watched: Watched) -> int | None:

@@ -23,7 +23,7 @@ from perpetune.errors import UsageError
 from perpetune.models import families
 from perpetune.numerics.moments import Moments
 from perpetune.numerics.projection import Operand, Site
-from perpetune.pets.base import PET, Conditions, Pair, counted, slots, walk
+from perpetune.pets.base import PET, Conditions, Pair, counted, slots
 from perpetune.protection.renewal import PeftPair
 from perpetune.selectors import Selector
 
@@ -35,15 +35,17 @@ class Watched:
     """A site with a name that is unique in the model, and the module that reports its rows.
 
     The module is a PET, a selector or a trained linear layer. If `pair` is given, the site is that of its `A`, and the
-    measured values are the whole update that the pair adds to its layer. `pictures` is true in a tower that reads
-    pictures: no mask of a batch of texts touches the rows there.
+    measured values are the whole update that the pair adds to its layer. `tower` names what the tower reads in which
+    the site is, `picture` or `text`, if that is known: no mask of a batch of texts touches rows of pictures. `base` is
+    the frozen module around which the PET is.
     """
 
     name: str
     site: Site
     module: nn.Module
     pair: Pair | None = None
-    pictures: bool = False
+    tower: str | None = None
+    base: nn.Module | None = None
 
     @property
     def set(self) -> str | None:
@@ -97,21 +99,21 @@ def pet_sites(
     watched: list[Watched] = []
     loose: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
-    seeing = _seeing(model)
+    tower_of = _towers(model)
     for path, slot in slots(model):
-        pictures = path in seeing
+        tower = tower_of(path)
         for name in [name for name in slot.pets if only is None or name in only]:
             pet = slot.pet(name)
             if renew(name):
                 site, pair = _renewable(pet)
-                watched.append(Watched(f"{called(path)}/{name}/{site.name}", site, pet, pair, pictures))
+                watched.append(Watched(f"{called(path)}/{name}/{site.name}", site, pet, pair, tower, slot.base))
                 free += [p for p in pet.parameters() if p not in set(site.operand.parameters)]
                 continue
             sites = pet.sites(conditions)
             if name in sometimes:
                 sites = [replace(site, always=False) for site in sites]
             label = f"{called(path)}/{name}"
-            watched += [Watched(f"{label}/{site.name}", site, pet, pictures=pictures) for site in sites]
+            watched += [Watched(f"{label}/{site.name}", site, pet, None, tower, slot.base) for site in sites]
             declared = pet.free(conditions)
             covered = {p for site in sites for p in site.operand.parameters}.union(declared)
             loose += [p for p in pet.parameters() if p not in covered]
@@ -173,7 +175,7 @@ def linear_sites(
     inside |= {pair.b for pair in pairs.values()}
     owners = Counter(p for m in model.modules() for p in m._parameters.values() if p is not None)
     watched: list[Watched] = []
-    seeing = _seeing(model)
+    tower_of = _towers(model)
     for path, module in model.named_modules():
         if module in inside or module in skip or not (axis := _axis(module)):
             continue
@@ -182,20 +184,25 @@ def linear_sites(
             continue
         bias = bias if isinstance(bias, nn.Parameter) and bias.requires_grad and owners[bias] == 1 else None
         site = Site("weight", Operand(weight, bias, axis=axis[0]))
-        watched.append(Watched(f"{called(path)}/weight", site, module, pairs.get(module), path in seeing))
+        watched.append(Watched(f"{called(path)}/weight", site, module, pairs.get(module), tower_of(path)))
     return watched
 
 
-def _seeing(model: nn.Module) -> set[str]:
-    """The paths of the modules in a tower of `model` that reads pictures; empty if it belongs to no known family."""
+def _towers(model: nn.Module) -> Callable[[str], str | None]:
+    """What the tower reads to which the module at a path belongs, in it or beside it; None if that is not known."""
     try:
-        tower = families.towers(model).get("picture")
+        towers = families.towers(model)
     except UsageError:
-        return set()
-    if tower is None:
-        return set()
-    start = f"{tower.path}." if tower.path else ""
-    return {path for path, _ in walk(model) if path.startswith(start)}
+        return lambda _: None
+    parts = {(name, role): tower.part(role) for name, tower in towers.items() for role in tower.single()}
+    beside = {part[0]: name for (name, _), part in parts.items() if part is not None}
+    starts = sorted(((tower.path, name) for name, tower in towers.items()), key=lambda entry: -len(entry[0]))
+
+    def of(path: str) -> str | None:
+        inside = (name for start, name in starts if not start or path == start or path.startswith(f"{start}."))
+        return beside.get(path) or next(inside, None)
+
+    return of
 
 
 def _axis(module: nn.Module) -> tuple[Any, ...]:
@@ -258,7 +265,7 @@ class Watch:
         Args:
             examples: the numbers, in the batch, of the examples to which the rows belong; None means all.
         """
-        mask = None if watched.pictures else self.mask if (own := counted()) is None else own
+        mask = None if watched.tower == "picture" else self.mask if (own := counted()) is None else own
         if mask is not None and examples is not None:
             mask = mask[examples.to(mask.device)]
         site, operand = watched.site, watched.site.operand

@@ -138,6 +138,7 @@ class Consolidation(TypedDict):
         task: the index of the task.
         of: the data that were added: those of the `task` itself, or the recipe's `reference`.
         examples, rows: the numbers of these examples and of rows; a row is one vector at a site, such as one token's.
+        texts: the number of texts that were read beside them, if any.
         energy: the share of the features' energy that was protected.
         consolidated: how often data had been added before.
         worst, median: of `relative` over the sites; None if nothing was protected before.
@@ -148,6 +149,7 @@ class Consolidation(TypedDict):
     task: int
     of: Literal["task", "reference"]
     examples: int
+    texts: NotRequired[int]
     rows: int
     energy: float
     consolidated: int

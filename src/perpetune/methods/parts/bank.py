@@ -163,6 +163,16 @@ class Bank(nn.Module):
             whole[rows] = scores.log_softmax(-1) - ELSEWHERE * away
         return whole
 
+    def among(self, features: Tensor, by: Sequence[int], classes: Sequence[str]) -> Tensor:
+        """Scores `(B, len(classes))` of features over these classes alone, with what belongs to the set chosen for
+        each; only for a head that answers with any class."""
+        assert isinstance(self.model, Classifier)
+        whole = features.new_empty(len(by), len(classes), dtype=torch.float32)
+        for slot, rows in _by_slot(by).items():
+            with self.acting(set_name(slot)):
+                whole[rows] = self.model.head.among(features[rows], classes).float()
+        return whole
+
     def features(self, inputs: Inputs, by: Sequence[int]) -> Tensor:
         """Features of each input, computed with the set chosen for it."""
         return self._at_once(Inputs.of(inputs), by, self.model.features)
