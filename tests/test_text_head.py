@@ -346,7 +346,7 @@ def test_heads_and_backbones_that_do_not_fit(folders: dict[str, Path], data: Pat
     with pytest.raises(UsageError, match="reads no texts beside pictures"):
         learner.match([], ["a"])
     for options, said in (
-        ({"vocabulary": str(tmp_path / "none.txt")}, "cannot read the vocabulary"),
+        ({"vocabulary": str(tmp_path / "none.txt")}, "vocabulary: cannot read"),
         ({"vocabulary": ["a", " "]}, "empty name"),
         ({"expert": {"name": "ridge", "projecton": 3}}, "projecton"),
         ({"expert": "linear"}, "ridge"),
