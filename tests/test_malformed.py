@@ -250,7 +250,7 @@ def unknown_pet(p: Place) -> list[str]:
     return p.run(pet="lorra")
 
 
-@case(2, "head", "no 'nmc'", "linear", "lm", "ncm")
+@case(2, "head", "no 'nmc'", "vlm", "lm", "ncm")
 def unknown_head(p: Place) -> list[str]:
     return p.run(head="nmc")
 
@@ -265,7 +265,7 @@ def unknown_backbone_prefix(p: Place) -> list[str]:
     return p.run(backbone="tim:vit_base_patch16_224")
 
 
-@case(2, "backbone", "'micro'", "PREFIX:NAME", "timm, hf, folder, perpetune")
+@case(2, "backbone", "'micro'", "PREFIX:NAME", "timm, hf, openclip, folder, perpetune")
 def backbone_without_prefix(p: Place) -> list[str]:
     return p.run(backbone="micro")
 
@@ -371,7 +371,7 @@ def reference_without_pictures(p: Place) -> list[str]:
     return p.run(protect={"reference": {"path": str(p.tmp / "texts")}})
 
 
-@case(2, "protect.reference.path", "missing")
+@case(2, "protect.reference", "give path")
 def reference_without_a_path(p: Place) -> list[str]:
     return p.run(protect={"reference": {"samples": 3}})
 
