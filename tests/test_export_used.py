@@ -182,8 +182,16 @@ def test_a_model_that_was_named_from_another_folder(
     asked("transformers", folder, pictures(world)[:1])
 
 
-@pytest.mark.parametrize("taps", [None, 2])
-@pytest.mark.parametrize("head", ["ncm", {"name": "ridge", "projection": 24}], ids=str)
+@pytest.mark.parametrize(
+    ("head", "taps"),
+    [
+        ("ncm", 2),
+        pytest.param({"name": "ridge", "projection": 24}, None, marks=pytest.mark.slow),
+        pytest.param({"name": "ridge", "projection": 24}, 2, marks=pytest.mark.slow),
+        pytest.param("ncm", None, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_frozen_features_beside_those_with_the_adapter(
     head: Any, taps: int | None, world: Path, tmp_path: Path
 ) -> None:

@@ -114,10 +114,10 @@ def preprocess_of(
         warnings.warn(f"{spec} has no {PREPROCESSOR}: {assumed} assumed", stacklevel=2)
         if usual is None:
             return PictureView(size=image_size or side_of(spec, config.image_size))
-    given = {
-        **(usual or {}),
-        **{name: value for name, value in (given or {}).items() if (name, value) != ("size", None)},
-    }
+    if usual is not None:  # files of these families say `size: null` where the family has one size
+        own = {name: value for name, value in (given or {}).items() if (name, value) != ("size", None)}
+        given = {**usual, **own}
+    assert given is not None
     size = config.image_size if fixed else given.get("size", config.image_size)
     side, crop, squeeze = side_of(spec, size), None, False
     if given.get("do_center_crop"):
