@@ -51,9 +51,9 @@ class Side:
 
 
 def load_pair(rest: str) -> Backbone:
-    """`pair:NAME`: a vision transformer and a language model, with features in one space."""
+    """`duo:NAME`: a vision transformer and a language model, with features in one space."""
     net = Twins(128)
-    backbone = Backbone(net, spec=f"pair:{rest}", dim=16, preprocess=PictureView(16))
+    backbone = Backbone(net, spec=f"duo:{rest}", dim=16, preprocess=PictureView(16))
     backbone.texts = Side(net)  # type: ignore[assignment]
     return backbone
 
@@ -81,21 +81,21 @@ class Names(Head):
 
 
 def install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make `pair:` a prefix of backbones until the test ends."""
-    info = folder / "site" / "pair-1.0.dist-info"
+    """Make `duo:` a prefix of backbones until the test ends."""
+    info = folder / "site" / "duo-1.0.dist-info"
     info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: pair\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[perpetune.backbones]\npair = {__name__}:load_pair\n")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: duo\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[perpetune.backbones]\nduo = {__name__}:load_pair\n")
     monkeypatch.syspath_prepend(str(folder / "site"))
 
 
 def plan(folder: Path, data: Path | dict[str, Any] | None, **changes: Any) -> dict[str, Any]:
-    """A recipe on `pair:` with LoRA in both towers."""
+    """A recipe on `duo:` with LoRA in both towers."""
     pet = {"name": "lora", "at": ["picture.v", "picture.fc1", "text.v", "text.fc1"], "rank": 4}
     given = recipe(folder, data if isinstance(data, Path) else None, pet=pet, head=f"{__name__}:Names", **changes)
     if isinstance(data, dict):
         given["data"] = data
-    return given | {"backbone": "pair:tiny"}
+    return given | {"backbone": "duo:tiny"}
 
 
 def caption_file(folder: Path, names: Sequence[str], each: int, tests: int = 2, name: str = "captions.jsonl") -> Path:

@@ -36,10 +36,9 @@ def placing(where: Tensor | None) -> Iterator[None]:
 
 
 class Context(PET):
-    """Trained vectors `V (length, d)` in place of the tokens of `[context]`, with which a template begins; Zhou et al.
-    2022 (CoOp), arXiv:2109.01134.
+    """Trained vectors `V (length, d)` in place of `[context]`, with which a template begins.
 
-    They stand behind the token that begins a text, if the tokenizer gives one. Texts without `[context]` are read as
+    CoOp, Zhou et al. 2022, arXiv:2109.01134. They stand behind the token that begins a text, if the tokenizer gives one. Texts without `[context]` are read as
     ever. The vectors are float32 whatever the type of the net.
 
     With `share: task` each task has vectors of its own, as in CLIP-PGP and S-Prompts: the head `text` keeps the texts
