@@ -138,7 +138,9 @@ def test_the_changes_that_it_offers_fit(name: str, folder: Path, tmp_path: Path)
         built(load_recipe(name, [change]), folder)
 
 
-@pytest.mark.parametrize("stream", ["cifar100", "domainnet", "mtil-1", "xtail"])
+@pytest.mark.parametrize(
+    "stream", ["cifar100", *(pytest.param(name, marks=pytest.mark.slow) for name in ("domainnet", "mtil-1", "xtail"))]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_learns(kind: str, stream: str, folder: Path, tmp_path: Path) -> None:
     recipe, size = load_recipe(f"clip-{kind}-{stream}"), {"epochs": 1, "batch_size": 4}

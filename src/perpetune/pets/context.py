@@ -38,8 +38,8 @@ def placing(where: Tensor | None) -> Iterator[None]:
 class Context(PET):
     """Trained vectors `V (length, d)` in place of `[context]`, with which a template begins.
 
-    CoOp, Zhou et al. 2022, arXiv:2109.01134. They stand behind the token that begins a text, if the tokenizer gives one. Texts without `[context]` are read as
-    ever. The vectors are float32 whatever the type of the net.
+    CoOp, Zhou et al. 2022, arXiv:2109.01134. They stand behind the token that begins a text, if the tokenizer gives
+    one. Texts without `[context]` are read as ever. The vectors are float32 whatever the type of the net.
 
     With `share: task` each task has vectors of its own, as in CLIP-PGP and S-Prompts: the head `text` keeps the texts
     that a task has made of its classes, and the next task starts from new vectors.
