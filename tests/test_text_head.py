@@ -350,6 +350,8 @@ def test_heads_and_backbones_that_do_not_fit(folders: dict[str, Path], data: Pat
         ({"vocabulary": ["a", " "]}, "empty name"),
         ({"expert": {"name": "ridge", "projecton": 3}}, "projecton"),
         ({"expert": "linear"}, "ridge"),
+        ({"expert": {"name": "ridge", "penalty": -1}}, "penalty"),
+        ({"expert": {"name": "ridge", "projection": "many"}}, "projection"),
     ):
         content = recipe(folders["CLIP"], data, head={"name": "text", **options}, method="frozen", pet="none")
         with pytest.raises(UsageError, match=said):

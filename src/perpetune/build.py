@@ -129,8 +129,9 @@ def _check_contexts(recipe: Recipe, method: Method) -> None:
             f"pet: context with share: task is for methods that train each task, and {recipe.method.name} does not "
             "start new ones: use share: all, or method: finetune"
         )
-    if method.by_task and recipe.method.name == "pool" and not contexts[0].of_task:
-        raise UsageError("pet: context: each member of the pool has its own: use share: task")
+    private = [pet for name in method.private for pet in pets(method.model, name) if isinstance(pet, Context)]
+    if private and not contexts[0].of_task:
+        raise UsageError("pet: context: a set that belongs to one task has a context of its own: use share: task")
 
 
 def _inject(section: PetSection, backbone: Backbone, rng: torch.Generator, name: str) -> None:

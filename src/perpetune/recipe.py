@@ -17,6 +17,7 @@ from perpetune.data.stream import StreamOptions
 from perpetune.errors import UsageError, closest
 from perpetune.fit import FitConfig
 from perpetune.models.taps import Count, Read
+from perpetune.named import Named
 from perpetune.plain import MOST_YAML, Malformed, parse_yaml, read_regular
 from perpetune.protection.config import ProtectConfig
 from perpetune.runtime import Precision
@@ -33,24 +34,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class NamedSection(BaseModel):
-    """A name and the options of what it names; `lora` is short for `{name: lora}`."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    name: str
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_form(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
-
-
-class BackboneSection(NamedSection):
+class BackboneSection(Named):
     """The frozen pretrained model: `timm:NAME[.TAG]`, `hf:ID_OR_FOLDER_OR_GGUF`, `folder:PATH`, `perpetune:micro`, or a
     pair of two of them: `pair:{picture: SPEC, text: SPEC, projector: FILE}`.
 
@@ -73,7 +57,7 @@ class BackboneSection(NamedSection):
         return self
 
 
-class PetSection(NamedSection):
+class PetSection(Named):
     """The small parameters that are added, and where. Further keys are options of the pet."""
 
     at: list[str] | None = None
@@ -82,7 +66,7 @@ class PetSection(NamedSection):
     default."""
     blocks: list[int] | None = None
     """Numbers of the transformer blocks, negative ones from the end; None is all."""
-    beside: list[PetSection] = []
+    beside: list[PetSection] = Field(default_factory=list)
     """Further pets of the same set, at other places, such as a context for texts beside a prompt for pictures."""
 
     @model_serializer(mode="wrap")
@@ -152,8 +136,8 @@ class Recipe(Section):
     """The set of pets called `default`; None where `pets` names others, unless both are given."""
     pets: dict[str, PetSection] = {}
     """Further sets of pets by their names, for methods that train several; at one place the later calls the earlier."""
-    method: NamedSection = NamedSection(name="finetune")
-    head: NamedSection = NamedSection(name="linear")
+    method: Named = Named(name="finetune")
+    head: Named = Named(name="linear")
     protect: ProtectConfig | None = None
     """Keeps updates out of the directions that old features use; None leaves them free."""
     average: AverageConfig | None = None
@@ -161,11 +145,11 @@ class Recipe(Section):
     online: bool = False
     """Each training example is trained on once: `train.epochs` is 1."""
     train: FitConfig = FitConfig()
-    data: NamedSection | None = None
+    data: Named | None = None
     """None for a state that only `update` feeds."""
     stream: StreamOptions = StreamOptions()
     evaluate: EvaluateSection = EvaluateSection()
-    exams: dict[str, NamedSection] = {}
+    exams: dict[str, Named] = {}
     """Suites of exams by names of your own: what is asked before the first task and after each, and not learned."""
     run: RunSection = RunSection()
 
@@ -184,7 +168,7 @@ class Recipe(Section):
 
     @field_validator("exams")
     @classmethod
-    def _exam_names(cls, value: dict[str, NamedSection]) -> dict[str, NamedSection]:
+    def _exam_names(cls, value: dict[str, Named]) -> dict[str, Named]:
         for name in value:
             if not name or not all(c.isalnum() or c in "._-" for c in name):
                 raise ValueError(f"{name!r} cannot name a suite of exams: letters, digits, '.', '_' and '-' only")
@@ -247,9 +231,9 @@ class Recipe(Section):
         if (name := _placed(self.backbone.name, _absolute)) != self.backbone.name:
             changes["backbone"] = self.backbone.model_copy(update={"name": name})
         if self.data is not None:
-            changes["data"] = NamedSection.model_validate(_anchored(self.data.model_dump()))
+            changes["data"] = Named.model_validate(_anchored(self.data.model_dump()))
         changes["exams"] = {
-            name: NamedSection.model_validate(_anchored(section.model_dump())) for name, section in self.exams.items()
+            name: Named.model_validate(_anchored(section.model_dump())) for name, section in self.exams.items()
         }
         if self.protect is not None and self.protect.reference is not None:
             before = self.protect.reference
@@ -270,7 +254,7 @@ class Recipe(Section):
             given[name] = {**self.train.model_dump(), **own} if isinstance(own, dict) else own
         return registry.options("methods", self.method.name, given)
 
-    def _configs(self, method: NamedSection) -> list[str]:
+    def _configs(self, method: Named) -> list[str]:
         fields = registry.schema(registry.find("methods", method.name)).model_fields
         return [name for name, field in fields.items() if field.annotation is FitConfig]
 
@@ -291,7 +275,7 @@ def _complete_pet(section: PetSection) -> PetSection:
     return PetSection.model_validate({**own, "at": at, "blocks": section.blocks, "beside": beside})
 
 
-def _complete(kind: registry.Kind, choice: NamedSection, skip: Sequence[str] = ()) -> NamedSection:
+def _complete(kind: registry.Kind, choice: Named, skip: Sequence[str] = ()) -> Named:
     """`choice` with the defaults of its options; those in `skip` stay as they are given."""
     own = {k: v for k, v in choice.options.items() if k not in PetSection.model_fields and k not in skip}
     if skip:
@@ -301,9 +285,7 @@ def _complete(kind: registry.Kind, choice: NamedSection, skip: Sequence[str] = (
     completed = registry.options(kind, choice.name, own)
     options = {k: v.model_dump() if isinstance(v, BaseModel) else v for k, v in completed.items()}
     kept = {k: v for k, v in choice.options.items() if k in skip}
-    return NamedSection.model_validate(
-        {"name": choice.name, **{k: v for k, v in options.items() if k not in skip}, **kept}
-    )
+    return Named.model_validate({"name": choice.name, **{k: v for k, v in options.items() if k not in skip}, **kept})
 
 
 def _complete_backbone(section: BackboneSection) -> BackboneSection:

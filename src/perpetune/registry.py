@@ -14,7 +14,7 @@ import importlib
 import inspect
 import typing
 from importlib.metadata import entry_points
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from perpetune.errors import UsageError, closest
 from perpetune.models.loaders.options import NOTHING
 from perpetune.models.taps import Count, Read
+from perpetune.named import Part
 from perpetune.selectors import base as selectors
 
 Kind = Literal["methods", "pets", "heads", "selectors", "backbones", "data", "exams", "sections"]
@@ -235,11 +236,12 @@ def options(kind: Kind, name: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _completed(where: str, value: Any) -> Any:
-    """The value of an option; a selection of a selector with its class and all its options."""
-    if not isinstance(value, selectors.Selection):
+    """The value of an option; a part that is a choice itself with its class and all its options."""
+    if not isinstance(value, Part):
         return value
+    kind = cast(Kind, value.of)
     try:
-        return value.bound(find("selectors", value.name), options("selectors", value.name, value.options))
+        return value.bound(find(kind, value.name), options(kind, value.name, value.options))
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from None
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,6 +19,7 @@ from perpetune.heads.base import Head, alone, grow_rows
 from perpetune.heads.ncm import NCM
 from perpetune.heads.ridge import Ridge
 from perpetune.heads.templates import spoken, templates_of
+from perpetune.named import Part
 from perpetune.numerics.fusion import Gate, class_texts, fused, gate_open
 from perpetune.plain import names_in
 from perpetune.tasks import Inputs
@@ -48,25 +49,20 @@ class Texts(Protocol):
     def state(self) -> tuple[Any, ...]: ...
 
 
-class Expert(BaseModel):
+class Expert(Part):
     """A head that learns the classes from statistics and may speak beside the names; further keys are its options."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    of: ClassVar[str] = "heads"
 
     name: Literal["ridge", "ncm"]
 
-    @model_validator(mode="before")
-    @classmethod
-    def _short_form(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"scale": 1.0, **super().options}  # scores near 0 and 1, or cosines
 
     def make(self, dim: int) -> Head:
-        kind = {"ridge": Ridge, "ncm": NCM}[self.name]
-        options = {"scale": 1.0, **(self.model_extra or {})}  # scores near 0 and 1, or cosines
-        try:
-            made: Head = kind(dim, **options)
-        except TypeError as error:
-            raise UsageError(f"head: text: expert {self.name}: {error}") from None
+        """The head, for features of width `dim`."""
+        made: Head = {"ridge": Ridge, "ncm": NCM}[self.name](dim, **self.options)
         return made
 
 
@@ -110,7 +106,7 @@ class Text(Head):
         *,
         templates: str | list[str] = "photo",
         vocabulary: str | list[str] | None = None,
-        expert: Expert | Literal["ridge", "ncm"] | None = None,
+        expert: Expert | None = None,
         fusion: Annotated[float, Field(ge=0, le=1)] = 0.8,
         gate: Gate = "zero_shot",
         learn_scale: bool = False,
@@ -118,8 +114,7 @@ class Text(Head):
         super().__init__(dim)
         self.templates, self.fusion, self.gate = templates_of(templates), fusion, gate
         self.vocabulary = names_in(vocabulary or (), "head: text: the vocabulary")
-        given = expert if expert is None or isinstance(expert, Expert) else Expert.model_validate(expert)
-        self.expert = None if given is None else given.make(dim)
+        self.expert = None if expert is None else Expert.model_validate(expert).make(dim)
         self.statistics = self.expert is not None  # type: ignore[misc]
         self.shift = nn.Parameter(torch.zeros(()), requires_grad=False) if learn_scale else None
         """How far `τ` has moved from the pretrained one."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -150,6 +149,11 @@ class Pool(Method):
         self._names: list[str] = []
         self.register_buffer("use", torch.zeros(0 if self.by_task else len(self.working), dtype=torch.int64))
 
+    @property
+    def own(self) -> bool:
+        """Whether each task has one member, which alone acts on an example."""
+        return self.by_task and not self.selector.every
+
     def _query_width(self) -> int:
         backbone = self.model.backbone
         if self.query.reads == "end":
@@ -192,12 +196,12 @@ class Pool(Method):
              "on an example: leave it out, or give a number of members"),
             (not self.by_task and isinstance(members, int) and selector.top > members,
              f"select.top is {selector.top}, and there are {members} members"),
-            (self.answer == "own" and (not self.by_task or selector.every),
+            (self.answer == "own" and not self.own,
              "answer: own needs one member for each task, because the classes of a member's task may answer then"),
-            (self.again and (self.answer == "own" or not self.by_task or selector.every),
+            (self.again and (self.answer == "own" or not self.own),
              "again: true asks the owner of the winning class; it needs members: task, one member for an example, and "
              "answer: all"),
-            (bool(self.merge) and (not self.by_task or selector.every),
+            (bool(self.merge) and not self.own,
              "merge averages the members of tasks; it needs members: task and one member for an example"),
             (self.start == "last" and self.each > 1, "start: last is for one member a task: use fresh or orthogonal"),
             (not self.model.chooses and (self.answer == "own" or self.again), "answer: own and again are for a head of "
@@ -216,14 +220,13 @@ class Pool(Method):
 
     def learn(self, task: Task) -> None:
         self.model.grow(task)
-        config, asked = self.train_config, self._questions(task)
+        config = self.train_config
         table = self._table(task) if self._reads_queries(task) else None
         self._begin(task, table)
         self.queries.keep(table if task.train.deterministic or self.query.view == "plain" else None)
-        loss = partial(self.loss, repulsion=self.repulsion)
         following = self.model.following(task, config.batch_size, self.features)
         with following, training(self.model), self.model.resting(task):
-            fit(loss, self._groups(config), task, config)
+            fit(self.loss, self._groups(config), task, config)
         self.queries.keep(None)
         if not self.by_task:
             self._count_use(self._table(task) if table is None else table)
@@ -237,13 +240,10 @@ class Pool(Method):
                 self.bank.keep(len(self.bank.kept), task.name, task.classes, len(task.train), source=name)
         if self.selector.statistics:
             assert table is not None
-            targets = torch.tensor(asked.train.targets)
+            targets = torch.tensor(task.train.targets)
             rng = task.generator("selector", "learn")
             self.selector.learn(len(self.bank.kept) - 1, table.cpu(), targets, task.classes or ("",), rng)
         self.learned, self._owner, self._names = task.index + 1, [], []
-
-    def _questions(self, task: Task) -> Task:
-        return dataclasses.replace(task, train=task.train.questions())
 
     def _reads_queries(self, task: Task) -> bool:
         """Whether the queries of all training examples are needed before training."""
@@ -258,7 +258,8 @@ class Pool(Method):
 
     def _table(self, task: Task) -> Tensor:
         """The queries `(N, D)` of all training examples."""
-        return self.queries.table(self._questions(task), self.train_config.batch_size)
+        asked = dataclasses.replace(task, train=task.train.questions())
+        return self.queries.table(asked, self.train_config.batch_size)
 
     def _begin(self, task: Task, table: Tensor | None) -> None:
         """Give the task its members, with the values that they start from, and the selector room for them."""
@@ -281,15 +282,15 @@ class Pool(Method):
         learned = self.selector.trained()
         return [*groups, (learned, config.lr)] if learned else groups
 
-    def loss(self, task: Task, batch: Batch, repulsion: Repulsion | None = None) -> Tensor:
+    def loss(self, task: Task, batch: Batch) -> Tensor:
         queries = self.queries.features(batch) if self._queried else None
         chosen = None if queries is None else self._picked(queries)
         with using(self.model, (*self.common, self._acting(chosen))):
-            if repulsion is None or not isinstance(self.model, Classifier):
+            if self.repulsion is None or not isinstance(self.model, Classifier):
                 loss = self.model.loss(task, batch)
             else:
                 features = self.model.features(batch.inputs)
-                loss = self.model.head_loss(task, features, batch.targets) + repulsion.loss(features)
+                loss = self.model.head_loss(task, features, batch.targets) + self.repulsion.loss(features)
         if queries is None or chosen is None:
             return loss
         more = self.selector.loss(queries, chosen)
@@ -297,13 +298,13 @@ class Pool(Method):
 
     def _picked(self, queries: Tensor) -> Chosen:
         """The members that are trained on a batch: the task's own, or those that the selector picks."""
-        if self.by_task and not self.selector.every:
+        if self.own:
             return Chosen(torch.full((len(queries), 1), len(self.bank.kept), device=queries.device))
         return self.selector.pick(queries)
 
     def _acting(self, chosen: Chosen | None) -> str | Choice:
         """The members of the task in training, or those that are chosen, as `using` takes them."""
-        if chosen is None or (self.by_task and not self.selector.every):
+        if chosen is None or self.own:
             return self.form
         names = (*map(set_name, self.bank.kept), *self.working) if self.by_task else self.working
         return Choice(names, chosen.index, chosen.weight, self._join)
@@ -325,31 +326,21 @@ class Pool(Method):
 
     def _summarise(self, task: Task) -> None:
         """Let the head learn from the features that the task's examples have at prediction; so must `repel`."""
-        size = self.train_config.batch_size
-        with self._members_of_task():
-            if isinstance(self.model, Classifier) and self.model.head.statistics:
-                learn_statistics(task, size, [(self.model.head, lambda batch: self._features(batch.inputs))])
-            elif not isinstance(self.model, Classifier):
-                self.model.summarise(task, size)
-            if isinstance(self.model, Classifier):
-                self.model.head.finish(task.classes)
+        size, model = self.train_config.batch_size, self.model
+        ask: Callable[[Inputs], Tensor] = model.features if self.own else self._features
+        with using(model, (*self.common, self.form)):
+            if self.own or not isinstance(model, Classifier):
+                model.summarise(task, size)
+            else:
+                if model.head.statistics:
+                    learn_statistics(task, size, [(model.head, lambda batch: ask(batch.inputs))])
+                model.head.finish(task.classes)
             if self.repulsion is not None:
                 self.repulsion.grow(task.classes, task.generator("repel"))
-                learn_statistics(task, size, [(self.repulsion.means, lambda batch: self._features(batch.inputs))])
-
-    @contextlib.contextmanager
-    def _members_of_task(self) -> Iterator[None]:
-        """Inside, the members of the task that was just trained are in force, where each task has its own."""
-        if not self.by_task or self.selector.every:
-            yield
-            return
-        with using(self.model, (*self.common, self.form)):
-            yield
+                learn_statistics(task, size, [(self.repulsion.means, lambda batch: ask(batch.inputs))])
 
     def _features(self, inputs: Inputs) -> Tensor:
-        """Features of training examples: by the members in force, or by those that are chosen."""
-        if self.by_task and not self.selector.every:
-            return self.model.features(inputs)
+        """Features of training examples by the members that are chosen for each."""
         with using(self.model, (*self.common, self._acting(self.selector.choose(self.queries.of(inputs))))):
             return self.model.features(inputs)
 
@@ -373,24 +364,28 @@ class Pool(Method):
     def predict(self, inputs: Inputs) -> Tensor:
         return self.answers(inputs).scores
 
+    def _by(self, inputs: Inputs) -> list[int]:
+        """For each input the number of the one member that is chosen for it."""
+        chosen = self.chosen(inputs)
+        return [0] * len(inputs) if chosen is None else chosen.index[:, 0].tolist()
+
     def answers(self, inputs: Inputs) -> Answers:
         inputs = Inputs.of(inputs)
-        chosen = self.chosen(inputs)
-        if not self.by_task or self.selector.every:
+        if not self.own:
+            chosen = self.chosen(inputs)
             with using(self.model, (*self.common, self._answering(chosen))):
                 scores = self.model.predict(inputs)
             return Answers(scores) if chosen is None or self.selector.every else self._told(scores, chosen.index)
         if not self.bank.kept:
             with using(self.model, (*self.common, self.form)):
                 return Answers(self.model.predict(inputs))
-        count = len(next(iter(inputs.tensors.values())))
-        by = [0] * count if chosen is None else chosen.index[:, 0].tolist()
+        by = self._by(inputs)
         scores = self.bank.predict(inputs, by, own=self.answer == "own")
         if not self.model.chooses or self.answer == "own":
             return self._told(scores, torch.tensor(by)[:, None])
         owners = self._owners(scores.argmax(1).tolist())
         overruled = torch.tensor([float(a != b) for a, b in zip(by, owners, strict=True)], device=scores.device)
-        if self.again and (rows := [i for i in range(count) if owners[i] != by[i]]):
+        if self.again and (rows := [i for i in range(len(by)) if owners[i] != by[i]]):
             scores[rows] = self.bank.predict(inputs.rows(rows), [owners[i] for i in rows], own=False)
         gauges = {"overruled by the head": overruled} if len(self.bank.kept) > 1 else {}
         return self._told(scores, torch.tensor(by)[:, None], gauges)
@@ -420,26 +415,22 @@ class Pool(Method):
 
     def told(self, inputs: Inputs, task: str) -> Tensor | None:
         """The answer with the member of the named task: a bound for evaluation alone, never a prediction."""
-        slot = self.bank.by_task().get(task) if self.by_task and not self.selector.every else None
+        slot = self.bank.by_task().get(task) if self.own else None
         if slot is None:
             return None
         inputs = Inputs.of(inputs)
-        count = len(next(iter(inputs.tensors.values())))
-        return self.bank.predict(inputs, [slot] * count, own=self.answer == "own")
+        return self.bank.predict(inputs, [slot] * len(inputs), own=self.answer == "own")
 
     def features(self, inputs: Inputs) -> Tensor:
         inputs = Inputs.of(inputs)
-        chosen = self.chosen(inputs)
-        if self.by_task and not self.selector.every and self.bank.kept:
-            count = len(next(iter(inputs.tensors.values())))
-            by = [0] * count if chosen is None else chosen.index[:, 0].tolist()
-            return self.bank.features(inputs, by)
-        with using(self.model, (*self.common, self._answering(chosen))):
+        if self.own and self.bank.kept:
+            return self.bank.features(inputs, self._by(inputs))
+        with using(self.model, (*self.common, self._answering(self.chosen(inputs)))):
             return self.model.features(inputs)
 
     def observe(self, inputs: Inputs) -> None:
         inputs = Inputs.of(inputs)
-        chosen = self.selector.choose(self.queries.of(inputs)) if self._queried else None
+        chosen = None if self.own else self.selector.choose(self.queries.of(inputs))
         with using(self.model, (*self.common, self._acting(chosen))):
             self.model.observe(inputs)
 
@@ -451,12 +442,11 @@ class Pool(Method):
         if not (isinstance(self.model, Classifier) and self.model.any_class):
             return super().named(inputs, classes)
         inputs = Inputs.of(inputs)
+        if self.own and self.bank.kept:
+            by = self._by(inputs)
+            return Answers(self.bank.among(self.bank.features(inputs, by), by, classes))
         features, head = self.features(inputs), self.model.head
-        if not (self.by_task and not self.selector.every and self.bank.kept):
-            return Answers(head.among(features, classes).float(), gates=head.gates(features, classes))
-        chosen = self.chosen(inputs)
-        by = [0] * len(features) if chosen is None else chosen.index[:, 0].tolist()
-        return Answers(self.bank.among(features, by, classes))
+        return Answers(head.among(features, classes).float(), gates=head.gates(features, classes))
 
     def earlier(self) -> Iterable[Tensor]:
         return [*self.bank.earlier(), *self.selector.earlier()]

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, PrivateAttr, model_validator
 from torch import Tensor, nn
 
 from perpetune.errors import PerpetuneError, UsageError, closest
+from perpetune.named import Part
 from perpetune.numerics.projection import Site
 
 BUILTIN = {
@@ -236,22 +236,10 @@ class Selector(nn.Module, ABC):
         return self
 
 
-class Selection(BaseModel):
+class Selection(Part):
     """A selector as a recipe names it, with its options; `keys` is short for `{name: keys}`."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    name: str
-    _kind: type[Selector] | None = PrivateAttr(None)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_form(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
+    of: ClassVar[str] = "selectors"
 
     @property
     def kind(self) -> type[Selector]:
@@ -261,18 +249,13 @@ class Selection(BaseModel):
             UsageError: no class was bound to it, and it is no selector of perpetune.
         """
         if self._kind is not None:
-            return self._kind
+            bound: type[Selector] = self._kind
+            return bound
         if self.name not in BUILTIN:
             raise UsageError(f"select: there is no selector {self.name!r}; {closest(self.name, list(BUILTIN))}")
         module, _, attribute = BUILTIN[self.name].partition(":")
         found: type[Selector] = getattr(importlib.import_module(module), attribute)
         return found
-
-    def bound(self, kind: type[Selector], options: dict[str, Any]) -> Selection:
-        """The same selection with its class, and with all of its options."""
-        new = Selection.model_validate({"name": self.name, **options})
-        new._kind = kind
-        return new
 
     def make(self, dim: int) -> Selector:
         """A new selector without members, for queries of width `dim`."""
