@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from functools import cached_property
 
 from perpetune.data.names import label_of, several
@@ -11,12 +11,11 @@ from perpetune.data.pictured.files import ANSWERS, with_pictures
 from perpetune.data.pictured.marks import IMAGES, shown_in
 from perpetune.data.pictured.table import PicturedTable
 from perpetune.data.sources import Fit, Kind, existing
-from perpetune.data.texts.files import Item, TextFile, TextSource, list_texts, text_files
+from perpetune.data.texts.files import BenchmarkSource, Item, TextFile, list_texts, text_files
 from perpetune.data.texts.layouts import layout_of
 from perpetune.data.texts.records import Record, read_records
 from perpetune.data.texts.tables import Row, key_of
 from perpetune.errors import DataError, UsageError, closest
-from perpetune.numerics.text_scores import score_of
 
 ORDER = ("ScienceQA", "TextVQA", "ImageNet", "GQA", "VizWiz", "Grounding", "VQAv2", "OCR-VQA")
 SCORES = {
@@ -33,7 +32,7 @@ PICTURES = "cl_dataset"  # the benchmark's folder of pictures
 QUESTION = "text"  # the column of the question in its test files
 
 
-class CoinSource(TextSource):
+class CoinSource(BenchmarkSource):
     """CoIN: `PATH/TASK/train.json` and `test.json`, as `Instruction_Original` and its like have them.
 
     Rows for training have `image` and `conversations`; those of the test `image`, `text` and `answer`. The tasks have
@@ -51,6 +50,7 @@ class CoinSource(TextSource):
 
     gives = "pictured"
     table = PicturedTable
+    order, scores = ORDER, SCORES
 
     def __init__(
         self,
@@ -60,9 +60,8 @@ class CoinSource(TextSource):
         tasks: list[str] | None = None,
         score: dict[str, str] | None = None,
     ):
-        self.path, self.images, self.tasks, self.score = path, images, tasks, score or {}
-        for name in self.score.values():
-            score_of(name)
+        super().__init__(path, tasks, score)
+        self.images = images
         if images is not None and not os.path.isdir(images):
             raise UsageError(f"data.images: {images} is no folder")
 
@@ -92,18 +91,6 @@ class CoinSource(TextSource):
             return Row(record.at, key, None, str(error))
         self._use(record, {*layout.used(value), *IMAGES, ANSWERS, "id", "question_id"})
         return with_pictures(Row(record.at, layout.key(value), text), text, value, pictures, self._pictures)
-
-    def _scoring(self, tasks: Sequence[str]) -> Mapping[str, str]:
-        for task in self.score:
-            if task not in tasks:
-                raise UsageError(f"data.score: there is no task '{task}'; {closest(task, tasks)}")
-        return {**SCORES, **self.score}
-
-    def _order(self, tasks: Sequence[str]) -> Sequence[str]:
-        return self.tasks if self.tasks is not None else [task for task in ORDER if task in tasks]
-
-    def _warnings(self) -> list[str]:
-        return self._found[1]
 
     @cached_property
     def _pictures(self) -> str:

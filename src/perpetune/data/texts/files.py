@@ -124,6 +124,44 @@ class TextSource(Source):
         }
 
 
+class BenchmarkSource(TextSource):
+    """The common base of benchmarks that are folders of tasks with an order and a score for each task.
+
+    Args:
+        path: the folder of the tasks.
+        tasks: the tasks to read, in this order; None is those that are there, in the benchmark's order.
+        score: other scores than the benchmark's, by task.
+
+    Raises:
+        UsageError: a score has no such name.
+    """
+
+    order: ClassVar[tuple[str, ...]]
+    scores: ClassVar[Mapping[str, str]]
+
+    def __init__(self, path: str, tasks: list[str] | None, score: dict[str, str] | None):
+        self.path, self.tasks, self.score = path, tasks, score or {}
+        for name in self.score.values():
+            score_of(name)
+
+    @property
+    @abstractmethod
+    def _found(self) -> tuple[list[TextFile], list[str]]:
+        """The files, each with its split and its task, and one line for each thing that was left out."""
+
+    def _scoring(self, tasks: Sequence[str]) -> Mapping[str, str]:
+        for task in self.score:
+            if task not in tasks:
+                raise UsageError(f"data.score: there is no task '{task}'; {closest(task, tasks)}")
+        return {**self.scores, **self.score}
+
+    def _order(self, tasks: Sequence[str]) -> Sequence[str]:
+        return self.tasks if self.tasks is not None else [task for task in self.order if task in tasks]
+
+    def _warnings(self) -> list[str]:
+        return self._found[1]
+
+
 class FileSource(TextSource):
     """Texts in a `.jsonl`, `.json`, `.csv` or `.tsv` (also `.gz`) or `.parquet` file, or in a folder of such.
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from functools import cached_property
 
 from perpetune.data.names import label_of, printable, several
 from perpetune.data.sources import Fit, Kind, existing
-from perpetune.data.texts.files import Item, TextFile, TextSource, holds_texts, list_texts, split_files, text_files
+from perpetune.data.texts.files import BenchmarkSource, Item, TextFile, holds_texts, list_texts, split_files, text_files
 from perpetune.data.texts.records import Record, read_records
 from perpetune.data.texts.tables import Row, Text, key_of, text_in
 from perpetune.errors import DataError, UsageError, closest
-from perpetune.numerics.text_scores import score_of
 
 ORDER = ("C-STANCE", "FOMC", "MeetingBank", "Py150", "ScienceQA", "NumGLUE-cm", "NumGLUE-ds", "20Minuten")
 SCORES = {
@@ -28,7 +27,7 @@ SCORES = {
 _REPLAY = "Lima"  # the benchmark includes it for methods that rehearse; it is not one of the tasks
 
 
-class TraceSource(TextSource):
+class TraceSource(BenchmarkSource):
     """TRACE: `PATH/TASK/train.json`, `eval.json` (validation) and `test.json`, arrays of `{prompt, answer}`.
 
     The tasks have the benchmark's order (C-STANCE, FOMC, MeetingBank, Py150, ScienceQA, NumGLUE-cm, NumGLUE-ds,
@@ -40,10 +39,10 @@ class TraceSource(TextSource):
         score: your own scores, by task.
     """
 
+    order, scores = ORDER, SCORES
+
     def __init__(self, *, path: str, tasks: list[str] | None = None, score: dict[str, str] | None = None):
-        self.path, self.tasks, self.score = path, tasks, score or {}
-        for name in self.score.values():
-            score_of(name)
+        super().__init__(path, tasks, score)
 
     @classmethod
     def fits(cls, path: str, wanted: Kind | None = None) -> Fit:
@@ -60,18 +59,6 @@ class TraceSource(TextSource):
             for record in read_records(file.path):
                 self._use(record, ("prompt", "answer"))
                 yield Item(file.split, file.task, _row(record))
-
-    def _scoring(self, tasks: Sequence[str]) -> Mapping[str, str]:
-        for task in self.score:
-            if task not in tasks:
-                raise UsageError(f"data.score: there is no task '{task}'; {closest(task, tasks)}")
-        return {**SCORES, **self.score}
-
-    def _order(self, tasks: Sequence[str]) -> Sequence[str]:
-        return self.tasks if self.tasks is not None else [task for task in ORDER if task in tasks]
-
-    def _warnings(self) -> list[str]:
-        return self._found[1]
 
     @cached_property
     def _found(self) -> tuple[list[TextFile], list[str]]:
