@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny import picture, picture_folder, split_folder
+from tiny import commented, picture, picture_folder, split_folder
 
 from perpetune.build import build_data, build_method
 from perpetune.data.pictures.view import PictureView
@@ -98,14 +98,8 @@ def test_it_is_pegp(name: str) -> None:
 @pytest.mark.parametrize("name", PEGP)
 def test_each_number_has_its_source_beside_it(name: str) -> None:
     text = packaged()[name].read_text(encoding="utf-8")
-    section = ""
-    for line in text.splitlines():
-        if re.match(r"\w+:", line):
-            section = line.partition(":")[0]
-        rest = line.strip().partition(": ")[2]
-        value, _, comment = rest.partition("  # ")
-        if section in ("pet", "protect", "train") and re.match(r"\[?-?\d", value):
-            assert SOURCE.search(comment), line
+    for line, comment in commented(text, ("pet", "protect", "train"), r"\[?-?\d"):
+        assert SOURCE.search(comment), line
     head = text.partition("\nseed:")[0]
     for figure in re.findall(r"\d\d\.\d\d / \d+\.\d\d", head):
         assert re.search(r"Table \d", head), figure

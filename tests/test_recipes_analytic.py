@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
 from test_recipes import SOURCE, built, domains, learned
-from tiny import split_folder
+from tiny import commented, split_folder
 
 from perpetune.pets import pets
 from perpetune.pets.ssf import SSF
@@ -65,13 +64,8 @@ def test_it_says_what_the_papers_say(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_each_number_has_its_source_beside_it(name: str) -> None:
     text = packaged()[name].read_text(encoding="utf-8")
-    section = ""
-    for line in text.splitlines():
-        if re.match(r"\w+:", line):
-            section = line.partition(":")[0]
-        value, _, comment = line.strip().partition(": ")[2].partition("  # ")
-        if section in ("pet", "method", "train", "head") and re.match(r"[{\[]?-?\d", value):
-            assert SOURCE.search(comment) or "[PILOT]" in comment, line
+    for line, comment in commented(text, ("pet", "method", "train", "head"), r"[{\[]?-?\d"):
+        assert SOURCE.search(comment) or "[PILOT]" in comment, line
     assert "Not reproduced here." in text
     released = name in ("safe-cifar100", "safe-imagenet-a")
     assert ("not released" in text) == (name.startswith("safe") and not released)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from test_recipes import changed, sets
-from tiny import dual_folder, picture_folder, split_folder
+from tiny import commented, dual_folder, picture_folder, split_folder
 
 from perpetune.build import build_method, load_backbone
 from perpetune.learner import Learner
@@ -120,13 +120,8 @@ def test_it_is_the_method_and_the_stream_that_its_name_says(name: str, folder: P
 @pytest.mark.parametrize("name", NAMES)
 def test_each_number_has_its_source_beside_it(name: str) -> None:
     text = packaged()[name].read_text(encoding="utf-8")
-    section = ""
-    for line in text.splitlines():
-        if re.match(r"\w+:", line):
-            section = line.partition(":")[0]
-        value, _, comment = line.strip().partition(": ")[2].partition("  # ")
-        if section in ("pet", "method", "protect", "train", "head") and re.search(r"\d", value):
-            assert TAGS.search(comment), line
+    for line, comment in commented(text, ("pet", "method", "protect", "train", "head"), r".*\d"):
+        assert TAGS.search(comment), line
     assert "Sources: " in text or "# The sources are those of " in text
     assert ("Published" in text) == bool(re.search("[Nn]ot\\s(# )?reproduced here", text))
 

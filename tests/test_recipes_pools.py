@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from test_recipes import built, changed, domains, learned, sets
-from tiny import split_folder
+from tiny import commented, split_folder
 
 from perpetune.methods.pool import Pool
 from perpetune.recipe import Recipe, load_recipe, packaged
@@ -117,13 +117,8 @@ def test_projection_is_exact_or_that_of_the_paper(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_each_number_has_its_source_beside_it(name: str) -> None:
     text = packaged()[name].read_text(encoding="utf-8")
-    section = ""
-    for line in text.splitlines():
-        if re.match(r"\w+:", line):
-            section = line.partition(":")[0]
-        value, _, comment = line.strip().partition(": ")[2].partition("  # ")
-        if section in ("pet", "pets", "method", "protect", "train") and re.search(r"\d", value):
-            assert TAGS.search(comment), line
+    for line, comment in commented(text, ("pet", "pets", "method", "protect", "train"), r".*\d"):
+        assert TAGS.search(comment), line
     assert "Sources: " in text or "# The sources are those of " in text
     assert ("Published" in text) == bool(re.search("[Nn]ot\\s(# )?reproduced here", text))
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -360,3 +361,14 @@ def seal(state: Path) -> None:
             if manifest.is_file():
                 event["manifest"] = hashlib.sha256(manifest.read_bytes()).hexdigest()
     path.write_text("".join(f"{json.dumps(event)}\n" for event in events))
+
+
+def commented(text: str, sections: Sequence[str], number: str) -> Iterator[tuple[str, str]]:
+    """The lines of a recipe's text whose value matches `number`, in some sections, each with its comment."""
+    section = ""
+    for line in text.splitlines():
+        if re.match(r"\w+:", line):
+            section = line.partition(":")[0]
+        value, _, comment = line.strip().partition(": ")[2].partition("  # ")
+        if section in sections and re.match(number, value):
+            yield line, comment

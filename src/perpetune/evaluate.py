@@ -71,49 +71,38 @@ def evaluate(
     going = _Going(future, asked, run.device) if future and asked and among == "seen" else None
     exact = torch.float32 if run.device.type == "mps" else torch.float64  # Apple's GPUs have no other
     per_class = torch.zeros(2, max(1, len(task.classes)), dtype=exact, device=run.device)
-    others: dict[str, Tensor] = {}
-    gauges: dict[str, Tensor] = {}
+    others, gauges, bounds = (_Sums(run, torch.zeros((), dtype=exact, device=run.device)) for _ in range(3))
+    gates = _Sums(run, torch.zeros(2, dtype=torch.int64, device=run.device))
+    acted = _Members(run)
     way: str | None = None
-    gates: dict[str, Tensor] = {}
     diagnosis = None if oracle is None else (oracle, _Choices(oracle.classes, task, among))
-    seen, known = (torch.zeros((), dtype=exact, device=run.device) for _ in range(2))
-    members: list[str] = []
-    chosen = torch.zeros(0, dtype=torch.int64, device=run.device)
-    knows = False
     for batch in evaluation_batches(task.test.questions(), batch_size, run):
         with run.autocast():
             answers = method.answers(batch.inputs) if asked is None else method.named(batch.inputs, asked)
+            bound = method.told(batch.inputs, task.name) if told else None
+            solved = None if diagnosis is None else diagnosis[0](batch.inputs)
         way = answers.name
         right = judge(answers.scores, batch)
         for row, values in enumerate((right, torch.ones_like(batch.targets))):
             per_class[row].index_add_(0, batch.targets, values.to(exact))
         for name, open_ in answers.gates.items():
-            both = torch.stack([open_, open_ & (right > 0)]).sum(1)
-            gates[name] = both + gates.get(name, 0)
+            gates.add(name, torch.stack([open_, open_ & (right > 0)]).sum(1))
         if going is not None:
             going.count(answers.scores)
         for name, scores in answers.others.items():
-            others[name] = judge(scores, batch).to(exact).sum() + others.get(name, 0)
+            others.add(name, judge(scores, batch).to(exact).sum())
         for name, values in answers.gauges.items():
-            gauges[name] = values.to(exact).sum() + gauges.get(name, 0)
+            gauges.add(name, values.to(exact).sum())
         if answers.members is not None:
-            members, index = list(answers.members[0]), answers.members[1].flatten().to(run.device)
-            chosen = torch.bincount(index, minlength=len(members)) + (chosen if len(chosen) else 0)
-        if told:
-            with run.autocast():
-                bound = method.told(batch.inputs, task.name)
-            if bound is not None:
-                knows = True
-                known += judge(bound, batch).to(exact).sum()
-        if diagnosis is not None:
-            with run.autocast():
-                scores = diagnosis[0](batch.inputs)
-            seen += diagnosis[1](scores, batch).to(exact).sum()
+            acted.count(*answers.members)
+        if bound is not None:
+            bounds.add("told", judge(bound, batch).to(exact).sum())
+        if solved is not None and diagnosis is not None:
+            bounds.add("oracle", diagnosis[1](solved, batch).to(exact).sum())
         signum = run.stop_requested(due=False)
         if signum is not None:
             raise Interrupted(f"stopped while task {task.name} was evaluated", signum)
-    # The first process always has a batch; one without any does not know the names, and has nothing to add.
-    *names, members, knows, way = run.of_first((list(others), list(gauges), list(gates), members, knows, way))
+    way = run.of_first(way)
     correct, totals = run.sum(per_class).tolist()
     total = int(sum(totals))
     cell: dict[str, Any] = {"correct": _count(sum(correct)), "total": total}
@@ -122,25 +111,67 @@ def evaluate(
         cell["way"] = way
     if judge.score is not None:
         cell["score"] = judge.score
-    zero = torch.zeros((), dtype=exact, device=run.device)
-    if names[0]:
-        cell["others"] = {name: _count(float(run.sum(others.get(name, zero)))) for name in names[0]}
-    if names[1]:
-        sums = {name: float(run.sum(gauges.get(name, zero))) for name in names[1]}
-        cell["gauges"] = {name: round(value / total, 6) for name, value in sums.items()}
-    if names[2]:
-        none = torch.zeros(2, dtype=torch.int64, device=run.device)
-        cell["gates"] = {name: run.sum(gates.get(name, none)).tolist() for name in names[2]}
+    if found := others.totals():
+        cell["others"] = {name: _count(value) for name, value in found.items()}
+    if found := gauges.totals():
+        cell["gauges"] = {name: round(value / total, 6) for name, value in found.items()}
+    if found := gates.totals():
+        cell["gates"] = found
     if going is not None and going.apart:
         cell["goes_to"] = {t: n for t, n in zip(going.tasks, run.sum(going.counts).tolist(), strict=True) if n}
-    if members:
-        counts = run.sum(chosen if len(chosen) else torch.zeros(len(members), dtype=torch.int64, device=run.device))
-        cell["members"] = {name: count for name, count in zip(members, counts.tolist(), strict=True) if count}
-    if knows:
-        cell["told"] = _count(float(run.sum(known)))
+    if members := acted.totals():
+        cell["members"] = members
+    found = bounds.totals()
+    if "told" in found:
+        cell["told"] = _count(found["told"])
     if oracle is not None:
-        cell["oracle"] = {"correct": _count(float(run.sum(seen))), "head": oracle.name}
+        cell["oracle"] = {"correct": _count(found.get("oracle", 0.0)), "head": oracle.name}
     return cell
+
+
+class _Sums:
+    """Sums over examples by name, over all processes.
+
+    The first process always has a batch; one without any does not know the names, and has nothing to add.
+
+    Args:
+        zero: a sum over no example.
+    """
+
+    def __init__(self, run: Runtime, zero: Tensor):
+        self.run, self.zero = run, zero
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, value: Tensor) -> None:
+        self.sums[name] = value + self.sums.get(name, 0)
+
+    def totals(self) -> dict[str, Any]:
+        """The sums as plain numbers or lists."""
+        names = self.run.of_first(list(self.sums))
+        return {name: self.run.sum(self.sums.get(name, self.zero)).tolist() for name in names}
+
+
+class _Members:
+    """How often each member was chosen, over all processes."""
+
+    def __init__(self, run: Runtime):
+        self.run = run
+        self.names: list[str] = []
+        self.counts = torch.zeros(0, dtype=torch.int64, device=run.device)
+
+    def count(self, names: Sequence[str], index: Tensor) -> None:
+        self.names = list(names)
+        now = torch.bincount(index.flatten().to(self.run.device), minlength=len(names))
+        self.counts = now if not len(self.counts) else self.counts + now
+
+    def totals(self) -> dict[str, int]:
+        """The counts of those that were chosen at all, by name."""
+        names = self.run.of_first(self.names)
+        if not names:
+            return {}
+        none = torch.zeros(len(names), dtype=torch.int64, device=self.run.device)
+        counts = self.run.sum(self.counts if len(self.counts) else none).tolist()
+        return {name: count for name, count in zip(names, counts, strict=True) if count}
 
 
 def _found(method: Method, examples: Examples, batch_size: int, run: Runtime) -> dict[str, Any]:
