@@ -345,7 +345,7 @@ def described(model: type[BaseModel], *without: str) -> dict[str, str]:
         if isinstance(field.default, selectors.Selection):
             told[name] = f"{field.default.name}   (a selector)"
             continue
-        default = "required" if field.is_required() else _written(field.default)
+        default = "required" if field.is_required() else _written(field.get_default(call_default_factory=True))
         if field.is_required() and inspect.isclass(field.annotation) and issubclass(field.annotation, BaseModel):
             default = "the recipe's `train:` section"
         told[name] = default + (f"   ({', '.join(words)})" if words else "")
