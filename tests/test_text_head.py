@@ -21,6 +21,7 @@ from perpetune.heads.text import Text
 from perpetune.learner import Learner
 from perpetune.models.backbone import Backbone
 from perpetune.models.classifier import Classifier
+from perpetune.models.loaders.kind import is_dual
 from perpetune.pets import parameters
 from perpetune.recipe import make_recipe
 from perpetune.run import learn_protected
@@ -206,13 +207,44 @@ def test_texts_are_read_once_and_stored(folders: dict[str, Path], monkeypatch: p
         head_of(folders, "CLIP").set_extra_state(extra)
 
 
-def tuned(folders: dict[str, Path], at: Sequence[str], **head: Any) -> tuple[Any, list[Task]]:
+def test_names_pass_the_tower_once_and_never_at_prediction(
+    folders: dict[str, Path], data: Path, tmp_path: Path
+) -> None:
+    """Counted at the tower itself, over a run and a new process; `benchmarks/clip_more.py names` asks 1,100 names."""
+    names = [*NAMES[:4], *(f"thing {number}" for number in range(106))]
+    head = {"name": "text", "templates": "cifar", "vocabulary": names}
+    learner = Learner(recipe(folders["CLIP"], data, head=head, method="frozen", pet="none"), tmp_path / "state")
+    rows: list[int] = []
+
+    def hook(net: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        rows.append(len(kwargs["input_ids"]))
+
+    for one in (learner, None):
+        used = one or Learner.load(tmp_path / "state")
+        used.backbone.net.get_submodule("text_model").register_forward_pre_hook(hook, with_kwargs=True)
+        if one is not None:
+            used.run()
+            assert sum(rows) == 110 * 18
+            rows.clear()
+        asked = sorted(data.rglob("*.png"))[:2]
+        assert used.predict(asked, names=names[:9])[0].classes
+        assert used.predict(asked)[0].classes
+        assert rows == []
+
+
+LORA = {"name": "lora", "rank": 2}
+LINEAR = {"name": "adapter", "width": 2, "activation": "none"}
+
+
+def tuned(
+    folders: dict[str, Path], at: Sequence[str], pet: dict[str, Any] = LORA, **head: Any
+) -> tuple[Any, list[Task]]:
     from perpetune.check import tiny_stream
     from perpetune.runtime import Runtime
 
     content = {
         "backbone": f"folder:{folders['CLIP']}",
-        "pet": {"name": "lora", "rank": 2, "at": list(at)},
+        "pet": {**pet, "at": list(at)},
         "head": {"name": "text", **head},
         "train": {"epochs": 2, "batch_size": 8, "lr": 0.02},
     }
@@ -220,10 +252,19 @@ def tuned(folders: dict[str, Path], at: Sequence[str], **head: Any) -> tuple[Any
     return build_method(recipe_, backbone(folders)), tiny_stream(Runtime())
 
 
-def test_pets_in_the_text_tower_change_the_texts(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    method, stream = tuned(folders, ["text.q", "text.v"])
+@pytest.mark.parametrize(
+    ("at", "pet"),
+    [(["text.q", "text.v"], LORA), (["text.out"], LORA), (["text.feature"], LINEAR)],
+    ids=["in the tower", "projection", "feature"],
+)
+def test_pets_that_change_the_texts(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, at: list[str], pet: dict[str, Any]
+) -> None:
+    """In the tower, and in its parts beside it: they learn, and the texts are read again."""
+    method, stream = tuned(folders, at, pet)
     head = method.model.head
     learn_protected(method, stream[0])
+    assert all(bool(p.any()) for p in parameters(method.model, "default"))
     shown = Inputs(pixels=torch.stack([stream[0].train.load(i, None) for i in range(4)]))
     first = method.predict(shown)
     counts = counted(head, monkeypatch)
@@ -332,6 +373,24 @@ def test_the_command_line(
     assert "torn.png" in told.err
     assert call(["predict", state, str(photos / "cat"), "--names", "a,,b"]) == 2
     assert "expected different names" in capsys.readouterr().err
+
+
+def test_init_takes_the_recipe_that_fits(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = "its recipe is update-text; --recipe update is for pictures alone"
+    model = ["--model", f"folder:{folders['Siglip']}", "--device", "cpu"]
+    for state, asked, head in (("by itself", [], "text"), ("asked", ["--recipe", "update"], "ridge")):
+        assert call(["init", str(tmp_path / state), *model, *asked]) == 0
+        assert capsys.readouterr().err.count(said) == (not asked)
+        assert Learner.load(tmp_path / state).recipe.head.name == head
+    clip = tmp_path / "open_clip"
+    clip.mkdir()
+    (clip / "open_clip_config.json").write_text("{}")
+    for spec in ("openclip:ViT-B-16.x", f"folder:{clip}", f"hf:{folders['ViT and BERT']}"):
+        assert is_dual(spec)
+    for spec in ("timm:vit", "perpetune:micro", "another:thing", f"folder:{tmp_path}", f"hf:{tmp_path / 'x.gguf'}"):
+        assert not is_dual(spec)
 
 
 def test_heads_and_backbones_that_do_not_fit(folders: dict[str, Path], data: Path, tmp_path: Path) -> None:
