@@ -375,6 +375,31 @@ def test_the_command_line(
     assert "expected different names" in capsys.readouterr().err
 
 
+def test_an_exam_may_read_names_in_templates_of_its_own(folders: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    """Its figures are those of a head with these templates; nothing else changes, in the head or in the state."""
+    source = str(picture_folder(tmp_path / "suite", NAMES, 4, first=300))
+    asked = {"name": "dataset", "source": source, "among": "own"}
+    found: list[tuple[Any, Any, Tensor]] = []
+    for head, exams in (
+        ("photo", {"plain": asked, "other": {**asked, "templates": "seven"}}),
+        ("seven", {"plain": asked}),
+        ("photo", {}),
+    ):
+        text = {"name": "text", "templates": head, "expert": {"name": "ridge"}, "vocabulary": NAMES}
+        content = recipe(folders["CLIP"], data, head=text, method="frozen", pet="none", exams=exams)
+        learner = Learner(content, tmp_path / f"{head}-{len(exams)}")
+        results = learner.run()
+        found.append((results.get("exams"), snapshot(learner.method), learner.method.model.head.kept))
+    (both, stored, kept), (other, _, _), (_, alone, bare) = found
+    assert [entry["of"]["other"] for entry in both] == [entry["of"]["plain"] for entry in other]
+    assert [entry["of"]["other"] for entry in both] != [entry["of"]["plain"] for entry in both]
+    assert stored == alone
+    assert torch.equal(kept, bare)
+    content = recipe(folders["CLIP"], data, head="linear", exams={"one": {**asked, "templates": "seven"}})
+    with pytest.raises(UsageError, match="exam one: templates are for a head that reads names, and linear reads none"):
+        Learner(content, tmp_path / "linear").run()
+
+
 def test_init_takes_the_recipe_that_fits(
     folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
