@@ -249,6 +249,7 @@ def domains(args: argparse.Namespace) -> dict[str, Any]:
             }
             if method["name"] == "pool":
                 found[name] |= routes(results["cells"][-1])
+            print(json.dumps({name: found[name]}), flush=True)
     return found
 
 
@@ -411,7 +412,7 @@ def main() -> None:
     parser.add_argument("what", choices=list(WHAT))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=3, help="of `retrieval`")
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=5, help="of `domains` and `leak`")
     parser.add_argument("--train", type=int, default=None, help="training pictures of each class")
     parser.add_argument("--test", type=int, default=None, help="test pictures of each class")
     parser.add_argument("--batch", type=int, default=50, help="pictures that the released evaluation asks at once")

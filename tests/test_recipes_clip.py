@@ -187,7 +187,9 @@ def test_clip_pgp_is_asked_without_the_leak_of_its_released_code(
     scores, targets = asked(learner, tasks)
     task_of = torch.tensor([0, 0, 1, 1])
     honest = scores.argmax(1)
-    assert [int((honest == targets)[task_of[targets] == n].sum()) for n in (0, 1)] == [cell["correct"] for cell in cells]
+    assert [int((honest == targets)[task_of[targets] == n].sum()) for n in (0, 1)] == [
+        cell["correct"] for cell in cells
+    ]
     told = leaked(scores, targets, task_of, 8)
     assert int((told == targets).sum()) > int((honest == targets).sum())
     assert set(told[task_of[targets] == 0].tolist()) <= {0, 1}, "the batch says that no later name may be answered"
