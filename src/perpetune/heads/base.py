@@ -68,6 +68,8 @@ class Head(nn.Module, ABC):
     reads: ClassVar[bool] = False
     """Whether it reads the `sentences` of classes, and `forward` keeps what it made of them. Protection shows these
     sentences to the text tower by itself, once for each class."""
+    bare: bool = False
+    """Whether it also answers with the net without pets. Then the net's own feature stands before the others."""
     carry: bool = False
     """Whether its sums are moved as training moves the features."""
 

@@ -289,7 +289,7 @@ class Pool(Method):
             if self.repulsion is None or not isinstance(self.model, Classifier):
                 loss = self.model.loss(task, batch)
             else:
-                features = self.model.features(batch.inputs)
+                features = self.model.tuned(batch.inputs)
                 loss = self.model.head_loss(task, features, batch.targets) + self.repulsion.loss(features)
         if queries is None or chosen is None:
             return loss
