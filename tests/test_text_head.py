@@ -310,7 +310,8 @@ def test_taps_change_nothing_but_the_expert(folders: dict[str, Path], kind: str)
     head.observe(wide, torch.tensor([0, 1, 0, 1, 0, 1]))
     head.flush()
     head.settle()
-    assert head.expert is not None and head.expert.dim == net.dim
+    assert head.expert is not None
+    assert head.expert.dim == net.dim
     alone = Ridge(net.dim, scale=1.0)
     alone.grow(NAMES[:2], torch.Generator().manual_seed(0))
     alone.expect(torch.tensor([3, 3]))
