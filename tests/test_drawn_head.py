@@ -166,13 +166,13 @@ def test_it_finds_the_rule_of_bayes() -> None:
     best = density.log_prob(asked[:, None]).argmax(1)
     agreed = {}
     for covariance in ("full", "diagonal"):
-        head = Drawn(D, covariance=covariance, samples=400, epochs=30, lr=0.1)  # type: ignore[arg-type]
+        head = Drawn(D, covariance=covariance, samples=400, epochs=30, lr=0.3)  # type: ignore[arg-type]
         head.grow("abc", generator("grow"))
         head.observe(x, rows)
         head.settle()
         agreed[covariance] = float((head(asked).argmax(1) == best).float().mean())
     assert agreed["full"] > 0.98
-    assert agreed["diagonal"] < 0.96, "the control: variances alone do not tell these classes apart as well"
+    assert agreed["diagonal"] < 0.8, "the control: variances alone give another rule"
 
 
 @both
@@ -286,6 +286,6 @@ def test_what_cannot_be_learned_is_told_and_changes_nothing() -> None:
         head.observe(torch.full((2, D), torch.nan), torch.tensor([1, 0]))
     assert all(torch.equal(a, b) for a, b in zip(sums, head.additive(), strict=True))
     head.lr = 1e30
-    with pytest.raises(PerpetuneError, match="its layer has become infinite .* lower lr"):
+    with pytest.raises(PerpetuneError, match=r"its layer has become infinite .* lower lr"):
         head.settle()
     assert torch.equal(layer_of(head), before)

@@ -210,16 +210,16 @@ class Drawn(Head):
                 around = noise @ spread.mT if self.full else noise * spread[:, None]
                 drawn = (means[:, None] + around).flatten(0, 1)
                 order = torch.randperm(len(drawn), generator=rng).to(device)
-                sum_of_losses = 0.0
+                losses = torch.zeros((), device=device)
                 for part in order.split(self.batch_size):
                     loss = F.cross_entropy(F.linear(drawn[part], *layer), part // self.samples)
                     optimizer.zero_grad()
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    loss.backward()
                     optimizer.step()
-                    sum_of_losses += loss.detach() * len(part)
+                    losses += loss.detach() * len(part)
                 schedule.step()
         weight, bias = (t.detach() for t in layer)
-        return weight, bias, float(sum_of_losses) / len(drawn)
+        return weight, bias, float(losses) / len(drawn)
 
     def facts(self) -> dict[str, Any]:
         return self._facts

@@ -47,8 +47,10 @@ class LearnedClasses(Selector):
         lr: Annotated[float, Field(gt=0)] = 0.005,
     ):
         super().__init__(dim)
-        drawn = {"covariance": covariance, "samples": samples, "epochs": epochs, "batch_size": batch_size, "lr": lr}
-        self.head: Head = Ridge(dim) if head == "ridge" else Drawn(dim, **drawn)
+        if head == "ridge":
+            self.head: Head = Ridge(dim)
+        else:
+            self.head = Drawn(dim, covariance=covariance, samples=samples, epochs=epochs, batch_size=batch_size, lr=lr)
 
     def add(self, member: int, queries: Tensor, rows: Tensor, generator: torch.Generator) -> None:
         self.head.grow([row_name(*row) for row in self.rows], generator)
