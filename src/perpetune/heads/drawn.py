@@ -51,7 +51,7 @@ class Drawn(Head):
     counts: Tensor
     weight: Tensor
     bias: Tensor
-    begun: Tensor
+    settled: Tensor
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class Drawn(Head):
         """Of all draws; that of the generator which grew the head first."""
         self._facts: dict[str, Any] = {}
         self.register_buffer("counts", torch.zeros(0, dtype=torch.int64))
-        self.register_buffer("begun", torch.zeros(0, dtype=torch.bool))  # rows of the layer that were trained before
+        self.register_buffer("settled", torch.zeros(0, dtype=torch.int64))  # the counts when the layer was last trained
         self.register_buffer("bias", torch.zeros(0))
         for name in (*SUMS, "weight"):
             self.register_buffer(name, torch.empty(0))
@@ -125,7 +125,7 @@ class Drawn(Head):
         self.sums, self.squares, self.weight = (
             F.pad(t, (0, 0, 0, more)) for t in (self.sums, self.squares, self.weight)
         )
-        self.counts, self.bias, self.begun = (F.pad(t, (0, more)) for t in (self.counts, self.bias, self.begun))
+        self.counts, self.bias, self.settled = (F.pad(t, (0, more)) for t in (self.counts, self.bias, self.settled))
         self.probe.resize(rows, generator)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Drawn:
@@ -177,7 +177,7 @@ class Drawn(Head):
         if not len(known):
             return
         if self.probe.dim == self.dim:
-            new = known[~self.begun[known]]
+            new = known[self.settled[known] == 0]
             self.weight[new] = self.probe.weight[new].to(self.weight)
             self.bias[new] = self.probe.bias[new].to(self.bias)
         weight, bias, loss = self._trained(known)
@@ -187,7 +187,7 @@ class Drawn(Head):
                 "select: classifier"
             )
         self.weight[known], self.bias[known] = weight.to(self.weight), bias.to(self.bias)
-        self.begun[known] = True
+        self.settled.copy_(self.counts)
         size = sum(t.numel() * t.element_size() for t in self.additive())
         rows = int(self.counts.sum())
         self._facts = {"kind": "drawn", "rows": rows, "dim": self.dim, "loss": loss, "bytes": size}
