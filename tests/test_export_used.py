@@ -139,7 +139,7 @@ def frozen(world: Path, head: Any, **backbone: Any) -> dict[str, Any]:
 HEADS: list[Any] = [
     "linear", "cosine", {"name": "cosine", "learn_scale": True}, "ncm", {"name": "ncm", "metric": "euclidean"}, "ridge",
     {"name": "ridge", "projection": 24}, {"name": "ridge", "projection": 12, "kind": "orthogonal"},
-    {"name": "ridge", "standardise": False},
+    {"name": "ridge", "standardise": False}, pytest.param("drawn", marks=pytest.mark.slow),
 ]  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from perpetune.errors import PerpetuneError
 from perpetune.numerics.carry import Carry
 
 
@@ -227,6 +228,22 @@ def carry_facts(carry: Carry) -> dict[str, Any]:
     """Facts for the report about sums that followed their features: how far the features moved, whether the sums were
     moved, and the part of the movement that the map does not explain."""
     return {"moved": carry.moved, "carried": bool(carry), "unexplained": carry.unexplained}
+
+
+def not_finite(head: str, classes: Sequence[str], features: Tensor, rows: Tensor) -> PerpetuneError | None:
+    """The error that says which class has features that are not finite; None if all features `(B, D)` are.
+
+    Args:
+        head: the name of the head, for the message.
+        rows: int64 `(B,)`, the row of each example in `classes`.
+    """
+    bad = ~torch.isfinite(features).all(1)
+    if not bad.any():
+        return None
+    return PerpetuneError(
+        f"head: {head}: features of an example of class {classes[int(rows[bad][0])]} are not finite, so training has "
+        "broken the features; lower train.lr or set train.clip"
+    )
 
 
 def grow_rows(old: Tensor, rows: int, generator: torch.Generator, std: float) -> Tensor:
