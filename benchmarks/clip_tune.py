@@ -3,9 +3,9 @@
     python benchmarks/clip_tune.py --seeds 3
     python benchmarks/clip_tune.py --seeds 1 --only "lora" --test 25 --suite 20    # smaller
 
-The stream of benchmarks/clip.py: the 40 classes of CIFAR-100 that the small dual encoder of ../shared never saw, in four
-tasks of ten (all forty names may answer at every moment), and the 60 that it saw as an exam. The first blocks of the
-picture tower are frozen in every run, so what they give for a picture is computed once for all runs of this process.
+The stream of benchmarks/clip.py: the 40 classes of CIFAR-100 that the small dual encoder of ../shared never saw, in
+four tasks of ten (all forty names may answer at every moment), and the 60 that it saw as an exam. The first blocks of
+the picture tower are frozen in every run, so what they give for a picture is computed once for all runs of this process.
 With `--valid` the test pictures are training pictures that are held out: for choosing settings. Prints JSON, one line a
 run; a run whose line stands in `--out` already is not run again.
 """
@@ -18,27 +18,29 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import torch
-from clip import FILES, SHARED, TEMPLATES, subset
 from torch import Tensor, nn
 
+from clip import FILES, SHARED, TEMPLATES, subset
 from perpetune import build
 from perpetune.learner import Learner
 from perpetune.models.backbone import Backbone
 
-TUNED = 2  # the blocks at the end of the picture tower in which LoRA is trained
+TUNED = 2  # the blocks at the end of the picture tower in which LoRA is trained, if the run has it
 TAPS = 6
+ASKED = 10  # pictures of each class that the exam `recognition` asks
 
 RIDGE = {"expert": {"name": "ridge", "projection": 2000}}
 ON_TAPS = {"expert": {"name": "ridge"}}
 ADAPTER = {
-    "pet": {"name": "adapter", "at": ["picture.feature"], "width": 32, "scale": 1.0, "activation": "none", "bias": False},
-    "train": {"epochs": 5, "batch_size": 32, "lr": 1.0e-3},
+    "pet": {"name": "adapter", "at": ["picture.feature"], "width": 32, "scale": 1.0, "activation": "none",
+            "bias": False},
+    "train": {"epochs": 5, "batch_size": 32, "lr": 3.0e-3},
 }  # fmt: skip
 LORA = {
     "pet": {"name": "lora", "at": ["picture.q", "picture.v"], "blocks": [-2, -1], "rank": 8, "alpha": 8},
@@ -75,8 +77,8 @@ def ways(reference: Path) -> Mapping[str, Mapping[str, Any]]:
         **{f"lora, {name}": {**LORA, **way} for name, way in tuned.items() if "random" not in name},
         "lora, protected, weights": {**LORA, **protect(reference={"weights": True, "energy": 0.9})},
     }
-    for name in ("adapter, protected, reference", "adapter, soft, reference", "lora, free", "lora, protected, reference",
-                 "lora, soft, reference", "lora, protected, weights"):  # fmt: skip
+    for name in ("adapter, protected, reference", "adapter, soft, reference", "lora, free",
+                 "lora, protected, reference", "lora, soft, reference", "lora, protected, weights"):  # fmt: skip
         found[f"{name}; expert"] = {**found[name], "head": RIDGE}
     wide = {**WIDE, "taps": TAPS}
     found |= {
@@ -102,6 +104,8 @@ class Known:
 
     def __init__(self) -> None:
         self.kept: dict[bytes, Tensor] = {}
+        self.tuned = TUNED
+        """The blocks at the end that the next run tunes."""
 
     def step(self, number: int, compute: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
         @torch.no_grad()
@@ -120,7 +124,7 @@ class Known:
 
     def put_on(self, backbone: Backbone) -> Backbone:
         blocks = list(backbone.net.vision_model.encoder.layer)  # type: ignore[union-attr, arg-type]
-        frozen = blocks[: len(blocks) - TUNED]
+        frozen = blocks[: len(blocks) - self.tuned]
         first = len(blocks) - TAPS
 
         def early(hidden: Tensor) -> Tensor:
@@ -157,7 +161,7 @@ def recipe(way: Mapping[str, Any], seed: int, world: Path, args: argparse.Namesp
         "evaluate": {"future": True},
         "exams": {
             "suite": {"name": "dataset", "source": str(world / "seen/test.parquet"), "among": "own"},
-            "asked": {"name": "recognition", "source": str(world / "seen/test.parquet")},
+            "asked": {"name": "recognition", "source": str(world / "seen/asked.parquet")},
         },
         "run": {"device": "cpu", "threads": args.threads},
         **rest,
@@ -188,36 +192,35 @@ def prepared(folder: Path, args: argparse.Namespace) -> Path:
     for part in ("unseen", "seen"):
         for name in ("train.parquet", "test.parquet"):
             subset(data / name, about[part], folder / part)
-    if args.valid:  # the last fifth of each class's training pictures stands in for the test pictures
+    if args.valid:  # the last fifth of the training pictures of each class stands in for the test pictures
         for part in ("unseen", "seen"):
             table = pq.read_table(folder / part / "train.parquet")
-            labels = table.column("label").to_pylist()
-            count: dict[int, int] = {}
-            held, rest = [], []
-            for row, label in enumerate(labels):
-                count[label] = count.get(label, 0) + 1
-                (held if count[label] % 5 == 0 else rest).append(row)
+            rest = _few(table, len(table) * 4 // 5 // len(set(table.column("label").to_pylist())))
+            names = set(map(str, rest.column("image").to_pylist()))
+            held = [row for row, image in enumerate(table.column("image").to_pylist()) if str(image) not in names]
             pq.write_table(table.take(held), folder / part / "test.parquet")
-            pq.write_table(table.take(rest), folder / part / "train.parquet")
+            pq.write_table(rest, folder / part / "train.parquet")
+    whole = pq.read_table(folder / "seen/test.parquet")
+    pq.write_table(_few(whole, ASKED), folder / "seen/asked.parquet")
     if args.suite:
-        table = pq.read_table(folder / "seen/test.parquet")
-        kept, count = [], {}
-        for row, label in enumerate(table.column("label").to_pylist()):
-            count[label] = count.get(label, 0) + 1
-            if count[label] <= args.suite:
-                kept.append(row)
-        pq.write_table(table.take(kept), folder / "seen/test.parquet")
+        pq.write_table(_few(whole, args.suite), folder / "seen/test.parquet")
     pictures = folder / "reference"
     pictures.mkdir()
-    table = pq.read_table(folder / "seen/train.parquet")
-    count = {}
-    for row, (label, image) in enumerate(
-        zip(table.column("label").to_pylist(), table.column("image").to_pylist(), strict=True)
-    ):
-        count[label] = count.get(label, 0) + 1
-        if count[label] <= 10:
-            (pictures / f"{row}.png").write_bytes(image["bytes"])
+    table = _few(pq.read_table(folder / "seen/train.parquet"), 10)
+    for row, image in enumerate(table.column("image").to_pylist()):
+        (pictures / f"{row}.png").write_bytes(image["bytes"])
     return folder
+
+
+def _few(table: Any, each: int) -> Any:
+    """The first rows of each class."""
+    count: dict[int, int] = {}
+    kept = []
+    for row, label in enumerate(table.column("label").to_pylist()):
+        count[label] = count.get(label, 0) + 1
+        if count[label] <= each:
+            kept.append(row)
+    return table.take(kept)
 
 
 def main() -> None:
@@ -252,18 +255,22 @@ def main() -> None:
                 content = recipe(way, seed, world, args)
                 if "train" in content:
                     content["train"] = {**content["train"], **dict(_pair(one) for one in args.set)}
+                known.tuned = TUNED if content["pet"] != "none" and content["pet"]["name"] == "lora" else 0
                 line = {"run": name, "seed": seed, **measured(content)}
                 found.setdefault(name, []).append(line)
                 print(json.dumps(line), flush=True)
                 if args.out:
                     with args.out.open("a") as file:
                         file.write(json.dumps(line) + "\n")
-    means = {
-        name: {key: round(100 * statistics.mean(run[key] for run in runs), 2) for key in ("transfer", "average", "last")}
-        | {"suite": [round(100 * statistics.mean(values), 2) for values in zip(*(r["suite"] for r in runs), strict=True)]}
-        for name, runs in found.items()
-    }  # fmt: skip
+    means: dict[str, Any] = {}
+    for name, runs in found.items():
+        means[name] = {key: _percent([run[key] for run in runs]) for key in ("transfer", "average", "last")}
+        means[name]["suite"] = [_percent(values) for values in zip(*(run["suite"] for run in runs), strict=True)]
     print(json.dumps({"tune": means}))
+
+
+def _percent(values: Sequence[float]) -> float:
+    return round(100 * statistics.mean(values), 2)
 
 
 def _pair(text: str) -> tuple[str, Any]:
