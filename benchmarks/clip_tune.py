@@ -5,7 +5,7 @@
 
 The stream of benchmarks/clip.py: the 40 classes of CIFAR-100 that the small dual encoder of ../shared never saw, in
 four tasks of ten (all forty names may answer at every moment), and the 60 that it saw as an exam. The first blocks of
-the picture tower are frozen in every run, so what they give for a picture is computed once for all runs of this process.
+the picture tower are frozen in every run, so what they give for a picture is computed once in this process.
 With `--valid` the test pictures are training pictures that are held out: for choosing settings. Prints JSON, one line a
 run; a run whose line stands in `--out` already is not run again.
 """
