@@ -25,6 +25,7 @@ from perpetune.pets import using
 from perpetune.registry import every
 from perpetune.report import form, write_report
 from perpetune.results import read_results
+from perpetune.runtime import Runtime
 from perpetune.tasks import captioned, load_batches
 
 NAMES = ["cat", "elk", "fox"]
@@ -239,6 +240,13 @@ def test_what_needs_classes_says_so(
     path = by_task(caption_file(tmp_path / "data", NAMES, 3))
     with pytest.raises(UsageError, match=said):
         Learner(plan(tmp_path, {"name": "captions", "path": str(path)}, stream={}, **changes), tmp_path / "state").run()
+
+
+def test_several_processes_are_refused(learner: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = learner._tasks.of_stream(0, []).task
+    monkeypatch.setattr(Runtime, "world", 2)
+    with pytest.raises(UsageError, match="compared with each other inside a batch: train with one process"):
+        learner.method.model.grow(task)
 
 
 def test_joint_training_draws_from_all_captions_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

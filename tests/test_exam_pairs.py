@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from perpetune.learner import Learner
 from perpetune.numerics.recognition import equal_error_threshold
 from perpetune.pets import using
 from perpetune.results import read_results
-from perpetune.run import FEATURES
+from perpetune.run import FEATURES, _trained
 from perpetune.snapshot import FILES, FIXED, snapshot
 
 LEARNED, OTHERS = ["ant", "bee", "cat", "dog"], ["elk", "fox", "gnu"]
@@ -41,10 +42,10 @@ def suites(folder: Path) -> dict[str, Any]:
     }
 
 
-def made(folder: Path, exams: dict[str, Any], **changes: Any) -> Learner:
+def made(folder: Path, exams: dict[str, Any], train: int | list[int] = 5, **changes: Any) -> Learner:
     data = folder / "data"
     if not data.exists():
-        split_folder(data, LEARNED, 5, 3)
+        split_folder(data, LEARNED, train, 3)
     content = plan(folder, data, exams=exams, **changes) | {"evaluate": {"future": bool(exams)}}
     return Learner(content, folder / f"state-{len(exams)}")
 
@@ -125,6 +126,39 @@ def test_attraction_counts_the_exam_s_pictures_that_go_to_learned_classes(tmp_pa
     assert read_results(learner.state)["exams"][-1]["of"]["see"]["attraction"] == pytest.approx(drawn, abs=1e-6)
 
 
+def test_a_frequent_name_is_one_with_the_most_examples_so_far(tmp_path: Path) -> None:
+    learner = made(tmp_path, suites(tmp_path), train=[4, 6, 9, 5])
+    learner.run()
+    rounds = [entry["of"]["see"] for entry in read_results(learner.state)["exams"]]
+    assert ["false_yes_frequent" in values for values in rounds] == [False, True, True]
+    assert [one.task()["examples"] for one in learner.state.committed] == [{"ant": 4, "bee": 6}, {"cat": 9, "dog": 5}]
+    assert _trained(learner.state, {"ant": 8}) == {"ant": 12, "bee": 6, "cat": 9, "dog": 5}
+    exam = next(e for e in learner._tasks.exams if e.name == "see")
+    _, _, cosines = vectors(learner, exam, LEARNED)
+    threshold = float(cosines[:, 2].median())  # of the model here, no name reaches the exam's own
+    for trained, name in (({"ant": 4, "bee": 6, "cat": 9, "dog": 5}, 2), ({"ant": 12, "bee": 6, "cat": 9}, 0)):
+        values = dataclasses.replace(exam, begun={"threshold": threshold}, trained=trained).taken(learner.method, 4)
+        yes = float((cosines[:, name] >= threshold).double().mean())
+        assert values["false_yes_frequent"] == pytest.approx(yes, abs=1e-6)
+
+
+def test_captions_of_a_class_may_be_several(tmp_path: Path) -> None:
+    """A picture is hit if one of its captions has fewer than k wrong ones at or above its score."""
+    exams = {"pairs": {**suites(tmp_path)["pairs"], "template": ["a photo of a {}.", "{}"]}}
+    learner = made(tmp_path, exams)
+    exam = learner._tasks.exams[0]
+    values = exam.taken(learner.method, 4)
+    _, _, one = vectors(learner, exam, OTHERS)
+    assert exam.task.test is not None
+    pictures = torch.stack([exam.task.test.load(i, None) for i in range(15)])
+    with torch.no_grad():
+        f = F.normalize(learner.method.features(pictures), dim=-1)
+        other = f @ F.normalize(learner.backbone.texts.of(OTHERS), dim=-1).T
+    best, targets = torch.maximum(one, other), torch.tensor(exam.task.test.targets)
+    hit = torch.tensor([best[i, t] > best[i][torch.arange(3) != t].max() for i, t in enumerate(targets.tolist())])
+    assert values["image_to_text_r1"] == pytest.approx(float(hit.double().mean()), abs=1e-6)
+
+
 def test_a_collapsed_model_finds_nothing(tmp_path: Path) -> None:  # V17
     learner = made(tmp_path, suites(tmp_path))
     taken = {exam.name: exam for exam in learner._tasks.exams}
@@ -153,7 +187,7 @@ def test_exams_that_cannot_be_taken_are_refused_in_one_line(tmp_path: Path) -> N
             ),
             (
                 {"find": {**asked["pairs"], "template": "a photo"}},
-                r"the template 'a photo' needs one \{\}, in whose place",
+                "exams: retrieval: there are no templates 'a photo'; the closest is|exams: retrieval: there are",
             ),
             ({"find": {**asked["pairs"], "nouns": ["owl"]}}, "nouns names one word, and foils exchange it for another"),
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_recipes import changed, sets
 from tiny import commented, dual_folder, picture_folder, split_folder
 
@@ -17,6 +18,7 @@ from perpetune.methods.base import Method
 from perpetune.pets import pets
 from perpetune.pets.context import Context
 from perpetune.recipe import Recipe, load_recipe, packaged
+from perpetune.tasks import Task
 
 STREAMS = ("cifar100", "imagenet-r", "domainnet", "core50", "mtil-1", "mtil-2", "xtail")
 PROTECTED = ("pgp", "pegp-prompt", "pegp-linear", "pegp-lora", "pegp-prefix")
@@ -157,6 +159,43 @@ def test_it_learns(kind: str, stream: str, folder: Path, tmp_path: Path) -> None
     assert (results["protection"] != []) == (recipe.protect is not None)
     if recipe.evaluate.future:
         assert results["cells"][0][1] is not None or results.get("unlearned")
+
+
+@pytest.mark.parametrize("library", ["transformers", "open_clip"])
+def test_clip_pgp_is_asked_without_the_leak_of_its_released_code(
+    library: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There the labels of a batch say which names may be answered. Made again, it raises the accuracy, and the answer
+    to a picture depends on the pictures beside it. Ours does neither."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    from clip_more import asked, leaked
+
+    if library == "open_clip":
+        pytest.importorskip("open_clip")
+        from test_openclip import folder_of
+
+        folder = folder_of(tmp_path / "net", "plain")
+    data = {"name": "folder", "path": str(split_folder(tmp_path / "data", ["cat", "dog", "elk", "owl"], 6, 8))}
+    given = small(load_recipe("clip-pgp-cifar100"), train={"epochs": 1, "batch_size": 8}, data=data,
+                  stream={"classes_per_task": 2}, run={"device": "cpu", "workers": 0})  # fmt: skip
+    given = given.model_copy(update={"backbone": given.backbone.model_copy(update={"name": f"folder:{folder}"})})
+    learner = Learner(given, tmp_path / "state")
+    tasks: list[Task] = []
+    learn = learner.method.learn
+    monkeypatch.setattr(learner.method, "learn", lambda task: (tasks.append(task), learn(task)))
+    cells = learner.run()["cells"][-1]
+    scores, targets = asked(learner, tasks)
+    task_of = torch.tensor([0, 0, 1, 1])
+    honest = scores.argmax(1)
+    assert [int((honest == targets)[task_of[targets] == n].sum()) for n in (0, 1)] == [
+        cell["correct"] for cell in cells
+    ]
+    told = leaked(scores, targets, task_of, 8)
+    assert int((told == targets).sum()) > int((honest == targets).sum())
+    assert set(told[task_of[targets] == 0].tolist()) <= {0, 1}, "the batch says that no later name may be answered"
+    mixed = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(leaked(scores[mixed], targets[mixed], task_of, 16), honest[mixed])
+    assert not torch.equal(told, honest), "so the same pictures have other answers in another order"
 
 
 def test_updates_learn_month_by_month_and_protect_what_the_weights_know(folder: Path, tmp_path: Path) -> None:

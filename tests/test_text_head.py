@@ -22,6 +22,7 @@ from perpetune.heads.text import Text
 from perpetune.learner import Learner
 from perpetune.models.backbone import Backbone
 from perpetune.models.classifier import Classifier
+from perpetune.models.loaders.kind import is_dual
 from perpetune.pets import parameters
 from perpetune.recipe import make_recipe
 from perpetune.run import learn_protected
@@ -207,8 +208,42 @@ def test_texts_are_read_once_and_stored(folders: dict[str, Path], monkeypatch: p
         head_of(folders, "CLIP").set_extra_state(extra)
 
 
+def test_names_pass_the_tower_once_and_never_at_prediction(
+    folders: dict[str, Path], data: Path, tmp_path: Path
+) -> None:
+    """Counted at the tower itself, over a run and a new process; `benchmarks/clip_more.py names` asks 1,100 names."""
+    names = [*NAMES[:4], *(f"thing {number}" for number in range(106))]
+    head = {"name": "text", "templates": "cifar", "vocabulary": names}
+    learner = Learner(recipe(folders["CLIP"], data, head=head, method="frozen", pet="none"), tmp_path / "state")
+    rows: list[int] = []
+
+    def hook(net: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        rows.append(len(kwargs["input_ids"]))
+
+    for one in (learner, None):
+        used = one or Learner.load(tmp_path / "state")
+        used.backbone.net.get_submodule("text_model").register_forward_pre_hook(hook, with_kwargs=True)
+        if one is not None:
+            used.run()
+            assert sum(rows) == 110 * 18
+            rows.clear()
+        asked = sorted(data.rglob("*.png"))[:2]
+        assert used.predict(asked, names=names[:9])[0].classes
+        assert used.predict(asked)[0].classes
+        assert rows == []
+
+
+LORA = {"name": "lora", "rank": 2}
+LINEAR = {"name": "adapter", "width": 2, "activation": "none"}
+
+
 def tuned(
-    folders: dict[str, Path], at: Sequence[str], taps: int | None = None, method: str = "finetune", **head: Any
+    folders: dict[str, Path],
+    at: Sequence[str],
+    pet: dict[str, Any] = LORA,
+    taps: int | None = None,
+    method: str = "finetune",
+    **head: Any,
 ) -> tuple[Any, list[Task]]:
     from perpetune.check import tiny_stream
     from perpetune.runtime import Runtime
@@ -216,7 +251,7 @@ def tuned(
     content = {
         "backbone": {"name": f"folder:{folders['CLIP']}", "taps": taps},
         "method": method,
-        "pet": {"name": "lora", "rank": 2, "at": list(at)},
+        "pet": {**pet, "at": list(at)},
         "head": {"name": "text", **head},
         "train": {"epochs": 2, "batch_size": 8, "lr": 0.02},
     }
@@ -224,10 +259,19 @@ def tuned(
     return build_method(recipe_, backbone(folders).tap(taps)), tiny_stream(Runtime())
 
 
-def test_pets_in_the_text_tower_change_the_texts(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    method, stream = tuned(folders, ["text.q", "text.v"])
+@pytest.mark.parametrize(
+    ("at", "pet"),
+    [(["text.q", "text.v"], LORA), (["text.out"], LORA), (["text.feature"], LINEAR)],
+    ids=["in the tower", "projection", "feature"],
+)
+def test_pets_that_change_the_texts(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, at: list[str], pet: dict[str, Any]
+) -> None:
+    """In the tower, and in its parts beside it: they learn, and the texts are read again."""
+    method, stream = tuned(folders, at, pet)
     head = method.model.head
     learn_protected(method, stream[0])
+    assert all(bool(p.any()) for p in parameters(method.model, "default"))
     shown = Inputs(pixels=torch.stack([stream[0].train.load(i, None) for i in range(4)]))
     first = method.predict(shown)
     counts = counted(head, monkeypatch)
@@ -331,7 +375,7 @@ def test_the_bare_net_answers_names_whatever_pets_learn(
     learners = {}
     for reads in ("bare", "tuned"):
         made, stream = tuned(
-            folders, ["picture.q", "picture.v"], taps, method, expert="ridge", vocabulary=names, zero_shot=reads
+            folders, ["picture.q", "picture.v"], LORA, taps, method, expert="ridge", vocabulary=names, zero_shot=reads
         )
         learners[reads] = made
     plain = head_of(folders, "CLIP", [], vocabulary=names)
@@ -415,6 +459,49 @@ def test_the_command_line(
     assert "torn.png" in told.err
     assert call(["predict", state, str(photos / "cat"), "--names", "a,,b"]) == 2
     assert "expected different names" in capsys.readouterr().err
+
+
+def test_an_exam_may_read_names_in_templates_of_its_own(folders: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    """Its figures are those of a head with these templates; nothing else changes, in the head or in the state."""
+    source = str(picture_folder(tmp_path / "suite", NAMES, 4, first=300))
+    asked = {"name": "dataset", "source": source, "among": "own"}
+    found: list[tuple[Any, Any, Tensor]] = []
+    for head, exams in (
+        ("photo", {"plain": asked, "other": {**asked, "templates": "seven"}}),
+        ("seven", {"plain": asked}),
+        ("photo", {}),
+    ):
+        text = {"name": "text", "templates": head, "expert": {"name": "ridge"}, "vocabulary": NAMES}
+        content = recipe(folders["CLIP"], data, head=text, method="frozen", pet="none", exams=exams)
+        learner = Learner(content, tmp_path / f"{head}-{len(exams)}")
+        results = learner.run()
+        found.append((results.get("exams"), snapshot(learner.method), learner.method.model.head.kept))
+    (both, stored, kept), (other, _, _), (_, alone, bare) = found
+    assert [entry["of"]["other"] for entry in both] == [entry["of"]["plain"] for entry in other]
+    assert [entry["of"]["other"] for entry in both] != [entry["of"]["plain"] for entry in both]
+    assert stored == alone
+    assert torch.equal(kept, bare)
+    content = recipe(folders["CLIP"], data, head="linear", exams={"one": {**asked, "templates": "seven"}})
+    with pytest.raises(UsageError, match="exam one: templates are for a head that reads names, and linear reads none"):
+        Learner(content, tmp_path / "linear").run()
+
+
+def test_init_takes_the_recipe_that_fits(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = "its recipe is update-text; --recipe update is for pictures alone"
+    model = ["--model", f"folder:{folders['Siglip']}", "--device", "cpu"]
+    for state, asked, head in (("by itself", [], "text"), ("asked", ["--recipe", "update"], "ridge")):
+        assert call(["init", str(tmp_path / state), *model, *asked]) == 0
+        assert capsys.readouterr().err.count(said) == (not asked)
+        assert Learner.load(tmp_path / state).recipe.head.name == head
+    clip = tmp_path / "open_clip"
+    clip.mkdir()
+    (clip / "open_clip_config.json").write_text("{}")
+    for spec in ("openclip:ViT-B-16.x", f"folder:{clip}", f"hf:{folders['ViT and BERT']}"):
+        assert is_dual(spec)
+    for spec in ("timm:vit", "perpetune:micro", "another:thing", f"folder:{tmp_path}", f"hf:{tmp_path / 'x.gguf'}"):
+        assert not is_dual(spec)
 
 
 def test_heads_and_backbones_that_do_not_fit(folders: dict[str, Path], data: Path, tmp_path: Path) -> None:

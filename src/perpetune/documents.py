@@ -60,6 +60,7 @@ class Task(Document):
     bad: list[str]
     warnings: list[str]
     contents: Contents | None = None
+    examples: dict[str, Count] = {}
 
     @model_validator(mode="after")
     def _agrees(self) -> Task:

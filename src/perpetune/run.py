@@ -6,6 +6,7 @@ import itertools
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -102,7 +103,8 @@ def learn_task(method: Method, step: Step, state: State) -> None:
     size, told = recipe.evaluate.batch_size, recipe.evaluate.told
     cells = measure(method, [*step.others, task], recipe.setting, size, oracle, step.future, told)
     cells |= measure(method, step.ahead, recipe.setting, size, future=step.future)
-    exams = take_all(step.exams, method, size, exams_before)
+    examples = _examples_of(task) if step.exams else {}
+    exams = take_all(step.exams, method, size, exams_before, _trained(state, examples))
     features, drift = _drift(method, step, state)
     evaluated = time.perf_counter()
     method.task_measured()
@@ -119,6 +121,7 @@ def learn_task(method: Method, step: Step, state: State) -> None:
         "device": str(run.device),
     }
     document = {"index": task.index, "name": task.name, "classes": list(task.classes), **step.document}
+    document |= {"examples": examples} if examples else {}
     facts = method.facts()
     said = dict.fromkeys(found["warning"] for found in facts.values() if found.get("warning"))
     warnings = [f"task {task.name}: {warning}" for warning in said]
@@ -134,6 +137,25 @@ def learn_task(method: Method, step: Step, state: State) -> None:
     run.accelerator.wait_for_everyone()
     run.checkpoints = None
     run.progress.results(read_results(state))
+
+
+def _examples_of(task: Task) -> dict[str, int]:
+    """How many training examples each class of a task has, by its name."""
+    counts = Counter(task.train.targets)
+    return {name: counts[target] for target, name in enumerate(task.classes)}
+
+
+def _trained(state: State, examples: Mapping[str, int]) -> dict[str, int]:
+    """How many training examples each class has had in all tasks so far: the committed ones, and one with `examples`.
+
+    Nothing if there are no exams, whose judges ask for it.
+    """
+    if not examples:
+        return {}
+    counts: Counter[str] = Counter(examples)
+    for committed in state.committed:
+        counts.update(committed.task().get("examples", {}))
+    return dict(counts)
 
 
 def learn_protected(

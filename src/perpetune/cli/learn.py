@@ -180,7 +180,13 @@ def init(
     data: Annotated[
         str | None, typer.Option(help="First batch of data: a folder, manifest, parquet file or id.")
     ] = None,
-    recipe: Annotated[str, typer.Option(help="The recipe to start from; its data section is not used.")] = "update",
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="The recipe to start from; its data section is not used. By default `update`, and `update-text` for a "
+            "--model that reads pictures and texts, such as CLIP."
+        ),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the first task.")] = None,
     device: Device = None,
     change: Set = None,
@@ -196,13 +202,25 @@ def init(
     changes = [*(change or []), "data=null"]
     changes += [f"backbone.name={dumps(model)}"] if model else []  # in quotes: a pair has the look of a mapping
     changes += [f"run.device={device}"] if device is not None else []
+    chosen = recipe or _recipe_for(model)
     with _watch(quiet or json, state) as view:
-        learner = Learner(load_recipe(recipe, changes), state, progress=view)
+        learner = Learner(load_recipe(chosen, changes), state, progress=view)
         results = learner.learn(data, name=name) if data else None
     if results:
         _finish(learner, results, json)
     elif not json:
         print(f"{state} is ready: add data with `perpetune update {state} --data FOLDER`")
+
+
+def _recipe_for(model: str | None) -> str:
+    """The recipe that `init` starts from if nobody names one."""
+    from perpetune.cli.notes import Notes
+    from perpetune.models.loaders.kind import is_dual
+
+    if model is None or not is_dual(model):
+        return "update"
+    Notes().note(f"{model} reads pictures and texts: its recipe is update-text; --recipe update is for pictures alone")
+    return "update-text"
 
 
 @steady

@@ -43,6 +43,8 @@ class Exam:
             learned; `own`, those of the exam, learned or not, which a head that reads the names of classes can answer.
         judge: called as `judge(method, exam, batch_size)`: what the answers are worth, as numbers by name. It may ask
             the method whatever it likes; several processes call it alike.
+        begun: the numbers of this exam before the first task; empty while they are found.
+        trained: how many training examples each class has had so far, by its name.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Exam:
     among: Among = "seen"
     judge: Callable[[Method, Exam, int], Values] = right_answers
     begun: Values = field(default_factory=dict)
+    trained: Mapping[str, int] = field(default_factory=dict)
 
     def taken(self, method: Method, batch_size: int) -> dict[str, float]:
         """The numbers of this exam as the method stands; none where nothing can be asked yet.
@@ -85,7 +88,11 @@ class Suite(ABC):
 
 
 def take_all(
-    exams: Sequence[Exam], method: Method, batch_size: int, begun: Mapping[str, Values] | None = None
+    exams: Sequence[Exam],
+    method: Method,
+    batch_size: int,
+    begun: Mapping[str, Values] | None = None,
+    trained: Mapping[str, int] | None = None,
 ) -> dict[str, dict[str, float]]:
     """The numbers of each exam that has some, by its name.
 
@@ -94,7 +101,9 @@ def take_all(
         method: what is asked.
         batch_size: examples in a forward pass.
         begun: the numbers of each exam before the first task, by its name.
+        trained: how many training examples each class has had so far, by its name.
     """
-    known = begun or {}
-    taken = {exam.name: replace(exam, begun=known.get(exam.name, {})).taken(method, batch_size) for exam in exams}
+    known, counts = begun or {}, trained or {}
+    asked = [replace(exam, begun=known.get(exam.name, {}), trained=counts) for exam in exams]
+    taken = {exam.name: exam.taken(method, batch_size) for exam in asked}
     return {name: values for name, values in taken.items() if values}

@@ -26,9 +26,10 @@ class Recognition(Suite):
     A pair of a picture and `a photo of a NAME.` is a yes if its cosine reaches a threshold. The threshold is set once,
     before the first task: where the untouched model misses as many true names as it says a false yes. After each task
     there are at this threshold `missed_yes`, and `false_yes_*` for names that are not in the picture: a `random` other
-    name of the exam, the name `near`est to the true one (by the texts of the frozen net), and a name that was `learned`
-    so far. `attraction` is the share of pictures that are answered with a learned class, if these may answer beside the
-    exam's own. `gap` and `pair_cosine` are as in the exam `retrieval`.
+    name of the exam, the name `near`est to the true one (by the texts of the frozen net), a name that was `learned` so
+    far, and a `frequent` one, one of those with the most training examples so far. `attraction` is the share of
+    pictures that are answered with a learned class, if these may answer beside the exam's own. `gap` and `pair_cosine`
+    are as in the exam `retrieval`.
 
     Args:
         source: a `data:` section, or a path, with two classes or more; its test data are asked, or all its data where
@@ -68,6 +69,10 @@ def _judge(template: str, method: Method, exam: Exam, batch_size: int) -> Values
         known = text_features(method, [filled(template, name) for name in learned], batch_size, run)
         drawn = torch.randint(len(learned), (len(targets),), generator=rng).to(targets.device)
         absent["learned"] = (pictures * known[drawn]).sum(1)
+        most = max(exam.trained.get(name, 0) for name in learned)
+        often = torch.tensor([n for n, name in enumerate(learned) if exam.trained.get(name, 0) == most])
+        drawn = often[torch.randint(len(often), (len(targets),), generator=rng)].to(targets.device)
+        absent["frequent"] = (pictures * known[drawn]).sum(1)
     values = {"threshold": threshold, "missed_yes": missed_yes(present, threshold)}
     values |= {f"false_yes_{way}": false_yes(some, threshold) for way, some in absent.items()}
     if learned and method.model.any_class:

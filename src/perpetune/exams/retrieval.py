@@ -12,6 +12,7 @@ import torch
 
 from perpetune.errors import UsageError
 from perpetune.exams.base import Exam, Opener, Suite, Values
+from perpetune.heads.templates import spoken, templates_of
 from perpetune.methods.base import Method
 from perpetune.methods.parts.pairs import MARGIN, Gallery, text_features
 from perpetune.numerics.recognition import modality_gap
@@ -31,12 +32,16 @@ class Retrieval(Suite):
 
     Args:
         source: a `data:` section, or a path; its test data are asked, or all its data where it has no test data.
-        template: makes a caption of a class, if the data have classes and no captions.
+        template: makes a caption of a class, if the data have classes and no captions; several sentences, or the name
+            of a packaged set as in head `text`, make as many captions.
         nouns: the words that are exchanged for each other in foils; for data with classes these are the classes.
     """
 
-    def __init__(self, *, source: str | dict[str, Any], template: str = TEMPLATE, nouns: Sequence[str] = ()):
-        self.source, self.template, self.nouns = source, checked_template(template), tuple(nouns)
+    def __init__(
+        self, *, source: str | dict[str, Any], template: str | list[str] = TEMPLATE, nouns: Sequence[str] = ()
+    ):
+        self.source, self.nouns = source, tuple(nouns)
+        self.templates = templates_of(template, "exams: retrieval")
         if len(self.nouns) == 1:
             raise UsageError(
                 "exams: retrieval: nouns names one word, and foils exchange it for another: name two or more"
@@ -44,7 +49,7 @@ class Retrieval(Suite):
 
     def exams(self, name: str, opened: Opener) -> Sequence[Exam]:
         task = dataclasses.replace(opened(self.source), name=name)
-        return [Exam(name, task, "own", partial(_judge, self.template, self.nouns))]
+        return [Exam(name, task, "own", partial(_judge, self.templates, self.nouns))]
 
 
 def checked_template(template: str) -> str:
@@ -56,18 +61,19 @@ def checked_template(template: str) -> str:
 
 def filled(template: str, name: str) -> str:
     """A caption with the name of a class, as people write it."""
-    return template.replace("{}", name.replace("_", " "))
+    return template.replace("{}", spoken(name))
 
 
-def _judge(template: str, nouns: Sequence[str], method: Method, exam: Exam, batch_size: int) -> Values:
+def _judge(templates: Sequence[str], nouns: Sequence[str], method: Method, exam: Exam, batch_size: int) -> Values:
     task, run = exam.task, exam.task.runtime
     assert task.test is not None
     names = nouns
     if captioned(task.test):
         captions = [task.test.captions(i) for i in range(len(task.test))]
     else:
-        captions = [(filled(template, task.classes[target]),) for target in task.test.targets]
-        names = nouns or [name.replace("_", " ") for name in task.classes]
+        said = [[filled(template, name) for template in templates] for name in task.classes]
+        captions = [said[target] for target in task.test.targets]
+        names = nouns or [spoken(name) for name in task.classes]
     gallery = Gallery(method, captions, task.test, batch_size, run)
     there, back = gallery.recalls(KS)
     values = {f"image_to_text_r{k}": share for k, share in zip(KS, there, strict=True)}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from perpetune.errors import PerpetuneError
+from perpetune.errors import PerpetuneError, UsageError
 from perpetune.numerics.carry import Carry
 
 
@@ -112,6 +113,14 @@ class Head(nn.Module, ABC):
     def sentences(self, classes: Sequence[str]) -> list[str]:
         """All texts that it reads for some classes; none if it reads no texts."""
         return []
+
+    def reading(self, templates: str | Sequence[str]) -> AbstractContextManager[None]:
+        """Inside this context the names of classes are read in other sentences.
+
+        Raises:
+            UsageError: the head reads no names.
+        """
+        raise UsageError(f"templates are for a head that reads names, and {type(self).__name__.lower()} reads none")
 
     def finish(self, classes: Sequence[str]) -> None:
         """Called when a task with these classes was learned, with the pets in force that were trained on it."""

@@ -35,20 +35,24 @@ SETS: dict[str, tuple[str, ...]] = {
 for CLIP on CIFAR and ImageNet."""
 
 
-def templates_of(given: str | Sequence[str]) -> tuple[str, ...]:
+def templates_of(given: str | Sequence[str], where: str = "head: text") -> tuple[str, ...]:
     """The templates of a set, of one sentence with `{}`, or of several.
+
+    Args:
+        given: the name of a set, a sentence, or sentences.
+        where: what they are given to, for messages.
 
     Raises:
         UsageError: there is no such set, or a sentence does not have `{}` once.
     """
     if isinstance(given, str) and "{}" not in given:
         if given not in SETS:
-            raise UsageError(f"head: text: there are no templates {given!r}; {closest(given, SETS)}")
+            raise UsageError(f"{where}: there are no templates {given!r}; {closest(given, SETS)}")
         return SETS[given]
     found = (given,) if isinstance(given, str) else tuple(given)
     wrong = next((template for template in found if template.count("{}") != 1), None)
     if wrong is not None or not found:
-        raise UsageError(f"head: text: template {wrong!r} does not have {{}} once, where the name goes")
+        raise UsageError(f"{where}: template {wrong!r} does not have {{}} once, where the name goes")
     return found
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import torch
@@ -26,6 +27,10 @@ from perpetune.tasks import Inputs
 
 SHARP = 10.0  # fused scores lie near [0, 1]; times this their softmax tells people how sure the answer is
 MOST_ASKED = 20_000  # names that are no candidates, whose texts are kept while the process lives
+
+
+_Kept = tuple[Tensor, list[str], "tuple[Any, ...] | None", dict[str, Tensor]]
+"""The texts that a head keeps: a table, the names of its rows, what pets did then, and the texts of other names."""
 
 
 class Texts(Protocol):
@@ -143,6 +148,8 @@ class Text(Head):
         self._state: tuple[Any, ...] | None = None
         self._asked: dict[str, Tensor] = {}
         """Texts of other names that were asked; they are not stored."""
+        self._others: dict[tuple[str, ...], _Kept] = {}
+        """The texts in other templates that were asked for."""
 
     @classmethod
     def of(cls, backbone: Any, **options: Any) -> Text:
@@ -171,6 +178,26 @@ class Text(Head):
     def candidates(self) -> list[str]:
         """The learned classes, then the rest of the vocabulary."""
         return list(dict.fromkeys((*self.classes, *self.vocabulary)))
+
+    @contextlib.contextmanager
+    def reading(self, templates: str | Sequence[str]) -> Iterator[None]:
+        """Inside this context names are read in these templates. The texts in the head's own are kept for later, and
+        those of tasks with a context of their own stay."""
+        other, own = templates_of(templates), (self.templates, self._texts())
+        if other == self.templates:
+            yield
+            return
+        try:
+            self.templates = other
+            self.kept, self.names, self._state, self._asked = self._others.get(other) or (self.kept[:0], [], None, {})
+            yield
+        finally:
+            self._others[other] = self._texts()
+            self.templates, (self.kept, self.names, self._state, self._asked) = own
+
+    def _texts(self) -> _Kept:
+        """The texts that are kept in the present templates."""
+        return self.kept, self.names, self._state, self._asked
 
     def texts(self, names: Sequence[str]) -> Tensor:
         """Texts `(n, D)` of length 1 of names. Those of candidates are kept. In training, gradients flow to pets in the
@@ -380,7 +407,7 @@ class Text(Head):
         super().set_extra_state({"classes": state["classes"]})
         self.names = list(names)
         self.kept = self.kept.new_zeros(len(names), self.dim)
-        self._state, self._asked = None, {}
+        self._state, self._asked, self._others = None, {}, {}
 
     def _digest(self) -> str:
         return hashlib.sha256(json.dumps(self.templates).encode()).hexdigest()[:16]

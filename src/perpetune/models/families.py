@@ -118,6 +118,13 @@ class Tower:
         norm = _find(self.net, self.family.once, "norm")
         return None if norm is None else self.at(norm[0])
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths in the whole net of everything that belongs to it: its own, and those of its parts beside it."""
+        parts = [found[0] for role in self.family.beside if (found := self.part(role)) is not None]
+        start = f"{self.path}." if self.path else ""
+        return self.path, *(path for path in parts if not path.startswith(start))
+
     def at(self, path: str) -> str:
         """Turn a path in the tower into a path in the whole net."""
         return f"{self.path}.{path}" if self.path and path else self.path or path

@@ -74,6 +74,7 @@ class TextSide:
         self._tokenise, self._encode, self._vocabulary = tokenise, encode, vocabulary
         self._cut = set(PROBES)  # texts about which it was said that their end is cut off
         self._ends: tuple[int, int, int] | None = None
+        self._paths: tuple[tuple[str, ...], str | None] | None = None
         self._tokens(PROBES)
 
     def inputs(self, strings: Sequence[str], device: torch.device | None = None) -> Inputs:
@@ -132,27 +133,36 @@ class TextSide:
         return wide(value.detach()).reshape(())
 
     def state(self) -> tuple[Any, ...]:
-        """What pets do to the text tower now: where they are in force, and how often their values have changed.
+        """What pets do to texts now: where they are in force, and how often their values have changed.
 
         Empty if none is in force. Features of the same texts are the same as long as this is the same.
         """
-        tower = families.towers(self.net).get("text")
-        start = "" if tower is None or not tower.path else f"{tower.path}."
         found: list[Any] = []
-        for path, slot in slots(self.net):
-            if slot.active is None or not path.startswith(start):
-                continue
-            names = [slot.active] if isinstance(slot.active, str) else [str(slot.active)]
-            pets = [slot.pets[name] for name in names if name in slot.pets] or list(slot.pets.values())
-            found.append((path, *names, *((id(p), p._version) for pet in pets for p in pet.parameters())))
+        for start in self._places()[0]:
+            for path, slot in slots(outermost(self.net, start)):
+                if slot.active is None:
+                    continue
+                names = [slot.active] if isinstance(slot.active, str) else [str(slot.active)]
+                pets = [slot.pets[name] for name in names if name in slot.pets] or list(slot.pets.values())
+                found.append((start, path, *names, *((id(p), p._version) for pet in pets for p in pet.parameters())))
         return tuple(found)
+
+    def _places(self) -> tuple[tuple[str, ...], str | None]:
+        """The paths of what reads texts in the net, and that of its table of tokens, if it is known.
+
+        They are looked up once, because every prediction asks, and no pet changes them.
+        """
+        if self._paths is None:
+            tower = families.towers(self.net).get("text")
+            part = None if tower is None else tower.part("embed")
+            self._paths = ("",) if tower is None else tower.paths, None if part is None else part[0]
+        return self._paths
 
     @property
     def contexts(self) -> list[Context]:
         """The contexts of all sets of pets, in force or not."""
-        tower = families.towers(self.net).get("text")
-        part = None if tower is None else tower.part("embed")
-        slot = None if part is None else outermost(self.net, part[0])
+        path = self._places()[1]
+        slot = None if path is None else outermost(self.net, path)
         found: list[PET] = [slot.pet(name) for name in slot.pets] if isinstance(slot, Slot) else []
         return [pet for pet in found if isinstance(pet, Context)]
 

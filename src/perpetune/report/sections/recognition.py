@@ -10,9 +10,10 @@ from perpetune.report.sections.retrieval import shown, when
 MEANING = (
     "Shares in %. Yes means that a picture and a name are nearer than a threshold, which is set once, before the first "
     "task, where missed and false yes are equally frequent. Missed yes: the true name is below it. False yes: a name "
-    "that is not in the picture reaches it: a random other one, the one nearest to the true name, or one that was "
-    "learned. Attraction: pictures of other classes that are answered with a learned class. The gap is the distance "
-    "between the mean picture and the mean text, from 0 to 2; if it changes, the pretrained space has changed."
+    "that is not in the picture reaches it: a random other one, the one nearest to the true name, one that was "
+    "learned, or one of those with the most training examples. Attraction: pictures of other classes that are answered "
+    "with a learned class. The gap is the distance between the mean picture and the mean text, from 0 to 2; if it "
+    "changes, the pretrained space has changed."
 )
 SHARES = {
     "attraction": "attraction",
@@ -20,6 +21,7 @@ SHARES = {
     "false_yes_random": "false yes, random name",
     "false_yes_near": "false yes, nearest name",
     "false_yes_learned": "false yes, learned name",
+    "false_yes_frequent": "false yes, name with the most examples",
 }
 NUMBERS = {"gap": "gap", "pair_cosine": "cosine of true pairs"}
 TASKS = "Attraction of each task: the share, in %, of test images of other tasks that are answered with its classes."
