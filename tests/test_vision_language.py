@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -246,6 +247,20 @@ def test_a_pet_in_the_tower_moves_pictures_and_learns_from_the_loss(tmp_path: An
         assert not torch.allclose(old, new), kind
         assert all(p.grad is not None and bool(p.grad.abs().max() > 0) for p in parameters), kind
         assert torch.equal(backbone.pictures.features(backbone.net, inputs.inputs, backbone._normalised), old), kind
+
+
+def test_pets_that_no_picture_meets_are_named(tmp_path: Any) -> None:
+    """LLaVA reads its tower before the last block (vision_feature_layer -2)."""
+    for kind, blocks, said in (("llava-clip", [1], 1), ("llava-clip", [0, 1], 0), ("idefics3", [1], 0)):
+        backbone = made(kind, tmp_path / f"{kind}{len(blocks)}")
+        places = backbone.pet_places(["picture.q", "picture.v"], blocks)
+        inject(backbone.net, places, lambda place: LoRA(place, torch.Generator().manual_seed(0)), "picture")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            VisionLanguage(backbone)
+        found = [str(w.message) for w in caught if "change nothing" in str(w.message)]
+        assert len(found) == said, kind
+        assert all("layers.1.self_attn.q_proj" in text and "name earlier blocks" in text for text in found)
 
 
 @torch.no_grad()
