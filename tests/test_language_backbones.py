@@ -632,7 +632,7 @@ def test_no_copy_of_a_gguf_file_is_half_written(
         load_backbone(f"hf:{file}")  # the other process, which is done first
 
     monkeypatch.setattr(unpacked, "_write", slower)
-    with pytest.warns(UserWarning) as said:
+    with pytest.warns(UserWarning, match="unpacked into") as said:
         load_backbone(f"hf:{file}")
     assert [str(w.message).partition(", which")[2] for w in said] == [" later loads read"]
     assert len(list(cache.iterdir())) == 1

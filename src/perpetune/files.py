@@ -140,7 +140,7 @@ def read_folder(
 
 
 def seal_folder(path: Path) -> None:
-    """Write the manifest of the files that another library has put into the folder `path`, and sync them to the disk."""
+    """Write the manifest of the files that another library has put into the folder `path`, and sync all to the disk."""
     hashes = {}
     for file in sorted(path.iterdir()):
         hashes[file.name] = {"bytes": file.stat().st_size, "sha256": digest_of(file)}

@@ -1,8 +1,8 @@
 """Unpacked copies of GGUF files in perpetune's cache: transformers takes half a minute to unpack even a small one.
 
-A copy is a folder in transformers' layout. Its name has the SHA-256 of the file, so a changed file gets another copy. It
-is written aside and renamed when it is complete, and its files are checked when it is read. A copy that is torn is not
-read; the next load writes it again.
+A copy is a folder in transformers' layout. Its name has the SHA-256 of the file, so a changed file gets another copy.
+It is written aside and renamed when it is complete, and its files are checked when it is read. A copy that is torn is
+not read; the next load writes it again.
 """
 
 from __future__ import annotations
