@@ -6,8 +6,8 @@
     python benchmarks/vlm.py look runs/vlm/protect-s0               # a line of JSON
 
 CIFAR-100 of ../shared and scikit-learn's digits. `superclass` and `class` ask for a name, and answers are written
-freely. `presence` asks for yes or no, `count` for the number of digits in a strip of four places, `colour` for that of a
-filter over a picture. No picture is used twice, and none is one that `tools/train_projector.py` trained on. With
+freely. `presence` asks for yes or no, `count` for the number of digits in a strip of four places, `colour` for that of
+a filter over a picture. No picture is used twice, and none is one that `tools/train_projector.py` trained on. With
 `--held-out` the test is cut from the training pictures: settings are chosen on it, never on the test.
 
 `exam-random.jsonl` and `exam-near.jsonl` ask "Is there a X?" as POPE does, half of them rightly. In the other half X is
