@@ -8,8 +8,8 @@ with transformers and peft: the same LoRA at the same places of the language mod
 batches drawn at random, AdamW; no checks, no progress, no checkpoints. Bare training is there three times: `plain`
 gives the net pixels and labels, as most scripts do; `lean` asks the output layer for the tokens of answers alone;
 `kept` does so too, and has computed what the frozen tower and projector give before the epochs begin. An epoch counts
-whole, with reading and tokenising. Prints JSON; `ratio` is perpetune's rows per second over the bare loop's, the median over
-the turns; `cpu_ratio` is of seconds of this process's CPU, which others on the machine disturb less.
+whole, with reading and tokenising. Prints JSON. `ratio` is perpetune's rows per second over the bare loop's,
+the median over the turns; `cpu_ratio` is of seconds of this process's CPU, which others on the machine disturb less.
 """
 
 from __future__ import annotations
