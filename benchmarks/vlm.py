@@ -206,41 +206,38 @@ def build(out: Path, train: int, test: int, asked: int, held_out: bool, shared: 
 
 
 def look(state: Path, others: Path | None) -> dict[str, Any]:
-    """Figures of a run: what each task was worth when learned and at the end, exams, tokens a second, the control."""
+    """Figures of a finished run: matrix, exams before the first task and after each, tokens a second, control."""
     from perpetune.learner import Learner
     from perpetune.results import read_results
+    from perpetune.state import State
 
-    results = read_results(state)
-    rows = [
-        {results["tasks"][j]["name"]: 100 * cell["correct"] / cell["total"] for j, cell in enumerate(row) if cell}
-        for row in results["cells"]
-    ]
-    names = [task["name"] for task in results["tasks"]]
-    last, learned = rows[-1], {name: rows[i][name] for i, name in enumerate(names) if name in rows[i]}
-    best = {name: max(row[name] for row in rows if name in row) for name in names}
-    found = {
+    results = read_results(State(state))
+    names, time = [task["name"] for task in results["tasks"]], results["timings"]
+    found: dict[str, Any] = {
         "state": state.name,
         "order": names,
-        "matrix": rows,
-        "final": statistics.mean(last.values()),
-        "learned": statistics.mean(learned.values()),
-        "forgetting": statistics.mean(best[name] - last[name] for name in names[:-1]),
-        "backward": statistics.mean(last[name] - learned[name] for name in names[:-1] if name in learned)
-        if len(learned) > 1
-        else None,
+        "matrix": [[percent(cell) for cell in row if cell] for row in results["cells"]],
+        "metrics": results["metrics"],
         "exams": results.get("exams"),
-        "tokens": [task.get("tokens") for task in results["tasks"]],
-        "seconds": [task.get("seconds") for task in results["tasks"]],
+        "tokens_per_s": sum(t["tokens"] for t in time) / sum(t["learn_s"] + t["protect_s"] for t in time),
+        "learn_s": sum(t["learn_s"] + t["protect_s"] for t in time),
+        "evaluate_s": sum(t["evaluate_s"] for t in time),
+        "stored_mb": sum(size for name, size in results["storage"][-1].items() if name != "task") / 1e6,
     }
+    last = [cell for cell in results["cells"][-1] if cell]
+    for way in last[0].get("others", {}):  # of methods that answer in several ways
+        found[way] = statistics.mean(100 * cell["others"][way] / cell["total"] for cell in last)
     if others is not None:
         learner = Learner.load(state)
-        found["others"] = {}
-        for name in names:
-            for cell in learner.evaluate(str(others / f"{name}.jsonl")).values():
-                assert cell is not None
-                found["others"][name] = 100 * cell["correct"] / cell["total"]
+        cells = {name: learner.evaluate(str(others / f"{name}.jsonl")).values() for name in names}
+        found["others"] = {name: percent(next(iter(cell))) for name, cell in cells.items()}
         found["chance"] = {name: 100 * CHANCE[name] for name in names}
     return found
+
+
+def percent(cell: dict[str, Any] | None) -> float:
+    assert cell is not None
+    return round(100 * float(cell["correct"]) / float(cell["total"]), 2)
 
 
 def main() -> None:
