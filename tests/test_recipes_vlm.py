@@ -52,7 +52,10 @@ def test_each_number_has_its_source_beside_it(name: str) -> None:
     assert ("Not reproduced here." in head) == (name in PUBLISHED)
 
 
-@pytest.mark.parametrize("name", COIN)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n in ("coin-average-fixed", "coin-olora") else []) for n in COIN],
+)
 def test_a_miniature_of_coin_runs(name: str, tmp_path: Path) -> None:
     folder = tmp_path / "CoIN"
     (tmp_path / "cl_dataset").mkdir()
