@@ -3,7 +3,8 @@
     python benchmarks/vlm.py build --out runs/vlm5                  # the stream, two exams, and the control
     python benchmarks/vlm.py build --out runs/vlm5-held-out --held-out
     perpetune run benchmarks/recipes/vlm5-protect.yaml --set seed=0 --out runs/vlm/protect-s0
-    python benchmarks/vlm.py look runs/vlm/protect-s0               # a line of JSON
+    python benchmarks/vlm.py look runs/vlm/protect-s0 > runs/vlm/protect-s0.json    # a line of JSON
+    python benchmarks/vlm.py table runs/vlm/*.json                  # Markdown; runs METHOD-sSEED of a method in a row
 
 CIFAR-100 of ../shared and scikit-learn's digits. `superclass` and `class` ask for a name, and answers are written
 freely. `presence` asks for yes or no, `count` for the number of digits in a strip of four places, `colour` for that of
@@ -235,6 +236,37 @@ def look(state: Path, others: Path | None) -> dict[str, Any]:
     return found
 
 
+def table(files: Sequence[Path]) -> str:
+    """A row of Markdown for each method: mean and standard deviation over its runs."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for file in files:
+        for line in file.read_text("utf-8").splitlines():
+            found = json.loads(line)
+            runs.setdefault(found["state"].rpartition("-s")[0], []).append(found)
+
+    def shown(values: Sequence[float | None]) -> str:
+        known = [value for value in values if value is not None]
+        if not known:
+            return ""
+        spread = f" ± {statistics.stdev(known):.1f}" if len(known) > 1 else ""
+        return f"{statistics.mean(known):.1f}{spread}"
+
+    def exam(run: dict[str, Any], name: str, figure: str) -> float | None:
+        after = (run["exams"] or [{}])[-1].get("of", {}).get(name, {})
+        return 100 * after[figure] if figure in after else None
+
+    head = ("", "runs", "final", "forgetting", "exam random", "exam near", "says yes", "tokens/s", "MB", "others")
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for method, some in runs.items():
+        scaled = [[100 * r["metrics"][k] for r in some] for k in ("final_accuracy", "forgetting")]
+        columns = [*scaled, *([exam(r, n, "accuracy") for r in some] for n in ("random", "near"))]
+        columns += [[exam(r, "near", "yes") for r in some], [r["tokens_per_s"] for r in some]]
+        columns += [[r["stored_mb"] for r in some]]
+        columns += [[statistics.mean(r["others"].values()) for r in some if "others" in r]]
+        lines.append(" | ".join([f"| {method}", str(len(some)), *map(shown, columns)]) + " |")
+    return "\n".join(lines)
+
+
 def percent(cell: dict[str, Any] | None) -> float:
     assert cell is not None
     return round(100 * float(cell["correct"]) / float(cell["total"]), 2)
@@ -253,7 +285,12 @@ def main() -> None:
     seen = verbs.add_parser("look")
     seen.add_argument("states", type=Path, nargs="+")
     seen.add_argument("--others", type=Path, default=None, help="the folder `others` of the stream, for the control")
+    shown = verbs.add_parser("table")
+    shown.add_argument("files", type=Path, nargs="+")
     args = parser.parse_args()
+    if args.verb == "table":
+        print(table(args.files))
+        return
     if args.verb == "build":
         build(args.out, args.train, args.test, args.asked, args.held_out, args.shared)
         return
