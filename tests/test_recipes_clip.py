@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from test_recipes import changed, sets
-from tiny import commented, dual_folder, picture_folder, split_folder
+from tiny import commented, dual_folder, every, picture_folder, split_folder
 
 from perpetune.build import build_method, load_backbone
 from perpetune.learner import Learner
@@ -59,7 +59,7 @@ def test_there_is_one_for_every_method_and_stream() -> None:
     assert {f"sprompts-{stream}" for stream in STREAMS} <= packaged().keys()  # S-iPrompts, test_recipes_pools.py
 
 
-@pytest.mark.parametrize("name", [*NAMES, *UPDATES])
+@pytest.mark.parametrize("name", [*every(NAMES, 3), *UPDATES])
 def test_it_fits_a_tiny_clip_and_protects_every_parameter(name: str, folder: Path) -> None:
     recipe = load_recipe(name)
     method = built(recipe, folder)
@@ -70,7 +70,7 @@ def test_it_fits_a_tiny_clip_and_protects_every_parameter(name: str, folder: Pat
     assert recipe.backbone.name.startswith("openclip:ViT-B-16.")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", every(NAMES, 3))
 def test_it_is_the_method_and_the_stream_that_its_name_says(name: str, folder: Path) -> None:
     recipe, (kind, stream) = load_recipe(name), parts(name)
     by_class = stream in ("cifar100", "imagenet-r")
