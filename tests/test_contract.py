@@ -36,9 +36,7 @@ METHODS = [
     _slow("finetune", ("pet=prompt",)),
     ("finetune", ("pet.name=prompt", "pet.deep=false", "pet.at=[block]")),
     ("finetune", ("head=ncm", "protect=true")),
-    pytest.param(
-        "finetune", ("pet=adapter", "protect.energy=0.9", "head_first=0.5", "merge=falling"), marks=pytest.mark.slow
-    ),
+    _slow("finetune", ("pet=adapter", "protect.energy=0.9", "head_first=0.5", "merge=falling")),
     ("finetune", ("head.name=ridge", "head.projection=40", "protect=true")),
     _slow("finetune", ("head=ncm", "protect.renew=true")),
     ("finetune", ("protect.renew=true", "protect.start=leading", "protect.rest=5", "merge=falling")),
