@@ -392,9 +392,6 @@ class Text(Head):
 
     # -- reporting and storing ------------------------------------------------------------------------
 
-    def facts(self) -> dict[str, Any]:
-        return {} if self.expert is None else self.expert.facts()
-
     def get_extra_state(self) -> dict[str, Any]:
         return {**super().get_extra_state(), "names": self.names, "templates": self._digest()}
 
