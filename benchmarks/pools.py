@@ -76,6 +76,12 @@ COMPARED: dict[str, dict[str, Any]] = {
     "random": {"name": "random"},
     "last": {"name": "last"},
 }
+HEADS: dict[str, dict[str, Any]] = {
+    "linear": {"name": "linear"},
+    "drawn": {"name": "drawn"},
+    "drawn, full": {"name": "drawn", "covariance": "full"},
+    "ridge": {"name": "ridge"},
+}
 TRUE = "true task"
 
 
@@ -102,7 +108,7 @@ def main() -> None:
     step.set_defaults(verb=stepping)
     digits = verbs.add_parser("digits", help="accuracy by head, classes that may answer, and selector")
     digits.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    digits.add_argument("--heads", nargs="+", default=["linear", "ridge"])
+    digits.add_argument("--heads", nargs="+", default=list(HEADS), choices=list(HEADS))
     digits.add_argument("--selectors", nargs="+", default=list(COMPARED), choices=list(COMPARED))
     digits.set_defaults(verb=comparing)
     given = vars(parser.parse_args())
@@ -335,7 +341,7 @@ def comparing(seeds: Sequence[int], heads: Sequence[str], selectors: Sequence[st
         frozen, tasks = learned(digits_recipe(seed=seed, method="frozen", head="ridge", **{**sections, "pet": None}))
         cells.setdefault("frozen", []).append(accuracy(frozen, tasks)["answer"])
         for head in heads:
-            recipe = digits_recipe(seed=seed, method="pool", head=head, **sections)
+            recipe = digits_recipe(seed=seed, method="pool", head=HEADS[head], **sections)
             method, tasks = learned(recipe, {name: COMPARED[name] for name in selectors})
             assert isinstance(method, Pool)
             assert isinstance(method.selector, Beside)

@@ -232,3 +232,30 @@ def test_an_answer_ends_at_each_end_that_the_checkpoint_names(backbone: Backbone
 def test_the_longest_answer_has_to_fit(backbone: Backbone) -> None:
     with pytest.raises(UsageError, match=r"head\.max_new_tokens is 128, and hf:.* takes 128 tokens, prompt and answer"):
         CausalLM(backbone, max_new_tokens=128)
+
+
+def test_attention_in_16_bits_on_a_cpu_gives_the_same_gradients_sooner(tmp_path: Any) -> None:
+    """Short texts take torch's plain attention; long ones, other types and blocks computed again take the fused one."""
+    from perpetune.pets import inject, using
+    from perpetune.pets.lora import LoRA
+
+    folder, found = tiny_language_model(tmp_path), {}
+    for dtype, again in (("float32", False), ("bfloat16", False), ("bfloat16", True)):
+        backbone = load_backbone(f"hf:{folder}", dtype=dtype, gradient_checkpointing=again)
+        inject(backbone.net, backbone.pet_places(["q", "v"]), lambda place: LoRA(place, torch.Generator()), "x")
+        pets = [p for p in backbone.net.parameters() if p.requires_grad]
+        generator = torch.Generator().manual_seed(0)
+        for p in pets:
+            p.data.normal_(std=0.1, generator=generator)
+        model, batch = CausalLM(backbone).train(), sequences(backbone, *TEXTS)
+        with model._attending(batch.inputs):
+            assert torch.backends.cuda.flash_sdp_enabled() == (dtype == "float32" or again)
+        long = Inputs(ids=torch.zeros(1, causal_lm.SHORT + 1, dtype=torch.int64))
+        with model._attending(long):
+            assert torch.backends.cuda.flash_sdp_enabled()
+        with using(model, "x"):
+            found[dtype, again] = torch.autograd.grad(model.loss(task(), batch), pets)
+    whole = torch.cat([g.flatten() for g in found["float32", False]])
+    for key in (("bfloat16", False), ("bfloat16", True)):
+        other = torch.cat([g.flatten() for g in found[key]])
+        assert float((other - whole).norm() / whole.norm()) < 0.05

@@ -20,6 +20,11 @@ from perpetune.models.classifier import Classifier
 from perpetune.pets import copy_set, parameters, using
 from perpetune.tasks import Task
 
+
+def _slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 METHODS = [
     ("finetune", ()),
     ("finetune", ("mask=seen",)),
@@ -28,28 +33,28 @@ METHODS = [
     ("finetune", ("pet=none",)),
     ("finetune", ("pet=adapter",)),
     ("finetune", ("pet=prefix",)),
-    ("finetune", ("pet=prompt",)),
+    _slow("finetune", ("pet=prompt",)),
     ("finetune", ("pet.name=prompt", "pet.deep=false", "pet.at=[block]")),
     ("finetune", ("head=ncm", "protect=true")),
-    ("finetune", ("pet=adapter", "protect.energy=0.9", "head_first=0.5", "merge=falling")),
+    _slow("finetune", ("pet=adapter", "protect.energy=0.9", "head_first=0.5", "merge=falling")),
     ("finetune", ("head.name=ridge", "head.projection=40", "protect=true")),
-    ("finetune", ("head=ncm", "protect.renew=true")),
+    _slow("finetune", ("head=ncm", "protect.renew=true")),
     ("finetune", ("protect.renew=true", "protect.start=leading", "protect.rest=5", "merge=falling")),
     ("finetune", ("pets.low={name: lora, blocks: [0]}", "pets.high={name: adapter, blocks: [1]}", "pet=none")),
     ("finetune", ("pets.low={name: lora, blocks: [0]}", "protect.renew=[low]")),
-    ("frozen", ("head=ncm",)),
+    _slow("frozen", ("head=ncm",)),
     ("frozen", ("head=lm", "pet=none")),
     ("olora", ()),
     ("frozen", ("head.name=ridge", "head.projection=40", "head.balance=true", "pet=none")),
     ("first_session", ("head.name=ridge", "head.projection=200")),
-    ("first_session", ("head=ncm", "concat=true", "pet=adapter")),
+    _slow("first_session", ("head=ncm", "concat=true", "pet=adapter")),
     ("safe", ("head.name=ridge", "head.projection=40")),
     ("safe", ("head=ncm", "pet=adapter", "protect=true")),
     ("treelora", ()),
     ("treelora", ("head=ncm", "start=fresh", "search=random", "answer=merged", "budget=1", "every=2")),
-    ("treelora", ("protect=true", "start=last", "answer=last")),
+    _slow("treelora", ("protect=true", "start=last", "answer=last")),
     ("joint", ()),
-    ("joint", ("head=ncm",)),
+    _slow("joint", ("head=ncm",)),
     ("joint", ("head.name=ridge", "head.projection=40")),
 ]
 

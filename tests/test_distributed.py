@@ -125,6 +125,7 @@ CASES: dict[str, dict[str, Any]] = {
     "finetune-linear": {"train": {"epochs": 2, "batch_size": 4, "lr": 0.01}},
     "finetune-ncm": {"head": "ncm", "train": SGD},
     "frozen-ncm": {"method": "frozen", "pet": "none", "head": {"name": "ncm", "metric": "euclidean"}},
+    "frozen-drawn": {"method": "frozen", "pet": "none", "head": {"name": "drawn", "epochs": 2}},
     # One process solves the first task from its rows, two from their sums.
     "frozen-ridge": {"method": "frozen", "pet": "none", "head": {"name": "ridge", "projection": 40, "scale": 5.0}},
     # The transfer loss and the sample for the scale are a process's own, so they are left out.

@@ -305,7 +305,8 @@ def test_pets_in_a_net_of_half_precision_are_float32_and_small_steps_arrive(
 def test_taps_read_the_tokens_of_the_picture_tower(folders: dict[str, Path], kind: str) -> None:
     backbone = load(folders[kind], taps=2)
     both = kind in ("CLIP", "ViT and BERT")
-    assert backbone.dim == backbone.features(PIXELS).shape[1] == 16 * 2 * (2 if both else 1)
+    own = side(backbone).dim  # stands before the columns of taps, and is what texts are compared with
+    assert backbone.dim == backbone.features(PIXELS).shape[1] == own + 16 * 2 * (2 if both else 1)
     assert backbone.tap(None).dim == backbone.features(PIXELS).shape[1] == side(backbone).dim
 
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from test_backbones import timm_folder
-from tiny import picture_folder, recipe, tiny_language_model, vit_folder
+from tiny import every, picture_folder, recipe, tiny_language_model, vit_folder
 from torch.nn import functional as F
 
 from perpetune import Learner
@@ -139,7 +139,7 @@ def frozen(world: Path, head: Any, **backbone: Any) -> dict[str, Any]:
 HEADS: list[Any] = [
     "linear", "cosine", {"name": "cosine", "learn_scale": True}, "ncm", {"name": "ncm", "metric": "euclidean"}, "ridge",
     {"name": "ridge", "projection": 24}, {"name": "ridge", "projection": 12, "kind": "orthogonal"},
-    {"name": "ridge", "standardise": False},
+    {"name": "ridge", "standardise": False}, pytest.param("drawn", marks=pytest.mark.slow),
 ]  # fmt: skip
 
 
@@ -234,7 +234,7 @@ def test_the_code_for_transformers_needs_no_perpetune(world: Path, tmp_path: Pat
 TIMM = ["test_vit", "test_vit2", "test_vit3", "test_vit4", "test_vit_relpos", "test_resnet"]
 
 
-@pytest.mark.parametrize("name", TIMM)
+@pytest.mark.parametrize("name", every(TIMM, 2))
 @pytest.mark.parametrize("taps", [None, "auto"])
 def test_timm_with_the_default_recipe(name: str, taps: Any, world: Path, tmp_path: Path) -> None:
     backbone = {"name": f"folder:{world / name}", "taps": taps}

@@ -30,7 +30,7 @@ from perpetune.files import read_folder, write_folder
 from perpetune.learner import Learner
 
 LONGER = float(os.environ.get("PERPETUNE_FUZZ_SECONDS", 0))
-SECONDS = LONGER or 7.0
+SECONDS = LONGER or 4.0
 
 # What stands in the place of something else: the kinds of value that readers have fallen over.
 STRANGE = [

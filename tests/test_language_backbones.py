@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import sys
 import types
+import warnings
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -573,6 +576,77 @@ def test_a_gguf_file(folders: dict[str, Path], tmp_path: Path, capfd: pytest.Cap
     half = load_backbone(f"folder:{file}", dtype="bfloat16", gradient_checkpointing=True)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     assert load_backbone(f"folder:{file}", pretrained=False).fingerprint() != backbone.fingerprint()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gguf_file_is_unpacked_once(
+    dtype: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy is the same model with the same tokenizer; a torn or outdated one is not read."""
+    file = gguf_of(folders["llama"], tmp_path / "model.gguf")
+    fresh = load_backbone(f"hf:{file}", dtype=dtype)
+    monkeypatch.setenv("PERPETUNE_CACHE", str(tmp_path / "cache"))
+    with pytest.warns(UserWarning, match=r"model.gguf: 0 MB, unpacked into .*cache/gguf/.*, which later loads read$"):
+        first = load_backbone(f"hf:{file}", dtype=dtype)
+    (copy,) = (tmp_path / "cache" / "gguf").iterdir()
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+        warnings.simplefilter("error")
+        patch.setattr(causal_lm, "_check_positions", lambda *_: pytest.fail("it is unpacked again"))
+        again = load_backbone(f"folder:{file}", dtype=dtype)
+    assert first.fingerprint() == again.fingerprint() == fresh.fingerprint()
+    assert again.opens == first.opens == {"library": "transformers", "base": str(tmp_path), "options": ANY}
+    texts = [backbone.preprocess.tokenizer for backbone in (fresh, again)]
+    assert texts[0].backend_tokenizer.to_str() == texts[1].backend_tokenizer.to_str()
+    assert texts[0].chat_template == texts[1].chat_template
+    ends = [backbone.net.generation_config.eos_token_id for backbone in (fresh, again)]  # type: ignore[union-attr]
+    assert ends[0] == ends[1]
+    weights = copy / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.warns(UserWarning, match="which later loads read"):
+        assert load_backbone(f"hf:{file}", dtype=dtype).fingerprint() == fresh.fingerprint()
+    assert load_backbone(f"hf:{file}", dtype=dtype).fingerprint() == fresh.fingerprint()
+    with open(file, "r+b") as changed:  # other weights, so another name
+        changed.seek(-4, 2)
+        changed.write(b"\0\0\0\0")
+    with pytest.warns(UserWarning, match="which later loads read"):
+        assert load_backbone(f"hf:{file}", dtype=dtype).fingerprint() != fresh.fingerprint()
+    assert len(list((tmp_path / "cache" / "gguf").iterdir())) == 2
+
+
+def test_no_copy_of_a_gguf_file_is_half_written(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two processes the first wins; where nothing can be written one line says why."""
+    from perpetune.models.loaders import unpacked
+
+    file = gguf_of(folders["llama"], tmp_path / "model.gguf")
+    cache = tmp_path / "cache" / "gguf"
+    monkeypatch.setenv("PERPETUNE_CACHE", str(tmp_path / "cache"))
+    write = unpacked._write
+
+    def slower(folder: Path, net: Any, tokenizer: Any) -> None:
+        write(folder, net, tokenizer)
+        monkeypatch.setattr(unpacked, "_write", write)
+        load_backbone(f"hf:{file}")  # the other process, which is done first
+
+    monkeypatch.setattr(unpacked, "_write", slower)
+    with pytest.warns(UserWarning, match="unpacked into") as said:
+        load_backbone(f"hf:{file}")
+    assert [str(w.message).partition(", which")[2] for w in said] == [" later loads read"]
+    assert len(list(cache.iterdir())) == 1
+    shutil.rmtree(cache)
+    for name, value, reason in (("_write", torn, "disk full"), ("MOST", 10, "it has 0.0 GiB, more than 0")):
+        monkeypatch.setattr(unpacked, name, value)
+        with pytest.warns(UserWarning, match=f"unpacked at each load, as no copy could be kept: .*{reason}"):
+            load_backbone(f"hf:{file}")
+        assert not list(cache.iterdir())
+
+
+def torn(folder: Path, *_: Any) -> None:
+    (folder / "model.safetensors").write_bytes(b"half")
+    raise OSError("disk full")
 
 
 def test_a_gguf_file_whose_positions_are_scaled(folders: dict[str, Path], tmp_path: Path) -> None:

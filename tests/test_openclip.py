@@ -294,7 +294,7 @@ def test_pets_in_a_net_of_half_precision_are_float32(folders: dict[str, Path], k
 
 def test_taps_sizes_and_roles(folders: dict[str, Path]) -> None:
     backbone = load(folders["plain"], taps=2)
-    assert backbone.dim == backbone.features(PIXELS).shape[1] == 2 * 2 * 16
+    assert backbone.dim == backbone.features(PIXELS).shape[1] == 8 + 2 * 2 * 16  # its own feature stands first
     assert backbone.tap(None).dim == 8
     assert {"norm_pre", "text.embed", "picture.out", "text.out", "text.feature"} < set(backbone.roles())
     assert [p.path for p in backbone.pet_places(["out", "text.out"])] == ["visual_projection", "text_projection"]

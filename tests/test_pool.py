@@ -70,14 +70,14 @@ def same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
 
 # -- the contract ---------------------------------------------------------------------------------------
 
-KINDS: list[tuple[list[str], str]] = [
+KINDS: list[Any] = [
     (["select=gaussian"], "both"),
     (["select={name: keys, pull: 0.5, start: mean}"], "pictures"),
     (["members=4", "select={name: keys, top: 2, pull: 0.1}"], "both"),
-    (["each=2", "select=weights", "start=orthogonal"], "pictures"),
+    pytest.param(["each=2", "select=weights", "start=orthogonal"], "pictures", marks=pytest.mark.slow),
     (["select=centres", "answer=own", "start=fresh"], "pictures"),
     (["select=means", "head=ridge", "again=true", "merge=0.1", "repel=0.1"], "pictures"),
-    (["select=classifier", "query={after: 1}"], "pictures"),
+    pytest.param(["select=classifier", "query={after: 1}"], "pictures", marks=pytest.mark.slow),
 ]
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny import picture_folder, recipe, seal, split_folder, vit_folder
+from tiny import every, picture_folder, recipe, seal, split_folder, vit_folder
 from torch import Tensor, nn
 
 from perpetune.errors import Interrupted, PerpetuneError, StateError
@@ -189,7 +189,7 @@ def whole(world: World, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
     return find
 
 
-@pytest.mark.parametrize("again", ["loaded", "the same learner"])
+@pytest.mark.parametrize("again", every(["loaded", "the same learner"], 2))
 @pytest.mark.parametrize(("case", "at"), STOPS, ids=lambda value: str(value))
 def test_stopped_and_resumed_is_bit_for_bit_the_same(
     whole: Callable[[str], tuple[dict[str, Any], Path]], tmp_path: Path, case: str, at: tuple[int, str, int], again: str

@@ -20,7 +20,7 @@ from perpetune.recipe import Recipe, load_recipe, make_recipe, packaged
 from perpetune.seeding import own_global_state
 
 NAMES = list(packaged())
-BOTH = [name for name in NAMES if name.startswith(("clip-", "update-text"))]  # test_recipes_clip.py
+BOTH = [name for name in NAMES if name.startswith(("clip-", "update-text", "coin-"))]  # of texts too
 PICTURES = [n for n in NAMES if not {"lm", "vlm"} & {*n.split("-")} and n not in BOTH]  # others have their own files
 PEGP = [name for name in PICTURES if name.startswith("pegp-") and "ridge" not in name]  # as the papers have it
 PETS = ("lora", "adapter", "prefix", "prompt")

@@ -11,8 +11,10 @@ import pytest
 from test_recipes import built, changed, domains, learned, sets
 from tiny import commented, split_folder
 
+from perpetune.heads import Drawn
 from perpetune.methods.pool import Pool
 from perpetune.recipe import Recipe, load_recipe, packaged
+from perpetune.selectors.classifier import LearnedClasses
 
 SETS = ("mtil-1", "mtil-2", "xtail")  # data sets one after the other, of S-iPrompts alone
 DATASETS = ("cifar100", "imagenet-r", "cub200", "domainnet", "core50")
@@ -20,7 +22,8 @@ PROTECTED = ("cifar100", "imagenet-r", "cub200")  # the data sets of PGP's own r
 METHODS = ("l2p", "dualprompt", "coda-prompt", "sprompts", "hide-prompt", "hide-lora", "hide-adapter")
 PLAIN = [f"{method}-{dataset}" for method in METHODS for dataset in DATASETS]
 PGP = [f"{m}-pgp-{d}{end}" for m in ("l2p", "dualprompt") for d in PROTECTED for end in ("", "-paper")]
-NAMES = [*PLAIN, *PGP, *(f"sprompts-{dataset}" for dataset in SETS)]
+HIDE = ["hide-lora-cifar100-paper"]  # with both classifiers as published
+NAMES = [*PLAIN, *PGP, *HIDE, *(f"sprompts-{dataset}" for dataset in SETS)]
 FEW = {"epochs": 1, "batch_size": 4}
 TAGS = re.compile(r"\[(paper|code|ours|HP|CODA|PGP)\]")
 
@@ -48,10 +51,11 @@ def test_it_is_the_method_that_its_name_says(name: str) -> None:
     l2p = kind.startswith("l2p")
     assert options["members"] == (10 if l2p else "task")
     wanted = {"l2p": "keys", "dua": "keys", "cod": "weights", "spr": "centres", "hid": "gaussian"}[kind[:3]]
-    assert selector(recipe) == wanted
+    assert selector(recipe) == ("classifier" if name in HIDE else wanted)
     assert options["common"] == (("general",) if kind.startswith("dual") else ())
     assert options["answer"] == ("own" if kind == "sprompts" else "all")
-    assert recipe.head.name == ("ridge" if kind.startswith("hide") else "linear")
+    head = "drawn" if name in HIDE else "ridge"
+    assert recipe.head.name == (head if kind.startswith("hide") else "linear")
     assert options["mask"] == "task"
     assert (options["merge"] > 0, options["repel"] > 0) == (kind.startswith("hide"),) * 2
     by_domain = dataset in ("domainnet", "core50")
@@ -165,8 +169,12 @@ def test_the_number_of_processes_is_no_option() -> None:
             assert load_recipe(f"hide-{kind}-{dataset}").train.batch_size == 192
 
 
-def test_the_published_way_to_find_the_task_fits() -> None:
-    recipe = load_recipe("hide-prompt-cifar100", ["method.select={name: classifier, head: linear}"])
+@pytest.mark.parametrize("name", HIDE)
+def test_the_two_classifiers_of_hide_are_trained_on_draws_as_published(name: str) -> None:
+    recipe = load_recipe(name)
     method = built(changed(recipe, train=FEW))
     assert isinstance(method, Pool)
-    assert selector(recipe) == "classifier"
+    assert isinstance(method.selector, LearnedClasses)
+    for head in (method.selector.head, method.model.head):  # HiDe's code: 24 on a process, times 5
+        assert isinstance(head, Drawn)
+        assert (head.samples, head.batch_size, head.epochs, head.lr, head.full) == (120, 120, 30, 0.005, False)

@@ -96,7 +96,7 @@ def tuned(folder: Path, protect: dict[str, Any] | None, only: str | None = None)
     return float(moved), losses[-1] / losses[0]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow) if k == "Siglip2" else k for k in KINDS])
 def test_old_scores_of_pictures_and_texts_stay_while_new_pairs_are_learned(folders: dict[str, Path], kind: str) -> None:
     if kind not in folders:
         pytest.skip("open_clip is not installed")

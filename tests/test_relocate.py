@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import picture_folder, recipe, split_folder, vit_folder
+from tiny import every, picture_folder, recipe, split_folder, vit_folder
 
 from perpetune import Learner
 from perpetune.cli import call
@@ -144,7 +144,7 @@ def interrupted(world: Path, kind: str, whole: bool) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("what", ["model", "data", "both"])
+@pytest.mark.parametrize("what", every(["both", "model", "data"], 3))
 @pytest.mark.parametrize("kind", ["run", "update", "protected"])
 def test_a_checkpoint_survives(kind: str, what: str, world: Path) -> None:
     split_folder(world / "images", ("a", "b", "c", "d"), 6, 2)

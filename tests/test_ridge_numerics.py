@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import every
 from torch import Tensor
 
 from perpetune.errors import PerpetuneError, UsageError
@@ -590,7 +591,7 @@ def few_rows(
     return rows, targets, sums, dual, min(dual.fit(sums.scale * 10 ** (-6 + i / 5)).error for i in range(41))
 
 
-@pytest.mark.parametrize("start", [None, 1e-3, 1e-6])
+@pytest.mark.parametrize("start", every([None, 1e-3, 1e-6], 3))
 @pytest.mark.parametrize("standard", [False, True], ids=["bare", "standardised"])
 @pytest.mark.parametrize(
     ("count", "width", "dim", "classes", "noise", "seed"),

@@ -476,7 +476,7 @@ def test_v18_a_class_that_returns_has_statistics_of_each_owner(name: str) -> Non
     assert [selector.owner(c) for c in ("a", "b", "new")] == [2, 1, 1]
     assert (selector.choose(task(1, 50, 7)[0]).index == 1).float().mean() > 0.9
     if isinstance(selector, Gaussian | LearnedClasses):
-        held = selector.counts if isinstance(selector, Gaussian) or selector.drawn else selector.head.counts
+        held = selector.counts if isinstance(selector, Gaussian) else selector.head.counts
         assert held.tolist() == [20, 20, 20, 40, 20, 20, 20]  # type: ignore[operator, union-attr]
 
 

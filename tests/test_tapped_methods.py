@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import every
 from torch import Tensor
 
 from perpetune import check
@@ -45,7 +46,7 @@ def tapped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("perpetune.check.pictures.tiny_backbone", made)
 
 
-@every_method
+@pytest.mark.parametrize(("method", "changes"), every(METHODS, 2))
 def test_every_method_keeps_the_contract(method: str, changes: tuple[str, ...]) -> None:
     faults = [f"{o.rule}: {o.fault}" for o in check_method(method, changes) if o.fault is not None]
     assert faults == []

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from perpetune.build import build_method, load_backbone
 from perpetune.cli import call
 from perpetune.errors import UsageError
+from perpetune.heads.ridge import Ridge
 from perpetune.heads.templates import spoken, templates_of
 from perpetune.heads.text import Text
 from perpetune.learner import Learner
@@ -237,19 +238,25 @@ LINEAR = {"name": "adapter", "width": 2, "activation": "none"}
 
 
 def tuned(
-    folders: dict[str, Path], at: Sequence[str], pet: dict[str, Any] = LORA, **head: Any
+    folders: dict[str, Path],
+    at: Sequence[str],
+    pet: dict[str, Any] = LORA,
+    taps: int | None = None,
+    method: str = "finetune",
+    **head: Any,
 ) -> tuple[Any, list[Task]]:
     from perpetune.check import tiny_stream
     from perpetune.runtime import Runtime
 
     content = {
-        "backbone": f"folder:{folders['CLIP']}",
+        "backbone": {"name": f"folder:{folders['CLIP']}", "taps": taps},
+        "method": method,
         "pet": {**pet, "at": list(at)},
         "head": {"name": "text", **head},
         "train": {"epochs": 2, "batch_size": 8, "lr": 0.02},
     }
     recipe_ = make_recipe(content)
-    return build_method(recipe_, backbone(folders)), tiny_stream(Runtime())
+    return build_method(recipe_, backbone(folders).tap(taps)), tiny_stream(Runtime())
 
 
 @pytest.mark.parametrize(
@@ -324,6 +331,85 @@ def test_states_bring_everything_back(folders: dict[str, Path], head: dict[str, 
     for number in (3, 1, 2):
         restore(other, states[number], "memory")
         torch.testing.assert_close(other.predict(inputs), scores[number - 1], rtol=0, atol=1e-6)
+
+
+# -- what the expert reads beside zero-shot ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_taps_change_nothing_but_the_expert(folders: dict[str, Path], kind: str) -> None:
+    net = backbone(folders, kind)
+    inputs = Inputs(pixels=torch.randint(0, 256, (6, 3, net.preprocess.size, net.preprocess.size)).to(torch.uint8))
+    with torch.no_grad():
+        own = net.features(inputs)
+        wide = net.tap(2).features(inputs)
+        assert torch.equal(net.compared(wide), own)
+        assert wide.shape[1] == net.dim == own.shape[1] + (wide[:, own.shape[1] :].shape[1])
+        assert torch.equal(wide[:, net.end], own), "a loss reads the feature that is compared with texts"
+    head = Text.of(net, expert="ridge", vocabulary=NAMES)
+    plain = head_of(folders, kind, [], vocabulary=NAMES)
+    torch.testing.assert_close(head.among(wide, NAMES), plain.among(own, NAMES), rtol=0, atol=1e-5)
+    head.grow(NAMES[:2], torch.Generator().manual_seed(0))
+    head.expect(torch.tensor([3, 3]))
+    head.observe(wide, torch.tensor([0, 1, 0, 1, 0, 1]))
+    head.flush()
+    head.settle()
+    assert head.expert is not None
+    assert head.expert.dim == net.dim
+    alone = Ridge(net.dim, scale=1.0)
+    alone.grow(NAMES[:2], torch.Generator().manual_seed(0))
+    alone.expect(torch.tensor([3, 3]))
+    shown = torch.cat([F.normalize(own, dim=-1), wide[:, own.shape[1] :]], dim=-1)
+    alone.observe(shown, torch.tensor([0, 1, 0, 1, 0, 1]))
+    alone.flush()
+    alone.settle()
+    torch.testing.assert_close(head._expert(wide), alone(shown))
+
+
+@pytest.mark.parametrize(("method", "taps"), [("finetune", None), ("finetune", 2), ("first_session", 2)])
+def test_the_bare_net_answers_names_whatever_pets_learn(
+    folders: dict[str, Path], method: str, taps: int | None
+) -> None:
+    """The gate, and every score outside of the learned classes, stay. The control: the tuned net."""
+    names = [*"abcdef", *NAMES]
+    learners = {}
+    for reads in ("bare", "tuned"):
+        made, stream = tuned(
+            folders, ["picture.q", "picture.v"], LORA, taps, method, expert="ridge", vocabulary=names, zero_shot=reads
+        )
+        learners[reads] = made
+    plain = head_of(folders, "CLIP", [], vocabulary=names)
+    pixels = torch.stack([stream[0].train.load(i, None) for i in range(8)])
+    inputs = Inputs(pixels=torch.cat([pixels, torch.randint(0, 256, (40, *pixels.shape[1:])).to(torch.uint8)]))
+    with torch.no_grad():
+        before = plain.among(backbone(folders).features(inputs), names).softmax(-1)
+    moved = {}
+    for reads, made in learners.items():
+        for task in stream[:2]:
+            learn_protected(made, task)
+        head, now = made.model.head, made.among(inputs, names)
+        others = [i for i, name in enumerate(names) if name not in made.classes]
+        shut = torch.tensor([i in others for i in before.argmax(1).tolist()])
+        moved[reads] = float((now[shut][:, others] / 10 - before[shut][:, others]).abs().max())
+        if reads == "bare":
+            assert torch.equal(~made.named(inputs, names).gates["the expert speaks"], shut)
+            own = made.features(inputs)[:, : head.dim]
+            assert torch.equal(own, backbone(folders).features(inputs))
+            tuned_own = made.features(inputs)[:, head.dim : 2 * head.dim]
+            assert not torch.equal(own, tuned_own), "the pets have learned"
+    assert moved["bare"] < 1e-7, "the rounding of a sum whose terms have another order"
+    assert moved["tuned"] > 1e-4
+
+
+def test_the_experts_sums_are_carried(folders: dict[str, Path]) -> None:
+    """`carry` of the expert moves its sums when features are trained; without it they stay what they were."""
+    sums = {}
+    for carry in (True, False):
+        made, stream = tuned(folders, ["picture.q", "picture.v"], expert={"name": "ncm", "carry": carry})
+        for task in stream[:2]:
+            learn_protected(made, task)
+        sums[carry] = made.model.head.expert.sums[:2]
+    assert not torch.allclose(sums[True], sums[False], atol=1e-5)
 
 
 # -- the verbs --------------------------------------------------------------------------------------------
@@ -442,6 +528,15 @@ def test_heads_and_backbones_that_do_not_fit(folders: dict[str, Path], data: Pat
             Learner(content, tmp_path / "c")
     with pytest.raises(UsageError, match=r"leave backbone.taps out"):
         Text.of(backbone(folders).tap(1))
+    with pytest.raises(UsageError, match=r"add an expert"):
+        Text.of(backbone(folders), zero_shot="bare")
+    bare = {"name": "text", "expert": "ridge", "zero_shot": "bare"}
+    for pet, said in (
+        ("none", "the recipe has no pet"),
+        ({"name": "lora", "at": ["text.q"]}, "a pet changes the text"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            Learner(recipe(folders["CLIP"], data, head=bare, pet=pet, method="frozen"), tmp_path / "d")
 
 
 def test_a_vocabulary_in_a_file(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -396,6 +396,20 @@ def test_scores_of_what_is_said_are_shares_for_any_text(name: str, prediction: s
     assert score(f" {prediction}\n", reference, "?") == found
 
 
+WITHOUT_CASE = {"exact_match", "f1", "rouge_l", "sari", "contains", "vqa", "box", "yes_no"}
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_what_every_score_says_of_nothing_of_case_and_of_space(name: str) -> None:
+    """V16: nothing is wrong, space at the ends does not count, and case does not where the score says so."""
+    score, right = score_of(name), {"box": "[0, 0, 1, 1]", "yes_no": "yes"}.get(name, "tabby cat")
+    asked = "Is it a big tabby cat?"
+    for references in (right, [right], [right] * 10):
+        said = [score(text, references, asked) for text in ("", " \n\t", right, f"  {right}\n", right.upper())]
+        assert said[:4] == pytest.approx([0, 0, 1, 1])
+        assert (said[4] == pytest.approx(1)) == (name in WITHOUT_CASE)
+
+
 @pytest.mark.parametrize("name", WORDS)
 def test_an_empty_answer_is_never_right(name: str) -> None:
     score = text_scores.score_of(name)

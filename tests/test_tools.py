@@ -13,6 +13,8 @@ from PIL import Image
 
 import micro_features
 import pretrain_micro
+import train_projector
+from perpetune.build import load_backbone
 from perpetune.errors import PerpetuneError, UsageError
 
 TINY: dict[str, Any] = {
@@ -190,3 +192,48 @@ def test_never_overwrites_a_model(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(UsageError, match="a model is there already"):
         pretrain_micro.pretrain(folder, tmp_path, **TINY)
+
+
+@pytest.mark.filterwarnings("ignore:.*no projector is given")
+def test_a_projector_is_trained_and_a_pair_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from tiny import tiny_language_model, vit_folder
+
+    rng, rows = np.random.default_rng(0), []
+    for i in range(8):
+        file = io.BytesIO()
+        picture(i % 2, rng).save(file, "PNG")
+        rows.append({"image": {"bytes": file.getvalue()}, "label": i % 2})
+    about = {"info": {"features": {"label": {"names": ["red_thing", "blue"]}}}}
+    table = pa.Table.from_pylist(rows).replace_schema_metadata({"huggingface": json.dumps(about)})
+    for split in ("train", "test"):
+        pq.write_table(table, tmp_path / f"{split}.parquet")
+    vit, lm = vit_folder(tmp_path / "vit"), tiny_language_model(tmp_path / "lm")
+    given: dict[str, Any] = {"data": tmp_path, "picture": f"folder:{vit}", "text": f"folder:{lm}"}
+    given |= {"architecture": None, "image_size": None, "pool": None, "dtype": "float32"}
+    given |= {"per_class": 3, "tested": 2, "epochs": 1, "batch_size": 4}
+    out = tmp_path / "out"
+    write, whole = train_projector.write_file, train_projector.train_projector
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_projector, "write_file", killed)  # the run is stopped before the last file
+    with pytest.raises(KeyboardInterrupt):
+        whole(out=out, **given)
+    monkeypatch.setattr(train_projector, "write_file", write)
+    figures = whole(out=out, **given)  # and goes on
+    assert set(figures) == {"names", "names, pictures of other rows", "tested", "chance"}
+    assert (figures["tested"], figures["chance"]) == (4, 0.5)
+    answers = [row["answer"] for row in pq.read_table(out / "rows/train.parquet").to_pylist()]
+    assert (answers.count("red thing"), answers.count("blue")) == (3, 3)
+    file = out / "projector.safetensors"
+    assert f"{file.stat().st_size / 1e6:.2f} MB in float16" in (out / "README.md").read_text("utf-8")
+    pair = load_backbone(f"pair:{{picture: folder:{vit}, text: folder:{lm}, projector: {file}}}")
+    assert pair.pictures is not None
+    assert not pair.pictures.drawn
+    with pytest.raises(UsageError, match="a projector is there already"):
+        whole(out=out, **given)

@@ -45,7 +45,7 @@ from perpetune.runtime import Runtime, Silent
 from perpetune.seeding import generator
 from perpetune.snapshot import EARLIER, restore, snapshot
 from perpetune.state import State
-from perpetune.tasks import Batch, Examples, Task
+from perpetune.tasks import Batch, Examples, Inputs, Task
 
 CLASSES = ["a", "b", "c", "d", "e", "f"]
 
@@ -1034,3 +1034,17 @@ def test_a_broken_router_of_an_earlier_version_is_told(fault: Any) -> None:
     with pytest.raises(StateError) as told:
         restore(treelora(), files, "here")
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("answer", ["last", "merged", "routed"])
+def test_it_answers_before_its_first_task(answer: str) -> None:
+    """Exams are asked then: the net answers with the pets as they begin, and afterwards as told."""
+    method, task = treelora(answer=answer), domains([0])[0]
+    examples: Any = task.train
+    method.model.grow(task)
+    pixels = Inputs(pixels=torch.stack(examples.pixels))
+    with torch.no_grad(), using(method.model, "default"):
+        assert torch.equal(method.predict(pixels), method.model.predict(pixels))
+        assert torch.equal(method.features(pixels), method.model.features(pixels))
+    method.learn(task)
+    assert method.predict(pixels).shape == (len(task.train), 2)

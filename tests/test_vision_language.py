@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -248,6 +249,20 @@ def test_a_pet_in_the_tower_moves_pictures_and_learns_from_the_loss(tmp_path: An
         assert torch.equal(backbone.pictures.features(backbone.net, inputs.inputs, backbone._normalised), old), kind
 
 
+def test_pets_that_no_picture_meets_are_named(tmp_path: Any) -> None:
+    """LLaVA reads its tower before the last block (vision_feature_layer -2)."""
+    for kind, blocks, said in (("llava-clip", [1], 1), ("llava-clip", [0, 1], 0), ("idefics3", [1], 0)):
+        backbone = made(kind, tmp_path / f"{kind}{len(blocks)}")
+        places = backbone.pet_places(["picture.q", "picture.v"], blocks)
+        inject(backbone.net, places, lambda place: LoRA(place, torch.Generator().manual_seed(0)), "picture")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            VisionLanguage(backbone)
+        found = [str(w.message) for w in caught if "change nothing" in str(w.message)]
+        assert len(found) == said, kind
+        assert all("layers.1.self_attn.q_proj" in text and "name earlier blocks" in text for text in found)
+
+
 @torch.no_grad()
 def test_a_prefix_acts_alike_in_a_mixed_batch_and_alone(tmp_path: Any) -> None:
     for kind in KINDS:
@@ -342,6 +357,7 @@ def test_a_pair_of_any_parts_with_its_projector(tmp_path: Any) -> None:
         (f"{{picture: perpetune:micro, {text}, extra: x}}", "there is no part 'extra'"),
         (f"{{{text}}}", "the part picture is missing"),
         (f"{{picture: {text[6:]}, {text}}}", "takes texts, and its place in a pair is for pictures"),
+        ("{picture: folder:x, " + text + "}", "there is no such folder"),
         ("nothing", r"pair:\{picture: SPEC, text: SPEC, projector: FILE\} is expected"),
     ):
         with pytest.raises(UsageError, match=error):
@@ -349,6 +365,27 @@ def test_a_pair_of_any_parts_with_its_projector(tmp_path: Any) -> None:
     save_file({"norm.weight": torch.ones(2)}, file)
     with pytest.raises(PerpetuneError, match=r"holds norm\.weight; norm\.weight, norm\.bias, .* are expected"):
         load_backbone(f"pair:{{picture: perpetune:micro, {text}, projector: {file}}}")
+
+
+def test_a_pair_takes_weights_whose_architecture_is_named(tmp_path: Any) -> None:
+    """A folder of timm's weights alone does not say what they are."""
+    import timm
+    from safetensors.torch import save_file
+
+    name, lm = "vit_tiny_patch16_224", tiny_language_model(tmp_path / "lm")
+    shape = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 1, "num_heads": 2}
+    (tmp_path / "vit").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        create = timm.create_model
+        patch.setattr(timm, "create_model", lambda *a, **k: create(*a, **{**k, **shape}))
+        save_file(create(name, num_classes=0, **shape).state_dict(), tmp_path / "vit" / "model.safetensors")
+        spec = f"pair:{{picture: folder:{tmp_path / 'vit'}, text: folder:{lm}}}"
+        with pytest.warns(UserWarning, match="drawn at random"):
+            backbone = load_backbone(spec, architecture=name, image_size=32)
+    assert backbone.pictures is not None
+    assert backbone.pictures.count == 4
+    with pytest.raises(UsageError, match="leave it out, or use folder: for pictures"):
+        load_backbone(f"pair:{{picture: perpetune:micro, text: folder:{lm}}}", architecture=name)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

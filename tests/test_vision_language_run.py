@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import SIZE, VLMS, picture, tiny_language_model, tiny_vision_language, vit_folder
+from tiny import SIZE, VLMS, every, picture, tiny_language_model, tiny_vision_language, vit_folder
 
 from perpetune.cli import call
 from perpetune.errors import UsageError
@@ -51,7 +51,7 @@ def said(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int,
 
 
 @pytest.mark.filterwarnings("ignore:.*squeezed to a square", "ignore:.*no projector is given")
-@pytest.mark.parametrize("kind", [*VLMS, "pair"])
+@pytest.mark.parametrize("kind", every([*VLMS, "pair"], 2))
 def test_a_state_lives_from_month_to_month(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,7 @@ import json
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,15 @@ def split_folder(path: Path, classes: Sequence[str], train: int | Sequence[int],
     picture_folder(path / "train", classes, train)
     picture_folder(path / "test", classes, test, first=1000)
     return path
+
+
+def every(values: Iterable[Any], step: int) -> list[Any]:
+    """Parameters of a test: the first of each `step` values; the others differ little, and run when slow tests do."""
+    return [v if i % step == 0 else pytest.param(*_row(v), marks=pytest.mark.slow) for i, v in enumerate(values)]
+
+
+def _row(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def recipe(vit: Path, data: Path | None = None, **changes: Any) -> dict[str, Any]:

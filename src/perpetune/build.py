@@ -17,7 +17,7 @@ from perpetune.methods.base import Method
 from perpetune.models.backbone import Backbone
 from perpetune.models.base import Model
 from perpetune.models.classifier import Classifier
-from perpetune.pets import PET, Place, inject, pets, sets
+from perpetune.pets import PET, Place, inject, pets, sets, using
 from perpetune.pets.context import MARK, Context
 from perpetune.protection.config import ProtectConfig, Reference
 from perpetune.protection.protection import Protection
@@ -79,6 +79,7 @@ def build_method(recipe: Recipe, backbone: Backbone) -> Method:
     if isinstance(model, Classifier):
         model.head.ready()
     _check_contexts(recipe, method)
+    _check_bare(method)
     if recipe.backbone.options.get("dtype") == "float16" and recipe.run.precision != "fp16":
         raise UsageError(
             "backbone.dtype: float16 needs a scaled loss, because small gradients become zero in float16: add "
@@ -104,6 +105,24 @@ def _inject_set(section: PetSection, backbone: Backbone, rng: torch.Generator, n
     """Put a set of pets on the backbone: those of the section and those beside them."""
     for one in (section, *section.beside):
         _inject(one, backbone, rng, name)
+
+
+def _check_bare(method: Method) -> None:
+    """Raise UsageError if a head also answers with the net without pets, and that says nothing or not the truth."""
+    if not (isinstance(method.model, Classifier) and method.model.head.bare):
+        return
+    if not sets(method.model):
+        raise UsageError(
+            "head: text: zero_shot: bare leaves out what pets change, and the recipe has no pet: leave zero_shot out"
+        )
+    texts = method.model.backbone.texts
+    with using(method.model, tuple(sets(method.model))):
+        changed = texts is not None and texts.state()
+    if changed:
+        raise UsageError(
+            "head: text: zero_shot: bare compares pictures of the untouched tower with texts, and a pet changes the "
+            "texts: put pets into the picture tower alone, or use zero_shot: tuned"
+        )
 
 
 def _check_contexts(recipe: Recipe, method: Method) -> None:

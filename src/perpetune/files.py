@@ -139,6 +139,41 @@ def read_folder(
     return files
 
 
+def seal_folder(path: Path) -> None:
+    """Write the manifest of the files that another library has put into the folder `path`, and sync all to the disk."""
+    hashes = {}
+    for file in sorted(path.iterdir()):
+        hashes[file.name] = {"bytes": file.stat().st_size, "sha256": digest_of(file)}
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+    _write_synced(path / MANIFEST, to_json(hashes))
+    _sync_folder(path)
+
+
+def check_folder(path: Path) -> None:
+    """Check the files in a folder from `write_folder` or `seal_folder`, without holding them in memory.
+
+    Raises:
+        StateError: a file is missing, damaged or changed; the message names it.
+    """
+    for name, (size, expected) in listed(path).items():
+        try:
+            whole = os.stat(path / name).st_size == size and digest_of(path / name) == expected
+        except OSError as error:
+            raise StateError(f"{path / name} cannot be read ({_reason(error)})") from None
+        if not whole:
+            raise StateError(f"{path / name} is torn or was changed")
+
+
+def digest_of(file: Path) -> str:
+    """The SHA-256 of a file, read in parts."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while part := opened.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
 def remove_folder(path: Path) -> None:
     """Delete a folder. It is renamed first, so that a crash leaves no half of it under its name.
 

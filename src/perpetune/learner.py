@@ -500,7 +500,8 @@ class Learner:
                 if not some:
                     continue
                 given += [question.given for question in some]
-                rows.append(F.normalize(self.method.features(self._batch(some).inputs).float(), dim=-1) @ words.T)
+                features = self.backbone.compared(self.method.features(self._batch(some).inputs))
+                rows.append(F.normalize(features.float(), dim=-1) @ words.T)
         return given, torch.cat(rows) if rows else words.new_zeros(0, len(texts))
 
     def _asked(self, questions: Sequence[Question], names: Sequence[str] | None = None) -> Tensor:

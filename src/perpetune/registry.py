@@ -51,6 +51,7 @@ BUILTIN: dict[Kind, dict[str, str]] = {
         "cosine": "perpetune.heads.cosine:Cosine",
         "ncm": "perpetune.heads.ncm:NCM",
         "ridge": "perpetune.heads.ridge:Ridge",
+        "drawn": "perpetune.heads.drawn:Drawn",
         "text": "perpetune.heads.text:Text",
         "lm": "perpetune.models.causal_lm:CausalLM",
         "vlm": "perpetune.models.vision_language:VisionLanguage",

@@ -2,8 +2,9 @@
 
 from perpetune.heads.base import Borrowed, Head
 from perpetune.heads.cosine import Cosine
+from perpetune.heads.drawn import Drawn
 from perpetune.heads.linear import Linear
 from perpetune.heads.ncm import NCM
 from perpetune.heads.ridge import Ridge
 
-__all__ = ["NCM", "Borrowed", "Cosine", "Head", "Linear", "Ridge"]
+__all__ = ["NCM", "Borrowed", "Cosine", "Drawn", "Head", "Linear", "Ridge"]

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from perpetune.errors import UsageError
+from perpetune.errors import PerpetuneError, UsageError
 from perpetune.numerics.carry import Carry
 
 
@@ -70,6 +70,8 @@ class Head(nn.Module, ABC):
     reads: ClassVar[bool] = False
     """Whether it reads the `sentences` of classes, and `forward` keeps what it made of them. Protection shows these
     sentences to the text tower by itself, once for each class."""
+    bare: bool = False
+    """Whether it also answers with the net without pets. Then the net's own feature stands before the others."""
     carry: bool = False
     """Whether its sums are moved as training moves the features."""
 
@@ -235,6 +237,22 @@ def carry_facts(carry: Carry) -> dict[str, Any]:
     """Facts for the report about sums that followed their features: how far the features moved, whether the sums were
     moved, and the part of the movement that the map does not explain."""
     return {"moved": carry.moved, "carried": bool(carry), "unexplained": carry.unexplained}
+
+
+def not_finite(head: str, classes: Sequence[str], features: Tensor, rows: Tensor) -> PerpetuneError | None:
+    """The error that says which class has features that are not finite; None if all features `(B, D)` are.
+
+    Args:
+        head: the name of the head, for the message.
+        rows: int64 `(B,)`, the row of each example in `classes`.
+    """
+    bad = ~torch.isfinite(features).all(1)
+    if not bad.any():
+        return None
+    return PerpetuneError(
+        f"head: {head}: features of an example of class {classes[int(rows[bad][0])]} are not finite, so training has "
+        "broken the features; lower train.lr or set train.clip"
+    )
 
 
 def grow_rows(old: Tensor, rows: int, generator: torch.Generator, std: float) -> Tensor:

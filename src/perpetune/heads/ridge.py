@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perpetune.errors import PerpetuneError, UsageError
-from perpetune.heads.base import Folded, Head, alone, carry_facts
+from perpetune.heads.base import Folded, Head, alone, carry_facts, not_finite
 from perpetune.heads.cosine import Cosine
 from perpetune.numerics import carry as carrying
 from perpetune.numerics import ridge
@@ -292,14 +292,9 @@ class Ridge(Head):
     @torch.no_grad()
     def observe(self, features: Tensor, rows: Tensor) -> None:
         targets = rows.to(self.packed.device)
-        if not torch.isfinite(features).all():
-            bad = ~torch.isfinite(features).all(1)
-            name = self.classes[int(rows[bad][0])]
+        if (fault := not_finite("ridge", self.classes, features, rows)) is not None:
             self._clear()
-            raise PerpetuneError(
-                f"head: ridge: features of an example of class {name} are not finite, so training has broken the "
-                "features; lower train.lr or set train.clip"
-            )
+            raise fault
         self._features.append(features.to(self.packed.device))
         self._targets.append(targets)
         self._waiting += len(features)

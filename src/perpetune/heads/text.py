@@ -81,7 +81,11 @@ class Text(Head):
     With an `expert` the head also learns. The expert is a head from statistics on the same features. It speaks only
     where zero-shot finds a learned class likelier than every other candidate (the gate), as RAIL does, Xu et al. 2024,
     arXiv:2406.18868. Candidates are the learned classes, the `vocabulary`, and the names that are asked. So a picture
-    of a class that was not learned is answered as before, if its name is a candidate.
+    of a class that was not learned is answered as before, if its name is a candidate. The expert also reads
+    `backbone.taps`; zero-shot reads the net's own feature alone.
+
+    With `zero_shot: bare` pets change what the expert reads, and zero-shot answers as the untouched model does. Then
+    nothing of it can be lost. It costs a second pass at prediction.
 
     The texts of learned classes and of the vocabulary are computed once and stored. If pets change the text tower, they
     are computed again after each training. If each task has a context of its own, the texts of its classes are computed
@@ -96,6 +100,7 @@ class Text(Head):
         fusion: `β`, the share of the expert where it may speak.
         gate: `zero_shot`, or `none` to let the expert speak always.
         learn_scale: train `τ` too.
+        zero_shot: the net that zero-shot reads: the `tuned` one, or the `bare` one without pets.
 
     Raises:
         UsageError: the backbone has no text tower, or options do not fit.
@@ -115,12 +120,22 @@ class Text(Head):
         fusion: Annotated[float, Field(ge=0, le=1)] = 0.8,
         gate: Gate = "zero_shot",
         learn_scale: bool = False,
+        zero_shot: Literal["tuned", "bare"] = "tuned",
     ):
         super().__init__(dim)
         self.templates, self.fusion, self.gate = templates_of(templates), fusion, gate
         self.vocabulary = names_in(vocabulary or (), "head: text: the vocabulary")
         self.expert = None if expert is None else Expert.model_validate(expert).make(dim)
         self.statistics = self.expert is not None  # type: ignore[misc]
+        self.carry = self.expert is not None and self.expert.carry
+        self.bare = zero_shot == "bare"
+        if self.bare and self.expert is None:
+            raise UsageError(
+                "head: text: with zero_shot: bare the names answer as if nothing had been learned, so something else "
+                "has to: add an expert"
+            )
+        self.width = dim
+        """The width of what the expert reads: `dim`, and further columns of taps."""
         self.shift = nn.Parameter(torch.zeros(()), requires_grad=False) if learn_scale else None
         """How far `τ` has moved from the pretrained one."""
         self.side: Texts | None = None
@@ -143,12 +158,18 @@ class Text(Head):
                 f"head: text needs a backbone that reads pictures and texts, such as CLIP, and {backbone.spec} has no "
                 "text tower: use another head, such as ridge"
             )
-        if backbone.taps is not None:
-            raise UsageError("head: text compares the net's own feature with texts: leave backbone.taps out")
-        head = cls(backbone.dim, **options)
+        head = cls(backbone.own, **options)
         head.side = backbone.texts
+        if backbone.taps is not None:
+            if head.expert is None:
+                raise UsageError(
+                    "head: text: names are compared with the net's own feature, and an expert reads backbone.taps: add "
+                    "an expert, or leave backbone.taps out"
+                )
+            head.width = backbone.dim
+            head.expert.widen(backbone.dim)
         if backbone.texts.by_task:
-            head.settled = nn.Parameter(torch.zeros(0, backbone.dim), requires_grad=False)
+            head.settled = nn.Parameter(torch.zeros(0, backbone.own), requires_grad=False)
         return head
 
     # -- texts ----------------------------------------------------------------------------------------
@@ -270,7 +291,8 @@ class Text(Head):
     def _logits(self, features: Tensor, names: Sequence[str]) -> Tensor:
         assert self.side is not None
         with torch.autocast(features.device.type, enabled=False):
-            logits = self._scale() * F.normalize(features.float(), dim=-1) @ self.texts(names).T.to(features.device)
+            own = F.normalize(features[:, : self.dim].float(), dim=-1)
+            logits = self._scale() * own @ self.texts(names).T.to(features.device)
         return logits if self.side.bias is None else logits + self.side.bias.to(logits)
 
     def _scale(self) -> Tensor:
@@ -281,8 +303,14 @@ class Text(Head):
 
     def _expert(self, features: Tensor) -> Tensor:
         assert self.expert is not None
-        scores: Tensor = self.expert(F.normalize(features.float(), dim=-1))
+        scores: Tensor = self.expert(self._of_expert(features))
         return scores.masked_fill(scores.isneginf(), 0.0)
+
+    def _of_expert(self, features: Tensor) -> Tensor:
+        """The columns `(B, width)` that the expert reads; the net's own feature among them has length 1."""
+        tuned = features[:, features.shape[1] - self.width :].float()
+        own = F.normalize(tuned[:, : self.dim], dim=-1)
+        return own if self.width == self.dim else torch.cat([own, tuned[:, self.dim :]], dim=-1)
 
     def logits(self, features: Tensor) -> Tensor:
         return self._logits(features, self.classes)
@@ -340,7 +368,14 @@ class Text(Head):
         self._known().expect(counts)
 
     def observe(self, features: Tensor, rows: Tensor) -> None:
-        self._known().observe(F.normalize(features.float(), dim=-1), rows)
+        self._known().observe(self._of_expert(features), rows)
+
+    def follow(self, before: Tensor, after: Tensor, targets: Tensor) -> None:
+        self._known().follow(self._of_expert(before), self._of_expert(after), targets)
+
+    def ready(self) -> None:
+        if self.expert is not None:
+            self.expert.ready()
 
     def flush(self) -> None:
         self._known().flush()
@@ -356,9 +391,6 @@ class Text(Head):
         return self.expert
 
     # -- reporting and storing ------------------------------------------------------------------------
-
-    def facts(self) -> dict[str, Any]:
-        return {} if self.expert is None else self.expert.facts()
 
     def get_extra_state(self) -> dict[str, Any]:
         return {**super().get_extra_state(), "names": self.names, "templates": self._digest()}

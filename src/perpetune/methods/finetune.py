@@ -134,7 +134,7 @@ class FineTune(Method):
         """The loss of the free pets. One term keeps their features near those of the protected `copies`."""
         assert isinstance(self.model, Classifier)
         with torch.no_grad(), using(self.model, copies):
-            wanted = self.model.features(batch.inputs)
+            wanted = self.model.tuned(batch.inputs)
         with using(self.model, self.trained):
-            features = self.model.features(batch.inputs)
+            features = self.model.tuned(batch.inputs)
         return self.model.head_loss(task, features, batch.targets) + F.mse_loss(features, wanted)

@@ -60,7 +60,8 @@ class Pool(Method):
     * CODA-Prompt, Smith et al. 2023, arXiv:2211.13218: `members: task`, `each: 10`, `select: weights`;
     * S-iPrompts, Wang et al. 2022 (NeurIPS): `select: centres`, `answer: own`;
     * HiDe-Prompt, HiDe-PET, Wang et al. 2023 and 2024, arXiv:2310.07234, 2407.05229: `select: gaussian` and a head that
-      learns from statistics. This head solves in closed form what their third step trains on drawn features.
+      learns from statistics: `ridge` solves in closed form what their third step trains on drawn features, and `drawn`
+      is this step.
 
     docs/pools.md lists where the released code of these papers differs.
 
@@ -289,7 +290,7 @@ class Pool(Method):
             if self.repulsion is None or not isinstance(self.model, Classifier):
                 loss = self.model.loss(task, batch)
             else:
-                features = self.model.features(batch.inputs)
+                features = self.model.tuned(batch.inputs)
                 loss = self.model.head_loss(task, features, batch.targets) + self.repulsion.loss(features)
         if queries is None or chosen is None:
             return loss

@@ -95,6 +95,7 @@ class Backbone(nn.Module):
     def tap(self, count: Count | None, read: Read = "both") -> Backbone:
         """Read features after the last `count` blocks; None reads the net's own feature. Returns the backbone itself.
 
+        In a dual encoder the net's own feature, the one that is compared with texts, stands before those of the taps.
         With `auto`, the net's own feature is read if its blocks are not known, with a warning.
 
         Raises:
@@ -107,7 +108,8 @@ class Backbone(nn.Module):
                 raise
             warnings.warn(f"{error} Its own feature is read instead.", stacklevel=2)
             self.taps = None
-        self.dim = self.own if self.taps is None else self.width * self.taps.count * len(self.taps.kinds)
+        beside = self.own if self.texts is not None else 0
+        self.dim = self.own if self.taps is None else beside + self.width * self.taps.count * len(self.taps.kinds)
         return self
 
     @torch.no_grad()
@@ -169,7 +171,15 @@ class Backbone(nn.Module):
     @property
     def end(self) -> slice:
         """The columns of the features that come from the end of the net; without taps all columns."""
-        return slice(None) if self.taps is None else slice(self.dim - self.width * len(self.taps.kinds), self.dim)
+        if self.taps is None:
+            return slice(None)
+        if self.texts is not None:
+            return slice(self.own)
+        return slice(self.dim - self.width * len(self.taps.kinds), self.dim)
+
+    def compared(self, features: Tensor) -> Tensor:
+        """The columns `(B, own)` of features `(B, D)` that a dual encoder compares with texts."""
+        return features[:, : self.own]
 
     @property
     def takes(self) -> Kind:
@@ -232,8 +242,9 @@ class Backbone(nn.Module):
         if self.taps is None:
             return compute()
         with self.taps.listening(self.net) as states:
-            compute()
-        return self.taps.features(states, mask)
+            own = compute()
+        tapped = self.taps.features(states, mask)
+        return tapped if self.texts is None else torch.cat([own.to(tapped.dtype), tapped], dim=-1)
 
     def asked(self, inputs: Inputs) -> dict[str, Any]:
         """The keyword arguments with which a language model is called for these texts."""

@@ -15,6 +15,7 @@ from perpetune.heads.base import Head
 from perpetune.models.backbone import Backbone
 from perpetune.models.base import Mask, Model
 from perpetune.numerics.retrieval import contrastive
+from perpetune.pets import using
 from perpetune.runtime import Runtime
 from perpetune.tasks import Batch, Examples, Inputs, Task, balanced, captioned, evaluation_batches
 
@@ -132,13 +133,25 @@ class Classifier(Model):
         self.head.reset()
 
     def features(self, inputs: Inputs) -> Tensor:
-        """Features `(B, D)` of uint8 pixels `(B, 3, H, W)` or of texts, computed with the pets in force."""
+        """Features `(B, D)` of uint8 pixels `(B, 3, H, W)` or of texts, computed with the pets in force.
+
+        If the head answers with the net as it was too (`head.bare`), its own feature without pets stands before them.
+        """
+        tuned = self.tuned(inputs)
+        if not self.head.bare:
+            return tuned
+        with torch.no_grad(), using(self, None):
+            bare = self.backbone.compared(self.backbone.features(inputs))
+        return torch.cat([bare.to(tuned.dtype), tuned], dim=-1)
+
+    def tuned(self, inputs: Inputs) -> Tensor:
+        """Features `(B, D)` with the pets in force alone, which a loss reads."""
         return self.backbone.features(inputs)
 
     def loss(self, task: Task, batch: Batch) -> Tensor:
         if captioned(task.train):
             return self._caption_loss(task.train, batch)
-        return self.head_loss(task, self.features(batch.inputs), batch.targets)
+        return self.head_loss(task, self.tuned(batch.inputs), batch.targets)
 
     def _caption_loss(self, examples: Examples, batch: Batch) -> Tensor:
         """The contrastive loss of pictures with the caption that each is loaded with; a caption that describes several
@@ -147,7 +160,7 @@ class Classifier(Model):
         assert side is not None and batch.numbers is not None
         said = [examples.captions(number) for number in batch.numbers.tolist()]
         texts = [captions[drawn] for captions, drawn in zip(said, batch.inputs["caption"].tolist(), strict=True)]
-        pictures = F.normalize(self.features(batch.inputs).float(), dim=-1)
+        pictures = F.normalize(self.backbone.compared(self.tuned(batch.inputs)).float(), dim=-1)
         words = F.normalize(side.encode(side.inputs(texts, pictures.device)).float(), dim=-1)
         logits = side.scale.to(pictures.device) * pictures @ words.T
         matches = torch.tensor([[text in captions for text in texts] for captions in said], device=logits.device)
@@ -217,7 +230,7 @@ class Classifier(Model):
             self.backbone.texts.of(sentences)
 
     def observe(self, inputs: Inputs) -> None:
-        features = self.features(inputs)
+        features = self.tuned(inputs)
         if not self.head.reads:
             self.scores(features)
 

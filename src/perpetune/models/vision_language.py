@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -12,12 +13,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from perpetune.data.names import several
+from perpetune.data.pictured.view import PicturedView
 from perpetune.data.sources import Kind
-from perpetune.data.texts.view import TextView
 from perpetune.errors import UsageError
 from perpetune.models.backbone import Backbone
 from perpetune.models.causal_lm import CausalLM
 from perpetune.models.picture_side import PictureSide
+from perpetune.pets import parameters, sets, slots, using
 from perpetune.tasks import Batch, Inputs, Task
 
 
@@ -40,7 +43,7 @@ class VisionLanguage(CausalLM):
     """
 
     reads: ClassVar[tuple[Kind, ...]] = ("pictured",)
-    view: TextView
+    view: PicturedView
 
     def __init__(
         self,
@@ -70,6 +73,7 @@ class VisionLanguage(CausalLM):
             self.projector = own.float() if half else own  # small steps vanish in 16 bits
             self.leaks = "the projector is trained (head.projector), so what the model sees in old pictures moves"
         side.room = int(keep * (1 << 30))
+        self._warn_of_unread()
 
     @property
     def _side(self) -> PictureSide:
@@ -97,6 +101,34 @@ class VisionLanguage(CausalLM):
     def predict(self, inputs: Inputs) -> Tensor:
         with self._projecting():
             return super().predict(inputs)
+
+    def _warn_of_unread(self) -> None:
+        """Say it if the picture tower has pets, and none of them acts on what is read of a picture."""
+        side, net = self._side, self.backbone.net
+        tower = net.get_submodule(side.path)
+        names = tuple(sets(tower))
+        own = [p for name in names for p in parameters(tower, name)]
+        if not own:
+            return
+        taking = [p.requires_grad for p in own]
+        size = self.view.picture.size
+        empty = torch.zeros(1, 3, size, size, device=own[0].device)
+        with using(tower, names), torch.enable_grad():
+            for p in own:
+                p.requires_grad_(True)
+            states = side._tower(net, empty)
+            read = states.requires_grad and any(
+                g is not None for g in torch.autograd.grad(states.sum(), own, allow_unused=True)
+            )
+        for p, before in zip(own, taking, strict=True):
+            p.requires_grad_(before)
+        if not read:
+            paths = [path for path, slot in slots(tower) if slot.pets]
+            warnings.warn(
+                f"{self.backbone.spec}: the pets in its picture tower ({several(paths, 3)}) change nothing, for the "
+                "model reads the tower before them (LLaVA: vision_feature_layer): name earlier blocks in pet.blocks",
+                stacklevel=2,
+            )
 
     @contextlib.contextmanager
     def _projecting(self) -> Iterator[None]:

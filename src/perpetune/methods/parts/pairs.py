@@ -53,7 +53,8 @@ class Gallery:
 
 def picture_features(method: Method, examples: Examples, batch_size: int, run: Runtime) -> Tensor:
     """Features `(N, D)` of all examples as at prediction, of length 1, float32, on every process."""
-    return F.normalize(feature_table(examples.questions(), batch_size, run, method.features), dim=-1)
+    table = feature_table(examples.questions(), batch_size, run, method.features)
+    return F.normalize(method.model.backbone.compared(table), dim=-1)
 
 
 @torch.no_grad()

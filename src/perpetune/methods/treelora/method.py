@@ -251,16 +251,20 @@ class TreeLoRA(Method):
         return Answers(self.predict(inputs), others, name=self.answer)
 
     def features(self, inputs: Inputs) -> Tensor:
-        if self.answer == "routed":
+        if self.tasks and self.answer == "routed":
             return self.bank.features(inputs, self._routes(inputs))
-        with self.bank.acting(DEFAULT if self.answer == "last" else MERGED):
+        with self.bank.acting(self._set(self.answer)):
             return self.model.features(inputs)
 
     def _by(self, mode: Mode, inputs: Inputs) -> Tensor:
-        if mode == "routed":
+        if self.tasks and mode == "routed":
             return self.bank.predict(inputs, self._routes(inputs))
-        with self.bank.acting(DEFAULT if mode == "last" else MERGED):
+        with self.bank.acting(self._set(mode)):
             return self.model.predict(inputs)
+
+    def _set(self, mode: Mode) -> str:
+        """The set of pets that answers; before the first task, when exams are asked, there is only one."""
+        return DEFAULT if mode == "last" or not self.tasks else MERGED
 
     def _routes(self, inputs: Inputs) -> list[int]:
         """For each input the number of the adapter of the task that the selector chooses."""

@@ -8,7 +8,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +26,7 @@ from perpetune.models.backbone import Backbone
 from perpetune.models.loaders.checkpoint import check_report, check_weights, config_of, quiet, unbuilt
 from perpetune.models.loaders.hub import hub_file, one_line
 from perpetune.models.loaders.options import in_4bit
+from perpetune.models.loaders.unpacked import copy_of, keep_copy
 from perpetune.pets.base import Active, Slot, slots
 from perpetune.plain import read_object
 
@@ -50,15 +51,33 @@ class Source:
     Attributes:
         place: a folder or an id on the hub.
         file: the GGUF file in it; None for transformers' layout.
+        copy: a folder that holds what the file holds, unpacked; it is read in the file's place.
     """
 
     place: str
     file: str | None = None
+    copy: str | None = None
+
+    @property
+    def read(self) -> str:
+        """The folder or id that transformers is given."""
+        return self.copy or self.place
 
     @property
     def where(self) -> dict[str, str]:
-        """The keyword by which transformers is given the file."""
+        """The keyword by which transformers is given the file that it is to unpack."""
+        return {} if self.copy else self.origin
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """The keyword by which another program opens the same file."""
         return {} if self.file is None else {"gguf_file": self.file}
+
+    def unpacked(self, dtype: str | None) -> Source:
+        """The source with its unpacked copy, if there is one of this type (None: float32)."""
+        if self.file is None:
+            return self
+        return replace(self, copy=copy_of(self.place, self.file, dtype or "float32"))
 
 
 def is_gguf(rest: str) -> bool:
@@ -159,14 +178,16 @@ def load(
         UsageError: there is no such model or tokenizer, or an option does not fit the model.
         PerpetuneError: the tensors in the checkpoint are not those of the model; the message names them.
     """
-    config = config or config_of(spec, source.place, **source.where)
+    config = config or config_of(spec, source.read, **source.where)
     if not is_causal(config):
         raise UsageError(f"{spec}: a {config.model_type!r} model is not a causal language model")
-    if source.file is not None:
+    if source.file is not None and source.copy is None:
         _check_positions(spec, source.place, source.file, config)
     quantised = getattr(config, "quantization_config", None) is not None
     tokenizer = tokenizer_of(spec, source, chat=chat)
     net = net_of(spec, source, config, CAUSAL, pretrained, dtype, gradient_checkpointing)
+    if source.file is not None and source.copy is None and pretrained:
+        keep_copy(spec, source.place, source.file, dtype, net, tokenizer)
     rows = check_tokenizer(spec, tokenizer, net)
     backbone = Backbone(
         net,
@@ -177,7 +198,7 @@ def load(
         ),
         forward=hidden_states,
     )
-    backbone.opens = {"library": "transformers", "base": source.place, "options": {"dtype": dtype, **source.where}}
+    backbone.opens = {"library": "transformers", "base": source.place, "options": {"dtype": dtype, **source.origin}}
     return in_4bit(backbone) if load_in_4bit and not quantised else backbone
 
 
@@ -263,12 +284,12 @@ def _random(config: Any, auto: Any, dtype: Dtype) -> Any:
 def _pretrained(spec: str, source: Source, config: Any, auto: Any, dtype: Dtype) -> Any:
     from safetensors import SafetensorError
 
-    if source.file is None:
-        check_weights(spec, source.place, config)
-    how: dict[str, Any] = {"use_safetensors": True} if source.file is None else {**source.where, **_unpacked()}
+    if not source.where:
+        check_weights(spec, source.read, config)
+    how: dict[str, Any] = {**source.where, **_unpacked()} if source.where else {"use_safetensors": True}
     try:
         net, report = auto.from_pretrained(
-            source.place,
+            source.read,
             config=config,
             dtype=getattr(torch, dtype),
             attn_implementation=_attention(config, auto),
@@ -323,7 +344,7 @@ def tokenizer_of(spec: str, source: Source, *, chat: bool) -> Any:
 
     try:
         with _silent() if source.file else quiet():
-            tokenizer = AutoTokenizer.from_pretrained(source.place, **source.where)
+            tokenizer = AutoTokenizer.from_pretrained(source.read, **source.where)
     except Exception as error:  # a file of strangers makes transformers fail in any way
         raise UsageError(
             f"{spec}: its tokenizer cannot be loaded: {one_line(error) or type(error).__name__}"
@@ -344,7 +365,7 @@ def tokenizer_of(spec: str, source: Source, *, chat: bool) -> Any:
 
 def _processors_template(source: Source) -> str | None:
     """The chat template that older vision-language models have in a file of their processor; None without one."""
-    file = Path(source.place) / "chat_template.json"
+    file = Path(source.read) / "chat_template.json"
     if not file.is_file():
         return None
     found = read_object(file, str(file)).get("chat_template")

@@ -49,7 +49,8 @@ def load_checkpoint(spec: str, source: Source, given: Mapping[str, Any]) -> Back
     Raises:
         UsageError: there is no such model, or the model at `source` does not take a given option.
     """
-    config = config_of(spec, source.place, **source.where)
+    source = source.unpacked(given.get("dtype"))
+    config = config_of(spec, source.read, **source.where)
     if config.model_type in dual.FAMILIES:
         return dual.load(spec, source.place, config, **taken(spec, "a dual encoder", dual.load, given))
     if config.model_type in vision_language.FAMILIES:

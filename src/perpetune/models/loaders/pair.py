@@ -67,6 +67,7 @@ def load_pair(
     *,
     pretrained: bool = True,
     image_size: Side | None = None,
+    architecture: str | None = None,
     pool: Annotated[int, Field(ge=1)] | None = None,
     dtype: Dtype | None = None,
     max_length: Length | None = None,
@@ -77,6 +78,7 @@ def load_pair(
 
     Args:
         image_size: of the backbone of pictures.
+        architecture: timm's name of that backbone, for a folder of weights without a `config.json`.
         pool: the side of the grid to which the states of patches are averaged, so that a picture has `pool · pool`
             tokens; None keeps all.
 
@@ -88,7 +90,8 @@ def load_pair(
     """
     spec = f"pair:{rest}"
     parts = parts_of(rest)
-    vision = _part(spec, parts["picture"], "pictures", {"image_size": image_size, "pretrained": pretrained})
+    shape = {"image_size": image_size, "architecture": architecture, "pretrained": pretrained}
+    vision = _part(spec, parts["picture"], "pictures", shape)
     given = {"dtype": dtype, "max_length": max_length, "chat": chat, "gradient_checkpointing": gradient_checkpointing}
     language = _part(spec, parts["text"], "texts", {**given, "pretrained": pretrained})
     view, picture, net = language.preprocess, vision.preprocess, language.net
@@ -155,6 +158,8 @@ def _part(spec: str, name: str, takes: str, given: Mapping[str, Any]) -> Backbon
     if prefix not in LOADERS or not rest:
         raise UsageError(f"{spec}: {name!r} is no model: PREFIX:NAME is expected; prefixes: {', '.join(LOADERS)}")
     options = {option: value for option, value in given.items() if value is not None}
+    if "architecture" in options and prefix != "folder":
+        raise UsageError(f"{spec}: architecture names what lies in a folder: leave it out, or use folder: for pictures")
     found = LOADERS[prefix](rest, **options)
     if found.takes != takes:
         raise UsageError(f"{spec}: {name} takes {found.takes}, and its place in a pair is for {takes}")

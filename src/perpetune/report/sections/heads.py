@@ -11,7 +11,8 @@ from perpetune.report.blocks import Block, Brief, Column, Columns, Heading, Tabl
 from perpetune.report.results_schema import Results, as_number, facts_of
 
 MEANING = (
-    "Some heads are not trained but solved from sums over examples. This table has their facts after each task. The "
+    "Some heads are not trained on examples but solved from sums over them, or (drawn) trained on features drawn from "
+    "what the sums say; the loss is then the mean of the last epoch. This table has their facts after each task. The "
     "share is the penalty divided by the mean of the features’ sums of squares. The degrees of freedom say how many of "
     "the features the penalty leaves in use. The error is the share of the classes’ variation that predictions for "
     "unseen examples would miss, estimated from the training data only."
