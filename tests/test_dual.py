@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import DUAL, SIZE, dual_folder, dual_tokenizer, picture_folder, recipe, split_folder
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from perpetune import Learner
 from perpetune.build import load_backbone
 from perpetune.errors import PerpetuneError, UsageError
+from perpetune.export import export_learned
 from perpetune.models.backbone import Backbone
 from perpetune.models.text_side import TextSide
 from perpetune.pets import inject, parameters, pets, using
@@ -546,3 +548,15 @@ def test_any_head_learns_on_a_dual_encoder_and_comes_back(folders: dict[str, Pat
             learner.run()
             asked = sorted(picture_folder(tmp_path / "new", ["cat", "owl"], 2, first=50).rglob("*.png"))
             assert Learner.load(tmp_path / f"state{number}").predict(asked) == learner.predict(asked)
+
+
+def test_an_export_says_that_the_own_feature_stands_before_taps(folders: dict[str, Path], tmp_path: Path) -> None:
+    data = split_folder(tmp_path / "data", ["cat", "dog"], 4, 2)
+    backbone = {"name": f"folder:{folders['CLIP']}", "taps": 2}
+    learner = Learner(recipe(folders["CLIP"], data, backbone=backbone, head="ridge", method="frozen", pet="none"))
+    learner.run()
+    with pytest.warns(UserWarning, match=r"head.json does not say it either"):
+        export_learned(learner.method, learner.backbone, tmp_path / "out")
+    about = json.loads((tmp_path / "out" / "head.json").read_text())
+    weight = load_file(tmp_path / "out" / "head.safetensors")["weight"]
+    assert weight.shape[1] == about["own"] + about["taps"] * len(about["tokens"]) * 16

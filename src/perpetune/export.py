@@ -442,6 +442,8 @@ def _read(backbone: Backbone, view: View) -> dict[str, Any]:
         about |= {"taps": 1, "tokens": [places["mean" if texts else "class"]], "modules": {}}
     else:
         about |= {"taps": 0, "tokens": [], "modules": {}}
+    if taps is not None and backbone.texts is not None:
+        about["own"] = backbone.own  # the first columns are the net's own feature; those of the taps follow
     if isinstance(view, PictureView):
         about["image"] = _image(view)
     if isinstance(view, TextView):
