@@ -5,11 +5,11 @@
 
 PILOT (github.com/sun-hailong/LAMDA-PILOT) is the toolbox in which SimpleCIL, APER and RanPAC are compared most often.
 Its way is re-made here as bare torch loops, without its code: each task's training pictures pass the net once for the
-statistics; after each task all test pictures so far are read and pass the net again; RanPAC sums in 32 bits and tries 17
-penalties by a solve of M x M each; APER trains an adapter in the first task, asks all test pictures after each epoch
-of it, and then reads pictures by two nets. perpetune's side is `Learner(recipe).run()`, with checks, evaluation, drift
-and the commit of each task. Both read the same files, at one size, in this process, with the same net, epochs and batch
-size. Prints JSON: `cpu_ratio` is PILOT's seconds of CPU over perpetune's, the median over the turns.
+statistics; after each task all test pictures so far are read and pass the net again; RanPAC sums in 32 bits and tries
+17 penalties by a solve of M x M each; APER trains an adapter in the first task, asks all test pictures after each epoch
+of it, and then reads pictures by two nets. perpetune's side is `Learner(recipe).run()`, with checks, evaluation,
+drift and the commit of each task. Both read the same files, at one size, in this process, with the same net, epochs
+and batch size. Prints JSON: `cpu_ratio` is PILOT's seconds of CPU over perpetune's, the median over the turns.
 """
 
 from __future__ import annotations
