@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -11,11 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perpetune.errors import Interrupted, UsageError
-from perpetune.methods.base import Method
+from perpetune.methods.base import Answers, Method
 from perpetune.methods.parts.pairs import Gallery
+from perpetune.models.keeping import Keeper, NotKept, Unseen
 from perpetune.oracle import Oracle
 from perpetune.runtime import Runtime
-from perpetune.tasks import Batch, Examples, Task, captioned, evaluation_batches, load_batches
+from perpetune.seeding import generator, seed_of
+from perpetune.tasks import Batch, Examples, Inputs, Joined, Task, captioned, load_batches
 
 Setting = Literal["class", "domain", "task"]
 Among = Literal["seen", "task", "own"]
@@ -23,6 +29,50 @@ AMONG: Mapping[Setting, Among] = MappingProxyType({"class": "seen", "domain": "s
 Classes = Mapping[str, Sequence[str]]
 """The classes of each task of a stream, learned or not, by its name."""
 PROBE = 32  # test images of a task by which the drift of its features is measured
+
+
+@dataclass(frozen=True)
+class How:
+    """How test data are asked, the same for all tasks; `evaluate` has the meaning of each."""
+
+    among: Among
+    batch_size: int
+    oracle: Oracle | None = None
+    future: Classes | None = None
+    told: bool = False
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How many examples of some tasks are asked if a net has to compute their features again.
+
+    Attributes:
+        names: the tasks.
+        count: the most examples of all of them together; 0 asks none.
+        seed: draws them, always the same.
+    """
+
+    names: Collection[str]
+    count: int
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What came of asking one task.
+
+    Attributes:
+        cell: the counts; None if the task has no test data, or was not asked.
+        left_out: whether it was not asked because of a `Limit`.
+        seconds: how long it took.
+        probed: numbers of the examples of the task's probe that were asked, and their features `(n, D)` of length 1,
+            float32, on the CPU; None if they are not known.
+    """
+
+    cell: dict[str, Any] | None
+    left_out: bool = False
+    seconds: float = 0.0
+    probed: tuple[list[int], Tensor] | None = None
 
 
 @torch.no_grad()
@@ -55,78 +105,285 @@ def evaluate(
         each example: how often yes, and how often the answer is right then. With `future` and `seen` there is
         `"goes_to"`, how many examples are answered with a class of each task, by its name, if no class is in two tasks.
         `"members"` counts how often the method chose each of its members, by name; `"told"` are right answers of a
-        method that knows the task.
+        method that knows the task. `"of"` is the number of all test examples, where only a sample of them was asked.
     """
-    if task.test is None or len(task.test) == 0:
-        return None
-    run = task.runtime
-    if captioned(task.test):
-        return _found(method, task.test, batch_size, run)
-    chooses = method.model.chooses
-    asked: Sequence[str] | None = None  # the classes among which the method is asked; None: those it has learned
-    if chooses and (among == "own" or future is not None):
-        every = dict.fromkeys(name for classes in (future or {}).values() for name in classes)
-        asked = list(every) if among == "seen" else task.classes
-    judge = _Choices(method.classes, task, among, asked) if chooses else _Texts(method, task)
-    going = _Going(future, asked, run.device) if future and asked and among == "seen" else None
-    exact = torch.float32 if run.device.type == "mps" else torch.float64  # Apple's GPUs have no other
-    per_class = torch.zeros(2, max(1, len(task.classes)), dtype=exact, device=run.device)
-    others, gauges, bounds = (_Sums(run, torch.zeros((), dtype=exact, device=run.device)) for _ in range(3))
-    gates = _Sums(run, torch.zeros(2, dtype=torch.int64, device=run.device))
-    acted = _Members(run)
-    way: str | None = None
-    diagnosis = None if oracle is None else (oracle, _Choices(oracle.classes, task, among))
-    for batch in evaluation_batches(task.test.questions(), batch_size, run):
-        with run.autocast():
-            answers = method.answers(batch.inputs) if asked is None else method.named(batch.inputs, asked)
-            bound = method.told(batch.inputs, task.name) if told else None
-            solved = None if diagnosis is None else diagnosis[0](batch.inputs)
-        way = answers.name
+    how = How(among, batch_size, oracle, future, told)
+    return ask(method, [task], how)[0].cell
+
+
+@torch.no_grad()
+def ask(
+    method: Method,
+    tasks: Sequence[Task],
+    how: How,
+    *,
+    limit: Limit | None = None,
+    new: str | None = None,
+    probing: bool = False,
+) -> list[Asked]:
+    """Ask several tasks, in one pass over the batches of all of them. A batch holds examples of one task, the same ones
+    whatever else is asked, so no count depends on other tasks.
+
+    If a keeper is at work (`KeptFeatures`), it is asked first, before any example is loaded. Then the head answers from
+    kept features, and the net computes only what is not known. A method is called alike in both cases.
+
+    Args:
+        limit: the tasks of which only some examples are asked if features have to be computed.
+        new: the name of the task that was learned just now.
+        probing: whether to give the features of the tasks' probes where they are made anyway.
+    """
+    keeper: Keeper | None = getattr(getattr(method.model, "backbone", None), "keeper", None)
+    done: dict[int, Asked] = {}
+    tallies: dict[int, _Tally] = {}
+    for place, task in enumerate(tasks):
+        if task.test is None or len(task.test) == 0:
+            done[place] = Asked(None)
+        elif captioned(task.test):
+            began = time.perf_counter()
+            cell = _found(method, task.test, how.batch_size, task.runtime)
+            done[place] = Asked(cell, seconds=time.perf_counter() - began)
+        else:
+            tallies[place] = _Tally(method, task, how, range(len(task.test)), keeper, task.name == new, probing)
+    if not tallies:
+        return [done[place] for place in range(len(tasks))]
+    run = next(iter(tallies.values())).run
+    if keeper is not None:
+        for tally in tallies.values():
+            tally.from_kept(method)
+    if limit is not None:
+        again = {p: t for p, t in tallies.items() if t.task.name in limit.names and not t.complete}
+        chosen: Mapping[str, Sequence[int]] = run.of_first(sample([t.task for t in again.values()], limit))
+        for place, tally in tallies.items():
+            if tally.task.name in chosen and len(chosen[tally.task.name]) < tally.count:
+                tallies[place] = tally.restricted(method, chosen[tally.task.name])
+    waiting = [tally for tally in tallies.values() if tally.waiting]
+    sets = Joined([tally.test for tally in waiting])
+    requests = [
+        (tally, numbers, [(start + number, None) for number in numbers])
+        for start, tally in zip(sets.starts, waiting, strict=False)
+        for numbers in tally.waiting
+    ]
+    began = time.perf_counter()
+    loaded = load_batches(sets, [indices for _, _, indices in requests], run) if requests else iter(())
+    for (tally, numbers, _), batch in zip(requests, loaded, strict=True):
+        tally.look(method, batch, numbers)
+        now = time.perf_counter()
+        tally.seconds, began = tally.seconds + now - began, now
+    for tally in waiting:
+        if keeper is not None and tally.examples is not None and tally.examples != tally.identity():
+            keeper.drop(tally.examples)
+    for place, tally in tallies.items():
+        done[place] = tally.asked()
+    return [done[place] for place in range(len(tasks))]
+
+
+def sample(tasks: Sequence[Task], limit: Limit) -> dict[str, list[int]]:
+    """The numbers of the examples that are asked of each task, by its name: `limit.count` in all, balanced over the
+    tasks and over the classes of each. The same ones each time; fewer of a task are the first of more.
+
+    Images of the probe come first, so that the drift is measured too.
+    """
+    sizes = {task.name: len(task.test or ()) for task in tasks}
+    order = sorted(sizes, key=lambda name: seed_of(limit.seed, "evaluate", "order", name))
+    shares = dict.fromkeys(sizes, 0)
+    left = limit.count
+    while left and (open_ := [name for name in order if shares[name] < sizes[name]]):
+        each = max(1, left // len(open_))
+        for name in open_[:left]:
+            given = min(each, sizes[name] - shares[name])
+            shares[name], left = shares[name] + given, left - given
+    return {task.name: _balanced(task, shares[task.name], limit.seed) for task in tasks}
+
+
+def _balanced(task: Task, count: int, seed: int) -> list[int]:
+    assert task.test is not None
+    size, targets = len(task.test), task.test.targets
+    drawn = torch.randperm(size, generator=generator(seed, "evaluate", "sample", task.name)).tolist()
+    probed = set(probe_rows(size))
+    turns: Counter[int] = Counter()
+    order = []  # round by round: the first of each class, the second of each, …
+    for number in sorted(drawn, key=lambda number: number not in probed):
+        turns[targets[number]] += 1
+        order.append((turns[targets[number]], number))
+    return sorted(number for _, number in sorted(order, key=lambda pair: pair[0])[:count])
+
+
+class _Tally:
+    """The counts of one task while its test examples are asked.
+
+    Args:
+        numbers: the examples that are asked.
+        keeper: what may know their features.
+        new: whether the task was learned just now.
+        probing: whether features of the task's probe are wanted.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        task: Task,
+        how: How,
+        numbers: Sequence[int],
+        keeper: Keeper | None,
+        new: bool,
+        probing: bool,
+    ):
+        assert task.test is not None
+        self.task, self.how, self.keeper, self.new, self.run = task, how, keeper, new, task.runtime
+        self.count, self.numbers, self.test = len(task.test), list(numbers), task.test.questions()
+        self.examples = self.identity()
+        mine = self.numbers[self.run.rank :: self.run.world]
+        self.waiting = [mine[start : start + how.batch_size] for start in range(0, len(mine), how.batch_size)]
+        """The batches that are not asked yet."""
+        self.seconds = 0.0
+        chooses = method.model.chooses
+        asked: Sequence[str] | None = None  # the classes among which the method is asked; None: those it has learned
+        if chooses and (how.among == "own" or how.future is not None):
+            every = dict.fromkeys(name for classes in (how.future or {}).values() for name in classes)
+            asked = list(every) if how.among == "seen" else task.classes
+        self.asked_among = asked
+        self.judge = _Choices(method.classes, task, how.among, asked) if chooses else _Texts(method, task)
+        seen = how.among == "seen"
+        self.going = _Going(how.future, asked, self.run.device) if how.future and asked and seen else None
+        self.exact = torch.float32 if self.run.device.type == "mps" else torch.float64  # Apple's GPUs have no other
+        zero = torch.zeros((), dtype=self.exact, device=self.run.device)
+        self.per_class = zero.new_zeros(2, max(1, len(task.classes)))
+        self.others, self.gauges, self.bounds = (_Sums(self.run, zero) for _ in range(3))
+        self.gates = _Sums(self.run, torch.zeros(2, dtype=torch.int64, device=self.run.device))
+        self.acted = _Members(self.run)
+        self.way: str | None = None
+        self.diagnosis = None if how.oracle is None else (how.oracle, _Choices(how.oracle.classes, task, how.among))
+        probed = set(probe_rows(self.count)) & set(self.numbers) if probing and keeper is not None else set[int]()
+        self.probing = probed if self.run.world == 1 else set()
+        self.probed: list[tuple[list[int], Tensor]] = []
+
+    @property
+    def complete(self) -> bool:
+        """Whether all examples were asked."""
+        return not self.waiting
+
+    def identity(self) -> str | None:
+        """A digest of the examples as they are now; None if nothing is to be kept of them."""
+        assert self.task.test is not None
+        return None if self.keeper is None or not self.keeper.most else self.task.test.identity()
+
+    def restricted(self, method: Method, numbers: Sequence[int]) -> _Tally:
+        """A new tally of some of the examples."""
+        made = _Tally(method, self.task, self.how, numbers, self.keeper, self.new, bool(self.probing))
+        made.seconds = self.seconds
+        return made
+
+    def from_kept(self, method: Method) -> None:
+        """Ask batches from kept features, up to the first whose features are not known."""
+        if self.examples is None:
+            return
+        began = time.perf_counter()
+        while self.waiting:
+            numbers, inputs = self.waiting[0], Unseen(range(len(self.waiting[0])))
+            targets = torch.tensor([self.test.targets[i] for i in numbers], device=self.run.device)
+            try:
+                self.look(method, Batch(inputs, targets, torch.tensor(numbers)), numbers)
+            except NotKept:
+                break
+        self.seconds += time.perf_counter() - began
+
+    def look(self, method: Method, batch: Batch, numbers: Sequence[int]) -> None:
+        """Ask the method about the next batch, which holds the examples with these numbers, and count its answers."""
+        seen = None if isinstance(batch.inputs, Unseen) else batch.inputs
+        keeper = self.keeper
+        about = nullcontext() if keeper is None else keeper.asking(self.examples, numbers, self.count, seen, self.new)
+        with about:
+            with self.run.autocast():
+                found = self._answers(method, batch.inputs)
+            probed = self._probe(method, batch.inputs, numbers)
+        if probed is not None:
+            self.probed.append(probed)
+        self._add(batch, *found)
+        self.waiting = self.waiting[1:]
+        signum = self.run.stop_requested(due=False)
+        if signum is not None:
+            raise Interrupted(f"stopped while task {self.task.name} was evaluated", signum)
+
+    def _answers(self, method: Method, inputs: Inputs) -> tuple[Answers, Tensor | None, Tensor | None]:
+        among = self.asked_among
+        answers = method.answers(inputs) if among is None else method.named(inputs, among)
+        bound = method.told(inputs, self.task.name) if self.how.told else None
+        return answers, bound, None if self.diagnosis is None else self.diagnosis[0](inputs)
+
+    def _probe(self, method: Method, inputs: Inputs, numbers: Sequence[int]) -> tuple[list[int], Tensor] | None:
+        """Features of those examples that belong to the probe, if the answers were made of them; else None."""
+        places = [place for place, number in enumerate(numbers) if number in self.probing]
+        if not places or self.keeper is None:
+            return None
+        try:
+            with self.keeper.only_known(), self.run.autocast():
+                features = method.features(inputs)
+        except NotKept:
+            self.probing, self.probed = set(), []
+            return None
+        return [numbers[place] for place in places], F.normalize(features[places].float(), dim=-1)
+
+    def _add(self, batch: Batch, answers: Answers, bound: Tensor | None, solved: Tensor | None) -> None:
+        exact, judge = self.exact, self.judge
+        self.way = answers.name
         right = judge(answers.scores, batch)
         for row, values in enumerate((right, torch.ones_like(batch.targets))):
-            per_class[row].index_add_(0, batch.targets, values.to(exact))
+            self.per_class[row].index_add_(0, batch.targets, values.to(exact))
         for name, open_ in answers.gates.items():
-            gates.add(name, torch.stack([open_, open_ & (right > 0)]).sum(1))
-        if going is not None:
-            going.count(answers.scores)
+            self.gates.add(name, torch.stack([open_, open_ & (right > 0)]).sum(1))
+        if self.going is not None:
+            self.going.count(answers.scores)
         for name, scores in answers.others.items():
-            others.add(name, judge(scores, batch).to(exact).sum())
+            self.others.add(name, judge(scores, batch).to(exact).sum())
         for name, values in answers.gauges.items():
-            gauges.add(name, values.to(exact).sum())
+            self.gauges.add(name, values.to(exact).sum())
         if answers.members is not None:
-            acted.count(*answers.members)
+            self.acted.count(*answers.members)
         if bound is not None:
-            bounds.add("told", judge(bound, batch).to(exact).sum())
-        if solved is not None and diagnosis is not None:
-            bounds.add("oracle", diagnosis[1](solved, batch).to(exact).sum())
-        signum = run.stop_requested(due=False)
-        if signum is not None:
-            raise Interrupted(f"stopped while task {task.name} was evaluated", signum)
-    way = run.of_first(way)
-    correct, totals = run.sum(per_class).tolist()
-    total = int(sum(totals))
-    cell: dict[str, Any] = {"correct": _count(sum(correct)), "total": total}
-    cell["per_class"] = {c: [_count(correct[i]), int(totals[i])] for i, c in enumerate(task.classes) if totals[i]}
-    if way is not None:
-        cell["way"] = way
-    if judge.score is not None:
-        cell["score"] = judge.score
-    if found := others.totals():
-        cell["others"] = {name: _count(value) for name, value in found.items()}
-    if found := gauges.totals():
-        cell["gauges"] = {name: round(value / total, 6) for name, value in found.items()}
-    if found := gates.totals():
-        cell["gates"] = found
-    if going is not None and going.apart:
-        cell["goes_to"] = {t: n for t, n in zip(going.tasks, run.sum(going.counts).tolist(), strict=True) if n}
-    if members := acted.totals():
-        cell["members"] = members
-    found = bounds.totals()
-    if "told" in found:
-        cell["told"] = _count(found["told"])
-    if oracle is not None:
-        cell["oracle"] = {"correct": _count(found.get("oracle", 0.0)), "head": oracle.name}
-    return cell
+            self.bounds.add("told", judge(bound, batch).to(exact).sum())
+        if solved is not None and self.diagnosis is not None:
+            self.bounds.add("oracle", self.diagnosis[1](solved, batch).to(exact).sum())
+
+    def asked(self) -> Asked:
+        """What came of it, over all processes."""
+        if not self.numbers:
+            return Asked(None, left_out=True, seconds=self.seconds)
+        probed = None
+        if self.probed:
+            rows = torch.cat([features for _, features in self.probed]).cpu()
+            probed = [number for numbers, _ in self.probed for number in numbers], rows
+        return Asked(self._cell(), seconds=self.seconds, probed=probed)
+
+    def _cell(self) -> dict[str, Any]:
+        run, classes = self.run, self.task.classes
+        way = run.of_first(self.way)
+        correct, totals = run.sum(self.per_class).tolist()
+        total = int(sum(totals))
+        cell: dict[str, Any] = {"correct": _count(sum(correct)), "total": total}
+        if total < self.count:
+            cell["of"] = self.count
+        cell["per_class"] = {c: [_count(correct[i]), int(totals[i])] for i, c in enumerate(classes) if totals[i]}
+        if way is not None:
+            cell["way"] = way
+        if self.judge.score is not None:
+            cell["score"] = self.judge.score
+        if found := self.others.totals():
+            cell["others"] = {name: _count(value) for name, value in found.items()}
+        if found := self.gauges.totals():
+            cell["gauges"] = {name: round(value / total, 6) for name, value in found.items()}
+        if found := self.gates.totals():
+            cell["gates"] = found
+        going = self.going
+        if going is not None and going.apart:
+            cell["goes_to"] = {t: n for t, n in zip(going.tasks, run.sum(going.counts).tolist(), strict=True) if n}
+        if members := self.acted.totals():
+            cell["members"] = members
+        found = self.bounds.totals()
+        if "told" in found:
+            cell["told"] = _count(found["told"])
+        if self.how.oracle is not None:
+            cell["oracle"] = {"correct": _count(found.get("oracle", 0.0)), "head": self.how.oracle.name}
+        return cell
 
 
 class _Sums:
@@ -250,18 +507,44 @@ def _count(value: float) -> int | float:
     return int(value) if value == int(value) else round(value, 6)
 
 
+def probe_rows(count: int) -> list[int]:
+    """The numbers of the examples of a task by which the drift of its features is measured: `PROBE`, or all."""
+    some = min(PROBE, count)
+    return [i * count // some for i in range(some)]
+
+
 @torch.no_grad()
-def probe(method: Method, task: Task) -> Tensor | None:
+def probe(
+    method: Method, task: Task, numbers: Sequence[int] | None = None, *, new: bool = False, from_kept: bool = False
+) -> Tensor | None:
     """Normalised features `(n, D)`, float32, of a few test images of `task`, always the same; None where it has none.
 
     Looked at again later they say how far the features of old data have moved: a measurement on test images that
     nothing is learned from.
+
+    Args:
+        numbers: the images; None is the task's probe.
+        new: whether the task was learned just now.
+        from_kept: give None if no keeper has the features.
     """
     if task.test is None or len(task.test) == 0:
         return None
-    count = min(PROBE, len(task.test))
-    numbers = [i * len(task.test) // count for i in range(count)]
-    batch = next(load_batches(task.test.questions(), [[(i, None) for i in numbers]], task.runtime))
-    with task.runtime.autocast():
-        features = method.features(batch.inputs)
-    return F.normalize(features.float(), dim=-1).cpu()
+    run, rows = task.runtime, list(probe_rows(len(task.test)) if numbers is None else numbers)
+    keeper: Keeper | None = getattr(getattr(method.model, "backbone", None), "keeper", None)
+    identity = None if keeper is None or not keeper.most else task.test.identity()
+    examples = None if identity is None else f"probe {identity} {rows}"
+
+    def features(inputs: Inputs) -> Tensor:
+        seen = None if isinstance(inputs, Unseen) else inputs
+        places = range(len(rows))
+        about = nullcontext() if keeper is None else keeper.asking(examples, places, len(rows), seen, new)
+        with about, run.autocast():
+            return F.normalize(method.features(inputs).float(), dim=-1).cpu()
+
+    if examples is not None:
+        with suppress(NotKept):
+            return features(Unseen(range(len(rows))))
+    if from_kept:
+        return None
+    batch = next(load_batches(task.test.questions(), [[(i, None) for i in rows]], run))
+    return features(batch.inputs)
