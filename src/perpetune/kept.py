@@ -1,8 +1,8 @@
 """Features of test examples that are kept in the state folder from one process to the next.
 
-They lie in STATE/kept/, one file for each set of examples and each digest of what makes their features. Nothing else of
-the state depends on these files: they are outside the chain of hashes, and the folder may be deleted at any time. A file
-that is torn, of another key or not ours is not used, and its features are computed again.
+They lie in STATE/kept/, one file for each set of examples and each digest of what makes their features. Nothing else
+of the state depends on these files: they are outside the chain of hashes, and the folder may be deleted at any time. A
+file that is torn, of another key or not ours is not used, and its features are computed again.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+from torch import Tensor
 
 from perpetune.files import remove_leftovers, write_file
 from perpetune.models.backbone import Backbone
@@ -26,8 +27,9 @@ from perpetune.recipe import Recipe
 from perpetune.runtime import Runtime
 
 FOLDER = "kept"
-NAME = re.compile(r"00-[0-9a-f]{64}\.features")
-HEADER = 2**12  # bytes of the line before the tensors
+NAME = re.compile(r"00-[0-9a-f]{64}\.safetensors")
+TENSOR = "features"
+HEADER = 2**12  # most bytes before the tensor
 DECIDE = ("perpetune", "torch", "transformers", "timm", "open_clip_torch", "numpy", "pillow")
 """Packages whose version can change the bits of a feature."""
 
@@ -97,7 +99,9 @@ class KeptFeatures(Keeper):
             try:
                 self._settle(self.folder)
             except OSError as error:
-                self._say(f"kept features cannot be stored in {self.folder} ({error.strerror}): they are computed again")
+                self._say(
+                    f"kept features cannot be stored in {self.folder} ({error.strerror}): they are computed again"
+                )
                 self.folder = None
         if self.left_out:
             sets = len({examples for examples, _ in self.left_out})
@@ -140,28 +144,31 @@ class KeptFeatures(Keeper):
 
 
 def _name(key: Key) -> str:
-    return f"00-{hashlib.sha256(' '.join(key).encode()).hexdigest()}.features"
+    return f"00-{hashlib.sha256(' '.join(key).encode()).hexdigest()}.safetensors"
 
 
 def _packed(key: Key, table: Table) -> bytes:
-    """A table as the content of a file: a line with its key and its hash, then safetensors."""
-    tensors = save({"features": table.rows.contiguous()})
-    header = {"key": list(key), "bytes": len(tensors), "sha256": hashlib.sha256(tensors).hexdigest()}
-    return json.dumps(header).encode() + b"\n" + tensors
+    """A table as the content of a file: safetensors, with the key and a hash in its metadata."""
+    return save({TENSOR: table.rows.contiguous()}, {"key": " ".join(key), "sha256": _hash(key, table.rows)})
 
 
 def _unpacked(key: Key, content: bytes) -> Table | None:
     """The table in a file; None if it is torn or has another key."""
-    line, _, tensors = content.partition(b"\n")
     try:
-        header = parse_json(line) if len(line) <= HEADER else None
-        if not isinstance(header, Mapping) or header.get("key") != list(key):
+        size = int.from_bytes(content[:8], "little")
+        header = parse_json(content[8 : 8 + size]) if size <= HEADER else None
+        told = header.get("__metadata__") if isinstance(header, Mapping) else None
+        if not isinstance(told, Mapping) or told.get("key") != " ".join(key):
             return None
-        if header.get("bytes") != len(tensors) or header.get("sha256") != hashlib.sha256(tensors).hexdigest():
-            return None
-        rows = load(tensors)["features"]
+        rows = load(content)[TENSOR]
     except (Malformed, SafetensorError, KeyError, ValueError):
         return None
-    if rows.dim() != 2 or not rows.is_floating_point():
+    if rows.dim() != 2 or not rows.is_floating_point() or told.get("sha256") != _hash(key, rows):
         return None
     return Table(rows, torch.ones(len(rows), dtype=torch.bool))
+
+
+def _hash(key: Key, rows: Tensor) -> str:
+    digest = hashlib.sha256(f"{key} {rows.dtype} {tuple(rows.shape)}".encode())
+    digest.update(rows.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -316,7 +316,10 @@ def measure(
     method: Method, tasks: Sequence[Task], how: How, *, limit: Limit | None = None, new: str | None = None
 ) -> dict[str, Asked]:
     """What came of asking each task, by its name; see `ask`."""
-    return {t.name: of for t, of in zip(tasks, ask(method, tasks, how, limit=limit, new=new, probing=new is not None), strict=True)}
+    return {
+        t.name: of
+        for t, of in zip(tasks, ask(method, tasks, how, limit=limit, new=new, probing=new is not None), strict=True)
+    }
 
 
 def cells_of(asked: Mapping[str, Asked]) -> dict[str, Any]:

@@ -293,7 +293,8 @@ class Joined(Examples):
     def collate(self, items: Sequence[Item]) -> Batch:
         number = items[0][0][0]
         start = self.starts[number]
-        return self.sets[number].collate([(loaded, target, index - start) for (_, loaded), target, index in items])
+        batch: Batch = self.sets[number].collate([(one, target, index - start) for (_, one), target, index in items])
+        return batch
 
 
 def captioned(examples: Examples) -> bool:

@@ -8,32 +8,28 @@ on anyone's promise: the digest is of the values that are in force at that momen
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
-import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from perpetune.pets.base import PET, Place, Slot, frozen, slots
+from perpetune.models.digest import digest_of
+from perpetune.pets.base import PET, Slot, frozen, slots
 from perpetune.pets.choice import Choice
 from perpetune.tasks import Inputs
 
 if TYPE_CHECKING:
     from perpetune.models.backbone import Backbone
 
-BARE = frozenset(vars(nn.Module()))
-SILENT = frozenset({"anew", "watch"})  # attributes of a pet that do not change what it computes
 ONCE = "!"  # begins a digest that holds for one batch alone
 Key = tuple[str, str]
 """A table of features: the set of examples, and what makes their features."""
 
 
-class NotKept(Exception):  # noqa: N818  # no error: it says that the examples have to be loaded
+class NotKept(Exception):  # no error: it says that the examples have to be loaded
     """What was asked of examples that nobody has loaded is not known."""
 
 
@@ -369,65 +365,3 @@ def _acting_slots(backbone: Backbone) -> list[tuple[str, Slot]]:
 def _marks(backbone: Backbone) -> list[tuple[str, int, int]]:
     """What tells that frozen tensors were exchanged or written to, without reading them."""
     return [(name, t.data_ptr(), t._version) for name, t in sorted(frozen(backbone.net).items())]
-
-
-# -- a digest of a pet --------------------------------------------------------------------------------
-
-
-class _Opaque(Exception):  # noqa: N818
-    """A value of which nobody can say whether it is the same."""
-
-
-def digest_of(pet: nn.Module) -> str | None:
-    """A digest of all that decides what a pet computes: its class, its tensors, and its other attributes.
-
-    None where nobody can say it: in training mode, where dropout acts, or if an attribute is no plain value.
-    """
-    digest = hashlib.sha256()
-    try:
-        for name, module in pet.named_modules():
-            if module.training:
-                return None
-            digest.update(f"{name} {type(module).__module__}.{type(module).__qualname__}\n".encode())
-            for key, value in sorted(vars(module).items()):
-                if key not in BARE and key not in SILENT:
-                    digest.update(f"{key} ".encode())
-                    _add(digest, value)
-            own = [*module._parameters.items(), *module._buffers.items()]
-            for key, tensor in sorted(own):
-                digest.update(f"{key} ".encode())
-                _add(digest, tensor)
-    except _Opaque:
-        return None
-    return digest.hexdigest()
-
-
-def _add(digest: Any, value: Any) -> None:
-    """Add a value to a digest.
-
-    Raises:
-        _Opaque: it is of a kind that is not known.
-    """
-    if value is None or isinstance(value, bool | int | float | str | bytes | torch.dtype | torch.device | type):
-        digest.update(f"{value!r};".encode())
-    elif isinstance(value, Tensor):
-        digest.update(f"{value.dtype} {tuple(value.shape)}:".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    elif isinstance(value, Place):  # the module and the words in it belong to the frozen net
-        plain = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        _add(digest, {k: v for k, v in plain.items() if k not in ("module", "before", "words")})
-    elif isinstance(value, list | tuple | set | frozenset):
-        some = list(value) if isinstance(value, list | tuple) else sorted(value, key=repr)
-        digest.update(f"{type(value).__name__}{len(some)}(".encode())
-        for one in some:
-            _add(digest, one)
-    elif isinstance(value, dict):
-        _add(digest, sorted(value.items(), key=lambda item: repr(item[0])))
-    elif isinstance(value, partial):
-        _add(digest, [value.func, value.args, value.keywords])
-    elif isinstance(value, types.BuiltinFunctionType):
-        digest.update(f"{value.__module__}.{value.__qualname__};".encode())
-    elif isinstance(value, types.FunctionType) and value.__closure__ is None and "<lambda>" not in value.__qualname__:
-        digest.update(f"{value.__module__}.{value.__qualname__};".encode())
-    else:
-        raise _Opaque

@@ -85,7 +85,6 @@ class PictureTable(Table):
         except (OSError, ValueError):
             return b""
 
-
     def seal(self, i: int) -> bytes:
         """A hash of the whole content of picture `i`. A file is read again when its size, times or number have changed.
 
