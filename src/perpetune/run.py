@@ -18,7 +18,7 @@ from torch import Tensor
 from perpetune.errors import Interrupted
 from perpetune.evaluate import AMONG, Asked, Classes, How, Limit, ask, probe, probe_rows
 from perpetune.exams.base import Exam, take_all
-from perpetune.kept import KeptFeatures
+from perpetune.kept import KeptFeatures, kept_features
 from perpetune.methods.base import Method
 from perpetune.oracle import solve
 from perpetune.recipe import Every, Recipe
@@ -65,9 +65,16 @@ class Step:
     prepared: float = 0.0
 
 
-def run(method: Method, steps: Iterable[Step], state: State, kept: KeptFeatures) -> None:
-    """Learn the tasks one after the other, each committed before the next begins."""
+def run(method: Method, steps: Iterable[Step], state: State, kept: KeptFeatures | None = None) -> None:
+    """Learn the tasks one after the other, each committed before the next begins.
+
+    Args:
+        kept: the features of test data that the state keeps; None reads them anew.
+    """
     for step in steps:
+        if kept is None:
+            backbone, known = method.model.backbone, state.backbone["fingerprint"]
+            kept = kept_features(state.folder, state.recipe, backbone, known, step.task.runtime)
         learn_task(method, step, state, kept)
 
 
