@@ -125,7 +125,8 @@ class KeptFeatures(Keeper):
                 path.unlink()
         for key in new:
             write_file(folder / _name(key), _packed(key, self.tables[key]))
-        self._stored = set(self.tables)
+            self._stored.add(key)
+        self._stored &= set(self.tables)
 
     def _read(self, key: Key) -> Table | None:
         assert self.folder is not None

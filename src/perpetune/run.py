@@ -86,6 +86,7 @@ def learn_task(method: Method, step: Step, state: State, kept: KeptFeatures) -> 
     """
     task, recipe, run = step.task, state.recipe, step.task.runtime
     run.spent = {}
+    kept.used.clear()  # of evaluations between tasks
     main = run.rank == 0
     # A checkpoint is of use only for the same data, training and number of processes.
     fingerprint = f"{step.document['fingerprint']}/{training_digest(recipe)}/{run.world}"

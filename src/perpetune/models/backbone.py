@@ -162,7 +162,7 @@ class Backbone(nn.Module):
 
     def empty(self) -> Inputs | None:
         """One example of the view without content; None if the view is of an unknown kind."""
-        device = next((t.device for t in self.net.parameters()), torch.device("cpu"))
+        device = self.device
         if isinstance(self.preprocess, TextView):
             ids = torch.full((1, 2), self.preprocess.pad, device=device)
             return Inputs(ids=ids, mask=torch.ones_like(ids, dtype=torch.bool))
@@ -170,6 +170,11 @@ class Backbone(nn.Module):
             side = self.preprocess.size
             return Inputs(pixels=torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device))
         return None
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the net."""
+        return next((t.device for t in self.net.parameters()), torch.device("cpu"))
 
     @property
     def end(self) -> slice:
@@ -222,7 +227,7 @@ class Backbone(nn.Module):
         """
         if self.keeper is None or self.pictures is not None:  # a projector may be trained beside the pets
             return compute()
-        kind = next(self.net.parameters()).device.type
+        kind = self.device.type
         cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else "full"
         return self.keeper(f"{what} {cast}", inputs, compute)
 

@@ -244,7 +244,7 @@ class Keeper:
 
     def _note(self, batch: _Batch, places: Sequence[int], made: Sequence[str], features: Tensor) -> None:
         """Keep what was computed, if it is of a whole batch."""
-        if batch.examples is None or batch.inputs is None or features.dim() != 2:
+        if batch.examples is None or batch.inputs is None or features.dim() != 2 or len(features) != len(places):
             return
         groups = {
             one: members
@@ -258,12 +258,18 @@ class Keeper:
             if table is None or table.rows.shape != (batch.count, here.shape[1]) or table.rows.dtype != here.dtype:
                 table = Table(here.new_zeros(batch.count, here.shape[1]), torch.zeros(batch.count, dtype=torch.bool))
                 if self.bytes + table.bytes > self.most:
+                    self._make_room()
+                if self.bytes + table.bytes > self.most:
                     self.left_out.add(key)
                     continue
                 self.tables[key] = table
             numbers = [batch.numbers[places[i]] for i in members]
             table.rows[numbers], table.known[numbers] = here[members], True
             self.used.add(key)
+
+    def _make_room(self) -> None:
+        """Drop tables that this evaluation has not used: what is valid was looked at before anything was computed."""
+        self.tables = {key: table for key, table in self.tables.items() if key in self.used}
 
     def table(self, key: Key) -> Table | None:
         """A table of features; None if there is none."""
@@ -294,13 +300,10 @@ class Keeper:
             told = [(c.members, c.index.tolist(), None if c.weight is None else c.weight.tolist()) for c in choices]
             only = self._digest(kind, active, {id(c): c.members for c in choices})
             return None if only is None else (f"{ONCE}{_short(f'{only} {told}')}",) * count
-        choice, found = choices[0], list[str]()
-        for row in choice.index.tolist():
-            one = self._digest(kind, active, {id(choice): tuple(choice.members[i] for i in row)})
-            if one is None:
-                return None
-            found.append(one)
-        return tuple(found)
+        choice, rows = choices[0], [tuple(row) for row in choices[0].index.tolist()]
+        of = {row: self._digest(kind, active, {id(choice): [choice.members[i] for i in row]}) for row in set(rows)}
+        found = tuple(one for row in rows if (one := of[row]) is not None)
+        return found if len(found) == count else None
 
     def _digest(
         self, kind: str, active: Sequence[tuple[str, Slot, tuple[str | Choice, ...]]], chosen: dict[int, Any]

@@ -90,6 +90,9 @@ class PictureTable(Table):
 
         Nothing, and no hash, if the file cannot be read.
         """
+        known = self._seals.get(i)
+        if known is not None and not known[0]:  # bytes in memory do not change
+            return known[1]
         encoded, mark = self.encoded(i), tuple[int, ...]()
         if isinstance(encoded, str):
             try:
@@ -97,7 +100,6 @@ class PictureTable(Table):
             except (OSError, ValueError):
                 return b""
             mark = told.st_size, told.st_mtime_ns, told.st_ctime_ns, told.st_ino, told.st_dev
-        known = self._seals.get(i)
         if known is None or known[0] != mark:
             known = self._seals[i] = mark, hashlib.sha256(self.content(i)).digest()
         return known[1]
