@@ -96,9 +96,12 @@ class Cell(Document):
     goes_to: dict[str, Count] = {}
     members: dict[str, Count] = {}
     told: Amount | None = None
+    of: Count | None = None
 
     @model_validator(mode="after")
     def _agrees(self) -> Cell:
+        if self.of is not None and self.of <= self.total:
+            raise ValueError(f"it is of a sample, {self.total} of {self.of} examples, and that is no part of them")
         right = {"correct": self.correct, **{f"others.{name}": n for name, n in self.others.items()}}
         right |= {"oracle.correct": self.oracle.correct} if self.oracle else {}
         right |= {"told": self.told} if self.told is not None else {}
@@ -128,14 +131,21 @@ class Metrics(Document):
     drift: dict[str, Amount] = {}
     exams: dict[str, dict[str, float]] = {}
     exams_before: dict[str, dict[str, float]] = {}
+    not_asked: list[str] = []
 
 
 class Timings(Document):
     """`timings.json` of a committed task."""
 
+    prepare_s: Amount = 0.0
     learn_s: Amount
+    statistics_s: Amount = 0.0
     protect_s: Amount = 0.0
     evaluate_s: Amount
+    new_s: Amount = 0.0
+    earlier_s: Amount = 0.0
+    drift_s: Amount = 0.0
+    exams_s: Amount = 0.0
     oracle_s: Amount = 0.0
     images: Count
     images_per_s: Amount | None = None
@@ -182,6 +192,15 @@ class TaskCommitted(Document):
     manifest: Sha256 | None = None
 
 
+class TaskTimed(Document):
+    """How long the commit of a task and the report after it took: the task's own files are sealed by then."""
+
+    task: Annotated[int, Field(ge=0, le=10**6)]
+    name: str
+    commit_s: Amount
+    report_s: Amount
+
+
 class RollbackBegun(Document):
     to: str
     keep: Count
@@ -201,6 +220,7 @@ EVENTS: dict[str, type[Document]] = {
     "run begun": RunBegun,
     "task begun": TaskBegun,
     "task committed": TaskCommitted,
+    "task timed": TaskTimed,
     "rollback begun": RollbackBegun,
     "rolled back": RolledBack,
     "tasks sealed": TasksSealed,

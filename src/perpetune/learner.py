@@ -27,7 +27,8 @@ from perpetune.data.stream import Stream
 from perpetune.data.tasks import TaskData
 from perpetune.data.texts.chats import Messages
 from perpetune.errors import Interrupted, StateError, UsageError, closest
-from perpetune.evaluate import AMONG, evaluate
+from perpetune.evaluate import AMONG, How, ask
+from perpetune.kept import KeptFeatures, kept_features
 from perpetune.pets import PET, frozen, using
 from perpetune.recipe import Recipe, load_recipe, make_recipe
 from perpetune.results import read_results, versions
@@ -122,6 +123,7 @@ class Learner:
             State.create(path, recipe, self._model_document())
         self.runtime.accelerator.wait_for_everyone()
         self.state = State(path)
+        self._kept = self._kept_features()
 
     @classmethod
     def load(cls, folder: str | Path, *, device: str | None = None, progress: Progress | None = None) -> Learner:
@@ -153,6 +155,7 @@ class Learner:
             )
         if learner.method.model.view.dated:
             learner.method.model.view.today = learner.state.begun
+        learner._kept = learner._kept_features()
         learner._tasks.moved = learner.state.moved()
         learner._reload()
         for line in (learner.state.unchecked(), learner.state.edited()):
@@ -222,6 +225,10 @@ class Learner:
         keeps_data = self.method.needs_earlier_data
         self._tasks = TaskSequence(recipe, self.method.model.view, self.runtime, keeps_data=keeps_data)
 
+    def _kept_features(self) -> KeptFeatures:
+        """The features of test data that the state folder keeps. Made when the weights are those of the fingerprint."""
+        return kept_features(self.state.folder, self.recipe, self.backbone, self._fingerprint, self.runtime)
+
     def _model_document(self) -> dict[str, Any]:
         pets = [m for m in self.method.modules() if isinstance(m, PET)]
         # A language model's output layer is often also its embedding: one tensor with two names, counted once.
@@ -254,7 +261,7 @@ class Learner:
                 self.runtime.progress.note(self._oracle_note)
             done = len(self.state.committed)
             steps = (self._tasks.of_stream(i, self.state.committed) for i in range(done, count))
-            run(self.method, steps, self.state)
+            run(self.method, steps, self.state, self._kept)
         return read_results(self.state)
 
     def learn(
@@ -298,7 +305,7 @@ class Learner:
         task, document = self._tasks.given(data, index, name, holdout)
         self._admit([task])
         with self._writing():
-            run(self.method, [self._tasks.of_update(task, document, self.state.committed)], self.state)
+            run(self.method, [self._tasks.of_update(task, document, self.state.committed)], self.state, self._kept)
         return read_results(self.state)
 
     def _admit(self, tasks: Sequence[Task | TaskData]) -> None:
@@ -587,13 +594,13 @@ class Learner:
                 if task is not None and not (task.test is not None and len(task.test)):
                     self.runtime.progress.note(f"task {name} is not evaluated, it was learned without test data")
         else:
-            asked = self._tasks.whole(data, options)
-            self._note_unknown(asked)
-            tasks = {str(data): asked}
-        return {
-            name: evaluate(self.method, task, among=AMONG[setting], batch_size=size) if task else None
-            for name, task in tasks.items()
-        }
+            given = self._tasks.whole(data, options)
+            self._note_unknown(given)
+            tasks = {str(data): given}
+        there = [task for task in tasks.values() if task is not None]
+        with self._kept.at_work(self.runtime.device):
+            asked = iter(ask(self.method, there, How(AMONG[setting], size)))
+        return {name: next(asked).cell if task is not None else None for name, task in tasks.items()}
 
     def _note_unknown(self, task: Task) -> None:
         """Say which classes of `task` no answer can name, because they were never learned."""

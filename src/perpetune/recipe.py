@@ -92,8 +92,22 @@ class PetSection(Named):
         return [value] if isinstance(value, str) else value
 
 
+class Every(Section):
+    """At every so many tasks."""
+
+    every: Annotated[int, Field(ge=1)]
+
+
 class EvaluateSection(Section):
     batch_size: Annotated[int, Field(ge=1)] = 64
+    earlier: Literal["all"] | Annotated[int, Field(ge=1)] | Every = "all"
+    """Which test data of earlier tasks are asked if the net has to compute their features again: `all`; a number, of
+    examples of all earlier tasks together, balanced over tasks and classes, the same ones each time; or `{every: K}`,
+    all of them after every K-th task and after the last one of the stream, and none after the others. What is known
+    from kept features is always asked in full."""
+    keep: Annotated[float, Field(ge=0)] = 1.0
+    """The most GiB of features of test data that are kept in the state folder and in memory, while what makes them is
+    unchanged; 0 keeps none."""
     oracle: bool | Literal["last"] = False
     """Also solve the head on all training data so far, a diagnosis of the features: after every task, or after the
     last alone. It costs one more pass over all these data each time."""

@@ -34,6 +34,9 @@ def read_results(state: State) -> dict[str, Any]:
     facts, drift, exams = [], [], list[dict[str, Any]]()
     ahead: list[dict[str, Any]] = []
     bad: list[dict[str, Any]] = []
+    left_out: list[dict[str, Any]] = []
+    journal = state.journal()
+    timed = {e["name"]: {k: e[k] for k in ("commit_s", "report_s")} for e in journal if e["event"] == "task timed"}
     warnings: list[str] = []
     for committed in state.committed:
         files, sizes = committed.read(*DOCUMENTS), committed.sizes()
@@ -53,14 +56,16 @@ def read_results(state: State) -> dict[str, Any]:
             if after := metrics.get("exams"):
                 exams.append({"task": committed.index, "of": after})
             drift.append({"task": committed.index, "of": metrics.get("drift", {})})
-            timings.append({"task": committed.index, **timing})
+            timings.append({"task": committed.index, **timing, **timed.get(committed.name, {})})
+            if not_asked := metrics.get("not_asked"):
+                left_out.append({"task": committed.index, "of": list(not_asked)})
             storage.append({"task": committed.index, **{n: sizes[n] for n in (*FILES, *FIXED) if n in sizes}})
             bad += [{"task": committed.index, **_file_and_reason(entry)} for entry in task["bad"]]
             warnings += task["warnings"]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StateError(f"{committed.folder} does not hold what a task leaves there: {error!r}") from None
     cells = [[row.get(t["name"]) for t in tasks] for row in rows]
-    begun: dict[str, Any] = next((e for e in reversed(state.journal()) if e["event"] == "run begun"), {})
+    begun: dict[str, Any] = next((e for e in reversed(journal) if e["event"] == "run begun"), {})
     backbone = state.backbone
     return {
         "format": 1,
@@ -69,7 +74,12 @@ def read_results(state: State) -> dict[str, Any]:
         "seed": state.recipe.seed,
         "tasks": tasks,
         "cells": cells,
-        "metrics": summarise(cells, _candidates(tasks, ahead) if state.recipe.setting == "class" else tasks),
+        "metrics": summarise(
+            cells,
+            _candidates(tasks, ahead) if state.recipe.setting == "class" else tasks,
+            [entry["task"] for entry in left_out],
+        ),
+        **({"not_asked": left_out} if left_out else {}),
         "timings": timings,
         "storage": storage,
         "protection": protection,

@@ -16,10 +16,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from perpetune.errors import Interrupted
-from perpetune.evaluate import AMONG, Classes, Setting, evaluate, probe
+from perpetune.evaluate import AMONG, Asked, Classes, How, Limit, ask, probe, probe_rows
 from perpetune.exams.base import Exam, take_all
+from perpetune.kept import KeptFeatures, kept_features
 from perpetune.methods.base import Method
-from perpetune.oracle import Oracle, solve
+from perpetune.oracle import solve
+from perpetune.recipe import Every, Recipe
 from perpetune.results import read_results
 from perpetune.runtime import Runtime
 from perpetune.snapshot import read_tensors
@@ -46,6 +48,8 @@ class Step:
         exams: what is asked beside the tasks: before the first task, and after each.
         ahead: tasks that are not learned yet and are asked all the same, before the first task and after each.
         future: the classes of all tasks, learned or not, if tasks are asked before they are learned.
+        last: whether it is the last task of its stream.
+        prepared: seconds that it took to find the data and to check the examples.
     """
 
     task: Task
@@ -57,21 +61,32 @@ class Step:
     exams: Sequence[Exam] = ()
     ahead: Sequence[Task] = ()
     future: Classes | None = None
+    last: bool = False
+    prepared: float = 0.0
 
 
-def run(method: Method, steps: Iterable[Step], state: State) -> None:
-    """Learn the tasks one after the other, each committed before the next begins."""
+def run(method: Method, steps: Iterable[Step], state: State, kept: KeptFeatures | None = None) -> None:
+    """Learn the tasks one after the other, each committed before the next begins.
+
+    Args:
+        kept: the features of test data that the state keeps; None reads them anew.
+    """
     for step in steps:
-        learn_task(method, step, state)
+        if kept is None:
+            backbone, known = method.model.backbone, state.backbone["fingerprint"]
+            kept = kept_features(state.folder, state.recipe, backbone, known, step.task.runtime)
+        learn_task(method, step, state, kept)
 
 
-def learn_task(method: Method, step: Step, state: State) -> None:
+def learn_task(method: Method, step: Step, state: State, kept: KeptFeatures) -> None:
     """Learn one task, evaluate, and store what was learned.
 
     A crash at any moment leaves the state with this task committed or not begun; checkpoints of
     the open task are in STATE/resume, and entering here again goes on from them.
     """
     task, recipe, run = step.task, state.recipe, step.task.runtime
+    run.spent = {}
+    kept.used.clear()  # of evaluations between tasks
     main = run.rank == 0
     # A checkpoint is of use only for the same data, training and number of processes.
     fingerprint = f"{step.document['fingerprint']}/{training_digest(recipe)}/{run.world}"
@@ -87,11 +102,13 @@ def learn_task(method: Method, step: Step, state: State) -> None:
         run.progress.note(note)
     _reset_peak(run)
     begun: dict[str, Any] = {}  # what was measured before the first task
+    size, among = recipe.evaluate.batch_size, AMONG[recipe.setting]
     if task.index == 0:
-        exams_before = take_all(step.exams, method, recipe.evaluate.batch_size)
-        asked = [task, *step.ahead] if step.future is not None else []
-        zero = measure(method, asked, recipe.setting, recipe.evaluate.batch_size, future=step.future)
-        begun = {"exams_before": exams_before, "cells_before": zero}
+        with kept.at_work(run.device):
+            exams_before = take_all(step.exams, method, size)
+            asked = [task, *step.ahead] if step.future is not None else []
+            zero = measure(method, asked, How(among, size, future=step.future))
+        begun = {"exams_before": exams_before, "cells_before": cells_of(zero)}
     else:
         first = state.committed[0]
         exams_before = first.document(first.read("metrics.json"), "metrics.json").get("exams_before", {})
@@ -100,19 +117,32 @@ def learn_task(method: Method, step: Step, state: State) -> None:
     learned = time.perf_counter()
     oracle = solve(method, step.seen, recipe) if step.seen else None
     solved = time.perf_counter()
-    size, told = recipe.evaluate.batch_size, recipe.evaluate.told
-    cells = measure(method, [*step.others, task], recipe.setting, size, oracle, step.future, told)
-    cells |= measure(method, step.ahead, recipe.setting, size, future=step.future)
+    how = How(among, size, oracle, step.future, recipe.evaluate.told)
     examples = _examples_of(task) if step.exams else {}
-    exams = take_all(step.exams, method, size, exams_before, _trained(state, examples))
-    features, drift = _drift(method, step, state)
+    with kept.at_work(run.device):
+        found = measure(method, [*step.others, task], how, limit=_limit(step, recipe), new=task.name)
+        ahead_of = measure(method, step.ahead, How(among, size, future=step.future))
+        with run.timed("exams"):
+            exams = take_all(step.exams, method, size, exams_before, _trained(state, examples))
+        with run.timed("drift"):
+            features, drift = _drift(method, step, state, found)
+        kept.settle()
+    cells = cells_of({**found, **ahead_of})
+    left_out = [name for name, asked_of in found.items() if asked_of.left_out]
     evaluated = time.perf_counter()
     method.task_measured()
     seconds = run.checkpoints.seconds + learned - began
+    earlier = sum(asked_of.seconds for name, asked_of in found.items() if name != task.name)
     timings = {
+        "prepare_s": round(step.prepared, 3),
         "learn_s": round(seconds, 3),
+        "statistics_s": round(run.spent.get("statistics", 0.0), 3),  # a part of `learn_s`, or of `oracle_s`
         "protect_s": round(sum(c.pop("seconds") for c in certificates), 3),  # a part of `learn_s`
         "evaluate_s": round(evaluated - learned, 3),
+        "new_s": round(found[task.name].seconds, 3),  # this and the following ones are parts of `evaluate_s`
+        "earlier_s": round(earlier, 3),
+        "drift_s": round(run.spent["drift"], 3),
+        **({"exams_s": round(run.spent["exams"], 3)} if step.exams else {}),
         **({"oracle_s": round(solved - learned, 3)} if oracle else {}),  # a part of `evaluate_s`
         "images": run.checkpoints.images,
         "images_per_s": round(run.checkpoints.images / seconds, 2) if run.checkpoints.images else None,
@@ -123,20 +153,25 @@ def learn_task(method: Method, step: Step, state: State) -> None:
     document = {"index": task.index, "name": task.name, "classes": list(task.classes), **step.document}
     document |= {"examples": examples} if examples else {}
     facts = method.facts()
-    said = dict.fromkeys(found["warning"] for found in facts.values() if found.get("warning"))
+    said = dict.fromkeys(told["warning"] for told in facts.values() if told.get("warning"))
     warnings = [f"task {task.name}: {warning}" for warning in said]
     for warning in warnings:
         run.progress.note(warning)
     document["warnings"] = [*document["warnings"], *ahead, *warnings]
-    found: dict[str, Any] = {"cells": cells, "protection": certificates, "facts": facts, "drift": drift}
-    found |= {**begun, "exams": exams}
-    metrics = {key: value for key, value in found.items() if value or key == "cells"}
+    measured: dict[str, Any] = {"cells": cells, "protection": certificates, "facts": facts, "drift": drift}
+    measured |= {**begun, "exams": exams, "not_asked": left_out}
+    metrics = {key: value for key, value in measured.items() if value or key == "cells"}
+    done = time.perf_counter()
     if main:
         documents = {"task.json": document, "metrics.json": metrics, "timings.json": timings}
         state.commit(task.index, task.name, method, documents, features)
     run.accelerator.wait_for_everyone()
     run.checkpoints = None
+    committed = time.perf_counter()
     run.progress.results(read_results(state))
+    if main:  # nothing that is sealed with a commit can say how long it took
+        spent = {"commit_s": round(committed - done, 3), "report_s": round(time.perf_counter() - committed, 3)}
+        state.log("task timed", task=task.index, name=task.name, **spent)
 
 
 def _examples_of(task: Task) -> dict[str, int]:
@@ -286,35 +321,75 @@ def _mask(item: Batch | Sequence[str]) -> Tensor | None:
 
 
 def measure(
-    method: Method,
-    tasks: Iterable[Task],
-    setting: Setting,
-    batch_size: int,
-    oracle: Oracle | None = None,
-    future: Classes | None = None,
-    told: bool = False,
-) -> dict[str, Any]:
-    """Counts on the test data of each task, by its name; None where it has none."""
-    asked: dict[str, Any] = {"among": AMONG[setting], "batch_size": batch_size, "oracle": oracle}
-    return {t.name: evaluate(method, t, **asked, future=future, told=told) for t in tasks}
+    method: Method, tasks: Sequence[Task], how: How, *, limit: Limit | None = None, new: str | None = None
+) -> dict[str, Asked]:
+    """What came of asking each task, by its name; see `ask`."""
+    return {
+        t.name: of
+        for t, of in zip(tasks, ask(method, tasks, how, limit=limit, new=new, probing=new is not None), strict=True)
+    }
 
 
-def _drift(method: Method, step: Step, state: State) -> tuple[dict[str, bytes], dict[str, float]]:
+def cells_of(asked: Mapping[str, Asked]) -> dict[str, Any]:
+    """The counts of each task that was asked, by its name; None where it has no test data."""
+    return {name: of.cell for name, of in asked.items() if not of.left_out}
+
+
+def _limit(step: Step, recipe: Recipe) -> Limit | None:
+    """How many examples of earlier tasks are asked if their features have to be computed; None is all."""
+    earlier, index = recipe.evaluate.earlier, step.task.index
+    if earlier == "all" or (isinstance(earlier, Every) and (step.last or (index + 1) % earlier.every == 0)):
+        return None
+    names = [other.name for other in step.others if other.index < index]
+    return Limit(names, 0 if isinstance(earlier, Every) else earlier, recipe.seed)
+
+
+def _drift(
+    method: Method, step: Step, state: State, asked: Mapping[str, Asked]
+) -> tuple[dict[str, bytes], dict[str, float]]:
     """Features of this task's probe, as a file to store; how far those of earlier tasks have moved since then.
 
     The distance `‖f̂ − f̂'‖` of normalised features, the mean over a task's probe: 0 where nothing moved, at most 2.
+
+    Args:
+        asked: what came of asking the tasks. Where its answers were made of the features, these are used.
     """
     if step.task.runtime.rank > 0:
         return {}, {}
     moved, before = {}, {c.name: c for c in state.committed}
     for other in step.others:
-        stored = before[other.name].read(FEATURES) if other.name in before else {}
-        now = probe(method, other) if stored else None
-        then = read_tensors(stored, FEATURES, other.name)["features"] if now is not None else None
-        if now is not None and then is not None and now.shape == then.shape:
-            moved[other.name] = round(float((now - then).norm(dim=-1).mean()), 6)
-    own = probe(method, step.task)
+        if other.name not in before or other.test is None or not len(other.test):
+            continue
+        known = asked[other.name].probed
+        cell = asked[other.name].cell
+        numbers, now = known if known is not None else _probed_again(method, other, cell)
+        then = before[other.name].read(FEATURES) if now is not None else {}
+        if now is None or not then:
+            continue
+        rows = probe_rows(len(other.test))
+        place = {number: row for row, number in enumerate(rows)}
+        old = read_tensors(then, FEATURES, other.name)["features"]
+        if len(old) == len(rows) and old.shape[1] == now.shape[1]:
+            old = old[[place[number] for number in numbers]]
+            moved[other.name] = round(float((now - old).norm(dim=-1).mean()), 6)
+    known = asked[step.task.name].probed
+    own = probe(method, step.task, new=True) if known is None else known[1]
     return ({} if own is None else {FEATURES: save({"features": own.contiguous()})}), moved
+
+
+def _probed_again(method: Method, task: Task, cell: Mapping[str, Any] | None) -> tuple[list[int], Tensor | None]:
+    """The numbers of a task's probe, and their features as they are now; None if nothing may be computed for them.
+
+    Args:
+        cell: the counts of the task. Of a sample of the task not more is computed than was asked.
+    """
+    assert task.test is not None
+    rows = probe_rows(len(task.test))
+    now = probe(method, task, from_kept=cell is None or "of" in cell)
+    if now is None and cell is not None:
+        rows = rows[: cell["total"]]
+        now = probe(method, task, rows)
+    return rows, now
 
 
 def _tokens(count: int, seconds: float) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -105,6 +106,17 @@ class Runtime:
     progress: Progress = field(default_factory=Silent)
     stopping: Callable[[], int | None] = lambda: None  # gives the signal that asked the run to stop, if one came
     companions: Sequence[Companion] = ()
+    spent: dict[str, float] = field(default_factory=dict)
+    """Seconds of parts of the present task, by name; see `timed`."""
+
+    @contextlib.contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Add the seconds that this context takes to a part of the present task."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spent[part] = self.spent.get(part, 0.0) + time.perf_counter() - began
 
     @cached_property
     def accelerator(self) -> Accelerator:

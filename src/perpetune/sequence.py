@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -52,6 +53,7 @@ class TaskSequence:
         self._reference: tuple[TableSet, list[str]] | None = None
         self._tasks: dict[int, Task] = {}
         self._tests: dict[int, Task] = {}  # earlier tasks of which only the test is to be used
+        self._prepared: dict[int, float] = {}  # seconds that it took to prepare an update's task
 
     @property
     def stream(self) -> Stream:
@@ -62,6 +64,11 @@ class TaskSequence:
 
     def of_stream(self, index: int, committed: Sequence[Committed]) -> Step:
         """Task `index` of the recipe's stream, evaluated on those `committed` too."""
+        began = time.perf_counter()
+        step = self._step_of_stream(index, committed)
+        return dataclasses.replace(step, prepared=time.perf_counter() - began)
+
+    def _step_of_stream(self, index: int, committed: Sequence[Committed]) -> Step:
         task, data = self._of_stream(index), self._checked(self.stream.tasks[index])
         others = [t for t in (self.past(c) for c in committed) if t is not None]
         future = self.recipe.evaluate.future
@@ -69,7 +76,8 @@ class TaskSequence:
             others.append(self._of_stream(index + 1))  # its accuracy before it is learned: forward transfer
         warnings = self.stream.warnings if index == 0 else []
         document = _document(task, STREAM, data.fingerprint, data.bad, warnings)
-        step = Step(task, others, document, self._first(index), self._names(index), self._seen(index), self.exams)
+        first, last = (self._first(index), self._names(index)), index + 1 == len(self.stream.tasks)
+        step = Step(task, others, document, *first, self._seen(index), self.exams, last=last)
         if not future:
             return step
         ahead = [self._of_stream(i) for i in range(index + 1, len(self.stream.tasks))]
@@ -83,6 +91,12 @@ class TaskSequence:
 
     def given(self, data: Data, index: int, name: str, holdout: float) -> tuple[Task, dict[str, Any]]:
         """The task that an update brings, and what is stored of it; `data` and `holdout` as in `Learner.learn`."""
+        began = time.perf_counter()
+        found = self._given(data, index, name, holdout)
+        self._prepared[index] = time.perf_counter() - began
+        return found
+
+    def _given(self, data: Data, index: int, name: str, holdout: float) -> tuple[Task, dict[str, Any]]:
         if isinstance(data, Task):
             parts: tuple[object, ...] = (data.train, data.validation, data.test)
             for part in parts:
@@ -106,6 +120,11 @@ class TaskSequence:
 
     def of_update(self, task: Task, document: dict[str, Any], committed: Sequence[Committed]) -> Step:
         """What `given` prepared, evaluated on the tasks `committed` too, whose test pictures it should not hold."""
+        began = time.perf_counter()
+        step = self._step_of_update(task, document, committed)
+        return dataclasses.replace(step, prepared=self._prepared[task.index] + time.perf_counter() - began)
+
+    def _step_of_update(self, task: Task, document: dict[str, Any], committed: Sequence[Committed]) -> Step:
         others = [t for t in (self.past(c) for c in committed) if t is not None]
         found = [*_again(task, document, committed), *_alike_before(task, committed), *self._leaks(task, others)]
         for warning in found:

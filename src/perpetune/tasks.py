@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -163,6 +165,13 @@ class Examples(ABC):
         """The same examples as the model gets them at prediction: texts without their answers, images unchanged."""
         return self
 
+    def identity(self) -> str | None:
+        """A digest of all that `load` gives without a seed, in this order; None if nobody can say it.
+
+        Features of examples are used again for as long as this is the same. With None they never are.
+        """
+        return None
+
     def text(self, index: int) -> Any:
         """The original text of example `index`; UsageError if the examples are not texts."""
         raise UsageError("these examples are not texts")
@@ -263,6 +272,29 @@ class Pick(Examples):
     def captions(self, index: int) -> Sequence[str]:
         k, i = self.picked[index]
         return self.sets[k].captions(i)
+
+
+class Joined(Examples):
+    """Several sets of examples, one after the other. All examples of a batch have to be of one set, which collates
+    them; the numbers in the batch are those in the set."""
+
+    def __init__(self, sets: Sequence[Examples]):
+        self.sets = sets
+        self.starts = [0, *itertools.accumulate(map(len, sets))]
+        self.targets = [target for some in sets for target in some.targets]
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def load(self, index: int, seed: int | None) -> Any:
+        number = bisect.bisect_right(self.starts, index) - 1
+        return number, self.sets[number].load(index - self.starts[number], seed)
+
+    def collate(self, items: Sequence[Item]) -> Batch:
+        number = items[0][0][0]
+        start = self.starts[number]
+        batch: Batch = self.sets[number].collate([(one, target, index - start) for (_, one), target, index in items])
+        return batch
 
 
 def captioned(examples: Examples) -> bool:

@@ -349,8 +349,7 @@ class Pool(Method):
 
     def _query(self, inputs: Inputs) -> Tensor:
         # The difference between two tasks can be too small for bf16.
-        device = next(iter(Inputs.of(inputs).tensors.values())).device
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(self.model.backbone.device.type, enabled=False):
             if self.query.reads == "taps":
                 return self.model.features(inputs)
             return self.model.backbone.query(inputs, self.query.after)

@@ -18,6 +18,7 @@ from perpetune.data.sources import Kind
 from perpetune.data.texts.view import TextView
 from perpetune.errors import UsageError, out_of_memory
 from perpetune.models import families
+from perpetune.models.keeping import Keeper
 from perpetune.models.picture_side import PictureSide
 from perpetune.models.taps import Count, Read, Taps, mean_token, until_block
 from perpetune.models.text_side import PROBES, TextSide
@@ -84,6 +85,8 @@ class Backbone(nn.Module):
         self.opens: dict[str, Any] = {}
         """How its library opens the same net, for an export: `library`, `base`, and keywords of the constructor
         (`options`) and of each call (`call`). Empty if the loader does not say it."""
+        self.keeper: Keeper | None = None
+        """What is asked first for features that it may have kept; None while nothing is."""
         self.taps: Taps | None = None
         """The blocks whose tokens are read as features; None means the net's own feature alone."""
         self._features = forward or call
@@ -159,7 +162,7 @@ class Backbone(nn.Module):
 
     def empty(self) -> Inputs | None:
         """One example of the view without content; None if the view is of an unknown kind."""
-        device = next((t.device for t in self.net.parameters()), torch.device("cpu"))
+        device = self.device
         if isinstance(self.preprocess, TextView):
             ids = torch.full((1, 2), self.preprocess.pad, device=device)
             return Inputs(ids=ids, mask=torch.ones_like(ids, dtype=torch.bool))
@@ -167,6 +170,11 @@ class Backbone(nn.Module):
             side = self.preprocess.size
             return Inputs(pixels=torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device))
         return None
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the net."""
+        return next((t.device for t in self.net.parameters()), torch.device("cpu"))
 
     @property
     def end(self) -> slice:
@@ -202,8 +210,26 @@ class Backbone(nn.Module):
         states of its tokens. After `tap` the features are those of `Taps`. In training a text contains its answer after
         the question; the answer is not read. Earlier answers in a chat belong to the question.
         """
-        mask, compute = self._computed(Inputs.of(inputs))
-        return self._read(compute, mask)
+        read = "own" if self.taps is None else f"taps {self.taps.count} {self.taps.kinds}"
+        inputs = Inputs.of(inputs)
+
+        def computed() -> Tensor:
+            mask, compute = self._computed(inputs)
+            return self._read(compute, mask)
+
+        return self._found(f"features {read}", inputs, computed)
+
+    def _found(self, what: str, inputs: Inputs, compute: Callable[[], Tensor]) -> Tensor:
+        """What the keeper has of these inputs, or the result of `compute`.
+
+        Args:
+            what: what is read of the net.
+        """
+        if self.keeper is None or self.pictures is not None:  # a projector may be trained beside the pets
+            return compute()
+        kind = self.device.type
+        cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else "full"
+        return self.keeper(f"{what} {cast}", inputs, compute)
 
     def _computed(self, inputs: Inputs) -> tuple[Tensor | None, Callable[[], Tensor]]:
         """For texts `(B, N)`, true for the tokens that are read, else None; and what computes the net's own feature."""
@@ -232,10 +258,12 @@ class Backbone(nn.Module):
             UsageError: the blocks of the net are not known, or it has fewer than `after`.
         """
         inputs = Inputs.of(inputs)
-        mask, compute = self._computed(inputs)
-        if after is None:
-            return compute().float()
-        return until_block(self, after, compute, mask)
+
+        def computed() -> Tensor:
+            mask, compute = self._computed(inputs)
+            return compute().float() if after is None else until_block(self, after, compute, mask)
+
+        return self._found(f"query {after}", inputs, computed)
 
     def _read(self, compute: Callable[[], Tensor], mask: Tensor | None) -> Tensor:
         """The result of `compute`, or with taps the features of the tokens that the taps catch while it runs."""

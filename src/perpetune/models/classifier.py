@@ -295,6 +295,11 @@ def learn_statistics(task: Task, batch_size: int, heads: Sequence[tuple[Head, Ca
         batch_size: examples in a batch.
         heads: each head, with the function that computes its features `(B, D)` of a batch.
     """
+    with task.runtime.timed("statistics"):
+        _learn_statistics(task, batch_size, heads)
+
+
+def _learn_statistics(task: Task, batch_size: int, heads: Sequence[tuple[Head, Callable[[Batch], Tensor]]]) -> None:
     run = task.runtime
     counts = torch.bincount(torch.tensor(task.train.targets), minlength=len(task.classes))
     rows = [head.rows(task.classes, run.device) for head, _ in heads]

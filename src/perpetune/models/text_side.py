@@ -147,6 +147,11 @@ class TextSide:
                 found.append((start, path, *names, *((id(p), p._version) for pet in pets for p in pet.parameters())))
         return tuple(found)
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths in the net of what reads texts alone; one empty path if they are not known."""
+        return self._places()[0]
+
     def _places(self) -> tuple[tuple[str, ...], str | None]:
         """The paths of what reads texts in the net, and that of its table of tokens, if it is known.
 

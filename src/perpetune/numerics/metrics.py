@@ -21,7 +21,7 @@ TRACE (Wang et al. 2023, arXiv 2310.06762) and TreeLoRA call the mean of row n o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Literal
 
 from typing_extensions import NotRequired, TypedDict  # pydantic reads no other before Python 3.12
@@ -37,12 +37,14 @@ class Cell(TypedDict):
             the sum of their scores, each in [0, 1].
         per_class: the same two numbers, `[correct, total]`, for each class name.
         score: name of the score of each answer (`numerics.text_scores`); absent if the answers are classes.
+        of: the number of test examples of the task, if only a sample of them was asked.
     """
 
     correct: float
     total: int
     per_class: Mapping[str, Sequence[float]]
     score: NotRequired[str]
+    of: NotRequired[int]
 
 
 Cells = Sequence[Sequence["Cell | None"]]
@@ -169,21 +171,36 @@ def seen_cells(cells: Cells) -> list[Cell]:
     return [cell for cell in cells[-1][: len(cells)] if cell is not None] if cells else []
 
 
-def summarise(cells: Cells, tasks: Sequence[Mapping[str, object]]) -> Metrics:
+def whole_rows(A: Matrix, left_out: Collection[int]) -> Matrix:
+    """The rows in which all tasks were asked; the others, whose mean would be of some tasks alone, are empty.
+
+    Args:
+        left_out: the numbers of the rows in which tasks were not asked.
+    """
+    return [[] if i in left_out else row for i, row in enumerate(A)]
+
+
+def summarise(cells: Cells, tasks: Sequence[Mapping[str, object]], left_out: Collection[int] = ()) -> Metrics:
     """All main figures of a run.
+
+    Where only a sample of a task's examples was asked, its cell counts with the share of right answers in the sample.
+    Pooled accuracy is then not defined, because the tasks would have other weights.
 
     Args:
         cells: the rows so far, each with up to one cell per task.
         tasks: the tasks in order, each with its list of `classes`.
+        left_out: the numbers of the rows in which tasks were not asked (`evaluate.earlier`); a row's mean needs all.
     """
     A = accuracies(cells)
+    whole = whole_rows(A, left_out)
+    pooled = len(A) - 1 not in left_out and not any("of" in cell for cell in seen_cells(cells))
     return {
-        "final_accuracy": final_accuracy(A),
-        "average_accuracy": average_accuracy(A),
+        "final_accuracy": final_accuracy(whole),
+        "average_accuracy": average_accuracy(whole),
         "forgetting": forgetting(A),
         "backward_transfer": backward_transfer(A),
         "forward_transfer": forward_transfer(A, [_count(task["classes"]) for task in tasks]),
-        "pooled_accuracy": pooled_accuracy(cells),
+        "pooled_accuracy": pooled_accuracy(cells) if pooled else None,
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 from perpetune.errors import UsageError
 from perpetune.report import form
-from perpetune.report.document import learn_seconds, measure
+from perpetune.report.document import learn_seconds, left_out, measure, sampled
 from perpetune.report.effects import Effect, answer_effect, effects
 from perpetune.report.results_schema import Results, TaskInfo, checked
 from perpetune.report.sections import answers, drift, protection
@@ -163,6 +163,8 @@ def _flat(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             flat |= _flat(value, name + ".")
         else:
             flat[name] = value
+    if not prefix and (earlier := (recipe.get("evaluate") or {}).get("earlier", "all")) != "all":
+        flat["evaluate.earlier"] = earlier  # its figures are of samples
     return flat
 
 
@@ -306,6 +308,16 @@ def _notes(results: Sequence[Results], names: Sequence[str]) -> tuple[list[str],
         f"{name} is not complete: {form.plural(len(run['cells']), 'task')} learned so far"
         for run, name in zip(results, names, strict=True)
         if not run["complete"]
+    ]
+    apart += [
+        f"{name} is measured on samples of earlier tasks' test data (evaluate.earlier)"
+        for run, name in zip(results, names, strict=True)
+        if sampled(run)
+    ]
+    apart += [
+        f"{name} has no figures after some tasks, because earlier ones were not asked then (evaluate.earlier)"
+        for run, name in zip(results, names, strict=True)
+        if left_out(run)
     ]
     reordered = []
     first, reference = results[0], names[0]

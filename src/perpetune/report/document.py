@@ -33,6 +33,16 @@ def per_second(results: Results, key: Literal["images_per_s", "tokens_per_s"]) -
     return sum(s * speed for s, speed in timed) / seconds if seconds else None
 
 
+def left_out(results: Mapping[str, Any]) -> set[int]:
+    """The numbers of the rows in which earlier tasks were not asked; the mean of such a row is not known."""
+    return {int(entry["task"]) for entry in results.get("not_asked", [])}
+
+
+def sampled(results: Mapping[str, Any]) -> bool:
+    """Whether any cell is of a sample of a task's test data."""
+    return any("of" in cell for row in results["cells"] for cell in row if cell)
+
+
 def examples(results: Mapping[str, Any]) -> str:
     """The word for the run's examples, from the backbone's view; in older documents the head shows it."""
     if results.get("examples"):

@@ -91,11 +91,35 @@ class Exams(TypedDict):
     of: dict[str, dict[str, float]]
 
 
-class Timing(TypedDict):
-    """Time and memory of one task: seconds, of which `protect_s` went into protecting it and `oracle_s` into solving
-    the oracle head, images or other examples trained on (all epochs), their tokens where they are texts, bytes."""
+class NotAsked(TypedDict):
+    """The earlier tasks that were not asked after one task, by name, because `evaluate.earlier` says so."""
 
     task: int
+    of: list[str]
+
+
+class Timing(TypedDict):
+    """Time and memory of one task, in seconds and bytes.
+
+    Attributes:
+        prepare_s: finding the data and checking the examples.
+        learn_s: learning; a part of it are `statistics_s` (passes for a head's sums) and `protect_s`.
+        evaluate_s: all that was measured; parts of it are `new_s` (the new task's test data), `earlier_s` (those of
+            other tasks), `drift_s`, `exams_s` and `oracle_s` (solving the oracle head).
+        commit_s, report_s: storing the task, and the report after it. Documents of a task that was learned by an
+            earlier version lack most of these.
+        images, tokens: examples that were trained on (all epochs), and their tokens if they are texts.
+    """
+
+    task: int
+    prepare_s: NotRequired[float]
+    statistics_s: NotRequired[float]
+    new_s: NotRequired[float]
+    earlier_s: NotRequired[float]
+    drift_s: NotRequired[float]
+    exams_s: NotRequired[float]
+    commit_s: NotRequired[float]
+    report_s: NotRequired[float]
     learn_s: float
     protect_s: NotRequired[float]
     evaluate_s: float
@@ -168,6 +192,7 @@ class Results(TypedDict):
         storage: for each task `{"task": index, file kind: bytes, …}`.
         facts, drift: one entry after each task; an entry may be empty. Older documents do not have them.
         exams: in the order in which they were taken; absent if the recipe has none.
+        not_asked: the tasks that were not asked after others; absent if all were.
         unlearned, zero_shot: with `evaluate.future`: the tasks that were asked before they were learned, first of all
             before the first task; and the figures of it.
         protection: the certificates in order; empty without `protect:`. Older documents do not have them.
@@ -192,6 +217,7 @@ class Results(TypedDict):
     facts: NotRequired[list[Facts]]
     drift: NotRequired[list[Moved]]
     exams: NotRequired[list[Exams]]
+    not_asked: NotRequired[list[NotAsked]]
     unlearned: NotRequired[list[Unlearned]]
     zero_shot: NotRequired[ZeroShot]
     examples: NotRequired[str | None]
@@ -262,6 +288,7 @@ def _check_sizes(results: Results, where: str) -> None:
         "protection": results.get("protection", []),
         "facts": results.get("facts", []),
         "drift": results.get("drift", []),
+        "not_asked": results.get("not_asked", []),
     }
     for key, entries in named.items():
         for entry in entries:

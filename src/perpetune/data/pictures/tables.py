@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
@@ -29,6 +30,7 @@ class PictureTable(Table):
     def __init__(self, labels: Sequence[str], groups: Sequence[str] | None = None, warnings: Iterable[str] = ()):
         super().__init__(labels, groups, warnings)
         self.large: set[int] = set()  # what `check` found to have more than `LARGE` pixels
+        self._seals: dict[int, tuple[tuple[int, ...], bytes]] = {}
 
     @abstractmethod
     def encoded(self, i: int) -> str | bytes:
@@ -82,6 +84,25 @@ class PictureTable(Table):
                 return file.read(limit)
         except (OSError, ValueError):
             return b""
+
+    def seal(self, i: int) -> bytes:
+        """A hash of the whole content of picture `i`. A file is read again when its size, times or number have changed.
+
+        Nothing, and no hash, if the file cannot be read.
+        """
+        known = self._seals.get(i)
+        if known is not None and not known[0]:  # bytes in memory do not change
+            return known[1]
+        encoded, mark = self.encoded(i), tuple[int, ...]()
+        if isinstance(encoded, str):
+            try:
+                told = os.stat(encoded)
+            except (OSError, ValueError):
+                return b""
+            mark = told.st_size, told.st_mtime_ns, told.st_ctime_ns, told.st_ino, told.st_dev
+        if known is None or known[0] != mark:
+            known = self._seals[i] = mark, hashlib.sha256(self.content(i)).digest()
+        return known[1]
 
 
 class FileTable(PictureTable):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from perpetune.data.check import in_threads
 from perpetune.data.examples import Augment, Purpose, Question, TableSet, View
 from perpetune.data.names import printable, several
 from perpetune.data.pictures.read import LARGE, as_rgb, picture_files, read_picture
@@ -157,6 +159,15 @@ class PictureSet(TableSet):
     def load(self, index: int, seed: int | None) -> Tensor:
         """Pixels, uint8 `(3, S, S)`; DataError, with the picture's name, if it cannot be read any more."""
         return self.view(self.table.open(self.rows[index]), self.augment, seed)
+
+    def identity(self) -> str | None:
+        if type(self.view) is not PictureView or type(self.table).open is not PictureTable.open:
+            return None  # another package's view or table may do more than its fields or bytes say
+        digest = hashlib.sha256(repr(self.view).encode())
+        seals = list(in_threads(self.table.seal, self.rows) if self.table.files else map(self.table.seal, self.rows))
+        for row, seal in zip(self.rows, seals, strict=True):
+            digest.update(repr((self.table.key(row), self.table.labels[row], seal)).encode())
+        return digest.hexdigest() if all(seals) else None
 
     def notes(self) -> list[str]:
         large = [self.table.name(row) for row in self.rows if row in self.table.large]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -128,6 +129,20 @@ class TextSet(TableSet):
     def load(self, index: int, seed: int | None) -> Encoded:
         """The prompt and the answer as tokens, or for the test the prompt only. The seed changes nothing."""
         return self._tokens(self.rows[index]).encoded()
+
+    def identity(self) -> str | None:
+        return self._digest if type(self) is TextSet else None
+
+    @cached_property
+    def _digest(self) -> str:
+        """A digest of the tokens of all examples and of their options, with the token that pads them."""
+        digest = hashlib.sha256(f"{self.purpose} {self.view.pad}".encode())
+        for row in self.rows:
+            found = self._tokens(row)
+            for tensor in (found.tokens, *found.options):
+                digest.update(f" {tensor.dtype} {len(tensor)} ".encode())
+                digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def look(self, row: int, depth: Literal["decode", "header"]) -> None:
         super().look(row, depth)

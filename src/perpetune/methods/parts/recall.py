@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from perpetune.models.keeping import Unseen
 from perpetune.tasks import Inputs
 
 MOST = 256 * 2**20  # bytes of features that are kept
@@ -35,6 +36,8 @@ class Recall:
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """Features `(B, D)`."""
+        if isinstance(inputs, Unseen):
+            return self.ask(inputs)
         if any(tensor.device.type != "cpu" for tensor in inputs.tensors.values()):
             return self.ask(inputs)
         keys = [_digest(inputs.rows([row])) for row in range(len(inputs))]

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from perpetune.numerics import metrics
-from perpetune.numerics.metrics import Metrics, accuracies, final_accuracy, over_time, summarise
+from perpetune.numerics.metrics import Metrics, accuracies, final_accuracy, over_time, summarise, whole_rows
 from perpetune.report import form
 from perpetune.report.blocks import Block, Brief, Cell, Chart, Column, Columns, Heading, Pair, Panel, Rows, Table, Text
-from perpetune.report.document import measure
+from perpetune.report.document import left_out, measure
 from perpetune.report.palette import LIGHT_LINES
 from perpetune.report.results_schema import Results
 from perpetune.report.sections.curves import MEAN
@@ -118,7 +118,7 @@ def own_name(results: Mapping[str, Any]) -> str:
 def answered(results: Results, name: str) -> Results:
     """The run as if the method had answered that way; a cell without that way counts as not measured."""
     cells = [[_cell(cell, name) if cell else None for cell in row] for row in results["cells"]]
-    return cast(Results, {**results, "cells": cells, "metrics": summarise(cells, results["tasks"])})
+    return cast(Results, {**results, "cells": cells, "metrics": summarise(cells, results["tasks"], left_out(results))})
 
 
 def ways(results: Results) -> list[Way]:
@@ -126,7 +126,8 @@ def ways(results: Results) -> list[Way]:
     others = names(results)
     runs = {own_name(results): results, **{name: answered(results, name) for name in others}} if others else {}
     return [
-        Way(name, run["metrics"], over_time(final_accuracy, accuracies(run["cells"]))) for name, run in runs.items()
+        Way(name, run["metrics"], over_time(final_accuracy, whole_rows(accuracies(run["cells"]), left_out(run))))
+        for name, run in runs.items()
     ]
 
 

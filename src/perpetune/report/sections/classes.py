@@ -8,7 +8,7 @@ from typing import Literal
 from perpetune.numerics.metrics import per_class_counts, seen_cells
 from perpetune.report import form
 from perpetune.report.blocks import Block, Column, Columns, Heading, Rows, Table, Text, keyed
-from perpetune.report.document import classed
+from perpetune.report.document import classed, sampled
 from perpetune.report.results_schema import Results
 
 VISIBLE_CHANGE = 0.0005
@@ -52,7 +52,8 @@ def section(results: Results) -> list[Block] | None:
         ]
         for row in class_rows(results)
     ]
-    note = Text("Every learned class: just after its task, and now.")
+    part = " Earlier tasks were asked with samples of their test data." if sampled(results) else ""
+    note = Text(f"Every learned class: just after its task, and now.{part}")
     return [Heading("Classes"), note, Table(columns, rows, sortable=True, limit=40, noun="class")]
 
 

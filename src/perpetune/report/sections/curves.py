@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from perpetune.numerics.metrics import accuracies, final_accuracy, forgetting, over_time
+from perpetune.numerics.metrics import accuracies, final_accuracy, forgetting, over_time, whole_rows
 from perpetune.report.blocks import READABLE, Block, Chart, Heading, Legend, Only, Pair, Panel, Text
-from perpetune.report.document import measure
+from perpetune.report.document import left_out, measure
 from perpetune.report.palette import AGES, LIGHT_LINES
 from perpetune.report.results_schema import Results
 from perpetune.report.svg import Line
@@ -51,7 +51,8 @@ def section(results: Results) -> list[Block]:
 def curves(results: Results) -> Curves:
     A = accuracies(results["cells"])
     tasks = [[row[j] if i >= j and j < len(row) else None for i, row in enumerate(A)] for j in range(len(A))]
-    return Curves(over_time(final_accuracy, A), over_time(forgetting, A), tasks)
+    whole = whole_rows(A, left_out(results))
+    return Curves(over_time(final_accuracy, whole), over_time(forgetting, A), tasks)
 
 
 def line_style(j: int, n: int) -> str:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from perpetune.report import form
 from perpetune.report.blocks import Block, Figure, Figures
-from perpetune.report.document import backbone_bytes, examples, learn_seconds, measure, peak_memory, per_second
+from perpetune.report.document import (
+    backbone_bytes,
+    examples,
+    learn_seconds,
+    left_out,
+    measure,
+    peak_memory,
+    per_second,
+    sampled,
+)
 from perpetune.report.results_schema import Results
 from perpetune.report.sections.storage import stored_bytes
 
@@ -32,9 +41,18 @@ def large(results: Results) -> list[Figure]:
     headline = []
     for key, label, note, signed in figures(measure(results)):
         value = results["metrics"][key]  # type: ignore[literal-required]
-        about = ABSENT.get(key, "no task is measured yet") if value is None else note
+        about = _absent(results, key) if value is None else f"{note}; of samples" if sampled(results) else note
         headline.append(Figure(label, figure_text(value, signed), unit(key), about, absent=value is None))
     return headline
+
+
+def _absent(results: Results, key: str) -> str:
+    """The reason why a figure is missing."""
+    if key == "pooled_accuracy" and sampled(results):
+        return "of earlier tasks only samples were asked"
+    if key in ("final_accuracy", "pooled_accuracy") and len(results["cells"]) - 1 in left_out(results):
+        return "earlier tasks were not asked after the last one"
+    return ABSENT.get(key, "no task is measured yet")
 
 
 def small(results: Results) -> list[Figure]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from perpetune.numerics.metrics import accuracies, final_accuracy
+from perpetune.numerics.metrics import accuracies, final_accuracy, whole_rows
 from perpetune.report import form
-from perpetune.report.blocks import ROOMY, Block, Column, Heading, Heat, HeatCell, HeatRow, Only, Panel, Text
-from perpetune.report.document import measure, scores
+from perpetune.report.blocks import ROOMY, Block, Brief, Column, Heading, Heat, HeatCell, HeatRow, Only, Panel, Text
+from perpetune.report.document import left_out, measure, sampled, scores
 from perpetune.report.palette import heat_level
 from perpetune.report.results_schema import Results
+
+SKIPPED = "–"  # in the place of a task that was not asked
 
 
 def section(results: Results) -> list[Block]:
@@ -16,23 +18,51 @@ def section(results: Results) -> list[Block]:
         f"{what} in % on each task’s test data (columns), after each task was learned (rows). On the diagonal a task "
         "was just learned. Read down a column to see how later tasks changed it."
     )
-    scored = measured(results)
+    partly = asked(results)
     return [
         Heading(f"{what} matrix"),
-        Text(f"{note} {scored}" if scored else note),
+        Text(" ".join(part for part in (note, measured(results), partly) if part)),
         Panel([table]),
         Only("terminal", [table]),
+        *([Brief("asked", partly, when="end", warning=True)] if partly else []),
     ]
+
+
+def asked(results: Results) -> str:
+    """What of earlier tasks' test data was not asked (`evaluate.earlier`); empty if all was."""
+    parts = []
+    if sampled(results):
+        some = [cell for row in results["cells"] for cell in row if cell and "of" in cell]
+        of = f"{form.count(sum(c['total'] for c in some))} of {form.count(sum(c['of'] for c in some))}"
+        parts.append(
+            f"{form.plural(len(some), 'cell')} with ~ {'is' if len(some) == 1 else 'are'} of a sample of the test data "
+            f"({of} answers), and so are the means over them."
+        )
+    if rows := left_out(results):
+        parts.append(
+            f"After {form.plural(len(rows), 'task')} earlier ones were not asked ({SKIPPED}), so their means are not "
+            "known."
+        )
+    return " ".join(parts)
 
 
 def heat(results: Results) -> Heat:
     names = [task["name"] for task in results["tasks"]]
     A = accuracies(results["cells"])
+    whole = whole_rows(A, left_out(results))
+    skipped = {(entry["task"], name) for entry in results.get("not_asked", []) for name in entry["of"]}
     digits = 1 if len(names) <= ROOMY else 0
     rows = []
     for i, row in enumerate(A):
-        cells = [_cell(results, A, i, j, digits) if j < len(row) else None for j in range(len(names))]
-        mean = final_accuracy(A[: i + 1])
+        cells = [
+            HeatCell(SKIPPED, 0, "ahead", f"{name} was not asked after {names[i]}")
+            if (i, name) in skipped
+            else _cell(results, A, i, j, digits)
+            if j < len(row)
+            else None
+            for j, name in enumerate(names)
+        ]
+        mean = final_accuracy(whole[: i + 1])
         rows.append(HeatRow(str(i + 1), names[i], cells, form.percent(mean, digits), value=mean))
     change = [form.points(_since_learned(A, j), digits) for j in range(len(A) - 1)]
     what = measure(results).capitalize()
@@ -75,7 +105,12 @@ def _cell(results: Results, A: list[list[float | None]], i: int, j: int, digits:
     if change is not None:
         title += f", {form.points(change)} points since {names[i - 1]}"
     kind = "learned" if i == j else "ahead" if j > i else "kept"
-    return HeatCell(form.percent(value, digits), heat_level(value), kind, title, value, change)  # type: ignore[arg-type]
+    text = form.percent(value, digits)
+    shown: float | None = value
+    if "of" in counts:
+        title += f"; a sample of {form.count(counts['of'])}"
+        text, shown = f"~{text}", None  # the terminal shows the text of a cell without a value
+    return HeatCell(text, heat_level(value), kind, title, shown, change)  # type: ignore[arg-type]
 
 
 def _since_learned(A: list[list[float | None]], j: int) -> float | None:

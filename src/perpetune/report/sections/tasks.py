@@ -27,6 +27,7 @@ class TaskRow:
     now: float | None
     forgotten: float | None
     score: str
+    sample: bool = False
 
 
 def section(results: Results) -> list[Block]:
@@ -42,11 +43,17 @@ def section(results: Results) -> list[Block]:
             *([_classes(row.classes)] if has_classes else []),
             keyed(form.count(row.train), row.train),
             keyed(form.count(row.test), row.test),
-            *(keyed(form.percent(value), value) for value in (row.learned, row.now, row.forgotten)),
+            *(keyed(mark + form.percent(value), value) for mark, value in shown(row)),
         ]
         for row in task_rows(results)
     ]
     return [Heading("Tasks"), Table(columns, rows, sortable=True, limit=30, noun="task")]
+
+
+def shown(row: TaskRow) -> list[tuple[str, float | None]]:
+    """The figures of a task, each with `~` before it if it is of a sample of the test data."""
+    later = "~" if row.sample else ""
+    return [("", row.learned), (later if row.now is not None else "", row.now), (later, row.forgotten)]
 
 
 def task_rows(results: Results) -> list[TaskRow]:
@@ -57,7 +64,8 @@ def task_rows(results: Results) -> list[TaskRow]:
         learned, now = (seen[0], seen[-1]) if seen else (None, None)
         lost = task_forgetting(A, j) if len(seen) > 1 else None
         about = (j + 1, task["name"], task["classes"], task["train"], task["test"])
-        rows.append(TaskRow(*about, learned, now, lost, measured[j]))
+        part = any(cell and "of" in cell for row in results["cells"][j:] for cell in row[j : j + 1])
+        rows.append(TaskRow(*about, learned, now, lost, measured[j], part))
     return rows
 
 
