@@ -58,12 +58,6 @@ def test_predict_imports_nothing_heavy(state: Path, tmp_path: Path) -> None:
     assert _loaded("predict", str(state), str(_photo(tmp_path / "x.png"))) == set()
 
 
-def test_a_run_is_seen_to_import_what_it_uses(tmp_path: Path) -> None:
-    """The control: the packaged digits come from scikit-learn."""
-    assert "sklearn" in _loaded("run", "demo-ncm", "--out", str(tmp_path / "s"), "-q", "--set", "stream.train_per_class=2",
-                                "--set", "stream.test_per_class=1")  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def both() -> tuple[Any, Any]:
     folder = str(files("perpetune") / "assets" / "micro-vit")
@@ -77,10 +71,10 @@ def test_the_packaged_model_is_that_of_transformers(both: tuple[Any, Any]) -> No
     assert [name for name, _ in plain.net.named_parameters()] == [name for name, _ in theirs.net.named_parameters()]
     assert plain.fingerprint() == theirs.fingerprint()
     assert (plain.preprocess, plain.opens, plain.roles()) == (theirs.preprocess, theirs.opens, theirs.roles())
+    assert "transformers" in [name for name in HEAVY if name in sys.modules]  # the control: such an import is seen
 
 
-@pytest.mark.parametrize("count", [1, 5])
-@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize(("count", "half"), [(1, False), (3, False), (1, True)])
 def test_its_features_and_gradients_are_the_same_to_the_bit(both: tuple[Any, Any], count: int, half: bool) -> None:
     pixels = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     found = []
