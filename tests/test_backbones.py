@@ -424,7 +424,7 @@ def test_another_packages_loader_is_given_what_it_names_and_no_more(monkeypatch:
         bring(monkeypatch, loader)
         load_backbone("mine:x", **given)
         assert asked.pop() == wanted
-    with pytest.raises(UsageError, match="backbones: mine: pretrained is not an option; one of depth, taps, tokens"):
+    with pytest.raises(UsageError, match="backbones: mine: pretrained is not an option; closest: pixels, taps, tokens"):
         load_backbone("mine:x", pretrained=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from perpetune import registry
 from perpetune.averages.average import Average
 from perpetune.data.examples import View
+from perpetune.data.pictured.view import PicturedView
+from perpetune.data.pictures.view import PictureView
 from perpetune.data.sources import Source
 from perpetune.data.stream import Stream, build_stream
 from perpetune.errors import UsageError, closest
@@ -40,7 +43,8 @@ def load_backbone(spec: str, *, seed: int = 0, **options: Any) -> Backbone:
             `perpetune.backbones`.
         seed: the seed of random weights, which `pretrained=False` gives.
         options: the options of the prefix's loader (`perpetune methods` lists them). Also `taps`: the blocks behind
-            which features are read, or `auto`; and `tokens`: the tokens that the taps read.
+            which features are read, or `auto`; `tokens`: the tokens that the taps read; and `pixels`: `fast` resizes
+            pictures by torch (`PictureView.fast`).
 
     Raises:
         UsageError: the prefix or the name is unknown (the message has the three closest), the loader does not know an
@@ -50,7 +54,7 @@ def load_backbone(spec: str, *, seed: int = 0, **options: Any) -> Backbone:
     """
     name = registry.loader_of(spec)
     load, given = registry.find("backbones", name), registry.options("backbones", name, options)
-    taps, tokens = given.pop("taps"), given.pop("tokens")
+    taps, tokens, pixels = (given.pop(name) for name in ("taps", "tokens", "pixels"))
     kinds = {p.name: p.kind for p in inspect.signature(load).parameters.values()}
     if "seed" in kinds or inspect.Parameter.VAR_KEYWORD in kinds.values():
         given["seed"] = seed
@@ -58,7 +62,19 @@ def load_backbone(spec: str, *, seed: int = 0, **options: Any) -> Backbone:
         backbone: Backbone = load(spec.partition(":")[2], **given)
     if given.get("pretrained") is False:
         backbone.opens = {}  # nothing else draws the same weights
+    if pixels == "fast":
+        backbone.preprocess = _fast(spec, backbone.preprocess)
     return backbone.tap(taps, tokens or "both")
+
+
+def _fast(spec: str, view: View) -> View:
+    """The view with fast pixels; UsageError if it has no pictures."""
+    if isinstance(view, PictureView):
+        return dataclasses.replace(view, fast=True)
+    if isinstance(view, PicturedView):
+        view.picture = dataclasses.replace(view.picture, fast=True)
+        return view
+    raise UsageError(f"{spec}: pixels says how pictures are resized, and the model reads {view.takes}: leave it out")
 
 
 def build_method(recipe: Recipe, backbone: Backbone) -> Method:
@@ -304,7 +320,8 @@ def build_runtime(recipe: Recipe) -> Runtime:
         raise UsageError(f"run.device {section.device!r} cannot be used here: {_why(section.device, reason)}") from None
     runtime = Runtime(recipe.seed, device, section.precision, section.workers)
     try:
-        given = runtime.accelerator.device
+        plain = runtime.alone and section.precision == "no" and device.type in ("cpu", "cuda")
+        given = device if plain else runtime.accelerator.device  # only where there is something to ask accelerate
     except ValueError as error:  # accelerate does not know this precision on this device
         why = str(error).splitlines()[0]
         raise UsageError(f"run.precision {section.precision!r} cannot be used on {device}: {why}; `no` can") from None

@@ -8,7 +8,9 @@ is: order, augmentation and dropout are functions of (seed, task, phase, epoch o
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
@@ -186,25 +188,29 @@ def _steps(
     """
     run, n, sizes = task.runtime, len(task.train), task.train.lengths
     per_epoch = math.ceil(n / config.batch_size)
-    for epoch in range(done // per_epoch, config.epochs_of(task.index)):
-        order = _order(task, config, task.generator(phase, "order", epoch))
-        first = done % per_epoch if epoch == done // per_epoch else 0
-        requests: list[list[tuple[int, int | None]]] = []
-        weights: list[list[float]] = []
-        counts: list[tuple[int, int]] = []
-        for step in range(first, per_epoch):
-            rows = order[step * config.batch_size : (step + 1) * config.batch_size]
-            mine = rows[run.rank :: run.world]
-            # A process without examples takes part with weight 0, so that each process has the same gradients to sum.
-            parts = [(part, task.train.weight(part)) for part in _cut(mine, config.accumulate, sizes)]
-            whole = task.train.weight(rows)
-            shares = [(part, share / whole) for part, share in parts] or [(rows[:1], 0.0)]
-            requests += [[(i, seed_of(run.seed, task.index, phase, epoch, i)) for i in part] for part, _ in shares]
-            weights.append([share for _, share in shares])
-            counts.append((len(rows), sum(sizes[i] for i in rows) if sizes is not None else 0))
-        batches = load_batches(task.train, requests, run)
-        for step, (shares_of, count) in enumerate(zip(weights, counts, strict=True), epoch * per_epoch + first):
-            yield step, [(next(batches), share) for share in shares_of], *count
+    planned: deque[tuple[int, list[float], tuple[int, int]]] = deque()  # steps whose batches are asked for
+
+    def requests() -> Iterator[list[tuple[int, int | None]]]:
+        for epoch in range(done // per_epoch, config.epochs_of(task.index)):
+            order = _order(task, config, task.generator(phase, "order", epoch))
+            first = done % per_epoch if epoch == done // per_epoch else 0
+            for step in range(first, per_epoch):
+                rows = order[step * config.batch_size : (step + 1) * config.batch_size]
+                mine = rows[run.rank :: run.world]
+                # A process without examples takes part with weight 0, so that each has the same gradients to sum.
+                parts = [(part, task.train.weight(part)) for part in _cut(mine, config.accumulate, sizes)]
+                whole = task.train.weight(rows)
+                shares = [(part, share / whole) for part, share in parts] or [(rows[:1], 0.0)]
+                counts = len(rows), sum(sizes[i] for i in rows) if sizes is not None else 0
+                planned.append((epoch * per_epoch + step, [share for _, share in shares], counts))
+                for part, _ in shares:
+                    yield [(i, seed_of(run.seed, task.index, phase, epoch, i)) for i in part]
+
+    batches = load_batches(task.train, requests(), run)  # one loader for all epochs: workers start once
+    for batch in batches:
+        step, weights, counts = planned.popleft()
+        some = [batch, *itertools.islice(batches, len(weights) - 1)]
+        yield step, list(zip(some, weights, strict=True)), *counts
 
 
 ALIKE = 32  # `_order` sorts the examples of so many batches by length together: more pads less, but mixes less

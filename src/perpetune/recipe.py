@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from perpetune import registry
 from perpetune.averages.config import AverageConfig
+from perpetune.data.pictures.view import Pixels
 from perpetune.data.stream import StreamOptions
 from perpetune.errors import UsageError, closest
 from perpetune.fit import FitConfig
@@ -46,6 +47,13 @@ class BackboneSection(Named):
     6144; None reads the model's own feature alone."""
     tokens: Read | None = None
     """Which tokens the taps read: `class`, `mean` of the others, or `both`; None is both."""
+    pixels: Pixels = "exact"
+    """How pictures are resized: `exact` by Pillow, `fast` by torch; large JPEG files are then read smaller."""
+
+    @model_serializer(mode="wrap")
+    def _plain(self, handler: Any) -> Any:
+        """Without `pixels` where nothing is changed, as recipes had it before."""
+        return {key: value for key, value in handler(self).items() if (key, value) != ("pixels", "exact")}
 
     @model_validator(mode="after")
     def _read_at_taps(self) -> BackboneSection:

@@ -19,6 +19,7 @@ from typing import Any, Literal, cast
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
+from perpetune.data.pictures.view import Pixels
 from perpetune.errors import UsageError, closest
 from perpetune.models.loaders.options import NOTHING
 from perpetune.models.taps import Count, Read
@@ -215,7 +216,7 @@ def _of_loader(fields: dict[str, Any], more: bool) -> dict[str, Any]:
         if default is ... and (more or name in fields):
             fields[name] = (kind, NOTHING.get(name))
     own = {name: field for name, field in fields.items() if name != "seed"}
-    return {**own, "taps": (Count | None, None), "tokens": (Read | None, None)}
+    return {**own, "taps": (Count | None, None), "tokens": (Read | None, None), "pixels": (Pixels, "exact")}
 
 
 def options(kind: Kind, name: str, given: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +17,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+LAUNCHED = {"LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"}
+"""Variables that a launcher of several processes sets, as accelerate reads them."""
 Precision = Literal["no", "bf16", "fp16"]
 Value = TypeVar("Value")
 
@@ -140,11 +144,21 @@ class Runtime:
 
     @property
     def rank(self) -> int:
-        return int(self.accelerator.process_index)  # the first use of the accelerator connects the processes
+        return 0 if self.alone else int(self.accelerator.process_index)
 
     @property
     def world(self) -> int:
-        return int(self.accelerator.num_processes)
+        return 1 if self.alone else int(self.accelerator.num_processes)
+
+    @cached_property
+    def alone(self) -> bool:
+        """Whether nothing says that there are other processes, so that a prediction need not import accelerate.
+
+        Where something does, accelerate decides, and its first use connects the processes.
+        """
+        joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+        told = any(name in LAUNCHED or name.startswith("ACCELERATE_USE_") for name in os.environ)
+        return not (joined or told or importlib.util.find_spec("torch_xla"))
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum of `value` over all processes."""

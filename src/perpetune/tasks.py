@@ -340,7 +340,8 @@ class _Requests(torch.utils.data.Dataset):  # type: ignore[type-arg]
 def stack(items: Sequence[Item]) -> Batch:
     """A batch of images of one size, each uint8 `(3, H, W)`."""
     images, targets, numbers = zip(*items, strict=True)
-    inputs = Inputs(pixels=torch.stack(images))
+    pixels: Tensor = torch.utils.data.default_collate(list(images))  # in a loader process straight into shared memory
+    inputs = Inputs(pixels=pixels)
     return Batch(inputs, torch.tensor(targets, dtype=torch.int64), torch.tensor(numbers, dtype=torch.int64))
 
 
@@ -352,9 +353,11 @@ def _collate(make: Callable[[Sequence[Item]], Batch], items: list[Item | str]) -
 
 
 def load_batches(
-    examples: Examples, requests: Sequence[Sequence[tuple[int, int | None]]], runtime: Runtime
+    examples: Examples, requests: Iterable[Sequence[tuple[int, int | None]]], runtime: Runtime
 ) -> Iterator[Batch]:
     """Load a batch for each list of (index, seed) in `requests`, onto the run's device.
+
+    The run's workers, if it has any, start once, and take requests before the batches before them are used.
 
     Raises:
         DataError: an example cannot be loaded; the message names it.

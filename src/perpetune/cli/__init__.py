@@ -61,8 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def call(arguments: list[str]) -> int:
     """Run one command and return its exit code. A failure prints one line on standard error."""
     try:
-        _check_twice(arguments)
-        return int(app(args=arguments or ["--help"], prog_name="perpetune", standalone_mode=False) or 0)
+        command = typer.main.get_command(app)
+        _check_twice(command, arguments)
+        return int(command(args=arguments or ["--help"], prog_name="perpetune", standalone_mode=False) or 0)
     except PerpetuneError as error:
         if os.environ.get("PERPETUNE_DEBUG"):
             raise
@@ -91,14 +92,14 @@ def call(arguments: list[str]) -> int:
         return 1
 
 
-def _check_twice(arguments: Sequence[str]) -> None:
+def _check_twice(program: Any, arguments: Sequence[str]) -> None:
     """Refuse an option that takes one value and is given twice; the parser would take the last value without a word.
 
     Raises:
         UsageError: there is such an option.
     """
     verb = next((a for a in arguments if not a.startswith("-")), "")
-    command = getattr(typer.main.get_command(app), "commands", {}).get(verb)
+    command = getattr(program, "commands", {}).get(verb)
     given = [a.partition("=")[0] for a in itertools.takewhile(lambda a: a != "--", arguments)]
     for option in command.params if command is not None else ():
         if getattr(option, "multiple", True) or getattr(option, "is_flag", True) or option.nargs != 1:

@@ -17,6 +17,7 @@ from perpetune.tasks import Batch, Examples, Item
 
 Purpose = Literal["training", "validation", "test"]
 Augment = Literal["none", "flip", "crop", "crop_flip"]
+Depth = Literal["decode", "header"]
 Judge = Callable[[int, "str | int"], float]
 """Gives the score in [0, 1] for (number of an example, answer); an answer is a text, or the position of an option."""
 S = TypeVar("S", bound="TableSet")
@@ -46,7 +47,7 @@ class TableSet(Examples):
         """The example's name in messages: its path, or its file and row."""
         return self.table.name(self.rows[index])
 
-    def look(self, row: int, depth: Literal["decode", "header"]) -> None:
+    def look(self, row: int, depth: Depth) -> None:
         """Check that row of the table; DataError, with the row's name, if it cannot be used."""
         self.table.check(row, depth)
 

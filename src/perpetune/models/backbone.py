@@ -243,8 +243,10 @@ class Backbone(nn.Module):
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         """Pixels `(B, 3, H, W)` as the net takes them, from uint8."""
-        normalised: Tensor = (pixels.to(self.mean.dtype) / 255 - self.mean) / self.std
-        return normalised
+        floats = pixels.to(self.mean.dtype)
+        if floats is pixels:  # floats already, and the caller's
+            floats = floats.clone()
+        return floats.div_(255).sub_(self.mean).div_(self.std)  # new memory for a batch takes longer than the division
 
     def query(self, inputs: Inputs | Tensor, after: int | None = None) -> Tensor:
         """Features `(B, width)`, float32, by which a selector chooses members: of the net's end, without taps.

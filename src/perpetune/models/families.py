@@ -346,7 +346,7 @@ FAMILIES = (
     *(
         Family(name, classes, blocks, _TRANSFORMERS, _TRANSFORMERS_ONCE, _PICTURE_SIDE, reads="picture")
         for name, classes, blocks in (
-            ("transformers ViT", ("ViTModel", "ViTMSNModel"), "layers"),
+            ("transformers ViT", ("ViTModel", "ViTMSNModel", "PlainViT"), "layers"),
             ("transformers DeiT", ("DeiTModel",), "layers"),
             ("transformers DINOv2", ("Dinov2Model", "Dinov2WithRegistersModel"), "encoder.layer"),
             ("transformers DINOv3", ("DINOv3ViTModel",), "model.layer"),

@@ -64,17 +64,21 @@ def is_picture(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
-def read_picture(source: str | bytes, name: str) -> Image:
+def read_picture(source: str | bytes, name: str, least: int | None = None) -> Image:
     """Read the picture in a file (a path) or in the bytes of a file: in RGB, upright, with white behind transparency.
 
     An animation gives its first frame. Values of more than 8 bits are scaled, not clipped. 16-bit values are multiplied
     by 1/257. For 32-bit integers and floats the range of all values decides: floats in 0..1 are multiplied by 255,
     values in 0..255 do not change, values in 0..65535 are multiplied by 1/257, any other range is stretched to 0..255.
 
+    Args:
+        least: a JPEG file is read at a half, a quarter or an eighth of its size, if both sides stay this long; None
+            reads every picture as it is.
+
     Raises:
         DataError: the picture cannot be read; the message has `name` and the reason.
     """
-    return _read(source, name, pixels=True)
+    return _read(source, name, pixels=True, least=least)
 
 
 def read_header(source: str | bytes, name: str) -> None:
@@ -172,7 +176,7 @@ def _walk(path: str, prefix: str, inside: frozenset[tuple[int, int]]) -> tuple[l
     return pictures, others
 
 
-def _read(source: str | bytes, name: str, pixels: bool) -> Image:
+def _read(source: str | bytes, name: str, pixels: bool, least: int | None = None) -> Image:
     from PIL import Image
 
     if not source:
@@ -186,6 +190,8 @@ def _read(source: str | bytes, name: str, pixels: bool) -> Image:
                 raise Image.DecompressionBombError
             if not pixels:
                 return image
+            if least is not None:
+                image.draft(None, (least, least))  # does something for JPEG only
             with _one_at_a_time if size > LARGE else nullcontext():
                 image.load()
                 return as_rgb(image)

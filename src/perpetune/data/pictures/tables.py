@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from perpetune.data.names import printable
+from perpetune.data.pictures.kept import Kept, Mark
 from perpetune.data.pictures.read import LARGE, read_header, read_picture
 from perpetune.data.sources import Table
 
@@ -31,6 +32,7 @@ class PictureTable(Table):
         super().__init__(labels, groups, warnings)
         self.large: set[int] = set()  # what `check` found to have more than `LARGE` pixels
         self._seals: dict[int, tuple[tuple[int, ...], bytes]] = {}
+        self.kept = Kept()
 
     @abstractmethod
     def encoded(self, i: int) -> str | bytes:
@@ -44,17 +46,37 @@ class PictureTable(Table):
         """Picture `i` in RGB, as a person sees it; DataError, with its name, if it cannot be read."""
         return read_picture(self.encoded(i), self.name(i))
 
+    def open_small(self, i: int, least: int) -> Image:
+        """As `open`, but a large JPEG file may be read smaller; see `read_picture`."""
+        if type(self).open is not PictureTable.open:  # pictures in another form
+            return self.open(i)
+        return read_picture(self.encoded(i), self.name(i), least)
+
     def probe(self, i: int) -> None:
         """Check the header of picture `i`; DataError if the picture cannot be read."""
         read_header(self.encoded(i), self.name(i))
 
     def check(self, i: int, depth: Literal["decode", "header"]) -> None:
         if depth == "decode":
-            image = self.open(i)
-            if image.width * image.height > LARGE:
-                self.large.add(i)
+            self.measured(i, self.open(i))
         else:
             self.probe(i)
+
+    def measured(self, i: int, image: Image) -> None:
+        """Note that picture `i` is large, if it is."""
+        if image.width * image.height > LARGE:
+            self.large.add(i)
+
+    def mark(self, i: int) -> Mark | None:
+        """What changes when the file of picture `i` changes; None if it cannot be read."""
+        encoded = self.encoded(i)
+        if isinstance(encoded, bytes):
+            return ()
+        try:
+            told = os.stat(encoded)
+        except (OSError, ValueError):
+            return None
+        return told.st_size, told.st_mtime_ns, told.st_ctime_ns, told.st_ino, told.st_dev
 
     def identity(self, i: int) -> tuple[int, int] | None:
         path = self.encoded(i) if self.files else b""

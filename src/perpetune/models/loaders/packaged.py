@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from importlib.resources import as_file, files
+from pathlib import Path
+from types import SimpleNamespace
+
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from perpetune.errors import UsageError, closest
 from perpetune.models.backbone import Backbone
 from perpetune.models.loaders import vit
 from perpetune.models.loaders.options import Side
+from perpetune.models.plain_vit import PlainViT, sizes_of
 
 PACKAGED = {"micro": "micro-vit"}  # name: folder in perpetune/assets
 
@@ -24,4 +31,23 @@ def load_packaged(
     if rest not in PACKAGED:
         raise UsageError(f"{spec}: no such packaged model; {closest(rest, PACKAGED)}")
     with as_file(files("perpetune") / "assets" / PACKAGED[rest]) as folder:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if pretrained and not load_in_4bit and image_size in (None, config["image_size"]):
+            return _plain(spec, folder, config)
         return vit.load(spec, str(folder), pretrained=pretrained, image_size=image_size, load_in_4bit=load_in_4bit)
+
+
+def _plain(spec: str, folder: Path, config: dict[str, int]) -> Backbone:
+    """The model as it is stored, without transformers, which starts slowly; the features are the same to the bit."""
+    net = PlainViT(**sizes_of(config))
+    net.load({name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()})
+    view = vit.preprocess_of(spec, str(folder), SimpleNamespace(**config), None)
+    backbone = Backbone(net, spec=spec, dim=config["hidden_size"], preprocess=view, forward=_class_token)
+    backbone.opens = vit.opened(str(folder), config["model_type"])
+    return backbone
+
+
+def _class_token(net: nn.Module, pixels: Tensor) -> Tensor:
+    """Class token after the final norm, `(B, D)`."""
+    tokens: Tensor = net(pixels)
+    return tokens[:, 0]

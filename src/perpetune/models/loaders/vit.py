@@ -67,13 +67,13 @@ def load(
     if channels != 3:
         raise UsageError(f"{spec}: it takes pictures of {channels} channel(s), and perpetune gives it 3 (RGB)")
     preprocess = preprocess_of(spec, source, config, image_size)
-    net = model_of(spec, source, config, pretrained=pretrained, ignored=HEADS, **_extra(config))
+    net = model_of(spec, source, config, pretrained=pretrained, ignored=HEADS, **_extra(config.model_type))
     interpolates = FAMILIES[config.model_type] and preprocess.size != side_of(spec, config.image_size)
     forward = partial(class_token, interpolate_pos_encoding=True) if interpolates else class_token
     # And DeiT's distillation token
     prefix = 1 + getattr(config, "num_register_tokens", 0) + (config.model_type == "deit")
     backbone = Backbone(net, spec=spec, dim=config.hidden_size, preprocess=preprocess, forward=forward, prefix=prefix)
-    backbone.opens = {"library": "transformers", "base": source, "options": {"dtype": "float32", **_extra(config)}}
+    backbone.opens = opened(source, config.model_type)
     if interpolates:
         backbone.opens["call"] = {"interpolate_pos_encoding": True}
     try_size(backbone, image_size)
@@ -86,8 +86,13 @@ def class_token(net: nn.Module, pixels: Tensor, **options: Any) -> Tensor:
     return tokens[:, 0]
 
 
-def _extra(config: Any) -> dict[str, Any]:
-    return {"add_pooling_layer": False} if config.model_type in ("vit", "deit") else {}
+def opened(source: str, model_type: str) -> dict[str, Any]:
+    """How transformers opens the model at `source`: what `Backbone.opens` says."""
+    return {"library": "transformers", "base": source, "options": {"dtype": "float32", **_extra(model_type)}}
+
+
+def _extra(model_type: str) -> dict[str, Any]:
+    return {"add_pooling_layer": False} if model_type in ("vit", "deit") else {}
 
 
 def preprocess_of(
