@@ -104,7 +104,7 @@ def test_a_state_of_somebody_else_is_not_changed(state: State, monkeypatch: pyte
     def denied(path: Any, *more: Any, **further: Any) -> int:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr("perpetune.state.os.open", denied)
+    monkeypatch.setattr("perpetune.state.lock.os.open", denied)
     said = f"^{re.escape(str(state.folder))} cannot be changed: Permission denied$"
     with pytest.raises(StateError, match=said), state.writing():
         pass
@@ -425,7 +425,7 @@ def test_the_second_of_two_learners_is_told(world: Path, tmp_path: Path) -> None
 # -- torn folders -------------------------------------------------------------------------------------------
 
 TASK_FILES = [
-    *("pet.safetensors", "head.safetensors", "method.safetensors", "features.safetensors"),
+    *("pack.safetensors", "tensors.json", "features.safetensors"),
     *("extra.json", "recipe.json", "task.json", "metrics.json", "timings.json", MANIFEST),
 ]
 
@@ -531,7 +531,7 @@ def test_checkpoints_of_another_task_or_of_other_data_are_dropped(world: Path, t
 def test_a_torn_last_task_is_rolled_back_as_the_error_says(
     world: Path, whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = whole / "tasks" / "0002-4-5" / "head.safetensors"
+    path = whole / "tasks" / "0002-4-5" / "pack.safetensors"
     path.write_bytes(path.read_bytes()[:-9])
     assert call(["report", str(whole)]) == 0  # it reads what is told of the run, not what was learned
     capsys.readouterr()
