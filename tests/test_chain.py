@@ -322,7 +322,7 @@ def test_an_older_state_is_accepted_in_one_line_and_sealed_by_the_next_writer(
         warnings.simplefilter("ignore")
         Learner.load(state).learn(world / "more", name="more")
     assert [e["event"] for e in State(state).journal()].count("tasks sealed") == 1
-    assert all(task.manifest for task in State(state).committed)
+    assert all(task.manifests for task in State(state).committed)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Learner.load(state)

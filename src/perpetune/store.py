@@ -20,7 +20,6 @@ import os
 import re
 import stat
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -66,8 +65,8 @@ class Holder(Protocol):
         """What the user can do about a damaged folder."""
         ...
 
-    def pack(self) -> Path | None:
-        """Its pack; None if it has none."""
+    def pack(self) -> str | None:
+        """The path of its pack; None if it has none."""
         ...
 
 
@@ -201,8 +200,8 @@ def _by_task(pieces: Iterable[Piece]) -> dict[int, list[Piece]]:
 class Pack:
     """The pieces in an open pack."""
 
-    def __init__(self, path: Path, file: Any, cure: str):
-        self.path, self._file, self._cure = path, file, cure
+    def __init__(self, path: str, file: Any, holder: Holder):
+        self.path, self._file, self._holder = path, file, holder
         self._names = set(file.keys())
 
     def sizes(self) -> dict[str, int]:
@@ -216,7 +215,7 @@ class Pack:
             fault = "does not hold" if found is None else "holds other bytes as"
             raise StateError(
                 f"{self.path} is torn or was changed (it {fault} the piece {piece.sha256[:12]}, which tensors.json "
-                f"refers to): {self._cure}"
+                f"refers to): {self._holder.cure}"
             )
         return found
 
@@ -252,4 +251,4 @@ def opened(holder: Holder) -> Iterator[Pack]:
     except SafetensorError as error:
         raise StateError(f"{path} is torn or was changed ({error}): {holder.cure}") from None
     with file as entered:
-        yield Pack(path, entered, holder.cure)
+        yield Pack(path, entered, holder)

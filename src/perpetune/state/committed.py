@@ -27,7 +27,10 @@ class Committed:
 
     index: int
     name: str
-    folder: Path
+    root: Path
+    """The folder of all tasks."""
+    entry: str
+    """The name of its folder there."""
     before: str
     """The name of the task before it, or `start` where there is none, or none that a rollback can go to. A rollback to
     this name drops the task."""
@@ -37,6 +40,10 @@ class Committed:
     """By what it was pruned and when; empty if the state can go back to it."""
     all: Sequence[Committed] = field(default=(), repr=False, compare=False)
     """The tasks of the state; it may refer to tensors of earlier ones."""
+
+    @property
+    def folder(self) -> Path:
+        return self.root / self.entry
 
     def read(self, *only: str) -> dict[str, bytes]:
         """The contents of the task's files, by name; if names are given, only of those of them that exist.
@@ -96,9 +103,17 @@ class Committed:
         content = read_listed(self.folder, {name: entries[name]}, self.cure)[name]
         return parse_index(content, self.index, str(self.folder / name), self.cure)
 
-    def pack(self) -> Path | None:
-        name = next(filter(PACK.fullmatch, self._listed()), None)
-        return None if name is None else self.folder / name
+    def pack(self) -> str | None:
+        """The path of its pack; None if it has none. The hashes of what is read of it say whether it is the right one,
+        so the manifest is asked only where a crash in a prune left two, or where there is none."""
+        folder = os.path.join(self.root, self.entry)
+        try:
+            names = [name for name in os.listdir(folder) if PACK.fullmatch(name)]
+        except OSError:
+            names = []
+        if len(names) != 1:
+            names = [name for name in self._listed() if PACK.fullmatch(name)]
+        return os.path.join(folder, names[0]) if names else None
 
     def json(self, name: str) -> dict[str, Any]:
         """The object in one of the task's JSON files, checked against the manifest.
@@ -148,25 +163,35 @@ def find_tasks(folder: Path, chain: Chain) -> list[Committed]:
     Raises:
         StateError: a task between others is missing, a task exists twice, or a folder's name is not that of a task.
     """
-    check_no_link(folder / "tasks")
-    folders: dict[int, Path] = {}
-    seen = os.listdir(folder / "tasks") if (folder / "tasks").is_dir() else ()
-    for path in (folder / "tasks" / name for name in sorted(seen) if not name.startswith(".")):
-        number, dash, name = path.name.partition("-")
+    root = folder / "tasks"
+    check_no_link(root)
+    entries: dict[int, str] = {}
+    for entry in sorted(os.listdir(root)) if root.is_dir() else ():
+        if entry.startswith("."):
+            continue
+        number, dash, name = entry.partition("-")
         if not (number.isdecimal() and len(number) < 10 and dash and name):
-            raise StateError(f"{path} is not the folder of a task (expected a name such as 0003-NAME): move it away")
-        other = folders.setdefault(int(number), path)
-        if other != path:
-            raise StateError(f"{path} and {other.name} are both task {int(number)}: move one of them away")
+            raise StateError(
+                f"{root / entry} is not the folder of a task (expected a name such as 0003-NAME): move it away"
+            )
+        other = entries.setdefault(int(number), entry)
+        if other != entry:
+            raise StateError(f"{root / entry} and {other} are both task {int(number)}: move one of them away")
     tasks: list[Committed] = []
-    for expected, (index, path) in enumerate(sorted(folders.items())):
+    for expected, (index, entry) in enumerate(sorted(entries.items())):
         if index != expected:
-            raise StateError(f"{folder / 'tasks'}: task {expected} is missing before {path.name}")
+            raise StateError(f"{root}: task {expected} is missing before {entry}")
         said = chain.said[index] if index < len(chain.said) else Said()
-        before = tasks[-1].name if tasks and not tasks[-1].pruned else START
-        name = path.name.partition("-")[2]
-        tasks.append(Committed(index, name, path, before, said.manifests, said.pruned, tasks))
+        add_task(tasks, root, entry, said)
     return tasks
+
+
+def add_task(tasks: list[Committed], root: Path, entry: str, said: Said) -> Committed:
+    """Add the task whose folder in `root` has the name `entry` to those before it."""
+    before = tasks[-1].name if tasks and not tasks[-1].pruned else START
+    name = entry.partition("-")[2]
+    tasks.append(Committed(len(tasks), name, root, entry, before, said.manifests, said.pruned, tasks))
+    return tasks[-1]
 
 
 def check_tasks(folder: Path, tasks: Sequence[Committed], chain: Chain) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import date, datetime
 from pathlib import Path
 from types import MappingProxyType
@@ -36,11 +35,11 @@ from perpetune.methods.base import Method
 from perpetune.plain import MOST_YAML, Malformed, read_json, read_regular
 from perpetune.recipe import Recipe, parse_recipe
 from perpetune.snapshot import restore, snapshot
-from perpetune.state.committed import START, Committed, check_tasks, find_tasks
-from perpetune.state.journal import Chain, Journal, chain_of
+from perpetune.state.committed import START, Committed, add_task, check_tasks, find_tasks
+from perpetune.state.journal import Chain, Journal, Said
 from perpetune.state.lock import locked
 from perpetune.state.meaning import MADE_BY, check_meaning, edited, made_by, training_digest
-from perpetune.state.prune import Keep, changes, discard, oldest_kept, put_in_force, write
+from perpetune.state.prune import Keep, Pruned, carry_out, changes, what_stays
 from perpetune.store import Index, pack
 
 
@@ -175,7 +174,7 @@ class State:
 
     def _chain(self) -> Chain:
         """What the journal says was committed and not dropped again."""
-        return chain_of(self.journal())
+        return self._journal.chain()
 
     def _found(self) -> list[Committed]:
         """The folders of tasks, unchecked."""
@@ -236,27 +235,17 @@ class State:
         stored = {"tensors.json": content, **({} if made is None else {"pack.safetensors": made})}
         documents = {**documents, MADE_BY: made_by(self.recipe, self.backbone)}
         plain = {file: to_json(content) for file, content in documents.items()}
-        write_folder(folder, {**learned, **stored, **plain, **files})
-        self._log_commit(index, name)
+        manifest = write_folder(folder, {**learned, **stored, **plain, **files})
+        add_task(tasks, folder.parent, folder.name, Said(manifest=manifest))
+        self._log_commit(tasks)
         remove_folder(self.folder / "resume")
         self._prune_rest()
 
-    def _log_commit(self, index: int, name: str) -> None:
-        """The journal's line about a task whose folder is there, with what of earlier tasks is kept from now on."""
-        chain = self._chain()
-        tasks = find_tasks(self.folder, chain)[: index + 1]
-        facts: dict[str, Any] = {"manifest": manifest_digest(tasks[index].folder)}
-        if index:
-            said = chain.said[:index]
-            told = [said[i + 1].frees if i + 1 < len(said) else None for i in range(index)]
-            frees = [
-                0 if i < chain.oldest else _alone(tasks, i) if n is None else n  # None: of an older version
-                for i, n in enumerate(told)
-            ]
-            oldest = oldest_kept(self.keep, chain.oldest, _needs(tasks[index]), frees)
-            facts |= {"frees": frees[-1]}
-            facts |= {"oldest": oldest, "by": f"run.keep: {self.keep}"} if oldest > chain.oldest else {}
-        self.log("task committed", task=index, name=name, **facts)
+    def _log_commit(self, tasks: Sequence[Committed]) -> None:
+        """The journal's line about the last task, whose folder is there, with what of earlier tasks is kept from now
+        on."""
+        last, kept = tasks[-1], what_stays(self.keep, tasks, self._chain())
+        self.log("task committed", task=last.index, name=last.name, manifest=manifest_digest(last.folder), **kept)
 
     @property
     def keep(self) -> Keep:
@@ -346,34 +335,14 @@ class State:
         if dropped and not dry_run:
             self.log("prune begun", oldest=oldest, by=by or f"prune, keep {keep}")
         if not dry_run:
-            self._prune()
+            carry_out(self.folder, self._journal)
         return done
 
-    def _prune(self) -> None:
-        """Drop what the journal says is not kept, and end what a crash interrupted."""
-        chain = self._chain()
-        if chain.written is None and chain.pruned < chain.oldest < len(chain.said):
-            tasks, number = self.committed, chain.oldest
-            found = changes(tasks, chain.pruned, number)
-            try:
-                manifests = [write(change, number) for change in found]
-            except (OSError, StateError):
-                discard([change.task.folder for change in found])
-                raise
-            self.log("prune written", tasks=[c.task.index for c in found], manifests=manifests, oldest=number)
-            chain = self._chain()
-        if chain.written is not None:
-            number, touched = chain.written["oldest"], chain.written["tasks"]
-            tasks = self._found()
-            for task in tasks:
-                if task.index in set(touched):
-                    put_in_force(task.folder, number)
-            self.log("pruned", oldest=number)
-
     def _prune_rest(self) -> None:
-        """The same, where something else was asked for: a fault is told, and the next writer tries again."""
+        """Drop what the journal says is not kept, and end what a crash interrupted. Something else was asked for, so a
+        fault is only told, and the next writer tries again."""
         try:
-            self._prune()
+            carry_out(self.folder, self._journal)
         except (OSError, StateError) as error:
             warnings.warn(f"{self.folder}: earlier tasks were not pruned: {error}", stacklevel=3)
 
@@ -439,7 +408,7 @@ class State:
         """
         begun, tasks = self._last_begun(), self._found()  # faults are for those who read them
         if begun and tasks and (begun["task"], begun["name"]) == (tasks[-1].index, tasks[-1].name):
-            self._log_commit(begun["task"], begun["name"])
+            self._log_commit(tasks)
         if self.open_task() is None:
             remove_folder(self.folder / "resume")
 
@@ -463,37 +432,6 @@ class State:
         if any(not task.manifests for task in tasks):
             manifests = [(task.manifests or (manifest_digest(task.folder),))[0] for task in tasks]
             self.log("tasks sealed", manifests=manifests)
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """What a prune did, or would do.
-
-    Attributes:
-        dropped: the names of the tasks that the state can no longer go back to.
-        kept: the names of those that it can go back to.
-        bytes: how many come free on the disk, but for the headers of packs.
-    """
-
-    dropped: list[str]
-    kept: list[str]
-    bytes: int
-
-
-def _alone(tasks: Sequence[Committed], index: int) -> int:
-    """The bytes that a rollback to a task needs alone; 0 where damage hides it, so that it is kept."""
-    try:
-        return tasks[index].alone(tasks[index + 1])
-    except StateError:
-        return 0
-
-
-def _needs(task: Committed) -> int:
-    """The bytes that a task needs; 0 where damage hides it."""
-    try:
-        return task.needs()
-    except StateError:
-        return 0
 
 
 def _unused(folder: Path) -> bool:

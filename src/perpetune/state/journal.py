@@ -25,6 +25,7 @@ class Journal:
     def __init__(self, path: Path):
         self.path = path
         self._known, self._lines, self._events = b"", 0, list[dict[str, Any]]()
+        self._chain, self._folded = Chain(), 0
 
     def append(self, event: str, facts: Mapping[str, Any]) -> None:
         """Add one line, and sync it to the disk."""
@@ -47,6 +48,7 @@ class Journal:
             raise StateError(f"{self.path} cannot be read ({error.strerror}): restore it from a backup") from None
         if not content.startswith(self._known):
             self._known, self._lines, self._events = b"", 0, []
+            self._chain, self._folded = Chain(), 0
         *lines, last = content[len(self._known) :].split(b"\n")
         events = [self._event(line, number) for number, line in enumerate(lines, self._lines + 1) if line.strip()]
         self._known, self._lines = content[: len(content) - len(last)], self._lines + len(lines)
@@ -58,6 +60,15 @@ class Journal:
         except Malformed:
             return list(self._events)
         return [*self._events, self._event(last, self._lines + 1)]
+
+    def chain(self) -> Chain:
+        """What the lines say together. The next call may change the object that this one gives."""
+        events = self.events()
+        if len(events) > len(self._events):  # a last line without its end may still become another one
+            return _folded(Chain(), events)
+        self._chain = _folded(self._chain, events[self._folded :])
+        self._folded = len(events)
+        return self._chain
 
     def _event(self, line: bytes, number: int) -> dict[str, Any]:
         where = f"{self.path}, line {number}"
@@ -113,7 +124,6 @@ class Chain:
         keep: how many tasks a rollback keeps that was begun and did not end.
         pruned: how many of the first tasks hold no more than what later ones need.
         written: the `prune written` of a prune that did not end; None if there is none.
-        sealed: whether any hash is known.
     """
 
     said: list[Said] = field(default_factory=list)
@@ -121,7 +131,11 @@ class Chain:
     keep: int | None = None
     pruned: int = 0
     written: dict[str, Any] | None = None
-    sealed: bool = False
+
+    @property
+    def sealed(self) -> bool:
+        """Whether any hash is known."""
+        return any(said.manifest for said in self.said)
 
     @property
     def oldest(self) -> int:
@@ -129,13 +143,10 @@ class Chain:
         return next((i for i, said in enumerate(self.said) if not said.pruned), len(self.said))
 
 
-def chain_of(events: Sequence[Mapping[str, Any]]) -> Chain:
-    """What events of a journal say together."""
-    chain = Chain()
+def _folded(chain: Chain, events: Sequence[Mapping[str, Any]]) -> Chain:
     for event in events:
         if event["event"] in _FOLDS:
             _FOLDS[event["event"]](chain, event)
-    chain.sealed = any(said.manifest for said in chain.said)
     return chain
 
 
@@ -155,7 +166,7 @@ def _committed(chain: Chain, event: Mapping[str, Any]) -> None:
 
 def _doomed(chain: Chain, event: Mapping[str, Any]) -> None:
     """The tasks before `oldest` can no longer be gone back to; their folders may be whole still."""
-    for said in chain.said[: event.get("oldest", 0)]:
+    for said in chain.said[chain.pruned : event.get("oldest", 0)]:
         said.pruned = said.pruned or f"{event['by']}, {str(event.get('time', ''))[:10]}"
 
 

@@ -17,8 +17,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from perpetune.errors import StateError
 from perpetune.files import (
     MANIFEST,
     check_no_link,
@@ -28,7 +29,8 @@ from perpetune.files import (
     replace_synced,
     write_synced,
 )
-from perpetune.state.committed import LEARNED, Committed
+from perpetune.state.committed import LEARNED, Committed, find_tasks
+from perpetune.state.journal import Chain, Journal
 from perpetune.store import INDEX, PACK, Held, Piece, index_bytes, opened, pack_bytes
 
 Keep = Literal["auto", "all"] | int
@@ -62,6 +64,54 @@ def oldest_kept(keep: Keep, oldest: int, needs: int, frees: Sequence[int]) -> in
     return first
 
 
+def what_stays(keep: Keep, tasks: Sequence[Committed], chain: Chain) -> dict[str, Any]:
+    """What the journal's line about the commit of the last task says of earlier ones.
+
+    Returns:
+        `frees`: the bytes that are needed for a rollback to the task before and for nothing else; and, if the state can
+        no longer go back to a task that it could go back to, `oldest` and `by`.
+    """
+    index, first = tasks[-1].index, chain.oldest
+    if index == 0:
+        return {}
+    told = [said.frees for said in chain.said[1:index]]
+    told += [None] * (index - len(told))  # the last one is new; None before it is of an older version
+    frees = [0 if i < first else _alone(tasks, i) if n is None else n for i, n in enumerate(told)]
+    oldest = oldest_kept(keep, first, _needs(tasks[-1]), frees)
+    return {"frees": frees[-1]} | ({"oldest": oldest, "by": f"run.keep: {keep}"} if oldest > first else {})
+
+
+def _alone(tasks: Sequence[Committed], index: int) -> int:
+    """The bytes that a rollback to a task needs alone; 0 where damage hides it, so that it is kept."""
+    try:
+        return tasks[index].alone(tasks[index + 1])
+    except StateError:
+        return 0
+
+
+def _needs(task: Committed) -> int:
+    """The bytes that a task needs; 0 where damage hides it."""
+    try:
+        return task.needs()
+    except StateError:
+        return 0
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What a prune did, or would do.
+
+    Attributes:
+        dropped: the names of the tasks that the state can no longer go back to.
+        kept: the names of those that it can go back to.
+        bytes: how many come free on the disk, but for the headers of packs.
+    """
+
+    dropped: list[str]
+    kept: list[str]
+    bytes: int
+
+
 @dataclass(frozen=True)
 class Change:
     """What a prune does to the folder of one task.
@@ -79,6 +129,33 @@ class Change:
     index: bytes | None
     pack: frozenset[Piece] | None
     frees: int
+
+
+def carry_out(folder: Path, journal: Journal) -> None:
+    """Drop what the journal of a state says is not kept, and end what a crash interrupted.
+
+    Raises:
+        OSError: the disk is full, or the like. Nothing is lost, and it can be done again.
+        StateError: a folder is damaged.
+    """
+    chain = journal.chain()
+    if chain.written is None and chain.pruned < chain.oldest < len(chain.said):
+        tasks, number = find_tasks(folder, chain), chain.oldest
+        found = changes(tasks, chain.pruned, number)
+        try:
+            manifests = [write(change, number) for change in found]
+        except (OSError, StateError):
+            discard([change.task.folder for change in found])
+            raise
+        told = {"tasks": [change.task.index for change in found], "manifests": manifests, "oldest": number}
+        journal.append("prune written", told)
+        chain = journal.chain()
+    if chain.written is not None:
+        number, tasks = chain.written["oldest"], find_tasks(folder, chain)
+        for index in chain.written["tasks"]:
+            if index < len(tasks):
+                put_in_force(tasks[index].folder, number)
+        journal.append("pruned", {"oldest": number})
 
 
 def changes(tasks: Sequence[Committed], pruned: int, oldest: int) -> list[Change]:
