@@ -25,6 +25,7 @@ from perpetune.fit import FitConfig, make_optimizer
 from perpetune.learner import Learner
 from perpetune.methods.base import Method
 from perpetune.recipe import Recipe, make_recipe
+from perpetune.results import read_results
 from perpetune.runtime import Runtime, Silent
 from perpetune.snapshot import SUMS, snapshot
 from perpetune.state import MidTask, State
@@ -644,6 +645,42 @@ def test_a_rolled_back_task_was_never_learned(world: Path, tmp_path: Path) -> No
         around.learn(c, name="C")
     Learner.load(tmp_path / "around").learn(c, name="C")
     assert learned(tmp_path / "around") == learned(tmp_path / "straight")
+
+
+class Notes(Silent):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+
+@pytest.mark.parametrize("way", ["asked", "recipe"])
+def test_a_pruned_state_learns_and_reports_as_one_that_keeps_all(world: Path, whole: Path, way: str) -> None:
+    """Also drift, which is measured on features of earlier tasks' test images."""
+    state, notes = State(whole), Notes()
+    with state.writing():
+        state.rollback("0-1" if way == "recipe" else "2-3")
+    if way == "asked":
+        assert Learner.load(whole).prune(1).dropped == ["0-1"]
+    else:
+        path = whole / "recipe.yaml"
+        path.write_text(path.read_text().replace("keep: auto", "keep: 1"))
+    learner = Learner.load(whole, progress=notes)
+    learner.resume()
+    assert [bool(task.pruned) for task in learner.state.committed] == [True, way == "recipe", False]
+    said = (
+        "0-1 can no longer be rolled back to, nor can more tasks as others are learned (run.keep: 1); the oldest that "
+    )
+    assert [note for note in notes.notes if "rolled back" in note] == ([f"{said}can is 2-3"] if way == "recipe" else [])
+    files, expected = State(whole).committed[-1].read(), State(world / "whole").committed[-1].read()
+    assert {n: c for n, c in files.items() if n != "timings.json"} == {
+        n: c for n, c in expected.items() if n != "timings.json"
+    }
+    found, other = read_results(State(whole)), read_results(State(world / "whole"))
+    own = {"disk", "timings", "recipe"}
+    assert {k: v for k, v in found.items() if k not in own} == {k: v for k, v in other.items() if k not in own}
+    assert sum(entry["bytes"] for entry in found["disk"]) < sum(entry["bytes"] for entry in other["disk"])
 
 
 def test_nothing_is_pickled(world: Path) -> None:

@@ -29,14 +29,14 @@ def versions() -> dict[str, str]:
 
 def read_results(state: State) -> dict[str, Any]:
     """The results document; `perpetune.report` renders it and names its fields."""
-    tasks, rows, timings, storage = [], [], [], []
+    tasks, rows, timings, storage, disk = [], [], [], [], []
     protection: list[dict[str, Any]] = []
     facts, drift, exams = [], [], list[dict[str, Any]]()
     ahead: list[dict[str, Any]] = []
     bad: list[dict[str, Any]] = []
     warnings: list[str] = []
     for committed in state.committed:
-        files, sizes = committed.read(*DOCUMENTS), committed.sizes()
+        files, (sizes, tensors) = committed.read(*DOCUMENTS), committed.stored()
         task, metrics, timing = (committed.document(files, name) for name in DOCUMENTS)
         try:
             tasks.append({k: task[k] for k in ("index", "name", "classes", "train", "test", "fingerprint")})
@@ -55,6 +55,7 @@ def read_results(state: State) -> dict[str, Any]:
             drift.append({"task": committed.index, "of": metrics.get("drift", {})})
             timings.append({"task": committed.index, **timing})
             storage.append({"task": committed.index, **{n: sizes[n] for n in (*FILES, *FIXED) if n in sizes}})
+            disk.append({"task": committed.index, "bytes": tensors})
             bad += [{"task": committed.index, **_file_and_reason(entry)} for entry in task["bad"]]
             warnings += task["warnings"]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -72,6 +73,7 @@ def read_results(state: State) -> dict[str, Any]:
         "metrics": summarise(cells, _candidates(tasks, ahead) if state.recipe.setting == "class" else tasks),
         "timings": timings,
         "storage": storage,
+        "disk": disk,
         "protection": protection,
         "facts": facts,
         "drift": drift,

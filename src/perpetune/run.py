@@ -133,7 +133,8 @@ def learn_task(method: Method, step: Step, state: State) -> None:
     metrics = {key: value for key, value in found.items() if value or key == "cells"}
     if main:
         documents = {"task.json": document, "metrics.json": metrics, "timings.json": timings}
-        state.commit(task.index, task.name, method, documents, features)
+        if said := state.commit(task.index, task.name, method, documents, features):
+            run.progress.note(said)
     run.accelerator.wait_for_everyone()
     run.checkpoints = None
     run.progress.results(read_results(state))

@@ -65,9 +65,14 @@ class Committed:
 
     def sizes(self) -> dict[str, int]:
         """The size of each of the task's files, in bytes, however little of it lies in its own folder."""
+        return self.stored()[0]
+
+    def stored(self) -> tuple[dict[str, int], int]:
+        """The size of each of the task's files, in bytes; and the bytes of tensors that lie in its own folder."""
         entries = self._listed()
         plain = {name: size for name, (size, _) in entries.items() if not _stores(name)}
-        return plain | {name: held.size for name, held in self.index_of(entries).items()}
+        tensors = sum(size for name, (size, _) in entries.items() if name in LEARNED or PACK.fullmatch(name))
+        return plain | {name: held.size for name, held in self.index_of(entries).items()}, tensors
 
     def own(self) -> int:
         """The bytes of the task's folder."""

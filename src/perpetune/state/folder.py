@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import Any
 
 from perpetune.aside import clear_noted
+from perpetune.data.names import several
 from perpetune.documents import Backbone, fault_of
 from perpetune.errors import StateError, UsageError, closest
 from perpetune.files import (
@@ -66,6 +67,7 @@ class State:
         if "checkpoint_every" not in self.recipe.run.model_fields_set:  # defaults must not fill up a torn recipe
             raise StateError(f"{folder / 'recipe.yaml'} is torn, its last key is missing: restore it from a backup")
         self._journal = Journal(folder / "journal.jsonl")
+        self._told = False  # whether a commit has said that tasks were pruned
         clear_noted(folder)  # every verb opens the state, so the next one after a killed export does this
 
     @classmethod
@@ -219,14 +221,17 @@ class State:
         method: Method,
         documents: Mapping[str, Any],
         files: Mapping[str, bytes] = MappingProxyType({}),
-    ) -> None:
+    ) -> str:
         """Store a learned task in one step, with JSON documents and other files; then delete its checkpoints, and prune
         earlier tasks as `run.keep` says.
 
         What of the method's tensors the task before has stands in the earlier folder alone (`perpetune.store`).
+
+        Returns:
+            The first time that earlier tasks are pruned, a line that names them; else nothing.
         """
         folder = self.folder / "tasks" / f"{index:04d}-{name}"
-        tasks, learned = self._found(), snapshot(method)
+        tasks, first, learned = self._found(), self._chain().oldest, snapshot(method)
         tensors = {file: learned.pop(file) for file in list(learned) if file.endswith(".safetensors")}
         earlier: Index = {}
         with contextlib.suppress(StateError):  # damage in an earlier folder is for those who read it; nothing is shared
@@ -240,6 +245,19 @@ class State:
         self._log_commit(tasks)
         remove_folder(self.folder / "resume")
         self._prune_rest()
+        return self._told_of_pruning(first)
+
+    def _told_of_pruning(self, first: int) -> str:
+        """What to say, once, where the first task that the state can go back to was `first` before."""
+        said, oldest = self._chain().said, self._chain().oldest
+        if self._told or oldest == first:
+            return ""
+        self._told = True
+        names = several([str(task.name) for task in said[first:oldest]])
+        return (
+            f"{names} can no longer be rolled back to, nor can more tasks as others are learned (run.keep: {self.keep}); "
+            f"the oldest that can is {said[oldest].name}"
+        )
 
     def _log_commit(self, tasks: Sequence[Committed]) -> None:
         """The journal's line about the last task, whose folder is there, with what of earlier tasks is kept from now
@@ -351,10 +369,10 @@ class State:
 
         Returns:
             For each task `task` (its number), `name`, `own` (the bytes of its folder), `shared` (the bytes that it has
-            in folders of earlier tasks) and `kept`: whether the state can go back to it.
+            in folders of earlier tasks) and `pruned`: by what it was, empty if the state can go back to it.
         """
         return [
-            {"task": t.index, "name": t.name, "own": t.own(), "shared": t.shared(), "kept": not t.pruned}
+            {"task": t.index, "name": t.name, "own": t.own(), "shared": t.shared(), "pruned": t.pruned}
             for t in self.committed
         ]
 
