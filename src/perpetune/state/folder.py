@@ -255,8 +255,8 @@ class State:
         self._told = True
         names = several([str(task.name) for task in said[first:oldest]])
         return (
-            f"{names} can no longer be rolled back to, nor can more tasks as others are learned (run.keep: {self.keep}); "
-            f"the oldest that can is {said[oldest].name}"
+            f"{names} can no longer be rolled back to, nor can more tasks as others are learned "
+            f"(run.keep: {self.keep}); the oldest that can is {said[oldest].name}"
         )
 
     def _log_commit(self, tasks: Sequence[Committed]) -> None:
