@@ -33,7 +33,7 @@ from typing import Any
 import perpetune.files
 import perpetune.report.page
 import perpetune.run
-import perpetune.state
+import perpetune.state.journal
 from perpetune.cli import main
 from perpetune.fit import FitConfig, fit
 from perpetune.methods.finetune import FineTune
@@ -213,7 +213,7 @@ def announce(moments: Moments) -> None:
     os.fsync = sync  # type: ignore[assignment]
     os.unlink = unlink  # type: ignore[assignment]
     shutil.rmtree = rmtree  # type: ignore[assignment]
-    perpetune.state.open = opened  # type: ignore[attr-defined]
+    perpetune.state.journal.open = opened  # type: ignore[attr-defined]
 
     middle = perpetune.state.MidTask
     begin, step = middle.begin, middle.step

@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load, save
-from tiny import picture_folder, recipe, seal, split_folder, vit_folder
+from tiny import picture_folder, recipe, seal, split_folder, task_files, vit_folder
 
 from perpetune.cli import call
 from perpetune.errors import StateError
@@ -51,7 +51,7 @@ def last(state: Path) -> Path:
 def rewrite(state: Path, name: str, change: Callable[[bytes], bytes], folder: Path | None = None) -> None:
     """Change one file of a task, by default of the last, and its entry in the manifest."""
     folder = folder or last(state)
-    files = read_folder(folder)
+    files = task_files(folder)
     shutil.rmtree(folder)
     write_folder(folder, {**files, name: change(files[name])})
 
@@ -77,7 +77,7 @@ def as_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[by
 
 
 def of_another(state: Path, world: Path) -> None:
-    other = read_folder(last(world / "other"))["head.safetensors"]
+    other = task_files(last(world / "other"))["head.safetensors"]
     rewrite(state, "head.safetensors", lambda _: other)
 
 
@@ -297,9 +297,9 @@ def test_another_backbone_json_is_named(
 
 
 def older(state: Path) -> Path:
-    """What the version before has written: no hashes in the journal, no `recipe.json`."""
-    for folder in sorted((state / "tasks").iterdir()):
-        files = {name: content for name, content in read_folder(folder).items() if name != "recipe.json"}
+    """What the version before has written: no hashes in the journal, no `recipe.json`, all tensors in each folder."""
+    for folder in sorted((state / "tasks").iterdir(), reverse=True):
+        files = {name: content for name, content in task_files(folder).items() if name != "recipe.json"}
         shutil.rmtree(folder)
         write_folder(folder, files)
     path = state / "journal.jsonl"
@@ -322,7 +322,7 @@ def test_an_older_state_is_accepted_in_one_line_and_sealed_by_the_next_writer(
         warnings.simplefilter("ignore")
         Learner.load(state).learn(world / "more", name="more")
     assert [e["event"] for e in State(state).journal()].count("tasks sealed") == 1
-    assert all(task.manifest for task in State(state).committed)
+    assert all(task.manifests for task in State(state).committed)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Learner.load(state)
@@ -379,7 +379,7 @@ def test_a_rollback_checks_all_before_it_removes_anything(
 
 
 def test_a_rollback_to_a_damaged_task_removes_nothing(state: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    path = state / "tasks" / "0001-c-d" / "head.safetensors"
+    path = state / "tasks" / "0001-c-d" / "pack.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     said = refused(["rollback", str(state), "--to", "c-d"], capfd)
     assert f"{path} is torn or was changed" in said
@@ -555,10 +555,10 @@ def test_a_field_of_the_backbone_is_named(
 
 
 MANIFESTS: list[Callable[[Any], Any]] = [
-    put("pet.safetensors", value=3),
-    put("pet.safetensors", "bytes", value=-1),
-    put("pet.safetensors", "bytes", value=True),
-    put("pet.safetensors", "sha256", value="x"),
+    put("pack.safetensors", value=3),
+    put("pack.safetensors", "bytes", value=-1),
+    put("pack.safetensors", "bytes", value=True),
+    put("pack.safetensors", "sha256", value="x"),
     put("../../recipe.yaml", value={"bytes": 1, "sha256": "0" * 64}),
     lambda _: [1],
 ]
@@ -646,7 +646,7 @@ def test_temporary_names_cannot_be_guessed(tmp_path: Path, monkeypatch: pytest.M
     assert all(re.fullmatch(r"\.report\.html\.[0-9a-f]{16}\.tmp", name) for name in names)
 
 
-@pytest.mark.parametrize("where", ["recipe.yaml", "backbone.json", "journal.jsonl", "tasks/0002-e-f/pet.safetensors"])
+@pytest.mark.parametrize("where", ["recipe.yaml", "backbone.json", "journal.jsonl", "tasks/0002-e-f/pack.safetensors"])
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
 def test_nothing_but_a_file_is_read(
     where: str, kind: str, world: Path, state: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -664,7 +664,7 @@ def test_nothing_but_a_file_is_read(
 
 
 def test_a_file_that_is_larger_than_its_manifest_says_is_not_read(world: Path, state: Path) -> None:
-    path = last(state) / "pet.safetensors"
+    path = last(state) / "pack.safetensors"
     with open(path, "ab") as file:
         file.truncate(2**40)  # a hole: nothing on the disk, and more than any memory
     with pytest.raises(StateError, match="is torn or was changed"):

@@ -29,6 +29,7 @@ from perpetune.errors import Interrupted
 from perpetune.learner import Learner
 from perpetune.recipe import load_recipe, packaged
 from perpetune.runtime import Silent
+from perpetune.state import State
 
 VERBS = [verb.__name__ for module in (learn, use, look) for verb in module.VERBS]
 RECIPES = sorted(packaged()) + sorted(
@@ -520,9 +521,15 @@ def test_report(shell: Shell, state: Path, tmp_path: Path) -> None:
     assert results.items() <= json.loads((tmp_path / "pages" / "report.json").read_text()).items()
 
 
+def table_at(lines: list[str]) -> int:
+    """Where the table of bytes begins."""
+    return next(number for number, line in enumerate(lines) if line.split() == ["task", "own", "shared"])
+
+
 def test_log(shell: Shell, world: Path) -> None:
     said = shell("log", world / "done")
-    told = [line.split(maxsplit=1)[1] for line in said.lines]
+    at = table_at(said.lines)
+    told = [line.split(maxsplit=1)[1] for line in said.lines[:at]]
     assert told == [
         "run begun       device cpu, seed 0, tasks 2",
         "task begun      0000-cat-dog, from stream",
@@ -531,14 +538,50 @@ def test_log(shell: Shell, world: Path) -> None:
         "task committed  0001-fox-owl",
     ]
     assert [e["event"] for e in shell.json("log", world / "done")] == [line[:14].rstrip() for line in told]
+    assert [line.split()[0] for line in said.lines[at:]] == ["task", "0000-cat-dog", "0001-fox-owl", "all"]
+    assert shell("log", world / "done", "--tasks").lines == said.lines[at:]
+    tasks = shell.json("log", world / "done", "--tasks")
+    assert [(entry["name"], entry["pruned"]) for entry in tasks] == [("cat-dog", ""), ("fox-owl", "")]
+    assert tasks[0]["shared"] == 0 < tasks[1]["own"]
+
+
+def test_prune(shell: Shell, world: Path, state: Path) -> None:
+    shell("update", state, "--data", world / "more", "-q")
+    asked = ["evaluate", state, "--json"]
+    before, answers = (state / "journal.jsonl").read_bytes(), shell(*asked).out
+    would = shell("prune", state, "--keep", "2", "--dry-run").lines
+    assert len(would) == 1
+    assert would[0].startswith("would drop what only a rollback to cat-dog needs; ")
+    assert would[0].endswith(f" would come free; {state} can go back to fox-owl, more")
+    assert (state / "journal.jsonl").read_bytes() == before
+    done = shell.json("prune", state, "--keep", "2")
+    assert (done["dropped"], done["kept"]) == (["cat-dog"], ["fox-owl", "more"])
+    assert done["bytes"] > 0
+    assert shell(*asked).out == answers
+    assert shell("prune", state, "--keep", "2").lines == [f"nothing to drop; {state} can go back to fox-owl, more"]
+    pruned = shell.json("log", state, "--tasks")[0]["pruned"]
+    assert pruned.startswith("perpetune prune --keep 2, 2")
+    refused = shell("rollback", state, "--to", "cat-dog", code=2)
+    assert refused.err == (
+        f"perpetune: {state} cannot go back to cat-dog, which was pruned ({pruned}); it can go back to fox-owl, more, "
+        "or to start\n"
+    )
+    said = shell("prune", state, "--keep", "0", code=2)
+    assert said.err == "perpetune: keep is 0: a whole number of tasks is expected, at least 1, for the newest\n"
+    with State(state).writing():
+        busy = shell("prune", state, "--keep", "1", code=1)
+    assert busy.err == f"perpetune: another process is writing to {state}: wait for it, or stop it\n"
+    shell("rollback", state, "--to", "start")
+    assert shell("log", state, "--tasks").lines == ["no task is learned"]
 
 
 def test_log_says_where_data_came_from(shell: Shell, world: Path, state: Path) -> None:
     shell("update", state, "--data", world / "more", "-q")
     shell("rollback", state, "--to", "fox-owl")
     said = shell("log", state)
-    assert said.lines[-4].endswith(f"task begun      0002-more, from folder {world / 'more'}")
-    assert said.lines[-1].endswith("rolled back     to fox-owl, dropped more")
+    lines = said.lines[: table_at(said.lines)]
+    assert lines[-4].endswith(f"task begun      0002-more, from folder {world / 'more'}")
+    assert lines[-1].endswith("rolled back     to fox-owl, dropped more")
 
 
 def test_compare(shell: Shell, world: Path, tmp_path: Path) -> None:

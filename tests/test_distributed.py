@@ -20,9 +20,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 from test_evaluate import SAID, Says, task_of
-from tiny import recipe, split_folder, vit_folder
+from tiny import recipe, split_folder, task_tensors, vit_folder
 from warm import Warm
 
 from perpetune.evaluate import evaluate
@@ -75,8 +74,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
 
 
 def tensors(state: Path) -> dict[str, torch.Tensor]:
-    files = sorted((state / "tasks").glob("*/*.safetensors"))
-    return {f"{p.parent.name}/{p.name}/{k}": t for p in files for k, t in load_file(p).items()}
+    return {f"{name}/{k}": t for name, found in task_tensors(state).items() for k, t in found.items()}
 
 
 def metrics(state: Path) -> list[Any]:

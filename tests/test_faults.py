@@ -153,7 +153,7 @@ def learned(state: Path) -> dict[str, bytes]:
     return {
         f"{task.folder.name}/{name}": content
         for task in State(state).committed
-        for name, content in read_folder(task.folder).items()
+        for name, content in task.read().items()
         if name != "timings.json"
     }
 
@@ -206,7 +206,7 @@ KILLS: list[tuple[str, str, int]] = [
     ("a phase has ended", "rename after */resume/00-train-finished", 2),
     ("before the evaluation", "evaluate before 0-1", 1),
     ("inside the evaluation", "evaluate before 2-3", 2),
-    ("a commit's tensors are torn", f"write half {COMMIT}/head.safetensors", 1),
+    ("a commit's tensors are torn", f"write half {COMMIT}/pack.safetensors", 1),
     ("a commit's metrics are torn", f"write half {COMMIT}/metrics.json", 1),
     ("a commit's manifest is torn", f"write half {COMMIT}/manifest.json", 1),
     ("a commit is complete but aside", "rename before */tasks/0001-2-3", 1),
@@ -240,7 +240,7 @@ TWICE: list[tuple[str, tuple[str, int], tuple[str, int]]] = [
     ("in a checkpoint, then a later one", ("step before train 4", 1), ("rename after */00-train-step-000000008", 1)),
     (
         "in a commit, then before its line",
-        (f"write half {COMMIT}/pet.safetensors", 1),
+        (f"write half {COMMIT}/pack.safetensors", 1),
         ("log half task committed 2-3", 1),
     ),
     (
@@ -395,7 +395,7 @@ PROTECTING: list[tuple[str, str, int]] = [
     ("before the first task's pass", "protect before 1", 1),
     ("in the first task's pass", "protect batch", 6),
     ("after the first task's pass", "protect after 2", 1),
-    ("the memory is torn in a commit", "write half */tasks/.0000-0-1.tmp/protect.safetensors", 1),
+    ("the memory is torn in a commit", "write half */tasks/.0000-0-1.tmp/pack.safetensors", 1),
     ("in the second task", "step after train 5", 2),
     ("before the second task's pass", "protect before 2", 1),
     ("a commit is there and not in the journal", "rename after */tasks/0001-2-3", 1),

@@ -276,8 +276,9 @@ def learned(world: Path, folder: Path, oracle: bool | str, **changed: Any) -> tu
     train = {"epochs": 3, "batch_size": 8, "lr": 0.05}
     content = recipe(world / "vit", world / "data", **{"train": train, **changed})
     results = Learner({**content, "evaluate": {"oracle": oracle}}, folder).run()
-    files = sorted((folder / "tasks").glob("*/*.safetensors"))
-    return results, {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+    files = sorted((folder / "tasks").glob("*/*"))
+    stored = {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+    return results, {name: digest for name, digest in stored.items() if name.endswith("/pack.safetensors")}
 
 
 def counts(results: dict[str, Any], oracle: bool) -> list[list[int | None]]:

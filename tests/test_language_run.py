@@ -15,17 +15,16 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 from test_distributed import finish, start_warm
 from test_distributed import tensors as tensors_of
-from tiny import CHAT, seal, tiny_language_model, tiny_tokenizer
+from tiny import CHAT, seal, task_files, task_tensors, tiny_language_model, tiny_tokenizer
 from warm import Warm
 
 from perpetune.cli import call
 from perpetune.data.texts.tables import Text
 from perpetune.data.texts.view import TextView
 from perpetune.errors import DataError, Interrupted, StateError, UsageError
-from perpetune.files import read_folder, to_json, write_folder
+from perpetune.files import to_json, write_folder
 from perpetune.fit import FitConfig, _order
 from perpetune.learner import Learner
 from perpetune.methods.joint import union
@@ -418,7 +417,7 @@ def test_padding_is_not_protected(kind: str, folders: dict[str, Path], data: Pat
         content = recipe(folders[kind], protect={"energy": 0.9}, evaluate={"batch_size": size})
         learner = Learner(content, tmp_path / f"state{size}")
         results = learner.learn(path, holdout=0.0)
-        stored.append(load_file(next((tmp_path / f"state{size}").glob("tasks/*/protect.safetensors"))))
+        stored.append(task_tensors(tmp_path / f"state{size}")["0000-mixed/protect.safetensors"])
         tokens = sum(learner._tasks._tasks[0].train.lengths)  # type: ignore[attr-defined]
         assert results["protection"][0]["rows"] == tokens
     alone, beside = stored
@@ -761,7 +760,7 @@ def test_a_template_is_told_the_day_of_init(
     with pytest.raises(StateError, match='date is null, and was "2026-02-01" when task new was learned'):
         Learner.load(tmp_path / "state")
     task = later.state.committed[-1].folder  # as earlier versions wrote it
-    files = read_folder(task)
+    files = task_files(task)
     shutil.rmtree(task)
     made_by = {key: value for key, value in json.loads(files["recipe.json"]).items() if key != "model"}
     write_folder(task, {**files, "recipe.json": to_json(made_by)})

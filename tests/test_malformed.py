@@ -15,10 +15,10 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load, save
-from tiny import picture_folder, recipe, seal, vit_folder
+from tiny import picture_folder, recipe, seal, task_files, vit_folder
 
 from perpetune.cli import call
-from perpetune.files import MANIFEST, read_folder, write_folder
+from perpetune.files import MANIFEST, write_folder
 from perpetune.learner import Learner
 
 CLASSES = ("cat", "dog", "fox", "owl")
@@ -674,7 +674,7 @@ def predict_with_nothing_learned(p: Place) -> list[str]:
 
 def rewrite(folder: Path, name: str, change: Callable[[bytes], bytes]) -> None:
     """Change one file of a task's folder and make the manifest fit: a writer's fault, not a torn file."""
-    files = read_folder(folder)
+    files = task_files(folder)
     shutil.rmtree(folder)
     write_folder(folder, {**files, name: change(files[name])})
     seal(folder.parent.parent)
@@ -736,28 +736,28 @@ def state_with_a_torn_journal(p: Place) -> list[str]:
     return ["log", str(state)]
 
 
-@case(1, "pet.safetensors", "torn or was changed", "perpetune rollback", "--to cat-dog")
+@case(1, "pack.safetensors", "torn or was changed", "perpetune rollback", "--to cat-dog")
 def state_with_torn_tensors(p: Place) -> list[str]:
     state = p.state()
-    path = last_task(state) / "pet.safetensors"
+    path = last_task(state) / "pack.safetensors"
     path.write_bytes(path.read_bytes()[:-7])
     return p.predict(state)
 
 
-@case(1, "head.safetensors", "torn or was changed", "perpetune rollback", "--to cat-dog")
+@case(1, "pack.safetensors", "torn or was changed", "perpetune rollback", "--to cat-dog")
 def state_with_one_bit_changed(p: Place) -> list[str]:
     state = p.state()
-    path = last_task(state) / "head.safetensors"
+    path = last_task(state) / "pack.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     return p.predict(state)
 
 
-@case(1, "head.safetensors", "No such file", "restore")
+@case(1, "pack.safetensors", "No such file", "restore")
 def state_with_a_missing_file(p: Place) -> list[str]:
     state = p.state()
-    (last_task(state) / "head.safetensors").unlink()
+    (last_task(state) / "pack.safetensors").unlink()
     return p.predict(state)
 
 

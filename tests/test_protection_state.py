@@ -14,12 +14,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
-from tiny import every, picture_folder, recipe, seal, split_folder, vit_folder
+from tiny import every, picture_folder, recipe, seal, split_folder, task_files, task_tensors, vit_folder
 from torch import Tensor, nn
 
 from perpetune.errors import Interrupted, PerpetuneError, StateError
-from perpetune.files import MANIFEST, read_folder, write_folder
+from perpetune.files import MANIFEST, write_folder
 from perpetune.learner import Learner
 from perpetune.protection.config import ProtectConfig
 from perpetune.report.sections.protection import newly_full
@@ -77,7 +76,7 @@ def learned(state: Path, *names: str) -> dict[str, bytes]:
     return {
         f"{task.folder.name}/{name}": content
         for task in State(state).committed
-        for name, content in read_folder(task.folder).items()
+        for name, content in task.read().items()
         if (name in names if names else name != "timings.json")
     }
 
@@ -103,8 +102,8 @@ def test_the_first_task_is_learned_the_same_with_and_without(world: World, tmp_p
         ours, theirs = learned(tmp_path / "with", name), learned(tmp_path / "without", name)
         same = [ours[task] == theirs[task] for task in ours]
         assert same == [True, False, False], name
-    assert (tmp_path / "with" / "tasks" / "0000-a-b" / MEMORY).is_file()
-    assert not list((tmp_path / "without").rglob(MEMORY))
+    assert MEMORY in State(tmp_path / "with").committed[0].sizes()
+    assert not any(MEMORY in task.sizes() for task in State(tmp_path / "without").committed)
 
 
 @pytest.mark.parametrize("protect", [{"energy": 0.0}, {"directions": "none"}])
@@ -126,7 +125,7 @@ def test_a_site_without_room_is_told_once_and_stays(world: World, tmp_path: Path
     assert "2 of 4 sites no longer learn, because they have no room left" in str(told[0])
     assert "4 of 4 sites" in str(told[1])
     assert told[2] is None
-    values = [load_file(p) for p in sorted((tmp_path / "state").glob("tasks/*/pet.safetensors"))]
+    values = [t for name, t in task_tensors(tmp_path / "state").items() if name.endswith("/pet.safetensors")]
     ups = [name for name in values[0] if ".up." in name]
     assert len(ups) == len(full)
     assert all(torch.equal(values[0][name], later[name]) for name in ups for later in values[1:])
@@ -415,13 +414,13 @@ def test_what_protect_says_of_tasks_to_come_can_be_changed(
 def test_a_torn_memory_is_told(states: dict[str, Path], tmp_path: Path) -> None:
     state = Path(shutil.copytree(states["protected"], tmp_path / "state"))
     folder = State(state).committed[-1].folder
-    torn = folder / MEMORY
+    torn = folder / "pack.safetensors"
     torn.write_bytes(torn.read_bytes()[:-10])
     with pytest.raises(StateError) as error:
         Learner.load(state)
-    assert MEMORY in str(error.value)
+    assert str(torn) in str(error.value)
     assert "rollback" in str(error.value)
-    files = read_folder(states["protected"] / "tasks" / folder.name)
+    files = task_files(states["protected"] / "tasks" / folder.name)
     shutil.rmtree(folder)
     write_folder(folder, {name: content for name, content in files.items() if name not in (MEMORY, MANIFEST)})
     seal(state)
@@ -435,9 +434,8 @@ def test_the_memory_holds_no_data(world: World, tmp_path: Path) -> None:
     sizes = []
     for samples in (2, "all"):
         Learner(world.recipe(protect={**PROTECT, "samples": samples}), tmp_path / str(samples)).run()
-        tensors: list[dict[str, Tensor]] = [
-            load_file(p) for p in sorted((tmp_path / str(samples)).glob(f"tasks/*/{MEMORY}"))
-        ]
+        stored = task_tensors(tmp_path / str(samples))
+        tensors: list[dict[str, Tensor]] = [t for name, t in stored.items() if name.endswith(f"/{MEMORY}")]
         for task in tensors:
             vectors = {n: t for n, t in task.items() if n.endswith("vectors")}
             assert all(t.shape[1] <= t.shape[0] / 2 for t in vectors.values())

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import every, picture_folder, recipe, split_folder, vit_folder
+from tiny import every, picture_folder, recipe, split_folder, task_files, vit_folder
 
 from perpetune import Learner
 from perpetune.cli import call
@@ -119,8 +119,8 @@ class Counts(Silent):
 
 def tensors(state: Path) -> dict[str, str]:
     """A hash of each file of tensors of the last task."""
-    last = max((state / "tasks").iterdir())
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(last.glob("*.safetensors"))}
+    files = task_files(max((state / "tasks").iterdir()))
+    return {name: hashlib.sha256(files[name]).hexdigest() for name in sorted(files) if name.endswith(".safetensors")}
 
 
 def interrupted(world: Path, kind: str, whole: bool) -> Path:

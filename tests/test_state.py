@@ -25,6 +25,7 @@ from perpetune.fit import FitConfig, make_optimizer
 from perpetune.learner import Learner
 from perpetune.methods.base import Method
 from perpetune.recipe import Recipe, make_recipe
+from perpetune.results import read_results
 from perpetune.runtime import Runtime, Silent
 from perpetune.snapshot import SUMS, snapshot
 from perpetune.state import MidTask, State
@@ -104,7 +105,7 @@ def test_a_state_of_somebody_else_is_not_changed(state: State, monkeypatch: pyte
     def denied(path: Any, *more: Any, **further: Any) -> int:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr("perpetune.state.os.open", denied)
+    monkeypatch.setattr("perpetune.state.lock.os.open", denied)
     said = f"^{re.escape(str(state.folder))} cannot be changed: Permission denied$"
     with pytest.raises(StateError, match=said), state.writing():
         pass
@@ -425,7 +426,7 @@ def test_the_second_of_two_learners_is_told(world: Path, tmp_path: Path) -> None
 # -- torn folders -------------------------------------------------------------------------------------------
 
 TASK_FILES = [
-    *("pet.safetensors", "head.safetensors", "method.safetensors", "features.safetensors"),
+    *("pack.safetensors", "tensors.json", "features.safetensors"),
     *("extra.json", "recipe.json", "task.json", "metrics.json", "timings.json", MANIFEST),
 ]
 
@@ -531,7 +532,7 @@ def test_checkpoints_of_another_task_or_of_other_data_are_dropped(world: Path, t
 def test_a_torn_last_task_is_rolled_back_as_the_error_says(
     world: Path, whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = whole / "tasks" / "0002-4-5" / "head.safetensors"
+    path = whole / "tasks" / "0002-4-5" / "pack.safetensors"
     path.write_bytes(path.read_bytes()[:-9])
     assert call(["report", str(whole)]) == 0  # it reads what is told of the run, not what was learned
     capsys.readouterr()
@@ -644,6 +645,42 @@ def test_a_rolled_back_task_was_never_learned(world: Path, tmp_path: Path) -> No
         around.learn(c, name="C")
     Learner.load(tmp_path / "around").learn(c, name="C")
     assert learned(tmp_path / "around") == learned(tmp_path / "straight")
+
+
+class Notes(Silent):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+
+@pytest.mark.parametrize("way", ["asked", "recipe"])
+def test_a_pruned_state_learns_and_reports_as_one_that_keeps_all(world: Path, whole: Path, way: str) -> None:
+    """Also drift, which is measured on features of earlier tasks' test images."""
+    state, notes = State(whole), Notes()
+    with state.writing():
+        state.rollback("0-1" if way == "recipe" else "2-3")
+    if way == "asked":
+        assert Learner.load(whole).prune(1).dropped == ["0-1"]
+    else:
+        path = whole / "recipe.yaml"
+        path.write_text(path.read_text().replace("keep: auto", "keep: 1"))
+    learner = Learner.load(whole, progress=notes)
+    learner.resume()
+    assert [bool(task.pruned) for task in learner.state.committed] == [True, way == "recipe", False]
+    said = (
+        "0-1 can no longer be rolled back to, nor can more tasks as others are learned (run.keep: 1); the oldest that "
+    )
+    assert [note for note in notes.notes if "rolled back" in note] == ([f"{said}can is 2-3"] if way == "recipe" else [])
+    files, expected = State(whole).committed[-1].read(), State(world / "whole").committed[-1].read()
+    assert {n: c for n, c in files.items() if n != "timings.json"} == {
+        n: c for n, c in expected.items() if n != "timings.json"
+    }
+    found, other = read_results(State(whole)), read_results(State(world / "whole"))
+    own = {"disk", "timings", "recipe"}
+    assert {k: v for k, v in found.items() if k not in own} == {k: v for k, v in other.items() if k not in own}
+    assert sum(entry["bytes"] for entry in found["disk"]) < sum(entry["bytes"] for entry in other["disk"])
 
 
 def test_nothing_is_pickled(world: Path) -> None:

@@ -15,8 +15,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load
+from torch import Tensor
 
 from perpetune.seeding import numpy_generator, own_global_state
+from perpetune.state.committed import find_tasks
+from perpetune.state.journal import Chain
 
 SIZE = 16
 
@@ -358,6 +362,21 @@ def package(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: str)
     (folder / f"{name}.py").write_text(code)
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+def task_files(folder: Path) -> dict[str, bytes]:
+    """The files of a committed task, by name, as if its folder held all of them; nothing is checked by the journal."""
+    return next(task for task in find_tasks(folder.parent.parent, Chain()) if task.folder == folder).read()
+
+
+def task_tensors(state: Path) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each safetensors file of each task, by `FOLDER/FILE`."""
+    return {
+        f"{task.folder.name}/{name}": load(content)
+        for task in find_tasks(state, Chain())
+        for name, content in sorted(task.read().items())
+        if name.endswith(".safetensors")
+    }
 
 
 def seal(state: Path) -> None:

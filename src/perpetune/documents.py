@@ -155,6 +155,37 @@ class Timings(Document):
     device: str = ""
 
 
+class Pieces(Document):
+    """The parts of one file in `tensors.json`, in their order: of each its hash, its size, and whose pack holds it."""
+
+    sha256: list[Sha256]
+    bytes: list[Count]
+    task: list[Count]
+
+
+class TensorFile(Document):
+    """One file in `tensors.json`. It has no pieces once it was pruned."""
+
+    bytes: Count
+    pieces: Pieces | None = None
+
+    @model_validator(mode="after")
+    def _agrees(self) -> TensorFile:
+        if self.pieces is not None:
+            sizes = self.pieces.bytes
+            if not len(self.pieces.sha256) == len(sizes) == len(self.pieces.task):
+                raise ValueError("pieces: the lists are not of one length")
+            if sum(sizes) != self.bytes:
+                raise ValueError(f"the pieces have {sum(sizes)} bytes together, and the file has {self.bytes}")
+        return self
+
+
+class Tensors(Document):
+    """`tensors.json` of a committed task."""
+
+    files: dict[str, TensorFile]
+
+
 class Position(Document):
     """`position.json` of a checkpoint."""
 
@@ -190,6 +221,9 @@ class TaskCommitted(Document):
     task: Annotated[int, Field(ge=0, le=10**6)]
     name: str
     manifest: Sha256 | None = None
+    frees: Count | None = None
+    oldest: Count = 0
+    by: str = ""
 
 
 class TaskTimed(Document):
@@ -216,6 +250,27 @@ class TasksSealed(Document):
     manifests: list[Sha256]
 
 
+class PruneBegun(Document):
+    oldest: Count
+    by: str
+
+
+class PruneWritten(Document):
+    tasks: list[Count]
+    manifests: list[Sha256]
+    oldest: Count
+
+    @model_validator(mode="after")
+    def _agrees(self) -> PruneWritten:
+        if len(self.tasks) != len(self.manifests):
+            raise ValueError("tasks and manifests are not of one length")
+        return self
+
+
+class Pruned(Document):
+    oldest: Count
+
+
 EVENTS: dict[str, type[Document]] = {
     "run begun": RunBegun,
     "task begun": TaskBegun,
@@ -224,6 +279,9 @@ EVENTS: dict[str, type[Document]] = {
     "rollback begun": RollbackBegun,
     "rolled back": RolledBack,
     "tasks sealed": TasksSealed,
+    "prune begun": PruneBegun,
+    "prune written": PruneWritten,
+    "pruned": Pruned,
 }
 """The events of `journal.jsonl`; others may be there too."""
 

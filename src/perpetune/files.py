@@ -52,12 +52,8 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> str:
     aside = _aside(path, "tmp")
     try:
         aside.mkdir()
-        for name, content in files.items():
-            _write_synced(aside / name, content)
-        hashes = {name: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for name, c in files.items()}
-        manifest = to_json(hashes)
-        _write_synced(aside / MANIFEST, manifest)
-        _sync_folder(aside)
+        manifest = manifest_of({name: entry_of(content) for name, content in files.items()})
+        write_synced(aside, {**files, MANIFEST: manifest})
         os.rename(aside, path)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
@@ -66,20 +62,45 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> str:
     return hashlib.sha256(manifest).hexdigest()
 
 
+def entry_of(content: bytes) -> tuple[int, str]:
+    """The size and the SHA-256 of a file, as a manifest has them."""
+    return len(content), hashlib.sha256(content).hexdigest()
+
+
+def manifest_of(entries: Mapping[str, tuple[int, str]]) -> bytes:
+    """A manifest, from the size and the SHA-256 of each file."""
+    return to_json({name: {"bytes": size, "sha256": digest} for name, (size, digest) in entries.items()})
+
+
+def write_synced(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write new files into a folder, and sync them and the folder to the disk."""
+    for name, content in files.items():
+        _write_synced(folder / name, content)
+    _sync_folder(folder)
+
+
+def replace_synced(source: Path, target: Path) -> None:
+    """Give the file `source` the name `target` in the same folder, in the place of what has that name."""
+    os.replace(source, target)
+    _sync_folder(target.parent)
+
+
 def about(error: OSError, path: Path) -> OSError:
     """`error`, with the name that a user knows in the place of a temporary one."""
     return error if error.errno is None else OSError(error.errno, error.strerror, str(path))  # of the class of errno
 
 
-def listed(path: Path, cure: str = "restore it from a backup", digest: str | None = None) -> dict[str, tuple[int, str]]:
+def listed(
+    path: Path, cure: str = "restore it from a backup", digests: Collection[str] = ()
+) -> dict[str, tuple[int, str]]:
     """The size and the SHA-256 of each file in a folder from `write_folder`, as its manifest gives them.
 
     Args:
         cure: the end of the error message: what the user can do about a damaged folder.
-        digest: the SHA-256 that the manifest must have; None where nobody knows it.
+        digests: one of them is the SHA-256 that the manifest must have; none where nobody knows it.
 
     Raises:
-        StateError: the manifest is missing or damaged, or another one than `digest` says.
+        StateError: the manifest is missing or damaged, or another one than `digests` say.
     """
     try:
         content = read_regular(path / MANIFEST, MOST_MANIFEST)
@@ -87,7 +108,7 @@ def listed(path: Path, cure: str = "restore it from a backup", digest: str | Non
         found = {_plain(name): _entry(entry) for name, entry in hashes.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise StateError(f"{path / MANIFEST} is missing or torn ({_reason(error)}): {cure}") from None
-    if digest is not None and hashlib.sha256(content).hexdigest() != digest:
+    if digests and hashlib.sha256(content).hexdigest() not in digests:
         raise StateError(
             f"{path / MANIFEST} is not the one that was written when the task was committed (the journal has its "
             f"hash): the folder is another one's, or was changed: {cure}"
@@ -109,22 +130,26 @@ def read_folder(
     path: Path,
     cure: str = "restore it from a backup",
     only: Collection[str] | None = None,
-    digest: str | None = None,
+    digests: Collection[str] = (),
 ) -> dict[str, bytes]:
     """The contents of the files in a folder from `write_folder`, by name.
 
     Args:
         cure: the end of the error message: what the user can do about a damaged folder.
         only: names of files; only those of them that exist are read. None reads all files.
-        digest: the SHA-256 that the manifest must have; None where nobody knows it.
+        digests: one of them is the SHA-256 that the manifest must have; none where nobody knows it.
 
     Raises:
         StateError: a file is missing, damaged or changed; the message names it.
     """
+    entries = listed(path, cure, digests)
+    return read_listed(path, {name: e for name, e in entries.items() if only is None or name in only}, cure)
+
+
+def read_listed(path: Path, entries: Mapping[str, tuple[int, str]], cure: str) -> dict[str, bytes]:
+    """The contents of some files in a folder, by name, checked against their `entries` in its manifest."""
     files = {}
-    for name, (size, expected) in listed(path, cure, digest).items():
-        if only is not None and name not in only:
-            continue
+    for name, (size, expected) in entries.items():
         try:
             there = os.stat(path / name).st_size
             content = read_regular(path / name, size) if there == size else b""

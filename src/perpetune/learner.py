@@ -36,7 +36,7 @@ from perpetune.run import run
 from perpetune.runtime import Progress, Runtime, Silent
 from perpetune.sequence import STREAM, Data, TaskSequence, moved
 from perpetune.snapshot import restore, snapshot
-from perpetune.state import START, State
+from perpetune.state import START, Pruned, State
 from perpetune.tasks import Batch, Task, captioned
 
 if TYPE_CHECKING:
@@ -200,6 +200,25 @@ class Learner:
                 )
         with state.writing():
             state.relocate(recipe if recipe != state.recipe else None, spec, data)
+
+    def prune(self, keep: int, *, dry_run: bool = False) -> Pruned:
+        """Free the disk of what only a rollback to old tasks needs. Predictions, results and reports stay as they are.
+
+        Args:
+            keep: how many of the newest tasks can still be rolled back to, the newest one among them.
+            dry_run: whether nothing is changed.
+
+        Returns:
+            The names of the tasks that are dropped and kept, and how many bytes come free.
+
+        Raises:
+            UsageError: `keep` is less than 1.
+            StateError: another process writes to the state, or a folder is damaged.
+        """
+        if dry_run:
+            return self.state.prune(keep, dry_run=True)
+        with self.state.writing():
+            return self.state.prune(keep, by=f"Learner.prune, keep {keep}")
 
     def _build(self, recipe: Recipe, progress: Progress | None, device: str | None = None) -> None:
         self.recipe = recipe

@@ -129,7 +129,7 @@ class EvaluateSection(Section):
 
 
 class RunSection(Section):
-    """Where it runs. Nothing here changes what is learned, but for `precision`."""
+    """Where it runs, and what stays on the disk. Nothing here changes what is learned, but for `precision`."""
 
     device: str = "auto"
     precision: Precision = "no"
@@ -137,6 +137,10 @@ class RunSection(Section):
     """Processes that load images."""
     threads: Annotated[int, Field(ge=1)] | None = None
     """CPU threads of torch; None leaves torch's own choice."""
+    keep: Literal["auto", "all"] | Annotated[int, Field(ge=1)] = "auto"
+    """How many of the newest tasks can be rolled back to, the newest one among them. With `auto`, the earlier tasks
+    together take at most as many bytes of their own as the newest needs alone, or 16 MB if that is more; the one before
+    the newest is always kept. What is not kept is dropped after a commit."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 200
     """Optimizer steps between two checkpoints inside a task."""
 

@@ -29,7 +29,7 @@ def versions() -> dict[str, str]:
 
 def read_results(state: State) -> dict[str, Any]:
     """The results document; `perpetune.report` renders it and names its fields."""
-    tasks, rows, timings, storage = [], [], [], []
+    tasks, rows, timings, storage, disk = [], [], [], [], []
     protection: list[dict[str, Any]] = []
     facts, drift, exams = [], [], list[dict[str, Any]]()
     ahead: list[dict[str, Any]] = []
@@ -39,7 +39,7 @@ def read_results(state: State) -> dict[str, Any]:
     timed = {e["name"]: {k: e[k] for k in ("commit_s", "report_s")} for e in journal if e["event"] == "task timed"}
     warnings: list[str] = []
     for committed in state.committed:
-        files, sizes = committed.read(*DOCUMENTS), committed.sizes()
+        files, (sizes, tensors) = committed.read(*DOCUMENTS), committed.stored()
         task, metrics, timing = (committed.document(files, name) for name in DOCUMENTS)
         try:
             tasks.append({k: task[k] for k in ("index", "name", "classes", "train", "test", "fingerprint")})
@@ -60,6 +60,7 @@ def read_results(state: State) -> dict[str, Any]:
             if not_asked := metrics.get("not_asked"):
                 left_out.append({"task": committed.index, "of": list(not_asked)})
             storage.append({"task": committed.index, **{n: sizes[n] for n in (*FILES, *FIXED) if n in sizes}})
+            disk.append({"task": committed.index, "bytes": tensors})
             bad += [{"task": committed.index, **_file_and_reason(entry)} for entry in task["bad"]]
             warnings += task["warnings"]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -82,6 +83,7 @@ def read_results(state: State) -> dict[str, Any]:
         **({"not_asked": left_out} if left_out else {}),
         "timings": timings,
         "storage": storage,
+        "disk": disk,
         "protection": protection,
         "facts": facts,
         "drift": drift,

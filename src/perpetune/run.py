@@ -164,7 +164,8 @@ def learn_task(method: Method, step: Step, state: State, kept: KeptFeatures) -> 
     done = time.perf_counter()
     if main:
         documents = {"task.json": document, "metrics.json": metrics, "timings.json": timings}
-        state.commit(task.index, task.name, method, documents, features)
+        if said := state.commit(task.index, task.name, method, documents, features):
+            run.progress.note(said)
     run.accelerator.wait_for_everyone()
     run.checkpoints = None
     committed = time.perf_counter()

@@ -298,6 +298,37 @@ def rollback(
         print(f"{message}; {state} has {', '.join(kept) or 'no learned tasks'}")
 
 
+def prune(
+    state: StateFolder,
+    keep: Annotated[int, typer.Option(metavar="N", help="How many of the newest tasks can still be rolled back to.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be dropped, and change nothing.")] = False,
+    json: Json = False,
+) -> None:
+    """Free the disk of what only a rollback to old tasks needs, such as `perpetune prune birds --keep 12`.
+
+    Predictions, results and reports stay as they are.
+    """
+    from contextlib import nullcontext
+
+    from perpetune.cli.common import print_json
+    from perpetune.report import form
+    from perpetune.state import State
+
+    opened = State(state)
+    with nullcontext() if dry_run else opened.writing():
+        done = opened.prune(keep, dry_run=dry_run, by=f"perpetune prune --keep {keep}")
+    if json:
+        print_json({"dropped": done.dropped, "kept": done.kept, "bytes": done.bytes})
+    elif not done.dropped:
+        print(f"nothing to drop; {state} can go back to {', '.join(done.kept) or 'no task'}")
+    else:
+        would, comes = ("would drop", "would come") if dry_run else ("dropped", "came")
+        print(
+            f"{would} what only a rollback to {', '.join(done.dropped)} needs; {form.size(done.bytes)} {comes} free; "
+            f"{state} can go back to {', '.join(done.kept)}"
+        )
+
+
 def relocate(
     state: StateFolder,
     model: Annotated[str | None, typer.Option(help="Where the model is now: folder:PATH, hf:ID_OR_FOLDER, …")] = None,
@@ -351,4 +382,4 @@ def _finish(learner: Any, results: dict[str, Any], json: bool) -> None:
         print(f"report: {folder / 'report.html'}")
 
 
-VERBS = (run, init, update, resume, rollback, relocate)
+VERBS = (run, init, update, resume, rollback, prune, relocate)

@@ -44,19 +44,57 @@ def report(
         show_headroom(found)
 
 
-def log(state: StateFolder, json: Json = False) -> None:
-    """Print what happened to a state, event by event."""
+def log(
+    state: StateFolder,
+    tasks: Annotated[
+        bool, typer.Option("--tasks", help="Only the bytes of each task, and to which `rollback` can go.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Print what happened to a state, event by event, and the bytes of each task."""
     from perpetune.cli.common import print_json
+    from perpetune.errors import StateError
     from perpetune.state import State
 
-    events = State(state).journal()
+    opened = State(state)
+    events = opened.journal()
     if json:
-        print_json(events)
+        print_json(opened.storage() if tasks else events)
+        return
+    if tasks:
+        print("\n".join(_bytes(opened.storage())) or "no task is learned")
         return
     if not events:
         print("nothing has happened yet")
     for event in events:
         print(f"{event.get('time', '')}  {event['event']:<14}  {_facts(event)}")
+    try:
+        lines = _bytes(opened.storage())
+    except StateError as error:  # the log is for those who look for what is wrong
+        lines = [f"the bytes of the tasks are not known: {error}"]
+    if lines:
+        print("\n" + "\n".join(lines))
+
+
+def _bytes(storage: list[dict[str, Any]]) -> list[str]:
+    """A table of what each task takes on the disk: what is in its folder, and what it has in those of earlier tasks."""
+    from perpetune.report import form
+
+    if not storage:
+        return []
+    rows = [["task", "own", "shared", ""]]
+    rows += [
+        [
+            f"{entry['task']:04d}-{entry['name']}",
+            form.size(entry["own"]),
+            "" if entry["pruned"] else form.size(entry["shared"]),
+            f"pruned ({entry['pruned']})" if entry["pruned"] else "",
+        ]
+        for entry in storage
+    ]
+    width = max(len(row[0]) for row in rows)
+    lines = [f"{name:<{width}}  {own:>8}  {shared:>8}  {said}".rstrip() for name, own, shared, said in rows]
+    return [*lines, f"{'all':<{width}}  {form.size(sum(entry['own'] for entry in storage)):>8}"]
 
 
 def compare(
@@ -209,7 +247,7 @@ def check(
         raise typer.Exit(1)
 
 
-HIDDEN = {"time", "event", "versions", "fingerprint", "task", "name", "manifest", "manifests", "keep"}
+HIDDEN = {"time", "event", "versions", "fingerprint", "task", "name", "manifest", "manifests", "keep", "frees"}
 """What `log` does not print of an event, or prints elsewhere."""
 
 

@@ -189,7 +189,9 @@ class Results(TypedDict):
 
     Attributes:
         cells: a row for each task learned so far, a column for each task; None is not measured.
-        storage: for each task `{"task": index, file kind: bytes, …}`.
+        storage: for each task `{"task": index, file kind: bytes, …}`, as if it stored all that it needs.
+        disk: for each task `{"task": index, "bytes": bytes}`, what is in its own folder of the tensors in `storage`;
+            tasks share what is the same. Older documents do not have it.
         facts, drift: one entry after each task; an entry may be empty. Older documents do not have them.
         exams: in the order in which they were taken; absent if the recipe has none.
         not_asked: the tasks that were not asked after others; absent if all were.
@@ -213,6 +215,7 @@ class Results(TypedDict):
     metrics: Metrics
     timings: list[Timing]
     storage: list[dict[str, int]]
+    disk: NotRequired[list[dict[str, int]]]
     protection: NotRequired[list[Consolidation]]
     facts: NotRequired[list[Facts]]
     drift: NotRequired[list[Moved]]
@@ -285,6 +288,7 @@ def _check_sizes(results: Results, where: str) -> None:
     named: dict[str, Sequence[Mapping[str, Any]]] = {
         "timings": results["timings"],
         "storage": results["storage"],
+        "disk": results.get("disk", []),
         "protection": results.get("protection", []),
         "facts": results.get("facts", []),
         "drift": results.get("drift", []),

@@ -21,7 +21,10 @@ class StorageRow:
 
 
 def section(results: Results) -> list[Block]:
-    note = "The files that the run keeps on disk. The frozen backbone is not among them; it is stored once, elsewhere."
+    note = (
+        "What the run keeps of the model. Tasks share on the disk what is the same in both. The frozen backbone is not "
+        "counted; it is stored once, elsewhere."
+    )
     listed, backbone, stored = storage_rows(results), backbone_bytes(results), stored_bytes(results)
     if not listed:
         return [Heading("Storage"), Text(note), Panel([Text("The run has recorded no files.")])]
@@ -31,8 +34,11 @@ def section(results: Results) -> list[Block]:
         [Cell(row.kind, swatch=colour), form.size(row.last), form.size(row.total), form.relative(row.total, backbone)]
         for row, colour in zip(listed, colours, strict=True)
     ]
+    last, total = sum(row.last for row in listed), sum(row.total for row in listed)
+    shared: Rows = [["all, each thing once for every task", form.size(last), form.size(total), ""]]
     foot: Rows = [
-        [Cell("all", style="best"), "", Cell(form.size(stored), style="best"), form.relative(stored, backbone)],
+        *(shared if "disk" in results else []),
+        [Cell("on the disk", style="best"), "", Cell(form.size(stored), style="best"), form.relative(stored, backbone)],
         ["backbone, as float32", "", form.size(backbone), ""],
     ]
     bar = Shares([(colour, row.total) for row, colour in zip(listed, colours, strict=True)])
@@ -47,4 +53,7 @@ def storage_rows(results: Results) -> list[StorageRow]:
 
 
 def stored_bytes(results: Results) -> int:
+    """What the tasks take on the disk together. Older versions stored all for every task."""
+    if "disk" in results:
+        return sum(entry["bytes"] for entry in results["disk"])
     return sum(row.total for row in storage_rows(results))

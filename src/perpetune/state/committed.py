@@ -1,0 +1,228 @@
+"""Tasks that have been learned and stored."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from perpetune.documents import Document, Metrics, Task, Timings, read_document
+from perpetune.errors import StateError
+from perpetune.files import MANIFEST, check_no_link, listed, read_listed
+from perpetune.snapshot import EXTRA, FILES, FIXED
+from perpetune.state.journal import Chain, Said
+from perpetune.store import INDEX, PACK, Index, Piece, assemble, parse_index, pieces_of
+
+START = "start"  # the name of the state before the first task
+LEARNED = frozenset((*FILES, *FIXED, EXTRA))
+"""The files of a snapshot: what a rollback to the task needs, and no report."""
+DOCUMENTS: dict[str, type[Document]] = {"task.json": Task, "metrics.json": Metrics, "timings.json": Timings}
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A task that has been learned and stored."""
+
+    index: int
+    name: str
+    root: Path
+    """The folder of all tasks."""
+    entry: str
+    """The name of its folder there."""
+    before: str
+    """The name of the task before it, or `start` where there is none, or none that a rollback can go to. A rollback to
+    this name drops the task."""
+    manifests: tuple[str, ...] = ()
+    """The hashes that its manifest may have by the journal, two while it is being pruned; none where no line has it."""
+    pruned: str = ""
+    """By what it was pruned and when; empty if the state can go back to it."""
+    all: Sequence[Committed] = field(default=(), repr=False, compare=False)
+    """The tasks of the state; it may refer to tensors of earlier ones."""
+
+    @property
+    def folder(self) -> Path:
+        return self.root / self.entry
+
+    def read(self, *only: str) -> dict[str, bytes]:
+        """The contents of the task's files, by name; if names are given, only of those of them that exist.
+
+        Raises:
+            StateError: a file is missing, damaged, changed or pruned. The message names it and says what the user can
+                do.
+        """
+        entries = self._listed()
+        plain = {n: e for n, e in entries.items() if (n in only or not only) and not _stores(n)}
+        files = read_listed(self.folder, plain, self.cure)
+        if only and entries.keys() >= set(only):
+            return files
+        index = self.index_of(entries)
+        names = [name for name in index if name in only or not only]
+        if any(index[name].pieces is None for name in names):
+            raise StateError(f"what {self.folder} held of the model was pruned ({self.pruned})")
+        return {**files, **assemble(index, names, self.all.__getitem__)}
+
+    def sizes(self) -> dict[str, int]:
+        """The size of each of the task's files, in bytes, however little of it lies in its own folder."""
+        return self.stored()[0]
+
+    def stored(self) -> tuple[dict[str, int], int]:
+        """The size of each of the task's files, in bytes; and the bytes of tensors that lie in its own folder."""
+        entries = self._listed()
+        plain = {name: size for name, (size, _) in entries.items() if not _stores(name)}
+        tensors = sum(size for name, (size, _) in entries.items() if name in LEARNED or PACK.fullmatch(name))
+        return plain | {name: held.size for name, held in self.index_of(entries).items()}, tensors
+
+    def own(self) -> int:
+        """The bytes of the task's folder."""
+        return sum(size for size, _ in self._listed().values()) + (self.folder / MANIFEST).stat().st_size
+
+    def shared(self) -> int:
+        """The bytes that the task needs from folders of earlier tasks."""
+        return sum(piece.size for piece in self.pieces() if piece.task != self.index)
+
+    def needs(self) -> int:
+        """The bytes that the task would need if no other task were there."""
+        entries = self._listed()
+        learned = sum(size for name, (size, _) in entries.items() if name in LEARNED)
+        return learned + sum(piece.size for piece in pieces_of(self.index_of(entries)))
+
+    def alone(self, after: Committed) -> int:
+        """The bytes that are needed for a rollback to this task and for nothing else, if `after` is the next one."""
+        entries = self._listed()
+        mine = sum(size for name, (size, _) in entries.items() if name in LEARNED or INDEX.fullmatch(name))
+        return mine + sum(piece.size for piece in pieces_of(self.index_of(entries)) - after.pieces())
+
+    def pieces(self) -> set[Piece]:
+        """The pieces of its tensors, in its own pack and in those of earlier tasks; none for a task of an older version
+        and for one that was pruned."""
+        return pieces_of(self.index_of(self._listed()))
+
+    def index_of(self, entries: Mapping[str, tuple[int, str]] | None = None) -> Index:
+        """Its files whose tensors are stored once. `entries` are those of its manifest."""
+        entries = self._listed() if entries is None else entries
+        name = next(filter(INDEX.fullmatch, entries), None)
+        if name is None:
+            return {}
+        content = read_listed(self.folder, {name: entries[name]}, self.cure)[name]
+        return parse_index(content, self.index, str(self.folder / name), self.cure)
+
+    def pack(self) -> str | None:
+        """The path of its pack; None if it has none. The hashes of what is read of it say whether it is the right one,
+        so the manifest is asked only where a crash in a prune left two, or where there is none."""
+        folder = os.path.join(self.root, self.entry)
+        try:
+            names = [name for name in os.listdir(folder) if PACK.fullmatch(name)]
+        except OSError:
+            names = []
+        if len(names) != 1:
+            names = [name for name in self._listed() if PACK.fullmatch(name)]
+        return os.path.join(folder, names[0]) if names else None
+
+    def json(self, name: str) -> dict[str, Any]:
+        """The object in one of the task's JSON files, checked against the manifest.
+
+        Raises:
+            StateError: the file is missing, damaged or changed, or holds no JSON object.
+        """
+        files = self.read(name)
+        if name not in files:
+            raise StateError(f"{self.folder / name} is missing: {self.cure}")
+        return read_document(Document, files[name], str(self.folder / name), self.cure)
+
+    def document(self, files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+        """The object in a JSON file of `files`, which `read` gave, once it is known to be what a commit writes.
+
+        Raises:
+            StateError: it is not; or it is of another task.
+        """
+        where = str(self.folder / name)
+        if name not in files:
+            raise StateError(f"{where} is missing: {self.cure}")
+        found = read_document(DOCUMENTS[name], files[name], where, self.cure)
+        if name == "task.json" and (found["index"], found["name"]) != (self.index, self.name):
+            raise StateError(f"{where} is about task {found['index']}, {found['name']}: {self.cure}")
+        return found
+
+    def task(self) -> dict[str, Any]:
+        """What is stored of the task beside what was learned (`task.json`), checked."""
+        return self.document(self.read("task.json"), "task.json")
+
+    @property
+    def cure(self) -> str:
+        """What the user can do about a damaged folder: the end of an error message."""
+        drop = f"perpetune rollback {self.folder.parent.parent} --to {self.before}"
+        return f"restore it from a backup, or roll back with `{drop}`"
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def _listed(self) -> dict[str, tuple[int, str]]:
+        return listed(self.folder, self.cure, self.manifests)
+
+
+def find_tasks(folder: Path, chain: Chain) -> list[Committed]:
+    """The folders of tasks in a state folder, in order, each with what the journal says of it.
+
+    Raises:
+        StateError: a task between others is missing, a task exists twice, or a folder's name is not that of a task.
+    """
+    root = folder / "tasks"
+    check_no_link(root)
+    entries: dict[int, str] = {}
+    for entry in sorted(os.listdir(root)) if root.is_dir() else ():
+        if entry.startswith("."):
+            continue
+        number, dash, name = entry.partition("-")
+        if not (number.isdecimal() and len(number) < 10 and dash and name):
+            raise StateError(
+                f"{root / entry} is not the folder of a task (expected a name such as 0003-NAME): move it away"
+            )
+        other = entries.setdefault(int(number), entry)
+        if other != entry:
+            raise StateError(f"{root / entry} and {other} are both task {int(number)}: move one of them away")
+    tasks: list[Committed] = []
+    for expected, (index, entry) in enumerate(sorted(entries.items())):
+        if index != expected:
+            raise StateError(f"{root}: task {expected} is missing before {entry}")
+        said = chain.said[index] if index < len(chain.said) else Said()
+        add_task(tasks, root, entry, said)
+    return tasks
+
+
+def add_task(tasks: list[Committed], root: Path, entry: str, said: Said) -> Committed:
+    """Add the task whose folder in `root` has the name `entry` to those before it."""
+    before = tasks[-1].name if tasks and not tasks[-1].pruned else START
+    name = entry.partition("-")[2]
+    tasks.append(Committed(len(tasks), name, root, entry, before, said.manifests, said.pruned, tasks))
+    return tasks[-1]
+
+
+def check_tasks(folder: Path, tasks: Sequence[Committed], chain: Chain) -> None:
+    """StateError if the folders of tasks are not those that the journal says were committed."""
+    for task, said in zip(tasks, chain.said, strict=False):
+        if said.name not in (None, task.name):
+            raise StateError(
+                f"{task.folder} is not what the journal says: task {task.index} is {said.name!r} there. Restore the "
+                "folder from a backup"
+            )
+    for task in tasks[len(chain.said) :]:
+        unfinished = chain.begun == (task.index, task.name)  # the crash came between the folder and the line
+        if chain.sealed and not unfinished:
+            raise StateError(
+                f"{task.folder}: the journal says nothing of this task's commit: restore "
+                f"{folder / 'journal.jsonl'} from a backup, or move the folder away"
+            )
+    lost = chain.said[len(tasks) :]
+    if chain.keep is None and any(said.manifest for said in lost):
+        index, name = len(tasks), lost[0].name
+        to = tasks[-1].name if tasks and not tasks[-1].pruned else START
+        raise StateError(
+            f"{folder / 'tasks' / f'{index:04d}-{name}'} is missing, and the journal says that the task was "
+            f"committed: restore it from a backup, or drop it with `perpetune rollback {folder} --to {to}`"
+        )
+
+
+def _stores(name: str) -> bool:
+    return bool(INDEX.fullmatch(name) or PACK.fullmatch(name))

@@ -1,0 +1,222 @@
+"""The journal of a state folder: one line per event, and what the lines say together."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from perpetune.documents import EVENTS, fault_of
+from perpetune.errors import StateError
+from perpetune.files import check_no_link, write_file
+from perpetune.plain import Malformed, parse_json, read_regular
+from perpetune.state.lock import open_no_link
+
+MOST_JOURNAL = 2**28  # bytes
+
+
+class Journal:
+    """The file `journal.jsonl`. Lines that were read once are not parsed again while they stay as they are."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._known, self._lines, self._events = b"", 0, list[dict[str, Any]]()
+        self._chain, self._folded = Chain(), 0
+
+    def append(self, event: str, facts: Mapping[str, Any]) -> None:
+        """Add one line, and sync it to the disk."""
+        line = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "event": event, **facts}
+        check_no_link(self.path)
+        with open(self.path, "ab", opener=open_no_link) as file:
+            file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def events(self) -> list[dict[str, Any]]:
+        """All events, without a last line that a crash cut off.
+
+        Raises:
+            StateError: the file cannot be read, or a line is no event; the message names the line.
+        """
+        try:
+            content = read_regular(self.path, MOST_JOURNAL) if os.path.lexists(self.path) else b""
+        except OSError as error:
+            raise StateError(f"{self.path} cannot be read ({error.strerror}): restore it from a backup") from None
+        if not content.startswith(self._known):
+            self._known, self._lines, self._events = b"", 0, []
+            self._chain, self._folded = Chain(), 0
+        *lines, last = content[len(self._known) :].split(b"\n")
+        events = [self._event(line, number) for number, line in enumerate(lines, self._lines + 1) if line.strip()]
+        self._known, self._lines = content[: len(content) - len(last)], self._lines + len(lines)
+        self._events = [*self._events, *events]
+        if not last.strip():
+            return list(self._events)
+        try:
+            parse_json(last, finite=True)
+        except Malformed:
+            return list(self._events)
+        return [*self._events, self._event(last, self._lines + 1)]
+
+    def chain(self) -> Chain:
+        """What the lines say together. The next call may change the object that this one gives."""
+        events = self.events()
+        if len(events) > len(self._events):  # a last line without its end may still become another one
+            return _folded(Chain(), events)
+        self._chain = _folded(self._chain, events[self._folded :])
+        self._folded = len(events)
+        return self._chain
+
+    def _event(self, line: bytes, number: int) -> dict[str, Any]:
+        where = f"{self.path}, line {number}"
+        try:
+            event = parse_json(line, finite=True)
+        except Malformed:
+            event = None
+        if not (isinstance(event, dict) and isinstance(event.get("event"), str)):
+            raise StateError(f"{where}: not an event in JSON; restore the file or delete this line")
+        if event["event"] in EVENTS and (fault := fault_of(EVENTS[event["event"]], event)):
+            raise StateError(f"{where}: {event['event']}: {fault}; restore the file or delete this line")
+        return event
+
+    def mend(self) -> None:
+        """Remove a last line that a crash cut off."""
+        if self.path.exists():
+            content = read_regular(self.path, MOST_JOURNAL)
+            if content and not content.endswith(b"\n"):
+                write_file(self.path, content[: content.rfind(b"\n") + 1])
+
+
+@dataclass
+class Said:
+    """What the journal says of one committed task.
+
+    Attributes:
+        name: its name; None where the journal does not have it.
+        manifest: the hash of its manifest; None where the journal does not have it.
+        becomes: the hash of the manifest that a prune is putting in its place.
+        frees: how many bytes its commit made needless but for a rollback to the task before it; None if nobody knows.
+        pruned: by what it was pruned and when, if it was: the state cannot go back to it any more.
+    """
+
+    name: str | None = None
+    manifest: str | None = None
+    becomes: str | None = None
+    frees: int | None = None
+    pruned: str = ""
+
+    @property
+    def manifests(self) -> tuple[str, ...]:
+        """The hashes that its manifest may have; none where nobody knows."""
+        return tuple(digest for digest in (self.manifest, self.becomes) if digest is not None)
+
+
+@dataclass
+class Chain:
+    """What the journal says was committed and not dropped again.
+
+    Attributes:
+        said: of each committed task.
+        begun: number and name of the task that was begun last and neither committed nor dropped.
+        keep: how many tasks a rollback keeps that was begun and did not end.
+        pruned: how many of the first tasks hold no more than what later ones need.
+        written: the `prune written` of a prune that did not end; None if there is none.
+    """
+
+    said: list[Said] = field(default_factory=list)
+    begun: tuple[int, str] | None = None
+    keep: int | None = None
+    pruned: int = 0
+    written: dict[str, Any] | None = None
+
+    @property
+    def sealed(self) -> bool:
+        """Whether any hash is known."""
+        return any(said.manifest for said in self.said)
+
+    @property
+    def oldest(self) -> int:
+        """The number of the first task that the state can go back to."""
+        return next((i for i, said in enumerate(self.said) if not said.pruned), len(self.said))
+
+
+def _folded(chain: Chain, events: Sequence[Mapping[str, Any]]) -> Chain:
+    for event in events:
+        if event["event"] in _FOLDS:
+            _FOLDS[event["event"]](chain, event)
+    return chain
+
+
+def _begun(chain: Chain, event: Mapping[str, Any]) -> None:
+    index = event["task"]
+    chain.said += [Said() for _ in range(index - len(chain.said))]  # a journal whose first lines were cut off
+    _cut(chain, index)
+    chain.keep, chain.begun = None, (index, event["name"])
+
+
+def _committed(chain: Chain, event: Mapping[str, Any]) -> None:
+    _begun(chain, event)
+    chain.said.append(Said(event["name"], event.get("manifest"), frees=event.get("frees")))
+    chain.begun = None
+    _doomed(chain, event)
+
+
+def _doomed(chain: Chain, event: Mapping[str, Any]) -> None:
+    """The tasks before `oldest` can no longer be gone back to; their folders may be whole still."""
+    for said in chain.said[chain.pruned : event.get("oldest", 0)]:
+        said.pruned = said.pruned or f"{event['by']}, {str(event.get('time', ''))[:10]}"
+
+
+def _rollback_begun(chain: Chain, event: Mapping[str, Any]) -> None:
+    chain.keep, chain.begun = event["keep"], None
+
+
+def _rolled_back(chain: Chain, event: Mapping[str, Any]) -> None:
+    chain.keep = chain.begun = None
+    if event.get("keep") is not None:
+        _cut(chain, event["keep"])
+    else:
+        chain.said = [said for said in chain.said if said.name not in event["dropped"]]
+
+
+def _cut(chain: Chain, keep: int) -> None:
+    del chain.said[keep:]
+    chain.pruned = min(chain.pruned, len(chain.said))
+    if chain.written is not None and chain.written["oldest"] > len(chain.said):
+        chain.written = None
+
+
+def _sealed(chain: Chain, event: Mapping[str, Any]) -> None:
+    manifests = event["manifests"]
+    chain.said += [Said() for _ in range(len(manifests) - len(chain.said))]
+    for said, manifest in zip(chain.said, manifests, strict=False):
+        said.manifest = manifest
+
+
+def _prune_written(chain: Chain, event: Mapping[str, Any]) -> None:
+    chain.written = dict(event)
+    for index, manifest in zip(event["tasks"], event["manifests"], strict=True):
+        if index < len(chain.said):
+            chain.said[index].becomes = manifest
+
+
+def _pruned(chain: Chain, event: Mapping[str, Any]) -> None:
+    chain.pruned, chain.written = min(event["oldest"], len(chain.said)), None
+    for said in chain.said:
+        if said.becomes is not None:
+            said.manifest, said.becomes = said.becomes, None
+
+
+_FOLDS = {
+    "task begun": _begun,
+    "task committed": _committed,
+    "rollback begun": _rollback_begun,
+    "rolled back": _rolled_back,
+    "tasks sealed": _sealed,
+    "prune begun": _doomed,
+    "prune written": _prune_written,
+    "pruned": _pruned,
+}

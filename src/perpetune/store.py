@@ -1,0 +1,254 @@
+"""Tensors that are stored once, however many tasks have them.
+
+The safetensors files of a task are cut into pieces: the header, each tensor, and parts of large tensors. A piece has
+the name of its SHA-256. The task's folder holds two files for all of them:
+
+  tensors.json       each file as its pieces in order, and for each piece the number of the task whose pack holds it
+  pack.safetensors   the pieces that the task before did not have, as tensors of bytes; absent if there are none
+
+So a reference points to an earlier task only, and dropping tasks from the end breaks none. A piece is compared with its
+SHA-256 when it is read. A task has a piece of an earlier one only if every task between has it, because what a commit
+compares is the task before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import stat
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from perpetune.documents import Tensors, read_document
+from perpetune.errors import StateError
+
+INDEX = re.compile(r"tensors(\.\d+)?\.json")
+PACK = re.compile(r"pack(\.\d+)?\.safetensors")
+LARGE = 2**20
+"""Bytes of the parts of a tensor. A tensor that grew by rows has the parts of before."""
+SMALL = 512
+"""Tensors of fewer bytes stand together in one piece, for an entry of the index has about 80 bytes itself."""
+
+
+class Piece(NamedTuple):
+    """Bytes that are stored once: their hash, their number, and the number of the task whose pack holds them."""
+
+    sha256: str
+    size: int
+    task: int
+
+
+class Held(NamedTuple):
+    """One file of a task: its size, and its pieces in order; None once it was pruned."""
+
+    size: int
+    pieces: tuple[Piece, ...] | None
+
+
+Index = Mapping[str, Held]
+"""The files of a task whose tensors are stored once, by name."""
+
+
+class Holder(Protocol):
+    """A committed task, as far as its pack is asked for."""
+
+    @property
+    def cure(self) -> str:
+        """What the user can do about a damaged folder."""
+        ...
+
+    def pack(self) -> str | None:
+        """The path of its pack; None if it has none."""
+        ...
+
+
+def pieces_of(index: Index) -> set[Piece]:
+    """All pieces of a task's files."""
+    return {piece for held in index.values() for piece in held.pieces or ()}
+
+
+def cut(content: bytes) -> list[memoryview]:
+    """The pieces of a safetensors file, in order."""
+    view, size = memoryview(content), 8 + int.from_bytes(content[:8], "little")
+    entries = json.loads(content[8:size])
+    ends = sorted({size + e["data_offsets"][1] for name, e in entries.items() if name != "__metadata__"} - {size})
+    pieces, start, before = [view[:size]], size, size
+    for end in ends:
+        alone = end - before >= SMALL
+        if start < before and (alone or end - start > LARGE):
+            pieces.append(view[start:before])
+            start = before
+        if alone:
+            pieces += [view[at : min(at + LARGE, end)] for at in range(start, end, LARGE)]
+            start = end
+        before = end
+    return [*pieces, view[start:before]] if start < before else pieces
+
+
+def pack(
+    files: Mapping[str, bytes], task: int, earlier: Index, holder: Callable[[int], Holder]
+) -> tuple[bytes, bytes | None]:
+    """Store safetensors files of a task.
+
+    A piece of the task before is referred to only after its bytes have been read and found to be the same. So what a
+    commit stores can be read, whatever has happened to earlier folders.
+
+    Args:
+        files: their contents.
+        task: the number of the task.
+        earlier: the files of the task before; empty if nothing is to be shared.
+        holder: gives the earlier task of a number.
+
+    Returns:
+        The contents of `tensors.json` and of the pack; None if every piece is held already.
+    """
+    parts = {
+        name: [(hashlib.sha256(view).hexdigest(), view) for view in cut(content)] for name, content in files.items()
+    }
+    contents = {digest: view for found in parts.values() for digest, view in found}
+    known = _still_held([p for p in pieces_of(earlier) if p.sha256 in contents], contents, holder)
+    index = {
+        name: Held(len(files[name]), tuple(known.get(d) or Piece(d, len(view), task) for d, view in found))
+        for name, found in parts.items()
+    }
+    new = {digest: view for digest, view in contents.items() if digest not in known}
+    return index_bytes(index), pack_bytes(new)
+
+
+def _still_held(
+    pieces: Iterable[Piece], contents: Mapping[str, memoryview], holder: Callable[[int], Holder]
+) -> dict[str, Piece]:
+    """Those of the pieces whose packs hold the same bytes still, by their hash."""
+    found: dict[str, Piece] = {}
+    for task, wanted in _by_task(pieces).items():
+        with contextlib.suppress(StateError), opened(holder(task)) as held:  # damage is for those who read that task
+            found |= {p.sha256: p for p in wanted if held.equals(p, contents[p.sha256])}
+    return found
+
+
+def pack_bytes(pieces: Mapping[str, Any]) -> bytes | None:
+    """The content of a pack, from bytes by their hash; None if there are none."""
+    return save({digest: np.frombuffer(piece, np.uint8) for digest, piece in pieces.items()}) if pieces else None
+
+
+def index_bytes(index: Index) -> bytes:
+    """The content of `tensors.json`: one line for each file, because indented it would be half spaces."""
+    lines = []
+    for name, held in index.items():
+        entry: dict[str, Any] = {"bytes": held.size}
+        if held.pieces is not None:
+            digests, sizes, tasks = zip(*held.pieces, strict=True) if held.pieces else ((), (), ())
+            entry["pieces"] = {"sha256": digests, "bytes": sizes, "task": tasks}
+        lines.append(f"{json.dumps(name)}: {json.dumps(entry, separators=(',', ':'))}")
+    return ('{"files": {\n' + ",\n".join(lines) + "\n}}\n").encode()
+
+
+def parse_index(content: bytes, task: int, where: str, cure: str) -> Index:
+    """The files in a `tensors.json`.
+
+    Args:
+        task: the number of its task.
+        where: names the file.
+        cure: what the user can do.
+
+    Raises:
+        StateError: it is not what a commit writes.
+    """
+    index = {}
+    for name, entry in read_document(Tensors, content, where, cure)["files"].items():
+        found = entry.get("pieces")
+        pieces = None if found is None else tuple(map(Piece, found["sha256"], found["bytes"], found["task"]))
+        if any(piece.task > task for piece in pieces or ()):
+            raise StateError(f"{where}: {name} refers to a task after task {task}: {cure}")
+        index[name] = Held(entry["bytes"], pieces)
+    return index
+
+
+def assemble(index: Index, names: Collection[str], holder: Callable[[int], Holder]) -> dict[str, bytes]:
+    """The contents of some files of a task, by name.
+
+    Raises:
+        StateError: a pack is missing, torn, changed or another one; the message names it.
+    """
+    files = {}
+    for name in names:
+        pieces = index[name].pieces
+        assert pieces is not None
+        found: dict[Piece, NDArray[np.uint8]] = {}
+        for task, wanted in _by_task(set(pieces)).items():
+            with opened(holder(task)) as held:
+                found |= {piece: held.read(piece) for piece in wanted}
+        files[name] = b"".join(found[piece].data for piece in pieces)
+    return files
+
+
+def _by_task(pieces: Iterable[Piece]) -> dict[int, list[Piece]]:
+    found: dict[int, list[Piece]] = {}
+    for piece in pieces:
+        found.setdefault(piece.task, []).append(piece)
+    return found
+
+
+class Pack:
+    """The pieces in an open pack."""
+
+    def __init__(self, path: str, file: Any, holder: Holder):
+        self.path, self._file, self._holder = path, file, holder
+        self._names = set(file.keys())
+
+    def sizes(self) -> dict[str, int]:
+        """The size of each piece, by its hash."""
+        return {name: int(np.prod(self._file.get_slice(name).get_shape())) for name in self._names}
+
+    def read(self, piece: Piece) -> NDArray[np.uint8]:
+        """A piece; StateError if it is not there or was changed."""
+        found = self._get(piece)
+        if found is None or hashlib.sha256(found.data).hexdigest() != piece.sha256:
+            fault = "does not hold" if found is None else "holds other bytes as"
+            raise StateError(
+                f"{self.path} is torn or was changed (it {fault} the piece {piece.sha256[:12]}, which tensors.json "
+                f"refers to): {self._holder.cure}"
+            )
+        return found
+
+    def equals(self, piece: Piece, content: memoryview) -> bool:
+        """Whether a piece is there and has these bytes."""
+        found = self._get(piece)
+        return found is not None and np.array_equal(found, np.frombuffer(content, np.uint8))
+
+    def _get(self, piece: Piece) -> NDArray[np.uint8] | None:
+        if piece.sha256 not in self._names or self._file.get_slice(piece.sha256).get_dtype() != "U8":
+            return None
+        found: NDArray[np.uint8] = self._file.get_tensor(piece.sha256)
+        return found if found.shape == (piece.size,) else None
+
+
+@contextlib.contextmanager
+def opened(holder: Holder) -> Iterator[Pack]:
+    """The pack of a committed task.
+
+    Raises:
+        StateError: it has none, or it is missing or torn.
+    """
+    path = holder.pack()
+    if path is None:
+        raise StateError(f"{holder} holds no tensors any more, and a later task needs them: {holder.cure}")
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError(0, "it is not a regular file")
+        file = safe_open(path, framework="numpy")
+    except OSError as error:
+        reason = error.strerror or ("No such file or directory" if isinstance(error, FileNotFoundError) else str(error))
+        raise StateError(f"{path} cannot be read ({reason}): {holder.cure}") from None
+    except SafetensorError as error:
+        raise StateError(f"{path} is torn or was changed ({error}): {holder.cure}") from None
+    with file as entered:
+        yield Pack(path, entered, holder)
