@@ -22,7 +22,7 @@ from perpetune.numerics.kmeans import kmeans
 from perpetune.recipe import make_recipe
 from perpetune.seeding import generator
 from perpetune.selectors import Chosen, Selection, Selector
-from perpetune.selectors.centres import Centres, distance
+from perpetune.selectors.centres import Centres
 from perpetune.selectors.classifier import LearnedClasses
 from perpetune.selectors.controls import Random, Vote
 from perpetune.selectors.gaussian import Gaussian
@@ -135,7 +135,10 @@ def test_g3_weights_are_cosines_of_what_each_member_attends_to() -> None:
 @pytest.mark.parametrize(("metric", "wanted", "first"), [("l1", [0.5, 0.6], 0), ("l2", [0.25, 0.18], 1)])
 def test_g4_the_nearest_centre_depends_on_the_metric(metric: Any, wanted: list[float], first: int) -> None:
     query, centres = rows([[0.5, 0.5]]), rows([[1, 0.5], [0.2, 0.2]])
-    found = distance(query, centres, metric)[0] + (0.5 if metric == "l2" else 0)
+    selector = Centres(2, metric=metric).double()
+    selector.centres = centres
+    compared, offset = selector._compared()  # for l2, the distance is ‖q‖² minus a score
+    found = torch.cdist(query, centres, p=1.0)[0] if metric == "l1" else 0.5 - (query @ compared.mT + offset)[0]
     torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64))
     selector = Centres(2, metric=metric)
     selector.members = 2

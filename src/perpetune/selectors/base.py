@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from perpetune.errors import PerpetuneError, UsageError, closest
 from perpetune.named import Part
 from perpetune.numerics.projection import Site
+from perpetune.numerics.ranking import Ranking
 
 BUILTIN = {
     "keys": "perpetune.selectors.keys:Keys",
@@ -82,6 +83,7 @@ class Selector(nn.Module, ABC):
         """Each member with each of its classes, in the order in which they were learned."""
         self.owners: dict[str, int] = {}
         """For each class the member that learned it last."""
+        self.ranking = Ranking()
         self._of_rows: Tensor | None = None  # the member of each row, made when it is first asked for
 
     # -- growing and training -------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from perpetune.numerics.choosing import lowest, products
+from perpetune.numerics.choosing import lowest
 from perpetune.numerics.kmeans import kmeans
 from perpetune.seeding import generator as generator_of
 from perpetune.selectors.base import Chosen, Selector
@@ -59,8 +59,14 @@ class Centres(Selector):
     def choose(self, queries: Tensor) -> Chosen:
         self.ready(len(self.of))
         with torch.autocast(queries.device.type, enabled=False):
-            distances = distance(F.normalize(queries.to(self.centres), dim=-1), self.centres, self.metric)
-        return Chosen(lowest(-distances, self.of)[:, None])
+            queries = F.normalize(queries.to(self.centres), dim=-1)
+            if self.metric == "l1":
+                return Chosen(lowest(-torch.cdist(queries, self.centres, p=1.0), self.of)[:, None])
+            return Chosen(self.ranking.best(queries, (self.centres,), self._compared, len(self.of), owners=self.of))
+
+    def _compared(self) -> tuple[Tensor, Tensor]:
+        # The highest 2 q·c − ‖c‖² is the nearest centre.
+        return 2 * self.centres, -self.centres.square().sum(1)
 
     def get_extra_state(self) -> dict[str, Any]:
         return {**super().get_extra_state(), "centres": len(self.of)}
@@ -70,10 +76,3 @@ class Centres(Selector):
         if len(self.of) != (count := int(state["centres"])):
             self.centres, self.of = self.centres.new_zeros(count, self.dim), self.of.new_zeros(count)
             self.mass = self.mass.new_zeros(count)
-
-
-def distance(queries: Tensor, centres: Tensor, metric: Metric) -> Tensor:
-    """Distances `(B, K)`; for `l2` their squares, without `‖q‖²`, which is the same for all centres."""
-    if metric == "l1":
-        return torch.cdist(queries, centres, p=1.0)
-    return centres.square().sum(1) - 2 * products(queries, centres)

@@ -64,11 +64,23 @@ class LearnedClasses(Selector):
         owners = self.members_of_rows(queries.device)
         with torch.autocast(queries.device.type, enabled=False):
             queries = queries.float()
-            if queries.device.type == "cpu" and len(queries):  # one by one; see `products`
-                scores = torch.cat([self.head(query[None].clone()) for query in queries])
-            else:
-                scores = self.head(queries)
-        return Chosen(lowest(scores, owners)[:, None])
+
+            def scores(which: Tensor) -> Tensor:
+                some = queries[which]
+                if some.device.type == "cpu" and len(some):  # one by one; see `products`
+                    return torch.cat([self.head(query[None].clone()) for query in some])
+                return self.head(some)  # type: ignore[no-any-return]
+
+            if not isinstance(self.head, Ridge):
+                return Chosen(lowest(scores(torch.arange(len(queries))), owners)[:, None])
+            head, centred = self.head, queries - self.head.centre
+            sources = (head.offset, head.weight, head.counts)
+            return Chosen(self.ranking.best(centred, sources, self._compared, len(owners), owners=owners, scores=scores))
+
+    def _compared(self) -> tuple[Tensor, Tensor]:
+        assert isinstance(self.head, Ridge)
+        # One factor for all scores is left out: it is positive.
+        return self.head.weight.mT, self.head.offset.masked_fill(self.head.counts == 0, -torch.inf)
 
     def facts(self) -> dict[str, Any]:
         return {**super().facts(), "classes": len(self.rows)}

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from perpetune.numerics.choosing import lowest, products
+from perpetune.numerics.choosing import products
 from perpetune.numerics.discriminant import Discriminant, discriminant
 from perpetune.numerics.lowrank import moved_exactly
 from perpetune.numerics.moments import Moments, pack, unpack
@@ -72,7 +72,9 @@ class Gaussian(Selector):
     @torch.no_grad()
     def choose(self, queries: Tensor) -> Chosen:
         owners = self.members_of_rows(queries.device)
-        return Chosen(lowest(self.scores(queries), owners)[:, None])
+        with torch.autocast(queries.device.type, enabled=False):
+            queries, sources = queries.float() - self.centre, (self.weight, self.offset)
+            return Chosen(self.ranking.best(queries, sources, lambda: sources, len(owners), owners=owners))
 
     def facts(self) -> dict[str, Any]:
         return {**super().facts(), "classes": len(self.rows), "queries": int(self.counts.sum())}

@@ -128,15 +128,23 @@ class Keys(Selector):
 
     def scores(self, queries: Tensor) -> Tensor:
         """Cosines `(B, M)`."""
-        self.ready(self.members)
         with torch.autocast(queries.device.type, enabled=False):
-            normal = F.normalize(queries.to(self.fresh), dim=-1)
-            self.seen(SITE, normal)
-            return products(normal, F.normalize(self.keys, dim=-1))
+            return products(self._normal(queries), self._compared()[0])
+
+    def _normal(self, queries: Tensor) -> Tensor:
+        self.ready(self.members)
+        normal = F.normalize(queries.to(self.fresh), dim=-1)
+        self.seen(SITE, normal)
+        return normal
+
+    def _compared(self) -> tuple[Tensor, None]:
+        return F.normalize(self.keys, dim=-1), None
 
     @torch.no_grad()
     def choose(self, queries: Tensor) -> Chosen:
-        return Chosen(best(self.scores(queries), self.top))
+        with torch.autocast(queries.device.type, enabled=False):
+            normal, sources = self._normal(queries), (self.kept, self.fresh)
+            return Chosen(self.ranking.best(normal, sources, self._compared, self.members, count=self.top))
 
     @torch.no_grad()
     def pick(self, queries: Tensor) -> Chosen:

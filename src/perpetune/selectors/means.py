@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perpetune.heads.ncm import NCM
-from perpetune.numerics.choosing import lowest, products
 from perpetune.selectors.base import Chosen, Selector
 
 
@@ -38,12 +37,18 @@ class Means(Selector):
         owners = self.members_of_rows(queries.device)
         # The difference between two means can be too small for bf16.
         with torch.autocast(queries.device.type, enabled=False):
-            queries, means = queries.float(), self.means.means
+            queries, sources = queries.float(), (self.means.means, self.means.counts)
             if self.means.metric == "cosine":
-                scores = products(F.normalize(queries, dim=-1), F.normalize(means, dim=-1))
-            else:
-                scores = 2 * products(queries, means) - means.square().sum(1)
-        return Chosen(lowest(scores.masked_fill(self.means.counts == 0, -torch.inf), owners)[:, None])
+                queries = F.normalize(queries, dim=-1)
+            return Chosen(self.ranking.best(queries, sources, self._compared, len(owners), owners=owners))
+
+    def _compared(self) -> tuple[Tensor, Tensor]:
+        means = self.means.means
+        if self.means.metric == "cosine":
+            rows, offset = F.normalize(means, dim=-1), means.new_zeros(len(means))
+        else:
+            rows, offset = 2 * means, -means.square().sum(1)
+        return rows, offset.masked_fill(self.means.counts == 0, -torch.inf)
 
     def facts(self) -> dict[str, Any]:
         return {**super().facts(), "means": len(self.rows)}
