@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from perpetune.errors import PerpetuneError
 from perpetune.heads.base import Folded, Head, alone, not_finite
 from perpetune.heads.linear import Linear
+from perpetune.numerics.exact import exactly
 from perpetune.numerics.lowrank import moved_exactly
 from perpetune.numerics.moments import Moments, pack, unpack
 from perpetune.seeding import generator
@@ -204,7 +205,7 @@ class Drawn(Head):
         layer = [t[known].float().requires_grad_(True) for t in (self.weight, self.bias)]
         optimizer = torch.optim.SGD(layer, lr=self.lr, momentum=MOMENTUM, weight_decay=DECAY)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs)
-        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        with torch.enable_grad(), exactly(device):
             for _ in range(self.epochs):
                 noise = torch.randn(len(known), self.samples, self.dim, generator=rng).to(device)
                 around = noise @ spread.mT if self.full else noise * spread[:, None]

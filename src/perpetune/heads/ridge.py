@@ -17,6 +17,7 @@ from perpetune.heads.base import Folded, Head, alone, carry_facts, not_finite
 from perpetune.heads.cosine import Cosine
 from perpetune.numerics import carry as carrying
 from perpetune.numerics import ridge
+from perpetune.numerics.exact import exactly
 from perpetune.numerics.lowrank import moved_exactly
 from perpetune.seeding import generator
 
@@ -119,7 +120,7 @@ class Ridge(Head):
     def forward(self, features: Tensor) -> Tensor:
         if not self.classes:  # the projection is drawn with the first of them
             return torch.empty(len(features), 0, device=features.device)
-        with torch.autocast(features.device.type, enabled=False):
+        with exactly(features.device):
             rows = self.expand(features.float())
             # The centre may be large against the differences from it. Inside the offset it would cost digits.
             scores = (rows - self.centre) @ self.weight + self.offset if self.standardise else rows @ self.weight

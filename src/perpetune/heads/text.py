@@ -21,6 +21,7 @@ from perpetune.heads.ncm import NCM
 from perpetune.heads.ridge import Ridge
 from perpetune.heads.templates import spoken, templates_of
 from perpetune.named import Part
+from perpetune.numerics.exact import exactly
 from perpetune.numerics.fusion import Gate, class_texts, fused, gate_open
 from perpetune.plain import names_in
 from perpetune.tasks import Inputs
@@ -270,7 +271,7 @@ class Text(Head):
         if self.expert is None or not self.classes or not self.fusion:
             return self._logits(features, classes)
         names, learned = self._all(classes)
-        with torch.autocast(features.device.type, enabled=False):
+        with exactly(features.device):
             shares = self._logits(features, names).softmax(-1)
             scores = fused(shares, self._expert(features), learned, self.fusion, self.gate)
         rows = {name: number for number, name in enumerate(names)}
@@ -290,7 +291,7 @@ class Text(Head):
 
     def _logits(self, features: Tensor, names: Sequence[str]) -> Tensor:
         assert self.side is not None
-        with torch.autocast(features.device.type, enabled=False):
+        with exactly(features.device):
             own = F.normalize(features[:, : self.dim].float(), dim=-1)
             logits = self._scale() * own @ self.texts(names).T.to(features.device)
         return logits if self.side.bias is None else logits + self.side.bias.to(logits)

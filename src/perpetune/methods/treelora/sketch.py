@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from perpetune.errors import UsageError
+from perpetune.numerics.exact import exactly
 from perpetune.numerics.signature import Sketch
 from perpetune.pets import LoRA, slots
 from perpetune.seeding import generator, seed_of
@@ -103,7 +104,7 @@ class GradientSketch:
         x = self._exact(args[0])
         if self._bases[index].device != x.device:
             self._bases[index] = self._bases[index].to(x.device)
-        with torch.autocast(x.device.type, enabled=False):
+        with exactly(x.device):
             seen = x @ self._bases[index].to(x.dtype).T  # (tokens, rank)
         y.register_hook(partial(self._backward, index, seen))
 

@@ -1,0 +1,53 @@
+"""Numbers that pass between the program and its device, so that neither waits for the other.
+
+Work on a GPU is queued. A copy of the usual kind waits until everything queued before it is done; meanwhile nothing new
+is queued, and then the GPU waits for the program. The functions here copy without that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def sent(values: Sequence[Any] | Tensor, device: torch.device | str | None, dtype: torch.dtype | None = None) -> Tensor:
+    """`values` as a tensor on `device`, without a wait. A tensor of the CPU may be changed afterwards: CUDA has read it
+    when the call returns."""
+    tensor = values if isinstance(values, Tensor) else torch.tensor(values, dtype=dtype)
+    return tensor if device is None else tensor.to(device, non_blocking=True)
+
+
+class Late:
+    """A tensor whose values are read on the CPU later, when the device has long computed them.
+
+    The copy is queued when the object is made. Reading it waits for this copy only, not for what was queued afterwards.
+
+    Args:
+        tensor: not changed until it is read.
+    """
+
+    def __init__(self, tensor: Tensor):
+        self._given: Tensor | None = tensor.detach()
+        self._copied: torch.cuda.Event | None = None
+        if tensor.device.type == "cuda":
+            self._given = self._given.to("cpu", non_blocking=True)  # torch takes pinned memory for this
+            self._copied = torch.cuda.Event()
+            self._copied.record(torch.cuda.current_stream(tensor.device))
+
+    @property
+    def ready(self) -> bool:
+        """Whether a read would not wait now."""
+        if self._copied is not None:
+            return bool(self._copied.query())
+        return self._given.device.type == "cpu"
+
+    def read(self) -> Tensor:
+        """The values, on the CPU."""
+        if self._copied is not None:
+            self._copied.synchronize()
+            self._copied = None
+        self._given = self._given.cpu()
+        return self._given
