@@ -1,9 +1,9 @@
 """Where code waits for a device, found on a machine that has none.
 
-Work on a GPU is queued. Reading a number from it, or copying memory of the usual kind to it, makes the program wait until
-all queued work is done, and then the GPU waits for the program. `Waits` counts these places. Inside it, the device `meta`
-is a stand-in for a GPU: its tensors (`Stand`) hold values on the CPU, so everything is computed as usual, and every
-operation that would wait on CUDA is noted with its place. As on CUDA, tensors of both places do not mix.
+Work on a GPU is queued. Reading a number from it, or copying memory of the usual kind to it, makes the program wait
+until all queued work is done, and then the GPU waits for the program. `Waits` counts these places. Inside it, the
+device `meta` is a stand-in for a GPU: its tensors (`Stand`) hold values on the CPU, so everything is computed as usual,
+and every operation that would wait on CUDA is noted with its place. As on CUDA, tensors of both places do not mix.
 """
 
 from __future__ import annotations
@@ -310,12 +310,12 @@ def in_steps(waits: Waits, first: int = 3, last: int = 5) -> dict[str, int]:
 
 
 def in_batches(waits: Waits, least: int = 3) -> dict[str, int]:
-    """How often each place waited in passes over data of a `survey`, if it waited in at least so many of their batches."""
-    batches: dict[str, set[At]] = {}
+    """How often each place waited in passes over data of a `survey`, if it waited in so many batches of one task."""
+    batches: dict[tuple[str, int, str], set[int]] = {}
     for wait in waits.found:
         if not wait.at.in_step and wait.at.number:
-            batches.setdefault(wait.where, set()).add(wait.at)
-    many = {where for where, found in batches.items() if len(found) >= least}
+            batches.setdefault((wait.where, wait.at.task, wait.at.within), set()).add(wait.at.number)
+    many = {where for (where, *_), numbers in batches.items() if len(numbers) >= least}
     return waits.count(lambda wait: wait.where in many and not wait.at.in_step)
 
 
@@ -327,9 +327,9 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if not (stands or to_stand):
         return func(*args, **kwargs)
     packet = func.overloadpacket
-    if packet not in COPIES | INDEXED:
-        if stands and any(not isinstance(t, Stand) and t.dim() > 0 for t in given):
-            raise RuntimeError(f"{func}: expected all tensors on the same device")
+    mixed = stands and any(not isinstance(t, Stand) and t.dim() > 0 for t in given)
+    if mixed and packet not in COPIES | INDEXED:
+        raise RuntimeError(f"{func}: expected all tensors on the same device")
     more = {**kwargs, "device": torch.device("cpu")} if wanted is not None else kwargs
     out = func(*tree_map(_held, args), **tree_map(_held, more))
     stays = to_stand or (stands and wanted is None)

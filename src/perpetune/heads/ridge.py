@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perpetune.errors import PerpetuneError, UsageError
-from perpetune.heads.base import Folded, Head, alone, carry_facts, not_finite
+from perpetune.heads.base import FiniteFeatures, Folded, Head, alone, carry_facts
 from perpetune.heads.cosine import Cosine
 from perpetune.numerics import carry as carrying
 from perpetune.numerics import ridge
@@ -271,6 +271,7 @@ class Ridge(Head):
         self._targets: list[Tensor] = []
         self._sample: list[tuple[Tensor, Tensor]] = []
         self._row_weights = torch.empty(0, dtype=torch.float64)
+        self._finite = FiniteFeatures("ridge")
         self._waiting, self._seen, self._expected = 0, 0, 0
         self._every, self._smoothing, self._whole = 1, 0.5, False
 
@@ -293,9 +294,11 @@ class Ridge(Head):
     @torch.no_grad()
     def observe(self, features: Tensor, rows: Tensor) -> None:
         targets = rows.to(self.packed.device)
-        if (fault := not_finite("ridge", self.classes, features, rows)) is not None:
+        try:
+            self._finite.add(self.classes, features, rows)
+        except PerpetuneError:
             self._clear()
-            raise fault
+            raise
         self._features.append(features.to(self.packed.device))
         self._targets.append(targets)
         self._waiting += len(features)
@@ -307,19 +310,25 @@ class Ridge(Head):
         if not self._waiting:
             return
         features, targets = torch.cat(self._features), torch.cat(self._targets)
-        new, of = features[-self._waiting :], targets[-self._waiting :]
+        new, of = self._finite.without_bad(features[-self._waiting :]), targets[-self._waiting :]
         rows, weights = self._rows(new.to(self.cross)), self._row_weights[of]
-        ridge.add_gram(self.packed, rows, weights if self.balance else None)
+        # The features were looked at; to look at the rows too would be a wait for the device.
+        ridge.add_gram(self.packed, rows, weights if self.balance else None, checked=rows.device.type != "cpu")
         self.cross.index_add_(1, of, (rows * weights[:, None]).mT)
-        self.counts += torch.bincount(of, minlength=len(self.counts))
+        self.counts.index_add_(0, of, torch.ones_like(of))
         self.mass += weights.sum()
-        picked = torch.arange(self._seen, self._seen + len(new), device=of.device) % self._every == 0
-        self._sample.append((new[picked], of[picked]))
+        picked = slice(-self._seen % self._every, None, self._every)  # each example whose number is a multiple
+        self._sample.append((new[picked].clone(), of[picked].clone()))
         self._seen, self._waiting = self._seen + len(new), 0
         self._features, self._targets = ([features], [targets]) if self._whole else ([], [])
 
     @torch.no_grad()
     def settle(self, total: Callable[[Tensor], Tensor] = alone) -> None:
+        try:
+            self._finite.read(self.classes, all=True)
+        except PerpetuneError:
+            self._clear()
+            raise
         count = int(self.counts.sum())
         if count == 0:
             self._clear()

@@ -1,8 +1,8 @@
 """How exact products of matrices are: the one place that sets it, for passes of a model and for what must stay exact.
 
 Torch knows two shortcuts. Autocast computes in 16 bits. TF32 computes float32 products on NVIDIA GPUs with 10 bits of
-mantissa instead of 23. Both are for passes through a model. Sums over examples, solutions of equations, distances and the
-projection of steps lose too much by them.
+mantissa instead of 23. Both are for passes through a model. Sums over examples, solutions of equations, distances and
+the projection of steps lose too much by them.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ def exactly(device: torch.device) -> Iterator[None]:
     """Inside this context products on `device` are computed in the type of their inputs, whatever is around it."""
     # A device without autocast, such as one of another package, has nothing to turn off.
     known = torch.amp.is_autocast_available(device.type)
-    on_gpu = device.type != "cpu"  # reading torch's switches takes some microseconds
-    with torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext():
-        with shortened(False) if on_gpu else contextlib.nullcontext():
-            yield
+    with contextlib.ExitStack() as stack:
+        if known:
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        if device.type != "cpu":  # reading torch's switches takes some microseconds
+            stack.enter_context(shortened(False))
+        yield
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from perpetune.errors import UsageError
 from perpetune.numerics.exact import exactly
+from perpetune.numerics.handover import sent
 from perpetune.numerics.signature import Sketch
 from perpetune.pets import LoRA, slots
 from perpetune.seeding import generator, seed_of
@@ -89,7 +90,7 @@ class GradientSketch:
         for numbers, sketch in self._sketches.items():
             rows = [i for i, s in enumerate(self._sums) if s is not None and s.numel() == numbers]
             if rows:
-                result[rows] = sketch(torch.stack([self._flat(i) for i in rows]))
+                result.index_copy_(0, sent(rows, device), sketch(torch.stack([self._flat(i) for i in rows])))
         self._sums, self._read = [None] * len(self._shapes), None
         return result
 
