@@ -126,7 +126,7 @@ def fit(
             _update(optimizer, trained, config.clip, scaler)
             done = step + 1
             # A checkpoint must not store values after a nan that nobody has noticed: every resumed run would fail.
-            every = run.checkpoints.every if run.checkpoints else LOG_EVERY
+            every = run.checkpoints.every if run.checkpoints else total
             now = done % every == 0 or done == total
             due = now or done % LOG_EVERY == 0
             stop = run.stop_requested(due=due)
@@ -245,7 +245,8 @@ def _backward(loss: Loss, task: Task, shares: list[tuple[Batch, float]], run: Ru
         with run.autocast():
             value = loss(task, batch)
         value = value if share == 1.0 else value * share
-        run.accelerator.backward(value)
+        with run.products():
+            run.accelerator.backward(value)
         total = value.detach() if total is None else total + value.detach()
     assert total is not None
     return total
@@ -299,13 +300,15 @@ class _LossSeen:
         self._late, self._new = (Late(loss), step), True
 
     def read(self, *, now: bool) -> float | None:
-        """The loss that was put in before this step, or also that of this step if it has arrived or `now` is true.
+        """The loss that was put in before this step; on the CPU, or if `now` is true, also that of this step.
+
+        It does not depend on how fast the device is, so that all processes find a fault after the same step.
 
         Raises:
             PerpetuneError: it is not finite.
         """
         new, self._new = self._new, False
-        if self._late is None or (new and not now and not self._late[0].ready):
+        if self._late is None or (new and not now and not self._late[0].here):
             return None
         (late, step), self._late = self._late, None
         value = float(late.read())

@@ -28,6 +28,7 @@ from perpetune.data.tasks import TaskData
 from perpetune.data.texts.chats import Messages
 from perpetune.errors import Interrupted, StateError, UsageError, closest
 from perpetune.evaluate import AMONG, evaluate
+from perpetune.models.compiled import Compiler, compile_blocks
 from perpetune.pets import PET, frozen, using
 from perpetune.recipe import Recipe, load_recipe, make_recipe
 from perpetune.results import read_results, versions
@@ -210,6 +211,10 @@ class Learner:
         self.backbone = build_backbone(recipe)
         self._fingerprint = self.backbone.fingerprint()
         self.method = build_method(recipe, self.backbone).to(self.runtime.device)
+        if recipe.run.compile:
+            mode = None if recipe.run.compile is True else recipe.run.compile
+            if note := compile_blocks(self.backbone, Compiler(mode)):
+                warnings.warn(note, stacklevel=3)
         self._oracle_note = oracle.check(recipe, self.method) if recipe.evaluate.oracle else None
         if recipe.evaluate.future and self.method.model.chooses and not self.method.model.any_class:
             raise UsageError(

@@ -170,17 +170,20 @@ class Waits(TorchDispatchMode):
 
 @contextlib.contextmanager
 def _without_autocast() -> Iterator[None]:
-    """Inside this context `torch.autocast` accepts the stand-in, which torch does not know there, and does nothing."""
-    before = torch.autocast
+    """Inside this context torch's autocast accepts the stand-in, which it does not know, and does nothing there."""
+    before = torch.autocast, torch.is_autocast_enabled
 
     def autocast(kind: str, *args: Any, **kwargs: Any) -> Any:
-        return contextlib.nullcontext() if kind == DEVICE.type else before(kind, *args, **kwargs)
+        return contextlib.nullcontext() if kind == DEVICE.type else before[0](kind, *args, **kwargs)
 
-    torch.autocast = autocast  # type: ignore[assignment, misc]
+    def enabled(*kind: str) -> bool:
+        return DEVICE.type not in kind and before[1](*kind)
+
+    torch.autocast, torch.is_autocast_enabled = autocast, enabled  # type: ignore[assignment, misc]
     try:
         yield
     finally:
-        torch.autocast = before  # type: ignore[misc]
+        torch.autocast, torch.is_autocast_enabled = before  # type: ignore[misc]
 
 
 class _Calls(TorchFunctionMode):

@@ -63,11 +63,14 @@ class Late:
             self._copied.record(torch.cuda.current_stream(tensor.device))
 
     @property
+    def here(self) -> bool:
+        """Whether the values were on the CPU from the start, or have been read."""
+        return self._copied is None and self._given.device.type == "cpu"
+
+    @property
     def ready(self) -> bool:
         """Whether a read would not wait now."""
-        if self._copied is not None:
-            return bool(self._copied.query())
-        return self._given.device.type == "cpu"
+        return self.here or (self._copied is not None and bool(self._copied.query()))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Late:
         return Late(self.read())

@@ -123,8 +123,9 @@ class GradientSketch:
     def _backward(self, index: int, seen: Tensor, grad: Tensor) -> None:
         flat = grad.detach().flatten(0, -2)
         for row, (start, stop) in zip(self.rows[index], self.parts[index], strict=True):
-            # This order reads the wide matrix in its memory order; on a CPU it is twice as fast as the other.
-            value = (seen.mT @ flat[:, start:stop].to(seen.dtype)).mT.float().contiguous()
+            with exactly(flat.device):
+                # This order reads the wide matrix in its memory order; on a CPU it is twice as fast as the other.
+                value = (seen.mT @ flat[:, start:stop].to(seen.dtype)).mT.float().contiguous()
             held = self._sums[row]
             self._sums[row] = value if held is None else held + value
 
