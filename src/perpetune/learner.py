@@ -111,6 +111,7 @@ class Learner:
         self._build(recipe, progress)
         with self.runtime.autocast():
             self.backbone.check()
+        self._compile()
         if self._temporary and self.runtime.world > 1:
             raise UsageError("several processes must share one state folder: give `folder` a path that all of them see")
         if self.method.model.view.dated:
@@ -159,6 +160,7 @@ class Learner:
         for line in (learner.state.unchecked(), learner.state.edited()):
             if line and learner.runtime.rank == 0:
                 warnings.warn(line, stacklevel=2)
+        learner._compile()
         return learner
 
     @staticmethod
@@ -211,10 +213,6 @@ class Learner:
         self.backbone = build_backbone(recipe)
         self._fingerprint = self.backbone.fingerprint()
         self.method = build_method(recipe, self.backbone).to(self.runtime.device)
-        if recipe.run.compile:
-            mode = None if recipe.run.compile is True else recipe.run.compile
-            if note := compile_blocks(self.backbone, Compiler(mode)):
-                warnings.warn(note, stacklevel=3)
         self._oracle_note = oracle.check(recipe, self.method) if recipe.evaluate.oracle else None
         if recipe.evaluate.future and self.method.model.chooses and not self.method.model.any_class:
             raise UsageError(
@@ -226,6 +224,12 @@ class Learner:
         self._halfway = False  # whether `method` was left inside a task
         keeps_data = self.method.needs_earlier_data
         self._tasks = TaskSequence(recipe, self.method.model.view, self.runtime, keeps_data=keeps_data)
+
+    def _compile(self) -> None:
+        """Turn `run.compile` on, once the model is known to be sound: the first pass through it takes long."""
+        wanted = self.recipe.run.compile
+        if wanted and (note := compile_blocks(self.backbone, Compiler(None if wanted is True else wanted))):
+            warnings.warn(note, stacklevel=3)
 
     def _model_document(self) -> dict[str, Any]:
         pets = [m for m in self.method.modules() if isinstance(m, PET)]

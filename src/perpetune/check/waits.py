@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map
 
 from perpetune.methods.base import Method
 from perpetune.numerics.handover import Late
@@ -324,7 +323,7 @@ def in_batches(waits: Waits, least: int = 3) -> dict[str, int]:
 
 def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """The operation on the held values; its results are on the device on which CUDA would have them."""
-    given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    given = _tensors(args, kwargs)
     stands, wanted = any(isinstance(t, Stand) for t in given), kwargs.get("device")
     to_stand = wanted is not None and torch.device(wanted).type == DEVICE.type
     if not (stands or to_stand):
@@ -334,13 +333,27 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if mixed and packet not in COPIES | INDEXED:
         raise RuntimeError(f"{func}: expected all tensors on the same device")
     more = {**kwargs, "device": torch.device("cpu")} if wanted is not None else kwargs
-    out = func(*tree_map(_held, args), **tree_map(_held, more))
+    out = func(*_mapped(_held, args), **{key: _mapped(_held, value) for key, value in more.items()})
     stays = to_stand or (stands and wanted is None)
     if packet in (aten.copy_, aten._copy_from):
         stays = isinstance(args[0], Stand)
     if stays:
-        out = tree_map(lambda t: Stand(t) if isinstance(t, Tensor) else t, out)
+        out = _mapped(lambda t: Stand(t) if isinstance(t, Tensor) else t, out)
     return return_and_correct_aliasing(func, args, kwargs, out)
+
+
+def _mapped(act: Callable[[Any], Any], value: Any) -> Any:
+    """`act` of a value, or of what is in a list or tuple. Torch's trees can do more, and take most of the time."""
+    if isinstance(value, list | tuple):
+        return type(value)(_mapped(act, one) for one in value)
+    return act(value)
+
+
+def _tensors(args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for value in (*args, *kwargs.values()):
+        found += [one for one in (value if isinstance(value, list | tuple) else (value,)) if isinstance(one, Tensor)]
+    return found
 
 
 def _held(value: Any) -> Any:
@@ -352,7 +365,7 @@ def _kind(func: Any, args: Any, kwargs: dict[str, Any]) -> str | None:
     packet, stand = func.overloadpacket, [isinstance(a, Stand) for a in args]
     if packet in COPIES:
         return _copied(func, args, kwargs)
-    if not any(isinstance(t, Stand) for t in tree_leaves((args, kwargs))):
+    if not any(isinstance(t, Stand) for t in _tensors(args, kwargs)):
         return None
     if packet in READS:
         return "read"
