@@ -318,6 +318,8 @@ def build_runtime(recipe: Recipe) -> Runtime:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"run.device {section.device!r} cannot be used here: {_why(section.device, reason)}") from None
+    if section.precision == "tf32" and device.type != "cuda":
+        raise UsageError(f"run.precision 'tf32' cannot be used on {device}: only NVIDIA GPUs have it; `no` can")
     runtime = Runtime(recipe.seed, device, section.precision, section.workers)
     try:
         plain = runtime.alone and section.precision == "no" and device.type in ("cpu", "cuda")

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from perpetune.errors import Interrupted, PerpetuneError
+from perpetune.numerics.handover import Late, sent
 from perpetune.runtime import Runtime
 from perpetune.seeding import own_global_state, seed_of
 from perpetune.tasks import Batch, Task, load_batches
@@ -27,7 +28,7 @@ Loss = Callable[[Task, Batch], Tensor]
 Groups = list[tuple[list[nn.Parameter], float]]
 """Lists of parameters, each with the learning rate of its parameters."""
 CURE = "lower train.lr, set train.clip, or use run.precision: no, in the state's recipe.yaml"
-LOG_EVERY = 10  # steps between two readings of the loss; each reading waits for the device
+LOG_EVERY = 10  # steps between two readings of the loss
 
 
 class FitConfig(BaseModel):
@@ -113,6 +114,7 @@ def fit(
         run.progress.phase(phase, total, epochs, done)
         for companion in run.companions if guarded else ():
             stack.enter_context(companion(optimizer))
+        seen = _LossSeen(task, phase, per_epoch)
         for step, shares, images, tokens in _steps(task, config, phase, done):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * schedule(config, step, total)
@@ -126,18 +128,20 @@ def fit(
             _update(optimizer, trained, config.clip, scaler)
             done = step + 1
             # A checkpoint must not store values after a nan that nobody has noticed: every resumed run would fail.
-            every = run.checkpoints.every if run.checkpoints else LOG_EVERY
-            due = done % LOG_EVERY == 0 or done % every == 0 or done == total
+            every = run.checkpoints.every if run.checkpoints else total
+            now = done % every == 0 or done == total
+            due = now or done % LOG_EVERY == 0
             stop = run.stop_requested(due=due)
             if due or stop is not None:
-                _check_finite(value, task, phase, step, per_epoch)
-            run.progress.step(done, step // per_epoch, float(value) if due else None, images)
+                seen.put(value, step)
+            run.progress.step(done, step // per_epoch, seen.read(now=now or stop is not None), images)
             if run.checkpoints:
                 run.checkpoints.step(done, total, images, tokens, force=stop is not None)
             if stop is not None:
                 run.accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one of them ends
                 raise Interrupted(f"stopped in task {task.name}, phase {phase}, after step {done} of {total}", stop)
-        if not all(bool(torch.isfinite(p).all()) for p in trained):  # no loss shows what the last step changed
+        # No loss shows what the last step changed
+        if not bool(torch.stack([torch.isfinite(p).all() for p in trained]).all()):
             raise PerpetuneError(f"task {task.name}, phase {phase} ended with values that are not finite: {CURE}")
     if run.checkpoints:
         run.checkpoints.finish()
@@ -247,7 +251,8 @@ def _backward(loss: Loss, task: Task, shares: list[tuple[Batch, float]], run: Ru
         with run.autocast():
             value = loss(task, batch)
         value = value if share == 1.0 else value * share
-        run.accelerator.backward(value)
+        with run.products():
+            run.accelerator.backward(value)
         total = value.detach() if total is None else total + value.detach()
     assert total is not None
     return total
@@ -259,10 +264,13 @@ def _sum_gradients(parameters: list[nn.Parameter], run: Runtime) -> None:
     A member of a pool has a gradient only in the processes whose examples chose it. So the message says of each
     parameter whether its process has a gradient; the optimizer skips those that no process has one for.
     """
-    has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=run.device)
+    mine = [p.grad is not None for p in parameters]
+    has = sent(mine, run.device).float()
     flat = torch.cat([has, *((torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters)])
     counts, *sums = run.sum(flat).split([len(parameters), *(p.numel() for p in parameters)])
-    for p, count, part in zip(parameters, counts.tolist(), sums, strict=True):
+    # Only a process that lacks a gradient has to learn whether another one has it, and waits for that.
+    others = mine if all(mine) else counts.tolist()
+    for p, count, part in zip(parameters, others, sums, strict=True):
         p.grad = part.view_as(p).to(p.dtype, copy=True) if count else None
 
 
@@ -285,9 +293,34 @@ def _update(
     optimizer.zero_grad()
 
 
-def _check_finite(loss: Tensor, task: Task, phase: str, step: int, per_epoch: int) -> None:
-    if not torch.isfinite(loss):
-        raise PerpetuneError(
-            f"the loss became {float(loss)} in task {task.name}, phase {phase}, epoch {step // per_epoch + 1}, by step "
-            f"{step + 1}: {CURE}"
-        )
+class _LossSeen:
+    """The loss of some steps, read one step later, so that the program does not wait for the step that runs."""
+
+    def __init__(self, task: Task, phase: str, per_epoch: int):
+        self.task, self.phase, self.per_epoch = task, phase, per_epoch
+        self._late: tuple[Late, int] | None = None
+        self._new = False
+
+    def put(self, loss: Tensor, step: int) -> None:
+        """Let the loss of a step come."""
+        self._late, self._new = (Late(loss), step), True
+
+    def read(self, *, now: bool) -> float | None:
+        """The loss that was put in before this step; on the CPU, or if `now` is true, also that of this step.
+
+        It does not depend on how fast the device is, so that all processes find a fault after the same step.
+
+        Raises:
+            PerpetuneError: it is not finite.
+        """
+        new, self._new = self._new, False
+        if self._late is None or (new and not now and not self._late[0].here):
+            return None
+        (late, step), self._late = self._late, None
+        value = float(late.read())
+        if not math.isfinite(value):
+            raise PerpetuneError(
+                f"the loss became {value} in task {self.task.name}, phase {self.phase}, "
+                f"epoch {step // self.per_epoch + 1}, by step {step + 1}: {CURE}"
+            )
+        return value

@@ -55,6 +55,7 @@ def kept_features(folder: Path, recipe: Recipe, backbone: Backbone, fingerprint:
         "processes": [run.rank, run.world],
         "threads": torch.get_num_threads(),
         "precision": run.precision,
+        "compile": recipe.run.compile,
         "device": device,
         "versions": versions,
     }

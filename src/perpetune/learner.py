@@ -29,6 +29,7 @@ from perpetune.data.texts.chats import Messages
 from perpetune.errors import Interrupted, StateError, UsageError, closest
 from perpetune.evaluate import AMONG, How, ask
 from perpetune.kept import KeptFeatures, kept_features
+from perpetune.models.compiled import Compiler, compile_blocks
 from perpetune.pets import PET, frozen, using
 from perpetune.recipe import Recipe, load_recipe, make_recipe
 from perpetune.results import read_results, versions
@@ -111,6 +112,7 @@ class Learner:
         self._build(recipe, progress)
         with self.runtime.autocast():
             self.backbone.check()
+        self._compile()
         if self._temporary and self.runtime.world > 1:
             raise UsageError("several processes must share one state folder: give `folder` a path that all of them see")
         if self.method.model.view.dated:
@@ -161,6 +163,7 @@ class Learner:
         for line in (learner.state.unchecked(), learner.state.edited()):
             if line and learner.runtime.rank == 0:
                 warnings.warn(line, stacklevel=2)
+        learner._compile()
         return learner
 
     @staticmethod
@@ -247,6 +250,12 @@ class Learner:
     def _kept_features(self) -> KeptFeatures:
         """The features of test data that the state folder keeps. Made when the weights are those of the fingerprint."""
         return kept_features(self.state.folder, self.recipe, self.backbone, self._fingerprint, self.runtime)
+
+    def _compile(self) -> None:
+        """Turn `run.compile` on, once the model is known to be sound: the first pass through it takes long."""
+        wanted = self.recipe.run.compile
+        if wanted and (note := compile_blocks(self.backbone, Compiler(None if wanted is True else wanted))):
+            warnings.warn(note, stacklevel=3)
 
     def _model_document(self) -> dict[str, Any]:
         pets = [m for m in self.method.modules() if isinstance(m, PET)]

@@ -129,10 +129,13 @@ class EvaluateSection(Section):
 
 
 class RunSection(Section):
-    """Where it runs, and what stays on the disk. Nothing here changes what is learned, but for `precision`."""
+    """Where and how it runs, and what stays on the disk. Nothing here decides what is learned, but for `precision`;
+    `compile` moves last bits."""
 
     device: str = "auto"
     precision: Precision = "no"
+    """How a model computes: `no` is float32; `tf32` shortens products of float32 to 10 bits of mantissa on NVIDIA GPUs;
+    `bf16` and `fp16` are autocast. Sums, solutions and projections stay exact."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that load images."""
     threads: Annotated[int, Field(ge=1)] | None = None
@@ -141,6 +144,9 @@ class RunSection(Section):
     """How many of the newest tasks can be rolled back to, the newest one among them. With `auto`, the earlier tasks
     together take at most as many bytes of their own as the newest needs alone, or 16 MB if that is more; the one before
     the newest is always kept. What is not kept is dropped after a commit."""
+    compile: bool | Literal["max-autotune-no-cudagraphs"] = False
+    """Run the frozen blocks through `torch.compile`, or through its slower search for faster code. The first steps take
+    long, and later ones are faster on a GPU."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 200
     """Optimizer steps between two checkpoints inside a task."""
 

@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from perpetune.numerics.exact import shortened
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 LAUNCHED = {"LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"}
 """Variables that a launcher of several processes sets, as accelerate reads them."""
-Precision = Literal["no", "bf16", "fp16"]
+Precision = Literal["no", "tf32", "bf16", "fp16"]
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 Value = TypeVar("Value")
 
 
@@ -130,7 +133,8 @@ class Runtime:
         # accelerate keeps one device and precision per process and refuses another; but each run needs its own choice.
         joined = torch.distributed.is_available() and torch.distributed.is_initialized()
         AcceleratorState._reset_state(reset_partial_state=not joined)
-        return Accelerator(cpu=self.device.type == "cpu", mixed_precision=self.precision)
+        mixed = self.precision if self.precision in HALF else "no"
+        return Accelerator(cpu=self.device.type == "cpu", mixed_precision=mixed)
 
     @contextlib.contextmanager
     def accompanied(self, companions: Sequence[Companion]) -> Iterator[None]:
@@ -183,7 +187,18 @@ class Runtime:
         torch.distributed.all_reduce(signum, torch.distributed.ReduceOp.MAX)
         return int(signum) or None
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.precision == "no":
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Inside this context a model computes in the precision of the run."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.products())
+            if self.precision in HALF:
+                stack.enter_context(torch.autocast(self.device.type, HALF[self.precision]))
+            yield
+
+    def products(self) -> contextlib.AbstractContextManager[None]:
+        """Inside this context products in float32 are as exact as the run wants them; for backward passes, in which
+        autocast has decided already."""
+        if self.device.type == "cpu":  # a CPU has no TF32
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16 if self.precision == "bf16" else torch.float16)
+        return shortened(self.precision == "tf32")

@@ -9,12 +9,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from perpetune.errors import DataError, UsageError
+from perpetune.numerics.handover import sent
 from perpetune.runtime import Runtime
 from perpetune.seeding import generator, seed_of
 
@@ -24,6 +25,8 @@ IGNORED = -100  # torch and transformers put this number where a token has no la
 
 class Inputs:
     """The inputs of a model for some examples: named tensors whose first axis is the example.
+
+    Those that decide what is computed (`HOST`) stay on the CPU, so that nobody has to read them from a device.
 
     Args:
         tensors: the tensors, by name; a name with None is left out. A view may use further names. The library uses:
@@ -37,8 +40,11 @@ class Inputs:
             `caption`: int64 `(B,)`, the position of the caption that is learned among the captions of each picture.
             `options`: int64 `(B, K, M)`, the tokens of each answer that the model can choose, -100 after the answer's
             end and in place of missing answers. Questions with free answers have none.
+            `context`: bool `(B, N)`, true at tokens in whose place the pet `context` puts its vectors.
         said: the number of last columns that contain all `labels`. So the code need not read it from the device.
     """
+
+    HOST: ClassVar[frozenset[str]] = frozenset({"shown", "caption", "context"})
 
     def __init__(self, *, said: int = 0, **tensors: Tensor | None):
         self.tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
@@ -83,12 +89,20 @@ class Inputs:
 
     def each(self, act: Callable[[Tensor], Tensor]) -> Inputs:
         """New inputs, with the result of `act` for every tensor."""
-        return Inputs(said=self.said, **{name: act(tensor) for name, tensor in self.tensors.items()})
+        return self._with({name: act(tensor) for name, tensor in self.tensors.items()})
+
+    def to(self, device: torch.device) -> Inputs:
+        """The inputs on a device, without a wait for it; those of `HOST` stay on the CPU."""
+        moved = {n: t if n in self.HOST else t.to(device, non_blocking=True) for n, t in self.tensors.items()}
+        return self._with(moved)
+
+    def _with(self, tensors: dict[str, Tensor]) -> Inputs:
+        return Inputs(said=self.said, **tensors)
 
     def rows(self, index: Sequence[int]) -> Inputs:
         """The inputs of the examples at the positions `index`."""
         places = torch.tensor(index, dtype=torch.int64)
-        return self.each(lambda tensor: tensor[places.to(tensor.device)])
+        return self.each(lambda tensor: tensor[sent(places, tensor.device)])
 
     def __repr__(self) -> str:
         return f"Inputs({', '.join(f'{name} {tuple(t.shape)}' for name, t in self.tensors.items())})"
@@ -121,13 +135,10 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """Put the tensors into pinned memory. Torch's loader calls this, so that the copy to a GPU need not wait."""
-        return self._each(lambda tensor: tensor.pin_memory())
+        return Batch(self.inputs.each(Tensor.pin_memory), self.targets.pin_memory(), self.numbers)
 
     def to(self, device: torch.device) -> Batch:
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def _each(self, act: Callable[[Tensor], Tensor]) -> Batch:
-        return Batch(self.inputs.each(act), act(self.targets), self.numbers)
+        return Batch(self.inputs.to(device), self.targets.to(device, non_blocking=True), self.numbers)
 
 
 Item = tuple[Any, int, int]  # a loaded example, its target, its number

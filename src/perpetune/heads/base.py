@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from perpetune.errors import PerpetuneError, UsageError
 from perpetune.numerics.carry import Carry
+from perpetune.numerics.handover import Arrivals, sent
 
 
 def alone(value: Tensor) -> Tensor:
@@ -218,7 +219,7 @@ class Head(nn.Module, ABC):
     def rows(self, classes: Sequence[str], device: torch.device | None = None) -> Tensor:
         """The row of each of `classes`, int64 `(len(classes),)`; raises KeyError for an unknown name."""
         row = {name: i for i, name in enumerate(self.classes)}
-        return torch.tensor([row[c] for c in classes], dtype=torch.int64, device=device)
+        return sent([row[c] for c in classes], device, torch.int64)
 
     def get_extra_state(self) -> dict[str, Any]:
         return {"classes": self.classes}
@@ -249,10 +250,59 @@ def not_finite(head: str, classes: Sequence[str], features: Tensor, rows: Tensor
     bad = ~torch.isfinite(features).all(1)
     if not bad.any():
         return None
+    return _fault(head, classes[int(rows[bad][0])])
+
+
+def _fault(head: str, name: str) -> PerpetuneError:
     return PerpetuneError(
-        f"head: {head}: features of an example of class {classes[int(rows[bad][0])]} are not finite, so training has "
-        "broken the features; lower train.lr or set train.clip"
+        f"head: {head}: features of an example of class {name} are not finite, so training has broken the features; "
+        "lower train.lr or set train.clip"
     )
+
+
+class FiniteFeatures:
+    """The check of `not_finite` for batch after batch, without a wait for the device.
+
+    Args:
+        head: the name of the head, for the message.
+    """
+
+    def __init__(self, head: str):
+        self.head = head
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what was not read."""
+        self._bad: list[Tensor] = []
+        self._arrivals = Arrivals()
+
+    def add(self, classes: Sequence[str], features: Tensor, rows: Tensor) -> None:
+        """Check a batch: at once on the CPU, or else when the device has computed it.
+
+        Raises:
+            PerpetuneError: features of this batch, or of one before it, are not finite.
+        """
+        if features.device.type == "cpu":
+            if (fault := not_finite(self.head, classes, features, rows)) is not None:
+                raise fault
+            return
+        bad = ~torch.isfinite(features).all(1)
+        self._bad.append(bad.any())
+        self._arrivals.put(bad, rows)
+        self.read(classes)
+
+    def read(self, classes: Sequence[str], *, all: bool = False) -> None:  # noqa: A002
+        """Raise what is known by now, or after `all` batches are computed."""
+        for bad, rows in self._arrivals.take(all=all):
+            if bad.any():
+                raise _fault(self.head, classes[int(rows[bad][0])])
+
+    def without_bad(self, rows: Tensor) -> Tensor:
+        """`rows` of the batches that were added since the last call, or zeros if not all of these are finite. So a sum
+        stays sound until the fault is read."""
+        if self._bad:
+            rows, self._bad = torch.where(torch.stack(self._bad).any(), 0.0, rows), []
+        return rows
 
 
 def grow_rows(old: Tensor, rows: int, generator: torch.Generator, std: float) -> Tensor:

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from perpetune.errors import PerpetuneError
 from perpetune.heads.base import Folded, Head, alone, not_finite
 from perpetune.heads.linear import Linear
+from perpetune.numerics.exact import exactly
+from perpetune.numerics.handover import Arrivals, sent
 from perpetune.numerics.lowrank import moved_exactly
 from perpetune.numerics.moments import Moments, pack, unpack
 from perpetune.seeding import generator
@@ -70,6 +72,7 @@ class Drawn(Head):
         self.seed: int | None = None
         """Of all draws; that of the generator which grew the head first."""
         self._facts: dict[str, Any] = {}
+        self._arrivals = Arrivals()
         self.register_buffer("counts", torch.zeros(0, dtype=torch.int64))
         self.register_buffer("settled", torch.zeros(0, dtype=torch.int64))  # the counts when the layer was last trained
         self.register_buffer("bias", torch.zeros(0))
@@ -144,13 +147,28 @@ class Drawn(Head):
 
     # -- statistics -----------------------------------------------------------------------------------
 
+    def expect(self, counts: Tensor) -> None:
+        self._arrivals.clear()  # of a pass that failed
+
     @torch.no_grad()
     def observe(self, features: Tensor, rows: Tensor) -> None:
-        if (fault := not_finite("drawn", self.classes, features, rows)) is not None:
-            raise fault
-        exact, of = moved_exactly(features, self.sums), rows.to(self.sums.device)
+        self._arrivals.put(features, rows)
+        self._add_arrived()
+
+    @torch.no_grad()
+    def flush(self) -> None:
+        self._add_arrived(all=True)
+
+    def _add_arrived(self, *, all: bool = False) -> None:  # noqa: A002
+        for features, rows in self._arrivals.take(all=all):
+            if (fault := not_finite("drawn", self.classes, features, rows)) is not None:
+                raise fault
+            self._add(moved_exactly(features, self.sums), rows)
+
+    def _add(self, exact: Tensor, of: Tensor) -> None:
+        """Add features `(B, D)`, float64, of the rows `of (B,)`; both on the CPU."""
         self.sums.index_add_(0, of, exact)
-        self.counts += torch.bincount(rows, minlength=len(self.counts))
+        self.counts += sent(torch.bincount(of, minlength=len(self.counts)), self.counts.device)
         if not self.full:
             self.squares.index_add_(0, of, exact.square())
             return
@@ -173,6 +191,7 @@ class Drawn(Head):
 
     @torch.no_grad()
     def settle(self, total: Callable[[Tensor], Tensor] = alone) -> None:
+        self.flush()
         known = self.counts.nonzero().flatten()
         if not len(known):
             return
@@ -204,7 +223,7 @@ class Drawn(Head):
         layer = [t[known].float().requires_grad_(True) for t in (self.weight, self.bias)]
         optimizer = torch.optim.SGD(layer, lr=self.lr, momentum=MOMENTUM, weight_decay=DECAY)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs)
-        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        with torch.enable_grad(), exactly(device):
             for _ in range(self.epochs):
                 noise = torch.randn(len(known), self.samples, self.dim, generator=rng).to(device)
                 around = noise @ spread.mT if self.full else noise * spread[:, None]

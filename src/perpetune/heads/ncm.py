@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from perpetune.heads.base import Folded, Head, alone, carry_facts
 from perpetune.heads.cosine import Cosine
 from perpetune.numerics import carry as carrying
+from perpetune.numerics.handover import Arrivals, sent
 from perpetune.numerics.lowrank import moved_exactly
 from perpetune.numerics.ridge import CONSTANT
 
@@ -44,6 +45,7 @@ class NCM(Head):
         super().__init__(dim)
         self.metric, self.scale, self.carry = metric, scale, carry
         self._carried: dict[str, Any] = {}
+        self._arrivals = Arrivals()
         self.probe = Cosine(dim, scale=scale)
         self.register_buffer("sums", torch.zeros(0, dim, dtype=torch.float64))
         self.register_buffer("counts", torch.zeros(0, dtype=torch.int64))
@@ -79,10 +81,22 @@ class NCM(Head):
         self._buffers["sums"] = sums
         return self
 
+    def expect(self, counts: Tensor) -> None:
+        self._arrivals.clear()  # of a pass that failed
+
     @torch.no_grad()
     def observe(self, features: Tensor, rows: Tensor) -> None:
-        self.sums.index_add_(0, rows.to(self.sums.device), moved_exactly(features, self.sums))
-        self.counts += torch.bincount(rows, minlength=len(self.counts))
+        self._arrivals.put(features, rows)
+        self._add()
+
+    @torch.no_grad()
+    def flush(self) -> None:
+        self._add(all=True)
+
+    def _add(self, *, all: bool = False) -> None:  # noqa: A002
+        for features, rows in self._arrivals.take(all=all):
+            self.sums.index_add_(0, rows, moved_exactly(features, self.sums))
+            self.counts += sent(torch.bincount(rows, minlength=len(self.counts)), self.counts.device)
 
     @torch.no_grad()
     def follow(self, before: Tensor, after: Tensor, targets: Tensor) -> None:
@@ -123,5 +137,6 @@ class NCM(Head):
 
     @torch.no_grad()
     def settle(self, total: Callable[[Tensor], Tensor] = alone) -> None:
+        self.flush()
         counts = moved_exactly(self.counts.clamp(min=1).unsqueeze(1), self.sums)
         self.means = (self.sums / counts).to(self.means)

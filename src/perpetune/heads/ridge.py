@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perpetune.errors import PerpetuneError, UsageError
-from perpetune.heads.base import Folded, Head, alone, carry_facts, not_finite
+from perpetune.heads.base import FiniteFeatures, Folded, Head, alone, carry_facts
 from perpetune.heads.cosine import Cosine
 from perpetune.numerics import carry as carrying
 from perpetune.numerics import ridge
+from perpetune.numerics.exact import exactly
 from perpetune.numerics.lowrank import moved_exactly
 from perpetune.seeding import generator
 
@@ -119,7 +120,7 @@ class Ridge(Head):
     def forward(self, features: Tensor) -> Tensor:
         if not self.classes:  # the projection is drawn with the first of them
             return torch.empty(len(features), 0, device=features.device)
-        with torch.autocast(features.device.type, enabled=False):
+        with exactly(features.device):
             rows = self.expand(features.float())
             # The centre may be large against the differences from it. Inside the offset it would cost digits.
             scores = (rows - self.centre) @ self.weight + self.offset if self.standardise else rows @ self.weight
@@ -270,6 +271,7 @@ class Ridge(Head):
         self._targets: list[Tensor] = []
         self._sample: list[tuple[Tensor, Tensor]] = []
         self._row_weights = torch.empty(0, dtype=torch.float64)
+        self._finite = FiniteFeatures("ridge")
         self._waiting, self._seen, self._expected = 0, 0, 0
         self._every, self._smoothing, self._whole = 1, 0.5, False
 
@@ -292,9 +294,11 @@ class Ridge(Head):
     @torch.no_grad()
     def observe(self, features: Tensor, rows: Tensor) -> None:
         targets = rows.to(self.packed.device)
-        if (fault := not_finite("ridge", self.classes, features, rows)) is not None:
+        try:
+            self._finite.add(self.classes, features, rows)
+        except PerpetuneError:
             self._clear()
-            raise fault
+            raise
         self._features.append(features.to(self.packed.device))
         self._targets.append(targets)
         self._waiting += len(features)
@@ -306,19 +310,25 @@ class Ridge(Head):
         if not self._waiting:
             return
         features, targets = torch.cat(self._features), torch.cat(self._targets)
-        new, of = features[-self._waiting :], targets[-self._waiting :]
+        new, of = self._finite.without_bad(features[-self._waiting :]), targets[-self._waiting :]
         rows, weights = self._rows(new.to(self.cross)), self._row_weights[of]
-        ridge.add_gram(self.packed, rows, weights if self.balance else None)
+        # The features were looked at; to look at the rows too would be a wait for the device.
+        ridge.add_gram(self.packed, rows, weights if self.balance else None, checked=rows.device.type != "cpu")
         self.cross.index_add_(1, of, (rows * weights[:, None]).mT)
-        self.counts += torch.bincount(of, minlength=len(self.counts))
+        self.counts.index_add_(0, of, torch.ones_like(of))
         self.mass += weights.sum()
-        picked = torch.arange(self._seen, self._seen + len(new), device=of.device) % self._every == 0
-        self._sample.append((new[picked], of[picked]))
+        picked = slice(-self._seen % self._every, None, self._every)  # each example whose number is a multiple
+        self._sample.append((new[picked].clone(), of[picked].clone()))
         self._seen, self._waiting = self._seen + len(new), 0
         self._features, self._targets = ([features], [targets]) if self._whole else ([], [])
 
     @torch.no_grad()
     def settle(self, total: Callable[[Tensor], Tensor] = alone) -> None:
+        try:
+            self._finite.read(self.classes, all=True)
+        except PerpetuneError:
+            self._clear()
+            raise
         count = int(self.counts.sum())
         if count == 0:
             self._clear()

@@ -21,7 +21,9 @@ from perpetune.heads.ncm import NCM
 from perpetune.heads.ridge import Ridge
 from perpetune.heads.templates import spoken, templates_of
 from perpetune.named import Part
+from perpetune.numerics.exact import exactly
 from perpetune.numerics.fusion import Gate, class_texts, fused, gate_open
+from perpetune.numerics.handover import sent
 from perpetune.plain import names_in
 from perpetune.tasks import Inputs
 
@@ -208,7 +210,7 @@ class Text(Head):
         others = [name for name in dict.fromkeys(names) if name not in rows]
         table = torch.cat([self.settled, self._read(others).to(self.settled)]) if others else self.settled
         rows |= {name: len(self.settled) + number for number, name in enumerate(others)}
-        return table[torch.tensor([rows[name] for name in names], dtype=torch.int64, device=table.device)]
+        return table[sent([rows[name] for name in names], table.device, torch.int64)]
 
     def _read(self, names: Sequence[str]) -> Tensor:
         """As `texts`, by the text tower as it is now."""
@@ -229,7 +231,7 @@ class Text(Head):
         others = [name for name in dict.fromkeys(names) if name not in rows]
         table = torch.cat([self.kept, self._of_asked(others)]) if others else self.kept
         rows |= {name: len(self.names) + number for number, name in enumerate(others)}
-        return table[torch.tensor([rows[name] for name in names], dtype=torch.int64, device=table.device)]
+        return table[sent([rows[name] for name in names], table.device, torch.int64)]
 
     def _of_asked(self, names: Sequence[str]) -> Tensor:
         """Texts `(n, D)` of names that are no candidates, each read once."""
@@ -270,11 +272,11 @@ class Text(Head):
         if self.expert is None or not self.classes or not self.fusion:
             return self._logits(features, classes)
         names, learned = self._all(classes)
-        with torch.autocast(features.device.type, enabled=False):
+        with exactly(features.device):
             shares = self._logits(features, names).softmax(-1)
             scores = fused(shares, self._expert(features), learned, self.fusion, self.gate)
         rows = {name: number for number, name in enumerate(names)}
-        return SHARP * scores[:, [rows[name] for name in classes]]
+        return SHARP * scores[:, sent([rows[name] for name in classes], scores.device, torch.int64)]
 
     def gates(self, features: Tensor, classes: Sequence[str]) -> Mapping[str, Tensor]:
         if self.expert is None or not self.classes or not self.fusion:
@@ -290,7 +292,7 @@ class Text(Head):
 
     def _logits(self, features: Tensor, names: Sequence[str]) -> Tensor:
         assert self.side is not None
-        with torch.autocast(features.device.type, enabled=False):
+        with exactly(features.device):
             own = F.normalize(features[:, : self.dim].float(), dim=-1)
             logits = self._scale() * own @ self.texts(names).T.to(features.device)
         return logits if self.side.bias is None else logits + self.side.bias.to(logits)

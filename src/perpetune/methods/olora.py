@@ -16,6 +16,7 @@ from perpetune.errors import UsageError
 from perpetune.fit import FitConfig, fit
 from perpetune.methods.base import Method, training
 from perpetune.models.base import Mask, Model
+from perpetune.numerics.exact import exactly
 from perpetune.numerics.lowrank import Factors
 from perpetune.pets import LoRA, copy_set, has_set, parameters, pets, remove, using
 from perpetune.tasks import Batch, Inputs, Task
@@ -118,7 +119,7 @@ class OLoRA(Method):
         """`Σ |A_i A_tᵀ|` over modules, earlier tasks and entries, a scalar; 0 in the first task."""
         new = self._parts(NEW if self.tasks else DEFAULT)
         total = new[0][1].new_zeros(())
-        with torch.autocast(total.device.type, enabled=False):
+        with exactly(total.device):
             for modules, old in self._old:
                 total = total + torch.bmm(old, torch.stack([new[m][1] for m in modules]).mT).abs().sum()
         return total

@@ -14,6 +14,7 @@ from perpetune.errors import UsageError
 from perpetune.heads.base import Head
 from perpetune.models.backbone import Backbone
 from perpetune.models.base import Mask, Model
+from perpetune.numerics.handover import sent
 from perpetune.numerics.retrieval import contrastive
 from perpetune.pets import using
 from perpetune.runtime import Runtime
@@ -163,7 +164,7 @@ class Classifier(Model):
         pictures = F.normalize(self.backbone.compared(self.tuned(batch.inputs)).float(), dim=-1)
         words = F.normalize(side.encode(side.inputs(texts, pictures.device)).float(), dim=-1)
         logits = side.scale.to(pictures.device) * pictures @ words.T
-        matches = torch.tensor([[text in captions for text in texts] for captions in said], device=logits.device)
+        matches = sent([[text in captions for text in texts] for captions in said], logits.device)
         return contrastive(logits if side.bias is None else logits + side.bias.to(logits.device), matches)
 
     def head_loss(self, task: Task, features: Tensor, targets: Tensor) -> Tensor:
@@ -279,7 +280,7 @@ def feature_table(examples: Examples, batch_size: int, run: Runtime, features: C
             rows = features(batch.inputs).float()
         if table is None:
             table = rows.new_zeros(len(examples), rows.shape[1])
-        table[batch.numbers.to(table.device)] = rows
+        table[sent(batch.numbers, table.device)] = rows
     width: int = run.of_first(0 if table is None else table.shape[1])  # the first process always has a batch
     if table is None:
         table = torch.zeros(len(examples), width, device=run.device)

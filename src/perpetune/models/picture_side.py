@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from perpetune.numerics.handover import Late, sent
 from perpetune.pets.base import Slot, slots
 from perpetune.pets.choice import Choice
 from perpetune.tasks import Inputs
@@ -53,7 +54,7 @@ class PictureSide:
         self.token, self.count, self.path, self.projector = token, count, path, projector
         self.drawn, self.grid, self.mutual, self.room = drawn, grid, mutual, ROOM
         self._tower = tower
-        self._kept: dict[int, Tensor] = {}
+        self._kept: dict[int, Late] = {}
         self._bytes = 0
         self._trained: nn.Module | None = None
 
@@ -77,18 +78,23 @@ class PictureSide:
             return {"input_ids": ids, **more}
         there = (ids == self.token) & inputs.mask
         embedded: Tensor = net.get_input_embeddings()(ids.masked_fill(there, 0))  # the table may have no row for it
-        features = self.features(net, inputs, normalise).to(embedded.dtype)
-        return {"inputs_embeds": embedded.masked_scatter(there.unsqueeze(-1).expand_as(embedded), features), **more}
+        features = self.features(net, inputs, normalise).to(embedded.dtype)  # (P, count, W)
+        # The places in their order. Their number is known, so the device need not be asked for it.
+        places = (~there).flatten().to(torch.uint8).argsort(stable=True)[: features.shape[0] * features.shape[1]]
+        filled = embedded.flatten(0, 1).index_copy(0, places, features.flatten(0, 1))
+        return {"inputs_embeds": filled.view_as(embedded), **more}
 
     def features(self, net: Any, inputs: Inputs, normalise: Callable[[Tensor], Tensor]) -> Tensor:
         """Embeddings `(P, count, W)` of the pictures of all examples, in their order."""
-        keys = inputs["shown"]
-        there = keys != 0
-        pixels, known = inputs.pixels[there], keys[there].tolist()
+        keys = inputs["shown"].cpu()
+        there = (keys != 0).nonzero()  # (P, 2)
+        pixels = inputs.pixels.flatten(0, 1)
+        pixels = pixels[sent(there[:, 0] * keys.shape[1] + there[:, 1], pixels.device)]
+        known = keys[keys != 0].tolist()
         tower: nn.Module = net.get_submodule(self.path)
         acting = [slot for _, slot in slots(tower) if slot.active is not None]
         if acting:
-            with _of_examples(acting, there.nonzero()[:, 0]):
+            with _of_examples(acting, there[:, 0]):
                 states = self._tower(net, normalise(pixels))
         elif self.room:
             states = self._once(net, pixels, known, normalise)
@@ -110,12 +116,12 @@ class PictureSide:
             if key in found:
                 continue
             if key in self._kept:
-                found[key] = self._kept[key].to(pixels.device)
+                found[key] = sent(self._kept[key].read(), pixels.device)
                 continue
             found[key] = self._tower(net, normalise(pixels[number : number + 1]))[0]
             size = found[key].nbytes
             if self._bytes + size <= self.room:
-                self._kept[key] = found[key].cpu()
+                self._kept[key] = Late(found[key])
                 self._bytes += size
         return torch.stack([found[key] for key in keys])
 
@@ -151,7 +157,7 @@ def _of_examples(acting: Sequence[Slot], examples: Tensor) -> Iterator[None]:
     def of_pictures(one: str | Choice) -> str | Choice:
         if isinstance(one, str):
             return one
-        rows = examples.to(one.index.device)
+        rows = sent(examples, one.index.device)
         return replace(one, index=one.index[rows], weight=None if one.weight is None else one.weight[rows])
 
     try:

@@ -268,8 +268,8 @@ class TextSide:
         if any(marked):
             start, place = self._around()[0], torch.arange(width)
             inside = (place >= start) & (place < start + self.contexts[0].length)
-            where = (inside & torch.tensor(marked)[:, None]).to(device)
-        return Inputs(ids=ids.to(device), mask=mask.to(device), context=where)
+            where = inside & torch.tensor(marked)[:, None]
+        return Inputs(ids=ids, mask=mask, context=where).to(device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TextSide:
         """A text side for the copy of the net, if the net is copied too; else this one."""

@@ -5,9 +5,10 @@ These are losses of the slow and the fast learner of SAFE, Zhao et al. 2024, arX
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from perpetune.numerics.exact import exactly
 
 
 def correlation_losses(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -20,7 +21,7 @@ def correlation_losses(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor
     s, t = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
     diagonal = (s * t).mean(0)
     # Half precision is too coarse for the small difference of two sums
-    with torch.autocast(s.device.type, enabled=False):
+    with exactly(s.device):
         square = (s @ s.mT * (t @ t.mT)).sum() / len(s) ** 2
     return (diagonal - 1).pow(2).sum(), square - diagonal.pow(2).sum()
 

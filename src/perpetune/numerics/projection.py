@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from perpetune.errors import UsageError
+from perpetune.numerics.exact import exactly
 from perpetune.numerics.subspace import Subspace
 
 Project = Literal["step", "gradient"]
@@ -229,13 +230,14 @@ class ProjectedStep:
         for parameter, step in self._projected(steps).items():
             parameter.copy_(self._before[parameter] + step)
         for stack in (stack for stage in self._stages for stack in stage if stack.length and self.project == "step"):
-            stack.keep_lengths(self._before)
+            with exactly(stack.vectors.device):
+                stack.keep_lengths(self._before)
         self._before = {}
 
     def _projected(self, changes: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
         changed = {**changes, **{p: torch.zeros_like(changes[p]) for p in self.still if p in changes}}
-        for stage in self._stages:
-            for stack in stage:
+        for stack in (stack for stage in self._stages for stack in stage):
+            with exactly(stack.vectors.device):
                 stack.apply(changed)
         return changed
 

@@ -64,18 +64,19 @@ def block_rows(packed: Tensor, m: int) -> Iterator[tuple[int, int, Tensor]]:
         offset += size
 
 
-def add_gram(packed: Tensor, rows: Tensor, weights: Tensor | None) -> None:
+def add_gram(packed: Tensor, rows: Tensor, weights: Tensor | None, *, checked: bool = False) -> None:
     """Add `Σ w h hᵀ` of `rows (B, M)` in place; products are in float64, so neither TF32 nor autocast matters.
 
     Args:
         packed: packed `(M, M)`, float64, or float32 for sums that are stored in half the space.
         rows: `(B, M)` of any floating type.
         weights: `(B,)`, None for 1.
+        checked: whether the rows are known to be finite. To find that out, the program waits for a GPU.
 
     Raises:
         UsageError: rows are not finite; nothing is added then.
     """
-    if not torch.isfinite(rows).all():
+    if not checked and not torch.isfinite(rows).all():
         raise UsageError("a ridge regression got rows that are not finite; they would destroy its sums")
     for first in range(0, len(rows), ROWS):
         part = rows[first : first + ROWS].detach().to(packed.device, torch.float64)

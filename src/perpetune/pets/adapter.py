@@ -37,6 +37,7 @@ class Adapter(PET):
         UsageError: an option is out of range, or the place is neither an attention nor an MLP nor a feature.
     """
 
+    compiles = True
     default_at: ClassVar[tuple[str, ...]] = ("mlp",)
 
     def __init__(

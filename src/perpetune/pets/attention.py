@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from perpetune.errors import UsageError
+from perpetune.numerics.exact import exactly
 
 Watch = Callable[[Tensor, Tensor], None]
 
@@ -196,7 +197,7 @@ def _like(added: Tensor, existing: Tensor) -> Tensor:
 def _weights(call: _Call, length: int) -> Tensor:
     """Attention weights `(B, H, N, length)` of the first `length` keys; the softmax is over all keys."""
     wide = torch.promote_types(call.query.dtype, torch.float32)
-    with torch.autocast(call.query.device.type, enabled=False):
+    with exactly(call.query.device):
         query, key = call.query.to(wide), call.key.to(wide)
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         logits = query @ key.mT * (query.shape[-1] ** -0.5 if call.scale is None else call.scale)

@@ -112,6 +112,8 @@ class PET(nn.Module, ABC):
     adds_tokens: ClassVar[bool] = False  # whether it adds tokens to those of its input
     replaces_class_token: bool = False
     """Whether it puts something else in place of the net's class token; then the net needs to have one."""
+    compiles: ClassVar[bool] = False
+    """Whether its `forward` only computes with tensors, so that `run.compile` may compile it with its block."""
     of_task: bool = False
     """Whether each task has values of its own: the next one starts from new ones, and the head keeps what they made of
     the task's classes."""

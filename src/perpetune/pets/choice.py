@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from perpetune.errors import UsageError
+from perpetune.numerics.handover import sent
 
 Join = Literal["sum", "beside"]
 
@@ -48,7 +49,7 @@ class Choice:
                 f"a choice of pets: weight is {tuple(weight.shape)} and index {tuple(index.shape)}; the same shape is "
                 "expected"
             )
-        low, high = int(index.min()), int(index.max())
+        low, high = int(self._read.min()), int(self._read.max())
         if low < 0 or high >= len(self.members):
             raise UsageError(
                 f"a choice of pets: index goes from {low} to {high}, and there are {len(self.members)} members"
@@ -62,19 +63,26 @@ class Choice:
         """`k`, the number of sets that act on one example."""
         return self.index.shape[1]
 
+    @cached_property
+    def _read(self) -> Tensor:
+        """`index` on the CPU. Which sets act decides what is computed, so the device has to be asked, but only once."""
+        return self.index.cpu()
+
     def narrowed(self) -> Choice | str:
         """The same choice with only the members that occur in it. If one member acts on all examples without a weight,
         the result is its name."""
-        used, index = torch.unique(self.index, return_inverse=True)
+        used, index = torch.unique(self._read, return_inverse=True)
         members: tuple[str, ...] = tuple(self.members[i] for i in used.tolist())
         if len(members) == 1 and self.each == 1 and self.weight is None:
             return members[0]
-        return Choice(members, index, self.weight, self.join)
+        new = Choice(members, index, self.weight, self.join)
+        object.__setattr__(new, "index", sent(index, self.index.device))  # `_read` stays on the CPU
+        return new
 
     @cached_property
     def _same(self) -> bool:
         """Whether all examples have the same members, several of them; their weights may differ."""
-        return self.each > 1 and bool((self.index == self.index[:1]).all())
+        return self.each > 1 and bool((self._read == self._read[:1]).all())
 
     def rows(self, x: Tensor) -> Tensor:
         """`x (B or a multiple of B, …, d)` in the shape `(B, n, d)`: the `n` rows of each example."""
@@ -93,7 +101,7 @@ class Choice:
 
     def picked(self, values: Sequence[Tensor]) -> Tensor:
         """`(B, k, …)`: for each example the values of its members. `values` has one tensor for each member."""
-        return torch.stack(list(values))[self.index.to(values[0].device)]
+        return torch.stack(list(values))[sent(self.index, values[0].device)]
 
     def weighted(self, picked: Tensor) -> Tensor:
         """`picked (B, k, …)` times the weights, or `picked` itself if the choice has no weights."""
@@ -105,7 +113,7 @@ class Choice:
     def summed(self, values: Sequence[Tensor]) -> Tensor:
         """`(B, …)`: the weighted sum over the members of each example."""
         if self.weight is not None and self._same:  # all members at once, as in CODA: no copy for each example
-            stacked = torch.stack(list(values))[self.index[0].to(values[0].device)]
+            stacked = torch.stack(list(values))[sent(self.index[0], values[0].device)]
             joined: Tensor = (self.weight.to(stacked) @ stacked.flatten(1)).unflatten(1, stacked.shape[1:])
             return joined
         picked = self.weighted(self.picked(values))
@@ -120,14 +128,14 @@ class Choice:
     # -- what members see -----------------------------------------------------------------------------
 
     def examples_of(self, member: int, position: int) -> Tensor:
-        """Numbers `(n,)` of the examples whose set at `position` is `member`."""
-        examples: Tensor = (self.index[:, position] == member).nonzero().flatten()
+        """Numbers `(n,)` of the examples whose set at `position` is `member`, on the CPU."""
+        examples: Tensor = (self._read[:, position] == member).nonzero().flatten()
         return examples
 
     def share(self, rows: Tensor, examples: Tensor) -> Tensor:
         """The rows of the given `examples`, taken from `rows (B or a multiple of B, …)`."""
         per = len(rows) // len(self)
         if per == 1:
-            return rows.index_select(0, examples.to(rows.device))
+            return rows.index_select(0, sent(examples, rows.device))
         grouped: Tensor = rows.unflatten(0, (len(self), per))
-        return grouped.index_select(0, examples.to(rows.device)).flatten(0, 1)
+        return grouped.index_select(0, sent(examples, rows.device)).flatten(0, 1)

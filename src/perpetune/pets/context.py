@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from perpetune.errors import UsageError
+from perpetune.numerics.handover import sent
 from perpetune.numerics.projection import Site
 from perpetune.pets.base import PET, Conditions, Place
 from perpetune.pets.choice import Choice
@@ -96,9 +97,10 @@ class Context(PET):
         where = _placed.get()
         if where is None:
             return y
-        texts = int(where.any(1).sum())
-        rows = self.vectors.to(y.dtype).expand(texts, -1, -1)
-        return y.masked_scatter(where[..., None].to(y.device), rows)
+        places = where.cpu().flatten().nonzero().flatten()  # `where` is on the CPU, so the device is not asked
+        rows = self.vectors.to(y.dtype).expand(len(places) // self.length, -1, -1)
+        filled: Tensor = y.flatten(0, 1).index_copy(0, sent(places, y.device), rows.flatten(0, 1)).view_as(y)
+        return filled
 
     def blend(self, members: Sequence[PET], choice: Choice) -> dict[str, Tensor]:
         """A choice may be in force while pictures are read; the texts of classes belong to no example."""

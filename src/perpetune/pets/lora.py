@@ -43,6 +43,7 @@ class LoRA(PET):
         UsageError: an option is out of range, or the place is not a linear layer.
     """
 
+    compiles = True
     default_at: ClassVar[tuple[str, ...]] = ("q", "v")
     rest_down: Tensor | None
     rest_up: Tensor | None

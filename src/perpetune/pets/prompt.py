@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from perpetune.errors import UsageError
+from perpetune.numerics.exact import exactly
 from perpetune.numerics.projection import Operand, Site
 from perpetune.pets.attention import extended, projected, unmasked
 from perpetune.pets.base import PET, Conditions, Place
@@ -182,7 +183,7 @@ class Prompt(PET):
         """
         assert self.tokens is not None
         unit = torch.eye(self.place.d_in, dtype=self.tokens.dtype, device=self.tokens.device)
-        with torch.autocast(unit.device.type, enabled=False):
+        with exactly(unit.device):
             made = projected(self.place.module, torch.cat([torch.zeros_like(unit[:1]), unit, 2 * unit])[None])
         for what, rows in zip(("keys", "values"), made, strict=True):
             once, twice = (rows[0, :, 1:] - rows[0, :, :1]).chunk(2, dim=1)  # (H_kv, d, dh)

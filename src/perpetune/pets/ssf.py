@@ -32,6 +32,7 @@ class SSF(PET):
         UsageError: an option is out of range, or the place is not a single operation.
     """
 
+    compiles = True
     default_at: ClassVar[tuple[str, ...]] = ("operations",)
     rows: Tensor | None
 

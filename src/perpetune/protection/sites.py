@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from perpetune.errors import UsageError
 from perpetune.models import families
+from perpetune.numerics.handover import sent
 from perpetune.numerics.moments import Moments
 from perpetune.numerics.projection import Operand, Site
 from perpetune.pets.base import PET, Conditions, Pair, counted, slots
@@ -233,6 +234,7 @@ class Watch:
         self.feeds: dict[str, set[str]] = {}
         self.elsewhere: set[str] = set()
         self._inside = 0  # the number of watched layers that are computing now
+        self._found: tuple[Tensor, Tensor] | None = None
         self._outputs: dict[int, tuple[weakref.ref[Tensor], str]] = {}
 
     @contextlib.contextmanager
@@ -267,15 +269,15 @@ class Watch:
         """
         mask = None if watched.tower == "picture" else self.mask if (own := counted()) is None else own
         if mask is not None and examples is not None:
-            mask = mask[examples.to(mask.device)]
+            mask = mask[sent(examples, mask.device)]
         site, operand = watched.site, watched.site.operand
         groups = None if site.groups == 1 else site.groups
         if rows.dim() == 4:
             rows = rows.transpose(1, 2)  # (B, N, groups, width)
         if mask is not None and rows.dim() > 2 and rows.shape[:2] == mask.shape:
-            rows = rows[mask]
+            rows = rows.flatten(0, 1)[self._counting(mask)]
         elif mask is not None and rows.dim() == 2 and mask.shape[1] > 1 and len(rows) == mask.numel():
-            rows = rows[mask.flatten()]  # some nets (OPT's MLP) join the tokens of all texts in one axis
+            rows = rows[self._counting(mask)]  # some nets (OPT's MLP) join the tokens of all texts in one axis
         elif rows.dim() == 4:
             rows = rows.flatten(0, 1)
         rows = rows.transpose(0, 1) if groups else rows.reshape(-1, rows.shape[-1])
@@ -284,6 +286,13 @@ class Watch:
         if watched.name not in self.moments:
             self.moments[watched.name] = Moments(rows.shape[-1], groups, rows.device)
         self.moments[watched.name].update(rows)
+
+    def _counting(self, mask: Tensor) -> Tensor:
+        """The positions at which `mask (B, N)` is true, in the flattened mask. All sites of a pass share them, because
+        their number has to be read from the device."""
+        if self._found is None or self._found[0] is not mask:
+            self._found = mask, mask.flatten().nonzero().flatten()
+        return self._found[1]
 
     def merged(self, watched: Watched, total: Sum) -> tuple[Tensor, int]:
         """Moments `(heads, m, m)` of the rows that multiply the operand, and the number of rows, over all processes."""

@@ -28,6 +28,7 @@ NEUTRAL = {
     "evaluate",
     "run.device",
     "run.workers",
+    "run.compile",
     "run.threads",
     "run.checkpoint_every",
 }

@@ -35,4 +35,5 @@ def gradients_of(
         for part, batch in zip(parts, batches, strict=True):
             with own_global_state(task.seed_of("probe", part[0])), run.autocast():
                 value = loss(task, batch)
-            (value * few.weight(part)).backward()
+            with run.products():
+                (value * few.weight(part)).backward()

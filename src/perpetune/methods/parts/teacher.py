@@ -9,6 +9,7 @@ from torch import Tensor
 
 from perpetune.models.base import Model
 from perpetune.models.classifier import feature_table
+from perpetune.numerics.handover import sent
 from perpetune.pets import InForce, using
 from perpetune.tasks import Batch, Inputs, Task
 
@@ -61,4 +62,4 @@ class Teacher:
 def rows_of(table: Tensor, batch: Batch) -> Tensor:
     """The rows of the examples in a batch, from a table `(N, D)` of all examples."""
     assert batch.numbers is not None
-    return table[batch.numbers]
+    return table[sent(batch.numbers, table.device)]

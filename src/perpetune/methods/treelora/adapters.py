@@ -10,6 +10,7 @@ from torch import Tensor
 
 from perpetune.methods.parts.bank import Bank, Kept, set_name
 from perpetune.models.base import Model
+from perpetune.numerics.exact import exactly
 from perpetune.numerics.lowrank import Factors, cosine, inner, merged
 from perpetune.numerics.similarity_tree import SimilarityTree
 from perpetune.pets import LoRA, copy_set, has_set
@@ -74,7 +75,7 @@ class LoRABank(Bank):
         A norm counts as at least a tenth of the root mean square of the norms of `ΔW'` over modules.
         """
         working = self._flat(self.working)
-        with torch.autocast(working[0][0].device.type, enabled=False):
+        with exactly(working[0][0].device):
             each = [
                 cosine(_stacked([working[module] for module in modules]), target, self._least)
                 for modules, target in self._target

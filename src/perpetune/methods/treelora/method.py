@@ -25,6 +25,7 @@ from perpetune.methods.treelora.search import Kind, Search, TaskTree
 from perpetune.methods.treelora.sketch import GradientSketch, in_groups
 from perpetune.models.base import Mask, Model
 from perpetune.models.classifier import Classifier, feature_table
+from perpetune.numerics.handover import Late
 from perpetune.numerics.signature import RunningMean, normalised
 from perpetune.pets import has_set, parameters, using
 from perpetune.selectors import Selection
@@ -129,6 +130,7 @@ class TreeLoRA(Method):
         """The optimizer's steps in this task."""
         self.search: Search | None = None
         """The search for the task to which each step is drawn; None without one."""
+        self._seen: tuple[Late, float, int] | None = None  # the gradient of the last step, its scale and examples
         self.drawn: int | None = None
         """The picked task for which the bank is prepared."""
         self.task_facts: dict[str, Any] = {"start": None, "asked": self.start, "helped": [], "merged": []}
@@ -149,6 +151,7 @@ class TreeLoRA(Method):
     def loss(self, task: Task, batch: Batch) -> Tensor:
         self.gradients.listening = (self.steps + 1) % self.every == 0
         loss = self._bare_loss(task, batch)
+        self._look_closer()
         if self.search is None:
             return loss
         if self.drawn != self.search.picked:
@@ -195,20 +198,31 @@ class TreeLoRA(Method):
         Args:
             count: the number of examples in the step.
         """
+        self._look_closer()
         self.steps += 1
-        signature = None
         if self.gradients.listening:
             run, scaler = task.runtime, task.runtime.accelerator.scaler
-            gradient = run.sum(self.gradients.take().to(run.device)).cpu()
-            # After an overflow the step is skipped, or `fit` ends with an error
-            if bool(torch.isfinite(gradient).all()):
-                self.mean.update(gradient / (scaler.get_scale() if scaler is not None else 1.0), count)
-                signature = normalised(self.mean.value)
+            gradient = Late(run.sum(self.gradients.take().to(run.device)))
+            self._seen = gradient, scaler.get_scale() if scaler is not None else 1.0, count
+        elif self.search is not None:
+            self.search.step(None)
+
+    def _look_closer(self) -> None:
+        """The rest of `_look`, which needs the values: called when the next step is under way on the device."""
+        if self._seen is None:
+            return
+        (late, scale, count), self._seen, signature = self._seen, None, None
+        gradient = late.read()
+        # After an overflow the step is skipped, or `fit` ends with an error
+        if bool(torch.isfinite(gradient).all()):
+            self.mean.update(gradient / scale, count)
+            signature = normalised(self.mean.value)
         if self.search is not None:
             self.search.step(signature)
 
     def _keep(self, task: Task) -> None:
         """Store the adapter and the signature, and merge adapters above the budget."""
+        self._look_closer()
         tree, bank = self.similar.tree, self.bank
         if self.search is not None:
             self.task_facts["helped"] = [
@@ -304,6 +318,7 @@ class TreeLoRA(Method):
         return {**super().facts(), "tree": facts}
 
     def get_extra_state(self) -> dict[str, Any]:
+        self._look_closer()
         search = self.search.state() if self.search is not None else None
         return {"steps": self.steps, "told": self.task_facts, "search": search, "tasks": self.tasks}
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from perpetune.errors import UsageError
+from perpetune.numerics.exact import exactly
+from perpetune.numerics.handover import sent
 from perpetune.numerics.signature import Sketch
 from perpetune.pets import LoRA, slots
 from perpetune.seeding import generator, seed_of
@@ -88,7 +90,7 @@ class GradientSketch:
         for numbers, sketch in self._sketches.items():
             rows = [i for i, s in enumerate(self._sums) if s is not None and s.numel() == numbers]
             if rows:
-                result[rows] = sketch(torch.stack([self._flat(i) for i in rows]))
+                result.index_copy_(0, sent(rows, device), sketch(torch.stack([self._flat(i) for i in rows])))
         self._sums, self._read = [None] * len(self._shapes), None
         return result
 
@@ -103,7 +105,7 @@ class GradientSketch:
         x = self._exact(args[0])
         if self._bases[index].device != x.device:
             self._bases[index] = self._bases[index].to(x.device)
-        with torch.autocast(x.device.type, enabled=False):
+        with exactly(x.device):
             seen = x @ self._bases[index].to(x.dtype).T  # (tokens, rank)
         y.register_hook(partial(self._backward, index, seen))
 
@@ -121,8 +123,9 @@ class GradientSketch:
     def _backward(self, index: int, seen: Tensor, grad: Tensor) -> None:
         flat = grad.detach().flatten(0, -2)
         for row, (start, stop) in zip(self.rows[index], self.parts[index], strict=True):
-            # This order reads the wide matrix in its memory order; on a CPU it is twice as fast as the other.
-            value = (seen.mT @ flat[:, start:stop].to(seen.dtype)).mT.float().contiguous()
+            with exactly(flat.device):
+                # This order reads the wide matrix in its memory order; on a CPU it is twice as fast as the other.
+                value = (seen.mT @ flat[:, start:stop].to(seen.dtype)).mT.float().contiguous()
             held = self._sums[row]
             self._sums[row] = value if held is None else held + value
 
