@@ -75,7 +75,9 @@ class LearnedClasses(Selector):
                 return Chosen(lowest(scores(torch.arange(len(queries))), owners)[:, None])
             head, centred = self.head, queries - self.head.centre
             sources = (head.offset, head.weight, head.counts)
-            return Chosen(self.ranking.best(centred, sources, self._compared, len(owners), owners=owners, scores=scores))
+            return Chosen(
+                self.ranking.best(centred, sources, self._compared, len(owners), owners=owners, scores=scores)
+            )
 
     def _compared(self) -> tuple[Tensor, Tensor]:
         assert isinstance(self.head, Ridge)
