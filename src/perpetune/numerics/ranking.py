@@ -105,7 +105,7 @@ class Ranked:
         self._shift = 0.0 if offset is None else float(offset.masked_fill(offset.isneginf(), 0).abs().amax())
 
     def highest(self, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Numbers of the `count` rows with the highest scores, `(B, k)`; and for which queries that is proved, `(B,)`."""
+        """Numbers of the `count` rows of highest score, `(B, k)`; and for which queries that is proved, `(B,)`."""
         parts = [self._highest(some, count) for some in queries.split(max(1, TABLE // len(self.rows[0])))]
         numbers, proved = zip(*parts, strict=True)
         return torch.cat(numbers), torch.cat(proved)
