@@ -19,8 +19,8 @@ import torch
 
 from perpetune.build import build_method
 from perpetune.check.pictures import TinyPictures
+from perpetune.check.survey import At, in_batches, in_steps, survey
 from perpetune.check.texts import TinyTexts
-from perpetune.check.waits import At, in_batches, in_steps, survey
 from perpetune.methods.base import Method
 from perpetune.recipe import make_recipe
 from perpetune.run import learn_protected

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from perpetune.build import build_method, load_backbone
 from perpetune.check.kind import TinyKind
 from perpetune.check.pictures import TinyPictures
+from perpetune.check.survey import in_batches, in_steps, survey
 from perpetune.check.texts import TinyTexts
-from perpetune.check.waits import DEVICE, Stand, Waits, in_batches, in_steps, on_stand, survey
+from perpetune.check.waits import DEVICE, Stand, Waits, on_stand
 from perpetune.data.pictured.view import Shown
 from perpetune.data.texts.tables import Text
 from perpetune.errors import PerpetuneError

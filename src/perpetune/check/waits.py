@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -21,11 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 
-from perpetune.methods.base import Method
 from perpetune.numerics.handover import Late
-from perpetune.run import learn_protected
-from perpetune.runtime import Silent
-from perpetune.tasks import Batch, Examples, Task
 
 DEVICE = torch.device("meta")
 LIBRARY = str(Path(__file__).parents[1])
@@ -81,7 +78,7 @@ class Stand(torch.Tensor):
 
     @staticmethod
     def __new__(cls, held: Tensor) -> Stand:
-        made: Stand = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Stand = torch.Tensor._make_wrapper_subclass(
             cls,
             held.size(),
             strides=held.stride(),
@@ -92,18 +89,21 @@ class Stand(torch.Tensor):
         made.held = held
         return made
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Stand({self.held!r})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        if id(self) not in memo:
+        found: Tensor | None = memo.get(id(self))
+        if found is None:
             new = Stand(self.held.detach().clone())
-            is_parameter = isinstance(self, nn.Parameter)
-            memo[id(self)] = nn.Parameter(new, self.requires_grad) if is_parameter else new
-        return memo[id(self)]
+            found = nn.Parameter(new, self.requires_grad) if isinstance(self, nn.Parameter) else new
+            memo[id(self)] = found
+        return found
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return _computed(func, args, kwargs or {})
 
 
@@ -160,11 +160,11 @@ class Waits(TorchDispatchMode):
             finally:
                 self._late = before
 
-        Late.read = marked  # type: ignore[method-assign]
+        setattr(Late, "read", marked)  # noqa: B010  # mypy takes it for a method that is bound already
         try:
             yield
         finally:
-            Late.read = read  # type: ignore[method-assign]
+            setattr(Late, "read", read)  # noqa: B010
 
 
 @contextlib.contextmanager
@@ -207,7 +207,7 @@ class _Calls(TorchFunctionMode):
             return func(args[0].held, *args[1:], **kwargs)
         if func is torch.Tensor.__format__ and isinstance(args[0], Stand):
             self.waits.note("read", "format")
-            return func(args[0].held, *args[1:])
+            return format(args[0].held, *args[1:])
         if func == torch.Tensor.data.__set__ and isinstance(args[0], Stand):  # type: ignore[attr-defined]
             args[0].held = args[1].held
         return func(*args, **kwargs)
@@ -221,104 +221,6 @@ def on_stand(module: nn.Module) -> nn.Module:
         return module.to(DEVICE)
     finally:
         torch.__future__.set_swap_module_params_on_conversion(before)
-
-
-@dataclass(frozen=True)
-class At:
-    """What a method does.
-
-    Attributes:
-        task: the index of the task.
-        within: the phase of `fit`; `before` or `after PHASE` outside of `fit`.
-        number: of the step, from 1; outside of `fit` the number of batches that were loaded since then.
-    """
-
-    task: int
-    within: str
-    number: int
-
-    @property
-    def in_step(self) -> bool:
-        return not self.within.startswith(("before", "after "))
-
-
-class _Told(Silent):
-    """Tells `Waits` where `fit` is."""
-
-    def __init__(self, waits: Waits):
-        self.waits, self.index, self.name, self.total = waits, 0, "", 0
-
-    def phase(self, phase: str, steps: int, epochs: int, done: int) -> None:
-        self.name, self.total = phase, steps
-        self.waits.at = At(self.index, phase, done + 1)
-
-    def step(self, done: int, epoch: int, loss: float | None, images: int) -> None:
-        over = done == self.total
-        self.waits.at = At(self.index, f"after {self.name}" if over else self.name, 0 if over else done + 1)
-
-
-class _Counted(Examples):
-    """Examples that tell `Waits` of each batch that is loaded outside of `fit`."""
-
-    def __init__(self, examples: Examples, waits: Waits):
-        self.__dict__.update(examples.__dict__)
-        self._examples, self._waits = examples, waits
-
-    def __len__(self) -> int:
-        return len(self._examples)
-
-    def load(self, index: int, seed: int | None) -> Any:
-        return self._examples.load(index, seed)
-
-    def collate(self, items: Any) -> Batch:
-        at = self._waits.at
-        if not at.in_step:
-            self._waits.at = At(at.task, at.within, at.number + 1)
-        return self._examples.collate(items)
-
-    def questions(self) -> Examples:
-        return _Counted(self._examples.questions(), self._waits)
-
-    def text(self, index: int) -> Any:
-        return self._examples.text(index)
-
-    def captions(self, index: int) -> Any:
-        return self._examples.captions(index)
-
-
-def survey(method: Method, tasks: Sequence[Task], *, batch_size: int = 4) -> Waits:
-    """Let a method learn tasks on the stand-in. `Wait.at` is an `At`.
-
-    Args:
-        method: a new one, on the CPU.
-        tasks: with `run.device` as it may be; it is changed.
-        batch_size: of passes over what is protected.
-    """
-    with Waits() as waits:
-        waits.on = False
-        on_stand(method)
-        told = _Told(waits)
-        for task in tasks:
-            task.runtime.device, task.runtime.progress = DEVICE, told
-            told.index, waits.at, waits.on = task.index, At(task.index, "before", 0), True
-            learn_protected(method, replace(task, train=_Counted(task.train, waits)), batch_size=batch_size)
-            waits.on = False
-    return waits
-
-
-def in_steps(waits: Waits, first: int = 3, last: int = 5) -> dict[str, int]:
-    """How often each place waited in these steps of all phases of a `survey`."""
-    return waits.count(lambda wait: wait.at.in_step and first <= wait.at.number <= last)
-
-
-def in_batches(waits: Waits, least: int = 3) -> dict[str, int]:
-    """How often each place waited in passes over data of a `survey`, if it waited in so many batches of one task."""
-    batches: dict[tuple[str, int, str], set[int]] = {}
-    for wait in waits.found:
-        if not wait.at.in_step and wait.at.number:
-            batches.setdefault((wait.where, wait.at.task, wait.at.within), set()).add(wait.at.number)
-    many = {where for (where, *_), numbers in batches.items() if len(numbers) >= least}
-    return waits.count(lambda wait: wait.where in many and not wait.at.in_step)
 
 
 def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -399,12 +301,13 @@ def _copied(func: Any, args: Any, kwargs: dict[str, Any]) -> str | None:
 
 
 def _where() -> str:
-    frame, other = sys._getframe(2), ""
+    frame: FrameType | None = sys._getframe(2)
+    other = ""
     while frame is not None:
         path, name = frame.f_code.co_filename, frame.f_code.co_name
         if path != __file__ and "site-packages/torch" not in path and not path.endswith("handover.py"):
             if path.startswith(LIBRARY):
                 return f"{path[len(LIBRARY) + 1 :]}:{frame.f_lineno} {name}{other}"
             other = other or f" ({'/'.join(path.split('/')[-2:])}:{frame.f_lineno} {name})"
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return f"outside{other}"
