@@ -164,8 +164,8 @@ def learn_task(method: Method, step: Step, state: State, kept: KeptFeatures) -> 
     done = time.perf_counter()
     if main:
         documents = {"task.json": document, "metrics.json": metrics, "timings.json": timings}
-        if said := state.commit(task.index, task.name, method, documents, features):
-            run.progress.note(said)
+        if dropped := state.commit(task.index, task.name, method, documents, features):
+            run.progress.note(dropped)
     run.accelerator.wait_for_everyone()
     run.checkpoints = None
     committed = time.perf_counter()

@@ -126,7 +126,8 @@ class Ranked:
     def _error(self, queries: Tensor, unit: float) -> Tensor:
         """The most by which rounding moves a score, `(B, 1)`: of its products and sums, with room for a few more."""
         norms = torch.linalg.vector_norm(queries.double(), dim=1, keepdim=True)
-        return 1.01 * (queries.shape[1] + 8) * unit * (norms * self._reach + self._shift) + TINY
+        error: Tensor = 1.01 * (queries.shape[1] + 8) * unit * (norms * self._reach + self._shift) + TINY
+        return error
 
 
 def _scores(queries: Tensor, rows: Tensor, offset: Tensor | None) -> Tensor:

@@ -344,7 +344,7 @@ class State:
             UsageError: `keep` is less than 1.
             StateError: a folder is damaged, so nobody can say what of it is needed; nothing was changed.
         """
-        if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
+        if type(keep) is not int or keep < 1:  # True is no number of tasks
             raise UsageError(f"keep is {keep!r}: a whole number of tasks is expected, at least 1, for the newest")
         chain, tasks = self._chain(), self.committed
         oldest = max(chain.oldest, len(tasks) - keep)

@@ -37,7 +37,7 @@ def load_packaged(
         return vit.load(spec, str(folder), pretrained=pretrained, image_size=image_size, load_in_4bit=load_in_4bit)
 
 
-def _plain(spec: str, folder: Path, config: dict[str, int]) -> Backbone:
+def _plain(spec: str, folder: Path, config: dict[str, Any]) -> Backbone:
     """The model as it is stored, without transformers, which starts slowly; the features are the same to the bit."""
     net = PlainViT(**sizes_of(config))
     net.load({name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()})
