@@ -6,6 +6,7 @@ import json
 from importlib.resources import as_file, files
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor, nn
