@@ -23,6 +23,8 @@ from perpetune.kept import FOLDER
 from perpetune.learner import Learner
 from perpetune.models.keeping import Keeper, NotKept, Unseen, digest_of
 from perpetune.pets import pets, using
+from perpetune.report import compare
+from perpetune.report.sections import matrix
 from perpetune.runtime import Silent
 from perpetune.tasks import Inputs
 
@@ -420,6 +422,10 @@ def test_cells_of_a_sample_say_so_and_what_rests_is_asked_in_full(vit: Path, dat
     assert cells == [[(6, None), None, None], [(4, 6), (6, None), None], [(2, 6), (2, 6), (6, None)]]
     assert set(results["drift"][2]["of"]) == {"a-b", "c-d"}
     assert results["metrics"]["pooled_accuracy"] is None
+    assert matrix.asked(results).startswith("3 cells with ~ are of a sample of the test data (8 of 18 answers)")
+    texts = [[cell.text[0] if cell else "" for cell in row.cells] for row in matrix.heat(results).rows]
+    assert [[text == "~" for text in row] for row in texts] == [[False] * 3, [True, False, False], [True, True, False]]
+    assert "samples" in compare([results])["notes"][0]
     results = Learner(made(vit, data, "frozen", earlier=4), tmp_path / "rests").run()
     assert [cell["total"] for cell in results["cells"][2]] == [6, 6, 6]
     assert not any("of" in cell for cell in results["cells"][2])
@@ -433,6 +439,9 @@ def test_tasks_are_asked_at_every_second_one_and_at_the_last(vit: Path, data: Pa
         [6, 6, 6],
     ]
     assert results["not_asked"] == [{"task": 1, "of": ["a-b"]}]
+    heat = matrix.heat(results)
+    assert [cell.text for cell in heat.rows[1].cells[:1] if cell] == [matrix.SKIPPED]
+    assert heat.rows[1].value is None
     full = Learner(made(vit, data, "finetune"), tmp_path / "full").run()
     assert results["cells"][2] == full["cells"][2]
     assert results["metrics"]["final_accuracy"] == full["metrics"]["final_accuracy"]
