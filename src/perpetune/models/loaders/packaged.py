@@ -6,6 +6,7 @@ import json
 from importlib.resources import as_file, files
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ def load_packaged(
         return vit.load(spec, str(folder), pretrained=pretrained, image_size=image_size, load_in_4bit=load_in_4bit)
 
 
-def _plain(spec: str, folder: Path, config: dict[str, int]) -> Backbone:
+def _plain(spec: str, folder: Path, config: dict[str, Any]) -> Backbone:
     """The model as it is stored, without transformers, which starts slowly; the features are the same to the bit."""
     net = PlainViT(**sizes_of(config))
     net.load({name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()})
