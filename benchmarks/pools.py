@@ -2,17 +2,23 @@
 
     OMP_NUM_THREADS=1 python benchmarks/pools.py choose
     OMP_NUM_THREADS=1 python benchmarks/pools.py answer
-    OMP_NUM_THREADS=1 python benchmarks/pools.py step
+    OMP_NUM_THREADS=1 python benchmarks/pools.py step --after 0 3
+    OMP_NUM_THREADS=1 python benchmarks/pools.py queries
     OMP_NUM_THREADS=1 python benchmarks/pools.py digits
 
 `choose`: how long a selector takes to choose for a batch, by the number of members that it knows, and which share this
-is of a forward pass of the same batch through a ViT-B/16 with random weights.
+is of a forward pass of the same batch through a ViT-B/16 with random weights. `alone` is the same choice by scores of
+each query by itself. Members and queries are simulated: `clustered` ones have a common direction and variances that
+fall as those of real features do, and each query lies around its member; `even` ones have nothing of this.
 
 `answer`: a pass with pets chosen for each example, against a pass for each set (the grouped loop) and against a pass
 with one set for all; the packaged model, random pictures, no gradients.
 
 `step`: the training time of `pool` with a selector that learns from statistics, against that of `finetune`, on pictures
-without random changes. `beyond_queries` leaves out the pass that computes the queries of a task.
+without random changes. `beyond_queries` leaves out the pass that computes the queries of a task. `--after 3` reads the
+queries after three of the six blocks; 0 is the whole net.
+
+`queries`: the share of test pictures whose task is found, by selector and by the block that the query is read after.
 
 `digits`: five tasks of two digits; final accuracy by head, classes that may answer, and selector. `frozen` is the bare
 net with ridge regression. One training for each head and seed serves all selectors: what they learn does not change the
@@ -24,12 +30,14 @@ Times are CPU times, medians over rounds, the calls in turns in one process. Pri
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
+import itertools
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -40,11 +48,13 @@ from perpetune.build import build_data, build_method, build_runtime, load_backbo
 from perpetune.evaluate import evaluate
 from perpetune.methods.base import Method
 from perpetune.methods.pool import Pool
+from perpetune.numerics import ranking
 from perpetune.pets import Choice, inject, using
 from perpetune.recipe import Recipe, make_recipe
 from perpetune.run import learn_protected
 from perpetune.seeding import generator, own_global_state
 from perpetune.selectors import Chosen, Selection, Selector
+from perpetune.selectors.keys import Keys
 from perpetune.tasks import Task
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -93,6 +103,7 @@ def main() -> None:
     choose.add_argument("--selectors", nargs="+", default=list(KINDS), choices=list(KINDS))
     choose.add_argument("--batch", type=int, default=8)
     choose.add_argument("--width", type=int, default=768)
+    choose.add_argument("--features", default="clustered", choices=["clustered", "even"])
     choose.add_argument("--rounds", type=int, default=5)
     choose.set_defaults(verb=choosing)
     answer = verbs.add_parser("answer", help="a batch whose examples have different members")
@@ -103,9 +114,15 @@ def main() -> None:
     answer.set_defaults(verb=answering)
     step = verbs.add_parser("step", help="the training time of a pool")
     step.add_argument("--selectors", nargs="+", default=["gaussian"])
+    step.add_argument("--after", type=int, nargs="+", default=[0])
     step.add_argument("--tasks", type=int, default=1)
     step.add_argument("--rounds", type=int, default=5)
     step.set_defaults(verb=stepping)
+    queries = verbs.add_parser("queries", help="how often the task is found, by the block of the query")
+    queries.add_argument("--selectors", nargs="+", default=["gaussian", "classifier", "means", "centres"])
+    queries.add_argument("--after", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5])
+    queries.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    queries.set_defaults(verb=querying)
     digits = verbs.add_parser("digits", help="accuracy by head, classes that may answer, and selector")
     digits.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     digits.add_argument("--heads", nargs="+", default=list(HEADS), choices=list(HEADS))
@@ -122,6 +139,7 @@ def choosing(
     batch: int,
     width: int,
     rounds: int,
+    features: str = "clustered",
     forward: Callable[[], Any] | None = None,
 ) -> dict[str, Any]:
     """Milliseconds of a choice for `batch` queries, by selector and number of members, and their share of `forward`.
@@ -130,43 +148,82 @@ def choosing(
         forward: one pass of the batch through a net; None is a ViT-B/16.
     """
     forward = forward or vit_b(batch)
-    queries = torch.randn(batch, width, generator=generator("queries"))
     results = []
     for name in selectors:
         calls: dict[str, Callable[[], Any]] = {"forward": forward}
         for count in members:
-            calls[str(count)] = functools.partial(filled(name, count, width).choose, queries)
+            values, queries = simulated(count, width, features)
+            turns = itertools.cycle(queries.split(batch))
+            selector = filled(name, values)
+            calls[str(count)] = functools.partial(_choose, selector, turns)
+            if name != "weights" and count * (5 if name == "centres" else 1) >= ranking.MANY:
+                calls[f"{count} alone"] = functools.partial(_choose_alone, selector, turns)
         took = timed(calls, rounds)
-        shares = {str(m): round(took[str(m)] / took["forward"], 5) for m in members}
+        shares = {m: round(ms / took["forward"], 5) for m, ms in took.items() if m != "forward"}
         within = {} if "1000" not in shares else {"within": shares["1000"] < LIMIT}
         results.append({"selector": name, "ms": {k: round(v, 3) for k, v in took.items()}, "share": shares, **within})
-    return {"batch": batch, "width": width, "limit": LIMIT, "results": results}
+    return {"batch": batch, "width": width, "features": features, "limit": LIMIT, "results": results}
 
 
-def filled(name: str, members: int, width: int) -> Selector:
-    """A selector that knows so many members, each with one class; its values are drawn, not learned one by one."""
+def _choose(selector: Selector, turns: Iterator[Tensor]) -> Chosen:
+    return selector.choose(next(turns))
+
+
+def _choose_alone(selector: Selector, turns: Iterator[Tensor]) -> Chosen:
+    many, ranking.MANY = ranking.MANY, sys.maxsize
+    try:
+        return selector.choose(next(turns))
+    finally:
+        ranking.MANY = many
+
+
+def simulated(members: int, width: int, features: str) -> tuple[Tensor, Tensor]:
+    """A value for each member `(M, D)`, and 512 queries `(512, D)`.
+
+    The variances fall with the power −1.2, the squared length of the common direction is twice their sum, and a sixth
+    of the variance lies between members: about what a DINOv2-S has on CIFAR-100's classes.
+    """
+    source = generator("simulated")
+    if features == "even":
+        return torch.randn(members, width, generator=source), torch.randn(512, width, generator=source)
+    deviation = torch.arange(1, width + 1) ** -0.6
+    deviation = deviation / deviation.norm()
+    common = 2**0.5 * torch.nn.functional.normalize(torch.randn(width, generator=source), dim=0)
+    values = common + (1 / 6) ** 0.5 * deviation * torch.randn(members, width, generator=source)
+    own = torch.randint(members, (512,), generator=source)
+    return values, values[own] + (5 / 6) ** 0.5 * deviation * torch.randn(512, width, generator=source)
+
+
+def filled(name: str, values: Tensor) -> Selector:
+    """A selector with a member for each of `values (M, D)`, each with one class; they are set, not learned."""
+    members, width = values.shape
     selector = Selection.model_validate({"name": name, **KINDS[name]}).make(width)
     selector.grow(members, generator("grow"))
+    if isinstance(selector, Keys):
+        selector.fresh.data = values.clone()
     if selector.learned:
         return selector
     selector.set_extra_state(
         {**selector.get_extra_state(), "rows": [[m, "c"] for m in range(members)], "centres": 5 * members}
     )
     source = generator("values")
-
-    def drawn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=source)
-
     if name == "centres":
-        selector.centres, selector.of = drawn(5 * members, width), torch.arange(members).repeat_interleave(5)
+        around = values.repeat_interleave(5, 0)
+        around = around + 0.3 * values.std(0) * torch.randn(around.shape, generator=source)
+        selector.centres = torch.nn.functional.normalize(around, dim=-1)
+        selector.of = torch.arange(members).repeat_interleave(5)
     elif name == "means":
         selector.means.grow([str(m) for m in range(members)], source)
-        selector.means.means, selector.means.counts = drawn(members, width), torch.ones(members, dtype=torch.int64)
+        selector.means.means, selector.means.counts = values, torch.ones(members, dtype=torch.int64)
     elif name == "gaussian":
-        selector.weight, selector.offset = drawn(members, width), drawn(members)
+        selector.centre = values.mean(0)
+        selector.weight = values - selector.centre
+        selector.offset = -selector.weight.square().sum(1) / 2
     elif name == "classifier":
         selector.head.grow([str(m) for m in range(members)], source)
-        selector.head.weight, selector.head.counts = drawn(width, members), torch.ones(members, dtype=torch.int64)
+        selector.head.centre = values.mean(0)
+        selector.head.weight = (values - selector.head.centre).mT.contiguous()
+        selector.head.counts = torch.ones(members, dtype=torch.int64)
     return selector
 
 
@@ -219,41 +276,63 @@ def _made(kind: Any, rng: torch.Generator, place: Any) -> Any:
     return kind(place, rng)
 
 
-def stepping(selectors: Sequence[str], tasks: int, rounds: int, **sections: Any) -> dict[str, Any]:
+def stepping(
+    selectors: Sequence[str], tasks: int, rounds: int, after: Sequence[int] = (0,), **sections: Any
+) -> dict[str, Any]:
     """Seconds in which `pool` and `finetune` learn the first tasks of the digits, and their ratios.
 
     Every round trains new methods from the start, in turns. The queries of the tasks are timed in the same rounds.
     """
+    pools = {f"{name}, after {block}" if block else name: (name, block) for name in selectors for block in after}
     recipes = {"finetune": digits_recipe(method="finetune", **sections)} | {
-        name: digits_recipe(method={"name": "pool", "select": name}, **sections) for name in selectors
+        called: digits_recipe(method={"name": "pool", "select": name, "query": {"after": block or None}}, **sections)
+        for called, (name, block) in pools.items()
     }
-    took: dict[str, list[float]] = {name: [] for name in (*recipes, "queries")}
+    took: dict[str, list[float]] = {name: [] for name in recipes}
+    took |= {f"queries of {name}": [] for name in pools}
     for number in range(rounds + 1):
         for name, recipe in recipes.items():
             method, stream = begun(recipe)
-            spent = sum(seconds(functools.partial(learn_protected, method, task)) for task in stream[:tasks])
-            if number:
-                took[name].append(spent)
-        assert isinstance(method, Pool)
-        size = recipe.train.batch_size
-        spent = sum(seconds(functools.partial(method.queries.table, task, size)) for task in stream[:tasks])
-        if number:
-            took["queries"].append(spent)
+            spent = {name: sum(seconds(functools.partial(learn_protected, method, task)) for task in stream[:tasks])}
+            if isinstance(method, Pool):
+                table = functools.partial(method.queries.table, batch_size=recipe.train.batch_size)
+                spent[f"queries of {name}"] = sum(seconds(functools.partial(table, task)) for task in stream[:tasks])
+            for called, value in spent.items() if number else ():
+                took[called].append(value)
     results = []
-    for name in selectors:
+    for name in pools:
+        queries = took[f"queries of {name}"]
         whole = [a / b for a, b in zip(took[name], took["finetune"], strict=True)]
-        beyond = [(a - q) / b for a, q, b in zip(took[name], took["queries"], took["finetune"], strict=True)]
-        ratio = round(statistics.median(beyond), 3)
+        beyond = [(a - q) / b for a, q, b in zip(took[name], queries, took["finetune"], strict=True)]
+        ratio, most = round(statistics.median(beyond), 3), round(statistics.median(whole), 3)
         results.append(
-            {
-                "selector": name,
-                "ratio": round(statistics.median(whole), 3),
-                "beyond_queries": ratio,
-                "limit": STEP,
-                "within": ratio <= STEP,
-            }
+            {"selector": name, "ratio": most, "beyond_queries": ratio, "limit": STEP, "within": most <= STEP}
         )
     return {"seconds": {name: round(statistics.median(t), 3) for name, t in took.items()}, "results": results}
+
+
+def querying(selectors: Sequence[str], after: Sequence[int], seeds: Sequence[int], **sections: Any) -> dict[str, Any]:
+    """The share of the digits' test pictures whose task is found, in %, by selector and block; the mean of the seeds.
+
+    Nothing is trained: queries are of the bare net.
+    """
+    found: dict[str, dict[str, list[float]]] = {name: {str(block): [] for block in after} for name in selectors}
+    for seed, block in itertools.product(seeds, after):
+        recipe = digits_recipe(method={"name": "pool", "query": {"after": block or None}}, seed=seed, **sections)
+        method, stream = begun(recipe)
+        assert isinstance(method, Pool)
+        made = {name: Selection.model_validate({"name": name}).make(method.selector.dim) for name in selectors}
+        for member, task in enumerate(stream):
+            queries, targets = method.queries.table(task, 32), torch.tensor(task.train.targets)
+            for selector in made.values():
+                selector.grow(member + 1, generator("grow"))
+                selector.learn(member, queries, targets, task.classes, generator("learn"))
+        tests = [method.queries.table(dataclasses.replace(task, train=task.test), 32) for task in stream]
+        owners = torch.cat([torch.full((len(each),), member) for member, each in enumerate(tests)])
+        for name, selector in made.items():
+            right = selector.choose(torch.cat(tests)).index[:, 0] == owners
+            found[name][str(block)].append(100 * float(right.double().mean()))
+    return {name: {b: round(statistics.mean(each), 1) for b, each in blocks.items()} for name, blocks in found.items()}
 
 
 def seconds(call: Callable[[], Any]) -> float:

@@ -56,9 +56,17 @@ def test_a_mixed_batch_is_measured(pools: ModuleType) -> None:
 
 
 def test_a_step_is_measured(pools: ModuleType) -> None:
-    found = pools.stepping(["gaussian"], tasks=1, rounds=1, **ONE)
-    assert set(found["seconds"]) == {"finetune", "gaussian", "queries"}
-    assert found["results"][0]["beyond_queries"] < found["results"][0]["ratio"]
+    found = pools.stepping(["gaussian"], tasks=1, rounds=1, after=[0, 3], **ONE)
+    pooled = {"gaussian", "gaussian, after 3"}
+    assert set(found["seconds"]) == {"finetune", *pooled, *(f"queries of {name}" for name in pooled)}
+    assert all(one["beyond_queries"] < one["ratio"] for one in found["results"])
+
+
+def test_queries_are_compared_by_block(pools: ModuleType) -> None:
+    found = pools.querying(["gaussian", "centres"], [0, 2], [0], **ONE)
+    assert set(found) == {"gaussian", "centres"}
+    assert all(0 <= share <= 100 for blocks in found.values() for share in blocks.values())
+    assert set(found["gaussian"]) == {"0", "2"}
 
 
 def test_accuracy_is_compared(pools: ModuleType) -> None:
