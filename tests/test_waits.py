@@ -22,9 +22,10 @@ from perpetune.check.waits import DEVICE, Stand, Waits, on_stand
 from perpetune.data.pictured.view import Shown
 from perpetune.data.texts.tables import Text
 from perpetune.errors import PerpetuneError
-from perpetune.fit import FitConfig, fit
+from perpetune.fit import FitConfig, _LossSeen, fit
 from perpetune.heads import Ridge
 from perpetune.methods.base import Method
+from perpetune.methods.treelora.method import TreeLoRA
 from perpetune.numerics.handover import Arrivals, Late, sent
 from perpetune.pets.choice import Choice
 from perpetune.recipe import Recipe, make_recipe
@@ -276,6 +277,25 @@ def test_a_loss_that_is_not_finite_is_found_one_step_late(first: int) -> None:
         with pytest.raises(PerpetuneError, match=r"the loss became nan .* by step (10|20)"):
             fit(loss, [parameter], tasks[0], FitConfig(epochs=4, batch_size=4, lr=1e-9))
     assert calls == (11 if first < 10 else 21)
+
+
+def test_a_loss_is_read_even_if_the_next_one_comes_before() -> None:
+    seen = _LossSeen(kind("pictures").stream(Runtime())[0], "train", 6)
+    with Waits():
+        seen.put(torch.full((), torch.nan, device=DEVICE), 9)
+        assert seen.read(now=False) is None
+        with pytest.raises(PerpetuneError, match="by step 10"):
+            seen.put(torch.zeros((), device=DEVICE), 10)
+
+
+def test_an_open_gradient_of_a_failed_task_is_forgotten() -> None:
+    method, _ = made("pictures", {"method": "treelora"})
+    assert isinstance(method, TreeLoRA)
+    before = method.get_extra_state()
+    method._seen = Late(torch.ones(method.gradients.shape)), 1.0, 4
+    method.set_extra_state(before)
+    assert method.get_extra_state() == before
+    assert not method.mean.mean.any()
 
 
 def test_a_choice_asks_the_device_once() -> None:

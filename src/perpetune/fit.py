@@ -302,7 +302,8 @@ class _LossSeen:
         self._new = False
 
     def put(self, loss: Tensor, step: int) -> None:
-        """Let the loss of a step come."""
+        """Let the loss of a step come; one that was not read yet is looked at first."""
+        self.read(now=True)
         self._late, self._new = (Late(loss), step), True
 
     def read(self, *, now: bool) -> float | None:

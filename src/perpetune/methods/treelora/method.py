@@ -323,6 +323,7 @@ class TreeLoRA(Method):
         return {"steps": self.steps, "told": self.task_facts, "search": search, "tasks": self.tasks}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
+        self._seen = None  # what was open in a task that failed
         self.steps, self.task_facts, self.drawn = state["steps"], state["told"], None
         self.tasks = [str(name) for name in state["tasks"]]
         if state["search"] is None:
