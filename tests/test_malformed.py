@@ -235,7 +235,7 @@ def unknown_setting(p: Place) -> list[str]:
     return p.run(setting="clas")
 
 
-@case(2, "run.precision", "'no', 'bf16' or 'fp16'", "'fp8'")
+@case(2, "run.precision", "'no', 'tf32', 'bf16' or 'fp16'", "'fp8'")
 def unknown_precision(p: Place) -> list[str]:
     return p.run(run={"precision": "fp8"})
 
