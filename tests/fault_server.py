@@ -32,7 +32,6 @@ from typing import Any
 
 import perpetune.files
 import perpetune.report.page
-import perpetune.run
 import perpetune.state.journal
 from perpetune.cli import main
 from perpetune.fit import FitConfig, fit
@@ -41,6 +40,7 @@ from perpetune.models.classifier import Classifier
 from perpetune.pets import parameters, using
 from perpetune.protection.protection import Protection
 from perpetune.seeding import own_global_state
+from perpetune.tally import Tally
 from perpetune.tasks import Task
 
 # Three tasks of two digits: 12 pictures in 3 steps an epoch, 9 steps a task, checkpoints after 2, 4, 6 and 8.
@@ -230,11 +230,11 @@ def announce(moments: Moments) -> None:
 
     middle.begin, middle.step = told_begin, told_step  # type: ignore[method-assign]
 
-    def evaluate(method: Any, task: Task, *, real: Any = perpetune.run.evaluate, **options: Any) -> Any:
-        moments.now(f"evaluate before {task.name}")
-        return real(method, task, **options)
+    def from_kept(tally: Tally, method: Any, *, real: Any = Tally.from_kept) -> None:
+        moments.now(f"evaluate before {tally.task.name}")
+        real(tally, method)
 
-    perpetune.run.evaluate = evaluate
+    Tally.from_kept = from_kept  # type: ignore[method-assign]
 
     consolidate = Protection.consolidate
 
