@@ -115,6 +115,7 @@ def main() -> None:
     step = verbs.add_parser("step", help="the training time of a pool")
     step.add_argument("--selectors", nargs="+", default=["gaussian"])
     step.add_argument("--after", type=int, nargs="+", default=[0])
+    step.add_argument("--pet", help="another pet than the prefix in the last three blocks, with its defaults")
     step.add_argument("--tasks", type=int, default=1)
     step.add_argument("--rounds", type=int, default=5)
     step.set_defaults(verb=stepping)
@@ -277,12 +278,18 @@ def _made(kind: Any, rng: torch.Generator, place: Any) -> Any:
 
 
 def stepping(
-    selectors: Sequence[str], tasks: int, rounds: int, after: Sequence[int] = (0,), **sections: Any
+    selectors: Sequence[str],
+    tasks: int,
+    rounds: int,
+    after: Sequence[int] = (0,),
+    pet: str | None = None,
+    **sections: Any,
 ) -> dict[str, Any]:
     """Seconds in which `pool` and `finetune` learn the first tasks of the digits, and their ratios.
 
     Every round trains new methods from the start, in turns. The queries of the tasks are timed in the same rounds.
     """
+    sections |= {"pet": pet} if pet else {}
     pools = {f"{name}, after {block}" if block else name: (name, block) for name in selectors for block in after}
     recipes = {"finetune": digits_recipe(method="finetune", **sections)} | {
         called: digits_recipe(method={"name": "pool", "select": name, "query": {"after": block or None}}, **sections)

@@ -80,7 +80,7 @@ def test_it_names_what_all_scores_name(kind: str, count: int, dtype: torch.dtype
 @torch.no_grad()
 def test_without_the_bound_of_the_rounding_it_names_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """A control: the highest product of the batch, or the highest exact score, is another row than brute force has."""
-    monkeypatch.setattr(Ranked, "_error", lambda _self, queries, _unit: queries.new_zeros(len(queries), 1).double())
+    monkeypatch.setattr(Ranked, "_error", lambda _self, queries, _dtype: queries.new_zeros(len(queries), 1).double())
     wrong = 0
     for kind in ("near", "equal", "large"):
         rows, queries, offset = hard(kind)
@@ -222,3 +222,16 @@ def test_inference_mode_is_no_obstacle() -> None:
         found = Ranking().best(queries, (rows.clone(),), lambda: (rows, None), 20)
         assert torch.equal(found, wanted)
         assert torch.equal(Ranking().best(queries.clone(), (rows,), lambda: (rows, None), 20), wanted)
+
+
+@torch.no_grad()
+def test_if_torch_may_round_the_factors_nothing_is_proved() -> None:
+    rows, queries = drawn(20, WIDTH), drawn(4, WIDTH, seed=1)
+    kept = Ranking()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        found = kept.best(queries, (rows,), lambda: (rows, None), 20)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert kept._kept is None
+    assert torch.equal(found, best(products(queries, rows), 1))

@@ -27,7 +27,6 @@ from perpetune.numerics.choosing import best, lowest, products
 MANY = 3000  # rows; with fewer, `products` alone takes about as long
 FEW = 4  # rows beside those that are named whose scores are computed in float64
 TABLE = 2**20  # scores in one table: a larger batch is cut, so that its memory does not grow with the rows
-UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 TINY = 1e-30  # more than a score loses by products that are too small for float32
 
 Rows = tuple[Tensor, Tensor | None]
@@ -66,7 +65,7 @@ class Ranking:
                 differ from `q·k + b` by a positive factor, and by rounding as little as those.
         """
         kept = None
-        if size >= MANY and not torch.is_grad_enabled():
+        if size >= MANY and not torch.is_grad_enabled() and _in_full():
             on_cpu = all(tensor.device.type == "cpu" and not tensor.is_inference() for tensor in sources)
             kept = self._known(sources, rows) if on_cpu and queries.device.type == "cpu" else None
         whole = rows() if kept is None else kept.rows
@@ -105,7 +104,7 @@ class Ranked:
         self._shift = 0.0 if offset is None else float(offset.masked_fill(offset.isneginf(), 0).abs().amax())
 
     def highest(self, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Numbers of the `count` rows of highest score, `(B, k)`; and for which queries that is proved, `(B,)`."""
+        """Numbers of the rows with the highest scores, `(B, k)`, and for which queries this is proved, `(B,)`."""
         parts = [self._highest(some, count) for some in queries.split(max(1, TABLE // len(self.rows[0])))]
         numbers, proved = zip(*parts, strict=True)
         return torch.cat(numbers), torch.cat(proved)
@@ -116,15 +115,16 @@ class Ranked:
         top = (scores if offset is None else scores.add_(offset)).topk(count + FEW)
         near = torch.bmm(rows[top.indices].double(), queries.double()[:, :, None])[:, :, 0]
         near, order = (near if offset is None else near + offset[top.indices]).sort(dim=1, descending=True)
-        error, small = (self._error(queries, unit) for unit in (UNIT[rows.dtype], UNIT[torch.float64]))
+        error, small = (self._error(queries, dtype) for dtype in (rows.dtype, torch.float64))
         # The next ones: of those that were computed again, and of all others.
         others = torch.cat([near[:, 1 : count + 1], top.values[:, -1:] + error], dim=1)
         named = torch.cat([near[:, :count], near[:, count - 1 : count]], dim=1)
         proved = (named - others > 2 * (error + small)).all(1)  # false where something is no number
         return top.indices.gather(1, order)[:, :count], proved
 
-    def _error(self, queries: Tensor, unit: float) -> Tensor:
+    def _error(self, queries: Tensor, dtype: torch.dtype) -> Tensor:
         """The most by which rounding moves a score, `(B, 1)`: of its products and sums, with room for a few more."""
+        unit = torch.finfo(dtype).eps / 2
         norms = torch.linalg.vector_norm(queries.double(), dim=1, keepdim=True)
         error: Tensor = 1.01 * (queries.shape[1] + 8) * unit * (norms * self._reach + self._shift) + TINY
         return error
@@ -133,3 +133,11 @@ class Ranked:
 def _scores(queries: Tensor, rows: Tensor, offset: Tensor | None) -> Tensor:
     scores = products(queries, rows)
     return scores if offset is None else scores + offset
+
+
+def _in_full() -> bool:
+    """Whether a product of float32 matrices is computed in float32: people can let torch round its factors."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # torch's newer switches are in use, and it cannot say in the words of the older one
+        return False
