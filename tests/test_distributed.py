@@ -111,7 +111,7 @@ def figures(certificate: dict[str, Any], kind: type | None) -> list[Any]:
 def assert_written_by_one(state: Path, tasks: int) -> None:
     """One line for each event, nothing left over."""
     events = [e["event"] for e in State(state).journal()]
-    assert events == ["run begun", *["task begun", "task committed"] * tasks]
+    assert events == ["run begun", *["task begun", "task committed", "task timed"] * tasks]
     assert not list(state.rglob("*.tmp"))
     assert not (state / "resume").exists()
 

@@ -74,6 +74,9 @@ def test_a_run_with_pets_in_both_towers_learns_and_predicts(tmp_path: Path, monk
     assert (list(made.parameters()), copy.deepcopy(made).tower) == ([], made.tower)
     asked = sorted(picture_folder(tmp_path / "new", names, 1, first=50).rglob("*.png"))
     assert Learner.load(tmp_path / "state").predict(asked) == learner.predict(asked)
-    for option, role, said in (("wrods", "q", "one of taps, tokens, words"), ("words", "sound.q", "no tower 'sound'")):
+    for option, role, said in (
+        ("wrods", "q", "closest: words, tokens, taps"),
+        ("words", "sound.q", "no tower 'sound'"),
+    ):
         with pytest.raises(UsageError, match=said):
             Learner(plan | {"backbone": {"name": "twins:tiny", option: 256}, "pet": {**pet, "at": role}})

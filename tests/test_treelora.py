@@ -16,8 +16,8 @@ import pytest
 import torch
 from accelerate import debug_launcher
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
-from tiny import picture_folder, recipe, split_folder, tiny_language_model, vit_folder
+from safetensors.torch import load, load_file
+from tiny import picture_folder, recipe, split_folder, task_tensors, tiny_language_model, vit_folder
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -767,7 +767,7 @@ def test_stopped_and_resumed_is_never_stopped(
     assert any("pets.default" in tensor for tensor in held)
     assert not [tensor for tensor in held if "pets.task-" in tensor or "pets.merged" in tensor or "rows" in tensor]
     for committed in State(tmp_path / "state").committed:
-        assert any("pets.task-" in tensor for tensor in load_file(committed.folder / EARLIER))
+        assert any("pets.task-" in tensor for tensor in load(committed.read(EARLIER)[EARLIER]))
     Learner.load(tmp_path / "state").resume()
     assert files(tmp_path / "state") == files(whole[name])
 
@@ -924,9 +924,9 @@ def test_two_processes_pick_what_one_picks(case: str, vit: Path, tmp_path: Path)
     assert all(h["steps"] for h in told[0]["helped"])
     one, two = (
         {
-            f"{path.parent.name}/{path.name}/{name}": tensor
-            for path in sorted((tmp_path / run).glob("tasks/*/*.safetensors"))
-            for name, tensor in load_file(path).items()
+            f"{file}/{name}": tensor
+            for file, tensors in task_tensors(tmp_path / run).items()
+            for name, tensor in tensors.items()
         }
         for run in ("one", "two")
     )
