@@ -170,7 +170,7 @@ def assert_same(state: Path, whole: Path) -> None:
 
 
 def _files(state: Path) -> list[str]:
-    """All but kept features: how often the same values were evaluated decides which there are, and nothing needs them."""
+    """All but kept features: how often the same values were evaluated decides which there are; nothing needs them."""
     found = (path.relative_to(state) for path in state.rglob("*"))
     return sorted(str(path) for path in found if path.parts[0] != "kept")
 
