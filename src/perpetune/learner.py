@@ -183,6 +183,7 @@ class Learner:
         if model is None and data is None:
             raise UsageError("relocate: say what lies elsewhere now: model, data, or both")
         content = state.recipe.model_dump(mode="json")
+        content["run"]["keep"] = state.keep  # written out now, also where an older version has left it open
         if data is not None:
             old, new = (str(Path(place).expanduser().absolute()) for place in data)
             if not Path(new).exists():

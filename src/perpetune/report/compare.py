@@ -30,6 +30,7 @@ NEUTRAL = {
     "run.workers",
     "run.compile",
     "run.threads",
+    "run.keep",
     "run.checkpoint_every",
 }
 LOWER_IS_BETTER = {"forgetting"}
