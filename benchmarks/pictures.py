@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -148,8 +149,8 @@ PATHS: dict[str, tuple[Callable[..., Batches], bool]] = {
 
 def spent() -> float:
     """Seconds of CPU time of this process and of its workers that have ended."""
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def one_turn(batches: Batches, size: int, device: torch.device) -> tuple[float, float]:

@@ -44,7 +44,7 @@ class PictureView(View):
         crop: share of the resized picture that the centre crop keeps; None squeezes the whole
             picture into the square without a crop.
         squeeze: the crop keeps that share of each side, and squeezes it into the square; else the crop is a square.
-        fast: resize with torch, which takes less than half of Pillow's time, and read large JPEG files at a half, a
+        fast: resize with torch, which takes about half of Pillow's time, and read large JPEG files at a half, a
             quarter or an eighth. Values differ from Pillow's by one or two of 255, the crop begins and ends at whole
             pixels, and what was read smaller is a little softer. Nearest and Lanczos are always Pillow's.
     """
