@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 
-from perpetune.data import check
 from perpetune.data.pictures.arrow import ParquetSource
 from perpetune.data.pictures.digits import DigitsSource
 from perpetune.data.pictures.folder import FolderSource
 from perpetune.data.pictures.manifest import ManifestSource
-from perpetune.data.pictures.tables import FileTable, MemoryTable
+from perpetune.data.pictures.tables import MemoryTable
 from perpetune.data.pictures.view import PictureView
 from perpetune.data.sources import Source
 from perpetune.data.stream import StreamOptions, build_stream, single_task
@@ -338,19 +337,6 @@ def test_twins_in_one_table_are_a_warning():
     test.contents[1] = train.contents[3]
     stream = stream_of(train, test, classes_per_task=2)
     assert stream.warnings == ["1 test pictures are also training pictures: rows picture 51 = rows picture 3"]
-
-
-@given(st.lists(st.binary(max_size=3), max_size=20), st.lists(st.binary(max_size=3), max_size=20))
-def test_overlap_finds_exactly_the_twins(train, test):
-    tables = [MemoryTable(c, ["a"] * len(c), [str(i) for i in range(len(c))], "x") for c in (train, test)]
-    pairs = check.find_overlap(tables[0], tables[1], contents=True)
-    assert {b for _, b in pairs} == {i for i, c in enumerate(test) if c and c in train}
-    assert all(train[a] == test[b] for a, b in pairs)
-
-
-def test_missing_files_do_not_overlap(tmp_path):
-    table = FileTable(str(tmp_path), ["none.png"], ["a"])
-    assert check.find_overlap(table, table, contents=True) == []
 
 
 def test_twins_in_one_source_are_on_one_side():

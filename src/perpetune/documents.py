@@ -132,6 +132,13 @@ class Metrics(Document):
     exams: dict[str, dict[str, float]] = {}
     exams_before: dict[str, dict[str, float]] = {}
     not_asked: list[str] = []
+    unasked: Count = 0
+
+
+class Features(Document):
+    """`features.json` of a committed task: a digest of all that made the features of its test examples."""
+
+    made: str
 
 
 class Timings(Document):

@@ -26,8 +26,23 @@ OURS = re.compile(
 """Temporary names in a state folder. Those of older versions have no random part."""
 
 
-def to_json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+def to_json(value: Any, lines: int | None = None) -> bytes:
+    """JSON for a file that people may read: each entry on a line of its own, or with `lines` those of so many levels.
+
+    An object of ten thousand small ones takes a quarter of the bytes if these stand on one line each.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False) if lines is None else _on_lines(value, lines, "\n")
+    return (text + "\n").encode()
+
+
+def _on_lines(value: Any, lines: int, start: str) -> str:
+    if not lines or not isinstance(value, dict) or not value:
+        return json.dumps(value, ensure_ascii=False)
+    inside = start + "  "
+    parts = [
+        f"{json.dumps(key, ensure_ascii=False)}: {_on_lines(part, lines - 1, inside)}" for key, part in value.items()
+    ]
+    return "{" + inside + f",{inside}".join(parts) + start + "}"
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -91,14 +92,19 @@ class KeptFeatures(Keeper):
             self._stored.add(key)
         return found
 
-    def settle(self) -> None:
-        """End an evaluation of all tasks: store what is new and worth it, and drop what it has not used."""
+    def settle(self, since: float | None = None) -> None:
+        """End an evaluation: store what is new and worth it, and drop what it has not used.
+
+        Args:
+            since: if not all tasks were asked, what was used after this time is not dropped; in seconds since 1970.
+        """
         for key, table in list(self.tables.items()):
-            if key not in self.used or not bool(table.known.all()):
+            stays = key in self.used or (since is not None and self.folder is None)
+            if not stays or not bool(table.known.all()):
                 del self.tables[key]
         if self.folder is not None:
             try:
-                self._settle(self.folder)
+                self._settle(self.folder, since)
             except OSError as error:
                 self._say(
                     f"kept features cannot be stored in {self.folder} ({error.strerror}): they are computed again"
@@ -112,7 +118,7 @@ class KeptFeatures(Keeper):
             )
         self.used, self.left_out, self._missing = set(), set(), set()
 
-    def _settle(self, folder: Path) -> None:
+    def _settle(self, folder: Path, since: float | None) -> None:
         new = [key for key in self.tables if key not in self._stored]
         if not folder.is_dir() and not new:
             return
@@ -121,13 +127,15 @@ class KeptFeatures(Keeper):
         folder.mkdir(exist_ok=True)
         remove_leftovers(folder)
         wanted = {_name(key) for key in self.tables}
-        for path in folder.iterdir():
-            if NAME.fullmatch(path.name) and path.name not in wanted:
-                path.unlink()
+        for path in _unused(folder, wanted, since, self.most - self.bytes):
+            path.unlink()
         for key in new:
             write_file(folder / _name(key), _packed(key, self.tables[key]))
             self._stored.add(key)
         self._stored &= set(self.tables)
+        if since is not None:
+            for name in wanted:
+                os.utime(folder / name)
 
     def _read(self, key: Key) -> Table | None:
         assert self.folder is not None
@@ -143,6 +151,20 @@ class KeptFeatures(Keeper):
         if not self._told:
             self._told = True
             self.note(message)
+
+
+def _unused(folder: Path, wanted: Collection[str], since: float | None, room: int) -> list[Path]:
+    """The files to be dropped: those that are not `wanted`, but for those that were used after `since` while there is
+    `room` for them, in bytes."""
+    others = [path for path in folder.iterdir() if NAME.fullmatch(path.name) and path.name not in wanted]
+    if since is None:
+        return others
+    dropped = []
+    for path, about in sorted(((path, path.stat()) for path in others), key=lambda one: -one[1].st_mtime):
+        room -= about.st_size
+        if room < 0 or about.st_mtime < since:
+            dropped.append(path)
+    return dropped
 
 
 def _name(key: Key) -> str:

@@ -404,7 +404,7 @@ class Learner:
                 if self._learned != self._last():
                     raise StateError(f"{self.state.folder} was changed after this learner loaded it: load it again")
                 device = str(self.runtime.device)
-                self.state.log("run begun", versions=versions(), device=device, seed=self.recipe.seed, **facts)
+                self.state.log("run begun", versions=dict(versions()), device=device, seed=self.recipe.seed, **facts)
             stack.enter_context(stop_signals(self.runtime))
             self._leave_halfway()
             self._halfway = True

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from types import MappingProxyType
 from typing import Any
 
 from perpetune.errors import StateError
 from perpetune.numerics.metrics import Cells, summarise
 from perpetune.numerics.transfer import summarise as summarise_transfer
 from perpetune.snapshot import FILES, FIXED
-from perpetune.state import DOCUMENTS, State
+from perpetune.state import DOCUMENTS, Committed, State
 
 PACKAGES = ("perpetune", "torch", "transformers", "timm", "accelerate", "numpy", "safetensors")
 
 
-def versions() -> dict[str, str]:
+@functools.cache
+def versions() -> Mapping[str, str]:
     """Versions of the interpreter and of the installed packages that decide numbers."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
@@ -24,48 +28,22 @@ def versions() -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return MappingProxyType(found)
 
 
 def read_results(state: State) -> dict[str, Any]:
-    """The results document; `perpetune.report` renders it and names its fields."""
-    tasks, rows, timings, storage, disk = [], [], [], [], []
-    protection: list[dict[str, Any]] = []
-    facts, drift, exams = [], [], list[dict[str, Any]]()
-    ahead: list[dict[str, Any]] = []
-    bad: list[dict[str, Any]] = []
-    left_out: list[dict[str, Any]] = []
+    """The results document; `perpetune.report` renders it and names its fields. Its parts are shared with other
+    documents of the same state: do not change them."""
     journal = state.journal()
     timed = {e["name"]: {k: e[k] for k in ("commit_s", "report_s")} for e in journal if e["event"] == "task timed"}
-    warnings: list[str] = []
-    for committed in state.committed:
-        files, (sizes, tensors) = committed.read(*DOCUMENTS), committed.stored()
-        task, metrics, timing = (committed.document(files, name) for name in DOCUMENTS)
-        try:
-            tasks.append({k: task[k] for k in ("index", "name", "classes", "train", "test", "fingerprint")})
-            rows.append(dict(metrics["cells"]))
-            protection += [{"task": committed.index, **found} for found in metrics.get("protection", [])]
-            facts.append({"task": committed.index, "of": metrics.get("facts", {})})
-            known = {t["name"] for t in tasks}
-            if zero := metrics.get("cells_before"):
-                ahead.append({"task": None, "of": zero})
-            if ahead and (unlearned := {name: cell for name, cell in rows[-1].items() if name not in known}):
-                ahead.append({"task": committed.index, "of": unlearned})
-            if before := metrics.get("exams_before"):
-                exams.append({"task": None, "of": before})
-            if after := metrics.get("exams"):
-                exams.append({"task": committed.index, "of": after})
-            drift.append({"task": committed.index, "of": metrics.get("drift", {})})
-            timings.append({"task": committed.index, **timing, **timed.get(committed.name, {})})
-            if not_asked := metrics.get("not_asked"):
-                left_out.append({"task": committed.index, "of": list(not_asked)})
-            storage.append({"task": committed.index, **{n: sizes[n] for n in (*FILES, *FIXED) if n in sizes}})
-            disk.append({"task": committed.index, "bytes": tensors})
-            bad += [{"task": committed.index, **_file_and_reason(entry)} for entry in task["bad"]]
-            warnings += task["warnings"]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise StateError(f"{committed.folder} does not hold what a task leaves there: {error!r}") from None
-    cells = [[row.get(t["name"]) for t in tasks] for row in rows]
+    found = [
+        committed.once("results", tuple(DOCUMENTS), partial(_results_of, committed)) for committed in state.committed
+    ]
+    tasks = [one["task"] for one in found]
+    cells = _matrix([one["cells"] for one in found], [task["name"] for task in tasks])
+    timings = [{**one["timing"], **timed.get(one["task"]["name"], {})} for one in found]
+    ahead = _ahead(found)
+    left_out, in_turn, exams = (_joined(found, key) for key in ("not_asked", "in_turn", "exams"))
     begun: dict[str, Any] = next((e for e in reversed(journal) if e["event"] == "run begun"), {})
     backbone = state.backbone
     return {
@@ -79,27 +57,84 @@ def read_results(state: State) -> dict[str, Any]:
             cells,
             _candidates(tasks, ahead) if state.recipe.setting == "class" else tasks,
             [entry["task"] for entry in left_out],
+            [entry["task"] for entry in in_turn],
         ),
         **({"not_asked": left_out} if left_out else {}),
+        **({"in_turn": in_turn} if in_turn else {}),
         "timings": timings,
-        "storage": storage,
-        "disk": disk,
-        "protection": protection,
-        "facts": facts,
-        "drift": drift,
+        "storage": [one["storage"] for one in found],
+        "disk": [one["disk"] for one in found],
+        "protection": _joined(found, "protection"),
+        "facts": [one["facts"] for one in found],
+        "drift": [one["drift"] for one in found],
         **({"exams": exams} if exams else {}),
         **_zero_shot(tasks, cells, ahead),
         "examples": backbone.get("examples"),
         "trainable_parameters": backbone.get("trainable_parameters"),
         "backbone_parameters": backbone.get("parameters"),
-        "bad_files": bad,
-        "warnings": list(dict.fromkeys(warnings)),
+        "bad_files": _joined(found, "bad"),
+        "warnings": list(dict.fromkeys(_joined(found, "warnings"))),
         "recipe": state.recipe.model_dump(mode="json"),
         "versions": begun.get("versions", {}),
         "device": begun.get("device", ""),
         "complete": begun.get("tasks") is None or len(tasks) >= begun["tasks"],
         "extra": {},
     }
+
+
+def _results_of(committed: Committed) -> dict[str, Any]:
+    """What the documents of one task say, in the parts of a results document."""
+    sizes, tensors = committed.stored()
+    task, metrics, timing = (committed.parsed(name) for name in DOCUMENTS)
+    index = committed.index
+    try:
+        exams = [(None, metrics.get("exams_before")), (index, metrics.get("exams"))]
+        return {
+            "task": {k: task[k] for k in ("index", "name", "classes", "train", "test", "fingerprint")},
+            "cells": dict(metrics["cells"]),
+            "before": metrics.get("cells_before"),
+            "exams": [{"task": number, "of": taken} for number, taken in exams if taken],
+            "protection": [{"task": index, **found} for found in metrics.get("protection", [])],
+            "facts": {"task": index, "of": metrics.get("facts", {})},
+            "drift": {"task": index, "of": metrics.get("drift", {})},
+            "timing": {"task": index, **timing},
+            "not_asked": [{"task": index, "of": list(of)} for of in [metrics.get("not_asked")] if of],
+            "in_turn": [{"task": index, "count": count} for count in [metrics.get("unasked")] if count],
+            "storage": {"task": index, **{n: sizes[n] for n in (*FILES, *FIXED) if n in sizes}},
+            "disk": {"task": index, "bytes": tensors},
+            "bad": [{"task": index, **_file_and_reason(entry)} for entry in task["bad"]],
+            "warnings": list(task["warnings"]),
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise StateError(f"{committed.folder} does not hold what a task leaves there: {error!r}") from None
+
+
+def _joined(found: Sequence[Mapping[str, Any]], key: str) -> list[Any]:
+    return [entry for one in found for entry in one[key]]
+
+
+def _ahead(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The cells of tasks that were asked before they were learned; none if nothing was asked before the first task."""
+    ahead, known = list[dict[str, Any]](), set[str]()
+    for index, one in enumerate(found):
+        known.add(one["task"]["name"])
+        if one["before"]:
+            ahead.append({"task": None, "of": one["before"]})
+        if ahead and (unlearned := {name: cell for name, cell in one["cells"].items() if name not in known}):
+            ahead.append({"task": index, "of": unlearned})
+    return ahead
+
+
+def _matrix(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[list[Any]]:
+    """Rows of cells with a column for each name; None where a row has no such cell."""
+    place, cells = {name: column for column, name in enumerate(names)}, []
+    for row in rows:
+        line: list[Any] = [None] * len(names)
+        for name, cell in row.items():
+            if name in place:
+                line[place[name]] = cell
+        cells.append(line)
+    return cells
 
 
 def _candidates(tasks: Sequence[Mapping[str, Any]], ahead: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:

@@ -23,12 +23,13 @@ from perpetune.methods.base import Method
 from perpetune.oracle import solve
 from perpetune.recipe import Every, Recipe
 from perpetune.results import read_results
-from perpetune.runtime import Runtime
+from perpetune.runtime import Runtime, Silent
 from perpetune.snapshot import read_tensors
 from perpetune.state import MidTask, State, training_digest
 from perpetune.tasks import Batch, Examples, Task, balanced, evaluation_batches
 
 LEADING = 256  # examples of a task that say where its pet starts, with protect.start: leading
+MADE = "features.json"  # what made the features of its test examples then
 FEATURES = "features.safetensors"  # of a few test images of the task, as they were when it was learned
 
 
@@ -50,6 +51,7 @@ class Step:
         future: the classes of all tasks, learned or not, if tasks are asked before they are learned.
         last: whether it is the last task of its stream.
         prepared: seconds that it took to find the data and to check the examples.
+        unasked: how many earlier tasks are not among `others`, because it is not their turn (`evaluate.earlier`).
     """
 
     task: Task
@@ -63,6 +65,7 @@ class Step:
     future: Classes | None = None
     last: bool = False
     prepared: float = 0.0
+    unasked: int = 0
 
 
 def run(method: Method, steps: Iterable[Step], state: State, kept: KeptFeatures | None = None) -> None:
@@ -110,8 +113,7 @@ def learn_task(method: Method, step: Step, state: State, kept: KeptFeatures) -> 
             zero = measure(method, asked, How(among, size, future=step.future))
         begun = {"exams_before": exams_before, "cells_before": cells_of(zero)}
     else:
-        first = state.committed[0]
-        exams_before = first.document(first.read("metrics.json"), "metrics.json").get("exams_before", {})
+        exams_before = state.committed[0].parsed("metrics.json").get("exams_before", {})
     began = time.perf_counter()
     certificates = learn_protected(method, task, step.reference, recipe.evaluate.batch_size, step.names)
     learned = time.perf_counter()
@@ -126,7 +128,8 @@ def learn_task(method: Method, step: Step, state: State, kept: KeptFeatures) -> 
             exams = take_all(step.exams, method, size, exams_before, _trained(state, examples))
         with run.timed("drift"):
             features, drift = _drift(method, step, state, found)
-        kept.settle()
+            made = found[task.name].made
+        kept.settle(_turn_begun(step, state))
     cells = cells_of({**found, **ahead_of})
     left_out = [name for name, asked_of in found.items() if asked_of.left_out]
     evaluated = time.perf_counter()
@@ -159,17 +162,19 @@ def learn_task(method: Method, step: Step, state: State, kept: KeptFeatures) -> 
         run.progress.note(warning)
     document["warnings"] = [*document["warnings"], *ahead, *warnings]
     measured: dict[str, Any] = {"cells": cells, "protection": certificates, "facts": facts, "drift": drift}
-    measured |= {**begun, "exams": exams, "not_asked": left_out}
+    measured |= {**begun, "exams": exams, "not_asked": left_out, "unasked": step.unasked}
     metrics = {key: value for key, value in measured.items() if value or key == "cells"}
     done = time.perf_counter()
     if main:
         documents = {"task.json": document, "metrics.json": metrics, "timings.json": timings}
+        documents |= {} if made is None else {MADE: {"made": made}}
         if dropped := state.commit(task.index, task.name, method, documents, features):
             run.progress.note(dropped)
     run.accelerator.wait_for_everyone()
     run.checkpoints = None
     committed = time.perf_counter()
-    run.progress.results(read_results(state))
+    if getattr(type(run.progress), "results", None) is not Silent.results:  # it grows with the tasks
+        run.progress.results(read_results(state))
     if main:  # nothing that is sealed with a commit can say how long it took
         spent = {"commit_s": round(committed - done, 3), "report_s": round(time.perf_counter() - committed, 3)}
         state.log("task timed", task=task.index, name=task.name, **spent)
@@ -339,10 +344,19 @@ def cells_of(asked: Mapping[str, Asked]) -> dict[str, Any]:
 def _limit(step: Step, recipe: Recipe) -> Limit | None:
     """How many examples of earlier tasks are asked if their features have to be computed; None is all."""
     earlier, index = recipe.evaluate.earlier, step.task.index
-    if earlier == "all" or (isinstance(earlier, Every) and (step.last or (index + 1) % earlier.every == 0)):
+    if earlier in ("auto", "all") or (isinstance(earlier, Every) and (step.last or (index + 1) % earlier.every == 0)):
         return None
     names = [other.name for other in step.others if other.index < index]
     return Limit(names, 0 if isinstance(earlier, Every) else earlier, recipe.seed)
+
+
+def _turn_begun(step: Step, state: State) -> float | None:
+    """The time before which every earlier task that waits for its turn was asked, in seconds; None if none waits."""
+    if not step.unasked or not step.others:
+        return None
+    rounds = 2 + (step.unasked + len(step.others)) // len(step.others)
+    committed = state.committed
+    return committed[max(0, len(committed) - rounds)].time()
 
 
 def _drift(
@@ -350,7 +364,8 @@ def _drift(
 ) -> tuple[dict[str, bytes], dict[str, float]]:
     """Features of this task's probe, as a file to store; how far those of earlier tasks have moved since then.
 
-    The distance `‖f̂ − f̂'‖` of normalised features, the mean over a task's probe: 0 where nothing moved, at most 2.
+    The distance `‖f̂ − f̂'‖` of normalised features, the mean over a task's probe: 0 where nothing moved, at most 2. If
+    what makes the features has the same digest as when the task was learned, it is 0 and they are not looked at.
 
     Args:
         asked: what came of asking the tasks. Where its answers were made of the features, these are used.
@@ -360,6 +375,10 @@ def _drift(
     moved, before = {}, {c.name: c for c in state.committed}
     for other in step.others:
         if other.name not in before or other.test is None or not len(other.test):
+            continue
+        made = asked[other.name].made
+        if made is not None and before[other.name].has(MADE) and before[other.name].parsed(MADE)["made"] == made:
+            moved[other.name] = 0.0
             continue
         known = asked[other.name].probed
         cell = asked[other.name].cell

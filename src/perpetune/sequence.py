@@ -14,13 +14,13 @@ from typing import Any
 
 from perpetune import registry
 from perpetune.build import build_data
-from perpetune.data.check import find_overlap
 from perpetune.data.examples import TableSet, View
 from perpetune.data.guess import guess_source
 from perpetune.data.names import alike, several
+from perpetune.data.overlap import Overlap
 from perpetune.data.reference import reference_examples
 from perpetune.data.sketch import learned_before, whole
-from perpetune.data.sources import Kind, Source
+from perpetune.data.sources import Kind, Source, Table
 from perpetune.data.stream import Stream, StreamOptions, single_task
 from perpetune.data.tasks import TaskData
 from perpetune.errors import DataError, UsageError
@@ -32,6 +32,8 @@ from perpetune.runtime import Runtime
 from perpetune.state import Committed
 from perpetune.tasks import Examples, Task
 
+ASKED = 32
+"""The most earlier tasks that are asked after another one under `evaluate.earlier: auto`."""
 Data = str | Path | dict[str, Any] | Source | Task
 Origin = dict[str, Any]  # where the data of an update came from: a data section and its holdout
 STREAM = "stream"  # and of a run: the recipe's stream
@@ -54,6 +56,9 @@ class TaskSequence:
         self._tasks: dict[int, Task] = {}
         self._tests: dict[int, Task] = {}  # earlier tasks of which only the test is to be used
         self._prepared: dict[int, float] = {}  # seconds that it took to prepare an update's task
+        self._told = False  # whether a line has said that not all earlier tasks are asked
+        self._tested = Overlap()  # the test examples of tasks that were asked
+        self._rows: dict[int, tuple[str, Table, Sequence[int]]] = {}  # and whose they are
 
     @property
     def stream(self) -> Stream:
@@ -70,14 +75,15 @@ class TaskSequence:
 
     def _step_of_stream(self, index: int, committed: Sequence[Committed]) -> Step:
         task, data = self._of_stream(index), self._checked(self.stream.tasks[index])
-        others = [t for t in (self.past(c) for c in committed) if t is not None]
+        last = index + 1 == len(self.stream.tasks)
+        others, unasked = self._others(committed, every=last)
         future = self.recipe.evaluate.future
         if self.recipe.setting == "domain" and not future and index + 1 < len(self.stream.tasks):
             others.append(self._of_stream(index + 1))  # its accuracy before it is learned: forward transfer
         warnings = self.stream.warnings if index == 0 else []
         document = _document(task, STREAM, data.fingerprint, data.bad, warnings)
-        first, last = (self._first(index), self._names(index)), index + 1 == len(self.stream.tasks)
-        step = Step(task, others, document, *first, self._seen(index), self.exams, last=last)
+        first = self._first(index), self._names(index)
+        step = Step(task, others, document, *first, self._seen(index), self.exams, last=last, unasked=unasked)
         if not future:
             return step
         ahead = [self._of_stream(i) for i in range(index + 1, len(self.stream.tasks))]
@@ -125,19 +131,43 @@ class TaskSequence:
         return dataclasses.replace(step, prepared=self._prepared[task.index] + time.perf_counter() - began)
 
     def _step_of_update(self, task: Task, document: dict[str, Any], committed: Sequence[Committed]) -> Step:
-        others = [t for t in (self.past(c) for c in committed) if t is not None]
-        found = [*_again(task, document, committed), *_alike_before(task, committed), *self._leaks(task, others)]
+        others, unasked = self._others(committed)
+        earlier = {c.name: c.task() for c in committed}
+        known = list(dict.fromkeys(name for one in earlier.values() for name in one["classes"]))
+        found = [*_again(task, document, earlier), *_alike_before(task, known), *self._leaks(task, others)]
         for warning in found:
             self.runtime.progress.note(warning)
-        for line in _new_classes(task, committed):
+        for line in _new_classes(task, known):
             self.runtime.progress.note(line)
         document = {**document, "warnings": [*document["warnings"], *found]}
         first = self._first(task.index), self._names(task.index)
-        step = Step(task, others, document, *first, exams=self.exams)
+        step = Step(task, others, document, *first, exams=self.exams, unasked=unasked)
         if not self.recipe.evaluate.future:
             return step
-        classes = {c.name: c.task()["classes"] for c in committed}
+        classes = {name: one["classes"] for name, one in earlier.items()}
         return dataclasses.replace(step, future={**classes, task.name: task.classes})
+
+    def _others(self, committed: Sequence[Committed], *, every: bool = False) -> tuple[list[Task], int]:
+        """The earlier tasks that are asked after the next one, as far as their test data are there, and how many others
+        have to wait.
+
+        Args:
+            every: whether all are asked in any case.
+        """
+        if every or self.recipe.evaluate.earlier != "auto" or len(committed) <= ASKED:
+            return [t for t in (self.past(c) for c in committed) if t is not None], 0
+        tested, found = [c for c in committed if c.task()["test"]], list[Task]()
+        for one in _longest_ago(tested, committed):
+            if len(found) < ASKED and (task := self.past(one)) is not None:
+                found.append(task)
+        unasked = len(tested) - len(found)
+        if unasked and not self._told:
+            self._told = True
+            self.runtime.progress.note(
+                f"{len(found)} of {len(tested)} earlier tasks are asked after each task from now on, those that were "
+                "asked the longest time ago (evaluate.earlier: auto; `all` asks all)"
+            )
+        return sorted(found, key=lambda task: task.index), unasked
 
     @property
     def reference(self) -> tuple[TableSet, list[str]] | None:
@@ -241,17 +271,25 @@ class TaskSequence:
     """Beginnings of paths of tasks' data that have changed since they were learned, as they were and as they are."""
 
     def _leaks(self, task: Task, others: Sequence[Task]) -> list[str]:
-        """A warning where examples that `task` trains on are among the test examples of the others."""
-        found, noun = [], ""
-        for other in others if self.recipe.stream.check != "none" else []:
-            train, test = task.train, other.test
-            if isinstance(train, TableSet) and isinstance(test, TableSet):
-                pairs = find_overlap(train.table, test.table, True, train_rows=train.rows, test_rows=test.rows)
-                noun = train.table.noun
-                found += [f"{train.table.name(a)} = {test.table.name(b)} (task {other.name})" for a, b in pairs]
+        """A warning where examples that `task` trains on are among the test examples of the others, or of tasks that
+        were asked before in this process."""
+        train = task.train
+        if self.recipe.stream.check == "none" or not isinstance(train, TableSet):
+            return []
+        for other in others:
+            if isinstance(other.test, TableSet) and other.index not in self._rows:
+                self._rows[other.index] = other.name, other.test.table, other.test.rows
+                self._tested.add(other.test.table, other.test.rows)
+        found = [
+            f"{train.table.name(mine)} = {table.name(row)} (task {self._owner(table, row)})"
+            for mine, (table, row) in self._tested.find(train.table, train.rows)
+        ]
         if not found:
             return []
-        return [f"task {task.name} trains on {len(found)} test {noun}s of earlier tasks: {several(found)}"]
+        return [f"task {task.name} trains on {len(found)} test {train.table.noun}s of earlier tasks: {several(found)}"]
+
+    def _owner(self, table: Table, row: int) -> str:
+        return next(name for name, its, rows in self._rows.values() if its is table and row in rows)
 
     def _of_stream(self, index: int) -> Task:
         if index not in self._tasks:
@@ -331,11 +369,14 @@ def _document(
     }
 
 
-def _again(task: Task, document: dict[str, Any], committed: Sequence[Committed]) -> list[str]:
-    """A warning where the same data were learned before, however they were cut into training and test data."""
+def _again(task: Task, document: dict[str, Any], earlier: Mapping[str, dict[str, Any]]) -> list[str]:
+    """A warning where the same data were learned before, however they were cut into training and test data.
+
+    Args:
+        earlier: what is stored of the tasks that were learned, by name.
+    """
     if document["from"] == {"name": None}:  # of a Python object only the targets are known
         return []
-    earlier = {c.name: c.task() for c in committed}
     known = {name: one["contents"] for name, one in earlier.items() if one.get("contents")}
     new = document.get("contents")
     found = learned_before(new, known) if new else None
@@ -349,22 +390,28 @@ def _again(task: Task, document: dict[str, Any], committed: Sequence[Committed])
     return [f"data of the same names, labels and sizes were learned before, as task {several(same)}"] if same else []
 
 
-def _before(committed: Sequence[Committed]) -> list[str]:
-    """The classes of the tasks that were learned."""
-    return list(dict.fromkeys(name for c in committed for name in c.json("task.json")["classes"]))
+def _longest_ago(tasks: Sequence[Committed], committed: Sequence[Committed]) -> list[Committed]:
+    """The tasks in the order in which they were asked last, the longest time ago first."""
+    asked: dict[str, int] = {}
+    missing = {task.name for task in tasks}
+    for one in reversed(committed):
+        if not missing:
+            break
+        for name in one.parsed("metrics.json")["cells"]:
+            asked.setdefault(name, one.index)
+        missing.difference_update(asked)
+    return sorted(tasks, key=lambda task: (asked.get(task.name, -1), task.index))
 
 
-def _alike_before(task: Task, committed: Sequence[Committed]) -> list[str]:
+def _alike_before(task: Task, known: Sequence[str]) -> list[str]:
     """A warning where a class of the task is nearly called like one that was learned."""
-    known = _before(committed)
     pairs = alike(set(task.classes) - set(known), known)
     return [f"task {task.name} has new classes nearly called like earlier ones: {several(pairs)}"] if pairs else []
 
 
-def _new_classes(task: Task, committed: Sequence[Committed]) -> list[str]:
+def _new_classes(task: Task, known: Sequence[str]) -> list[str]:
     """A line that lists the classes that come with a later task; none where there is none."""
-    known = set(_before(committed))
-    new = [name for name in task.classes if name not in known]
+    new = [name for name in task.classes if name not in set(known)]
     return [f"task {task.name} brings new classes: {several(new, 20)}"] if new and known else []
 
 

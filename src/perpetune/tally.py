@@ -43,12 +43,14 @@ class Asked:
         seconds: how long it took.
         probed: numbers of the examples of the task's probe that were asked, and their features `(n, D)` of length 1,
             float32, on the CPU; None if they are not known.
+        made: a digest of the examples and of all that made their features, if it was the same for all; else None.
     """
 
     cell: dict[str, Any] | None
     left_out: bool = False
     seconds: float = 0.0
     probed: tuple[list[int], Tensor] | None = None
+    made: str | None = None
 
 
 def probe_rows(count: int) -> list[int]:
@@ -144,6 +146,8 @@ class Tally:
         with about:
             with self.run.autocast():
                 found = self._answers(method, batch.inputs)
+            if seen is None and keeper is not None and keeper.same:
+                self.probing, self.probed = set(), []  # what is needed of the probe is found among what is kept
             probed = self._probe(method, batch.inputs, numbers)
         if probed is not None:
             self.probed.append(probed)
@@ -165,7 +169,7 @@ class Tally:
         if not places or self.keeper is None:
             return None
         try:
-            with self.keeper.only_known(), self.run.autocast():
+            with self.keeper.comparing(), self.keeper.only_known(), self.run.autocast():
                 features = method.features(inputs)
         except NotKept:
             self.probing, self.probed = set(), []
@@ -201,7 +205,13 @@ class Tally:
         if self.probed:
             rows = torch.cat([features for _, features in self.probed]).cpu()
             probed = [number for numbers, _ in self.probed for number in numbers], rows
-        return Asked(self._cell(), seconds=self.seconds, probed=probed)
+        return Asked(self._cell(), seconds=self.seconds, probed=probed, made=self._made())
+
+    def _made(self) -> str | None:
+        """A digest of the examples and of what made all their features; None if nobody can say it."""
+        if self.keeper is None or self.examples is None or len(self.numbers) < self.count or self.run.world > 1:
+            return None
+        return self.keeper.made_of(self.examples)
 
     def _cell(self) -> dict[str, Any]:
         run, classes = self.run, self.task.classes

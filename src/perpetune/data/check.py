@@ -87,35 +87,14 @@ def _fault(part: Rows, depth: Literal["decode", "header"], row: int) -> str | No
 def in_threads(work: Callable[[int], T], rows: Sequence[int]) -> Iterator[T]:
     """The result of `work` for each row, in order. Rows are taken up only as the caller reads results, so it may stop
     early."""
+    if len(rows) <= _CHUNK:  # one thread would do all of it
+        yield from map(work, rows)
+        return
     chunks = [rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK)]
     with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(chunks), 4 * _THREADS):
             for results in pool.map(lambda chunk: [work(i) for i in chunk], chunks[start : start + 4 * _THREADS]):
                 yield from results
-
-
-def find_overlap(
-    train: Table,
-    test: Table,
-    contents: bool,
-    *,
-    train_rows: Iterable[int] | None = None,
-    test_rows: Iterable[int] | None = None,
-) -> list[tuple[int, int]]:
-    """Pairs of a training row and a test row that are the same file, or (with `contents`) have the same bytes.
-
-    Each test row is in one pair at most. Bytes are compared by a hash, and only if the size and the first 4 KiB are
-    equal.
-
-    Args:
-        train_rows, test_rows: the rows to compare; default: all rows.
-    """
-    left = list(range(len(train)) if train_rows is None else train_rows)
-    right = list(range(len(test)) if test_rows is None else test_rows)
-    matches = _matches(train, left, test, right, [_identity])
-    if contents:
-        matches |= _matches(train, left, test, right, [_size, _start, _whole])
-    return sorted((a, b) for b, a in matches.items())
 
 
 def contents(table: Table, rows: Sequence[int]) -> list[str]:
@@ -129,7 +108,7 @@ def _hashed(table: Table, i: int) -> str:
 
 
 def find_twins(table: Table) -> list[list[int]]:
-    """Groups of two or more rows with the same bytes; they are compared as in `find_overlap`."""
+    """Groups of two or more rows with the same bytes, which are compared by a hash if size and first 4 KiB agree."""
     left: dict[int, object] = dict.fromkeys(range(len(table)))
     for step in (_size, _start, _whole):
         left = _values(table, left, step)
@@ -160,25 +139,6 @@ def contradicting(table: Table, groups: Iterable[Sequence[int]]) -> list[tuple[i
                 found.append((before, row))
                 break
     return found
-
-
-def _matches(
-    train: Table,
-    train_rows: Iterable[int],
-    test: Table,
-    test_rows: Iterable[int],
-    steps: Sequence[Callable[[Table, int], object]],
-) -> dict[int, int]:
-    """For each test row that equals a training row in every step: the first such training row."""
-    left: dict[int, object] = dict.fromkeys(train_rows)
-    right: dict[int, object] = dict.fromkeys(test_rows)
-    for step in steps:
-        left, right = _values(train, left, step), _values(test, right, step)
-        common = set(left.values()) & set(right.values())
-        left = {row: value for row, value in left.items() if value in common}
-        right = {row: value for row, value in right.items() if value in common}
-    first = {value: row for row, value in reversed(left.items())}
-    return {row: first[value] for row, value in right.items()}
 
 
 def _values(table: Table, rows: Iterable[int], step: Callable[[Table, int], object]) -> dict[int, object]:

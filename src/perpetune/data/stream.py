@@ -9,9 +9,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-from perpetune.data.check import Depth, contradicting, find_overlap, find_twins, one_file
+from perpetune.data.check import Depth, contradicting, find_twins, one_file
 from perpetune.data.examples import Augment, View
 from perpetune.data.names import alike, natural, several, task_names
+from perpetune.data.overlap import find_overlap
 from perpetune.data.sources import Kind, Source, Table
 from perpetune.data.split import by_label, given_order, hold_out, in_tasks, limit, seeded_order
 from perpetune.data.tasks import TaskData

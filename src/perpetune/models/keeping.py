@@ -127,6 +127,10 @@ class Keeper:
         """Examples that a net has computed, each time counted."""
         self.found = 0
         """Examples whose features were found again."""
+        self._makers: dict[str, set[tuple[int, str]]] = {}
+        """For each set of examples what made features in this evaluation, with the first example of the batch."""
+        self.same: bool | None = None
+        """Whether the features of a method are those that its answers are made of; None until that was seen."""
         self._batch: _Batch | None = None
         self._device = torch.device("cpu")
         self._slots: list[tuple[str, Slot]] = []
@@ -148,6 +152,7 @@ class Keeper:
         backbone = self.backbone
         before, backbone.keeper = backbone.keeper, self
         self._slots, self._hashes, self._device = _acting_slots(backbone), {}, device
+        self._makers, self.same = {}, None
         self._frozen = "" if _marks(backbone) == self._first else backbone.fingerprint()
         try:
             yield
@@ -199,6 +204,10 @@ class Keeper:
         if batch is None or places is None or torch.is_grad_enabled():
             return self._computed(inputs, compute)
         made = self._made(kind, len(places))
+        if batch.examples is not None:
+            alike = made is not None and len(set(made)) == 1 and len(places) == len(batch.numbers)
+            maker = made[0] if made is not None and alike else ONCE
+            self._makers.setdefault(batch.examples, set()).add((batch.numbers[0], maker))
         if made is None:
             return self._computed(inputs, compute)
         seen = batch.seen.get(made) if batch.inputs is not None else None
@@ -219,6 +228,25 @@ class Keeper:
             raise NotKept
         self.computed += len(inputs)
         return compute()
+
+    @contextlib.contextmanager
+    def comparing(self) -> Iterator[None]:
+        """Inside this context the features of a batch are asked for, after its answers; afterwards `same` is known."""
+        batch = self._batch
+        before = set() if batch is None or batch.examples is None else set(self._makers.get(batch.examples, ()))
+        yield
+        after = before if batch is None or batch.examples is None else self._makers.get(batch.examples, set())
+        self.same = self.same is not False and after == before and all(one != ONCE for _, one in after)
+
+    def made_of(self, examples: str) -> str | None:
+        """A digest of a set of examples and of all that made the features that were asked of it in this evaluation.
+
+        None if nobody can say it, and where examples of one batch have features that were made in several ways.
+        """
+        makers = self._makers.get(examples)
+        if not makers or any(maker.startswith(ONCE) for _, maker in makers):
+            return None
+        return _short(f"{examples} {sorted(makers)}")
 
     # -- tables ---------------------------------------------------------------------------------------
 

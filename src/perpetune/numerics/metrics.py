@@ -22,6 +22,7 @@ TRACE (Wang et al. 2023, arXiv 2310.06762) and TreeLoRA call the mean of row n o
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import compress
 from typing import Literal
 
 from typing_extensions import NotRequired, TypedDict  # pydantic reads no other before Python 3.12
@@ -63,7 +64,14 @@ class Metrics(TypedDict):
 
 def accuracies(cells: Cells) -> list[list[float | None]]:
     """The accuracy matrix of counted answers: `correct / total`; None for a cell without answers."""
-    return [[_ratio(cell["correct"], cell["total"]) if cell else None for cell in row] for row in cells]
+    A: list[list[float | None]] = []
+    for row in cells:
+        line: list[float | None] = [None] * len(row)
+        for j in compress(range(len(row)), row):  # most cells of a long stream may be empty
+            cell = row[j]
+            line[j] = _ratio(cell["correct"], cell["total"]) if cell else None
+        A.append(line)
+    return A
 
 
 def final_accuracy(A: Matrix) -> float | None:
@@ -85,7 +93,11 @@ def forgetting(A: Matrix) -> float | None:
     Negative when the last task improved the earlier ones. None with fewer than two tasks. A task
     counts when its last cell and at least one cell before that are measured.
     """
-    return mean(task_forgetting(A, j) for j in range(len(A) - 1))
+    last, best = len(A) - 1, dict[int, float]()
+    for i, row in enumerate(A[:last]):
+        best |= {j: a for j, a in enumerate(row[: i + 1]) if a is not None and a >= best.get(j, a)}
+    now = {j: a for j in best if (a := _at(A, last, j)) is not None}
+    return mean(best[j] - now[j] for j in sorted(now))
 
 
 def task_forgetting(A: Matrix, j: int) -> float | None:
@@ -180,7 +192,12 @@ def whole_rows(A: Matrix, left_out: Collection[int]) -> Matrix:
     return [[] if i in left_out else row for i, row in enumerate(A)]
 
 
-def summarise(cells: Cells, tasks: Sequence[Mapping[str, object]], left_out: Collection[int] = ()) -> Metrics:
+def summarise(
+    cells: Cells,
+    tasks: Sequence[Mapping[str, object]],
+    left_out: Collection[int] = (),
+    in_turn: Collection[int] = (),
+) -> Metrics:
     """All main figures of a run.
 
     Where only a sample of a task's examples was asked, its cell counts with the share of right answers in the sample.
@@ -190,10 +207,12 @@ def summarise(cells: Cells, tasks: Sequence[Mapping[str, object]], left_out: Col
         cells: the rows so far, each with up to one cell per task.
         tasks: the tasks in order, each with its list of `classes`.
         left_out: the numbers of the rows in which tasks were not asked (`evaluate.earlier`); a row's mean needs all.
+        in_turn: the numbers of the rows in which some of the tasks were asked, in turn; a row's mean is over these.
     """
     A = accuracies(cells)
     whole = whole_rows(A, left_out)
-    pooled = len(A) - 1 not in left_out and not any("of" in cell for cell in seen_cells(cells))
+    partly = {*left_out, *in_turn}
+    pooled = len(A) - 1 not in partly and not any("of" in cell for cell in seen_cells(cells))
     return {
         "final_accuracy": final_accuracy(whole),
         "average_accuracy": average_accuracy(whole),
@@ -215,7 +234,7 @@ def _at(A: Matrix, i: int, j: int) -> float | None:
 
 
 def _row_mean(A: Matrix, i: int) -> float | None:
-    return mean(_at(A, i, j) for j in range(i + 1))
+    return mean(A[i][: i + 1]) if 0 <= i < len(A) else None
 
 
 def _difference(a: float | None, b: float | None) -> float | None:

@@ -585,12 +585,16 @@ def _bare(module: nn.Module) -> nn.Module:
 
 def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Every module with its path. The module in a slot comes after the slot and has the same path."""
-    yield path, module
-    if isinstance(module, Slot):
-        yield from walk(module.base, path)
-        return
-    for name, child in module.named_children():
-        yield from walk(child, f"{path}.{name}" if path else name)
+    waiting = [(path, module)]  # a list and no recursion, because every step of training walks through the net
+    while waiting:
+        path, module = waiting.pop()
+        yield path, module
+        if isinstance(module, Slot):
+            waiting.append((path, module.base))
+        elif module._modules:
+            start = f"{path}." if path else ""
+            first = {id(child): (start + name, child) for name, child in reversed(module._modules.items())}
+            waiting += [one for one in first.values() if one[1] is not None]
 
 
 def outermost(root: nn.Module, path: str) -> nn.Module:

@@ -312,7 +312,7 @@ def _notes(results: Sequence[Results], names: Sequence[str]) -> tuple[list[str],
         if not run["complete"]
     ]
     apart += [
-        f"{name} is measured on samples of earlier tasks' test data (evaluate.earlier)"
+        f"{name} is measured on a part of earlier tasks' test data (evaluate.earlier)"
         for run, name in zip(results, names, strict=True)
         if sampled(run)
     ]

@@ -39,7 +39,9 @@ def left_out(results: Mapping[str, Any]) -> set[int]:
 
 
 def sampled(results: Mapping[str, Any]) -> bool:
-    """Whether any cell is of a sample of a task's test data."""
+    """Whether any cell is of a sample of a task's test data, or the last row of a part of the tasks."""
+    if any(entry["task"] == len(results["cells"]) - 1 for entry in results.get("in_turn", [])):
+        return True
     return any("of" in cell for row in results["cells"] for cell in row if cell)
 
 

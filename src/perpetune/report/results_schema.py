@@ -98,6 +98,13 @@ class NotAsked(TypedDict):
     of: list[str]
 
 
+class InTurn(TypedDict):
+    """How many earlier tasks were not asked after one task, because others were asked longer ago."""
+
+    task: int
+    count: int
+
+
 class Timing(TypedDict):
     """Time and memory of one task, in seconds and bytes.
 
@@ -195,6 +202,7 @@ class Results(TypedDict):
         facts, drift: one entry after each task; an entry may be empty. Older documents do not have them.
         exams: in the order in which they were taken; absent if the recipe has none.
         not_asked: the tasks that were not asked after others; absent if all were.
+        in_turn: after which tasks some of the earlier ones had to wait for their turn; absent if none had to.
         unlearned, zero_shot: with `evaluate.future`: the tasks that were asked before they were learned, first of all
             before the first task; and the figures of it.
         protection: the certificates in order; empty without `protect:`. Older documents do not have them.
@@ -221,6 +229,7 @@ class Results(TypedDict):
     drift: NotRequired[list[Moved]]
     exams: NotRequired[list[Exams]]
     not_asked: NotRequired[list[NotAsked]]
+    in_turn: NotRequired[list[InTurn]]
     unlearned: NotRequired[list[Unlearned]]
     zero_shot: NotRequired[ZeroShot]
     examples: NotRequired[str | None]
@@ -293,6 +302,7 @@ def _check_sizes(results: Results, where: str) -> None:
         "facts": results.get("facts", []),
         "drift": results.get("drift", []),
         "not_asked": results.get("not_asked", []),
+        "in_turn": results.get("in_turn", []),
     }
     for key, entries in named.items():
         for entry in entries:

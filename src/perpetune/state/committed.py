@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from perpetune.documents import Document, Metrics, Task, Timings, read_document
+from perpetune.documents import Document, Features, Metrics, Task, Timings, read_document
 from perpetune.errors import StateError
 from perpetune.files import MANIFEST, check_no_link, listed, read_listed
 from perpetune.snapshot import EXTRA, FILES, FIXED
@@ -18,7 +18,9 @@ from perpetune.store import INDEX, PACK, Index, Piece, assemble, parse_index, pi
 START = "start"  # the name of the state before the first task
 LEARNED = frozenset((*FILES, *FIXED, EXTRA))
 """The files of a snapshot: what a rollback to the task needs, and no report."""
+Stamps = tuple[Any, ...]
 DOCUMENTS: dict[str, type[Document]] = {"task.json": Task, "metrics.json": Metrics, "timings.json": Timings}
+KINDS = {**DOCUMENTS, "features.json": Features}
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Committed:
     """By what it was pruned and when; empty if the state can go back to it."""
     all: Sequence[Committed] = field(default=(), repr=False, compare=False)
     """The tasks of the state; it may refer to tensors of earlier ones."""
+    _read: dict[str, tuple[Stamps, Any]] = field(default_factory=dict, repr=False, compare=False)
+    """What was read and checked, with the stamps of its files at that time."""
 
     @property
     def folder(self) -> Path:
@@ -69,6 +73,10 @@ class Committed:
 
     def stored(self) -> tuple[dict[str, int], int]:
         """The size of each of the task's files, in bytes; and the bytes of tensors that lie in its own folder."""
+        found: tuple[dict[str, int], int] = self.once("stored", (), self._stored)
+        return found
+
+    def _stored(self) -> tuple[dict[str, int], int]:
         entries = self._listed()
         plain = {name: size for name, (size, _) in entries.items() if not _stores(name)}
         tensors = sum(size for name, (size, _) in entries.items() if name in LEARNED or PACK.fullmatch(name))
@@ -77,6 +85,10 @@ class Committed:
     def own(self) -> int:
         """The bytes of the task's folder."""
         return sum(size for size, _ in self._listed().values()) + (self.folder / MANIFEST).stat().st_size
+
+    def time(self) -> float:
+        """When the task was committed, or pruned after that, in seconds since 1970 by the clock of the disk."""
+        return (self.folder / MANIFEST).stat().st_mtime
 
     def shared(self) -> int:
         """The bytes that the task needs from folders of earlier tasks."""
@@ -131,6 +143,33 @@ class Committed:
             raise StateError(f"{self.folder / name} is missing: {self.cure}")
         return read_document(Document, files[name], str(self.folder / name), self.cure)
 
+    def parsed(self, name: str) -> dict[str, Any]:
+        """One of the task's documents, checked. While its file and the manifest stay as they are it is read once, so
+        do not change the object.
+
+        Raises:
+            StateError: as of `document`.
+        """
+        found: dict[str, Any] = self.once(name, (name,), lambda: self.document(self.read(name), name))
+        return found
+
+    def has(self, name: str) -> bool:
+        """Whether the task has a file of that name, by its manifest."""
+        return name in self.once("listed", (), self._listed)
+
+    def once(self, key: str, files: Sequence[str], make: Callable[[], Any]) -> Any:
+        """The result of `make`, which is called again if one of these files, or the manifest, is not as it was."""
+        if not self._read:
+            self._read["folder"] = (), os.path.join(self.root, self.entry, "")
+        folder = self._read["folder"][1]
+        stamps = self.manifests, *[_stamp(folder + name) for name in (*files, MANIFEST)]
+        before = self._read.get(key)
+        if before is not None and before[0] == stamps and None not in stamps:
+            return before[1]
+        made = make()
+        self._read[key] = stamps, made
+        return made
+
     def document(self, files: Mapping[str, bytes], name: str) -> dict[str, Any]:
         """The object in a JSON file of `files`, which `read` gave, once it is known to be what a commit writes.
 
@@ -140,14 +179,14 @@ class Committed:
         where = str(self.folder / name)
         if name not in files:
             raise StateError(f"{where} is missing: {self.cure}")
-        found = read_document(DOCUMENTS[name], files[name], where, self.cure)
+        found = read_document(KINDS[name], files[name], where, self.cure)
         if name == "task.json" and (found["index"], found["name"]) != (self.index, self.name):
             raise StateError(f"{where} is about task {found['index']}, {found['name']}: {self.cure}")
         return found
 
     def task(self) -> dict[str, Any]:
         """What is stored of the task beside what was learned (`task.json`), checked."""
-        return self.document(self.read("task.json"), "task.json")
+        return self.parsed("task.json")
 
     @property
     def cure(self) -> str:
@@ -162,18 +201,29 @@ class Committed:
         return listed(self.folder, self.cure, self.manifests)
 
 
-def find_tasks(folder: Path, chain: Chain) -> list[Committed]:
+def entries_of(folder: Path) -> list[str]:
+    """The names of what lies in the folder of all tasks of a state, sorted, without hidden ones.
+
+    Raises:
+        StateError: the folder is a link.
+    """
+    root = folder / "tasks"
+    check_no_link(root)
+    return sorted(entry for entry in os.listdir(root) if not entry.startswith(".")) if root.is_dir() else []
+
+
+def find_tasks(folder: Path, chain: Chain, known: Sequence[Committed] = ()) -> list[Committed]:
     """The folders of tasks in a state folder, in order, each with what the journal says of it.
+
+    Args:
+        known: tasks that were found before. Of those that are the same still, what was read of them is kept.
 
     Raises:
         StateError: a task between others is missing, a task exists twice, or a folder's name is not that of a task.
     """
     root = folder / "tasks"
-    check_no_link(root)
     entries: dict[int, str] = {}
-    for entry in sorted(os.listdir(root)) if root.is_dir() else ():
-        if entry.startswith("."):
-            continue
+    for entry in entries_of(folder):
         number, dash, name = entry.partition("-")
         if not (number.isdecimal() and len(number) < 10 and dash and name):
             raise StateError(
@@ -187,15 +237,17 @@ def find_tasks(folder: Path, chain: Chain) -> list[Committed]:
         if index != expected:
             raise StateError(f"{root}: task {expected} is missing before {entry}")
         said = chain.said[index] if index < len(chain.said) else Said()
-        add_task(tasks, root, entry, said)
+        add_task(tasks, root, entry, said, known[index] if index < len(known) else None)
     return tasks
 
 
-def add_task(tasks: list[Committed], root: Path, entry: str, said: Said) -> Committed:
-    """Add the task whose folder in `root` has the name `entry` to those before it."""
+def add_task(tasks: list[Committed], root: Path, entry: str, said: Said, known: Committed | None = None) -> Committed:
+    """Add the task whose folder in `root` has the name `entry` to those before it; `known` is what was found of it
+    before."""
     before = tasks[-1].name if tasks and not tasks[-1].pruned else START
     name = entry.partition("-")[2]
-    tasks.append(Committed(len(tasks), name, root, entry, before, said.manifests, said.pruned, tasks))
+    read = known._read if known is not None and (known.entry, known.root) == (entry, root) else {}
+    tasks.append(Committed(len(tasks), name, root, entry, before, said.manifests, said.pruned, tasks, read))
     return tasks[-1]
 
 
@@ -222,6 +274,15 @@ def check_tasks(folder: Path, tasks: Sequence[Committed], chain: Chain) -> None:
             f"{folder / 'tasks' / f'{index:04d}-{name}'} is missing, and the journal says that the task was "
             f"committed: restore it from a backup, or drop it with `perpetune rollback {folder} --to {to}`"
         )
+
+
+def _stamp(path: str) -> tuple[int, ...] | None:
+    """What tells that a file was exchanged or written to; None if it is not there."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _stores(name: str) -> bool:

@@ -36,12 +36,15 @@ from perpetune.methods.base import Method
 from perpetune.plain import MOST_YAML, Malformed, read_json, read_regular
 from perpetune.recipe import Recipe, parse_recipe
 from perpetune.snapshot import restore, snapshot
-from perpetune.state.committed import START, Committed, add_task, check_tasks, find_tasks
+from perpetune.state.committed import START, Committed, add_task, check_tasks, entries_of, find_tasks
 from perpetune.state.journal import Chain, Journal, Said
 from perpetune.state.lock import locked
 from perpetune.state.meaning import MADE_BY, check_meaning, edited, made_by, training_digest
 from perpetune.state.prune import Keep, Pruned, carry_out, changes, what_stays
 from perpetune.store import Index, pack
+
+LINES = {"metrics.json": 2}
+"""Documents in which each entry of an entry stands on one line: there may be one for each earlier task."""
 
 
 class State:
@@ -67,6 +70,9 @@ class State:
         if "checkpoint_every" not in self.recipe.run.model_fields_set:  # defaults must not fill up a torn recipe
             raise StateError(f"{folder / 'recipe.yaml'} is torn, its last key is missing: restore it from a backup")
         self._journal = Journal(folder / "journal.jsonl")
+        self._known: list[Committed] = []  # the tasks that were found last, with what was read of them
+        self._stamp: object = None  # what told then that they are these tasks
+        self._checked: object = None  # and when the journal was compared with them
         self._told = False  # whether a commit has said that tasks were pruned
         clear_noted(folder)  # every verb opens the state, so the next one after a killed export does this
 
@@ -169,9 +175,10 @@ class State:
             StateError: a task between others is missing, a task exists twice, a folder's name is not that of a task, or
                 the folders are not those that the journal says were committed.
         """
-        chain = self._chain()
-        tasks = find_tasks(self.folder, chain)
-        check_tasks(self.folder, tasks, chain)
+        tasks = self._found()
+        if self._checked is None or self._checked != self._stamp:
+            check_tasks(self.folder, tasks, self._chain())
+            self._checked = self._stamp
         return tasks
 
     def _chain(self) -> Chain:
@@ -180,7 +187,11 @@ class State:
 
     def _found(self) -> list[Committed]:
         """The folders of tasks, unchecked."""
-        return find_tasks(self.folder, self._chain())
+        chain = self._chain()
+        stamp = (chain.stamp, entries_of(self.folder)) if chain.stamp is not None else None
+        if stamp is None or stamp != self._stamp:
+            self._known, self._stamp = find_tasks(self.folder, chain, self._known), stamp
+        return list(self._known)
 
     def unchecked(self) -> str:
         """A line about tasks whose manifest no line of the journal names, as those of older versions; else empty."""
@@ -239,7 +250,7 @@ class State:
         content, made = pack(tensors, index, earlier, tasks.__getitem__)
         stored = {"tensors.json": content, **({} if made is None else {"pack.safetensors": made})}
         documents = {**documents, MADE_BY: made_by(self.recipe, self.backbone)}
-        plain = {file: to_json(content) for file, content in documents.items()}
+        plain = {file: to_json(content, LINES.get(file)) for file, content in documents.items()}
         manifest = write_folder(folder, {**learned, **stored, **plain, **files})
         add_task(tasks, folder.parent, folder.name, Said(manifest=manifest))
         self._log_commit(tasks)

@@ -25,7 +25,7 @@ class Journal:
     def __init__(self, path: Path):
         self.path = path
         self._known, self._lines, self._events = b"", 0, list[dict[str, Any]]()
-        self._chain, self._folded = Chain(), 0
+        self._chain, self._folded, self._anew = Chain(), 0, 0
 
     def append(self, event: str, facts: Mapping[str, Any]) -> None:
         """Add one line, and sync it to the disk."""
@@ -48,7 +48,7 @@ class Journal:
             raise StateError(f"{self.path} cannot be read ({error.strerror}): restore it from a backup") from None
         if not content.startswith(self._known):
             self._known, self._lines, self._events = b"", 0, []
-            self._chain, self._folded = Chain(), 0
+            self._chain, self._folded, self._anew = Chain(), 0, self._anew + 1
         *lines, last = content[len(self._known) :].split(b"\n")
         events = [self._event(line, number) for number, line in enumerate(lines, self._lines + 1) if line.strip()]
         self._known, self._lines = content[: len(content) - len(last)], self._lines + len(lines)
@@ -68,6 +68,7 @@ class Journal:
             return _folded(Chain(), events)
         self._chain = _folded(self._chain, events[self._folded :])
         self._folded = len(events)
+        self._chain.stamp = self._anew, self._folded
         return self._chain
 
     def _event(self, line: bytes, number: int) -> dict[str, Any]:
@@ -124,6 +125,7 @@ class Chain:
         keep: how many tasks a rollback keeps that was begun and did not end.
         pruned: how many of the first tasks hold no more than what later ones need.
         written: the `prune written` of a prune that did not end; None if there is none.
+        stamp: of one journal, differs if lines came to it; None if it cannot be told.
     """
 
     said: list[Said] = field(default_factory=list)
@@ -131,6 +133,7 @@ class Chain:
     keep: int | None = None
     pruned: int = 0
     written: dict[str, Any] | None = None
+    stamp: tuple[int, int] | None = None
 
     @property
     def sealed(self) -> bool:

@@ -118,7 +118,8 @@ def own_name(results: Mapping[str, Any]) -> str:
 def answered(results: Results, name: str) -> Results:
     """The run as if the method had answered that way; a cell without that way counts as not measured."""
     cells = [[_cell(cell, name) if cell else None for cell in row] for row in results["cells"]]
-    return cast(Results, {**results, "cells": cells, "metrics": summarise(cells, results["tasks"], left_out(results))})
+    metrics = summarise(cells, results["tasks"], left_out(results), [e["task"] for e in results.get("in_turn", [])])
+    return cast(Results, {**results, "cells": cells, "metrics": metrics})
 
 
 def ways(results: Results) -> list[Way]:

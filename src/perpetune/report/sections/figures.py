@@ -49,7 +49,7 @@ def large(results: Results) -> list[Figure]:
 def _absent(results: Results, key: str) -> str:
     """The reason why a figure is missing."""
     if key == "pooled_accuracy" and sampled(results):
-        return "of earlier tasks only samples were asked"
+        return "of earlier tasks only a part was asked"
     if key in ("final_accuracy", "pooled_accuracy") and len(results["cells"]) - 1 in left_out(results):
         return "earlier tasks were not asked after the last one"
     return ABSENT.get(key, "no task is measured yet")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from perpetune.numerics.metrics import accuracies, final_accuracy, whole_rows
 from perpetune.report import form
 from perpetune.report.blocks import ROOMY, Block, Brief, Column, Heading, Heat, HeatCell, HeatRow, Only, Panel, Text
-from perpetune.report.document import left_out, measure, sampled, scores
+from perpetune.report.document import left_out, measure, scores
 from perpetune.report.palette import heat_level
 from perpetune.report.results_schema import Results
 
@@ -31,12 +31,17 @@ def section(results: Results) -> list[Block]:
 def asked(results: Results) -> str:
     """What of earlier tasks' test data was not asked (`evaluate.earlier`); empty if all was."""
     parts = []
-    if sampled(results):
-        some = [cell for row in results["cells"] for cell in row if cell and "of" in cell]
+    if some := [cell for row in results["cells"] for cell in row if cell and "of" in cell]:
         of = f"{form.count(sum(c['total'] for c in some))} of {form.count(sum(c['of'] for c in some))}"
         parts.append(
             f"{form.plural(len(some), 'cell')} with ~ {'is' if len(some) == 1 else 'are'} of a sample of the test data "
             f"({of} answers), and so are the means over them."
+        )
+    if waiting := results.get("in_turn"):
+        most = form.plural(max(entry["count"] for entry in waiting), "task")
+        parts.append(
+            f"After {form.plural(len(waiting), 'task')} not all earlier ones were asked, but those that were asked the "
+            f"longest time ago (up to {most} had to wait). Means are over the tasks that were asked."
         )
     if rows := left_out(results):
         parts.append(
