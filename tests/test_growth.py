@@ -79,7 +79,7 @@ def test_each_earlier_task_has_its_turn(few: None, vit: Path, months: list[Path]
         assert [results["cells"][i][j] for j in row] == [everything["cells"][i][j] for j in row]
     assert one._kept.computed == 4 * MONTHS
     assert [line for line in notes.lines if "evaluate.earlier: auto" in line] == [
-        "2 of 3 earlier tasks are asked after each task from now on, those that were asked the longest time ago "
+        "2 of 3 earlier tasks are asked after each update from now on, those that were asked the longest time ago "
         "(evaluate.earlier: auto; `all` asks all)"
     ]
     assert results["in_turn"] == [
@@ -100,7 +100,7 @@ def test_each_earlier_task_has_its_turn(few: None, vit: Path, months: list[Path]
     assert results["metrics"]["pooled_accuracy"] is None
 
 
-def test_after_the_last_task_of_a_stream_all_are_asked(few: None, vit: Path, tmp_path: Path) -> None:
+def test_after_each_task_of_a_stream_all_are_asked(few: None, vit: Path, tmp_path: Path) -> None:
     data = split_folder(tmp_path / "data", "abcdefgh", 2, 1)
     results = Learner(recipe(vit, data, **RIDGE), tmp_path / "state").run()
     assert [sum(cell is not None for cell in row) for row in results["cells"]] == [1, 2, 3, 4]

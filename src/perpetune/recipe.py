@@ -109,11 +109,11 @@ class Every(Section):
 class EvaluateSection(Section):
     batch_size: Annotated[int, Field(ge=1)] = 64
     earlier: Literal["auto", "all"] | Annotated[int, Field(ge=1)] | Every = "auto"
-    """Which test data of earlier tasks are asked. `auto`: of all earlier tasks while there are at most 32, and of 32
-    once there are more, those that were asked the longest time ago; of all after the last task of a stream. `all`: of
-    all. The others bound what a net has to compute again, and what is known from kept features is always asked in full:
-    a number, of examples of all earlier tasks together, balanced over tasks and classes, the same ones each time; or
-    `{every: K}`, all of them after every K-th task and after the last one of the stream, and none after the others."""
+    """Which test data of earlier tasks are asked. `all`: of all. `auto`: after the tasks of a stream of all, and after an
+    update of at most 16 tasks, those that were asked the longest time ago. The others bound what a net has to compute
+    again, and what is known from kept features is always asked in full: a number, of examples of all earlier tasks
+    together, balanced over tasks and classes, the same ones each time; or `{every: K}`, all of them after every K-th
+    task and after the last one of the stream, and none after the others."""
     keep: Annotated[float, Field(ge=0)] = 1.0
     """The most GiB of features of test data that are kept in the state folder and in memory, while what makes them is
     unchanged; 0 keeps none."""

@@ -32,8 +32,8 @@ from perpetune.runtime import Runtime
 from perpetune.state import Committed
 from perpetune.tasks import Examples, Task
 
-ASKED = 32
-"""The most earlier tasks that are asked after another one under `evaluate.earlier: auto`."""
+ASKED = 16
+"""The most earlier tasks that are asked after an update under `evaluate.earlier: auto`."""
 Data = str | Path | dict[str, Any] | Source | Task
 Origin = dict[str, Any]  # where the data of an update came from: a data section and its holdout
 STREAM = "stream"  # and of a run: the recipe's stream
@@ -75,15 +75,14 @@ class TaskSequence:
 
     def _step_of_stream(self, index: int, committed: Sequence[Committed]) -> Step:
         task, data = self._of_stream(index), self._checked(self.stream.tasks[index])
-        last = index + 1 == len(self.stream.tasks)
-        others, unasked = self._others(committed, every=last)
+        others = [t for t in (self.past(c) for c in committed) if t is not None]
         future = self.recipe.evaluate.future
         if self.recipe.setting == "domain" and not future and index + 1 < len(self.stream.tasks):
             others.append(self._of_stream(index + 1))  # its accuracy before it is learned: forward transfer
         warnings = self.stream.warnings if index == 0 else []
         document = _document(task, STREAM, data.fingerprint, data.bad, warnings)
-        first = self._first(index), self._names(index)
-        step = Step(task, others, document, *first, self._seen(index), self.exams, last=last, unasked=unasked)
+        first, last = (self._first(index), self._names(index)), index + 1 == len(self.stream.tasks)
+        step = Step(task, others, document, *first, self._seen(index), self.exams, last=last)
         if not future:
             return step
         ahead = [self._of_stream(i) for i in range(index + 1, len(self.stream.tasks))]
@@ -147,14 +146,10 @@ class TaskSequence:
         classes = {name: one["classes"] for name, one in earlier.items()}
         return dataclasses.replace(step, future={**classes, task.name: task.classes})
 
-    def _others(self, committed: Sequence[Committed], *, every: bool = False) -> tuple[list[Task], int]:
-        """The earlier tasks that are asked after the next one, as far as their test data are there, and how many others
-        have to wait.
-
-        Args:
-            every: whether all are asked in any case.
-        """
-        if every or self.recipe.evaluate.earlier != "auto" or len(committed) <= ASKED:
+    def _others(self, committed: Sequence[Committed]) -> tuple[list[Task], int]:
+        """The earlier tasks that are asked after an update, as far as their test data are there, and how many others
+        have to wait."""
+        if self.recipe.evaluate.earlier != "auto" or len(committed) <= ASKED:
             return [t for t in (self.past(c) for c in committed) if t is not None], 0
         tested, found = [c for c in committed if c.task()["test"]], list[Task]()
         for one in _longest_ago(tested, committed):
@@ -164,7 +159,7 @@ class TaskSequence:
         if unasked and not self._told:
             self._told = True
             self.runtime.progress.note(
-                f"{len(found)} of {len(tested)} earlier tasks are asked after each task from now on, those that were "
+                f"{len(found)} of {len(tested)} earlier tasks are asked after each update from now on, those that were "
                 "asked the longest time ago (evaluate.earlier: auto; `all` asks all)"
             )
         return sorted(found, key=lambda task: task.index), unasked
