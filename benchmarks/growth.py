@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/growth.py --tasks 1000 --out growth.jsonl
     OMP_NUM_THREADS=1 python benchmarks/growth.py --tasks 100 --only "frozen x ridge" treelora
+    OMP_NUM_THREADS=1 python benchmarks/growth.py --tasks 300 --only "frozen x ridge" --features 2000 --marks 1 300
 
 A month is a folder of a few small pictures of two classes, the same two in every month, and `Learner.learn` takes it
 into one state. The net is a random transformer of two blocks, so that what grows is not hidden behind what does not.
@@ -90,6 +91,8 @@ def grown(way: Mapping[str, Any], marks: Sequence[int], place: Path, given: argp
         "run": {"device": "cpu", "threads": 1, "checkpoint_every": 1000, **dict(given.run)},
         **way,
     }
+    if given.features is not None and content["head"] == RIDGE:
+        content["head"] = {**RIDGE, "projection": given.features}
     learner = Learner(content, place / "state")
     spent: list[float] = []
     found: list[dict[str, Any]] = []
@@ -155,11 +158,13 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=1000, help="months of the longest run")
     parser.add_argument("--only", nargs="*", choices=[*WAYS, []], help="names of methods; all by default")
     parser.add_argument("--earlier", type=json.loads, help="`evaluate.earlier` of the recipe, as JSON")
+    parser.add_argument("--features", type=int, help="the width of ridge's random features")
+    parser.add_argument("--marks", type=int, nargs="+", help="the months at which it is looked at")
     parser.add_argument("--run", nargs="*", type=_pair, default=[], help="KEY=VALUE of `run`, such as keep=2")
     parser.add_argument("--out", type=Path, help="a file of JSON lines to append to")
     parser.add_argument("--verbose", action="store_true", help="print each mark as it is reached")
     given = parser.parse_args()
-    marks = [n for n in (1, 10, 30, 100, 300, 1000, 3000, 10000) if n < given.tasks] + [given.tasks]
+    marks = given.marks or [n for n in (1, 10, 30, 100, 300, 1000, 3000, 10000) if n < given.tasks] + [given.tasks]
     warnings.simplefilter("ignore")
     for name in given.only or WAYS:
         with tempfile.TemporaryDirectory() as folder:
