@@ -109,8 +109,8 @@ class Every(Section):
 class EvaluateSection(Section):
     batch_size: Annotated[int, Field(ge=1)] = 64
     earlier: Literal["auto", "all"] | Annotated[int, Field(ge=1)] | Every = "auto"
-    """Which test data of earlier tasks are asked. `all`: of all. `auto`: of all after a task of a stream, and of at
-    most 16 tasks after an update, those that were asked the longest time ago. The others bound what a net has to compute
+    """Which test data of earlier tasks are asked. `all`: of all. `auto`: of all after a task of a stream, and after an
+    update of at most 16 tasks, those that were asked the longest time ago. The others bound what a net has to compute
     again, and what is known from kept features is always asked in full: a number, of examples of all earlier tasks
     together, balanced over tasks and classes, the same ones each time; or `{every: K}`, all of them after every K-th
     task and after the last one of the stream, and none after the others."""
