@@ -1,0 +1,141 @@
+"""What `test_sharded.py` runs in each of several processes: `sharing.py PART FOLDER`, with recipes in FOLDER/recipes.json.
+
+Each process writes what it saw to FOLDER/PART-RANK.json. No process imports what the others do not need.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import signal
+import sys
+import warnings
+from datetime import timedelta
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from perpetune.errors import PerpetuneError
+from perpetune.learner import Learner
+from perpetune.meeting import Meeting, meeting
+from perpetune.runtime import Runtime, Silent
+from perpetune.snapshot import snapshot
+
+Seen = dict[str, Any]
+
+
+class KilledAt(Silent):
+    """Kills this process at a step of the second task."""
+
+    index = -1
+
+    def __init__(self, step: int):
+        self.at = step
+
+    def task(self, index: int, name: str, classes: int, examples: int) -> None:
+        self.index = index
+
+    def step(self, done: int, epoch: int, loss: float | None, images: int) -> None:
+        if self.index == 1 and done == self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def learned(learner: Learner) -> Seen:
+    """What a learner knows, and how much of its frozen model lies here."""
+    found: Seen = {
+        "tensors": {file: sha256(content).hexdigest() for file, content in snapshot(learner.method).items()},
+        "evaluated": learner.evaluate(),
+        "fingerprint": learner.backbone.fingerprint() == learner.state.backbone["fingerprint"],
+    }
+    if (sharded := learner.backbone.sharded) is not None:
+        found |= {"here": sharded.here, "all": sharded.all, "units": len(sharded.units)}
+        local = [p.to_local() if hasattr(p, "to_local") else p for p in learner.backbone.net.parameters()]
+        pets = {p for name, p in learner.backbone.net.named_parameters() if ".pets." in name}
+        own = [q for p, q in zip(learner.backbone.net.parameters(), local, strict=True) if p not in pets]
+        found["counted"] = sum(p.numel() * p.element_size() for p in own)
+    return found
+
+
+def learns(folder: Path, recipes: dict[str, Any], rank: int) -> Seen:
+    """Each recipe with the model cut, and with a whole model in each process."""
+    seen: Seen = {}
+    for name, content in recipes.items():
+        for how in ("fsdp", "none"):
+            begun = meeting.words, meeting.sent, meeting.helped
+            run = {**content["run"], "shard": how}
+            learner = Learner({**content, "run": run}, folder / f"{name}-{how}")
+            learner.run()
+            counts = [now - then for now, then in zip((meeting.words, meeting.sent, meeting.helped), begun, strict=True)]
+            seen[f"{name}-{how}"] = {**learned(learner), "counts": counts}
+    return seen
+
+
+def killed(folder: Path, recipes: dict[str, Any], rank: int) -> Seen:
+    """The second process dies inside the second task, and the first one ends in an error."""
+    learner = Learner(recipes["stopped"], folder / "killed")
+    if rank == 1:
+        learner.runtime.progress = KilledAt(3)
+    try:
+        learner.run()
+    except PerpetuneError as error:
+        return {"error": str(error)}
+    return {}
+
+
+def resumed(folder: Path, recipes: dict[str, Any], rank: int) -> Seen:
+    """Goes on after `killed`, opens what three processes learned, and ends while the other process still predicts."""
+    whole = Learner(recipes["stopped"], folder / "whole")
+    whole.run()
+    again = Learner.load(folder / "killed")
+    again.resume()
+    of_three = Learner.load(folder / "pictures-fsdp")
+    seen: Seen = {"whole": learned(whole), "resumed": learned(again), "evaluated": of_three.evaluate()}
+    if rank == 0:
+        pictures = sorted((folder / "data" / "test").rglob("*.png"))
+        seen["predicted"] = [p.classes for p in of_three.predict(pictures)]
+        try:
+            of_three.runtime.wait()
+        except PerpetuneError as error:
+            seen["error"] = str(error)
+    else:
+        atexit._run_exitfuncs()  # as an interpreter does that ends; a fork of `warm` leaves it out
+    return seen
+
+
+def unsaid(folder: Path, recipes: dict[str, Any], rank: int) -> Seen:
+    """A control: no process says what it needs, and the first asks the model once more than the second."""
+    learner = Learner.load(folder / "pictures-fsdp")
+    Meeting._next = lambda self, word: word if word >= 0 else None  # type: ignore[method-assign]
+    inputs = learner.backbone.empty()
+    assert inputs is not None
+    try:
+        for _ in range(2 - rank):
+            learner.backbone.features(inputs)
+        learner.runtime.sum(torch.ones(1))
+    except RuntimeError as error:
+        os.write(2, str(error).encode())
+        return {"error": "no answer"}
+    return {}
+
+
+PARTS = {part.__name__: part for part in (learns, killed, resumed, unsaid)}
+
+
+def main(part: str, folder: Path) -> None:
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    if part == "unsaid":
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=3))
+    rank = Runtime().rank
+    recipes = json.loads((folder / "recipes.json").read_text())
+    seen = PARTS[part](folder, recipes, rank)
+    (folder / f"{part}-{rank}.json").write_text(json.dumps(seen))
+    if part == "unsaid":
+        os._exit(0)  # there is nobody left to say goodbye to
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
