@@ -17,11 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from perpetune.errors import PerpetuneError
+import perpetune
+from perpetune.errors import PerpetuneError, UsageError
 from perpetune.learner import Learner
 from perpetune.meeting import Meeting, meeting
+from perpetune.protection.dropin import DropIn
 from perpetune.runtime import Runtime, Silent
+from perpetune.seeding import generator, own_global_state
 from perpetune.snapshot import snapshot
 
 Seen = dict[str, Any]
@@ -60,10 +65,10 @@ def learned(learner: Learner) -> Seen:
 
 
 def learns(folder: Path, recipes: dict[str, Any], rank: int) -> Seen:
-    """Each recipe with the model cut, and with a whole model in each process."""
+    """Each recipe with the model cut, and the first also with a whole model in each process."""
     seen: Seen = {}
     for name, content in recipes.items():
-        for how in ("fsdp", "none"):
+        for how in ("fsdp", "none") if name == "pictures" else ("fsdp",):
             begun = meeting.words, meeting.sent, meeting.helped
             run = {**content["run"], "shard": how}
             learner = Learner({**content, "run": run}, folder / f"{name}-{how}")
@@ -105,6 +110,93 @@ def resumed(folder: Path, recipes: dict[str, Any], rank: int) -> Seen:
     return seen
 
 
+def adapted() -> nn.Module:
+    """Two frozen layers with LoRA by PEFT."""
+    from peft import LoraConfig, get_peft_model
+
+    with own_global_state("sharing"):
+        net = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 5))
+        model: nn.Module = get_peft_model(net, LoraConfig(r=3, target_modules=["0", "2"]))  # type: ignore[arg-type]
+    return model
+
+
+def rows(task: int) -> Tensor:
+    """Seven rows of a task."""
+    return torch.randn(7, 6, generator=generator("rows", task)) * torch.linspace(2, 0.1, 6).roll(3 * task)
+
+
+def drop_in(how: str, rank: int, world: int) -> tuple[list[Tensor], DropIn, nn.Module]:
+    """Two tasks in a loop of one's own, with renewed pairs; the gradients of all processes are summed.
+
+    Args:
+        how: `fsdp` cuts what is frozen, `zero` the optimizer, `both` does both.
+    """
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = adapted()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    protection = perpetune.protect(model, energy=0.8, renew=True)
+    if how in ("fsdp", "both"):
+        fully_shard(model, ignored_params=set(trained))
+    settings: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1}
+    optimizer = (
+        ZeroRedundancyOptimizer(trained, torch.optim.AdamW, **settings)
+        if how in ("zero", "both")
+        else torch.optim.AdamW(trained, **settings)
+    )
+    protection.guard(optimizer)
+    for task in range(2):
+        protection.renew()
+        mine = rows(task)[rank::world]
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss: Tensor = (model(mine) - 1).square().sum() / 35
+            loss.backward()  # type: ignore[no-untyped-call] # torch gives it no types
+            for p in trained if world > 1 else ():
+                assert p.grad is not None
+                torch.distributed.all_reduce(p.grad)
+            optimizer.step()
+        # Four batches in the first process and three in the second
+        protection.consolidate(mine.split(1))
+    return trained, protection, model
+
+
+def guards(folder: Path, recipes: dict[str, Any], rank: int) -> Seen:
+    """The drop-in with optimizers and models that are cut; what was learned is written by the first process."""
+    from torch.distributed.fsdp import fully_shard
+
+    Runtime().wait()
+    seen: Seen = {}
+    for how in ("fsdp", "zero", "both"):
+        trained, protection, model = drop_in(how, rank, 2)
+        with torch.no_grad():
+            before = model(rows(0))
+            protection.merge_rest()
+            seen[how] = float((model(rows(0)) - before).abs().max())
+        found = {f"trained.{i}": p.detach().contiguous() for i, p in enumerate(trained)}
+        found |= {k: t.contiguous() for k, t in protection.state_dict().items() if isinstance(t, Tensor)}
+        save_file(found, folder / f"guards-{how}-{rank}.safetensors")
+    late, early = adapted(), adapted()
+    protection = perpetune.protect(late)
+    for model in (late, early):
+        fully_shard(model)
+    optimizer = torch.optim.AdamW([p for p in late.parameters() if p.requires_grad])
+    for name, call in {"guard": lambda: protection.guard(optimizer), "protect": lambda: perpetune.protect(early)}.items():
+        try:
+            call()
+        except UsageError as error:
+            seen[name] = str(error)
+    few = adapted()
+    protection = perpetune.protect(few)
+    fully_shard(few, ignored_params={p for p in few.parameters() if p.requires_grad})
+    try:
+        protection.consolidate([rows(0)] if rank == 0 else [])
+    except UsageError as error:
+        seen["few"] = str(error)
+    return seen
+
+
 def unsaid(folder: Path, recipes: dict[str, Any], rank: int) -> Seen:
     """A control: no process says what it needs, and the first asks the model once more than the second."""
     learner = Learner.load(folder / "pictures-fsdp")
@@ -121,7 +213,7 @@ def unsaid(folder: Path, recipes: dict[str, Any], rank: int) -> Seen:
     return {}
 
 
-PARTS = {part.__name__: part for part in (learns, killed, resumed, unsaid)}
+PARTS = {part.__name__: part for part in (learns, killed, resumed, guards, unsaid)}
 
 
 def main(part: str, folder: Path) -> None:
