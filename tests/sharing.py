@@ -1,4 +1,4 @@
-"""What `test_sharded.py` runs in each of several processes: `sharing.py PART FOLDER`, with recipes in FOLDER/recipes.json.
+"""What `test_sharded.py` runs in each of several processes: `sharing.py PART FOLDER`, by FOLDER/recipes.json.
 
 Each process writes what it saw to FOLDER/PART-RANK.json. No process imports what the others do not need.
 """
@@ -64,17 +64,22 @@ def learned(learner: Learner) -> Seen:
     return found
 
 
+def counts() -> tuple[int, int, int]:
+    """How many words this process has said, parts it has sent, and how many of these it did not need."""
+    return meeting.words, meeting.sent, meeting.helped
+
+
 def learns(folder: Path, recipes: dict[str, Any], rank: int) -> Seen:
     """Each recipe with the model cut, and the first also with a whole model in each process."""
     seen: Seen = {}
     for name, content in recipes.items():
         for how in ("fsdp", "none") if name == "pictures" else ("fsdp",):
-            begun = meeting.words, meeting.sent, meeting.helped
+            begun = counts()
             run = {**content["run"], "shard": how}
             learner = Learner({**content, "run": run}, folder / f"{name}-{how}")
             learner.run()
-            counts = [now - then for now, then in zip((meeting.words, meeting.sent, meeting.helped), begun, strict=True)]
-            seen[f"{name}-{how}"] = {**learned(learner), "counts": counts}
+            spent = [now - then for now, then in zip(counts(), begun, strict=True)]
+            seen[f"{name}-{how}"] = {**learned(learner), "counts": spent}
     return seen
 
 
@@ -116,7 +121,7 @@ def adapted() -> nn.Module:
 
     with own_global_state("sharing"):
         net = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 5))
-        model: nn.Module = get_peft_model(net, LoraConfig(r=3, target_modules=["0", "2"]))  # type: ignore[arg-type]
+        model: nn.Module = get_peft_model(net, LoraConfig(r=3, target_modules=["0", "2"]))
     return model
 
 
@@ -125,7 +130,7 @@ def rows(task: int) -> Tensor:
     return torch.randn(7, 6, generator=generator("rows", task)) * torch.linspace(2, 0.1, 6).roll(3 * task)
 
 
-def drop_in(how: str, rank: int, world: int) -> tuple[list[Tensor], DropIn, nn.Module]:
+def drop_in(how: str, rank: int, world: int) -> tuple[list[nn.Parameter], DropIn, nn.Module]:
     """Two tasks in a loop of one's own, with renewed pairs; the gradients of all processes are summed.
 
     Args:
@@ -152,7 +157,7 @@ def drop_in(how: str, rank: int, world: int) -> tuple[list[Tensor], DropIn, nn.M
         for _ in range(3):
             optimizer.zero_grad()
             loss: Tensor = (model(mine) - 1).square().sum() / 35
-            loss.backward()  # type: ignore[no-untyped-call] # torch gives it no types
+            loss.backward()
             for p in trained if world > 1 else ():
                 assert p.grad is not None
                 torch.distributed.all_reduce(p.grad)
@@ -182,9 +187,9 @@ def guards(folder: Path, recipes: dict[str, Any], rank: int) -> Seen:
     for model in (late, early):
         fully_shard(model)
     optimizer = torch.optim.AdamW([p for p in late.parameters() if p.requires_grad])
-    for name, call in {"guard": lambda: protection.guard(optimizer), "protect": lambda: perpetune.protect(early)}.items():
+    for name, guarded in {"guard": True, "protect": False}.items():
         try:
-            call()
+            protection.guard(optimizer) if guarded else perpetune.protect(early)
         except UsageError as error:
             seen[name] = str(error)
     few = adapted()

@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +113,7 @@ def three(warm: Warm, folder: Path) -> list[dict[str, Any]]:
 def test_a_cut_model_learns_what_a_whole_one_learns(
     name: str, three: list[dict[str, Any]], folder: Path, tmp_path: Path
 ) -> None:
-    cut, whole = ([one.get(f"{name}-{how}") for one in three] for how in ("fsdp", "none"))
+    cut, whole = ([one.get(f"{name}-{how}", {}) for one in three] for how in ("fsdp", "none"))
     if name == "pictures":
         assert [one["tensors"] for one in cut] == [one["tensors"] for one in whole], "the same bits"
     assert all(one["fingerprint"] for one in cut), "read again from all the processes"

@@ -20,6 +20,7 @@ import atexit
 import contextlib
 import os
 import weakref
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -64,7 +65,7 @@ class Meeting:
         """Whether this process shares a model with others."""
         return self._group is not None and self._process == os.getpid()  # a loader's process is a copy of this one
 
-    def join(self, parts: list[Part]) -> list[int]:
+    def join(self, parts: Sequence[Part]) -> list[int]:
         """Add the parts of a model that this process holds; all processes call it alike.
 
         Returns:

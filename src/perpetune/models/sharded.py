@@ -55,8 +55,9 @@ class Unit:
         owned = [(m, key, p) for m in module.modules() for key, p in m.named_parameters(recurse=False) if p not in kept]
         self.places = {name: (m, key) for m, key, p in owned for name in names[p.data_ptr()]}
         # Its first call makes a module the root of its tree, and torch would leave a root whole after its forward pass
-        self.module: Any = fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=set(kept))
-        self.module.set_custom_all_gather(self)
+        cut: Any = fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=set(kept))
+        cut.set_custom_all_gather(self)
+        self.module = cut
         self.group = mesh.get_group()
         self.shares = [p for p in self.module.parameters() if isinstance(p, DTensor)]
 

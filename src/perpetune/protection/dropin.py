@@ -624,8 +624,8 @@ def _first(batch: Any, examples: int) -> Any:
 def _whole(name: str, how: str) -> str:
     """The error of a trained parameter that is not whole in each process."""
     return (
-        f"protect: {name} is trained and {how}, and only steps of whole parameters can be projected: keep what is trained "
-        "out of it (`fully_shard(ignored_params=…)`, or the plugin's `ignored_modules`), and shard what is frozen"
+        f"protect: {name} is trained and {how}, and only steps of whole parameters can be projected: shard what is "
+        "frozen alone, with `fully_shard(ignored_params=…)` or the plugin's `ignored_modules`"
     )
 
 
@@ -659,8 +659,8 @@ class _InStep:
             some, all_ = have.tolist()
             if first and 0 < some < all_:
                 raise UsageError(
-                    f"protect: {int(all_ - some)} of {int(all_)} processes have no batch, and a sharded model is called "
-                    "by all of them together: give each at least one"
+                    f"protect: {int(all_ - some)} of {int(all_)} processes have no batch, and a sharded model is "
+                    "called by all of them together: give each at least one"
                 )
             if not some:
                 return

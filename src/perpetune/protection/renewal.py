@@ -210,7 +210,7 @@ class PeftPair:
 def cut(parameter: Tensor) -> str:
     """How a parameter is cut over processes, in words; empty if each process has all of it."""
     if "_is_flat_param" in vars(parameter) or type(parameter).__name__ == "FlatParameter":
-        return "flattened and sharded over processes (FSDP of torch 1)"
+        return "flattened and sharded over processes (FSDP1)"
     placements = getattr(parameter, "placements", None)  # of a DTensor
     return "sharded over processes (a DTensor)" if placements is not None else ""
 
