@@ -269,6 +269,8 @@ class Learner:
         """With `run.shard`, leave this process its share of the frozen model, before anything lies on the device."""
         if self.recipe.run.shard == "fsdp" and self.runtime.world > 1:
             self.backbone.sharded = shard(self.backbone, self.runtime.device, self.runtime.world)
+            if note := self.backbone.sharded.note:
+                self.runtime.progress.note(note)
 
     def _need_others(self) -> None:
         """Raise UsageError if the recipe shares the model out and there is no other process to learn with."""

@@ -29,6 +29,7 @@ from perpetune.models.backbone import Backbone
 from perpetune.pets.base import frozen, slots, submodule, walk
 
 LEAST = 0.01  # share of the frozen parameters from which a layer outside of the blocks is a unit
+MUCH = 0.1  # share of the frozen parameters from which the user is told what is not cut
 LAYERS = (nn.Linear, nn.Embedding, nn.Conv2d)
 ALONE = (
     "run.shard: fsdp needs several processes, and this is the only one: start it with `accelerate launch` or "
@@ -106,11 +107,23 @@ class Sharded:
         units: in the order of their paths in the net.
         here: the bytes of frozen parameters that this process holds.
         all: the bytes of all frozen parameters.
+        uncut: the bytes of those that are whole in each process.
     """
 
     units: list[Unit]
     here: int
     all: int
+    uncut: int
+
+    @property
+    def note(self) -> str:
+        """A line about a model of which much is not cut; else empty."""
+        if self.uncut <= MUCH * self.all:
+            return ""
+        return (
+            f"run.shard: {self.uncut / self.all:.0%} of the frozen model stays whole in each process, because it is in "
+            "no block and in no layer that can be cut"
+        )
 
     def tensors(self, net: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """The frozen tensors of the net, whole, with their names in `pets.base.frozen` and in that order."""
@@ -170,8 +183,8 @@ def shard(backbone: Backbone, device: torch.device, world: int) -> Sharded:
             _called_through(module, tied[module])
     for unit, number in zip(units, meeting.join(units), strict=True):
         unit.number = number
-    whole = total - sum(unit.whole_bytes for unit in units)
-    return Sharded(units, whole + sum(unit.bytes for unit in units), total)
+    uncut = total - sum(unit.whole_bytes for unit in units)
+    return Sharded(units, uncut + sum(unit.bytes for unit in units), total, uncut)
 
 
 def _check_torch() -> None:
