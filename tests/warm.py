@@ -30,6 +30,7 @@ MODULES = (
     "perpetune.methods.finetune",
     "perpetune.report",
     "perpetune.models.causal_lm",
+    "torch.distributed.fsdp",
     "torch.optim.adamw",
     "transformers.models.llama.modeling_llama",
     "transformers.models.vit.modeling_vit",

@@ -138,7 +138,7 @@ def fit(
             if run.checkpoints:
                 run.checkpoints.step(done, total, images, tokens, force=stop is not None)
             if stop is not None:
-                run.accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one of them ends
+                run.wait()  # a launcher ends all processes as soon as one of them ends
                 raise Interrupted(f"stopped in task {task.name}, phase {phase}, after step {done} of {total}", stop)
         # No loss shows what the last step changed
         if not bool(torch.stack([torch.isfinite(p).all() for p in trained]).all()):

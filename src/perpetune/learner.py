@@ -30,6 +30,7 @@ from perpetune.errors import Interrupted, StateError, UsageError, closest
 from perpetune.evaluate import AMONG, How, ask
 from perpetune.kept import KeptFeatures, kept_features
 from perpetune.models.compiled import Compiler, compile_blocks
+from perpetune.models.sharded import ALONE, shard
 from perpetune.pets import PET, frozen, using
 from perpetune.recipe import Recipe, load_recipe, make_recipe
 from perpetune.results import read_results, versions
@@ -110,6 +111,7 @@ class Learner:
         self._temporary = None if folder else tempfile.TemporaryDirectory(prefix="perpetune-")
         path = Path(folder) if folder else Path(str(self._temporary and self._temporary.name)) / recipe.name
         self._build(recipe, progress)
+        self._need_others()
         with self.runtime.autocast():
             self.backbone.check()
         self._compile()
@@ -123,7 +125,7 @@ class Learner:
         self._tasks.reference  # noqa: B018  reads the reference data
         if self.runtime.rank == 0:
             State.create(path, recipe, self._model_document())
-        self.runtime.accelerator.wait_for_everyone()
+        self.runtime.wait()
         self.state = State(path)
         self._kept = self._kept_features()
 
@@ -235,7 +237,12 @@ class Learner:
         self.runtime.progress = progress if progress and self.runtime.rank == 0 else Silent()
         self.backbone = build_backbone(recipe)
         self._fingerprint = self.backbone.fingerprint()
-        self.method = build_method(recipe, self.backbone).to(self.runtime.device)
+        self.method = build_method(recipe, self.backbone)
+        distinct = {(t.data_ptr(), t.numel()): t.numel() for t in frozen(self.backbone.net).values()}
+        # A language model's output layer is often also its embedding: one tensor with two names, counted once.
+        self._size = sum(distinct.values())
+        self._shard()
+        self.method.to(self.runtime.device)
         self._oracle_note = oracle.check(recipe, self.method) if recipe.evaluate.oracle else None
         if recipe.evaluate.future and self.method.model.chooses and not self.method.model.any_class:
             raise UsageError(
@@ -258,16 +265,26 @@ class Learner:
         if wanted and (note := compile_blocks(self.backbone, Compiler(None if wanted is True else wanted))):
             warnings.warn(note, stacklevel=3)
 
+    def _shard(self) -> None:
+        """With `run.shard`, leave this process its share of the frozen model, before anything lies on the device."""
+        if self.recipe.run.shard == "fsdp" and self.runtime.world > 1:
+            self.backbone.sharded = shard(self.backbone, self.runtime.device, self.runtime.world)
+            if note := self.backbone.sharded.note:
+                self.runtime.progress.note(note)
+
+    def _need_others(self) -> None:
+        """Raise UsageError if the recipe shares the model out and there is no other process to learn with."""
+        if self.recipe.run.shard == "fsdp" and self.runtime.world == 1:
+            raise UsageError(ALONE)
+
     def _model_document(self) -> dict[str, Any]:
         pets = [m for m in self.method.modules() if isinstance(m, PET)]
-        # A language model's output layer is often also its embedding: one tensor with two names, counted once.
-        distinct = {(t.data_ptr(), t.numel()): t.numel() for t in frozen(self.backbone.net).values()}
         today = self.method.model.view.today
         return {
             "spec": self.backbone.spec,
             "examples": self.method.model.view.noun,
             "fingerprint": self._fingerprint,
-            "parameters": sum(distinct.values()),
+            "parameters": self._size,
             "trainable_parameters": sum(p.numel() for pet in pets for p in pet.parameters()),
             **({"date": today.isoformat()} if today is not None else {}),
         }
@@ -398,6 +415,7 @@ class Learner:
     @contextlib.contextmanager
     def _writing(self, **facts: Any) -> Iterator[None]:
         """Lock the state folder for writing; a signal leads to a checkpoint and then a stop."""
+        self._need_others()
         with contextlib.ExitStack() as stack:
             if self.runtime.rank == 0:
                 stack.enter_context(self.state.writing())

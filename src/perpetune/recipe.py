@@ -148,6 +148,9 @@ class RunSection(Section):
     compile: bool | Literal["max-autotune-no-cudagraphs"] = False
     """Run the frozen blocks through `torch.compile`, or through its slower search for faster code. The first steps take
     long, and later ones are faster on a GPU."""
+    shard: Literal["none", "fsdp"] = "none"
+    """With `fsdp` each of several processes holds a part of the frozen model (torch's FSDP2). Pets, heads and all that
+    is trained stay whole in each."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 200
     """Optimizer steps between two checkpoints inside a task."""
 

@@ -97,7 +97,7 @@ def learn_task(method: Method, step: Step, state: State, kept: KeptFeatures) -> 
         about = {key: step.document[key] for key in ("fingerprint", "from")}
         state.log("task begun", task=task.index, name=task.name, **about)
     about_task, every = (task.index, task.name, fingerprint), recipe.run.checkpoint_every
-    with run.accelerator.main_process_first():  # it removes what belongs to another task, before the others look
+    with run.first():  # it removes what belongs to another task, before the others look
         run.checkpoints = MidTask(state.folder / "resume", method, about_task, every, writes=main)
     run.progress.task(task.index, task.name, len(task.classes), len(task.train))
     ahead = [f"task {task.name}: {said}" for said in method.notes(task)]
@@ -170,7 +170,7 @@ def learn_task(method: Method, step: Step, state: State, kept: KeptFeatures) -> 
         documents |= {} if made is None else {MADE: {"made": made}}
         if dropped := state.commit(task.index, task.name, method, documents, features):
             run.progress.note(dropped)
-    run.accelerator.wait_for_everyone()
+    run.wait()
     run.checkpoints = None
     committed = time.perf_counter()
     if getattr(type(run.progress), "results", None) is not Silent.results:  # it grows with the tasks
@@ -245,7 +245,7 @@ def _protect_reference(
         return []
     if reference is not None and reference.weights and not protection.consolidated:
         began = time.perf_counter()
-        certificate = protection.consolidate_weights()
+        certificate = protection.consolidate_weights(method.model.backbone.whole)
         seconds = round(time.perf_counter() - began, 3)
         return [{"of": "reference", "examples": 0, "seconds": seconds, **certificate}]
     if pictures is None and not names:

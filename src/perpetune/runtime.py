@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from perpetune.meeting import meeting
 from perpetune.numerics.exact import shortened
 
 if TYPE_CHECKING:
@@ -166,7 +167,26 @@ class Runtime:
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum of `value` over all processes."""
-        return self.accelerator.reduce(value, "sum") if self.world > 1 else value
+        if self.world == 1:
+            return value
+        meeting.meet()
+        summed: Tensor = self.accelerator.reduce(value, "sum")
+        return summed
+
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        if self.world > 1:
+            meeting.meet()
+            self.accelerator.wait_for_everyone()
+
+    @contextlib.contextmanager
+    def first(self) -> Iterator[None]:
+        """The first process goes through this context before the others do."""
+        if self.rank > 0:
+            self.wait()
+        yield
+        if self.rank == 0:
+            self.wait()
 
     def of_first(self, value: Value) -> Value:
         """The first process's `value`, in all processes; for plain values only."""
@@ -174,6 +194,7 @@ class Runtime:
             return value
         from accelerate.utils import broadcast_object_list
 
+        meeting.meet()
         shared: list[Value] = broadcast_object_list([value])
         return shared[0]
 
@@ -183,6 +204,7 @@ class Runtime:
             return self.stopping()
         if not due:
             return None
+        meeting.meet()
         signum = torch.tensor([self.stopping() or 0], device=self.device)
         torch.distributed.all_reduce(signum, torch.distributed.ReduceOp.MAX)
         return int(signum) or None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,9 @@ from perpetune.models.taps import Count, Read, Taps, mean_token, until_block
 from perpetune.models.text_side import PROBES, TextSide
 from perpetune.pets.base import Place, Slot, frozen, walk
 from perpetune.tasks import IGNORED, Inputs
+
+if TYPE_CHECKING:
+    from perpetune.models.sharded import Sharded
 
 Forward = Callable[..., Tensor]
 """A function from `(net, inputs)` to features. For a language model it also takes keywords such as `attention_mask`."""
@@ -87,6 +91,8 @@ class Backbone(nn.Module):
         (`options`) and of each call (`call`). Empty if the loader does not say it."""
         self.keeper: Keeper | None = None
         """What is asked first for features that it may have kept; None while nothing is."""
+        self.sharded: Sharded | None = None
+        """What other processes hold a part of, with `run.shard`; None if this one holds the whole net."""
         self.taps: Taps | None = None
         """The blocks whose tokens are read as features; None means the net's own feature alone."""
         self._features = forward or call
@@ -342,6 +348,11 @@ class Backbone(nn.Module):
         words = getattr(self.texts, "words", None)  # another package's text side need not have it
         return [dataclasses.replace(place, words=words) if place.roles == ("embed",) else place for place in found]
 
+    def whole(self, module: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Inside this context the parameters of a frozen module are whole, for code that reads them and does not call
+        the module. With `run.shard` all processes send their shares of it."""
+        return contextlib.nullcontext() if self.sharded is None else self.sharded.whole(module)
+
     def fingerprint(self) -> str:
         """SHA-256 over names, dtypes, shapes and bytes of the frozen tensors, without those of PETs, and over the
         tokens that a dual encoder makes of texts.
@@ -352,7 +363,8 @@ class Backbone(nn.Module):
         if self.quantised_from is not None:
             return self.quantised_from
         digest = hashlib.sha256()
-        for name, tensor in sorted(frozen(self.net).items()):
+        named = sorted(frozen(self.net).items()) if self.sharded is None else self.sharded.tensors(self.net)
+        for name, tensor in named:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         if self.texts is not None:

@@ -395,4 +395,6 @@ def _acting_slots(backbone: Backbone) -> list[tuple[str, Slot]]:
 
 def _marks(backbone: Backbone) -> list[tuple[str, int, int]]:
     """What tells that frozen tensors were exchanged or written to, without reading them."""
-    return [(name, t.data_ptr(), t._version) for name, t in sorted(frozen(backbone.net).items())]
+    named = sorted(frozen(backbone.net).items())
+    here: list[tuple[str, Any]] = [(name, t.to_local() if hasattr(t, "to_local") else t) for name, t in named]
+    return [(name, t.data_ptr(), t._version) for name, t in here]

@@ -513,6 +513,8 @@ def fold(root: nn.Module, name: str) -> int:
     for path, slot in carriers:
         if others := sorted(slot.pets.keys() - {name}):
             raise UsageError(f"{path} also carries the set of pets {others[0]!r}; remove it before {name!r} is folded")
+        if any(hasattr(p, "placements") for p in slot.base.parameters()):
+            raise UsageError(f"{path} is cut over processes (run.shard), so no pet is folded into it: use one process")
         with torch.no_grad():
             folded = slot.pet(name).fold(slot.base)
         if folded is None:

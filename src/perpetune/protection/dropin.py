@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import warnings
@@ -32,8 +33,8 @@ from perpetune.plain import parse_json
 from perpetune.protection.config import ProtectConfig
 from perpetune.protection.memory import SiteMemory
 from perpetune.protection.protection import Certificate, Protection, _key
-from perpetune.protection.renewal import PeftPair, forget
-from perpetune.protection.sites import Sum, Watched, called, linear_sites, peft_pairs, pet_sites
+from perpetune.protection.renewal import PeftPair, cut, forget
+from perpetune.protection.sites import Sum, Watched, called, linear_sites, peft_pairs, pet_sites, unseen
 from perpetune.seeding import generator
 
 Others = Literal["freeze", "leave"]
@@ -78,6 +79,10 @@ def protect(
         skipped.update(root.modules())
     if not modules.issuperset(skipped):
         raise UsageError("protect: skip names a module that is not in the model")
+    left_out = {p for m in skipped for p in m.parameters()}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter not in left_out and (how := cut(parameter)):
+            raise UsageError(_whole(name, how))
     for path, module in model.named_modules():
         if module not in skipped and len(getattr(module, "lora_magnitude_vector", ())):
             raise UsageError(
@@ -187,11 +192,15 @@ class DropIn(Protection):
         if optimizer in self.guards:
             return self.guards[optimizer]
         trained = {p for group in optimizer.param_groups for p in group["params"]}
+        if how := next((how for p in trained if (how := cut(p))), ""):
+            named = {p: name for name, p in self._model[0].named_parameters()}
+            named = {p: named.get(p, "a parameter of the optimizer") for p in trained if cut(p)}
+            raise UsageError(_whole(min(named.values()), how))
         operands = [(w.name, w.site.operand.parameters) for w in self.sites]
         if trained.isdisjoint([*(p for _, parameters in operands for p in parameters), *self.still]):
             raise UsageError(
                 "protect: the optimizer trains nothing that is protected: create it with the parameters that the model "
-                "had when protect was called (sharded or flattened copies cannot be guarded)"
+                "had when protect was called (flattened copies cannot be guarded)"
             )
         for name, parameters in operands:
             if not trained.isdisjoint(parameters) and not trained.issuperset(parameters):
@@ -240,10 +249,12 @@ class DropIn(Protection):
         """
         (model,) = self._model
         full_before = {w.name for w in self.sites if self.of(w).room == 0}
+        asked = forward if forward is not None else self._forward
+        shared = _share(batches, next(model.parameters()).device, self.config.samples)
         with _evaluating(model):
             certificate = super().consolidate(
-                _share(batches, next(model.parameters()).device, self.config.samples),
-                forward if forward is not None else self._forward,
+                _in_step(model, shared, asked),
+                asked,
                 mask=mask if mask is not None else self._attention,
                 total=total if total is not None else _sum,
             )
@@ -292,10 +303,12 @@ class DropIn(Protection):
         (model,) = self._model
         device = next(model.parameters()).device
         with _evaluating(model):
+            asked = forward if forward is not None else self._forward
+            shared = _share(batches, device, self.config.samples) if batches is not None else ()
             self.renew_pairs(
                 generator(self.seed, "renew", self.consolidated),
-                _share(batches if batches is not None else (), device, self.config.samples),
-                forward if forward is not None else self._forward,
+                shared if batches is None else _in_step(model, shared, asked),
+                asked,
                 mask=mask if mask is not None else self._attention,
                 total=total if total is not None else _sum,
             )
@@ -606,6 +619,57 @@ def _first(batch: Any, examples: int) -> Any:
     if isinstance(batch, Mapping):
         return {key: _first(value, examples) for key, value in batch.items()}
     return [_first(value, examples) for value in batch] if isinstance(batch, (tuple, list)) else batch[:examples]
+
+
+def _whole(name: str, how: str) -> str:
+    """The error of a trained parameter that is not whole in each process."""
+    return (
+        f"protect: {name} is trained and {how}, and only steps of whole parameters can be projected: shard what is "
+        "frozen alone, with `fully_shard(ignored_params=…)` or the plugin's `ignored_modules`"
+    )
+
+
+def _in_step(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any], object]) -> Iterable[Any]:
+    """The batches, and behind them passes that other processes need: where the frozen parameters of a model are
+    sharded, each process has to call it as often as the others."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return batches
+    if not any(cut(p) for p in model.parameters()):
+        return batches
+    stepped = _InStep(batches, forward, next(model.parameters()).device)
+    return iter(stepped) if isinstance(batches, Iterator) else stepped
+
+
+class _InStep:
+    """Batches of a process that goes on calling the model, unseen, while other processes still have some.
+
+    Before each batch the processes tell each other who has one.
+    """
+
+    def __init__(self, batches: Iterable[Any], forward: Callable[[Any], object], device: torch.device):
+        self.batches, self.forward, self.device = batches, forward, device
+
+    def __iter__(self) -> Iterator[Any]:
+        last: Any = None
+        rest = iter(self.batches)
+        for first in itertools.chain([True], itertools.repeat(False)):
+            batch = next(rest, None)
+            have = torch.tensor([float(batch is not None), 1.0], device=self.device)
+            torch.distributed.all_reduce(have)
+            some, all_ = have.tolist()
+            if first and 0 < some < all_:
+                raise UsageError(
+                    f"protect: {int(all_ - some)} of {int(all_)} processes have no batch, and a sharded model is "
+                    "called by all of them together: give each at least one"
+                )
+            if not some:
+                return
+            if batch is None:
+                with unseen():
+                    self.forward(last)
+            else:
+                last = batch
+                yield batch
 
 
 def _sum(value: Tensor) -> Tensor:

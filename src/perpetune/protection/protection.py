@@ -234,20 +234,25 @@ class Protection(nn.Module):
         self.consolidated += 1
         return self._summed_up(certificate, energy)
 
-    def consolidate_weights(self) -> Certificate:
+    def consolidate_weights(
+        self, whole: Callable[[nn.Module], contextlib.AbstractContextManager[None]] = lambda _: contextlib.nullcontext()
+    ) -> Certificate:
         """Protect what the frozen layers know, without data: each PET sees the rows of its layer's weight `W`.
 
         Their moments are `Wᵀ W`, so the protected directions are the leading right singular vectors of `W`. That is
         what KeepLoRA and NuSA-CL keep.
 
+        Args:
+            whole: gives a context in which the weight of a frozen layer can be read.
+
         Raises:
             UsageError: a PET is not around a plain linear layer.
         """
-        shown = self.weights()
 
         def show(_: None) -> None:
-            for pet, (base, rows) in shown.items():
-                pet(base, rows)
+            for watched in (w for w in self.sites if isinstance(w.module, PET)):
+                with contextlib.nullcontext() if watched.base is None else whole(watched.base):
+                    watched.module(*_weight_rows(watched))
 
         return self.consolidate([None], show)
 

@@ -202,8 +202,27 @@ class PeftPair:
         if self.rest.merged:
             return
         weight, update = self.layer.get_base_layer().weight, self.rest.up @ self.rest.down
-        weight += (update if isinstance(self.layer.get_base_layer(), nn.Linear) else update.mT).to(weight)
+        update = update if isinstance(self.layer.get_base_layer(), nn.Linear) else update.mT
+        weight += like(update, weight)
         self.rest.merged = True
+
+
+def cut(parameter: Tensor) -> str:
+    """How a parameter is cut over processes, in words; empty if each process has all of it."""
+    if "_is_flat_param" in vars(parameter) or type(parameter).__name__ == "FlatParameter":
+        return "flattened and sharded over processes (FSDP1)"
+    placements = getattr(parameter, "placements", None)  # of a DTensor
+    return "sharded over processes (a DTensor)" if placements is not None else ""
+
+
+def like(values: Tensor, weight: Tensor) -> Tensor:
+    """Values of a whole weight, cut and typed as the weight is."""
+    if not cut(weight):
+        return values.to(weight)
+    from torch.distributed.tensor import distribute_tensor
+
+    sharded: Any = weight
+    return distribute_tensor(values.to(weight.dtype), sharded.device_mesh, sharded.placements)
 
 
 @torch.no_grad()
@@ -212,6 +231,8 @@ def forget(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> 
     if isinstance(optimizer, torch.optim.LBFGS):  # its history holds all parameters together
         optimizer.state.clear()
         return
+    if isinstance(inner := getattr(optimizer, "optim", None), torch.optim.Optimizer):
+        forget(inner, parameters)  # of ZeroRedundancyOptimizer: each process has the state of some parameters
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if not any(parameter is p for p in parameters):

@@ -9,6 +9,7 @@ import contextlib
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
@@ -213,6 +214,20 @@ def _axis(module: nn.Module) -> tuple[Any, ...]:
     return (0,) if type(module).__name__ == "Conv1D" and hasattr(module, "nf") else ()  # transformers' GPT-2
 
 
+_unseen: ContextVar[bool] = ContextVar("_unseen", default=False)
+
+
+@contextlib.contextmanager
+def unseen() -> Iterator[None]:
+    """Inside this context no rows are added to any moments: a pass that other processes need is not a pass over data
+    of this one."""
+    token = _unseen.set(True)
+    try:
+        yield
+    finally:
+        _unseen.reset(token)
+
+
 class Watch:
     """One pass over data: the moments of the rows at every site.
 
@@ -267,6 +282,8 @@ class Watch:
         Args:
             examples: the numbers, in the batch, of the examples to which the rows belong; None means all.
         """
+        if _unseen.get():
+            return
         mask = None if watched.tower == "picture" else self.mask if (own := counted()) is None else own
         if mask is not None and examples is not None:
             mask = mask[sent(examples, mask.device)]
