@@ -344,7 +344,7 @@ def cells_of(asked: Mapping[str, Asked]) -> dict[str, Any]:
 def _limit(step: Step, recipe: Recipe) -> Limit | None:
     """How many examples of earlier tasks are asked if their features have to be computed; None is all."""
     earlier, index = recipe.evaluate.earlier, step.task.index
-    if earlier in ("auto", "all") or (isinstance(earlier, Every) and (step.last or (index + 1) % earlier.every == 0)):
+    if isinstance(earlier, str) or (isinstance(earlier, Every) and (step.last or (index + 1) % earlier.every == 0)):
         return None
     names = [other.name for other in step.others if other.index < index]
     return Limit(names, 0 if isinstance(earlier, Every) else earlier, recipe.seed)

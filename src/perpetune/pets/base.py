@@ -595,8 +595,8 @@ def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
             waiting.append((path, module.base))
         elif module._modules:
             start = f"{path}." if path else ""
-            first = {id(child): (start + name, child) for name, child in reversed(module._modules.items())}
-            waiting += [one for one in first.values() if one[1] is not None]
+            children = [(name, child) for name, child in reversed(module._modules.items()) if child is not None]
+            waiting += {id(child): (start + name, child) for name, child in children}.values()  # each child once
 
 
 def outermost(root: nn.Module, path: str) -> nn.Module:

@@ -20,7 +20,7 @@ LEARNED = frozenset((*FILES, *FIXED, EXTRA))
 """The files of a snapshot: what a rollback to the task needs, and no report."""
 Stamps = tuple[Any, ...]
 DOCUMENTS: dict[str, type[Document]] = {"task.json": Task, "metrics.json": Metrics, "timings.json": Timings}
-KINDS = {**DOCUMENTS, "features.json": Features}
+KINDS: dict[str, type[Document]] = {**DOCUMENTS, "features.json": Features}
 
 
 @dataclass(frozen=True)
