@@ -436,6 +436,27 @@ class Learner:
             restore(self.method, self._new, "a new model")
         self._learned = tasks[-1].folder.name if tasks else ""
 
+    def same_recipe(self) -> bool:
+        """Whether the folder still holds the recipe and the model that this learner was loaded with."""
+        state = State(self.state.folder)
+        return state.recipe == self.state.recipe and state.backbone["fingerprint"] == self._fingerprint
+
+    def refresh(self) -> None:
+        """Take up what another process has committed to the folder, or has rolled back, since this learner read it.
+
+        No other thread may use the learner meanwhile.
+
+        Raises:
+            StateError: the folder cannot be read, such as while it is being changed (call it again), or its recipe or
+                model is another one (load it again).
+        """
+        if not self.same_recipe():
+            raise StateError(f"{self.state.folder}: its recipe or its model was changed: load it again")
+        self.state = State(self.state.folder)
+        self._halfway = True  # until it is complete, nothing may be asked of it
+        self._reload()
+        self._halfway = False
+
     # -- using what was learned -----------------------------------------------------------------------
 
     @torch.no_grad()
