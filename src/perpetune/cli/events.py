@@ -5,9 +5,9 @@ Each class is the rest of a line beside its key `event`. A key that is `NotRequi
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import Any
 
-from typing_extensions import NotRequired
+from typing_extensions import NotRequired, TypedDict
 
 FORBID = {"extra": "forbid"}  # for pydantic, with which the tests read lines
 
