@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
 import signal
 import tempfile
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perpetune import oracle
+from perpetune import oracle, tracking
 from perpetune.build import build_backbone, build_method, build_runtime
 from perpetune.data.examples import Question
 from perpetune.data.names import printable, safe_name, several, task_names
@@ -226,6 +227,7 @@ class Learner:
 
     def _build(self, recipe: Recipe, progress: Progress | None, device: str | None = None) -> None:
         self.recipe = recipe
+        tracking.check(recipe.run.track)
         where = (
             recipe
             if device is None
@@ -406,6 +408,8 @@ class Learner:
                 device = str(self.runtime.device)
                 self.state.log("run begun", versions=dict(versions()), device=device, seed=self.recipe.seed, **facts)
             stack.enter_context(stop_signals(self.runtime))
+            results = functools.partial(read_results, self.state)
+            stack.enter_context(tracking.tracked(self.recipe, self.runtime, self.state.folder, results))
             self._leave_halfway()
             self._halfway = True
             try:
