@@ -346,6 +346,21 @@ def test_what_cannot_be_read_is_tried_again_and_the_old_state_answers(world: Pat
                    offline(world / "one", pictures(3))))  # fmt: skip
 
 
+def test_a_commit_while_it_starts_is_taken_up(world: Path, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, changes = Learner.load.__func__, iter([True])  # type: ignore[attr-defined]
+
+    def load(cls: type[Learner], folder: Path, **options: Any) -> Learner:
+        learner: Learner = real(cls, folder, **options)
+        for _ in changes:
+            real(cls, folder).learn(world / "b")
+        return learner
+
+    monkeypatch.setattr(Learner, "load", classmethod(load))
+    models = Models(state)
+    assert models.current.number == 2
+    assert models.current.learner.method.classes == ["cat", "dog", "fox", "owl"]
+
+
 def test_the_two_models_share_what_is_frozen_and_nothing_else(world: Path, state: Path) -> None:
     models = Models(state)
     first, second = models.current.learner, models._spare

@@ -7,6 +7,7 @@ ever meets a model that is half read, and a state that cannot be read leaves the
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -103,22 +104,38 @@ class Models:
             with self._in_use:  # loading a model touches settings of the whole process
                 self._current, self._spare = self._loaded()
             return self._current.mark == found
-        self._spare = None  # if it ends half read, nobody may use it
-        spare.refresh()
+        try:
+            spare.refresh()  # if it ends half read, the next call reads all of it again
+        except (StateError, OSError):
+            raise
+        except Exception:
+            self._spare = None  # nobody knows what it is then
+            raise
         if mark_of(self.folder) != found:
-            self._spare = spare
             return False
         with self._in_use:
             self._current, self._spare = Served(spare, found), self._current.learner
         return True
 
     def _loaded(self) -> tuple[Served, Learner]:
-        mark = mark_of(self.folder)
-        first, second = (Learner.load(self.folder, device=self.device, progress=self.progress) for _ in range(2))
+        """Both learners, loaded anew; if the folder is changed meanwhile, once more."""
+        while True:
+            State(self.folder)  # whoever names no state is told so
+            before = stamp(self.folder)
+            try:
+                mark = mark_of(self.folder)
+                first, second = (
+                    Learner.load(self.folder, device=self.device, progress=self.progress) for _ in range(2)
+                )
+                same = mark_of(self.folder) == mark
+            except StateError:
+                if stamp(self.folder) == before:
+                    raise
+                continue
+            if same:
+                break
         _check_kind(first, self.folder)
         _share(first, second)
-        if mark_of(self.folder) != mark:
-            raise StateError(f"{self.folder} was changed while it was read: start again")
         return Served(first, mark), second
 
 
@@ -209,7 +226,7 @@ class Watcher:
     def look(self) -> None:
         """Take up what is new, if anything is."""
         try:
-            seen = _stamp(self.models.folder)
+            seen = stamp(self.models.folder)
             if seen == self._seen:
                 return
             found = mark_of(self.models.folder)
@@ -237,10 +254,11 @@ class Watcher:
             self.failed(line)
 
 
-def _stamp(folder: Path) -> object:
+def stamp(folder: Path) -> object:
     """What changes whenever something is committed, rolled back or moved elsewhere."""
     found = []
     for name in ("journal.jsonl", "recipe.yaml", "backbone.json"):
-        status = (folder / name).stat()
-        found.append((status.st_ino, status.st_size, status.st_mtime_ns))
+        with contextlib.suppress(FileNotFoundError):  # a state that has learned nothing has no journal
+            status = (folder / name).stat()
+            found.append((name, status.st_ino, status.st_size, status.st_mtime_ns))
     return found
