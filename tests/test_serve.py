@@ -147,6 +147,7 @@ def test_what_it_says_of_itself(world: Path) -> None:
 
 
 FORM = {"content-type": "multipart/form-data; boundary=x"}
+PART = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
 WIDE = png(Image.new("L", (101, 100)))
 REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "text": ({"files": {"files": ("notes.png", b"no picture")}}, 422, "notes.png: not a picture that Pillow can read"),
@@ -154,7 +155,7 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "torn": ({"files": {"files": ("torn.png", png(picture("cat", 1))[:60])}}, 422, "torn.png: "),
     "wide": ({"files": {"files": ("wide.png", WIDE)}}, 413, "wide.png: has 101 x 100 pixels"),
     "long": ({"content": b"0" * 30_001}, 413, "longer than 30000 bytes"),
-    "chunks": ({"content": (b"0" * 10_000 for _ in range(4)), "headers": FORM},
+    "chunks": ({"content": [PART, *[b"0" * 10_000] * 4], "headers": FORM},
                413, "longer than 30000 bytes"),
     "many": ({"files": [("files", (f"{i}.png", b"x")) for i in range(4)]}, 400, "Too many files"),
     "none": ({"data": {}}, 400, "there is no picture"),
@@ -162,6 +163,8 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "field": ({"files": {"photo": ("a.png", b"x")}}, 400, "the field 'photo' is none that is known"),
     "words": ({"files": {"other": ("a.png", b"x")}, "data": {"files": "a.png"}}, 400,
               "the field 'files' holds no file"),
+    "torn chunks": ({"content": [b"--x nonsense", *[b"0" * 5_000] * 5], "headers": FORM}, 400,
+                    "Invalid multipart data."),
     "torn form": ({"content": b"--x\r\nnonsense", "headers": FORM}, 400, ""),
     "top": ({"params": {"top": 0}, "files": {"files": ("a.png", b"x")}}, 422, "top: "),
     "names": ({"params": {"names": "wren,robin"}, "files": {"files": ("a.png", png(picture("cat", 1)))}}, 400,

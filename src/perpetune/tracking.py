@@ -33,6 +33,7 @@ MODULES = {
 QUIET = {
     "WANDB_ERROR_REPORTING": "false",
     "WANDB_SILENT": "true",
+    "WANDB_CONSOLE": "off",  # it would keep a copy of what the command prints
     "GRADIO_ANALYTICS_ENABLED": "False",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
@@ -75,8 +76,8 @@ def tracked(recipe: Recipe, runtime: Runtime, folder: Path, results: Callable[[]
     place = folder / FOLDER
     with _surroundings(names, place):
         runtime.accelerator  # noqa: B018  trackers ask it whether this is the first process
-        listener = Tracked(runtime, names, recipe, place, results())
         runtime.progress.note(_whereto(names, place, recipe.name))
+        listener = Tracked(runtime, names, recipe, place, results())
         before, runtime.progress = runtime.progress, listener
         try:
             yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import anyio
@@ -34,6 +35,8 @@ class _Call:
     receive: Receive
     send: Send
     most: int
+    waits: bool
+    """Whether the client asks first whether it may send the body."""
     bytes: int = 0
     complete: bool = False
     status: int = 0
@@ -56,10 +59,12 @@ class _Call:
 
     async def write(self, message: Message) -> None:
         if message["type"] == "http.response.start":
+            if not (self.waits and not self.bytes):
+                await self._drain()
             self.status = message["status"]
         await self.send(message)
 
-    async def drain(self) -> None:
+    async def _drain(self) -> None:
         """Read the rest of the body and forget it: a client that writes does not look at the answer yet."""
         while not self.complete:
             message = await self.receive()
@@ -81,14 +86,17 @@ class Door:
         if scope["type"] != "http" or scope["path"] != "/predict" or scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
-        call, began = _Call(receive, send, self.settings.max_bytes), time.perf_counter()
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        waits = headers.get(b"expect", b"").lower() == b"100-continue"
+        call, began = _Call(receive, send, self.settings.max_bytes, waits), time.perf_counter()
         self.inside += 1
         self.metrics.held.set(self.inside)
         try:
             with anyio.fail_after(self.settings.timeout):
-                await self._let_in(scope, call)
+                await self._let_in(scope, headers, call)
         except TimeoutError:
             if not call.status:
+                call.complete = True  # there is no time to read more of it
                 line = f"there was no answer within {self.settings.timeout:g} seconds"
                 await refusal(503, line)(scope, receive, call.write)
         finally:
@@ -97,8 +105,7 @@ class Door:
             self.metrics.requests.labels(str(call.status or "none")).inc()
             self.metrics.seconds.observe(time.perf_counter() - began)
 
-    async def _let_in(self, scope: Scope, call: _Call) -> None:
-        headers = {name.lower(): value for name, value in scope["headers"]}
+    async def _let_in(self, scope: Scope, headers: Mapping[bytes, bytes], call: _Call) -> None:
         try:
             if self.inside > self.settings.held:
                 raise Refused(503, f"{self.settings.held} requests are inside, and that is the most: try again")
@@ -107,8 +114,6 @@ class Door:
                 raise Refused(413, _too_long(self.settings.max_bytes))
             await self.app(scope, call.read, call.write)
         except Refused as no:
-            if headers.get(b"expect", b"").lower() != b"100-continue" or call.bytes:
-                await call.drain()
             if not call.status:
                 await refusal(no.status, str(no))(scope, call.receive, call.write)
 
