@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import typing
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,25 @@ def test_steps_are_written_once_a_second(capfd: pytest.CaptureFixture[str], monk
     assert [line["done"] for line in steps] == [25, 50, 75, 100]
     assert steps[0]["loss"] == 0.5
     assert steps[-1]["examples_per_s"] == pytest.approx(200)
+
+
+def test_what_libraries_print_is_not_between_the_lines(
+    world: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, stream = Learner.evaluate, sys.stdout
+
+    def evaluate(learner: Learner, *arguments: Any, **options: Any) -> Any:
+        print("chatter")
+        return real(learner, *arguments, **options)
+
+    monkeypatch.setattr(Learner, "evaluate", evaluate)
+    assert call(["evaluate", str(world / "state"), "--json"]) == 0
+    out, err = capfd.readouterr()
+    assert "chatter" in err
+    written(out)
+    assert sys.stdout is stream
+    assert call(["evaluate", str(world / "state")]) == 0
+    assert "chatter" in capfd.readouterr().out
 
 
 def test_only_the_first_process_writes(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

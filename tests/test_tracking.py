@@ -47,6 +47,7 @@ class Noted(GeneralTracker):
     def log(self, values: dict[str, Any], step: int | None = None, **more: Any) -> None:
         if self.broken:
             raise OSError(28, "No space left on device")
+        print("chatter")
         self.figures.append((step, values))
 
     def finish(self) -> None:
@@ -83,7 +84,9 @@ def content(world: Path, track: Any, **more: Any) -> dict[str, Any]:
     return recipe(world / "model", stream={}, run={"device": "cpu", "track": track}, **more)
 
 
-def test_a_tracker_gets_the_figures_and_changes_nothing(world: Path, tmp_path: Path) -> None:
+def test_a_tracker_gets_the_figures_and_changes_nothing(
+    world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     told, plain = Said(), Learner(content(world, [], protect=True), tmp_path / "plain")
     learner = Learner(content(world, OWN, protect=True), tmp_path / "s", progress=told)
     for name in ("a", "b"):
@@ -92,6 +95,8 @@ def test_a_tracker_gets_the_figures_and_changes_nothing(world: Path, tmp_path: P
     assert {name: {k: v.tolist() for k, v in of.items()} for name, of in task_tensors(tmp_path / "s").items()} == {
         name: {k: v.tolist() for k, v in of.items()} for name, of in task_tensors(tmp_path / "plain").items()
     }
+    out, err = capfd.readouterr()
+    assert ("chatter" in out, "chatter" in err) == (False, True)
     first, second = Noted.runs
     assert first.about == ("tiny", str(tmp_path / "s" / "track"))
     assert (first.config["train.lr"], first.config["pet.name"], first.config["run.track"]) == (

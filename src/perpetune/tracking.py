@@ -11,6 +11,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -108,7 +109,8 @@ class Tracked:
 
     def _try(self, name: str, act: Callable[[], None]) -> None:
         try:
-            act()
+            with contextlib.redirect_stdout(sys.stderr):  # standard output is for the results of a command
+                act()
         except Exception as error:  # noqa: BLE001  whatever fails there, what is learned must not be lost
             self.trackers.pop(name, None)
             what = " ".join(str(error).split())[:200] or type(error).__name__

@@ -57,13 +57,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.showwarning = _show_warning
     encode_anything()
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # without a network, the hub prints every attempt
-    sys.exit(call(list(sys.argv[1:] if arguments is None else arguments)))
+    code = call(list(sys.argv[1:] if arguments is None else arguments))
+    lines.leave()
+    sys.exit(code)
 
 
 def call(arguments: list[str]) -> int:
     """Run one command and return its exit code. A failure prints one line on standard error; a command that writes
     lines of JSON writes it there too."""
     lines.close()
+    before = sys.stdout
     try:
         command = typer.main.get_command(app)
         _check_twice(command, arguments)
@@ -90,6 +93,8 @@ def call(arguments: list[str]) -> int:
         if os.environ.get("PERPETUNE_DEBUG"):
             raise
         return _failed(unforeseen(error), 1)
+    finally:
+        sys.stdout = before
 
 
 def _failed(text: str, code: int) -> int:

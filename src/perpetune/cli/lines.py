@@ -11,9 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from perpetune.cli.output import encodable
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from perpetune.cli.jobs import Event, Job
@@ -25,11 +23,12 @@ class Lines:
     """Writes events. The last line of a verb is `done`; or `failed`, if it ended with an error.
 
     Args:
+        stream: where they go; None is standard output as it is now.
         mute: write nothing. If several processes learn together, only the first one writes.
     """
 
-    def __init__(self, mute: bool = False):
-        self.mute = mute
+    def __init__(self, stream: TextIO | None = None, mute: bool = False):
+        self.stream, self.mute = stream or sys.stdout, mute
 
     def emit(self, event: str, **facts: Any) -> None:
         """Write one event, so that whoever reads has it at once."""
@@ -37,16 +36,28 @@ class Lines:
             return
         content = {"event": event, **facts}
         text = json.dumps(content, ensure_ascii=False)
-        print(text if encodable(text) else json.dumps(content), flush=True)
+        try:
+            text.encode(self.stream.encoding or "utf-8")
+        except UnicodeEncodeError:
+            text = json.dumps(content)
+        self.stream.write(f"{text}\n")  # at once, for several threads write
+        self.stream.flush()
 
 
 _open: Lines | None = None
 
 
 def lines(json: bool) -> Lines | None:
-    """The writer of this command if it writes lines, else None. From now on a failure of the command is a line too."""
+    """The writer of this command if it writes lines, else None.
+
+    From now on a failure of the command is a line too, and what libraries print goes to standard error, not between the
+    lines. `perpetune.cli.call` puts standard output back.
+    """
     global _open
-    _open = Lines(mute=os.environ.get("RANK", "0") != "0") if json else None
+    _open = None
+    if json:
+        _open = Lines(mute=os.environ.get("RANK", "0") != "0")
+        sys.stdout = sys.stderr
     return _open
 
 
@@ -56,9 +67,15 @@ def close() -> None:
     _open = None
 
 
+def leave() -> None:
+    """Send what libraries print while this process ends to standard error, if the command has written lines."""
+    if _open is not None:
+        sys.stdout = sys.stderr
+
+
 def failed(message: str, code: int) -> None:
     """Write that the command failed, if it writes lines and its reader still reads."""
-    if _open is not None and not getattr(sys.stdout, "closed", False):
+    if _open is not None:
         _open.emit("failed", message=message, code=code)
 
 
