@@ -20,18 +20,18 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tiny import every, picture_folder, recipe, split_folder, vit_folder
+from tiny import every, picture_folder, recipe, split_folder, vit_folder, written
 from warm import Warm
 
 from perpetune._version import __version__
-from perpetune.cli import app, call, jobs, learn, look, use
+from perpetune.cli import app, call, jobs, learn, look, serving, use
 from perpetune.errors import Interrupted
 from perpetune.learner import Learner
 from perpetune.recipe import load_recipe, packaged
 from perpetune.runtime import Silent
 from perpetune.state import State
 
-VERBS = [verb.__name__ for module in (learn, use, look) for verb in module.VERBS]
+VERBS = [verb.__name__ for module in (learn, use, serving, look) for verb in module.VERBS]
 RECIPES = sorted(packaged()) + sorted(
     str(p) for p in (Path(__file__).resolve().parents[1] / "benchmarks" / "recipes").glob("*.yaml")
 )
@@ -67,6 +67,10 @@ class Shell:
     def json(self, *arguments: str | Path) -> Any:
         """The one JSON document that is all of the output."""
         return json.loads(self(*arguments, "--json").out)
+
+    def done(self, *arguments: str | Path) -> dict[str, Any]:
+        """The last line of a verb that writes lines."""
+        return written(self(*arguments, "--json").out, "done")[-1]
 
 
 @pytest.fixture
@@ -138,7 +142,7 @@ def test_run(shell: Shell, world: Path, tmp_path: Path) -> None:
     assert again.lines[-1] == "report: runs/tiny-2/report.html"  # never over another run
     assert load_recipe("runs/tiny-2/recipe.yaml").seed == 3
 
-    results = shell.json("run", world / "my.yaml", "--out", tmp_path / "out")
+    results = shell.done("run", world / "my.yaml", "--out", tmp_path / "out")["results"]
     assert results.items() <= json.loads((tmp_path / "out" / "report.json").read_text()).items()
     assert len(results["tasks"]) == 2
 
@@ -153,7 +157,8 @@ def test_init_and_update(shell: Shell, world: Path, tmp_path: Path) -> None:
     said = shell("update", "mine", "--data", world / "images")
     assert said.lines[0] == "task 1 images  4 classes, 24 training examples"
     assert reports(Path("mine")) == {"report.html", "report.md", "report.json"}
-    results = shell.json("update", "mine", "--data", world / "more", "--name", "birds", "--holdout", "0.4")
+    done = shell.done("update", "mine", "--data", world / "more", "--name", "birds", "--holdout", "0.4")
+    results = done["results"]
     assert [(t["name"], t["classes"], t["train"], t["test"]) for t in results["tasks"]] == [
         ("images", ["cat", "dog", "fox", "owl"], 24, 12),
         ("birds", ["cat", "hen"], 6, 4),
@@ -165,13 +170,13 @@ def test_init_and_update(shell: Shell, world: Path, tmp_path: Path) -> None:
     assert said.err.startswith("perpetune: protect.reference: ")
     assert not Path("without").exists()
 
-    results = shell.json("init", "other", *change, "--data", world / "more", "--name", "first")
+    results = shell.done("init", "other", *change, "--data", world / "more", "--name", "first")["results"]
     assert [t["name"] for t in results["tasks"]] == ["first"]
 
 
 def test_resume(shell: Shell, world: Path, state: Path) -> None:
     assert shell("resume", state).lines[0] == "nothing to resume: 2 tasks learned, no task unfinished"
-    assert len(shell.json("resume", state)["tasks"]) == 2
+    assert len(shell.done("resume", state)["results"]["tasks"]) == 2
 
     class Stopping(Silent):
         """Raises what a signal leads to, once the second task is being learned."""
@@ -186,7 +191,7 @@ def test_resume(shell: Shell, world: Path, state: Path) -> None:
     said = shell("resume", "half")
     assert "nothing to resume" not in said.out
     assert said.lines[0] == "task 2 fox-owl  2 classes, 12 training examples"
-    assert shell.json("evaluate", "half") == shell.json("evaluate", state)
+    assert shell.done("evaluate", "half") == shell.done("evaluate", state)
 
 
 def test_rollback(shell: Shell, state: Path) -> None:
@@ -231,13 +236,13 @@ def test_several_runs_end_in_one_comparison(
     assert said.lines[-1] == f"comparison: {out / 'comparison.html'}"
     assert reports(out / "tiny-s0") == reports(out / "held-s0") == {"report.html", "report.md", "report.json"}
     assert {p.name for p in out.glob("comparison.*")} == {"comparison.html", "comparison.md", "comparison.json"}
-    (row, other) = shell.json("compare", *sorted(out.iterdir()))["rows"]  # what a shell makes of OUT/*
+    (row, other) = shell.done("compare", *sorted(out.iterdir()))["comparison"]["rows"]  # what a shell makes of OUT/*
     assert [row["runs"], other["runs"]] == [[str(out / "held-s0")], [str(out / "tiny-s0")]]
     assert load_recipe(out / "held-s0" / "recipe.yaml").run.threads == 1
     assert max(map(len, said.lines[:-1])) <= 80
 
     monkeypatch.setattr(jobs, "CHILD", ["/there/is/no/such/program"])  # nothing is left to be run
-    table = shell.json("run", *recipes, "--out", out)
+    table = shell.done("run", *recipes, "--out", out)["comparison"]
     assert [row["runs"] for row in table["rows"]] == [[str(out / "tiny-s0")], [str(out / "held-s0")]]
     assert shell("run", *recipes, "--out", out).lines[0] == "2 of 2 runs already complete"
     said = shell("run", *recipes, "--out", out, "--set", "train.epochs=1", code=2)
@@ -454,7 +459,7 @@ def test_predict(shell: Shell, world: Path) -> None:
     assert len(pairs) == 3
     assert [float(p) for _, p in pairs] == sorted((float(p) for _, p in pairs), reverse=True)
 
-    found = shell.json("predict", done, one, "--top", "9")
+    found = written(shell("predict", done, one, "--top", "9", "--json").out, "prediction")
     assert [entry["image"] for entry in found] == [str(one)]
     classes = found[0]["classes"]
     assert {c["name"] for c in classes} == {"cat", "dog", "fox", "owl"}
@@ -483,11 +488,11 @@ def test_predict_prints_one_line_for_each_picture(shell: Shell, world: Path, tmp
     broken.write_bytes((world / "images" / "test" / "cat" / "1000.png").read_bytes())
     (line,) = shell("predict", world / "done", broken).lines
     assert line.startswith(f"{tmp_path}/line\\nbreak.png: ")
-    assert shell.json("predict", world / "done", broken)[0]["image"] == str(broken)
+    assert written(shell("predict", world / "done", broken, "--json").out)[0]["image"] == str(broken)
 
 
 def test_evaluate(shell: Shell, world: Path) -> None:
-    cells = shell.json("evaluate", world / "done")
+    cells = shell.done("evaluate", world / "done")["cells"]
     assert list(cells) == ["cat-dog", "fox-owl"]
     assert all(cell["total"] == 6 for cell in cells.values())
     right = {name: cell["correct"] for name, cell in cells.items()} | {"all": sum(c["correct"] for c in cells.values())}
@@ -496,7 +501,7 @@ def test_evaluate(shell: Shell, world: Path) -> None:
         [name, f"{correct / total:.4f}", f"{correct}/{total}"]
         for (name, correct), total in zip(right.items(), (6, 6, 12), strict=True)
     ]
-    given = shell.json("evaluate", world / "done", "--data", world / "more")
+    given = shell.done("evaluate", world / "done", "--data", world / "more")["cells"]
     assert [cell["total"] for cell in given.values()] == [10]
     assert given[str(world / "more")]["per_class"]["hen"] == [0, 5]  # never learned
 
@@ -507,7 +512,7 @@ def test_export(shell: Shell, world: Path, tmp_path: Path) -> None:
     assert said.lines == [f"peft: {', '.join(names)}"]
     assert sorted(p.name for p in (tmp_path / "peft").iterdir()) == names
     assert json.loads(Path("peft/head.json").read_text())["classes"] == ["cat", "dog", "fox", "owl"]
-    assert shell.json("export", world / "done", "again") == {"files": [f"again/{name}" for name in names]}
+    assert shell.done("export", world / "done", "again")["files"] == [f"again/{name}" for name in names]
 
 
 # -- looking ------------------------------------------------------------------------------------------------
@@ -556,7 +561,7 @@ def test_prune(shell: Shell, world: Path, state: Path) -> None:
     assert would[0].startswith("would drop what only a rollback to cat-dog needs; ")
     assert would[0].endswith(f" would come free; {state} can go back to fox-owl, more")
     assert (state / "journal.jsonl").read_bytes() == before
-    done = shell.json("prune", state, "--keep", "2")
+    done = shell.done("prune", state, "--keep", "2")
     assert (done["dropped"], done["kept"]) == (["cat-dog"], ["fox-owl", "more"])
     assert done["bytes"] > 0
     assert shell(*asked).out == answers
@@ -593,14 +598,15 @@ def test_compare(shell: Shell, world: Path, tmp_path: Path) -> None:
     said = shell("compare", "1", "2/report.json", "short", "--out", "page")
     assert "±" in said.out
     assert {Path(line) for line in said.lines[-3:]} == {Path("page", f"compare.{x}") for x in ("html", "md", "json")}
-    table = shell.json("compare", "1", "2/report.json", "short")
+    table = shell.done("compare", "1", "2/report.json", "short")["comparison"]
     assert [row["runs"] for row in table["rows"]] == [["1", "2/report.json"], ["short"]]
     assert table["settings"] == ["train.epochs"]
     assert table == json.loads((tmp_path / "page" / "compare.json").read_text())
-    assert shell.json("compare", "1", "2/report.json", "short", *Path("page").iterdir()) == table  # which are no runs
+    again = shell.done("compare", "1", "2/report.json", "short", *Path("page").iterdir())  # which are no runs
+    assert again["comparison"] == table
     assert shell("compare", *Path("page").iterdir(), code=2).err == "perpetune: compare: name one run or more\n"
     Path("1/report.json").rename("compare.json")  # a run by the name of a comparison
-    assert [row["runs"] for row in shell.json("compare", "compare.json")["rows"]] == [["compare.json"]]
+    assert [row["runs"] for row in shell.done("compare", "compare.json")["comparison"]["rows"]] == [["compare.json"]]
     Path("1/report.md").rename("notes.md")
     assert shell("compare", "notes.md", code=1).err.startswith("perpetune: notes.md holds no results: ")
 
@@ -666,7 +672,7 @@ def test_check(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "    def predict(self, inputs, task=None):\n        return super().predict(inputs)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    outcomes = json.loads(shell("check", "greedy:Greedy", "--set", "head=ncm", "--json", code=1).out)
+    outcomes = written(shell("check", "greedy:Greedy", "--set", "head=ncm", "--json", code=1).out, "rule")
     broken = [o for o in outcomes if o["holds"] is False]
     assert [o["fault"] for o in broken] == ["predict takes ['inputs', 'task']"]
     (untested,) = [o for o in outcomes if o["holds"] is None]

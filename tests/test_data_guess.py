@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny import picture, picture_folder
+from tiny import picture, picture_folder, written
 
 from perpetune import Learner, registry
 from perpetune.cli import call
@@ -215,7 +215,7 @@ def test_update_and_evaluate_take_the_same_keys(pictures, tmp_path, capfd):
     assert call(["evaluate", str(state), "--data", str(path), "--json"]) == 1
     assert "--set path_column=file_name" in capfd.readouterr().err
     assert call(["evaluate", str(state), "--data", str(path), *sets, "--json"]) == 0
-    (cell,) = json.loads(capfd.readouterr().out).values()
+    (cell,) = written(capfd.readouterr().out, "done")[0]["cells"].values()
     assert cell["total"] == 10
     named = ["--set", "name=folder"]  # the reader by name: nothing is guessed
     shutil.copy(path, pictures / "captions.jsonl")

@@ -21,7 +21,7 @@ import pytest
 import torch
 import yaml
 from test_evaluate import SAID, Says, task_of
-from tiny import recipe, split_folder, task_tensors, vit_folder
+from tiny import recipe, split_folder, task_tensors, vit_folder, written
 from warm import Warm
 
 from perpetune.evaluate import evaluate
@@ -267,7 +267,7 @@ def test_the_command_line_runs_in_two_processes(
 ) -> None:
     folder, started = launched
     out, _ = finish(started[command])
-    assert len(json.loads(out)["tasks"]) == 2, "one process of the two prints"
+    assert len(written(out, "done")[0]["results"]["tasks"]) == 2, "one process of the two prints"
     Learner(recipe(vit, data, **CASES[COMMAND_CASE]), tmp_path / "one").run()
     assert_same(folder / command, tmp_path / "one")
     assert_written_by_one(folder / command, tasks=2)

@@ -17,7 +17,7 @@ import torch
 import yaml
 from test_distributed import finish, start_warm
 from test_distributed import tensors as tensors_of
-from tiny import CHAT, seal, task_files, task_tensors, tiny_language_model, tiny_tokenizer
+from tiny import CHAT, seal, task_files, task_tensors, tiny_language_model, tiny_tokenizer, written
 from warm import Warm
 
 from perpetune.cli import call
@@ -553,7 +553,7 @@ def test_a_bad_line_is_named_and_counted(
     path = write(tmp_path / "new.jsonl", [row, *(colors if chosen else capitals)(range(6))])
     assert call(["update", str(state), "--data", str(path), "--holdout", "0", "--json"]) == 0
     out, err = capsys.readouterr()
-    results = json.loads(out)
+    results = written(out, "done")[0]["results"]
     (task,) = results["tasks"]
     assert task["train"] == 6
     (bad,) = results["bad_files"]
@@ -657,21 +657,21 @@ def test_predict_on_the_command_line(
 
     assert said("grass 30 is", "sky 3 is", "--options", "green, blue")[0].count("green 0.") == 2
     rows = write(tmp_path / "p.jsonl", [{"prompt": "sky 4 is"}, {"messages": [{"role": "user", "content": "hi"}]}])
-    found = json.loads(said(str(rows), "--json")[0])
+    found = written(said(str(rows), "--json")[0], "answer")
     assert [entry["prompt"] for entry in found] == ["sky 4 is", [{"role": "user", "content": "hi"}]]
-    assert found[0].keys() == {"prompt", "answer"}
+    assert found[0].keys() == {"event", "prompt", "answer"}
     named = write(
         tmp_path / "n.jsonl", [{"messages": [{"role": "user", "content": "hi", "name": "Eva"}]}, {"prompt": "a"}]
     )
     found, err = said(str(named), "--json")
     assert err == "perpetune: in 1 of 2 prompts the model's chat template leaves out the messages' name\n"
-    assert [entry.get("left_out") for entry in json.loads(found)] == [["the messages' name"], None]
-    assert json.loads(found)[0]["prompt"] == [{"role": "user", "content": "hi", "name": "Eva"}]
-    (one,) = json.loads(said("sky 4 is", "--options", "green,blue", "--json")[0])
+    assert [entry.get("left_out") for entry in written(found, "answer")] == [["the messages' name"], None]
+    assert written(found)[0]["prompt"] == [{"role": "user", "content": "hi", "name": "Eva"}]
+    (one,) = written(said("sky 4 is", "--options", "green,blue", "--json")[0], "answer")
     assert one["answer"] == max(one["options"], key=one["options"].get)
-    (long,) = json.loads((told := said("x" * 400, "--json"))[0])
-    assert long["cut"] == 400 - 116
-    assert told[1] == (
+    out, err = said("x" * 400, "--json")
+    assert written(out)[0]["cut"] == 400 - 116
+    assert err == (
         "perpetune: 1 of 1 prompts, with room for an answer, are longer than the model's 128 tokens and were cut on "
         "the left (the longest by 284)\n"
     )

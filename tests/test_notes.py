@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import picture_folder, recipe, vit_folder
+from tiny import picture_folder, recipe, vit_folder, written
 
 from perpetune import Learner
 from perpetune.cli import call
@@ -27,9 +26,13 @@ def world(tmp_path: Path) -> Path:
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[str, list[str]]:
+    """What a verb printed, and its notes: lines on standard error, or events."""
     capsys.readouterr()
     assert call([str(a) for a in arguments]) == 0
     out, err = capsys.readouterr()
+    if "--json" in arguments:
+        assert err == ""
+        return out, [f"perpetune: note: {line['message']}" for line in written(out, "note")]
     return out, err.splitlines()
 
 
@@ -48,7 +51,7 @@ def test_evaluate_says_why_there_is_no_test_data(
     assert notes[1].startswith("perpetune: note: task m2 is not evaluated: its data at ")
     assert notes[1].endswith("changed since it was learned")
     if form:
-        assert json.loads(out) == {"m1": None, "m2": None}
+        assert written(out, "done")[0]["cells"] == {"m1": None, "m2": None}
     else:
         assert out.count("no test data") == 2
 

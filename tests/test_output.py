@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import every, picture_folder, recipe, vit_folder
+from tiny import every, picture_folder, recipe, vit_folder, written
 
 from perpetune import Learner, cli
 from perpetune.cli import call, main
@@ -99,7 +99,7 @@ def test_every_verb_prints_in_every_encoding(
 def test_names_in_json_and_csv_are_the_users_own(encoding: str, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = [world / "m1" / name / "0.png" for name in NAMES]
     code, out, _ = run(["predict", world / "state", *pictures, "--json"], encoding, monkeypatch)
-    rows = json.loads(out)
+    rows = written(out, "prediction")
     assert code == 0
     assert [row["image"] for row in rows] == [str(p) for p in pictures]
     assert {c["name"] for row in rows for c in row["classes"]} == set(NAMES)

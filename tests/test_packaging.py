@@ -21,6 +21,7 @@ HEAVY = [
     *("timm", "transformers", "peft", "open_clip", "torchvision", "accelerate"),
     *("datasets", "pyarrow", "pandas", "sklearn", "scipy", "matplotlib", "PIL"),
     *("rich", "typer", "jinja2"),
+    *("fastapi", "uvicorn", "prometheus_client"),
 ]
 
 
@@ -123,7 +124,8 @@ def test_metadata(wheel: zipfile.ZipFile, metadata: Message) -> None:
     assert metadata["Version"] == __version__
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
-    assert metadata.get_all("Provides-Extra") == ["all", "data", "lm", "openclip", "peft", "test", "timm"]
+    extras = ["all", "data", "lm", "openclip", "peft", "serve", "test", "timm", "track"]
+    assert metadata.get_all("Provides-Extra") == extras
     info = f"perpetune-{__version__}.dist-info"
     assert "perpetune = perpetune.cli:main" in wheel.read(f"{info}/entry_points.txt").decode()
     assert "Apache License" in wheel.read(f"{info}/licenses/LICENSE").decode()

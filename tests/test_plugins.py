@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny import vit_folder
+from tiny import vit_folder, written
 
 from perpetune import registry
 from perpetune.build import load_backbone
@@ -208,7 +208,7 @@ def test_a_recipe_that_names_nothing_of_ours_runs_from_the_command_line(
         env={**os.environ, "PYTHONPATH": python_path},
     )
     assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout)
+    results = written(done.stdout, "done")[0]["results"]
     assert [t["classes"] for t in results["tasks"]] == [["blue", "green"], ["red", "white"]]
     assert results["cells"][0][0]["correct"] >= 5  # of 6
     assert results["trainable_parameters"] == 32  # one offset over the width of fc1

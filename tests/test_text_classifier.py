@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from test_language_run import At, Crash, crash, learned, state_metrics, write
-from tiny import tiny_language_model
+from tiny import tiny_language_model, written
 from torch.nn import functional as F
 
 from perpetune.cli import call
@@ -243,11 +243,11 @@ def test_predict_on_the_command_line(tapped: Learner, capsys: pytest.CaptureFixt
     assert line.startswith("blue  (blue 0.")
     assert line.count(", ") == 2, "three names by default"
     assert said("sky 30 is", "--top", "1")[0].count(",") == 0
-    (entry,) = json.loads(said("sky 30 is", "--json", "--top", "2")[0])
+    (entry,) = written(said("sky 30 is", "--json", "--top", "2")[0], "answer")
     assert entry["prompt"] == "sky 30 is"
     assert entry["answer"] == "blue"
     assert len(entry["options"]) == 2
-    (entry,) = json.loads(said("sky 30 is", "--json", "--options", "green,red")[0])
+    (entry,) = written(said("sky 30 is", "--json", "--options", "green,red")[0], "answer")
     assert set(entry["options"]) == {"green", "red"}
     assert "is not a learned class" in said("sky", "--options", "gren", code=2)[1]
     assert "--csv works with images" in said("sky", "--csv", code=2)[1]

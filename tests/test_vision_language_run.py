@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import SIZE, VLMS, every, picture, tiny_language_model, tiny_vision_language, vit_folder
+from tiny import SIZE, VLMS, every, picture, tiny_language_model, tiny_vision_language, vit_folder, written
 
 from perpetune.cli import call
 from perpetune.errors import UsageError
@@ -67,15 +67,16 @@ def test_a_state_lives_from_month_to_month(
         assert code == 0, error
     code, out, error = said(["predict", "eyes", "data/2026-10-0.png", "What is this?", "Which?", "--json"], capsys)
     assert code == 0, error
-    assert [answer["prompt"] for answer in json.loads(out)] == ["<image>\nWhat is this?", "<image>\nWhich?"]
+    assert [answer["prompt"] for answer in written(out, "answer")] == ["<image>\nWhat is this?", "<image>\nWhich?"]
     code, out, _ = said(
         ["predict", "eyes", "data/2026-10-0.png", "2026-10: which?", "--options", "a,b", "--json"], capsys
     )
     assert code == 0
-    assert set(json.loads(out)[0]["options"]) == {"a", "b"}
+    assert set(written(out)[0]["options"]) == {"a", "b"}
     code, out, _ = said(["evaluate", "eyes", "--json"], capsys)
-    assert list(json.loads(out)) == ["2026-10", "2026-11"]
-    assert all(cell["total"] for cell in json.loads(out).values())
+    cells = written(out, "done")[0]["cells"]
+    assert list(cells) == ["2026-10", "2026-11"]
+    assert all(cell["total"] for cell in cells.values())
     learner = Learner.load("eyes")
     asked = {"prompt": "2026-10: which?", "images": ["data/2026-10-0.png"]}
     assert learner.answer(asked, options=["a", "b"])[0].text in ("a", "b")

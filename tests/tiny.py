@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 import numpy as np
 import pytest
@@ -389,6 +389,31 @@ def seal(state: Path) -> None:
             if manifest.is_file():
                 event["manifest"] = hashlib.sha256(manifest.read_bytes()).hexdigest()
     path.write_text("".join(f"{json.dumps(event)}\n" for event in events))
+
+
+def written(output: str, *kinds: str) -> list[dict[str, Any]]:
+    """The lines that a verb wrote with `--json`, or those of some kinds. All have the form of the schema, and the last
+    one is `done`, or `failed` if that is asked for."""
+    lines: list[dict[str, Any]] = [json.loads(line) for line in output.splitlines()]
+    for line in lines:
+        fits_schema(line)
+    assert lines[-1]["event"] == ("failed" if "failed" in kinds else "done")
+    return [line for line in lines if line["event"] in kinds or not kinds]
+
+
+def fits_schema(line: dict[str, Any], verb: str | None = None) -> None:
+    """A `pydantic.ValidationError` if a line of `--json` does not have the form of its event.
+
+    Args:
+        verb: whose `done` it is; None takes that of any verb.
+    """
+    from pydantic import TypeAdapter
+
+    from perpetune.cli.events import DONE, EVENTS
+
+    facts = {key: value for key, value in line.items() if key != "event"}
+    kinds = [EVENTS[line["event"]]] if line["event"] != "done" else DONE[verb] if verb else {*sum(DONE.values(), ())}
+    TypeAdapter(Union[tuple(kinds)]).validate_python(facts, strict=True)  # noqa: UP007  made while it runs
 
 
 def commented(text: str, sections: Sequence[str], number: str) -> Iterator[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
 import signal
 import tempfile
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perpetune import oracle
+from perpetune import oracle, tracking
 from perpetune.build import build_backbone, build_method, build_runtime
 from perpetune.data.examples import Question
 from perpetune.data.names import printable, safe_name, several, task_names
@@ -228,6 +229,7 @@ class Learner:
 
     def _build(self, recipe: Recipe, progress: Progress | None, device: str | None = None) -> None:
         self.recipe = recipe
+        tracking.check(recipe.run.track)
         where = (
             recipe
             if device is None
@@ -424,6 +426,8 @@ class Learner:
                 device = str(self.runtime.device)
                 self.state.log("run begun", versions=dict(versions()), device=device, seed=self.recipe.seed, **facts)
             stack.enter_context(stop_signals(self.runtime))
+            results = functools.partial(read_results, self.state)
+            stack.enter_context(tracking.tracked(self.recipe, self.runtime, self.state.folder, results))
             self._leave_halfway()
             self._halfway = True
             try:
@@ -453,6 +457,27 @@ class Learner:
         else:
             restore(self.method, self._new, "a new model")
         self._learned = tasks[-1].folder.name if tasks else ""
+
+    def same_recipe(self) -> bool:
+        """Whether the folder still holds the recipe and the model that this learner was loaded with."""
+        state = State(self.state.folder)
+        return state.recipe == self.state.recipe and state.backbone["fingerprint"] == self._fingerprint
+
+    def refresh(self) -> None:
+        """Take up what another process has committed to the folder, or has rolled back, since this learner read it.
+
+        No other thread may use the learner meanwhile.
+
+        Raises:
+            StateError: the folder cannot be read, such as while it is being changed (call it again), or its recipe or
+                model is another one (load it again).
+        """
+        if not self.same_recipe():
+            raise StateError(f"{self.state.folder}: its recipe or its model was changed: load it again")
+        self.state = State(self.state.folder)
+        self._halfway = True  # until it is complete, nothing may be asked of it
+        self._reload()
+        self._halfway = False
 
     # -- using what was learned -----------------------------------------------------------------------
 

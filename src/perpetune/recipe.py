@@ -27,6 +27,7 @@ Setting = Literal["class", "domain", "task"]
 PATH_KEYS = {"path", "train", "test"}  # options of a data source that may be paths
 CHOICES = {"pet", "method", "head", "data"}  # sections whose options belong to what they name
 NESTED = {"method": ("select",)}  # options that are choices themselves
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 MOST_EXTENDED = 16  # how many recipes may stand on each other
 MOST_KEYS_BELOW = 8  # how many keys `--set` may name below each other
 
@@ -151,8 +152,31 @@ class RunSection(Section):
     shard: Literal["none", "fsdp"] = "none"
     """With `fsdp` each of several processes holds a part of the frozen model (torch's FSDP2). Pets, heads and all that
     is trained stay whole in each."""
+    track: list[str] = []
+    """Who also gets the figures of a run: `tensorboard`, `wandb`, `trackio`, `mlflow`, or PACKAGE.MODULE:CLASS of your
+    own. They write into STATE/track, and nothing leaves the machine unless you ask for it."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 200
     """Optimizer steps between two checkpoints inside a task."""
+
+    @model_serializer(mode="wrap")
+    def _plain(self, handler: Any) -> Any:
+        """Without `track` where there is none, as recipes had it before."""
+        return {key: value for key, value in handler(self).items() if (key, value) != ("track", [])}
+
+    @field_validator("track", mode="before")
+    @classmethod
+    def _one_tracker(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else [] if value is None else value
+
+    @field_validator("track")
+    @classmethod
+    def _known_trackers(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if name not in TRACKERS and ":" not in name:
+                raise ValueError(f"there is no tracker {name!r}; {closest(name, TRACKERS, len(TRACKERS))}")
+        if len(set(value)) < len(value):
+            raise ValueError("a tracker is named twice")
+        return value
 
 
 class Recipe(Section):

@@ -319,7 +319,12 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def check_method(method: str, changes: Sequence[str] = (), on: str | None = None) -> list[Outcome]:
+def check_method(
+    method: str,
+    changes: Sequence[str] = (),
+    on: str | None = None,
+    told: Callable[[Outcome], None] = lambda outcome: None,
+) -> list[Outcome]:
     """Test every rule on a method: with pictures, and if it can train a language model also with texts.
 
     Args:
@@ -328,6 +333,7 @@ def check_method(method: str, changes: Sequence[str] = (), on: str | None = None
             `average`, else an option of the method. With a head that chooses among classes only pictures are used, with
             `head=lm` only texts.
         on: `pictures` or `texts`, to use only this kind.
+        told: is called with each outcome as soon as it is known.
 
     Raises:
         UsageError: there is no such method, it cannot be built with these options, or nothing is left to check.
@@ -352,16 +358,22 @@ def check_method(method: str, changes: Sequence[str] = (), on: str | None = None
         checkers.append(Checker(make_recipe({"head": "lm", **content}), TinyTexts()))
     if on is not None and not checkers:
         raise UsageError(f"method {method} with these options is not for {on}")
-    outcomes = []
+    outcomes: list[Outcome] = []
+
+    def tell(outcome: Outcome) -> None:
+        outcomes.append(outcome)
+        told(outcome)
+
     for number, checker in enumerate(checkers):
         try:
             checker.make()
         except UsageError as error:
             if number == 0 or not changes:
                 raise
-            outcomes.append(Outcome("all rules", None, checker.kind.name, str(error)))
+            tell(Outcome("all rules", None, checker.kind.name, str(error)))
             continue
-        outcomes += [_outcome(rule, checker) for rule in RULES]
+        for rule in RULES:
+            tell(_outcome(rule, checker))
     return outcomes
 
 

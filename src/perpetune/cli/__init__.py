@@ -1,8 +1,10 @@
-"""The command line. The verbs are in three modules: `learn` has run, init, update, resume, rollback, prune and
-relocate; `use` has predict, evaluate and export; `look` has report, log, compare and the lists of choices."""
+"""The command line. The verbs are in four modules: `learn` has run, init, update, resume, rollback, prune and
+relocate; `use` has predict, evaluate and export; `serving` has serve; `look` has report, log, compare and the lists of
+choices."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
@@ -13,7 +15,7 @@ from typing import Any
 
 import typer
 
-from perpetune.cli import learn, look, use
+from perpetune.cli import learn, lines, look, serving, use
 from perpetune.cli.failure import unforeseen
 from perpetune.cli.output import drop, encode_anything
 from perpetune.errors import PerpetuneError, UsageError, closest
@@ -24,7 +26,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for module in (learn, use, look):
+for module in (learn, use, serving, look):
     for verb in module.VERBS:
         app.command()(verb)
 
@@ -55,11 +57,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.showwarning = _show_warning
     encode_anything()
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # without a network, the hub prints every attempt
-    sys.exit(call(list(sys.argv[1:] if arguments is None else arguments)))
+    code = call(list(sys.argv[1:] if arguments is None else arguments))
+    lines.leave()
+    sys.exit(code)
 
 
 def call(arguments: list[str]) -> int:
-    """Run one command and return its exit code. A failure prints one line on standard error."""
+    """Run one command and return its exit code. A failure prints one line on standard error; a command that writes
+    lines of JSON writes it there too."""
+    lines.close()
+    before = sys.stdout
     try:
         command = typer.main.get_command(app)
         _check_twice(command, arguments)
@@ -67,15 +74,13 @@ def call(arguments: list[str]) -> int:
     except PerpetuneError as error:
         if os.environ.get("PERPETUNE_DEBUG"):
             raise
-        _say(str(error))
-        return error.exit_code
+        return _failed(str(error), error.exit_code)
     except ArgumentError as error:
         _say(_usage(error))
         return int(error.exit_code)
     except typer.Abort as stop:
         if isinstance(stop.__cause__, EOFError):  # typer takes it for Ctrl-D, but a torn file raises it too
-            _say(unforeseen(stop.__cause__))
-            return 1
+            return _failed(unforeseen(stop.__cause__), 1)
         return 130
     except BrokenPipeError:  # the program that read our output has ended
         drop(sys.stdout)
@@ -83,13 +88,21 @@ def call(arguments: list[str]) -> int:
     except OSError as error:
         if os.environ.get("PERPETUNE_DEBUG"):
             raise
-        _say(f"{error.filename or 'the system'}: {error.strerror or error}")
-        return 1
+        return _failed(f"{error.filename or 'the system'}: {error.strerror or error}", 1)
     except Exception as error:
         if os.environ.get("PERPETUNE_DEBUG"):
             raise
-        _say(unforeseen(error))
-        return 1
+        return _failed(unforeseen(error), 1)
+    finally:
+        sys.stdout = before
+
+
+def _failed(text: str, code: int) -> int:
+    """Say why a command failed; returns its exit code."""
+    _say(text)
+    with contextlib.suppress(OSError):  # whoever read the lines has ended
+        lines.failed(" ".join(text.split()), code)
+    return code
 
 
 def _check_twice(program: Any, arguments: Sequence[str]) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from perpetune.cli.lines import LineRuns, Lines, LineView, lines
 from perpetune.cli.output import steady
 from perpetune.errors import Interrupted, UsageError
 
@@ -30,6 +32,9 @@ DataSet = Annotated[
 Device = Annotated[str | None, typer.Option(help="Where to run: auto, cpu, cuda, cuda:1, mps.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show nothing while it runs.")]
 Json = Annotated[bool, typer.Option("--json", help="Print figures as JSON.")]
+JsonLines = Annotated[
+    bool, typer.Option("--json", help="Print what happens as JSON, one object a line; the last one has the result.")
+]
 StateFolder = Annotated[Path, typer.Argument(metavar="STATE", help="A state folder.")]
 
 
@@ -64,7 +69,7 @@ def run(
     device: Device = None,
     change: Set = None,
     quiet: Quiet = False,
-    json: Json = False,
+    json: JsonLines = False,
 ) -> None:
     """Learn a whole stream of tasks, evaluate after each, and write the report. Without an argument: run the demo.
 
@@ -73,6 +78,7 @@ def run(
     """
     from perpetune.recipe import load_recipe
 
+    written = lines(json)
     changes = list(change or [])
     changes += [f"seed={seed}"] if seed is not None else []
     changes += [f"run.device={device}"] if device is not None else []
@@ -84,15 +90,15 @@ def run(
     if len(loaded) > 1 or seeds is not None:
         if seed is not None and seeds is not None:
             raise UsageError("--seed and --seeds: choose one of them")
-        _run_several(loaded, _seeds(seeds), out, jobs or 1, device, quiet, json)
+        _run_several(loaded, _seeds(seeds), out, jobs or 1, device, quiet, written)
         return
     from perpetune.learner import Learner
 
     folder = out or _free(Path("runs") / loaded[0].name)
-    with _watch(quiet or json, folder) as view:
+    with _watch(quiet, folder, written) as view:
         learner = Learner(loaded[0], folder, progress=view)
         results = learner.run()
-    _finish(learner, results, json)
+    _finish(learner, results, written)
 
 
 def _run_several(
@@ -102,9 +108,8 @@ def _run_several(
     at_once: int,
     device: str | None,
     quiet: bool,
-    json: bool,
+    written: Lines | None,
 ) -> None:
-    from perpetune.cli.common import print_json
     from perpetune.cli.jobs import finished, plan, run_all
     from perpetune.cli.live import RunLines, show_comparison, show_headroom
     from perpetune.report import compare, write_comparison
@@ -121,7 +126,11 @@ def _run_several(
     planned = plan(recipes, seeds, folder, device)
     results = {job.name: done for job in planned if (done := finished(job)) is not None}
     open_ = [job for job in planned if job.name not in results]
-    view = RunLines(quiet or json, [job.name for job in planned], len(results))
+    view: RunLines | LineRuns
+    if written is None or quiet:
+        view = RunLines(quiet, [job.name for job in planned], len(results))
+    else:
+        view = LineRuns(written, [(job, results[job.name]) for job in planned if job.name in results])
     try:
         run_all(open_, at_once, view.tell)
     except Interrupted as stop:
@@ -130,16 +139,17 @@ def _run_several(
         raise Interrupted(message, stop.signum) from None
     results |= {job.name: done for job in open_ if (done := finished(job)) is not None}
     named = [(str(job.folder), results[job.name]) for job in planned if job.name in results]
-    if named:
-        written = write_comparison(named, folder, "comparison")
-        table = compare([document for _, document in named], [name for name, _ in named])
-        if json:
-            print_json(table)
-        else:
-            show_comparison(table)
-            print(f"comparison: {written[0]}")
-            show_headroom(table["headroom"])
     failed = [job for job in planned if job.failure is not None]
+    table = None
+    if named:
+        page = write_comparison(named, folder, "comparison")[0]
+        table = compare([document for _, document in named], [name for name, _ in named])
+        if written is None:
+            show_comparison(table)
+            print(f"comparison: {page}")
+            show_headroom(table["headroom"])
+    if written is not None:
+        written.emit("done", comparison=table, failed=[job.name for job in failed])
     for job in failed:
         print(f"perpetune: {job.folder}: {job.failure}", file=sys.stderr)
     if failed:
@@ -191,7 +201,7 @@ def init(
     device: Device = None,
     change: Set = None,
     quiet: Quiet = False,
-    json: Json = False,
+    json: JsonLines = False,
 ) -> None:
     """Make a state folder; `update` then adds one batch of data after the other."""
     from json import dumps
@@ -203,12 +213,15 @@ def init(
     changes += [f"backbone.name={dumps(model)}"] if model else []  # in quotes: a pair has the look of a mapping
     changes += [f"run.device={device}"] if device is not None else []
     chosen = recipe or _recipe_for(model)
-    with _watch(quiet or json, state) as view:
+    out = lines(json)
+    with _watch(quiet, state, out) as view:
         learner = Learner(load_recipe(chosen, changes), state, progress=view)
         results = learner.learn(data, name=name) if data else None
     if results:
-        _finish(learner, results, json)
-    elif not json:
+        _finish(learner, results, out)
+    elif out is not None:
+        out.emit("done", results=None, report=None)
+    else:
         print(f"{state} is ready: add data with `perpetune update {state} --data FOLDER`")
 
 
@@ -236,34 +249,36 @@ def update(
     changes: DataSet = None,
     device: Device = None,
     quiet: Quiet = False,
-    json: Json = False,
+    json: JsonLines = False,
 ) -> None:
     """Learn one more batch of data: new images, new classes or new texts."""
     from perpetune.learner import Learner
     from perpetune.recipe import apply_change
 
-    with _watch(quiet or json, state) as view:
+    out = lines(json)
+    with _watch(quiet, state, out) as view:
         learner = Learner.load(state, device=device, progress=view)
         options: dict[str, Any] = {}
         for change in changes or ():
             apply_change(options, change)
         results = learner.learn(data, name=name, holdout=holdout, options=options)
-    _finish(learner, results, json)
+    _finish(learner, results, out)
 
 
 @steady
-def resume(state: StateFolder, device: Device = None, quiet: Quiet = False, json: Json = False) -> None:
+def resume(state: StateFolder, device: Device = None, quiet: Quiet = False, json: JsonLines = False) -> None:
     """Continue an interrupted run or update where it stopped."""
     from perpetune.learner import Learner
 
-    with _watch(quiet or json, state) as view:
+    out = lines(json)
+    with _watch(quiet, state, out) as view:
         learner = Learner.load(state, device=device, progress=view)
         before = len(learner.state.committed)
         results = learner.resume()
     if learner.runtime.rank == 0 and len(results["tasks"]) == before and not json:
         print(f"nothing to resume: {before or 'no'} task{'s' if before != 1 else ''} learned, no task unfinished")
     if before or results["tasks"] or json:
-        _finish(learner, results, json)
+        _finish(learner, results, out)
 
 
 @steady
@@ -302,23 +317,20 @@ def prune(
     state: StateFolder,
     keep: Annotated[int, typer.Option(metavar="N", help="How many of the newest tasks can still be rolled back to.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be dropped, and change nothing.")] = False,
-    json: Json = False,
+    json: JsonLines = False,
 ) -> None:
     """Free the disk of what only a rollback to old tasks needs, such as `perpetune prune birds --keep 12`.
 
     Predictions, results and reports stay as they are.
     """
-    from contextlib import nullcontext
-
-    from perpetune.cli.common import print_json
     from perpetune.report import form
     from perpetune.state import State
 
-    opened = State(state)
+    out, opened = lines(json), State(state)
     with nullcontext() if dry_run else opened.writing():
         done = opened.prune(keep, dry_run=dry_run, by=f"perpetune prune --keep {keep}")
-    if json:
-        print_json({"dropped": done.dropped, "kept": done.kept, "bytes": done.bytes})
+    if out is not None:
+        out.emit("done", dropped=done.dropped, kept=done.kept, bytes=done.bytes, dry_run=dry_run)
     elif not done.dropped:
         print(f"nothing to drop; {state} can go back to {', '.join(done.kept) or 'no task'}")
     else:
@@ -358,23 +370,24 @@ def _free(folder: Path) -> Path:
     return path
 
 
-def _watch(quiet: bool, folder: Path) -> Any:
+def _watch(quiet: bool, folder: Path, out: Lines | None) -> Any:
+    if out is not None and not quiet:
+        return nullcontext(LineView(out, folder))
     from perpetune.cli.live import watch
 
-    return watch(quiet, folder)
+    return watch(quiet or out is not None, folder)
 
 
-def _finish(learner: Any, results: dict[str, Any], json: bool) -> None:
+def _finish(learner: Any, results: dict[str, Any], out: Lines | None) -> None:
     """Print the figures and write the report. If several processes learn, only the first one does."""
-    from perpetune.cli.common import print_json
     from perpetune.report import write_report
 
     if learner.runtime.rank != 0:
         return
     folder: Path = learner.state.folder
     write_report(results, folder)
-    if json:
-        print_json(results)
+    if out is not None:
+        out.emit("done", results=results, report=str(folder / "report.html"))
     else:
         from perpetune.cli.live import show_results
 

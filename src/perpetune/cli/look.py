@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from perpetune.cli.learn import Json, Set, StateFolder
+from perpetune.cli.learn import Json, JsonLines, Set, StateFolder
+from perpetune.cli.lines import lines
 
 if TYPE_CHECKING:
     from perpetune.registry import Kind
@@ -100,25 +101,29 @@ def _bytes(storage: list[dict[str, Any]]) -> list[str]:
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="State folders, or their report.json files.")],
     out: Annotated[Path | None, typer.Option(help="Folder for compare.html, .md and .json.")] = None,
-    json: Json = False,
+    json: JsonLines = False,
 ) -> None:
     """Put several runs side by side; runs that differ in the seed alone become one row, mean ± std.
 
     Comparisons that lie among them are passed over: FOLDER/* is all runs in FOLDER.
     """
-    from perpetune.cli.common import print_json
     from perpetune.cli.live import show_comparison, show_headroom
     from perpetune.report import compare as compare_runs
     from perpetune.report import is_comparison, write_comparison
 
-    named = [(str(path), _results(path)) for path in runs if not is_comparison(path)]
+    written, named = lines(json), []
+    for path in runs:
+        if not is_comparison(path):
+            named.append((str(path), _results(path)))
+            if written is not None:
+                written.emit("read", run=str(path))
     table = compare_runs([results for _, results in named], [name for name, _ in named])
-    written = write_comparison(named, out) if out else []
-    if json:
-        print_json(table)
+    pages = write_comparison(named, out) if out else []
+    if written is not None:
+        written.emit("done", comparison=table, files=[str(path) for path in pages])
     else:
         show_comparison(table)
-        for path in written:
+        for path in pages:
             print(path)
         show_headroom(table["headroom"])
 
@@ -223,27 +228,27 @@ def check(
     on: Annotated[
         Literal["pictures", "texts"] | None, typer.Option(help="This kind alone; else every kind that the method fits.")
     ] = None,
-    json: Json = False,
+    json: JsonLines = False,
 ) -> None:
     """Run the contract tests on a method, yours or ours."""
-    from perpetune.check import check_method
-    from perpetune.cli.common import print_json
+    from perpetune.check import Outcome, check_method
 
-    outcomes = check_method(method, change or [], on)
-    if json:
-        print_json(
-            [
-                {"on": o.on, "rule": o.rule, "holds": None if o.left_out else o.fault is None, "fault": o.fault}
-                | ({"left_out": o.left_out} if o.left_out else {})
-                for o in outcomes
-            ]
-        )
-    else:
-        for o in outcomes:
-            word = "--  " if o.left_out else "ok  " if o.fault is None else "FAIL"
-            why = f"not tested, {o.left_out}" if o.left_out else o.fault
-            print(f"{word}  {o.on}: {o.rule}" + (f": {why}" if why else ""))
-    if any(o.fault is not None for o in outcomes):
+    out = lines(json)
+
+    def tell(o: Outcome) -> None:
+        if out is not None:
+            holds = None if o.left_out else o.fault is None
+            out.emit("rule", on=o.on, rule=o.rule, holds=holds, fault=o.fault, left_out=o.left_out or None)
+            return
+        word = "--  " if o.left_out else "ok  " if o.fault is None else "FAIL"
+        why = f"not tested, {o.left_out}" if o.left_out else o.fault
+        print(f"{word}  {o.on}: {o.rule}" + (f": {why}" if why else ""), flush=True)
+
+    outcomes = check_method(method, change or [], on, tell)
+    broken = sum(o.fault is not None for o in outcomes)
+    if out is not None:
+        out.emit("done", rules=len(outcomes), broken=broken)
+    if broken:
         raise typer.Exit(1)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from perpetune.cli.learn import DataSet, Device, Json, StateFolder
+from perpetune.cli.learn import DataSet, Device, JsonLines, StateFolder
+from perpetune.cli.lines import Lines, LineView, lines
 
 if TYPE_CHECKING:
     from perpetune.learner import Answer, Learner
@@ -37,7 +39,7 @@ def predict(
         ),
     ] = None,
     device: Device = None,
-    json: Json = False,
+    json: JsonLines = False,
     csv: Annotated[bool, typer.Option("--csv", help="Print CSV: image, then name and probability by rank.")] = False,
 ) -> None:
     """Print names and probabilities for images, or a language model's answers."""
@@ -47,13 +49,14 @@ def predict(
 
     if json and csv:
         raise UsageError("--json and --csv exclude each other: choose one of them")
-    learner = Learner.load(state, device=device, progress=Notes())
+    out = lines(json)
+    learner = Learner.load(state, device=device, progress=Notes() if out is None else LineView(out))
     if learner.method.model.view.verb == "predict":
-        _predictions(learner, inputs, top, options, json, csv, None if names is None else names.split(","))
+        _predictions(learner, inputs, top, options, out, csv, None if names is None else names.split(","))
         return
     if names is not None:
         raise UsageError("--names is for pictures: use --options with a language model")
-    _answers(learner, inputs, top, options, json, csv)
+    _answers(learner, inputs, top, options, out, csv)
 
 
 def _predictions(
@@ -61,14 +64,13 @@ def _predictions(
     inputs: list[str],
     top: int,
     options: str | None,
-    json: bool,
+    out: Lines | None,
     csv: bool,
     names: list[str] | None,
 ) -> None:
     import csv as csv_writer
     import sys
 
-    from perpetune.cli.common import print_json
     from perpetune.cli.output import escaped
     from perpetune.data.names import printable, several
     from perpetune.errors import DataError, UsageError
@@ -77,12 +79,14 @@ def _predictions(
         raise UsageError("--options works with language models only: an image classifier chooses among its classes")
     files = learner.method.model.view.typed(inputs)
     unreadable: list[str] = []
-    predictions = learner.predict(files, top=top, unreadable=unreadable, names=names)
-    if json:
-        print_json(
-            [{"image": p.image, "classes": [{"name": n, "probability": v} for n, v in p.classes]} for p in predictions]
-        )
-    elif csv:
+    if out is not None:
+        _predicted_lines(learner, files, top, names, out, unreadable)
+        if not unreadable:
+            out.emit("done", predictions=len(files))
+        predictions = []
+    else:
+        predictions = learner.predict(files, top=top, unreadable=unreadable, names=names)
+    if csv:
         writer = csv_writer.writer(sys.stdout)
         ranks = range(1, max((len(p.classes) for p in predictions), default=0) + 1)
         writer.writerow(["image", *(f"{what}_{rank}" for rank in ranks for what in ("name", "probability"))])
@@ -95,12 +99,26 @@ def _predictions(
         raise DataError(f"{len(unreadable)} of {len(files)} pictures cannot be read: {several(unreadable)}")
 
 
-def _answers(learner: Learner, inputs: list[str], top: int, options: str | None, json: bool, csv: bool) -> None:
+def _predicted_lines(
+    learner: Learner, files: Sequence[Any], top: int, names: list[str] | None, out: Lines, unreadable: list[str]
+) -> None:
+    """Write a line for each picture as soon as its batch is answered, and one for each that cannot be read."""
+    size = learner.recipe.evaluate.batch_size
+    for start in range(0, len(files), size):
+        bad: list[str] = []
+        for p in learner.predict(files[start : start + size], top=top, unreadable=bad, names=names):
+            classes = [{"name": name, "probability": value} for name, value in p.classes]
+            out.emit("prediction", image=p.image, classes=classes)
+        for message in bad:
+            out.emit("unreadable", message=message)
+        unreadable += bad
+
+
+def _answers(learner: Learner, inputs: list[str], top: int, options: str | None, out: Lines | None, csv: bool) -> None:
     import dataclasses
     import sys
     from collections import Counter
 
-    from perpetune.cli.common import print_json
     from perpetune.errors import UsageError
 
     if csv:
@@ -117,8 +135,10 @@ def _answers(learner: Learner, inputs: list[str], top: int, options: str | None,
             f"perpetune: in {count} of {len(answers)} prompts the model's chat template leaves out {what}",
             file=sys.stderr,
         )
-    if json:
-        print_json([_shown(a) for a in answers])
+    if out is not None:
+        for a in answers:
+            out.emit("answer", **_shown(a))
+        out.emit("done", answers=len(answers))
         return
     for a in answers:
         shares = f"  ({', '.join(f'{name} {value:.3f}' for name, value in a.options)})" if a.options else ""
@@ -142,26 +162,31 @@ def find(
     inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Image files, or folders of images.")],
     top: Annotated[int, typer.Option(min=1, help="Pictures to print.")] = 10,
     device: Device = None,
-    json: Json = False,
+    json: JsonLines = False,
 ) -> None:
     """Print the pictures that a text describes best, with a model of pictures and texts such as CLIP.
 
     Example: perpetune find STATE "a dog on a beach" photos/ --top 5
     """
-    from perpetune.cli.common import print_json
     from perpetune.cli.notes import Notes
     from perpetune.data.names import printable, several
     from perpetune.errors import DataError
     from perpetune.learner import Learner
 
-    learner = Learner.load(state, device=device, progress=Notes())
+    out = lines(json)
+    learner = Learner.load(state, device=device, progress=Notes() if out is None else LineView(out))
     files, unreadable = learner.method.model.view.typed(inputs), list[str]()
     found = learner.find(text, files, top=top, unreadable=unreadable)
-    if json:
-        print_json([{"image": image, "score": score} for image, score in found])
-    else:
-        for image, score in found:
+    for image, score in found:
+        if out is not None:
+            out.emit("found", image=image, score=score)
+        else:
             print(f"{score:.4f}  {printable(image)}")
+    if out is not None:
+        for message in unreadable:
+            out.emit("unreadable", message=message)
+        if not unreadable:
+            out.emit("done", found=len(found))
     if unreadable:
         raise DataError(f"{len(unreadable)} of {len(files)} pictures cannot be read: {several(unreadable)}")
 
@@ -173,10 +198,9 @@ def evaluate(
     ] = None,
     changes: DataSet = None,
     device: Device = None,
-    json: Json = False,
+    json: JsonLines = False,
 ) -> None:
     """Print the accuracy on test data."""
-    from perpetune.cli.common import print_json
     from perpetune.cli.notes import Notes
     from perpetune.errors import UsageError
     from perpetune.learner import Learner
@@ -188,9 +212,13 @@ def evaluate(
         apply_change(options, change)
     if options and data is None:
         raise UsageError("--set names keys of the data section of --data, and there is no --data")
-    cells = Learner.load(state, device=device, progress=Notes()).evaluate(data, options=options)
-    if json:
-        print_json(cells)
+    out = lines(json)
+    progress = Notes() if out is None else LineView(out)
+    cells = Learner.load(state, device=device, progress=progress).evaluate(data, options=options)
+    if out is not None:
+        for name, cell in cells.items():
+            out.emit("evaluated", name=name, cell=cell)
+        out.emit("done", cells=cells)
         return
     rows = list(cells.items())
     known = [c for c in cells.values() if c is not None]
@@ -211,21 +239,23 @@ def evaluate(
 def export(
     state: StateFolder,
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to write; must not exist.")],
-    json: Json = False,
+    json: JsonLines = False,
 ) -> None:
     """Write the trained LoRA in PEFT's format, and the head and the class names in files beside it."""
-    from perpetune.cli.common import print_json
     from perpetune.cli.notes import Notes
     from perpetune.errors import StateError
     from perpetune.export import export_learned
     from perpetune.learner import Learner
 
-    learner = Learner.load(state, device="cpu", progress=Notes())
+    out = lines(json)
+    learner = Learner.load(state, device="cpu", progress=Notes() if out is None else LineView(out))
     if not learner.state.committed:
         raise StateError(f"{state} has learned nothing yet: use `perpetune update` or `run` first")
     written = export_learned(learner.method, learner.backbone, folder, state)
-    if json:
-        print_json({"files": [str(p) for p in written]})
+    if out is not None:
+        for path in written:
+            out.emit("file", path=str(path), bytes=path.stat().st_size)
+        out.emit("done", files=[str(p) for p in written])
     else:
         print(f"{folder}: {', '.join(str(p.relative_to(folder)) for p in written)}")
 

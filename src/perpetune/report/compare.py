@@ -31,6 +31,7 @@ NEUTRAL = {
     "run.compile",
     "run.threads",
     "run.keep",
+    "run.track",
     "run.checkpoint_every",
 }
 LOWER_IS_BETTER = {"forgetting"}

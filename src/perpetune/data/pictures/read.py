@@ -64,7 +64,11 @@ def is_picture(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
-def read_picture(source: str | bytes, name: str, least: int | None = None) -> Image:
+class TooLarge(DataError):
+    """A picture has more pixels than may be read."""
+
+
+def read_picture(source: str | bytes, name: str, least: int | None = None, most: int | None = None) -> Image:
     """Read the picture in a file (a path) or in the bytes of a file: in RGB, upright, with white behind transparency.
 
     An animation gives its first frame. Values of more than 8 bits are scaled, not clipped. 16-bit values are multiplied
@@ -74,11 +78,13 @@ def read_picture(source: str | bytes, name: str, least: int | None = None) -> Im
     Args:
         least: a JPEG file is read at a half, a quarter or an eighth of its size, if both sides stay this long; None
             reads every picture as it is.
+        most: the most pixels that the picture may have; None leaves Pillow's own limit alone.
 
     Raises:
-        DataError: the picture cannot be read; the message has `name` and the reason.
+        DataError: the picture cannot be read; the message has `name` and the reason. It is a `TooLarge` if the reason
+            is the number of pixels; then none of them was read.
     """
-    return _read(source, name, pixels=True, least=least)
+    return _read(source, name, pixels=True, least=least, most=most)
 
 
 def read_header(source: str | bytes, name: str) -> None:
@@ -176,7 +182,7 @@ def _walk(path: str, prefix: str, inside: frozenset[tuple[int, int]]) -> tuple[l
     return pictures, others
 
 
-def _read(source: str | bytes, name: str, pixels: bool, least: int | None = None) -> Image:
+def _read(source: str | bytes, name: str, pixels: bool, least: int | None = None, most: int | None = None) -> Image:
     from PIL import Image
 
     if not source:
@@ -188,6 +194,8 @@ def _read(source: str | bytes, name: str, pixels: bool, least: int | None = None
             limit, size = Image.MAX_IMAGE_PIXELS, image.width * image.height
             if limit is not None and size > limit:  # Pillow itself refuses only twice as many
                 raise Image.DecompressionBombError
+            if most is not None and size > most:
+                raise TooLarge(f"{name}: has {image.width} x {image.height} pixels, and {most} are the most")
             if not pixels:
                 return image
             if least is not None:
@@ -196,7 +204,7 @@ def _read(source: str | bytes, name: str, pixels: bool, least: int | None = None
                 image.load()
                 return as_rgb(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(f"{name}: larger than Pillow's limit of {Image.MAX_IMAGE_PIXELS} pixels") from error
+        raise TooLarge(f"{name}: larger than Pillow's limit of {Image.MAX_IMAGE_PIXELS} pixels") from error
     except _BROKEN as error:
         start = file_start(source) if isinstance(source, str) else source[: len(LFS)]
         raise DataError(f"{name}: {POINTER if is_pointer(start) else _reason(error)}") from error

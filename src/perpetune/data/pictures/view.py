@@ -91,6 +91,15 @@ class PictureView(View):
         """The picture at `path` as uint8 `(3, size, size)`, without augmentation; DataError if it cannot be read."""
         return self(read_picture(os.fspath(path), printable(os.fspath(path)), self.least))
 
+    def decode(self, content: bytes, name: str, most: int | None = None) -> Tensor:
+        """The picture in the bytes of a file, as `load` gives one at a path.
+
+        Args:
+            name: stands for it in messages.
+            most: the most pixels that it may have.
+        """
+        return self(read_picture(content, name, self.least, most))
+
     def examples(
         self, table: Table, rows: Sequence[int], classes: Sequence[str], purpose: Purpose, augment: Augment = "none"
     ) -> PictureSet:
