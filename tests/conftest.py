@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,6 +17,11 @@ os.environ["PERPETUNE_CACHE"] = ""  # nothing is kept outside a test's own folde
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# What hundreds of runs ask for again. The files of a test outlive no crash of the machine, so nobody waits for the disk;
+# `fault_server.py` and the tests that watch the order of syncs put their own in its place.
+importlib.metadata.version = functools.cache(importlib.metadata.version)
+os.fsync = lambda fd: None  # type: ignore[assignment]
 
 import hypothesis
 import pytest

@@ -87,6 +87,9 @@ def _fault(part: Rows, depth: Literal["decode", "header"], row: int) -> str | No
 def in_threads(work: Callable[[int], T], rows: Sequence[int]) -> Iterator[T]:
     """The result of `work` for each row, in order. Rows are taken up only as the caller reads results, so it may stop
     early."""
+    if len(rows) <= _CHUNK:  # all for one thread: this one
+        yield from map(work, rows)
+        return
     chunks = [rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK)]
     with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(chunks), 4 * _THREADS):
