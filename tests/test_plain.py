@@ -15,7 +15,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from tiny import vit_folder
+from tiny import paired, vit_folder
 
 from perpetune import plain as plain_module
 from perpetune.cli import call
@@ -155,7 +155,23 @@ def test_any_text_is_read_or_one_line(text: str) -> None:
         assert "\n" not in said
 
 
-SIGNS = [*"[]{},:-?|>#'\"\\~%!&*\n ", ": ", "- ", "\n  ", "\n- ", "a", "1.5", "é…", "---", "&a", "*a", "0x1", "<<: ", "\t", "b: "]
+SIGNS = [
+    *"[]{},:-?|>#'\"\\~%!&*\n ",
+    ": ",
+    "- ",
+    "\n  ",
+    "\n- ",
+    "a",
+    "1.5",
+    "é…",
+    "---",
+    "&a",
+    "*a",
+    "0x1",
+    "<<: ",
+    "\t",
+    "b: ",
+]
 
 
 @pytest.mark.skipif(plain_module._Fast is None, reason="PyYAML is built without libyaml")
@@ -223,8 +239,13 @@ def test_every_recipe_names_its_file_and_line(kind: str, tmp_path: Path) -> None
         assert "\n" not in line
 
 
-@pytest.mark.parametrize("kind", ["aliases that expand", "deep lists", "many digits", "no int", "NUL", "a key twice"])
-@pytest.mark.parametrize("verb", ["run", "init", "show", "check"])
+@pytest.mark.parametrize(
+    ("kind", "verb"),
+    paired(
+        ["aliases that expand", "deep lists", "many digits", "no int", "NUL", "a key twice"],
+        ["run", "init", "show", "check"],
+    ),
+)
 def test_every_set_is_read_as_a_recipe_is(
     kind: str, verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

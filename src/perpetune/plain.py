@@ -253,9 +253,7 @@ def parse_yaml(text: str) -> Any:
 
 
 # Where the two parsers may differ: tabs, other line breaks, rare signs, directives, tags, anchors and aliases.
-_UNLIKE = re.compile(
-    r"[^\n -~\u00a0-\u2027\u202a-\ud7ff]|^%|(?:^|[\s\[\]{},:?\-])[!&*]|[|>][-+0-9]*#", re.MULTILINE
-)
+_UNLIKE = re.compile(r"[^\n -~\u00a0-\u2027\u202a-\ud7ff]|^%|(?:^|[\s\[\]{},:?\-])[!&*]|[|>][-+0-9]*#", re.MULTILINE)
 
 
 def _check_events(text: str, loader: type) -> None:
