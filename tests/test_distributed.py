@@ -1,8 +1,9 @@
 """Two processes on the CPU, started by accelerate, learn what one process learns.
 
 `accelerate launch --cpu` starts one process unless MPI is there; with `--multi_gpu` it starts as many as it is
-told and joins them with gloo where there is no GPU, or where the recipe says `device: cpu`. One of the tests starts it
-as a user does; for the others the launcher and its two processes are forks that begin with everything imported.
+told and joins them with gloo where there is no GPU, or where the recipe says `device: cpu`. The launcher is a fork that
+begins with everything imported. In one of the tests it starts two new interpreters, as for a user; in the others two
+more such forks.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from perpetune.state import State
 from perpetune.tasks import part
 
 BIN = Path(sys.executable).parent
+LAUNCH = ("-m", "accelerate.commands.launch")
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +45,7 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return vit_folder(tmp_path_factory.mktemp("vit"))
 
 
-def start(
-    what: Sequence[str], *arguments: str | Path, launch: Sequence[str | Path] = (BIN / "accelerate", "launch")
-) -> subprocess.Popen[str]:
+def start(what: Sequence[str], *arguments: str | Path, launch: Sequence[str | Path]) -> subprocess.Popen[str]:
     """`accelerate launch` of two processes of `what`: a script, a module or a command."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -63,8 +63,7 @@ def start(
 
 def start_warm(warm: Warm, what: Sequence[str], *arguments: str | Path) -> subprocess.Popen[str]:
     """The same without any new interpreter; `what` is a script, or `-m` and a module."""
-    launch = [*warm.command, "-m", "accelerate.commands.launch"]
-    return start(["--no_python", *warm.command, *what], *arguments, launch=launch)
+    return start(["--no_python", *warm.command, *what], *arguments, launch=[*warm.command, *LAUNCH])
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
@@ -201,7 +200,8 @@ def launched(
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe(vit, data, **CASES[COMMAND_CASE])))
     run = ("run", folder / "recipe.yaml", "--json", "--out")
     started = {
-        "module": start(COMMANDS["module"], *run, folder / "module"),  # as a user starts it
+        # The two processes are new interpreters, as for a user.
+        "module": start(COMMANDS["module"], *run, folder / "module", launch=[*warm.command, *LAUNCH]),
         "pair": start_warm(warm, [str(Path(__file__).with_name("pair.py"))], folder),
         "script": start_warm(warm, COMMANDS["script"], *run, folder / "script"),
     }
