@@ -23,6 +23,7 @@ import torch
 import yaml
 from fault_server import RECIPE, Death
 from PIL import Image
+from tiny import chiefly
 
 from perpetune.files import read_folder
 from perpetune.seeding import generator
@@ -471,7 +472,23 @@ def test_a_signal_while_features_are_protected(lab: Lab, tmp_path: Path) -> None
     assert_same(state, whole)
 
 
-def test_update_killed_and_resumed(lab: Lab, tmp_path: Path) -> None:
+UPDATING = {
+    "here": [
+        "step after train 5",
+        "write half */tasks/.0001-zoo.tmp/task.json",
+        "rename after */tasks/0001-zoo",
+        "log half task committed zoo",
+    ],
+    "more": [
+        "begin after train at 0",
+        "write half */resume/.00-train-step-000000004.tmp/method.safetensors",
+        "log after task committed zoo",
+    ],
+}
+
+
+@pytest.mark.parametrize("of", chiefly(UPDATING, ["here"]))
+def test_update_killed_and_resumed(lab: Lab, tmp_path: Path, of: str) -> None:
     first, second = pictures(tmp_path / "first", ["cat", "dog"]), pictures(tmp_path / "second", ["dog", "emu"])
     begun = tmp_path / "begun"
     fine(lab.command("init", begun, "--recipe", lab.recipe("update"), "--data", first, "--name", "pets", "-q"))
@@ -479,13 +496,7 @@ def test_update_killed_and_resumed(lab: Lab, tmp_path: Path) -> None:
     whole = shutil.copytree(begun, tmp_path / "whole")
     fine(lab.command("update", whole, *update))
     assert [task.name for task in State(whole).committed] == ["pets", "zoo"]
-    at_moments = [
-        "step after train 5",
-        "write half */tasks/.0001-zoo.tmp/task.json",
-        "rename after */tasks/0001-zoo",
-        "log half task committed zoo",
-    ]
-    for i, at in enumerate(at_moments):
+    for i, at in enumerate(UPDATING[of]):
         state = shutil.copytree(begun, tmp_path / f"state-{i}")
         assert lab.command("update", state, *update, at=at).status == KILLED
         assert_whole(state)

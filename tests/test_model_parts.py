@@ -101,7 +101,7 @@ NUMBERS: list[Any] = [None, [16, 16], 10**12, -1, 0, 1.5, "wide", True, {"a": 1}
 
 SIZES = [
     *(
-        (kind, f"{of}")
+        (kind, of)
         for kind in ("vit", "llama")
         for of in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     ),
