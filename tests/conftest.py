@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import os
 import shutil
 from collections.abc import Iterator
@@ -22,6 +24,11 @@ import torch
 from warm import Warm
 
 torch.set_num_threads(1)
+
+# What hundreds of runs ask for again. No file of a test has to outlive a crash of the machine, so nobody waits for the
+# disk; `fault_server.py` and the tests that watch the order of syncs put their own in its place.
+importlib.metadata.version = functools.cache(importlib.metadata.version)
+os.fsync = lambda fd: None  # type: ignore[assignment]
 
 # A slow or busy machine must not fail a test, nor luck decide which examples it sees.
 hypothesis.settings.register_profile("perpetune", deadline=None, derandomize=True, max_examples=25, database=None)

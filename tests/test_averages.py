@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_protection_state import StopAt, differing, learned
-from tiny import recipe, split_folder, vit_folder
+from tiny import chiefly, recipe, split_folder, vit_folder
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -617,7 +617,8 @@ def test_stopped_at_any_step_it_ends_with_the_same_bits(way: str, world: World, 
     content = world.recipe(average=WAYS[way], train={**TRAIN, "epochs": 4, "batch_size": 4}, **first)
     Learner(content, tmp_path / "whole").run()
     phase, last = ("train", 6) if first else ("train", 12)
-    for task, step in ((1, 1), (1, 4), (2, 3), (2, last)):
+    stops = ((1, 1), (1, 4), (2, 3), (2, last))
+    for task, step in {"keep": stops[1::2], "dynamic": stops[::2]}.get(way, stops):
         state = tmp_path / f"stopped-{task}-{step}"
         learner = Learner(content, state, progress=StopAt(task, phase, step))
         with pytest.raises(Interrupted):
@@ -658,6 +659,8 @@ def test_it_ends_with_the_same_bits_in_one_process_and_after_training(
 def test_a_restarted_average_takes_no_room_between_tasks(world: World, tmp_path: Path) -> None:
     sizes_of: dict[str, int] = {}
     for name, average in {"none": None, **WAYS}.items():
+        if name == "curvature":  # it keeps more than an average
+            continue
         learner = Learner(world.recipe(average=average), tmp_path / name)
         learner.run()
         found = learned(tmp_path / name, "method.safetensors", "pet.safetensors")
@@ -779,12 +782,12 @@ def holds(method: str, changes: tuple[str, ...], on: str | None) -> None:
     assert faults == []
 
 
-@pytest.mark.parametrize(("method", "changes"), [CONTRACT[i] for i in (0, 3)])
+@pytest.mark.parametrize(("method", "changes"), chiefly([CONTRACT[i] for i in (0, 3)], [CONTRACT[3]]))
 def test_the_contract_holds_with_an_average(method: str, changes: tuple[str, ...]) -> None:
     holds(method, changes, None)
 
 
-@pytest.mark.parametrize(("method", "changes"), [CONTRACT[i] for i in (1, 5, 11)])
+@pytest.mark.parametrize(("method", "changes"), chiefly([CONTRACT[i] for i in (1, 5, 11)], [CONTRACT[5], CONTRACT[11]]))
 def test_the_contract_holds_with_an_average_on_pictures(method: str, changes: tuple[str, ...]) -> None:
     holds(method, changes, "pictures")
 

@@ -137,8 +137,21 @@ def learner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Learner:
     return Learner(plan(tmp_path, data, train=train, exams=exams, stream={}), tmp_path / "state")
 
 
+def shown_both_ways(said: str, before: dict[str, float], after: dict[str, float]) -> None:
+    """The report has retrieval from pictures to texts and back, and the gap of what is recognised."""
+    section = said.split("\n## Retrieval")[1].split("\n## ")[0]
+    for key, label in (("image_to_text_r1", "picture → text R@1"), ("text_to_image_r5", "text → picture R@5")):
+        assert f"| find | {label} | {form.percent(before[key])} | {form.percent(after[key])} |" in section
+    recognition = said.split("\n## False recognition")[1].split("\n## ")[0]
+    assert f"| find | gap | {before['gap']:.3f} | {after['gap']:.3f} |" in recognition
+    assert "\n## Exams" not in said, "each number stands once"
+
+
 def test_a_run_learns_captions_and_is_scored_by_retrieval(learner: Learner, tmp_path: Path) -> None:
+    begun = {n: p.detach().clone() for n, p in learner.method.named_parameters() if "default" in n}
     results = learner.run()
+    moved = {n for n, p in learner.method.named_parameters() if n in begun and not torch.equal(p, begun[n])}
+    assert {tower for tower in ("eye", "ear") for n in moved if f".{tower}." in n} == {"eye", "ear"}
     cell = results["cells"][0][0]
     assert (cell["score"], cell["total"], cell["per_class"]) == ("retrieval", 6, {})
     before, after = (entry["of"]["find"] for entry in results["exams"])
@@ -148,9 +161,7 @@ def test_a_run_learns_captions_and_is_scored_by_retrieval(learner: Learner, tmp_
     assert cell["correct"] == pytest.approx(6 * (after["image_to_text_r1"] + after["text_to_image_r1"]) / 2, abs=1e-5)
     assert after["foils"] > before["foils"]
     assert after["pair_cosine"] > before["pair_cosine"]
-    html, _, md = (path.read_text("utf-8") for path in write_report(read_results(learner.state), tmp_path))
-    assert "retrieval" in md
-    assert html
+    shown_both_ways(write_report(read_results(learner.state), tmp_path)[2].read_text("utf-8"), before, after)
     loaded = Learner.load(learner.state.folder)
     assert loaded.evaluate() == learner.evaluate() == {"captions": cell}
 
@@ -185,14 +196,6 @@ def test_the_loss_shares_targets_and_the_score_is_the_one_of_the_whole_gallery(l
     assert cell["correct"] == pytest.approx(expected, abs=1e-6)
 
 
-def test_training_reaches_both_towers(learner: Learner) -> None:
-    before = {n: p.detach().clone() for n, p in learner.method.named_parameters() if "default" in n}
-    learner.run()
-    moved = {n for n, p in learner.method.named_parameters() if n in before and not torch.equal(p, before[n])}
-    assert any(".eye." in n for n in moved)
-    assert any(".ear." in n for n in moved)
-
-
 def test_what_cannot_compare_texts_refuses_captions_before_the_run(tmp_path: Path) -> None:
     data = {"name": "captions", "path": str(caption_file(tmp_path / "data", NAMES, 3))}
     content = recipe(vit_folder(tmp_path / "vit")) | {"data": data, "stream": {}}
@@ -201,19 +204,6 @@ def test_what_cannot_compare_texts_refuses_captions_before_the_run(tmp_path: Pat
     ):
         Learner(content, tmp_path / "state")
     assert not (tmp_path / "state").exists()
-
-
-def test_the_report_shows_retrieval_both_ways(learner: Learner, tmp_path: Path) -> None:
-    learner.run()
-    results = read_results(learner.state)
-    before, after = (entry["of"]["find"] for entry in results["exams"])
-    said = write_report(results, tmp_path)[2].read_text("utf-8")
-    section = said.split("\n## Retrieval")[1].split("\n## ")[0]
-    for key, label in (("image_to_text_r1", "picture → text R@1"), ("text_to_image_r5", "text → picture R@5")):
-        assert f"| find | {label} | {form.percent(before[key])} | {form.percent(after[key])} |" in section
-    recognition = said.split("\n## False recognition")[1].split("\n## ")[0]
-    assert f"| find | gap | {before['gap']:.3f} | {after['gap']:.3f} |" in recognition
-    assert "\n## Exams" not in said, "each number stands once"
 
 
 def by_task(path: Path) -> Path:

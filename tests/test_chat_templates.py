@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import CHAT, tiny_language_model, tiny_tokenizer
+from tiny import CHAT, chiefly, tiny_language_model, tiny_tokenizer
 
 from perpetune.cli import call
 from perpetune.data.texts import templates
@@ -318,6 +318,19 @@ HOSTILE = {
     "words": ("{{ lipsum(n=1000000000)|length }}", TIME),
     "rounding": ("{{ 1.5|round(100000000, 'ceil') }}", TIME),
 }
+SIMILAR = {  # one bound of memory, and one of time, stops them all
+    "a product of a list",
+    "a sum",
+    "ljust",
+    "center",
+    "a width of % from outside",
+    "a width of the filter format",
+    "bytes",
+    "a replacement",
+    "words",
+    "loops",
+    "rounding",
+}
 FAILING = {
     "{{ 1 / 0 }}": "division by zero",
     "{{ raise_exception('no\nthank you') }}": "no thank you",
@@ -333,7 +346,7 @@ FAILING = {
 
 
 @pytest.mark.skipif(not os.path.exists("/proc"), reason="memory is bounded on Linux alone")
-@pytest.mark.parametrize("what", HOSTILE)
+@pytest.mark.parametrize("what", chiefly(HOSTILE, set(HOSTILE) - SIMILAR))
 def test_a_template_that_goes_on_for_ever(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(templates, "SECONDS", 1 if HOSTILE[what][1] == TIME else 10)
     tokenizer, began = tokenizer_of(HOSTILE[what][0]), time.monotonic()

@@ -642,7 +642,7 @@ def test_recipes(shell: Shell) -> None:
     assert [line.split(maxsplit=1) for line in shell("recipes").lines] == [[k, v] for k, v in found.items()]
 
 
-@pytest.mark.parametrize("name", every(RECIPES, 8), ids=lambda name: Path(name).stem)
+@pytest.mark.parametrize("name", every(RECIPES, 16), ids=lambda name: Path(name).stem)
 def test_show_prints_a_recipe_that_reads_back_the_same(name: str, shell: Shell) -> None:
     loaded = load_recipe(name)
     assert loaded.description

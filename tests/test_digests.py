@@ -178,7 +178,20 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return Workshop(tmp_path_factory.mktemp("digests"))
 
 
-@pytest.mark.parametrize("name", [*PICTURES, *TEXTS])
+ALIKE = {  # what another recipe here has as well, beside something else
+    "finetune-lora-linear",
+    "finetune-prompt-protected",
+    "frozen-taps-ridge",
+    "safe-adapter-protected",
+    "treelora-routed",
+    "lm-finetune-adapter",
+    "lm-renewed",
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ALIKE)) for n in [*PICTURES, *TEXTS]]
+)
 def test_no_bit_has_moved_since_it_was_recorded(name: str, workshop: Workshop) -> None:
     recorded = json.loads(RECORDED.read_text())
     then, now = recorded["recipes"][name], workshop.digest(name)

@@ -23,6 +23,7 @@ import torch
 import yaml
 from fault_server import RECIPE, Death
 from PIL import Image
+from tiny import chiefly
 
 from perpetune.files import read_folder
 from perpetune.seeding import generator
@@ -223,7 +224,33 @@ KILLS: list[tuple[str, str, int]] = [
 ]
 
 
-@pytest.mark.parametrize(("at", "nth"), [pytest.param(at, nth, id=what) for what, at, nth in KILLS])
+ALIKE = {  # the same is left, in another file or at another task, and the same is done about it
+    "before a task begins",
+    "before the first step",
+    "a checkpoint's folder is empty",
+    "a checkpoint has no manifest",
+    "a checkpoint's manifest is torn",
+    "the old checkpoint is out of sight",
+    "a phase's end is torn",
+    "before the evaluation",
+    "a commit's metrics are torn",
+    "a commit's manifest is torn",
+    "a commit's checkpoints are still there",
+    "a report is there without the others",
+    "at the end of an epoch",
+    "after the reference pass",
+    "before the first task's pass",
+    "before the second task's pass",
+    "after the first task's pass",
+}
+
+
+def moments(table: list[tuple[str, str, int]]) -> list[Any]:
+    """Parameters of a test of first kills; of those that are alike, one always runs."""
+    return [pytest.param(at, nth, id=what, marks=[pytest.mark.slow] * (what in ALIKE)) for what, at, nth in table]
+
+
+@pytest.mark.parametrize(("at", "nth"), moments(KILLS))
 def test_killed_and_resumed_is_bit_for_bit_the_same(lab: Lab, tmp_path: Path, at: str, nth: int) -> None:
     whole, state = lab.uninterrupted("adamw"), tmp_path / "state"
     lab.killed("adamw", state, at, nth)
@@ -254,7 +281,10 @@ TWICE: list[tuple[str, tuple[str, int], tuple[str, int]]] = [
 ]
 
 
-@pytest.mark.parametrize(("first", "second"), [pytest.param(a, b, id=what) for what, a, b in TWICE])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [pytest.param(a, b, id=what, marks=[pytest.mark.slow] * (i in (0, 5))) for i, (what, a, b) in enumerate(TWICE)],
+)
 def test_killed_twice(lab: Lab, tmp_path: Path, first: tuple[str, int], second: tuple[str, int]) -> None:
     whole, state = lab.uninterrupted("adamw"), tmp_path / "state"
     lab.killed("adamw", state, *first)
@@ -404,7 +434,7 @@ PROTECTING: list[tuple[str, str, int]] = [
 ]
 
 
-@pytest.mark.parametrize(("at", "nth"), [pytest.param(at, nth, id=what) for what, at, nth in PROTECTING])
+@pytest.mark.parametrize(("at", "nth"), moments(PROTECTING))
 def test_killed_under_protection(lab: Lab, tmp_path: Path, at: str, nth: int) -> None:
     """The memory of what is protected is of the commits alone: a pass that was killed is made again."""
     whole, state = lab.uninterrupted("protect"), tmp_path / "state"
@@ -442,7 +472,23 @@ def test_a_signal_while_features_are_protected(lab: Lab, tmp_path: Path) -> None
     assert_same(state, whole)
 
 
-def test_update_killed_and_resumed(lab: Lab, tmp_path: Path) -> None:
+UPDATING = {
+    "here": [
+        "step after train 5",
+        "write half */tasks/.0001-zoo.tmp/task.json",
+        "rename after */tasks/0001-zoo",
+        "log half task committed zoo",
+    ],
+    "more": [
+        "begin after train at 0",
+        "write half */resume/.00-train-step-000000004.tmp/method.safetensors",
+        "log after task committed zoo",
+    ],
+}
+
+
+@pytest.mark.parametrize("of", chiefly(UPDATING, ["here"]))
+def test_update_killed_and_resumed(lab: Lab, tmp_path: Path, of: str) -> None:
     first, second = pictures(tmp_path / "first", ["cat", "dog"]), pictures(tmp_path / "second", ["dog", "emu"])
     begun = tmp_path / "begun"
     fine(lab.command("init", begun, "--recipe", lab.recipe("update"), "--data", first, "--name", "pets", "-q"))
@@ -450,16 +496,7 @@ def test_update_killed_and_resumed(lab: Lab, tmp_path: Path) -> None:
     whole = shutil.copytree(begun, tmp_path / "whole")
     fine(lab.command("update", whole, *update))
     assert [task.name for task in State(whole).committed] == ["pets", "zoo"]
-    moments = [
-        "begin after train at 0",
-        "step after train 5",
-        "write half */resume/.00-train-step-000000004.tmp/method.safetensors",
-        "write half */tasks/.0001-zoo.tmp/task.json",
-        "rename after */tasks/0001-zoo",
-        "log half task committed zoo",
-        "log after task committed zoo",
-    ]
-    for i, at in enumerate(moments):
+    for i, at in enumerate(UPDATING[of]):
         state = shutil.copytree(begun, tmp_path / f"state-{i}")
         assert lab.command("update", state, *update, at=at).status == KILLED
         assert_whole(state)
@@ -519,6 +556,17 @@ def test_rolled_back_and_learned_again(lab: Lab, tmp_path: Path) -> None:
     assert one == other
 
 
+def test_a_fresh_interpreter_goes_on(lab: Lab, tmp_path: Path) -> None:
+    """As a user starts it."""
+    whole, state = lab.uninterrupted("adamw"), tmp_path / "state"
+    lab.killed("adamw", state, "rename after */tasks/0001-2-3")
+    command = [sys.executable, "-m", "perpetune", "resume", str(state), "-q"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert_same(state, whole)
+
+
+@pytest.mark.slow
 def test_a_process_of_its_own_is_killed_and_resumed(lab: Lab, tmp_path: Path) -> None:
     """The same without any fork: two fresh interpreters, the second one as a user starts it."""
     whole, state = lab.uninterrupted("adamw"), tmp_path / "state"

@@ -30,7 +30,7 @@ from perpetune.files import read_folder, write_folder
 from perpetune.learner import Learner
 
 LONGER = float(os.environ.get("PERPETUNE_FUZZ_SECONDS", 0))
-SECONDS = LONGER or 4.0
+SECONDS = LONGER or 1.5
 
 # What stands in the place of something else: the kinds of value that readers have fallen over.
 STRANGE = [
@@ -368,7 +368,7 @@ def test_hostile_files(
     )
     @given(st.integers(0, 2**32 - 1))
     def fuzz(seed: int) -> None:
-        if time.monotonic() < until[0]:
+        if time.monotonic() < until[0] or judge.number < 3:
             try:
                 KINDS[kind](random.Random(seed), judge)
             except BaseException:

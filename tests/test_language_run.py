@@ -17,7 +17,7 @@ import torch
 import yaml
 from test_distributed import finish, start_warm
 from test_distributed import tensors as tensors_of
-from tiny import CHAT, seal, task_files, task_tensors, tiny_language_model, tiny_tokenizer, written
+from tiny import CHAT, chiefly, seal, task_files, task_tensors, tiny_language_model, tiny_tokenizer, written
 from warm import Warm
 
 from perpetune.cli import call
@@ -267,7 +267,7 @@ def test_a_stop_inside_a_task_changes_no_bit(change: str, folders: dict[str, Pat
     whole = Learner(content, tmp_path / "whole")
     whole.run()
     stops = {Interrupted: lambda: os.kill(os.getpid(), signal.SIGTERM), Crash: crash}
-    for kind, act in stops.items():
+    for kind, act in list(stops.items())[:: -1 if change == "joint" else 1][:1]:
         folder = tmp_path / kind.__name__
         with pytest.raises(kind):
             Learner(content, folder, progress=At(3, act)).run()
@@ -374,7 +374,7 @@ def short(words: str, answer: str) -> dict[str, str]:
     return {"prompt": words, "answer": answer}
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", chiefly(["llama", "gpt2"], ["gpt2"]))
 def test_protected_tokens_keep_what_is_said_of_them(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
     """Two short texts span few directions, and with all their energy protected nothing said of them changes."""
     old = write(tmp_path / "old.jsonl", [short("the fox", "lazy dog"), short("France", "Paris")])
@@ -434,7 +434,7 @@ def test_padding_is_not_protected(kind: str, folders: dict[str, Path], data: Pat
 def test_micro_batches_give_the_same_weights(folders: dict[str, Path], data: Path) -> None:
     """Answers of different lengths: each token of a step counts alike, wherever it is cut."""
     found = []
-    for accumulate in (1, 2, 4):
+    for accumulate in (1, 4):
         train = {"epochs": 2, "batch_size": 6, "lr": 0.02, "accumulate": accumulate, "optimizer": "sgd"}
         learner = Learner(recipe(folders["llama"], data, train=train, stream={"order": ["stories", "capitals"]}))
         learner.run()
@@ -488,7 +488,7 @@ def test_two_processes_are_one(warm: Warm, folders: dict[str, Path], data: Path,
     assert [[cell["total"] for cell in row.values()] for row in cells[0]] == [[5], [5, 5]]
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", chiefly(["llama", "gpt2"], ["llama"]))
 def test_blocks_computed_again_train_to_the_same_bits(kind: str, folders: dict[str, Path], data: Path) -> None:
     found = []
     for again in (False, True):

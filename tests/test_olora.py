@@ -275,7 +275,8 @@ def test_old_loras_act_without_dropout() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [(), ("orthogonality=[0, 5]", "shrink=0.1", "mask=seen", "head=ncm")],
+    # test_contract has the method without options
+    [("orthogonality=[0, 5]", "shrink=0.1", "mask=seen", "head=ncm")],
 )
 def test_it_keeps_the_contract(changes: tuple[str, ...]) -> None:
     assert [f"{o.rule}: {o.fault}" for o in check_method("olora", changes) if o.fault is not None] == []

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import picture_folder, recipe, tiny_language_model, vit_folder
+from tiny import paired, picture_folder, recipe, tiny_language_model, vit_folder
 
 from perpetune import Learner
 from perpetune.runtime import Silent
@@ -46,8 +46,7 @@ def learner(world: Path, folder: Path, told: Told, **changes: Any) -> Learner:
     return Learner(recipe(world / "model", train=TRAIN, **changes), folder, progress=told)
 
 
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("method", ["finetune", "olora", {"name": "treelora"}])
+@pytest.mark.parametrize(("method", "head"), paired(["finetune", "olora", {"name": "treelora"}], HEADS))
 def test_one_class_is_learned_and_said_before(head: str, method: Any, world: Path, tmp_path: Path) -> None:
     told = Told()
     made = learner(world, tmp_path / "s", told, head=head, method=method)
@@ -83,8 +82,7 @@ def test_a_known_class_alone(head: str, world: Path, tmp_path: Path) -> None:
     assert found["correct"] == found["total"]
 
 
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("mask", ["task", "seen", "none"])
+@pytest.mark.parametrize(("mask", "head"), paired(["task", "seen", "none"], HEADS))
 def test_the_first_month_has_one_class(head: str, mask: str, world: Path, tmp_path: Path) -> None:
     told = Told()
     made = learner(world, tmp_path / "s", told, head=head, method={"name": "finetune", "mask": mask})

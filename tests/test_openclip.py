@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import SIZE, dual_tokenizer
+from tiny import SIZE, dual_tokenizer, paired
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -275,8 +275,7 @@ def test_a_mask_belongs_to_the_tower_that_reads_the_texts(folders: dict[str, Pat
     assert {n for name, n in counted.items() if ".text." in name} == {words}
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("kind", ["plain", "qk_norm", "siglip"])
+@pytest.mark.parametrize(("kind", "dtype"), paired(["plain", "qk_norm", "siglip"], ["bfloat16", "float16"]))
 def test_pets_in_a_net_of_half_precision_are_float32(folders: dict[str, Path], kind: str, dtype: str) -> None:
     backbone = load(folders[kind], dtype=dtype)
     changed = put(backbone, "picture.q", "text.fc1", "text.q") + put(backbone, "text.attn", kind=Prefix, name="more")

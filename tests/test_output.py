@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import every, picture_folder, recipe, vit_folder, written
+from tiny import every, paired, picture_folder, recipe, vit_folder, written
 
 from perpetune import Learner, cli
 from perpetune.cli import call, main
@@ -75,7 +75,7 @@ def test_an_update_is_learned_and_reported_whatever_the_encoding(
     assert f"report: {state / 'report.html'}" in out
 
 
-@pytest.mark.parametrize("encoding", every(ENCODINGS, 2))
+@pytest.mark.parametrize("encoding", every(ENCODINGS, 4))
 def test_every_verb_prints_in_every_encoding(
     encoding: str, world: Path, state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,8 +133,7 @@ class Broken(io.TextIOWrapper):
         return len(text)
 
 
-@pytest.mark.parametrize("error", [errno.EPIPE, errno.ENOSPC])
-@pytest.mark.parametrize("after", [0, 30])
+@pytest.mark.parametrize(("error", "after"), paired([errno.EPIPE, errno.ENOSPC], [0, 30]))
 @pytest.mark.parametrize("json_too", [False, True])
 def test_output_that_is_lost_loses_no_learning(
     error: int, after: int, json_too: bool, world: Path, state: Path, capsys: pytest.CaptureFixture[str],

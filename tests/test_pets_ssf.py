@@ -244,6 +244,7 @@ def test_a_recipe_has_it_everywhere_unless_told_otherwise_and_learns(tmp_path: P
         build_method(protected, build_backbone(protected))
 
 
-def test_fine_tuning_by_it_keeps_the_contract() -> None:
-    faults = [f"{o.rule}: {o.fault}" for o in check_method("finetune", ["pet=ssf"]) if o.fault is not None]
+@pytest.mark.parametrize("on", ["pictures", pytest.param("texts", marks=pytest.mark.slow)])
+def test_fine_tuning_by_it_keeps_the_contract(on: str) -> None:
+    faults = [f"{o.rule}: {o.fault}" for o in check_method("finetune", ["pet=ssf"], on=on) if o.fault is not None]
     assert faults == []

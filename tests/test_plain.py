@@ -9,13 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from tiny import vit_folder
+from tiny import paired, vit_folder
 
+from perpetune import plain as plain_module
 from perpetune.cli import call
 from perpetune.data.pictures.rows import read_rows
 from perpetune.data.texts.records import read_records
@@ -153,6 +155,40 @@ def test_any_text_is_read_or_one_line(text: str) -> None:
         assert "\n" not in said
 
 
+SIGNS = [
+    *"[]{},:-?|>#'\"\\~%!&*\n ",
+    ": ",
+    "- ",
+    "\n  ",
+    "\n- ",
+    "a",
+    "1.5",
+    "é…",
+    "---",
+    "&a",
+    "*a",
+    "0x1",
+    "<<: ",
+    "\t",
+    "b: ",
+]
+
+
+@pytest.mark.skipif(plain_module._Fast is None, reason="PyYAML is built without libyaml")
+@hypothesis.settings(max_examples=300)
+@given(st.lists(st.sampled_from(SIGNS), max_size=12).map("".join))
+def test_libyaml_changes_no_value_and_no_word(text: str) -> None:
+    found = []
+    for fast in (plain_module._Fast, None):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(plain_module, "_Fast", fast)
+            try:
+                found.append(repr(parse_yaml(text)))
+            except Malformed as error:
+                found.append(f"fault: {error}")
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("text", ["NaN", "[Infinity]", '{"a": -Infinity}', "1e999", "-1e999"])
 def test_numbers_that_are_not_finite_are_read_only_where_they_may_be(text: str) -> None:
     parse_json(text)
@@ -203,8 +239,13 @@ def test_every_recipe_names_its_file_and_line(kind: str, tmp_path: Path) -> None
         assert "\n" not in line
 
 
-@pytest.mark.parametrize("kind", ["aliases that expand", "deep lists", "many digits", "no int", "NUL", "a key twice"])
-@pytest.mark.parametrize("verb", ["run", "init", "show", "check"])
+@pytest.mark.parametrize(
+    ("kind", "verb"),
+    paired(
+        ["aliases that expand", "deep lists", "many digits", "no int", "NUL", "a key twice"],
+        ["run", "init", "show", "check"],
+    ),
+)
 def test_every_set_is_read_as_a_recipe_is(
     kind: str, verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -65,7 +65,10 @@ def _installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package(tmp_path, monkeypatch, "lake", CODE)
 
 
-@pytest.mark.parametrize(("kind", "sets"), [("Pool", {"general"}), ("SharedPool", {"general", "member", "other"})])
+@pytest.mark.parametrize(
+    ("kind", "sets"),
+    [pytest.param("Pool", {"general"}, marks=pytest.mark.slow), ("SharedPool", {"general", "member", "other"})],
+)
 def test_it_keeps_the_contract_and_what_is_shared_is_protected(kind: str, sets: set[str]) -> None:
     faults = [f"{o.rule}: {o.fault}" for o in check_method(f"lake:{kind}", PETS, on="pictures") if o.fault]
     assert faults == []

@@ -131,7 +131,7 @@ def test_v10_old_queries_choose_as_they_did(
         control(protection)
     old, then, start = [], [], keys.keys
     for task in range(4):
-        learn(keys, protection, queries_of(task), 200 if task else 0)  # the first keys are as they were drawn
+        learn(keys, protection, queries_of(task), 120 if task else 0)  # the first keys are as they were drawn
         old.append(queries_of(task))
         then.append(cosines(old[-1], keys.keys))
         start = keys.keys.detach().clone() if task == 0 else start

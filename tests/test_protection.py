@@ -4,11 +4,13 @@ measurements on the old pictures themselves, and the controls that must fail to 
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
+from tiny import chiefly, every, paired
 from torch import Tensor, nn
 
 from perpetune.build import build_method
@@ -161,8 +163,7 @@ PETS: dict[str, dict[str, Any]] = {  # so large that ten tokens do not fill a si
 FASTER = {"prefix": {**TRAIN, "lr": 0.05}, "prompt": {**TRAIN, "lr": 0.05}}
 
 
-@pytest.mark.parametrize("pet", PETS)
-@pytest.mark.parametrize("family", ["timm", "transformers"])
+@pytest.mark.parametrize(("pet", "family"), paired(PETS, ["timm", "transformers"]))
 def test_final_features_of_old_pictures_stay(family: str, pet: str) -> None:
     """All directions of the old tokens are closed in every block, so the features after each block stay."""
     losses = Losses()
@@ -208,10 +209,11 @@ def test_conditions_of_the_paper_do_not_hold_old_features(pet: str) -> None:
 # -- the head ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-@pytest.mark.parametrize("weight_decay", [0.0, 0.5])
-@pytest.mark.parametrize("head", ["linear", "cosine", "ncm"])
-@pytest.mark.parametrize("protect", [True, None])
+@pytest.mark.parametrize(
+    ("optimizer", "weight_decay"),
+    chiefly(itertools.product(["adamw", "sgd"], [0.0, 0.5]), [("adamw", 0.5), ("sgd", 0.5)]),
+)
+@pytest.mark.parametrize(("head", "protect"), paired(["linear", "cosine", "ncm"], [True, None]))
 def test_rows_of_old_classes_rest(protect: Any, head: str, weight_decay: float, optimizer: str) -> None:
     """With mask `task` the loss does not contain these rows, and weight decay must not move them either."""
     train = {"epochs": 2, "batch_size": 4, "lr": 0.05, "weight_decay": weight_decay, "optimizer": optimizer}
@@ -318,7 +320,7 @@ def forgetting(protect: Any, seed: int = 0, **changes: Any) -> float:
     return moved(features(method, old), before)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", every([0, 1, 2], 3))
 def test_features_protect_and_random_directions_of_equal_rank_do_not(seed: int) -> None:
     energy = {"energy": 0.99}
     real = forgetting(energy, seed)
@@ -330,7 +332,7 @@ def test_features_protect_and_random_directions_of_equal_rank_do_not(seed: int) 
     assert 2 * real < free
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", every([0, 1, 2], 3))
 def test_a_projected_gradient_protects_less_than_a_projected_step(seed: int) -> None:
     step, gradient = ({"energy": 0.99, "project": project} for project in ("step", "gradient"))
     print(forgetting(step, seed), forgetting(gradient, seed))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny import commented, picture, picture_folder, split_folder
+from tiny import chiefly, commented, every, picture, picture_folder, split_folder
 
 from perpetune.build import build_data, build_method
 from perpetune.data.pictures.view import PictureView
@@ -60,7 +60,7 @@ def test_it_says_what_it_is_and_reads_back_as_it_was(name: str) -> None:
     assert recipe.resolved() == recipe
 
 
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", every(PICTURES, 3))
 def test_it_fits_a_transformer_of_six_blocks(name: str) -> None:
     recipe = load_recipe(name)
     method = built(recipe)
@@ -194,7 +194,13 @@ def learned(recipe: Recipe, folder: Path, monkeypatch: pytest.MonkeyPatch, **sec
     return learner.run()
 
 
-@pytest.mark.parametrize("name", [*(f"pegp-{p}-cifar100-10" for p in PETS), "pegp-lora-online-cifar100-10"])
+@pytest.mark.parametrize(
+    "name",
+    chiefly(
+        [*(f"pegp-{p}-cifar100-10" for p in PETS), "pegp-lora-online-cifar100-10"],
+        ["pegp-adapter-cifar100-10", "pegp-prompt-cifar100-10", "pegp-lora-online-cifar100-10"],
+    ),
+)
 def test_it_learns_two_tasks_and_keeps_the_first(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load_recipe(name)
     data = {"name": "folder", "path": str(split_folder(tmp_path / "data", ["a", "b", "c", "d"], 6, 2))}
@@ -214,7 +220,12 @@ def test_it_learns_two_tasks_and_keeps_the_first(name: str, tmp_path: Path, monk
     assert moved["features"] < moved["none"] / 4
 
 
-@pytest.mark.parametrize("name", [*(f"pegp-{p}-domainnet" for p in PETS), "pegp-lora-core50"])
+@pytest.mark.parametrize(
+    "name",
+    chiefly(
+        [*(f"pegp-{p}-domainnet" for p in PETS), "pegp-lora-core50"], ["pegp-prefix-domainnet", "pegp-lora-core50"]
+    ),
+)
 def test_it_learns_domains(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load_recipe(name)
     wanted = recipe.stream.order or ["clipart", "real"]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from test_recipes import learned, sets
-from tiny import split_folder, tiny_language_model
+from tiny import chiefly, split_folder, tiny_language_model
 
 from perpetune.data.texts.cl_benchmark import INSTRUCTIONS
 from perpetune.data.texts.trace import ORDER, SCORES
@@ -215,7 +215,7 @@ def check(kind: str, results: Mapping[str, Any], tasks: Sequence[str]) -> None:
         assert results["protection"]
 
 
-@pytest.mark.parametrize("kind", METHODS)
+@pytest.mark.parametrize("kind", chiefly(METHODS, ["olora", "pegp-lora"]))
 def test_a_miniature_of_an_order_runs(kind: str, model: Path, tmp_path: Path) -> None:
     tasks = ORDERS[3].split()[:3]
     data = cl_benchmark(tmp_path / "data", tasks)
@@ -235,7 +235,7 @@ def test_a_state_for_texts_is_fed_month_by_month(model: Path, tmp_path: Path) ->
     assert learner.answer("good or bad?", options=["good", "bad"])[0].text in ("good", "bad")
 
 
-@pytest.mark.parametrize("kind", METHODS)
+@pytest.mark.parametrize("kind", chiefly(METHODS, ["seqlora", "treelora"]))
 def test_a_miniature_of_trace_runs(kind: str, model: Path, tmp_path: Path) -> None:
     tasks = ("C-STANCE", "MeetingBank", "20Minuten")
     results = small(f"{kind}-lm-trace", model, trace(tmp_path / "data", tasks)).run()

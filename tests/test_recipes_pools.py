@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from test_recipes import built, changed, domains, learned, sets
-from tiny import commented, split_folder
+from tiny import chiefly, commented, split_folder
 
 from perpetune.heads import Drawn
 from perpetune.methods.pool import Pool
@@ -139,10 +139,12 @@ def test_the_changes_that_it_offers_fit(name: str) -> None:
 
 
 # On other data a method's recipe has other numbers and nothing else.
-ONCE = [name for name in NAMES if "cifar100" in name or "domainnet" in name]
+# Each method once, on classes or on domains in turn.
+ONCE = [f"{method}-{('cifar100', 'domainnet')[i % 2]}" for i, method in enumerate(METHODS)]
+ONCE += ["l2p-pgp-cifar100", "dualprompt-pgp-cifar100-paper", *HIDE]
 
 
-@pytest.mark.parametrize("name", [n if n in ONCE else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
+@pytest.mark.parametrize("name", chiefly(NAMES, ONCE))
 def test_it_learns(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load_recipe(name)
     sections: dict[str, Any] = {"train": FEW}

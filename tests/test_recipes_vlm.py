@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from tiny import picture, tiny_vision_language
+from tiny import chiefly, picture, tiny_vision_language
 
 from perpetune.learner import Learner
 from perpetune.recipe import load_recipe, packaged
@@ -54,7 +54,7 @@ def test_each_number_has_its_source_beside_it(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=[pytest.mark.slow] if n in ("coin-average-fixed", "coin-olora") else []) for n in COIN],
+    chiefly(COIN, ["coin-pgp", "coin-average-published", "coin-treelora"]),
 )
 def test_a_miniature_of_coin_runs(name: str, tmp_path: Path) -> None:
     folder = tmp_path / "CoIN"

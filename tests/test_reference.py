@@ -49,7 +49,7 @@ def narrow(count: int, seed: int) -> Tensor:
 def tune(model: nn.Module, optimizer: torch.optim.Optimizer, texts: Any, steps: int) -> None:
     model.train()
     for step in range(steps):
-        words = texts(32, step)
+        words = texts(16, step)
         optimizer.zero_grad()
         model(input_ids=words, labels=words).loss.backward()
         optimizer.step()

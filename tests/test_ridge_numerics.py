@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import every
+from tiny import chiefly, every, paired
 from torch import Tensor
 
 from perpetune.errors import PerpetuneError, UsageError
@@ -473,8 +473,13 @@ def test_leave_one_out_is_refitting(count: int, width: int, weighted: bool, stan
         torch.testing.assert_close(dual.leave_one_out(penalty), expected, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("standard", [False, True], ids=["bare", "standardised"])
-@pytest.mark.parametrize(("count", "tolerance"), [(500, 1e-6), (1500, 1e-6), (2000, 0.02)])
+@pytest.mark.parametrize(
+    ("count", "tolerance", "standard"),
+    chiefly(
+        [(c, t, s) for c, t in ((500, 1e-6), (1500, 1e-6), (2000, 0.02)) for s in (False, True)],
+        [(500, 1e-6, False), (1500, 1e-6, True), (2000, 0.02, True)],
+    ),
+)
 def test_traces_are_estimated_within_two_percent(count: int, tolerance: float, standard: bool) -> None:
     """Hutchinson, M = 1500; where rows are few or near M, the degrees of freedom are exact."""
     rows, targets = clusters(count, 1500, 10)
@@ -521,8 +526,7 @@ def problem(name: str, standard: bool) -> tuple[Tensor, Tensor, Sums, list[tuple
     return rows, targets, sums, [(fit, min(fit(penalty).error for penalty in grid)) for fit in fits]
 
 
-@pytest.mark.parametrize("start", [None, 1e-8, 50.0], ids=str)
-@pytest.mark.parametrize("standard", [False, True], ids=["bare", "standardised"])
+@pytest.mark.parametrize(("start", "standard"), paired([None, 1e-8, 50.0], [True, False]))
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_choose_is_near_the_best_of_a_grid(name: str, standard: bool, start: float | None) -> None:
     """Within 1 % of the best error of 17 penalties, from the usual start and from either end."""
@@ -592,20 +596,19 @@ def few_rows(
 
 
 @pytest.mark.parametrize("start", every([None, 1e-3, 1e-6], 3))
-@pytest.mark.parametrize("standard", [False, True], ids=["bare", "standardised"])
-@pytest.mark.parametrize(
-    ("count", "width", "dim", "classes", "noise", "seed"),
+@pytest.mark.parametrize(("given", "standard"), paired(
     [
         (120, 600, 32, 10, 1.5, 2), (204, 600, 32, 10, 1.5, 2), (300, 600, 128, 20, 3.0, 2),
         (360, 600, 128, 20, 3.0, 2), (200, 1000, 16, 40, 0.5, 1), (340, 1000, 32, 10, 1.5, 1),
         (400, 1000, 32, 10, 1.5, 2), (500, 1000, 128, 20, 3.0, 1), (800, 1000, 16, 40, 0.5, 1),
     ],
-)  # fmt: skip
+    [False, True],
+))  # fmt: skip
 def test_sums_of_few_rows_find_the_penalty_that_the_rows_find(
-    count: int, width: int, dim: int, classes: int, noise: float, seed: int, standard: bool, start: float | None
+    given: tuple[int, int, int, int, float, int], standard: bool, start: float | None
 ) -> None:
     """Between a third of M and M rows the search from sums has noisy slopes; it once stayed where it started."""
-    rows, targets, sums, dual, grid = few_rows(count, width, dim, classes, noise, seed, standard)
+    rows, targets, sums, dual, grid = few_rows(*given, standard)
     sample = ridge.Sample(rows[::2], targets[::2], torch.ones(len(rows[::2]), dtype=torch.float64), alone)
     fit = functools.partial(sums.fit, sample=sample)
     chosen, _ = choose(fit, sums.scale, None if start is None else start * sums.scale)

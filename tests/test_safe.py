@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import picture_folder, recipe, split_folder, vit_folder
+from tiny import paired, picture_folder, recipe, split_folder, vit_folder
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -538,8 +538,7 @@ def test_stopped_between_tasks(whole: list[dict[str, bytes]]) -> None:
     assert snapshot(method) == whole[1]
 
 
-@pytest.mark.parametrize("stop", [1, 4, 5])
-@pytest.mark.parametrize("number", [0, 1], ids=["slow phase", "fast phase"])
+@pytest.mark.parametrize(("stop", "number"), paired([1, 4, 5], [1, 0]))
 def test_stopped_inside_a_phase(number: int, stop: int, whole: list[dict[str, bytes]], tmp_path: Path) -> None:
     """Six steps each; the features of teachers are computed again, in the same order."""
     method = made()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import every, recipe, split_folder, tiny_language_model, vit_folder
+from tiny import chiefly, every, recipe, split_folder, tiny_language_model, vit_folder
 
 from perpetune import check
 from perpetune.check import check_method
@@ -93,7 +93,7 @@ def facts(learner: Learner) -> list[dict[str, Any]]:
 # -- oracle × carry × texts -------------------------------------------------------------------------------
 
 
-@both_kinds
+@pytest.mark.parametrize("made", chiefly(RECIPES, ["texts"]), indirect=True)
 def test_an_oracle_is_that_of_the_features_however_the_sums_follow_them(
     made: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -156,7 +156,7 @@ def stop() -> None:
 STOPS = [("train", 3, crash, 2), ("train", 2, stop, 3), ("oracle head", 1, stop, None)]
 
 
-@both_kinds
+@pytest.mark.parametrize("made", chiefly(RECIPES, ["pictures"]), indirect=True)
 def test_a_stop_anywhere_carries_sums_once(made: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     content = made(method={"name": "finetune", "head_first": 0.4}, evaluate={"oracle": True})
     whole = Learner(content, tmp_path / "whole")
@@ -188,7 +188,7 @@ CONTRACT = [
 ]
 
 
-@pytest.mark.parametrize(("method", "changes", "taps"), every(CONTRACT, 2))
+@pytest.mark.parametrize(("method", "changes", "taps"), every(CONTRACT, 3))
 def test_the_contract_holds_where_sums_are_carried(
     method: str, changes: tuple[str, ...], taps: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

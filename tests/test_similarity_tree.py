@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import paired
 from torch import Tensor
 
 from perpetune.errors import StateError, UsageError
@@ -124,7 +125,7 @@ class TestShape:
     @pytest.mark.parametrize("kind", KINDS)
     def test_covers_each_task_once_at_logarithmic_depth(self, kind: str) -> None:
         """N = 1 to 64, built at once."""
-        for count in range(1, 65):
+        for count in [*range(1, 18), 23, 31, 32, 33, 47, 63, 64]:
             made = degenerate(kind, count)
             check(SimilarityTree.build(made, GROUPS), dict(enumerate(made)))
 
@@ -283,10 +284,10 @@ class TestState:
 class TestNearest:
     @pytest.mark.parametrize("kind", KINDS)
     def test_is_that_of_brute_force(self, kind: str) -> None:
-        """5 times 200 queries of all sorts."""
+        """5 times 80 queries of all sorts."""
         made = [degenerate(kind, count) for count in range(1, 41, 2)]
         trees = [grown(some, GROUPS, 64 if i % 2 else 3) for i, some in enumerate(made)]
-        for i in range(200):
+        for i in range(80):
             some, tree = made[i % 20], trees[i % 20]
             query = normalised(some[i % len(some)] * (i % 3) + 0.05 * randn(i, MODULES, SIZE))
             far = distance(some, query)
@@ -323,10 +324,10 @@ class TestNearest:
 
 
 class TestDescend:
-    @pytest.mark.parametrize(("count", "clusters"), [(32, 8), (64, 64), (128, 32), (100, 25)])
-    @pytest.mark.parametrize("incremental", [False, True])
-    def test_recall_on_clusters(self, count: int, clusters: int, incremental: bool) -> None:
+    @pytest.mark.parametrize(("shape", "incremental"), paired([(32, 8), (64, 64), (128, 32), (100, 25)], [False, True]))
+    def test_recall_on_clusters(self, shape: tuple[int, int], incremental: bool) -> None:
         """With rows as long as those of signatures."""
+        count, clusters = shape
         raw = clustered(count, clusters, 8, 256, seed=count)
         made, groups = normalised(raw), [[i] for i in range(8)]
         tree = grown(made, groups) if incremental else SimilarityTree.build(made, groups)
@@ -404,8 +405,8 @@ def run(given: Problem, seed: int, kind: str = "tree") -> Run:
 
 @pytest.fixture(scope="module", params=[8, 32, 128])
 def runs(request: pytest.FixtureRequest) -> list[tuple[Problem, Run]]:
-    """Eight seeds of one size; the benchmark has 200."""
-    problems = [problem(request.param, seed) for seed in range(8)]
+    """Five seeds of one size; the benchmark has 200."""
+    problems = [problem(request.param, seed) for seed in range(5)]
     return [(one, run(one, seed)) for seed, one in enumerate(problems)]
 
 

@@ -17,7 +17,7 @@ import torch
 from accelerate import debug_launcher
 from accelerate.state import AcceleratorState
 from safetensors.torch import load, load_file
-from tiny import picture_folder, recipe, split_folder, task_tensors, tiny_language_model, vit_folder
+from tiny import chiefly, paired, picture_folder, recipe, split_folder, task_tensors, tiny_language_model, vit_folder
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -149,7 +149,7 @@ PLAIN: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", PLAIN)
+@pytest.mark.parametrize("case", chiefly(PLAIN, ["sgd", "dropout", "protect", "fused"]))
 def test_without_its_regulariser_and_from_the_last_adapter_it_is_plain_training(
     vit: Path, data: Path, case: str
 ) -> None:
@@ -325,8 +325,7 @@ def test_it_starts_from_the_nearest() -> None:
     assert (tree(method)["asked"], tree(method)["start"]) == ("nearest", "t0")
 
 
-@pytest.mark.parametrize("kind", ["lcb", "nearest", "random", "farthest"])
-@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize(("kind", "every"), paired(["lcb", "nearest", "random", "farthest"], [1, 3]))
 def test_what_helped_is_told_for_every_step(kind: str, every: int) -> None:
     method = treelora(search=kind, every=every)
     for i, task in enumerate(domains([0, 1, 2])):
@@ -563,8 +562,7 @@ STREAMS: dict[str, Callable[[], list[Task]]] = {
 }
 
 
-@pytest.mark.parametrize("stream", STREAMS)
-@pytest.mark.parametrize("options", [{}, {"budget": 1, "start": "fresh"}])
+@pytest.mark.parametrize(("stream", "options"), paired(STREAMS, [{}, {"budget": 1, "start": "fresh"}]))
 def test_any_stream_of_tasks_is_learned_and_stored(stream: str, options: dict[str, Any]) -> None:
     tasks = STREAMS[stream]()
     method = taught(treelora(**options), tasks)
@@ -752,12 +750,12 @@ RESUMED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", RESUMED)
-@pytest.mark.parametrize(("task", "step"), [(0, 2), (2, 3)])
+@pytest.mark.parametrize(("name", "at"), paired(RESUMED, [(0, 2), (2, 3)]))
 def test_stopped_and_resumed_is_never_stopped(
-    name: str, task: int, step: int, whole: dict[str, Path], vit: Path, data: Path, tmp_path: Path
+    name: str, at: tuple[int, int], whole: dict[str, Path], vit: Path, data: Path, tmp_path: Path
 ) -> None:
     """Weights, tree, counts and picks have the same bits."""
+    task, step = at
     content = recipe(vit, data, method={"name": "treelora", **RESUMED[name]})
     with pytest.raises(Interrupted):
         Learner(content, tmp_path / "state", progress=StopsAt(task, step)).run()
@@ -908,7 +906,7 @@ TWO: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", TWO)
+@pytest.mark.parametrize("case", chiefly(TWO, ["nearest"]))
 def test_two_processes_pick_what_one_picks(case: str, vit: Path, tmp_path: Path) -> None:
     """Nine examples, three, then one, in batches of four: a process has none in some steps, nor in the last probe."""
     found = split_folder(tmp_path / "data", "abcde", [5, 4, 1, 2, 1], 3)
@@ -998,7 +996,11 @@ def test_a_language_model_learns_reloads_and_answers_in_three_ways(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "select", ["means", "gaussian", "centres", "classifier", {"name": "classifier", "head": "linear"}]
+    "select",
+    chiefly(
+        ["means", "gaussian", "centres", "classifier", {"name": "classifier", "head": "linear"}],
+        ["gaussian", "centres", {"name": "classifier", "head": "linear"}],
+    ),
 )
 def test_another_selector_can_find_the_task(select: Any) -> None:
     method = treelora({"epochs": 1}, select=select, start="fresh")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import io
 import json
 import re
+import shutil
 import sys
+import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, TypeVar, Union
 
 import numpy as np
 import pytest
@@ -23,8 +27,25 @@ from perpetune.state.committed import find_tasks
 from perpetune.state.journal import Chain
 
 SIZE = 16
+_MADE = tempfile.TemporaryDirectory(prefix="tiny")
+_Maker = TypeVar("_Maker", bound=Callable[..., Path])
 
 
+def _once(make: _Maker) -> _Maker:
+    """A function that fills a folder, run once for the same arguments after the folder; later calls copy."""
+    made: dict[str, Path] = {}
+
+    @functools.wraps(make)
+    def copied(folder: Path, *args: Any, **options: Any) -> Path:
+        key = json.dumps([args, options], sort_keys=True)
+        if key not in made:
+            made[key] = make(Path(tempfile.mkdtemp(dir=_MADE.name)) / "made", *args, **options)
+        return Path(shutil.copytree(made[key], folder, dirs_exist_ok=True))
+
+    return copied  # type: ignore[return-value]
+
+
+@_once
 def vit_folder(path: Path, seed: int = 0, blocks: int = 1) -> Path:
     """A transformer of one block (or so many) and width 16 in transformers' layout, its weights drawn by `seed`."""
     from transformers import ViTConfig, ViTModel
@@ -53,6 +74,13 @@ def picture(label: str, number: int, domain: str = "") -> Image.Image:
     return Image.fromarray((pattern + shift + noise).clip(0, 255).astype(np.uint8))
 
 
+@functools.cache
+def _png(label: str, number: int, domain: str) -> bytes:
+    file = io.BytesIO()
+    picture(label, number, domain).save(file, "png")
+    return file.getvalue()
+
+
 def picture_folder(
     path: Path, classes: Sequence[str], each: int | Sequence[int], domain: str = "", first: int = 0
 ) -> Path:
@@ -61,7 +89,7 @@ def picture_folder(
     for label, count in zip(classes, counts, strict=True):
         (path / label).mkdir(parents=True, exist_ok=True)
         for number in range(first, first + count):
-            picture(label, number, domain).save(path / label / f"{number}.png")
+            (path / label / f"{number}.png").write_bytes(_png(label, number, domain))
     return path
 
 
@@ -75,6 +103,25 @@ def split_folder(path: Path, classes: Sequence[str], train: int | Sequence[int],
 def every(values: Iterable[Any], step: int) -> list[Any]:
     """Parameters of a test: the first of each `step` values; the others differ little, and run when slow tests do."""
     return [v if i % step == 0 else pytest.param(*_row(v), marks=pytest.mark.slow) for i, v in enumerate(values)]
+
+
+def chiefly(values: Iterable[Any], kept: Iterable[Any]) -> list[Any]:
+    """Parameters of a test: those in `kept` always; the others tell little more, and run when slow tests do."""
+    kept, values = list(kept), list(values)
+    assert all(one in values for one in kept), "nothing is kept that is not there"
+    return [v if v in kept else pytest.param(*_row(v), marks=pytest.mark.slow) for v in values]
+
+
+def paired(one: Iterable[Any], other: Iterable[Any]) -> list[Any]:
+    """Rows of two parameters, each with each; but only those in which every value of both is seen are not slow."""
+    one, other = list(one), list(other)
+    most = max(len(one), len(other))
+    kept = {(i % len(one), i % len(other)) for i in range(most)}
+    return [
+        (a, b) if (i, j) in kept else pytest.param(a, b, marks=pytest.mark.slow)
+        for i, a in enumerate(one)
+        for j, b in enumerate(other)
+    ]
 
 
 def _row(value: Any) -> tuple[Any, ...]:
@@ -121,6 +168,7 @@ _LANGUAGE: dict[str, dict[str, Any]] = {
 }
 
 
+@_once
 def tiny_language_model(folder: Path, kind: str = "llama", chat: bool = True, seed: int = 0, **config: Any) -> Path:
     """A causal language model of width 32 with its tokenizer, in transformers' layout; the folder.
 
@@ -160,6 +208,7 @@ _VLM_CHAT = (
 )
 
 
+@_once
 def tiny_vision_language(folder: Path, kind: str, seed: int = 0) -> Path:
     """A vision-language model of width 32 with its tokenizer, in transformers' layout; the folder.
 
@@ -290,6 +339,7 @@ _TOWER: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_atten
 _PICTURES = {**_TOWER, "patch_size": 8}
 
 
+@_once
 def dual_folder(path: Path, kind: str = "CLIP", seed: int = 0, blocks: int = 3, **text: Any) -> Path:
     """A dual encoder of transformers with random weights and its tokenizer; the folder.
 

@@ -233,8 +233,14 @@ def parse_yaml(text: str) -> Any:
     """
     if len(text) > MOST_YAML:
         raise Malformed(f"it has more than {MOST_YAML} characters")
+    if _Fast is not None and not _UNLIKE.search(text):
+        try:
+            _check_events(text, _Fast)
+            return yaml.load(text, Loader=_Fast)
+        except (yaml.YAMLError, Malformed):
+            pass  # for the parser in Python to say: its faults are the same everywhere, and name their line
     try:
-        _check_events(text)
+        _check_events(text, _Loader)
         return yaml.load(text, Loader=_Loader)
     except yaml.reader.ReaderError as error:
         sign = f"the character #x{error.character:04x}" if isinstance(error.character, int) else "its encoding"
@@ -246,12 +252,16 @@ def parse_yaml(text: str) -> Any:
         raise Malformed(f"lists and mappings stand in each other more than {MOST_DEPTH} deep") from None
 
 
-def _check_events(text: str) -> None:
+# Where the two parsers may differ: tabs, other line breaks, rare signs, directives, tags, anchors and aliases.
+_UNLIKE = re.compile(r"[^\n -~\u00a0-\u2027\u202a-\ud7ff]|^%|(?:^|[\s\[\]{},:?\-])[!&*]|[|>][-+0-9]*#", re.MULTILINE)
+
+
+def _check_events(text: str, loader: type) -> None:
     """Go through the text without building anything, and stop at the first thing that is too much."""
     nodes, documents = 0, 0
     open_: list[tuple[str | None, int]] = []  # of each open collection: its anchor, and the number of nodes before it
     sizes: dict[str, int] = {}  # how many nodes each anchor stands for
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+    for event in yaml.parse(text, Loader=loader):
         line = event.start_mark.line + 1 if event.start_mark else 1
         if isinstance(event, DocumentStartEvent):
             documents += 1
@@ -278,7 +288,7 @@ def _check_events(text: str) -> None:
             raise Malformed(f"it stands for more than {MOST_NODES} values, with those that aliases repeat", line)
 
 
-class _Loader(yaml.SafeLoader):
+class _Plain(yaml.constructor.SafeConstructor):
     """Plain values only. No key stands twice, because the second would silently replace the first."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -306,10 +316,24 @@ class _Loader(yaml.SafeLoader):
 
 
 # Without dates: `2024-02-30` would be an error, and no key of a recipe is a date.
-_Loader.yaml_implicit_resolvers = {
+_RESOLVERS = {
     first: [(tag, pattern) for tag, pattern in found if not tag.endswith((":timestamp", ":value"))]
     for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+
+
+class _Loader(_Plain, yaml.SafeLoader):
+    yaml_implicit_resolvers = _RESOLVERS
+
+
+_Fast: Any = None
+"""The same on libyaml, where PyYAML was built with it: a recipe of a state takes 2 ms instead of 50."""
+if yaml.__with_libyaml__:
+
+    class _CLoader(_Plain, yaml.CSafeLoader):
+        yaml_implicit_resolvers = _RESOLVERS
+
+    _Fast = _CLoader
 
 
 def _fault(what: str, node: yaml.Node) -> yaml.YAMLError:

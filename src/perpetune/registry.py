@@ -149,7 +149,9 @@ def loader_of(spec: str) -> str:
         UsageError: it is not of that form, or there is no such prefix.
     """
     prefix, colon, rest = spec.partition(":")
-    known = names("backbones")
+    if rest and prefix in BUILTIN["backbones"]:
+        return prefix
+    known = names("backbones")  # reads what every installed package says of itself
     if not colon or not rest:
         raise UsageError(f"backbone {spec!r}: PREFIX:NAME is expected; prefixes: {', '.join(known)}")
     if prefix not in known:
