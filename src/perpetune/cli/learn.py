@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ from perpetune.cli.output import steady
 from perpetune.errors import Interrupted, UsageError
 
 if TYPE_CHECKING:
+    from perpetune.errors import Refused
     from perpetune.recipe import Recipe
 
 Set = Annotated[
@@ -233,22 +235,112 @@ def update(
     holdout: Annotated[
         float, typer.Option(min=0.0, max=0.9, help="Share of the data kept for testing if there is no test split.")
     ] = 0.2,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            "--max-drop",
+            min=0.0,
+            metavar="POINTS",
+            help="Refuse the update (exit code 3, the state stays as it is) if an earlier task's held-out data, or an "
+            "exam, falls by more points, and not by chance. By default the recipe's `gate`.",
+        ),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Where the report of a refused update goes; default STATE-refused-NAME."),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Learn nothing, and say what the data hold: classes, counts, copies, odd spellings."
+        ),
+    ] = False,
     changes: DataSet = None,
     device: Device = None,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Learn one more batch of data: new images, new classes or new texts."""
+    """Learn one more batch of data: new images, new classes or new texts.
+
+    Example: perpetune update birds --data 2026-11/ --max-drop 2
+    """
     from perpetune.learner import Learner
+
+    options = _options_of(changes)
+    if dry_run:
+        if max_drop is not None or report is not None:
+            raise UsageError(
+                "--dry-run learns nothing, so there is nothing for --max-drop and --report: leave them out"
+            )
+        _show_month(state, data, name, holdout, options, device, json)
+        return
+    with _watch(quiet or json, state) as view, _gated(state, report, json):
+        learner = Learner.load(state, device=device, progress=view)
+        results = learner.learn(data, name=name, holdout=holdout, options=options, max_drop=max_drop)
+    _finish(learner, results, json)
+
+
+def _show_month(
+    state: Path, data: str, name: str | None, holdout: float, options: dict[str, Any], device: str | None, json: bool
+) -> None:
+    from perpetune.cli.common import print_json
+    from perpetune.cli.notes import Notes
+    from perpetune.learner import Learner
+    from perpetune.month import lines
+
+    learner = Learner.load(state, device=device, progress=Notes())
+    found = learner.month(data, name=name, holdout=holdout, options=options)
+    if json:
+        print_json(found)
+    else:
+        print("\n".join(lines(found)))
+
+
+def _options_of(changes: Sequence[str] | None) -> dict[str, Any]:
+    """The keys of a data section that `--set` gives."""
     from perpetune.recipe import apply_change
 
-    with _watch(quiet or json, state) as view:
-        learner = Learner.load(state, device=device, progress=view)
-        options: dict[str, Any] = {}
-        for change in changes or ():
-            apply_change(options, change)
-        results = learner.learn(data, name=name, holdout=holdout, options=options)
-    _finish(learner, results, json)
+    options: dict[str, Any] = {}
+    for change in changes or ():
+        apply_change(options, change)
+    return options
+
+
+@contextlib.contextmanager
+def _gated(state: Path, folder: Path | None, json: bool) -> Iterator[None]:
+    """Where an update is refused, print what its gate has measured, and write the report of what was learned beside the
+    state, which stays as it is."""
+    from perpetune.errors import Refused
+
+    try:
+        yield
+    except Refused as refused:
+        if int(os.environ.get("RANK", "0")) == 0:
+            _show_refused(refused, folder or _beside(state, refused), json)
+        raise
+
+
+def _beside(state: Path, refused: Refused) -> Path:
+    place = state.absolute()
+    return place.with_name(f"{place.name}-refused-{refused.candidate['tasks'][-1]['name']}")
+
+
+def _show_refused(refused: Refused, folder: Path, json: bool) -> None:
+    from perpetune.cli.common import print_json
+    from perpetune.report import write_report
+
+    try:
+        write_report(refused.candidate, folder)
+        written = f"report: {folder / 'report.html'}"
+    except OSError as error:  # the refusal is what has to be told
+        written = f"the report could not be written to {folder}: {error.strerror}; --report says where it goes"
+    if json:
+        print_json({"accepted": False, "gate": refused.gate, "state": refused.now, "candidate": refused.candidate})
+    else:
+        from perpetune.cli.live import show_results
+
+        show_results(refused.candidate)
+        print(written)
 
 
 @steady
@@ -256,7 +348,7 @@ def resume(state: StateFolder, device: Device = None, quiet: Quiet = False, json
     """Continue an interrupted run or update where it stopped."""
     from perpetune.learner import Learner
 
-    with _watch(quiet or json, state) as view:
+    with _watch(quiet or json, state) as view, _gated(state, None, json):
         learner = Learner.load(state, device=device, progress=view)
         before = len(learner.state.committed)
         results = learner.resume()
@@ -286,6 +378,7 @@ def rollback(
     opened = State(state)
     with opened.writing():
         discarded = interrupted(state / "resume") if opened.open_task() else ""
+        discarded = discarded or opened.discard_candidate()
         dropped = opened.rollback(to)
         if dropped and (state / "report.html").is_file():  # the old report describes the dropped tasks
             write_report(read_results(opened), state)
@@ -296,6 +389,35 @@ def rollback(
         message = f"dropped {', '.join(dropped)}" if dropped else "" if discarded else "nothing to drop"
         message += f"{'; ' if message else ''}discarded {discarded}" if discarded else ""
         print(f"{message}; {state} has {', '.join(kept) or 'no learned tasks'}")
+
+
+@steady
+def forget(
+    state: StateFolder,
+    task: Annotated[str | None, typer.Option(metavar="NAME", help="The task to forget.")] = None,
+    name: Annotated[str | None, typer.Option("--class", metavar="NAME", help="The class to forget.")] = None,
+    device: Device = None,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Take a task or a class out again, exactly, as if it had never been learned; or refuse, and change nothing.
+
+    A rollback to earlier tasks would bring it back, so after it only this state is kept.
+
+    Example: perpetune forget birds --task 2026-10
+    """
+    from perpetune.learner import Learner
+
+    if (task is None) == (name is None):
+        raise UsageError("forget: give --task NAME or --class NAME, one of the two")
+    with _watch(quiet or json, state) as view:
+        learner = Learner.load(state, device=device, progress=view)
+        results = learner.forget(task=task, class_name=name)
+    _finish(learner, results, json)
+    if not json:
+        what = [*(f"task {one}" for one in results["forgot"][-1]["tasks"])]
+        what += [f"class {one}" for one in results["forgot"][-1]["classes"]]
+        print(f"forgotten: {', '.join(what)}; {state} can no longer be rolled back to earlier tasks")
 
 
 def prune(
@@ -382,4 +504,4 @@ def _finish(learner: Any, results: dict[str, Any], json: bool) -> None:
         print(f"report: {folder / 'report.html'}")
 
 
-VERBS = (run, init, update, resume, rollback, prune, relocate)
+VERBS = (run, init, update, resume, rollback, forget, prune, relocate)
