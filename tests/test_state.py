@@ -427,7 +427,7 @@ def test_the_second_of_two_learners_is_told(world: Path, tmp_path: Path) -> None
 # -- torn folders -------------------------------------------------------------------------------------------
 
 TASK_FILES = [
-    *("pack.safetensors", "tensors.json", "features.safetensors", "features.json"),
+    *("pack.safetensors", "tensors.json", "features.safetensors", "features.json", "sample.safetensors"),
     *("extra.json", "recipe.json", "task.json", "metrics.json", "timings.json", MANIFEST),
 ]
 

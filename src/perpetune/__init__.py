@@ -16,7 +16,7 @@ from perpetune._version import __version__
 
 if TYPE_CHECKING:
     from perpetune.build import load_backbone
-    from perpetune.errors import PerpetuneError
+    from perpetune.errors import PerpetuneError, Refused
     from perpetune.fit import FitConfig
     from perpetune.heads.base import Head
     from perpetune.learner import Learner, Prediction
@@ -46,6 +46,7 @@ _HOME = {
     "ProtectConfig": "perpetune.protection.config",
     "Protection": "perpetune.protection.protection",
     "Recipe": "perpetune.recipe",
+    "Refused": "perpetune.errors",
     "Runtime": "perpetune.runtime",
     "Task": "perpetune.tasks",
     "load_backbone": "perpetune.build",
@@ -69,6 +70,7 @@ __all__ = [
     "ProtectConfig",
     "Protection",
     "Recipe",
+    "Refused",
     "Runtime",
     "Task",
     "__version__",

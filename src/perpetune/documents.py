@@ -61,6 +61,7 @@ class Task(Document):
     warnings: list[str]
     contents: Contents | None = None
     examples: dict[str, Count] = {}
+    forgot: dict[str, list[str]] | None = None
 
     @model_validator(mode="after")
     def _agrees(self) -> Task:
@@ -133,6 +134,7 @@ class Metrics(Document):
     exams_before: dict[str, dict[str, float]] = {}
     not_asked: list[str] = []
     unasked: Count = 0
+    gate: dict[str, Any] = {}
 
 
 class Features(Document):
@@ -217,11 +219,31 @@ class RunBegun(Document):
     tasks: Count | None = None
 
 
+class Gated(Document):
+    """What a gated update was asked for with."""
+
+    max_drop: Amount
+
+
 class TaskBegun(Document):
     task: Annotated[int, Field(ge=0, le=10**6)]
     name: str
     fingerprint: str = ""
     origin: str | dict[str, Any] = Field("", alias="from")
+    gate: Gated | None = None
+
+
+class Candidate(TaskBegun):
+    """`candidate.json`: a task that is being learned aside, until the gate has decided."""
+
+    gate: Gated
+
+
+class Forgot(Document):
+    """What an entry of the journal took out of the state again."""
+
+    tasks: list[str]
+    classes: list[str]
 
 
 class TaskCommitted(Document):
@@ -231,6 +253,7 @@ class TaskCommitted(Document):
     frees: Count | None = None
     oldest: Count = 0
     by: str = ""
+    forgot: Forgot | None = None
 
 
 class TaskTimed(Document):

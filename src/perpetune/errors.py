@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class PerpetuneError(Exception):
@@ -36,6 +37,23 @@ class MissingExtra(PerpetuneError):
 
     def __init__(self, what: str, extra: str):
         super().__init__(f"{what} needs a package that is not installed: pip install 'perpetune[{extra}]'")
+
+
+class Refused(PerpetuneError):
+    """The gate did not let what an update has learned become the state, which is as it was.
+
+    Args:
+        message: one line that says why, and what would pass.
+        gate: what the gate has measured and decided (`perpetune.gate.judge`).
+        now: the results document of the state.
+        candidate: the results document that the state would have now.
+    """
+
+    exit_code = 3
+
+    def __init__(self, message: str, gate: dict[str, Any], now: dict[str, Any], candidate: dict[str, Any]):
+        super().__init__(message)
+        self.gate, self.now, self.candidate = gate, now, candidate
 
 
 class Interrupted(PerpetuneError):

@@ -20,7 +20,7 @@ from perpetune.plain import parse_json, read_regular
 MANIFEST = "manifest.json"
 MOST_MANIFEST = 2**24
 OURS = re.compile(
-    r"\.(recipe\.yaml|backbone\.json|journal\.jsonl|task\.json|resume|(report|compare|comparison)\.(html|md|json)|\d{2,}-.+)"
+    r"\.(recipe\.yaml|backbone\.json|journal\.jsonl|task\.json|resume|candidate(\.json)?|(report|compare|comparison)\.(html|md|json)|\d{2,}-.+)"
     r"(\.[0-9a-f]{16})?\.(tmp|gone)"
 )
 """Temporary names in a state folder. Those of older versions have no random part."""

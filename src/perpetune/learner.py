@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import math
 import shutil
 import signal
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perpetune import oracle, tracking
+from perpetune import drifting, forgetting, oracle, tracking
 from perpetune.build import build_backbone, build_method, build_runtime
 from perpetune.data.examples import Question
 from perpetune.data.names import printable, safe_name, several, task_names
@@ -28,24 +31,27 @@ from perpetune.data.stream import Stream
 from perpetune.data.tasks import TaskData
 from perpetune.data.texts.chats import Messages
 from perpetune.errors import Interrupted, StateError, UsageError, closest
-from perpetune.evaluate import AMONG, How, ask
+from perpetune.evaluate import AMONG, How, ask, probe
 from perpetune.kept import KeptFeatures, kept_features
 from perpetune.models.compiled import Compiler, compile_blocks
 from perpetune.models.sharded import ALONE, shard
+from perpetune.month import month
 from perpetune.pets import PET, frozen, using
 from perpetune.recipe import Recipe, load_recipe, make_recipe
 from perpetune.results import read_results, versions
-from perpetune.run import run
+from perpetune.run import cells_of, measure, run
 from perpetune.runtime import Progress, Runtime, Silent
 from perpetune.sequence import STREAM, Data, TaskSequence, moved
 from perpetune.snapshot import restore, snapshot
 from perpetune.state import START, Pruned, State
+from perpetune.tally import SAMPLE, probe_rows
 from perpetune.tasks import Batch, Task, captioned
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+D = TypeVar("D")
 Prompt = str | Sequence[tuple[str, ...]] | Sequence[dict[str, Any]] | Mapping[str, Any]
 """A prompt for a language model: a text, or the messages of a chat. For a vision-language model also
 `{"prompt": …, "images": […]}` or `{"messages": …, "images": […]}`, whose images are paths or PIL images."""
@@ -319,6 +325,7 @@ class Learner:
         name: str | None = None,
         holdout: float = 0.2,
         options: Mapping[str, Any] | None = None,
+        max_drop: float | None = None,
     ) -> dict[str, Any]:
         """Learn one more batch of data as one task, and return the results document.
 
@@ -329,7 +336,13 @@ class Learner:
             name: the name of the task; by default the name of the folder or file, else `task-N`.
             holdout: the share of the data that is kept for testing if the data have no test split.
             options: further keys of the data section for a path or id, such as `score` or `label_column`.
+            max_drop: by how many points an earlier task's test data, or an exam, may fall (`perpetune.gate`). The task
+                is learned aside, and becomes part of the state only if no more is lost. None takes the recipe's `gate`.
+
+        Raises:
+            Refused: more is lost; it has both results documents. The state is as it was, byte for byte.
         """
+        bar = self._bar(max_drop)
         if self.method.needs_earlier_data:
             raise UsageError(
                 f"method: {self.recipe.method.name} needs the data of all tasks, but an update has the data of its own "
@@ -346,15 +359,49 @@ class Learner:
         asked, name = name, self._name(data, name, index)
         if asked and asked != name:
             self.runtime.progress.note(f"the task is called {name}, because '{printable(asked)}' cannot name a folder")
-        if options:
-            if not isinstance(data, (str, Path)):
-                raise UsageError("options need data that are a path or an id; put them into the data section instead")
-            data = self._tasks.origin(data, options)
-        task, document = self._tasks.given(data, index, name, holdout)
+        task, document = self._tasks.given(self._with_options(data, options), index, name, holdout)
         self._admit([task])
-        with self._writing():
-            run(self.method, [self._tasks.of_update(task, document, self.state.committed)], self.state, self._kept)
+        with self._writing(gated=bar is not None):
+            step = self._tasks.of_update(task, document, self.state.committed, every=bar is not None)
+            step = dataclasses.replace(step, gate=bar)
+            run(self.method, [step], self.state, self._kept)
         return read_results(self.state)
+
+    def month(
+        self,
+        data: str | Path | dict[str, Any] | Source,
+        *,
+        name: str | None = None,
+        holdout: float = 0.2,
+        options: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """What `learn` would find in the data; nothing is learned or written. The arguments are those of `learn`.
+
+        Returns:
+            Numbers of examples, new and known classes, copies of what was seen, and names that look like another
+            spelling of a learned class; see `perpetune.month.month`.
+        """
+        index = len(self.state.committed)
+        name = self._name(data, name, index)
+        found = self._tasks.looked_at(self._with_options(data, options), index, name, holdout)
+        self._admit([found])
+        return month(found, self.state.committed)
+
+    def _with_options(self, data: D, options: Mapping[str, Any] | None) -> D | dict[str, Any]:
+        """The data section of a path or id with further keys; other data as they are."""
+        if not options:
+            return data
+        if not isinstance(data, (str, Path)):
+            raise UsageError("options need data that are a path or an id; put them into the data section instead")
+        return self._tasks.origin(data, options)
+
+    def _bar(self, max_drop: float | None) -> float | None:
+        """The bar of an update's gate, in points; None if it has none."""
+        if max_drop is None:
+            return None if self.recipe.gate is None else self.recipe.gate.max_drop
+        if not (math.isfinite(max_drop) and max_drop >= 0):
+            raise UsageError(f"max_drop is {max_drop!r}: a number of points is expected, 0 or more")
+        return float(max_drop)
 
     def _admit(self, tasks: Sequence[Task | TaskData]) -> None:
         """Check all tasks before the first one begins; UsageError if the model cannot learn one of them."""
@@ -385,9 +432,70 @@ class Learner:
             return task_names([own], first=index + 1, taken=taken)[0]
         return safe or task_names([""], first=index + 1, taken=taken)[0]
 
+    def forget(self, *, task: str | None = None, class_name: str | None = None) -> dict[str, Any]:
+        """Take a task or a class out of the state again, exactly (`perpetune.forgetting`); return the results document.
+
+        What only a rollback to earlier tasks needs goes with it, or it would bring the forgotten back.
+
+        Args:
+            task: the name of a task.
+            class_name: the name of a class; give one of the two.
+
+        Raises:
+            UsageError: there is no such task or class; or it cannot be exact, and the message says what can be done
+                instead. The state is as it was.
+        """
+        if (task is None) == (class_name is None):
+            raise UsageError("forget: name a task or a class, one of the two")
+        if self.runtime.world > 1:
+            raise UsageError("forget: one process is enough")
+        if self.recipe.data is not None and len(self.state.committed) < self._planned():
+            raise UsageError(f"{self.state.folder} has not learned its stream: `perpetune resume {self.state.folder}`")
+        opened = self.state.candidate() or self.state.open_task()
+        if opened is not None and forgetting.MARK not in opened["from"]:
+            raise UsageError(
+                f"task {opened['name']} is not finished: `perpetune resume {self.state.folder}` finishes it first"
+            )
+        self._leave_halfway()
+        asked = forgetting.Asked(task, class_name)
+        with self.state.writing():
+            if self._learned != self._last():
+                raise StateError(f"{self.state.folder} was changed after this learner loaded it: load it again")
+            found = forgetting.look_up(self.state, asked)
+            self._halfway = True
+            forgetting.take_out(self.method, self.state, found)
+            self._commit_forgotten(asked, found)
+            self._learned, self._halfway = self._last(), False
+        return read_results(self.state)
+
+    def _commit_forgotten(self, asked: forgetting.Asked, found: forgetting.Found) -> None:
+        """Evaluate what is left, and store it as an entry of its own behind the tasks."""
+        tasks, began = self.state.committed, time.perf_counter()
+        wanted = [f"forgot-{asked.task or asked.name}"]
+        entry = task_names(wanted, first=len(tasks) + 1, taken=[t.name for t in tasks])[0]
+        document = forgetting.document(len(tasks), entry, asked, found)
+        names, lost = {t.name for t in found.tasks}, set(found.classes)
+        self._tasks.forget()
+        there = [self._tasks.past(t, lost) for t in tasks if t.name not in names]
+        others = [task for task in there if task is not None]
+        how = How(AMONG[self.recipe.setting], self.recipe.evaluate.batch_size)
+        with self._kept.at_work(self.runtime.device):
+            cells = cells_of(measure(self.method, others, how))
+        seconds = round(time.perf_counter() - began, 3)
+        timings = {"learn_s": 0.0, "evaluate_s": seconds, "images": 0, "peak_memory_bytes": None, "images_per_s": None}
+        about = {key: document[key] for key in ("fingerprint", "from")}
+        self.state.log("task begun", task=len(tasks), name=entry, **about)
+        documents = {"task.json": document, "metrics.json": {"cells": cells}, "timings.json": timings}
+        self.state.commit(len(tasks), entry, self.method, documents)
+        self._kept.settle()  # features of what was forgotten go, because nothing has asked for them
+        self._tasks.forget()
+
     def resume(self) -> dict[str, Any]:
         """Continue an interrupted `run` or `learn` where it stopped, and return the results document."""
-        opened = self.state.open_task()
+        opened = self.state.candidate() or self.state.open_task()
+        if opened is not None and forgetting.MARK in opened["from"]:
+            wanted = opened["from"][forgetting.MARK]
+            return self.forget(task=wanted.get("task"), class_name=wanted.get("class"))
         if opened is not None and opened["from"] != STREAM:
             if not opened["from"].get("name"):
                 raise UsageError(
@@ -395,7 +503,8 @@ class Learner:
                     "call `Learner.load(...).learn` with it again"
                 )
             origin = moved(opened["from"], self._tasks.moved)
-            return self.learn(origin, name=opened["name"], holdout=origin["holdout"])
+            bar = (opened.get("gate") or {}).get("max_drop")
+            return self.learn(origin, name=opened["name"], holdout=origin["holdout"], max_drop=bar)
         if self.recipe.data is None:
             if self.runtime.rank == 0:
                 with self.state.writing():  # finishes an interrupted commit
@@ -415,12 +524,19 @@ class Learner:
         return int(begun[-1]) if begun else len(self.stream.tasks)
 
     @contextlib.contextmanager
-    def _writing(self, **facts: Any) -> Iterator[None]:
-        """Lock the state folder for writing; a signal leads to a checkpoint and then a stop."""
+    def _writing(self, *, gated: bool = False, **facts: Any) -> Iterator[None]:
+        """Lock the state folder for writing; a signal leads to a checkpoint and then a stop.
+
+        Args:
+            gated: whether lines of the journal wait until a task is committed.
+            facts: further facts of the journal's line.
+        """
         self._need_others()
         with contextlib.ExitStack() as stack:
             if self.runtime.rank == 0:
                 stack.enter_context(self.state.writing())
+                if gated:
+                    stack.enter_context(self.state.holding())
                 if self._learned != self._last():
                     raise StateError(f"{self.state.folder} was changed after this learner loaded it: load it again")
                 device = str(self.runtime.device)
@@ -643,6 +759,81 @@ class Learner:
                 answers.append(Answer(question.given, pairs[0][0], pairs, question.cut, question.left_out))
         return answers
 
+    @torch.no_grad()
+    def drift(
+        self,
+        data: str | Path | Sequence[Any] | Tensor,
+        *,
+        level: float = 0.05,
+        unreadable: list[str] | None = None,
+    ) -> dict[str, Any]:
+        """Do examples without labels look like what was learned? If not, an update may be needed.
+
+        Args:
+            data: a path, or what `predict` or `answer` takes.
+            level: the share of months like what was learned that may be flagged.
+            unreadable: as in `predict`.
+
+        Returns:
+            `drift` (yes or no) and both tests, see `perpetune.drifting.compare`; and `tasks`, of how many kept examples
+            of each task they were compared with.
+
+        Raises:
+            StateError: the learner has not learned anything yet, or keeps too few features of held-out examples.
+            DataError: there are too few examples, or one cannot be read.
+            UsageError: `level` is none.
+        """
+        drifting.check_level(level)
+        self._need_learned()
+        view, size = self.method.model.view, self.recipe.evaluate.batch_size
+        known = self._known()
+        given = view.typed([str(data)]) if isinstance(data, str | Path) else data
+        chosen = drifting.some(len(given), "new")
+        if len(chosen) < len(given):
+            self.runtime.progress.note(f"{len(chosen)} of {len(given)} {view.noun} are compared, drawn at random")
+        names, parts = list[str](), list[Tensor]()
+        for start in range(0, len(chosen), size):
+            rows = chosen[start : start + size]
+            whole = given[rows] if isinstance(given, Tensor) else [given[row] for row in rows]
+            some = view.ask(whole, first=start, unreadable=unreadable)
+            if some:
+                names += [str(question.given) for question in some]
+                parts.append(self._compared(self._batch(some)))
+        every = torch.cat(list(known.values())) if known else torch.zeros(0, 1)
+        new = torch.cat(parts) if parts else every[:0]
+        found = drifting.compare(every[drifting.some(len(every), "known")], new, names, level, view.noun)
+        return {**found, "tasks": {name: len(rows) for name, rows in known.items()}}
+
+    def _compared(self, batch: Batch) -> Tensor:
+        """Features of a batch, as they are compared with kept ones."""
+        with self.runtime.autocast():
+            return drifting.projected(F.normalize(self.method.features(batch.inputs).float(), dim=-1).cpu())
+
+    def _known(self) -> dict[str, Tensor]:
+        """What is kept of the features of each task, by its name, of tasks whose features are as they were. Of others
+        they are computed again, if their test data are still there."""
+        tasks, known = self.state.committed, dict[str, Tensor]()
+        for task in tasks:
+            if task.gone:
+                continue
+            kept, moved = drifting.stored(task), drifting.moved(task, tasks[-1])
+            still = moved <= drifting.MOVED if moved is not None else not self.method.trained
+            if kept is None or still:
+                known |= {} if kept is None else {task.name: kept}
+                continue
+            past = self._tasks.past(task)
+            rows = probe_rows(len(past.test), SAMPLE) if past is not None and past.test is not None else []
+            if past is None or not rows:
+                how = "nobody knows how far" if moved is None else f"by {moved:.2f}"
+                self.runtime.progress.note(
+                    f"task {task.name} is not compared with: its features have moved since it was learned ({how}), and "
+                    "its test data are gone"
+                )
+                continue
+            features = probe(self.method, past, rows)
+            known |= {} if features is None else {task.name: drifting.projected(features)}
+        return known
+
     def evaluate(
         self, data: str | Path | Source | None = None, *, options: Mapping[str, Any] | None = None
     ) -> dict[str, dict[str, Any] | None]:
@@ -661,7 +852,7 @@ class Learner:
         self._need_learned()
         setting, size = self.recipe.setting, self.recipe.evaluate.batch_size
         if data is None:
-            tasks = {c.name: self._tasks.past(c) for c in self.state.committed}
+            tasks = {c.name: self._tasks.past(c) for c in self.state.committed if not c.gone}
             for name, task in tasks.items():
                 if task is not None and not (task.test is not None and len(task.test)):
                     self.runtime.progress.note(f"task {name} is not evaluated, it was learned without test data")

@@ -130,6 +130,14 @@ class EvaluateSection(Section):
     among members. It costs one more pass over the test data."""
 
 
+class GateSection(Section):
+    """What an update has to keep. An update that loses more is refused, and the state stays as it was. It is for
+    updates; the tasks of a recipe's own stream have no gate."""
+
+    max_drop: Annotated[float, Field(ge=0)] = 2.0
+    """By how many points an earlier task's test data, or an exam, may fall. What may be chance does not count."""
+
+
 class RunSection(Section):
     """Where and how it runs, and what stays on the disk. Nothing here decides what is learned, but for `precision`;
     `compile` moves last bits."""
@@ -211,6 +219,8 @@ class Recipe(Section):
     evaluate: EvaluateSection = EvaluateSection()
     exams: dict[str, Named] = {}
     """Suites of exams by names of your own: what is asked before the first task and after each, and not learned."""
+    gate: GateSection | None = None
+    """Refuses updates that lose too much of what was learned; None lets all pass."""
     run: RunSection = RunSection()
 
     @field_validator("name")
@@ -249,6 +259,11 @@ class Recipe(Section):
     @field_validator("protect", mode="before")
     @classmethod
     def _protect_switch(cls, value: Any) -> Any:
+        return {} if value is True else None if value is False or value == "none" else value
+
+    @field_validator("gate", mode="before")
+    @classmethod
+    def _gate_switch(cls, value: Any) -> Any:
         return {} if value is True else None if value is False or value == "none" else value
 
     @field_validator("average", mode="before")

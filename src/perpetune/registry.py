@@ -88,8 +88,8 @@ BUILTIN: dict[Kind, dict[str, str]] = {
     "sections": {  # in the order of the page
         name: f"perpetune.report.sections.{name}:section"
         for name in (
-            *("figures", "zero_shot", "transfer", "matrix", "curves", "answers", "retrieval", "recognition", "gate"),
-            *("exams", "headroom", "heads", "members", "tree", "averages", "protection", "drift"),
+            *("figures", "updates", "zero_shot", "transfer", "matrix", "curves", "answers", "retrieval", "recognition"),
+            *("gate", "exams", "headroom", "heads", "members", "tree", "averages", "protection", "drift"),
             *("tasks", "classes", "storage", "time", "problems", "reproduce"),
         )
     },

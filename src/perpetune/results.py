@@ -16,6 +16,8 @@ from perpetune.numerics.transfer import summarise as summarise_transfer
 from perpetune.snapshot import FILES, FIXED
 from perpetune.state import DOCUMENTS, Committed, State
 
+Documents = Mapping[str, Mapping[str, Any]]
+"""What a commit stores of a task in JSON, by the name of the file."""
 PACKAGES = ("perpetune", "torch", "transformers", "timm", "accelerate", "numpy", "safetensors")
 
 
@@ -31,14 +33,21 @@ def versions() -> Mapping[str, str]:
     return MappingProxyType(found)
 
 
-def read_results(state: State) -> dict[str, Any]:
+def read_results(state: State, candidate: Documents | None = None) -> dict[str, Any]:
     """The results document; `perpetune.report` renders it and names its fields. Its parts are shared with other
-    documents of the same state: do not change them."""
+    documents of the same state: do not change them.
+
+    Args:
+        candidate: of a task that is not committed, the documents that its commit would store; it is counted as the last
+            one.
+    """
     journal = state.journal()
     timed = {e["name"]: {k: e[k] for k in ("commit_s", "report_s")} for e in journal if e["event"] == "task timed"}
     found = [
         committed.once("results", tuple(DOCUMENTS), partial(_results_of, committed)) for committed in state.committed
     ]
+    if candidate is not None:
+        found.append(_parts(len(found), [candidate[name] for name in DOCUMENTS], "the candidate"))
     tasks = [one["task"] for one in found]
     cells = _matrix([one["cells"] for one in found], [task["name"] for task in tasks])
     timings = [{**one["timing"], **timed.get(one["task"]["name"], {})} for one in found]
@@ -62,12 +71,13 @@ def read_results(state: State) -> dict[str, Any]:
         **({"not_asked": left_out} if left_out else {}),
         **({"in_turn": in_turn} if in_turn else {}),
         "timings": timings,
-        "storage": [one["storage"] for one in found],
-        "disk": [one["disk"] for one in found],
+        "storage": [one["storage"] for one in found if one["storage"]],
+        "disk": [one["disk"] for one in found if one["disk"]],
         "protection": _joined(found, "protection"),
         "facts": [one["facts"] for one in found],
         "drift": [one["drift"] for one in found],
         **({"exams": exams} if exams else {}),
+        **{name: some for name in ("gates", "forgot") if (some := _joined(found, name))},
         **_zero_shot(tasks, cells, ahead),
         "examples": backbone.get("examples"),
         "trainable_parameters": backbone.get("trainable_parameters"),
@@ -85,8 +95,15 @@ def read_results(state: State) -> dict[str, Any]:
 def _results_of(committed: Committed) -> dict[str, Any]:
     """What the documents of one task say, in the parts of a results document."""
     sizes, tensors = committed.stored()
-    task, metrics, timing = (committed.parsed(name) for name in DOCUMENTS)
-    index = committed.index
+    found = _parts(committed.index, [committed.parsed(name) for name in DOCUMENTS], str(committed.folder))
+    found["storage"] = {"task": committed.index, **{n: sizes[n] for n in (*FILES, *FIXED) if n in sizes}}
+    found["disk"] = {"task": committed.index, "bytes": tensors}
+    return found
+
+
+def _parts(index: int, documents: Sequence[Mapping[str, Any]], where: str) -> dict[str, Any]:
+    """What the documents of a task say, without what it stores."""
+    task, metrics, timing = documents
     try:
         exams = [(None, metrics.get("exams_before")), (index, metrics.get("exams"))]
         return {
@@ -100,13 +117,15 @@ def _results_of(committed: Committed) -> dict[str, Any]:
             "timing": {"task": index, **timing},
             "not_asked": [{"task": index, "of": list(of)} for of in [metrics.get("not_asked")] if of],
             "in_turn": [{"task": index, "count": count} for count in [metrics.get("unasked")] if count],
-            "storage": {"task": index, **{n: sizes[n] for n in (*FILES, *FIXED) if n in sizes}},
-            "disk": {"task": index, "bytes": tensors},
+            "gates": [{"task": index, **gate} for gate in [metrics.get("gate")] if gate],
+            "forgot": [{"task": index, **forgot} for forgot in [task.get("forgot")] if forgot is not None],
+            "storage": None,
+            "disk": None,
             "bad": [{"task": index, **_file_and_reason(entry)} for entry in task["bad"]],
             "warnings": list(task["warnings"]),
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise StateError(f"{committed.folder} does not hold what a task leaves there: {error!r}") from None
+        raise StateError(f"{where} does not hold what a task leaves there: {error!r}") from None
 
 
 def _joined(found: Sequence[Mapping[str, Any]], key: str) -> list[Any]:

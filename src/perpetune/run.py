@@ -6,31 +6,35 @@ import itertools
 import math
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from perpetune.errors import Interrupted
+from perpetune import drifting
+from perpetune.drifting import FEATURES
+from perpetune.errors import Interrupted, Refused
 from perpetune.evaluate import AMONG, Asked, Classes, How, Limit, ask, probe, probe_rows
 from perpetune.exams.base import Exam, take_all
+from perpetune.gate import Figures, judge, refusal, unsure
 from perpetune.kept import KeptFeatures, kept_features
 from perpetune.methods.base import Method
 from perpetune.oracle import solve
 from perpetune.recipe import Every, Recipe
-from perpetune.results import read_results
+from perpetune.results import Documents, read_results
 from perpetune.runtime import Runtime, Silent
 from perpetune.snapshot import read_tensors
-from perpetune.state import MidTask, State, training_digest
+from perpetune.state import MidTask, State, candidate, interrupted, training_digest
 from perpetune.tasks import Batch, Examples, Task, balanced, evaluation_batches
 
 LEADING = 256  # examples of a task that say where its pet starts, with protect.start: leading
 MADE = "features.json"  # what made the features of its test examples then
-FEATURES = "features.safetensors"  # of a few test images of the task, as they were when it was learned
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,9 @@ class Step:
         last: whether it is the last task of its stream.
         prepared: seconds that it took to find the data and to check the examples.
         unasked: how many earlier tasks are not among `others`, because it is not their turn (`evaluate.earlier`).
+        files: further files that are stored with the task.
+        gate: the bar in points that decides whether the task is committed or refused (`perpetune.gate`); None commits
+            it.
     """
 
     task: Task
@@ -66,6 +73,8 @@ class Step:
     last: bool = False
     prepared: float = 0.0
     unasked: int = 0
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    gate: float | None = None
 
 
 def run(method: Method, steps: Iterable[Step], state: State, kept: KeptFeatures | None = None) -> None:
@@ -85,7 +94,11 @@ def learn_task(method: Method, step: Step, state: State, kept: KeptFeatures) -> 
     """Learn one task, evaluate, and store what was learned.
 
     A crash at any moment leaves the state with this task committed or not begun; checkpoints of
-    the open task are in STATE/resume, and entering here again goes on from them.
+    the open task are in STATE/resume, and entering here again goes on from them. A task with a gate is learned aside
+    (`State.holding` is around it): until the gate has let it through, nothing of the state changes.
+
+    Raises:
+        Refused: the gate has not let it through. `method` has learned it all the same.
     """
     task, recipe, run = step.task, state.recipe, step.task.runtime
     run.spent = {}
@@ -94,11 +107,10 @@ def learn_task(method: Method, step: Step, state: State, kept: KeptFeatures) -> 
     # A checkpoint is of use only for the same data, training and number of processes.
     fingerprint = f"{step.document['fingerprint']}/{training_digest(recipe)}/{run.world}"
     if main:
-        about = {key: step.document[key] for key in ("fingerprint", "from")}
-        state.log("task begun", task=task.index, name=task.name, **about)
+        _begin(step, state)
     about_task, every = (task.index, task.name, fingerprint), recipe.run.checkpoint_every
     with run.first():  # it removes what belongs to another task, before the others look
-        run.checkpoints = MidTask(state.folder / "resume", method, about_task, every, writes=main)
+        run.checkpoints = MidTask(_resume(step, state), method, about_task, every, writes=main)
     run.progress.task(task.index, task.name, len(task.classes), len(task.train))
     ahead = [f"task {task.name}: {said}" for said in method.notes(task)]
     for note in ahead:
@@ -114,22 +126,26 @@ def learn_task(method: Method, step: Step, state: State, kept: KeptFeatures) -> 
         begun = {"exams_before": exams_before, "cells_before": cells_of(zero)}
     else:
         exams_before = state.committed[0].parsed("metrics.json").get("exams_before", {})
+    bound = recipe.evaluate.earlier if step.gate is None else _asked_by_gate(recipe)
+    before = None if step.gate is None else _before(method, step, recipe, kept)
     began = time.perf_counter()
     certificates = learn_protected(method, task, step.reference, recipe.evaluate.batch_size, step.names)
     learned = time.perf_counter()
     oracle = solve(method, step.seen, recipe) if step.seen else None
     solved = time.perf_counter()
-    how = How(among, size, oracle, step.future, recipe.evaluate.told)
+    how = How(among, size, oracle, step.future, recipe.evaluate.told, each=before is not None)
     examples = _examples_of(task) if step.exams else {}
     with kept.at_work(run.device):
-        found = measure(method, [*step.others, task], how, limit=_limit(step, recipe), new=task.name)
+        found = measure(method, [*step.others, task], how, limit=_limit(step, recipe, bound), new=task.name)
         ahead_of = measure(method, step.ahead, How(among, size, future=step.future))
         with run.timed("exams"):
             exams = take_all(step.exams, method, size, exams_before, _trained(state, examples))
         with run.timed("drift"):
             features, drift = _drift(method, step, state, found)
             made = found[task.name].made
-        kept.settle(_turn_begun(step, state))
+        gate: dict[str, Any] = {} if before is None else _judged(step, before, found, exams)
+        if gate.get("accepted", True):
+            kept.settle(_turn_begun(step, state))
     cells = cells_of({**found, **ahead_of})
     left_out = [name for name, asked_of in found.items() if asked_of.left_out]
     evaluated = time.perf_counter()
@@ -162,13 +178,15 @@ def learn_task(method: Method, step: Step, state: State, kept: KeptFeatures) -> 
         run.progress.note(warning)
     document["warnings"] = [*document["warnings"], *ahead, *warnings]
     measured: dict[str, Any] = {"cells": cells, "protection": certificates, "facts": facts, "drift": drift}
-    measured |= {**begun, "exams": exams, "not_asked": left_out, "unasked": step.unasked}
+    measured |= {**begun, "exams": exams, "not_asked": left_out, "unasked": step.unasked, "gate": gate}
     metrics = {key: value for key, value in measured.items() if value or key == "cells"}
+    documents = {"task.json": document, "metrics.json": metrics, "timings.json": timings}
+    if gate:
+        _decide(task.name, gate, documents, state, run)
     done = time.perf_counter()
     if main:
-        documents = {"task.json": document, "metrics.json": metrics, "timings.json": timings}
         documents |= {} if made is None else {MADE: {"made": made}}
-        if dropped := state.commit(task.index, task.name, method, documents, features):
+        if dropped := state.commit(task.index, task.name, method, documents, {**features, **step.files}):
             run.progress.note(dropped)
     run.wait()
     run.checkpoints = None
@@ -178,6 +196,78 @@ def learn_task(method: Method, step: Step, state: State, kept: KeptFeatures) -> 
     if main:  # nothing that is sealed with a commit can say how long it took
         spent = {"commit_s": round(committed - done, 3), "report_s": round(time.perf_counter() - committed, 3)}
         state.log("task timed", task=task.index, name=task.name, **spent)
+
+
+def _begin(step: Step, state: State) -> None:
+    """Say in the journal that a task begins; with a gate, in the candidate's folder, and in the journal once it is
+    through."""
+    about = {"task": step.task.index, "name": step.task.name, **{k: step.document[k] for k in ("fingerprint", "from")}}
+    if step.gate is None:
+        if discarded := state.discard_candidate():
+            warnings.warn(f"discarded: {discarded}", stacklevel=4)
+        state.log("task begun", **about)
+        return
+    about |= {"gate": {"max_drop": step.gate}}
+    candidate.begin(state.folder, about)
+    state.log("task begun", **about)
+
+
+def _resume(step: Step, state: State) -> Path:
+    """The folder of the task's checkpoints."""
+    return state.folder / "resume" if step.gate is None else state.folder / candidate.FOLDER / candidate.RESUME
+
+
+@dataclass(frozen=True)
+class _Before:
+    """What the model knew before a task."""
+
+    tasks: dict[str, Asked]
+    exams: dict[str, dict[str, float]]
+
+
+def _before(method: Method, step: Step, recipe: Recipe, kept: KeptFeatures) -> _Before:
+    size, earlier = recipe.evaluate.batch_size, _earlier(step)
+    how = How(AMONG[recipe.setting], size, future=step.future, each=True)
+    with kept.at_work(step.task.runtime.device):
+        tasks = measure(method, earlier, how, limit=_limit(step, recipe, _asked_by_gate(recipe)))
+        return _Before(tasks, take_all(step.exams, method, size))
+
+
+def _earlier(step: Step) -> list[Task]:
+    return [other for other in step.others if other.index < step.task.index]
+
+
+def _asked_by_gate(recipe: Recipe) -> Literal["auto", "all"] | int | Every:
+    """`evaluate.earlier` where a gate asks: also where no earlier task would be asked this time."""
+    earlier = recipe.evaluate.earlier
+    return "all" if isinstance(earlier, Every) else earlier
+
+
+def _judged(step: Step, before: _Before, found: Mapping[str, Asked], exams: Figures) -> dict[str, Any]:
+    """What the gate says of a task that is not the first one; the first one has nothing before it."""
+    assert step.gate is not None
+    if not step.task.index:
+        return {}
+    questions = {exam.name: len(exam.task.test or ()) for exam in step.exams}
+    return judge(step.gate, before.tasks, found, before.exams, exams, questions)
+
+
+def _decide(name: str, gate: Mapping[str, Any], documents: Documents, state: State, run: Runtime) -> None:
+    """Go on where the gate lets a task through.
+
+    Raises:
+        Refused: it does not.
+    """
+    main = run.rank == 0
+    if few := unsure(name, gate):
+        run.progress.note(few)
+    if not gate["accepted"]:
+        now, then = read_results(state), read_results(state, documents)
+        if main:
+            candidate.drop(state.folder)
+        raise Refused(refusal(name, gate), dict(gate), now, then)
+    if main and (discarded := interrupted(state.folder / "resume")):
+        warnings.warn(f"discarded: {discarded}", stacklevel=4)
 
 
 def _examples_of(task: Task) -> dict[str, int]:
@@ -195,7 +285,8 @@ def _trained(state: State, examples: Mapping[str, int]) -> dict[str, int]:
         return {}
     counts: Counter[str] = Counter(examples)
     for committed in state.committed:
-        counts.update(committed.task().get("examples", {}))
+        known = committed.classes()
+        counts.update({name: n for name, n in committed.task().get("examples", {}).items() if name in known})
     return dict(counts)
 
 
@@ -341,9 +432,9 @@ def cells_of(asked: Mapping[str, Asked]) -> dict[str, Any]:
     return {name: of.cell for name, of in asked.items() if not of.left_out}
 
 
-def _limit(step: Step, recipe: Recipe) -> Limit | None:
+def _limit(step: Step, recipe: Recipe, earlier: Literal["auto", "all"] | int | Every) -> Limit | None:
     """How many examples of earlier tasks are asked if their features have to be computed; None is all."""
-    earlier, index = recipe.evaluate.earlier, step.task.index
+    index = step.task.index
     if isinstance(earlier, str) or (isinstance(earlier, Every) and (step.last or (index + 1) % earlier.every == 0)):
         return None
     names = [other.name for other in step.others if other.index < index]
@@ -392,9 +483,24 @@ def _drift(
         if len(old) == len(rows) and old.shape[1] == now.shape[1]:
             old = old[[place[number] for number in numbers]]
             moved[other.name] = round(float((now - old).norm(dim=-1).mean()), 6)
-    known = asked[step.task.name].probed
-    own = probe(method, step.task, new=True) if known is None else known[1]
-    return ({} if own is None else {FEATURES: save({"features": own.contiguous()})}), moved
+    return _kept_of(method, step.task, asked[step.task.name].probed), moved
+
+
+def _kept_of(method: Method, task: Task, known: tuple[list[int], Tensor] | None) -> dict[str, bytes]:
+    """The files with features of some test examples of a task that was learned just now.
+
+    Args:
+        known: numbers of examples and their features, if the answers were made of features.
+    """
+    rows = probe_rows(len(task.test or ()))
+    if known is None:
+        features = probe(method, task, new=True)
+        known = None if features is None else (rows, features)
+    if known is None:
+        return {}
+    place = {number: row for row, number in enumerate(known[0])}
+    probed = known[1][[place[number] for number in rows]]
+    return {FEATURES: save({"features": probed.contiguous()}), drifting.SAMPLE: save(drifting.kept(known[1]))}
 
 
 def _probed_again(method: Method, task: Task, cell: Mapping[str, Any] | None) -> tuple[list[int], Tensor | None]:

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from perpetune.data.guess import guess_source
 from perpetune.data.names import alike, several
 from perpetune.data.overlap import Overlap
 from perpetune.data.reference import reference_examples
-from perpetune.data.sketch import learned_before, whole
+from perpetune.data.sketch import ALL, learned_before, packed, whole
 from perpetune.data.sources import Kind, Source, Table
 from perpetune.data.stream import Stream, StreamOptions, single_task
 from perpetune.data.tasks import TaskData
@@ -55,6 +55,7 @@ class TaskSequence:
         self._reference: tuple[TableSet, list[str]] | None = None
         self._tasks: dict[int, Task] = {}
         self._tests: dict[int, Task] = {}  # earlier tasks of which only the test is to be used
+        self._files: dict[int, dict[str, bytes]] = {}  # what is stored with an update's task
         self._prepared: dict[int, float] = {}  # seconds that it took to prepare an update's task
         self._told = False  # whether a line has said that not all earlier tasks are asked
         self._tested = Overlap()  # the test examples of tasks that were asked
@@ -112,10 +113,10 @@ class TaskSequence:
             fingerprint = hashlib.sha256(repr(list(task.train.targets)).encode()).hexdigest()
             document = _document(task, {"name": None}, fingerprint, [], [])
         else:
-            origin: Origin = data if isinstance(data, dict) else {} if isinstance(data, Source) else self.origin(data)
-            origin = {**origin, "holdout": holdout}
-            source = data if isinstance(data, Source) else _source(origin)
+            source, origin = self._source_of(data, holdout)
             found = self._checked(self._single(source, index, name, holdout))
+            whole_of = packed(found.hashes.values()) if found.hashes is not None else None
+            self._files[index] = {ALL: whole_of} if whole_of is not None else {}
             task = self._as_task(found)
             document = _document(task, origin, found.fingerprint, found.bad, found.warnings)
             if found.contents is not None:
@@ -123,16 +124,33 @@ class TaskSequence:
         self._tasks[index] = task
         return task, document
 
-    def of_update(self, task: Task, document: dict[str, Any], committed: Sequence[Committed]) -> Step:
-        """What `given` prepared, evaluated on the tasks `committed` too, whose test pictures it should not hold."""
+    def _source_of(self, data: str | Path | dict[str, Any] | Source, holdout: float) -> tuple[Source, Origin]:
+        origin: Origin = data if isinstance(data, dict) else {} if isinstance(data, Source) else self.origin(data)
+        origin = {**origin, "holdout": holdout}
+        return (data if isinstance(data, Source) else _source(origin)), origin
+
+    def looked_at(self, data: str | Path | dict[str, Any] | Source, index: int, name: str, holdout: float) -> TaskData:
+        """The data that an update would learn, checked; nothing is learned of them."""
+        return self._checked(self._single(self._source_of(data, holdout)[0], index, name, holdout))
+
+    def of_update(
+        self, task: Task, document: dict[str, Any], committed: Sequence[Committed], *, every: bool = False
+    ) -> Step:
+        """What `given` prepared, evaluated on the tasks `committed` too, whose test pictures it should not hold.
+
+        Args:
+            every: ask every earlier task, also where others would have to wait for their turn.
+        """
         began = time.perf_counter()
-        step = self._step_of_update(task, document, committed)
+        step = self._step_of_update(task, document, committed, every)
         return dataclasses.replace(step, prepared=self._prepared[task.index] + time.perf_counter() - began)
 
-    def _step_of_update(self, task: Task, document: dict[str, Any], committed: Sequence[Committed]) -> Step:
-        others, unasked = self._others(committed)
-        earlier = {c.name: c.task() for c in committed}
-        known = list(dict.fromkeys(name for one in earlier.values() for name in one["classes"]))
+    def _step_of_update(
+        self, task: Task, document: dict[str, Any], committed: Sequence[Committed], every: bool
+    ) -> Step:
+        others, unasked = self._others(committed, every)
+        earlier = {c.name: c.task() for c in committed if not c.gone}
+        known = list(dict.fromkeys(name for c in committed for name in c.classes()))
         found = [*_again(task, document, earlier), *_alike_before(task, known), *self._leaks(task, others)]
         for warning in found:
             self.runtime.progress.note(warning)
@@ -140,18 +158,19 @@ class TaskSequence:
             self.runtime.progress.note(line)
         document = {**document, "warnings": [*document["warnings"], *found]}
         first = self._first(task.index), self._names(task.index)
-        step = Step(task, others, document, *first, exams=self.exams, unasked=unasked)
+        files = self._files.get(task.index, {})
+        step = Step(task, others, document, *first, exams=self.exams, unasked=unasked, files=files)
         if not self.recipe.evaluate.future:
             return step
-        classes = {name: one["classes"] for name, one in earlier.items()}
+        classes = {c.name: c.classes() for c in committed if not c.gone}
         return dataclasses.replace(step, future={**classes, task.name: task.classes})
 
-    def _others(self, committed: Sequence[Committed]) -> tuple[list[Task], int]:
+    def _others(self, committed: Sequence[Committed], every: bool) -> tuple[list[Task], int]:
         """The earlier tasks that are asked after an update, as far as their test data are there, and how many others
         have to wait."""
-        if self.recipe.evaluate.earlier != "auto" or len(committed) <= ASKED:
+        if every or self.recipe.evaluate.earlier != "auto" or len(committed) <= ASKED:
             return [t for t in (self.past(c) for c in committed) if t is not None], 0
-        tested, found = [c for c in committed if c.task()["test"]], list[Task]()
+        tested, found = [c for c in committed if c.task()["test"] and not c.gone], list[Task]()
         for one in _longest_ago(tested, committed):
             if len(found) < ASKED and (task := self.past(one)) is not None:
                 found.append(task)
@@ -230,13 +249,22 @@ class TaskSequence:
         task = self._as_task(self._checked(found, found.classes if found.test else None))
         return dataclasses.replace(task, test=task.test or task.train)
 
-    def past(self, committed: Committed) -> Task | None:
-        """An earlier task as far as its test data are still there, and what they were."""
+    def past(self, committed: Committed, without: Collection[str] = ()) -> Task | None:
+        """An earlier task as far as its test data are still there, and what they were.
+
+        Args:
+            without: classes that are being forgotten.
+        """
         index = committed.index
+        if committed.gone:
+            return None
         if index in self._tasks:
             return self._tasks[index]
         if index not in self._tests:
             document = committed.task()
+            known = [name for name in committed.classes() if name not in without]
+            if document["classes"] and not known:
+                return None
             origin = moved(document["from"], self.moved)
             if origin != STREAM and not origin.get("name"):
                 self.runtime.progress.note(f"task {committed.name} is not evaluated, it was given as a Python object")
@@ -252,7 +280,7 @@ class TaskSequence:
                         "was learned"
                     )
                     return None
-                found = self._checked(found, document["classes"])
+                found = self._checked(found, known)
             except (DataError, UsageError) as error:
                 self.runtime.progress.note(
                     f"task {committed.name} is not evaluated, its data are gone: {error}; if they "
@@ -261,6 +289,10 @@ class TaskSequence:
                 return None
             self._tests[index] = dataclasses.replace(self._as_task(found), name=committed.name)
         return self._tests[index]
+
+    def forget(self) -> None:
+        """Drop what was prepared of earlier tasks: some of it was forgotten."""
+        self._tasks, self._tests = {}, {}
 
     moved: Sequence[tuple[str, str]] = ()
     """Beginnings of paths of tasks' data that have changed since they were learned, as they were and as they are."""

@@ -19,6 +19,7 @@ from perpetune.models.keeping import Keeper, NotKept, Unseen
 from perpetune.oracle import Oracle
 from perpetune.tasks import Batch, Inputs, Task
 
+SAMPLE = 256  # test images of a task whose features are kept, so that new images can be compared with them
 PROBE = 32  # test images of a task by which the drift of its features is measured
 
 
@@ -31,6 +32,8 @@ class How:
     oracle: Oracle | None = None
     future: Classes | None = None
     told: bool = False
+    each: bool = False
+    """Whether to give what each answer is worth, too (`Asked.right`)."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class Asked:
         probed: numbers of the examples of the task's probe that were asked, and their features `(n, D)` of length 1,
             float32, on the CPU; None if they are not known.
         made: a digest of the examples and of all that made their features, if it was the same for all; else None.
+        right: with `How.each`, what the answer to each test example is worth, float64 `(n,)` in [0, 1] on the CPU; NaN
+            where it was not asked. None if it is not known, as of pictures with captions.
     """
 
     cell: dict[str, Any] | None
@@ -51,11 +56,15 @@ class Asked:
     seconds: float = 0.0
     probed: tuple[list[int], Tensor] | None = None
     made: str | None = None
+    right: Tensor | None = None
 
 
-def probe_rows(count: int) -> list[int]:
-    """The numbers of the examples of a task by which the drift of its features is measured: `PROBE`, or all."""
-    some = min(PROBE, count)
+def probe_rows(count: int, most: int = PROBE) -> list[int]:
+    """The numbers of the examples of a task by which the drift of its features is measured: `most` of them, or all.
+
+    Those of `PROBE` are among those of `SAMPLE`.
+    """
+    some = min(most, count)
     return [i * count // some for i in range(some)]
 
 
@@ -99,12 +108,15 @@ class Tally:
         self.exact = torch.float32 if self.run.device.type == "mps" else torch.float64  # Apple's GPUs have no other
         zero = torch.zeros((), dtype=self.exact, device=self.run.device)
         self.per_class = zero.new_zeros(2, max(1, len(task.classes)))
+        self.each = zero.new_zeros(2, self.count) if how.each else None  # what each answer is worth; whether it came
         self.others, self.gauges, self.bounds = (Sums(self.run, zero) for _ in range(3))
         self.gates = Sums(self.run, torch.zeros(2, dtype=torch.int64, device=self.run.device))
         self.acted = Members(self.run)
         self.way: str | None = None
         self.diagnosis = None if how.oracle is None else (how.oracle, Choices(how.oracle.classes, task, how.among))
-        probed = set(probe_rows(self.count)) & set(self.numbers) if probing and keeper is not None else set[int]()
+        probed = set[int]()
+        if probing and keeper is not None:
+            probed = set(probe_rows(self.count, SAMPLE if new else PROBE)) & set(self.numbers)
         self.probing = probed if self.run.world == 1 else set()
         self.probed: list[tuple[list[int], Tensor]] = []
 
@@ -151,7 +163,7 @@ class Tally:
             probed = self._probe(method, batch.inputs, numbers)
         if probed is not None:
             self.probed.append(probed)
-        self._add(batch, *found)
+        self._add(batch, numbers, *found)
         self.waiting = self.waiting[1:]
         signum = self.run.stop_requested(due=False)
         if signum is not None:
@@ -176,12 +188,16 @@ class Tally:
             return None
         return [numbers[place] for place in places], F.normalize(features[places].float(), dim=-1)
 
-    def _add(self, batch: Batch, answers: Answers, bound: Tensor | None, solved: Tensor | None) -> None:
+    def _add(
+        self, batch: Batch, numbers: Sequence[int], answers: Answers, bound: Tensor | None, solved: Tensor | None
+    ) -> None:
         exact, judge = self.exact, self.judge
         self.way = answers.name
         right = judge(answers.scores, batch)
         for row, values in enumerate((right, torch.ones_like(batch.targets))):
             self.per_class[row].index_add_(0, batch.targets, values.to(exact))
+            if self.each is not None:
+                self.each[row, list(numbers)] = values.to(exact)
         for name, open_ in answers.gates.items():
             self.gates.add(name, torch.stack([open_, open_ & (right > 0)]).sum(1))
         if self.going is not None:
@@ -205,7 +221,13 @@ class Tally:
         if self.probed:
             rows = torch.cat([features for _, features in self.probed]).cpu()
             probed = [number for numbers, _ in self.probed for number in numbers], rows
-        return Asked(self._cell(), seconds=self.seconds, probed=probed, made=self._made())
+        return Asked(self._cell(), seconds=self.seconds, probed=probed, made=self._made(), right=self._each())
+
+    def _each(self) -> Tensor | None:
+        if self.each is None:
+            return None
+        found: Tensor = self.run.sum(self.each).double().cpu()
+        return found[0].masked_fill(found[1] == 0, torch.nan)
 
     def _made(self) -> str | None:
         """A digest of the examples and of what made all their features; None if nobody can say it."""

@@ -1,6 +1,6 @@
-"""The command line. The verbs are in four modules: `learn` has run, init, update, resume, rollback, prune and
-relocate; `use` has predict, evaluate and export; `serving` has serve; `look` has report, log, compare and the lists of
-choices."""
+"""The command line. The verbs are in four modules: `learn` has run, init, update, resume, rollback, forget, prune and
+relocate; `use` has predict, find, evaluate, drift and export; `serving` has serve; `look` has report, log, compare and
+the lists of choices."""
 
 from __future__ import annotations
 

@@ -60,6 +60,16 @@ class Learned(TypedDict):
     run: NotRequired[str]
 
 
+class Refused(TypedDict):
+    """The gate refuses an update: what it has measured, the results document as it is and as it would be, and the page
+    about what was learned; null if it could not be written."""
+
+    gate: dict[str, Any]
+    state: dict[str, Any]
+    candidate: dict[str, Any]
+    report: str | None
+
+
 class Run(TypedDict):
     """One of several runs has ended: with its figures, or with the reason why it failed."""
 
@@ -171,6 +181,7 @@ EVENTS: dict[str, type] = {
     "phase": Phase,
     "step": Step,
     "learned": Learned,
+    "refused": Refused,
     "run": Run,
     "read": Read,
     "prediction": Prediction,
@@ -192,6 +203,12 @@ class Results(TypedDict):
 
     results: dict[str, Any] | None
     report: str | None
+
+
+class Month(TypedDict):
+    """What the data of an update hold (`Learner.month`)."""
+
+    month: dict[str, Any]
 
 
 class Compared(TypedDict):
@@ -255,8 +272,9 @@ class Stopped(TypedDict):
 DONE: dict[str, tuple[type, ...]] = {
     "run": (Results, Compared),
     "init": (Results,),
-    "update": (Results,),
+    "update": (Results, Month),
     "resume": (Results,),
+    "forget": (Results,),
     "predict": (Predicted, Answered),
     "find": (FoundAll,),
     "evaluate": (EvaluatedAll,),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +17,7 @@ from perpetune.cli.output import steady
 from perpetune.errors import Interrupted, UsageError
 
 if TYPE_CHECKING:
+    from perpetune.errors import Refused
     from perpetune.recipe import Recipe
 
 Set = Annotated[
@@ -246,23 +248,123 @@ def update(
     holdout: Annotated[
         float, typer.Option(min=0.0, max=0.9, help="Share of the data kept for testing if there is no test split.")
     ] = 0.2,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            "--max-drop",
+            min=0.0,
+            metavar="POINTS",
+            help="Refuse the update (exit code 3, the state stays as it is) if an earlier task's held-out data, or an "
+            "exam, falls by more points, and not by chance. By default the recipe's `gate`.",
+        ),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Where the report of a refused update goes; default STATE-refused-NAME."),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Learn nothing, and say what the data hold: classes, counts, copies, odd spellings."
+        ),
+    ] = False,
     changes: DataSet = None,
     device: Device = None,
     quiet: Quiet = False,
     json: JsonLines = False,
 ) -> None:
-    """Learn one more batch of data: new images, new classes or new texts."""
+    """Learn one more batch of data: new images, new classes or new texts.
+
+    Example: perpetune update birds --data 2026-11/ --max-drop 2
+    """
     from perpetune.learner import Learner
+
+    options = _options_of(changes)
+    if dry_run:
+        if max_drop is not None or report is not None:
+            raise UsageError(
+                "--dry-run learns nothing, so there is nothing for --max-drop and --report: leave them out"
+            )
+        _show_month(state, data, name, holdout, options, device, lines(json))
+        return
+    out = lines(json)
+    with _watch(quiet, state, out) as view, _gated(state, report, out):
+        learner = Learner.load(state, device=device, progress=view)
+        results = learner.learn(data, name=name, holdout=holdout, options=options, max_drop=max_drop)
+    _finish(learner, results, out)
+
+
+def _show_month(
+    state: Path,
+    data: str,
+    name: str | None,
+    holdout: float,
+    options: dict[str, Any],
+    device: str | None,
+    out: Lines | None,
+) -> None:
+    from perpetune import month
+    from perpetune.cli.notes import Notes
+    from perpetune.learner import Learner
+
+    learner = Learner.load(state, device=device, progress=LineView(out) if out is not None else Notes())
+    found = learner.month(data, name=name, holdout=holdout, options=options)
+    if out is not None:
+        out.emit("done", month=found)
+    else:
+        print("\n".join(month.lines(found)))
+
+
+def _options_of(changes: Sequence[str] | None) -> dict[str, Any]:
+    """The keys of a data section that `--set` gives."""
     from perpetune.recipe import apply_change
 
-    out = lines(json)
-    with _watch(quiet, state, out) as view:
-        learner = Learner.load(state, device=device, progress=view)
-        options: dict[str, Any] = {}
-        for change in changes or ():
-            apply_change(options, change)
-        results = learner.learn(data, name=name, holdout=holdout, options=options)
-    _finish(learner, results, out)
+    options: dict[str, Any] = {}
+    for change in changes or ():
+        apply_change(options, change)
+    return options
+
+
+@contextlib.contextmanager
+def _gated(state: Path, folder: Path | None, out: Lines | None) -> Iterator[None]:
+    """Where an update is refused, print what its gate has measured, and write the report of what was learned beside the
+    state, which stays as it is."""
+    from perpetune.errors import Refused
+
+    try:
+        yield
+    except Refused as refused:
+        if int(os.environ.get("RANK", "0")) == 0:
+            _show_refused(refused, folder or _beside(state, refused), out)
+        raise
+
+
+def _beside(state: Path, refused: Refused) -> Path:
+    place = state.absolute()
+    return place.with_name(f"{place.name}-refused-{refused.candidate['tasks'][-1]['name']}")
+
+
+def _show_refused(refused: Refused, folder: Path, out: Lines | None) -> None:
+    from perpetune.report import write_report
+
+    page: str | None = str(folder / "report.html")
+    try:
+        write_report(refused.candidate, folder)
+        written = f"report: {page}"
+    except OSError as error:  # the refusal is what has to be told
+        page, written = (
+            None,
+            f"the report could not be written to {folder}: {error.strerror}; --report says where it goes",
+        )
+    if out is not None:
+        if page is None:
+            out.emit("note", message=written)
+        out.emit("refused", gate=refused.gate, state=refused.now, candidate=refused.candidate, report=page)
+    else:
+        from perpetune.cli.live import show_results
+
+        show_results(refused.candidate)
+        print(written)
 
 
 @steady
@@ -271,7 +373,7 @@ def resume(state: StateFolder, device: Device = None, quiet: Quiet = False, json
     from perpetune.learner import Learner
 
     out = lines(json)
-    with _watch(quiet, state, out) as view:
+    with _watch(quiet, state, out) as view, _gated(state, None, out):
         learner = Learner.load(state, device=device, progress=view)
         before = len(learner.state.committed)
         results = learner.resume()
@@ -301,6 +403,7 @@ def rollback(
     opened = State(state)
     with opened.writing():
         discarded = interrupted(state / "resume") if opened.open_task() else ""
+        discarded = discarded or opened.discard_candidate()
         dropped = opened.rollback(to)
         if dropped and (state / "report.html").is_file():  # the old report describes the dropped tasks
             write_report(read_results(opened), state)
@@ -311,6 +414,36 @@ def rollback(
         message = f"dropped {', '.join(dropped)}" if dropped else "" if discarded else "nothing to drop"
         message += f"{'; ' if message else ''}discarded {discarded}" if discarded else ""
         print(f"{message}; {state} has {', '.join(kept) or 'no learned tasks'}")
+
+
+@steady
+def forget(
+    state: StateFolder,
+    task: Annotated[str | None, typer.Option(metavar="NAME", help="The task to forget.")] = None,
+    name: Annotated[str | None, typer.Option("--class", metavar="NAME", help="The class to forget.")] = None,
+    device: Device = None,
+    quiet: Quiet = False,
+    json: JsonLines = False,
+) -> None:
+    """Take a task or a class out again, exactly, as if it had never been learned; or refuse, and change nothing.
+
+    A rollback to earlier tasks would bring it back, so after it only this state is kept.
+
+    Example: perpetune forget birds --task 2026-10
+    """
+    from perpetune.learner import Learner
+
+    if (task is None) == (name is None):
+        raise UsageError("forget: give --task NAME or --class NAME, one of the two")
+    out = lines(json)
+    with _watch(quiet, state, out) as view:
+        learner = Learner.load(state, device=device, progress=view)
+        results = learner.forget(task=task, class_name=name)
+    _finish(learner, results, out)
+    if out is None:
+        what = [*(f"task {one}" for one in results["forgot"][-1]["tasks"])]
+        what += [f"class {one}" for one in results["forgot"][-1]["classes"]]
+        print(f"forgotten: {', '.join(what)}; {state} can no longer be rolled back to earlier tasks")
 
 
 def prune(
@@ -395,4 +528,4 @@ def _finish(learner: Any, results: dict[str, Any], out: Lines | None) -> None:
         print(f"report: {folder / 'report.html'}")
 
 
-VERBS = (run, init, update, resume, rollback, prune, relocate)
+VERBS = (run, init, update, resume, rollback, forget, prune, relocate)

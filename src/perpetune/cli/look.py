@@ -261,10 +261,21 @@ def _facts(event: dict[str, Any]) -> str:
     facts = {k: v for k, v in event.items() if k not in HIDDEN}
     told = [f"{event['task']:04d}-{event['name']}"] if {"task", "name"} <= event.keys() else []
     for key, value in facts.items():
-        if isinstance(value, dict):  # where data came from
-            value = " ".join(str(value[k]) for k in ("name", "path") if value.get(k)) or "Python"
+        if isinstance(value, dict):
+            value = _plain(value)
         told.append(f"{key} {', '.join(map(str, value)) if isinstance(value, list) else value}")
     return ", ".join(told)
+
+
+def _plain(value: dict[str, Any]) -> str:
+    """An object in the journal: a gate, what was forgotten, or where data came from."""
+    if "max_drop" in value:
+        return f"max-drop {value['max_drop']:g}"
+    if "forget" in value:
+        return "what was learned"
+    if "tasks" in value:
+        return ", ".join(f"{kind} {', '.join(names)}" for kind, names in value.items() if names)
+    return " ".join(str(value[key]) for key in ("name", "path") if value.get(key)) or "Python"
 
 
 def _runs(path: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from perpetune.cli.learn import DataSet, Device, JsonLines, StateFolder
+from perpetune.cli.learn import DataSet, Device, Json, JsonLines, StateFolder
 from perpetune.cli.lines import Lines, LineView, lines
 
 if TYPE_CHECKING:
@@ -236,6 +236,63 @@ def evaluate(
         print(f"{name:<{width}}  {right}")
 
 
+def drift(
+    state: StateFolder,
+    data: Annotated[
+        str, typer.Option(help="Pictures without labels: a folder or a file. For a language model: a file of prompts.")
+    ],
+    level: Annotated[
+        float, typer.Option(metavar="SHARE", help="Share of months like what was learned that may be flagged.")
+    ] = 0.05,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Say whether new data look like what was learned. The exit code is 4 if they do not, else 0.
+
+    Example: perpetune drift birds --data photos/
+    """
+    from perpetune.cli.common import print_json
+    from perpetune.cli.notes import Notes
+    from perpetune.data.names import printable, several
+    from perpetune.learner import Learner
+
+    notes, unreadable = Notes(), list[str]()
+    learner = Learner.load(state, device=device, progress=notes)
+    found = learner.drift(data, level=level, unreadable=unreadable)
+    noun = learner.method.model.view.noun
+    if unreadable:
+        notes.note(f"{len(unreadable)} {noun} cannot be read and are left out: {several(unreadable)}")
+    if found["copies"]:
+        notes.note(f"{found['copies']} {noun} are copies of others and count once")
+    if json:
+        print_json(found)
+    else:
+        features, far = found["tests"]["features"], found["tests"]["far"]
+        rows = [["", "here", "expected", "chance"]]
+        rows.append(["distance of features", f"{features['distance']:.4f}", "", _chance(features["chance"])])
+        share = [f"{100 * far[key]:.1f} %" for key in ("share", "expected")]
+        rows.append(["far from every class", *share, _chance(far["chance"])])
+        for row in rows:
+            print(f"{row[0]:<20}  {row[1]:>8}  {row[2]:>8}  {row[3]:>8}".rstrip())
+        if found["far"]:
+            print(f"far from every class: {several([printable(name) for name in found['far']])}")
+        verdict = "do not look like what was learned" if found["drift"] else "look like what was learned"
+        print(
+            f"{'drift' if found['drift'] else 'no drift'}: {found['examples']} {noun} {verdict} ({found['known']} "
+            f"held-out ones; level {level:g})"
+        )
+    if found["drift"]:
+        raise typer.Exit(DRIFT)
+
+
+DRIFT = 4
+"""The exit code of `drift` where there is one."""
+
+
+def _chance(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
 def export(
     state: StateFolder,
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to write; must not exist.")],
@@ -260,4 +317,4 @@ def export(
         print(f"{folder}: {', '.join(str(p.relative_to(folder)) for p in written)}")
 
 
-VERBS = (predict, find, evaluate, export)
+VERBS = (predict, find, evaluate, drift, export)

@@ -70,6 +70,54 @@ def alike(names: Iterable[str], known: Iterable[str] = ()) -> list[str]:
     return found
 
 
+def spellings(names: Iterable[str], known: Iterable[str]) -> list[tuple[str, str]]:
+    """Each of the `names` that looks like another spelling of a `known` one, with that one.
+
+    They differ only in case, width, spaces, `_` or `-`, in an `s` or `es` at the end, or in one letter (of at least 5)
+    or two (of at least 9) that is missing, too much, another one or has changed places. Names whose numbers differ are
+    different.
+    """
+    plain = {name: _plain(name) for name in natural(known)}
+    found = []
+    for name in natural(names):
+        here = _plain(name)
+        near = [(_far(here, there), other) for other, there in plain.items()]
+        near = [pair for pair in near if pair[0] is not None and pair[1] != name]
+        if near:
+            found.append((name, min(near)[1]))
+    return found
+
+
+def _far(one: str, other: str) -> int | None:
+    """How many letters apart two plain names are; None if they are too far apart to be spellings of one."""
+    if one == other:
+        return 0
+    if re.findall(r"\d+", one) != re.findall(r"\d+", other):
+        return None
+    short, long = sorted((one, other), key=len)
+    if len(short) >= 3 and long in (f"{short}s", f"{short}es"):
+        return 1
+    most = 2 if len(long) >= 9 else 1 if len(long) >= 5 else 0
+    apart = edits(one, other) if len(long) - len(short) <= most else most + 1
+    return apart if apart <= most else None
+
+
+def edits(one: str, other: str) -> int:
+    """How many letters have to be put in, left out, exchanged, or swapped with their neighbour to turn one text into
+    the other (Damerau 1964, as "optimal string alignment")."""
+    before: list[int] = []
+    row = list(range(len(other) + 1))
+    for i, a in enumerate(one, 1):
+        after = [i]
+        for j, b in enumerate(other, 1):
+            best = min(row[j] + 1, after[-1] + 1, row[j - 1] + (a != b))
+            if i > 1 and j > 1 and a == other[j - 2] and one[i - 2] == b:
+                best = min(best, before[j - 2] + 1)
+            after.append(best)
+        before, row = row, after
+    return row[-1]
+
+
 def _plain(name: str) -> str:
     return " ".join(re.split(r"[\s_-]+", unicodedata.normalize("NFKC", name).casefold())).strip()
 

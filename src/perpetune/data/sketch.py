@@ -10,6 +10,8 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+ALL = "contents.bin"
+"""The file with the hashes of all examples of a task, where there are more than `KEPT`."""
 KEPT = 256  # hashes of a task: 4 KiB of its `task.json`
 START = 1 << 20  # bytes of an example that are hashed, with its size
 DIGITS = 16  # of one hash, hexadecimal
@@ -26,6 +28,24 @@ def sketch(hashes: Iterable[str]) -> dict[str, Any]:
     """The number of different hashes, and the smallest of them, one after the other in one text."""
     known = sorted(set(hashes))
     return {"count": len(known), "hashes": "".join(known[:KEPT])}
+
+
+def packed(hashes: Iterable[str]) -> bytes | None:
+    """All different hashes, 8 bytes each, in order: the file `ALL` of a task; None where the sketch holds all."""
+    known = sorted(set(hashes))
+    return bytes.fromhex("".join(known)) if len(known) > KEPT else None
+
+
+def all_of(one: Mapping[str, Any] | None, content: bytes | None) -> set[str] | None:
+    """All hashes of a task; None where nobody knows them, as of a task of an older version.
+
+    Args:
+        one: its sketch, if it has one.
+        content: its file `ALL`, if it has one.
+    """
+    if content is not None:
+        return set(_split(content.hex()))
+    return set(_split(one["hashes"])) if one is not None and whole([one]) else None
 
 
 def learned_before(new: Mapping[str, Any], earlier: Mapping[str, Mapping[str, Any]]) -> tuple[float, list[str]] | None:

@@ -119,11 +119,16 @@ class TaskData:
         Test and validation examples count if they were drawn from the training data, because another share may be drawn
         from the same data the next time.
         """
+        return None if self.hashes is None else sketch(self.hashes.values())
+
+    @cached_property
+    def hashes(self) -> dict[int, str] | None:
+        """A hash of the content of each example by its row, as in `contents`."""
         if self.depth == "none":
             return None
         table, (_, *parts) = self.train.table, self._given
-        rows = [row for part in parts if part is not None and part.table is table for row in part.rows]
-        return sketch(contents(table, sorted(set(rows))))
+        rows = sorted({row for part in parts if part is not None and part.table is table for row in part.rows})
+        return dict(zip(rows, contents(table, rows), strict=True))
 
     @cached_property
     def fingerprint(self) -> str:

@@ -71,6 +71,8 @@ class Head(nn.Module, ABC):
     reads: ClassVar[bool] = False
     """Whether it reads the `sentences` of classes, and `forward` keeps what it made of them. Protection shows these
     sentences to the text tower by itself, once for each class."""
+    by_class: ClassVar[bool] = False
+    """Whether what it learns of each class stands by itself, so that a class can be taken out."""
     bare: bool = False
     """Whether it also answers with the net without pets. Then the net's own feature stands before the others."""
     carry: bool = False
@@ -196,6 +198,37 @@ class Head(nn.Module, ABC):
         Args:
             total: sums a tensor over all processes.
         """
+
+    def take_out(self, part: Callable[[], tuple[Head | None, Head]], gone: Sequence[str], whole: bool) -> None:
+        """Take one task, or classes, out of what was learned, exactly: as if it had never been learned.
+
+        Args:
+            part: gives copies of this head as it was before the task (None if it was the first) and after it.
+            gone: the classes that are left out; no other task has them.
+            whole: whether a task has no other classes.
+
+        Raises:
+            UsageError: it cannot be exact; the message says what can be done instead. Nothing was changed.
+        """
+        raise UsageError(
+            f"head: {type(self).__name__.lower()} was trained on all tasks together, so nothing can be taken out of it "
+            "exactly"
+        )
+
+    @property
+    def apart(self) -> bool:
+        """Whether each class is trained in rows of its own alone, so that they can be left out by `keep_rows`."""
+        return False
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Keep these rows alone, in this order; for heads that are `apart`."""
+        raise NotImplementedError
+
+    def leave_out(self, gone: Sequence[str]) -> list[int]:
+        """Leave classes out of `classes`; the rows of those that stay."""
+        stay = [row for row, name in enumerate(self.classes) if name not in gone]
+        self.classes = [self.classes[row] for row in stay]
+        return stay
 
     def folded(self) -> Folded | None:
         """The head as one linear map, for an export; None if it is none, and then an export has the tensors of

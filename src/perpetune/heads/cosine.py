@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -54,6 +56,13 @@ class Cosine(Head):
 
     def per_class(self) -> list[nn.Parameter]:
         return [self.weight]
+
+    @property
+    def apart(self) -> bool:
+        return not isinstance(self.scale, nn.Parameter)  # which all classes share
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        self.weight = nn.Parameter(self.weight.detach()[list(rows)], requires_grad=False)
 
     def resize(self, rows: int, generator: torch.Generator) -> None:
         self.weight = nn.Parameter(grow_rows(self.weight, rows, generator, 1.0), requires_grad=False)

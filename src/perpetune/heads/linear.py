@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,6 +32,14 @@ class Linear(Head):
 
     def per_class(self) -> list[nn.Parameter]:
         return [self.weight, self.bias]
+
+    @property
+    def apart(self) -> bool:
+        return True
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        self.weight = nn.Parameter(self.weight.detach()[list(rows)], requires_grad=False)
+        self.bias = nn.Parameter(self.bias.detach()[list(rows)], requires_grad=False)
 
     def resize(self, rows: int, generator: torch.Generator) -> None:
         self.weight = nn.Parameter(grow_rows(self.weight, rows, generator, self.std), requires_grad=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -35,6 +35,7 @@ class NCM(Head):
     """
 
     statistics: ClassVar[bool] = True
+    by_class: ClassVar[bool] = True
     sums: Tensor
     counts: Tensor
     means: Tensor
@@ -113,6 +114,23 @@ class NCM(Head):
             self.sums = carry.of_rows(torch.cat([self.sums, moved_exactly(self.counts, self.sums)[:, None]], 1))[
                 :, :-1
             ].contiguous()
+
+    @torch.no_grad()
+    def take_out(self, part: Callable[[], tuple[Head | None, Head]], gone: Sequence[str], whole: bool) -> None:
+        if not whole:  # other classes have a part of the task too
+            before, after = part()
+            assert isinstance(after, NCM)
+            assert before is None or isinstance(before, NCM)
+            rows = len(after.counts)
+            self.sums[:rows] -= after.sums
+            self.counts[:rows] -= after.counts
+            if before is not None:
+                self.sums[: len(before.counts)] += before.sums
+                self.counts[: len(before.counts)] += before.counts
+        stay = self.leave_out(gone)
+        self.sums, self.counts, self.means = self.sums[stay], self.counts[stay], self.means[stay]
+        self.probe.keep_rows(stay)
+        self.settle()
 
     def facts(self) -> dict[str, Any]:
         return {"kind": "ncm", **self._carried} if self._carried else {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -422,6 +422,48 @@ class Ridge(Head):
                 "head cannot distinguish classes: check the backbone and its inputs"
             )
         self._solved(self.cross.new_zeros(self.width, len(self.counts)), standard)
+
+    @torch.no_grad()
+    def take_out(self, part: Callable[[], tuple[Head | None, Head]], gone: Sequence[str], whole: bool) -> None:
+        before, after = part()
+        assert isinstance(after, Ridge)
+        assert before is None or isinstance(before, Ridge)
+        packed, cross, counts, mass = (
+            after.packed.double(),
+            after.cross.clone(),
+            after.counts.clone(),
+            after.mass.clone(),
+        )
+        if before is not None and len(before.packed):
+            packed -= before.packed.double()
+            cross[:, : before.cross.shape[1]] -= before.cross
+            counts[: len(before.counts)] -= before.counts
+            mass -= before.mass
+        self.packed = (self.packed.double() - packed).to(self._type)
+        self.cross[:, : cross.shape[1]] -= cross
+        self.counts[: len(counts)] -= counts
+        self.mass -= mass
+        stay = self.leave_out(gone)
+        self.cross, self.weight = self.cross[:, stay], self.weight[:, stay]
+        self.counts, self.offset = self.counts[stay], self.offset[stay]
+        self.probe.keep_rows(stay)
+        self._clear()
+        self._solve_again()
+
+    def _solve_again(self) -> None:
+        """Solve for the weights from the sums alone, and choose the penalty by them. The scale stays."""
+        count = int(self.counts.sum())
+        standard = ridge.Standard.of(self.packed, self.cross) if self.standardise else None
+        unit = ridge.trace(self.packed, self.width) / self.width if standard is None else standard.unit
+        if unit == 0:
+            self._cannot_tell(count, standard)
+            return
+        solve: Callable[[float], ridge.Fit] = functools.partial(
+            ridge.primal, self.packed, self.cross, count, float(self.mass), standard=standard
+        )
+        fit = ridge.choose(solve, unit, None)[0] if self.penalty == "chosen" else solve(self.penalty * unit)
+        self._solved(fit.weights, standard)
+        self.chosen.fill_(fit.penalty)
 
     def facts(self) -> dict[str, Any]:
         return self._facts

@@ -388,6 +388,24 @@ class Text(Head):
     def settle(self, total: Callable[[Tensor], Tensor] = alone) -> None:
         self._known().settle(total)
 
+    @torch.no_grad()
+    def take_out(self, part: Callable[[], tuple[Head | None, Head]], gone: Sequence[str], whole: bool) -> None:
+        if self.expert is None:
+            super().take_out(part, gone, whole)
+
+        def of_expert() -> tuple[Head | None, Head]:
+            before, after = part()
+            assert isinstance(after, Text)
+            assert after.expert is not None
+            return (before.expert if isinstance(before, Text) else None), after.expert
+
+        self._known().take_out(of_expert, gone, whole)
+        stay = self.leave_out(gone)
+        if self.settled is not None:
+            self.settled = nn.Parameter(self.settled.detach()[stay], requires_grad=False)
+        names = [row for row, name in enumerate(self.names) if name not in gone or name in self.vocabulary]
+        self.kept, self.names = self.kept[names], [self.names[row] for row in names]
+
     def _known(self) -> Head:
         assert self.expert is not None
         return self.expert

@@ -117,6 +117,25 @@ class Method(nn.Module, ABC):
         if self.average is not None:
             self.average.begin(task.index)
 
+    def depends(self, task: int) -> str:
+        """Why what was learned after a task, of this number, depends on it, so that it cannot be taken out exactly.
+        Empty if only sums in the head hold the task, which `Head.take_out` can subtract."""
+        return "it trains on each task from where the one before left it"
+
+    def take_out(
+        self, task: str, part: Callable[[], tuple[Head | None, Head]], gone: Sequence[str], whole: bool
+    ) -> None:
+        """Take a task out of what was learned, exactly. Nothing else depends on it (`depends`).
+
+        Args:
+            task: its name.
+            part, gone, whole: see `Head.take_out`.
+
+        Raises:
+            UsageError: the head cannot do it exactly.
+        """
+        self.model.take_out(part, gone, whole)
+
     def task_measured(self) -> None:
         """Called when the task is learned and measured, before it is stored."""
         if self.average is not None:

@@ -43,6 +43,9 @@ class FirstSession(Method):
         if concat:
             model.head.widen(2 * model.head.dim)
 
+    def depends(self, task: int) -> str:
+        return "" if task else "its pets were trained on this task, and all later features come from them"
+
     def learn(self, task: Task) -> None:
         self.model.grow(task)
         config = self.train_config

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from perpetune.errors import UsageError
 from perpetune.fit import FitConfig, Groups, fit
+from perpetune.heads.base import Head
 from perpetune.methods.base import Answers, Method, training
 from perpetune.methods.parts.bank import Bank, set_name
 from perpetune.methods.parts.members import average_into, drawn_orthogonal
@@ -344,6 +345,39 @@ class Pool(Method):
         """Features of training examples by the members that are chosen for each."""
         with using(self.model, (*self.common, self._acting(self.selector.choose(self.queries.of(inputs))))):
             return self.model.features(inputs)
+
+    # -- forgetting -----------------------------------------------------------------------------------
+
+    def depends(self, task: int) -> str:
+        model = self.model
+        faults = (
+            (not self.own, "all tasks share its members"),
+            (bool(self.common), "all tasks train the sets in common"),
+            (self.start != "fresh", f"a task's member starts from those before it (start: {self.start})"),
+            (bool(self.merge), "a member has a part of those before it (merge)"),
+            (self.repulsion is not None, "a member was pushed away from earlier classes (repel)"),
+            (not self.selector.by_member, f"select: {self.select.name} weighs all members together"),
+            (not isinstance(model, Classifier), "it has no head of classes"),
+            (isinstance(model, Classifier) and (not model.head.apart or model.mask != "task"),
+             "all classes were trained together in the head"),
+            (any(len(kept.classes) == 1 for slot, kept in self.bank.kept.items() if slot),
+             "a task of one class was compared with all classes before it"),
+        )  # fmt: skip
+        return next((why for wrong, why in faults if wrong), "")
+
+    @torch.no_grad()
+    def take_out(
+        self, task: str, part: Callable[[], tuple[Head | None, Head]], gone: Sequence[str], whole: bool
+    ) -> None:
+        if not whole:
+            raise UsageError("another task has a class of it too, whose row in the head both have trained")
+        slot, model = self.bank.by_task()[task], self.model
+        assert isinstance(model, Classifier)
+        self.bank.drop(slot)
+        self.selector.drop(slot)
+        copy_set(model, set_name(len(self.bank.kept) - 1), self.form)  # its values may be the forgotten ones
+        model.leave_out(gone)
+        self._owner, self._names = [], []
 
     # -- predicting -----------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from perpetune.data.sources import Kind
 from perpetune.errors import UsageError
+from perpetune.heads.base import Head
 from perpetune.models.backbone import Backbone
 from perpetune.tasks import Batch, Examples, Inputs, Task
 
@@ -129,6 +130,14 @@ class Model(nn.Module, ABC):
     def observe(self, inputs: Inputs) -> None:
         """One forward pass as at prediction, with the head, for code that watches the features in the model."""
         self.predict(inputs)
+
+    def take_out(self, part: Callable[[], tuple[Head | None, Head]], gone: Sequence[str], whole: bool) -> None:
+        """Take a task or classes out of the head, exactly (`Head.take_out`).
+
+        Raises:
+            UsageError: it cannot be exact, or there is no head.
+        """
+        raise UsageError("a language model's output layer keeps nothing of single tasks that could be taken out")
 
     @property
     def vocabulary(self) -> list[str]:

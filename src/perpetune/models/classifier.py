@@ -243,6 +243,15 @@ class Classifier(Model):
         with following(self.head, task, batch_size, features):
             yield
 
+    def take_out(self, part: Callable[[], tuple[Head | None, Head]], gone: Sequence[str], whole: bool) -> None:
+        self.head.take_out(part, gone, whole)
+        self.seen = [name for name in self.seen if name not in gone]
+
+    def leave_out(self, gone: Sequence[str]) -> None:
+        """Leave classes out of a head whose rows were trained apart (`Head.apart`)."""
+        self.head.keep_rows(self.head.leave_out(gone))
+        self.seen = [name for name in self.seen if name not in gone]
+
     def get_extra_state(self) -> dict[str, list[str]]:
         return {"seen": self.seen}
 

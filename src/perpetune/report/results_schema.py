@@ -203,6 +203,9 @@ class Results(TypedDict):
         exams: in the order in which they were taken; absent if the recipe has none.
         not_asked: the tasks that were not asked after others; absent if all were.
         in_turn: after which tasks some of the earlier ones had to wait for their turn; absent if none had to.
+        forgot: of each entry that is no task, but forgot something: `task`, its number, and the names of the `tasks`
+            and `classes`; absent if nothing was forgotten.
+        gates: what the gate said of each task that had one (`perpetune.gate.judge`), with `task`; absent if none had.
         unlearned, zero_shot: with `evaluate.future`: the tasks that were asked before they were learned, first of all
             before the first task; and the figures of it.
         protection: the certificates in order; empty without `protect:`. Older documents do not have them.
@@ -230,6 +233,8 @@ class Results(TypedDict):
     exams: NotRequired[list[Exams]]
     not_asked: NotRequired[list[NotAsked]]
     in_turn: NotRequired[list[InTurn]]
+    gates: NotRequired[list[dict[str, Any]]]
+    forgot: NotRequired[list[dict[str, Any]]]
     unlearned: NotRequired[list[Unlearned]]
     zero_shot: NotRequired[ZeroShot]
     examples: NotRequired[str | None]

@@ -63,6 +63,8 @@ class Selector(nn.Module, ABC):
     """Whether it has parameters that are trained beside the pets."""
     statistics: ClassVar[bool] = False
     """Whether it learns from `learn`, and so needs members that belong to tasks."""
+    by_member: ClassVar[bool] = False
+    """Whether what it learns of each member stands by itself, so that a member can be dropped."""
     every: ClassVar[bool] = False
     """Whether all members act on each example, with weights."""
     control: ClassVar[bool] = False
@@ -164,6 +166,12 @@ class Selector(nn.Module, ABC):
 
     def add(self, member: int, queries: Tensor, rows: Tensor, generator: torch.Generator) -> None:
         """Add queries `(N, D)` of a member to the statistics; `rows (N,)` are numbers in `self.rows`, on the CPU."""
+
+    def drop(self, member: int) -> None:
+        """Drop a member, and number those behind it anew; for selectors that learn `by_member`."""
+        self.rows = [(one - (one > member), name) for one, name in self.rows if one != member]
+        self.owners = {name: one for one, name in self.rows}
+        self.members, self._of_rows, self.ranking = self.members - 1, None, Ranking()
 
     def owner(self, name: str) -> int | None:
         """The member that learned the class `name` last; None if nobody did."""

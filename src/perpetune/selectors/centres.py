@@ -29,6 +29,7 @@ class Centres(Selector):
     """
 
     statistics: ClassVar[bool] = True
+    by_member: ClassVar[bool] = True
     exact: ClassVar[tuple[str, ...]] = ("mass",)
     centres: Tensor
     of: Tensor
@@ -54,6 +55,12 @@ class Centres(Selector):
         self.centres = torch.cat([self.centres.cpu()[~mine], centres.float()])[order].to(self.centres)
         self.mass = torch.cat([self.mass[~mine], mass])[order]
         self.of = others[order].to(self.of)
+
+    def drop(self, member: int) -> None:
+        super().drop(member)
+        stay = self.of != member
+        self.centres, self.mass, self.of = self.centres[stay], self.mass[stay.cpu()], self.of[stay]
+        self.of = self.of - (self.of > member).to(self.of)
 
     @torch.no_grad()
     def choose(self, queries: Tensor) -> Chosen:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from perpetune.heads.base import Head
 from perpetune.heads.ncm import NCM
 from perpetune.selectors.base import Chosen, Selector
 
@@ -22,6 +23,7 @@ class Means(Selector):
     """
 
     statistics: ClassVar[bool] = True
+    by_member: ClassVar[bool] = True
 
     def __init__(self, dim: int, *, metric: Literal["cosine", "euclidean"] = "cosine"):
         super().__init__(dim)
@@ -31,6 +33,12 @@ class Means(Selector):
         self.means.grow([row_name(*row) for row in self.rows], generator)
         self.means.observe(queries.float(), rows.to(self.means.counts.device))
         self.means.settle()
+
+    def drop(self, member: int) -> None:
+        gone = [row_name(one, name) for one, name in self.rows if one == member]
+        super().drop(member)
+        self.means.take_out(_none, gone, True)
+        self.means.classes = [row_name(*row) for row in self.rows]
 
     @torch.no_grad()
     def choose(self, queries: Tensor) -> Chosen:
@@ -52,6 +60,10 @@ class Means(Selector):
 
     def facts(self) -> dict[str, Any]:
         return {**super().facts(), "means": len(self.rows)}
+
+
+def _none() -> tuple[Head | None, Head]:
+    raise AssertionError("class means need no part")
 
 
 def row_name(member: int, name: str) -> str:

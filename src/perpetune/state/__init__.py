@@ -1,5 +1,6 @@
 """The state folder: a tuned model, and everything that is needed to continue its training."""
 
+from perpetune.state import candidate
 from perpetune.state.committed import DOCUMENTS, LEARNED, START, Committed
 from perpetune.state.folder import State
 from perpetune.state.meaning import training_digest
@@ -14,6 +15,7 @@ __all__ = [
     "MidTask",
     "Pruned",
     "State",
+    "candidate",
     "interrupted",
     "training_digest",
 ]

@@ -19,6 +19,8 @@ START = "start"  # the name of the state before the first task
 LEARNED = frozenset((*FILES, *FIXED, EXTRA))
 """The files of a snapshot: what a rollback to the task needs, and no report."""
 Stamps = tuple[Any, ...]
+TRACES = frozenset(("features.safetensors", "features.json", "sample.safetensors", "contents.bin"))
+"""Files with features and hashes of a task's examples, which go when the task is forgotten."""
 DOCUMENTS: dict[str, type[Document]] = {"task.json": Task, "metrics.json": Metrics, "timings.json": Timings}
 KINDS: dict[str, type[Document]] = {**DOCUMENTS, "features.json": Features}
 
@@ -40,10 +42,31 @@ class Committed:
     """The hashes that its manifest may have by the journal, two while it is being pruned; none where no line has it."""
     pruned: str = ""
     """By what it was pruned and when; empty if the state can go back to it."""
+    forgot: Mapping[str, Any] | None = None
+    """Of an entry that is no task, but says what was forgotten: `tasks` and `classes`, names of both."""
     all: Sequence[Committed] = field(default=(), repr=False, compare=False)
     """The tasks of the state; it may refer to tensors of earlier ones."""
     _read: dict[str, tuple[Stamps, Any]] = field(default_factory=dict, repr=False, compare=False)
     """What was read and checked, with the stamps of its files at that time."""
+
+    @property
+    def gone(self) -> bool:
+        """Whether it is no task that is known: it was forgotten, or it says what was forgotten."""
+        return self.forgot is not None or any(self.name in forgot["tasks"] for forgot in self._forgot_since())
+
+    @property
+    def lost(self) -> frozenset[str]:
+        """Classes that were forgotten since."""
+        return frozenset(name for forgot in self._forgot_since() for name in forgot["classes"])
+
+    def _forgot_since(self) -> list[Mapping[str, Any]]:
+        """What later entries say was forgotten."""
+        entries = self.all.forgetting if isinstance(self.all, Tasks) else self.all
+        return [t.forgot for t in entries if t.forgot is not None and t.index > self.index]
+
+    def classes(self) -> list[str]:
+        """Its classes that are still known."""
+        return [] if self.gone else [name for name in self.task()["classes"] if name not in self.lost]
 
     @property
     def folder(self) -> Path:
@@ -212,6 +235,15 @@ def entries_of(folder: Path) -> list[str]:
     return sorted(entry for entry in os.listdir(root) if not entry.startswith(".")) if root.is_dir() else []
 
 
+class Tasks(list[Committed]):
+    """The tasks of a state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forgetting: list[Committed] = []
+        """Those entries that are no tasks, but say what was forgotten."""
+
+
 def find_tasks(folder: Path, chain: Chain, known: Sequence[Committed] = ()) -> list[Committed]:
     """The folders of tasks in a state folder, in order, each with what the journal says of it.
 
@@ -232,7 +264,7 @@ def find_tasks(folder: Path, chain: Chain, known: Sequence[Committed] = ()) -> l
         other = entries.setdefault(int(number), entry)
         if other != entry:
             raise StateError(f"{root / entry} and {other} are both task {int(number)}: move one of them away")
-    tasks: list[Committed] = []
+    tasks = Tasks()
     for expected, (index, entry) in enumerate(sorted(entries.items())):
         if index != expected:
             raise StateError(f"{root}: task {expected} is missing before {entry}")
@@ -247,7 +279,10 @@ def add_task(tasks: list[Committed], root: Path, entry: str, said: Said, known: 
     before = tasks[-1].name if tasks and not tasks[-1].pruned else START
     name = entry.partition("-")[2]
     read = known._read if known is not None and (known.entry, known.root) == (entry, root) else {}
-    tasks.append(Committed(len(tasks), name, root, entry, before, said.manifests, said.pruned, tasks, read))
+    about = said.manifests, said.pruned, said.forgot
+    tasks.append(Committed(len(tasks), name, root, entry, before, *about, tasks, read))
+    if said.forgot is not None and isinstance(tasks, Tasks):
+        tasks.forgetting.append(tasks[-1])
     return tasks[-1]
 
 

@@ -6,6 +6,7 @@ STATE/
   journal.jsonl       one line per event; that of a commit holds the hash of the task's manifest
   tasks/0003-NAME/    one folder per committed task; it is complete, or it does not exist
   resume/             checkpoints of the unfinished task; the commit of the task deletes them
+  candidate/          the same of a task whose gate has not decided (`state.candidate`)
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from perpetune.methods.base import Method
 from perpetune.plain import MOST_YAML, Malformed, read_json, read_regular
 from perpetune.recipe import Recipe, parse_recipe
 from perpetune.snapshot import restore, snapshot
+from perpetune.state import candidate
 from perpetune.state.committed import START, Committed, add_task, check_tasks, entries_of, find_tasks
 from perpetune.state.journal import Chain, Journal, Said
 from perpetune.state.lock import locked
@@ -74,6 +76,7 @@ class State:
         self._stamp: object = None  # what told then that they are these tasks
         self._checked: object = None  # and when the journal was compared with them
         self._told = False  # whether a commit has said that tasks were pruned
+        self._held: list[tuple[str, dict[str, Any]]] | None = None  # lines of the journal that wait
         clear_noted(folder)  # every verb opens the state, so the next one after a killed export does this
 
     @classmethod
@@ -241,6 +244,7 @@ class State:
         Returns:
             The first time that earlier tasks are pruned, a line that names them; else nothing.
         """
+        self._release()
         folder = self.folder / "tasks" / f"{index:04d}-{name}"
         tasks, first, learned = self._found(), self._chain().oldest, snapshot(method)
         tensors = {file: learned.pop(file) for file in list(learned) if file.endswith(".safetensors")}
@@ -255,6 +259,7 @@ class State:
         add_task(tasks, folder.parent, folder.name, Said(manifest=manifest))
         self._log_commit(tasks)
         remove_folder(self.folder / "resume")
+        candidate.drop(self.folder)
         self._prune_rest()
         return self._told_of_pruning(first)
 
@@ -274,6 +279,12 @@ class State:
         """The journal's line about the last task, whose folder is there, with what of earlier tasks is kept from now
         on."""
         last, kept = tasks[-1], what_stays(self.keep, tasks, self._chain())
+        forgot = None
+        with contextlib.suppress(StateError):  # faults are for those who read it
+            forgot = last.json("task.json").get("forgot")
+        if forgot is not None:  # earlier entries hold what was forgotten, so none can stay
+            by = ", ".join(forgot["tasks"] or forgot["classes"])
+            kept |= {"oldest": last.index, "by": f"forget {by}", "forgot": forgot}
         self.log("task committed", task=last.index, name=last.name, manifest=manifest_digest(last.folder), **kept)
 
     @property
@@ -309,7 +320,8 @@ class State:
             self._check_kept(tasks, matches[0])
             keep = matches[0].index + 1
         self._check_rollback(tasks, keep)
-        opened, said = self.open_task(), self._chain().said
+        opened, said = self.open_task() is not None, self._chain().said
+        candidate.drop(self.folder)
         dropped = [t.name for t in tasks[keep:]]
         gone = [s.name for s in said[max(keep, len(tasks)) :] if s.name is not None]  # their folders are missing
         if dropped or gone or opened:
@@ -390,8 +402,26 @@ class State:
     # -- journal --------------------------------------------------------------------------------------
 
     def log(self, event: str, **facts: Any) -> None:
-        """Append one line to the journal."""
-        self._journal.append(event, facts)
+        """Append one line to the journal; while lines are held, put it behind those that wait."""
+        if self._held is None:
+            self._journal.append(event, facts)
+        else:
+            self._held.append((event, facts))
+
+    @contextlib.contextmanager
+    def holding(self) -> Iterator[None]:
+        """Inside, lines of the journal wait for a commit. Without one they are dropped, and the file is as it was."""
+        self._held = []
+        try:
+            yield
+        finally:
+            self._held = None
+
+    def _release(self) -> None:
+        """Write the lines that wait."""
+        held, self._held = self._held or [], None
+        for event, facts in held:
+            self.log(event, **facts)
 
     def journal(self) -> list[dict[str, Any]]:
         """All events, without a last line that a crash cut off."""
@@ -402,6 +432,21 @@ class State:
         is no such task."""
         begun = self._last_begun()
         return begun if begun and begun["task"] == len(self._found()) else None
+
+    def candidate(self) -> dict[str, Any] | None:
+        """What is being learned aside until its gate has decided; None if nothing is.
+
+        Returns:
+            `task` (its number), `name`, `from` (its data), `fingerprint` and `gate`.
+        """
+        found = candidate.begun(self.folder)
+        return found if found and found["task"] == len(self._found()) else None
+
+    def discard_candidate(self) -> str:
+        """Drop what was learned aside; a few words about it, or nothing if nothing was."""
+        found = self.candidate()
+        candidate.drop(self.folder)
+        return f"task {found['name']}, which was learned aside for a gate" if found else ""
 
     def _last_begun(self) -> dict[str, Any] | None:
         """The journal's line about the last task that was begun; None if a commit or a rollback came after it."""
@@ -418,7 +463,7 @@ class State:
         Raises:
             StateError: another process is writing to the folder.
         """
-        for name in (".lock", "journal.jsonl", "tasks", "resume"):
+        for name in (".lock", "journal.jsonl", "tasks", "resume", candidate.FOLDER):
             check_no_link(self.folder / name)
         with locked(self.folder):
             remove_leftovers(self.folder)
@@ -440,6 +485,8 @@ class State:
             self._log_commit(tasks)
         if self.open_task() is None:
             remove_folder(self.folder / "resume")
+        if self.candidate() is None:  # its commit is there
+            candidate.drop(self.folder)
 
     def _finish_rollback(self) -> None:
         """Finish a rollback that a crash interrupted. It was asked for, and nobody wants half of it."""

@@ -101,6 +101,7 @@ class Said:
         becomes: the hash of the manifest that a prune is putting in its place.
         frees: how many bytes its commit made needless but for a rollback to the task before it; None if nobody knows.
         pruned: by what it was pruned and when, if it was: the state cannot go back to it any more.
+        forgot: what was forgotten by it, if it is no task.
     """
 
     name: str | None = None
@@ -108,6 +109,7 @@ class Said:
     becomes: str | None = None
     frees: int | None = None
     pruned: str = ""
+    forgot: dict[str, Any] | None = None
 
     @property
     def manifests(self) -> tuple[str, ...]:
@@ -162,7 +164,7 @@ def _begun(chain: Chain, event: Mapping[str, Any]) -> None:
 
 def _committed(chain: Chain, event: Mapping[str, Any]) -> None:
     _begun(chain, event)
-    chain.said.append(Said(event["name"], event.get("manifest"), frees=event.get("frees")))
+    chain.said.append(Said(event["name"], event.get("manifest"), frees=event.get("frees"), forgot=event.get("forgot")))
     chain.begun = None
     _doomed(chain, event)
 

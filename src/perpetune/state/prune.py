@@ -29,7 +29,7 @@ from perpetune.files import (
     replace_synced,
     write_synced,
 )
-from perpetune.state.committed import LEARNED, Committed, find_tasks
+from perpetune.state.committed import LEARNED, TRACES, Committed, find_tasks
 from perpetune.state.journal import Chain, Journal
 from perpetune.store import INDEX, PACK, Held, Piece, index_bytes, opened, pack_bytes
 
@@ -141,7 +141,7 @@ def carry_out(folder: Path, journal: Journal) -> None:
     chain = journal.chain()
     if chain.written is None and chain.pruned < chain.oldest < len(chain.said):
         tasks, number = find_tasks(folder, chain), chain.oldest
-        found = changes(tasks, chain.pruned, number)
+        found = changes(tasks, chain.pruned, number, erase=any(t.forgot for t in tasks[chain.pruned : number + 1]))
         try:
             manifests = [write(change, number) for change in found]
         except (OSError, StateError):
@@ -158,12 +158,13 @@ def carry_out(folder: Path, journal: Journal) -> None:
         journal.append("pruned", {"oldest": number})
 
 
-def changes(tasks: Sequence[Committed], pruned: int, oldest: int) -> list[Change]:
+def changes(tasks: Sequence[Committed], pruned: int, oldest: int, *, erase: bool = False) -> list[Change]:
     """What a prune does that makes `oldest` the first task that can be gone back to; nothing is written.
 
     Args:
         tasks: of the state.
         pruned: the number of the first task that was not pruned before.
+        erase: whether something was forgotten: nothing stays that is not needed, also of what was pruned before.
 
     Raises:
         StateError: a folder is damaged, so nobody can say what is needed.
@@ -172,12 +173,13 @@ def changes(tasks: Sequence[Committed], pruned: int, oldest: int) -> list[Change
         return []
     live = tasks[oldest].pieces()  # all that later tasks need of folders before it, for it has what they have of these
     loose = {piece.task for piece in tasks[pruned].pieces() - live}
-    touched = sorted({index for index in loose if index < pruned} | set(range(pruned, oldest)))
-    found = [_change(tasks[index], live, index >= pruned) for index in touched]
+    first = 0 if erase else pruned
+    touched = sorted({index for index in loose if index < pruned} | set(range(first, oldest)))
+    found = [_change(tasks[index], live, index >= pruned, erase) for index in touched]
     return [change for change in found if change.drop]
 
 
-def _change(task: Committed, live: set[Piece], fresh: bool) -> Change:
+def _change(task: Committed, live: set[Piece], fresh: bool, erase: bool) -> Change:
     entries = listed(task.folder, task.cure, task.manifests)
     drop, index, frees = set[str](), None, 0
     if fresh:
@@ -191,8 +193,11 @@ def _change(task: Committed, live: set[Piece], fresh: bool) -> Change:
             sizes = held_now.sizes()
         needed = frozenset(piece for piece in live if piece.task == task.index and piece.sha256 in sizes)
         free = sum(sizes.values()) - sum(piece.size for piece in needed)
-        if free >= WORTH * sum(sizes.values()):
+        if free >= WORTH * sum(sizes.values()) if not erase else free > 0:
             pack, drop, frees = needed, drop | {name}, frees + (free if needed else entries[name][0])
+    if erase and (task.gone or not task.lost.isdisjoint(task.task()["classes"])):
+        traces = TRACES & entries.keys()
+        drop, frees = drop | traces, frees + sum(entries[name][0] for name in traces)
     return Change(task, frozenset(drop), index, pack, frees)
 
 
@@ -243,4 +248,4 @@ def discard(folders: Sequence[Path]) -> None:
 
 def _ours(name: str) -> bool:
     patterns = (INDEX, PACK, _MANIFEST)
-    return name in LEARNED or any(pattern.fullmatch(name) for pattern in patterns)
+    return name in LEARNED | TRACES or any(pattern.fullmatch(name) for pattern in patterns)

@@ -85,6 +85,18 @@ class Bank(nn.Module):
         self.kept[slot] = Kept(slot, [task], list(classes), weight)
         self._store_rows(set_name(slot), {c: self._row(c) for c in classes} if self.model.per_class() else {})
 
+    def drop(self, slot: int) -> None:
+        """Drop a set, and number those behind it anew, so that their numbers go on from 0."""
+        rows, last = {one: self._stored_rows(set_name(one)) for one in self.kept}, max(self.kept)
+        for one in range(slot, last):
+            self._remove(set_name(one))
+            copy_set(self.model, set_name(one + 1), set_name(one))
+            after = self.kept[one + 1]
+            self.kept[one] = Kept(one, after.tasks, after.classes, after.weight)
+            self._store_rows(set_name(one), rows[one + 1])
+        self._remove(set_name(last))
+        del self.kept[last]
+
     # -- the head's rows ------------------------------------------------------------------------------
 
     @contextlib.contextmanager

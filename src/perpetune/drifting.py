@@ -1,0 +1,129 @@
+"""Is an update needed? New examples without labels against features of what was learned.
+
+A state keeps features of up to `tally.SAMPLE` test examples of each task, as they were when it was learned: of length
+1, multiplied by a random matrix, which keeps distances, and rounded to 16 bits. New examples are compared with them in
+two ways (`numerics.two_samples`): whether both are one sample of features, and how many are far from all that is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from safetensors.torch import load
+from torch import Tensor
+
+from perpetune.errors import DataError, StateError, UsageError
+from perpetune.numerics.two_samples import FAR, draws_for, energy_test, far_test, for_this, scaled
+from perpetune.seeding import generator
+from perpetune.state import Committed
+
+FEATURES = "features.safetensors"  # of a few test examples of the task, as they were when it was learned
+SAMPLE = "sample.safetensors"
+WIDTH = 64
+"""Columns of what is kept of a feature."""
+MOST = 1000
+"""Examples that are compared, at most, on each side."""
+LEAST = 20
+"""With fewer examples on a side nobody can tell."""
+MOVED = 0.02
+"""Features that have moved farther since (`run._drift`) are not comparable any more."""
+LEVELS = (0.005, 0.5)
+
+
+def projected(features: Tensor) -> Tensor:
+    """Features `(n, D)` of length 1 as they are kept: `(n, WIDTH)`, or as they are if they are not wider."""
+    if features.shape[1] <= WIDTH:
+        return features.float()
+    drawn = torch.randn(features.shape[1], WIDTH, generator=generator("drift", features.shape[1])) / WIDTH**0.5
+    found: Tensor = features.float() @ drawn
+    return found
+
+
+def kept(features: Tensor) -> dict[str, Tensor]:
+    """The tensors of `SAMPLE`."""
+    return {"features": projected(features).half().contiguous()}
+
+
+def stored(task: Committed) -> Tensor | None:
+    """What is kept of a task, `(n, WIDTH)`; None if nothing is. Of an older version it is of fewer examples."""
+    files = task.read(SAMPLE, FEATURES)
+    if SAMPLE in files:
+        return load(files[SAMPLE])["features"].float()
+    return projected(load(files[FEATURES])["features"]) if FEATURES in files else None
+
+
+def moved(task: Committed, last: Committed) -> float | None:
+    """How far features of a task have moved since it was learned, measured when the last task was; None if nobody knows
+    it."""
+    if task.index == last.index:
+        return 0.0
+    metrics = last.document(last.read("metrics.json"), "metrics.json")
+    found = metrics.get("drift", {}).get(task.name)
+    return None if found is None else float(found)
+
+
+def some(count: int, *purpose: str) -> list[int]:
+    """`MOST` of so many numbers, or all of them; always the same ones."""
+    if count <= MOST:
+        return list(range(count))
+    return sorted(torch.randperm(count, generator=generator("drift", *purpose))[:MOST].tolist())
+
+
+def check_level(level: float) -> None:
+    """UsageError if it is no level that the tests can hold."""
+    if not LEVELS[0] <= level <= LEVELS[1]:  # not a number is none either
+        raise UsageError(f"level is {level!r}: a share from {LEVELS[0]} to {LEVELS[1]} is expected, such as 0.05")
+
+
+def compare(known: Tensor, new: Tensor, names: Sequence[str], level: float, noun: str) -> dict[str, Any]:
+    """What the two tests say, in JSON's types.
+
+    Args:
+        known: what is kept of learned tasks, `(n, W)`.
+        new: the same of new examples, `(m, W)`, in any number.
+        names: of the new examples.
+        level: the share of months like what was learned that may be flagged.
+        noun: the word for the examples, in the plural.
+
+    Returns:
+        `drift`; `level`; `examples` and `known`, how many were compared; `copies`, new examples that are like another
+        one and count once; `tests`: of `features` the `distance` and the `chance`, of `far` the `share`, what was
+        `expected`, and the `chance`; `far`, names of examples that are far from all that is known.
+
+    Raises:
+        StateError, DataError: there are too few on one side to tell.
+    """
+    check_level(level)
+    rows = new.half()
+    _, inverse = rows.unique(dim=0, return_inverse=True)
+    seen: dict[int, int] = {}
+    for place, one in enumerate(inverse.tolist()):
+        seen.setdefault(one, place)
+    single = sorted(seen.values())
+    if len(known) < LEAST:
+        raise StateError(
+            f"the state keeps features of {len(known)} held-out {noun}, which are too few to compare with: {LEAST} are "
+            "needed"
+        )
+    if len(single) < LEAST:
+        copies = f" different {noun}" if len(single) < len(rows) else f" {noun}"
+        raise DataError(f"{len(single)}{copies} are too few to tell: {LEAST} are needed")
+    first, second = scaled(known, rows[single].float())
+    n, m = len(first), len(second)
+    distance, chance = energy_test(first, second, draws_for(level / 2), generator("drift", "ways"))
+    far, many = far_test(first, second)
+    chances = [min(1.0, 2 * for_this(one, n, m)) for one in (chance, many)]  # two tests: each at half of the level
+    return {
+        "drift": min(chances) <= level,
+        "level": level,
+        "examples": m,
+        "known": n,
+        "copies": len(rows) - m,
+        "tests": {
+            "features": {"distance": round(distance, 6), "chance": round(chances[0], 6)},
+            "far": {"share": round(float(far.double().mean()), 6), "expected": FAR, "chance": round(chances[1], 6)},
+        },
+        "far": [names[single[place]] for place in far.nonzero()[:, 0].tolist()],
+    }
