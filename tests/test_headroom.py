@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 from test_report import fake_results
 from tiny import chiefly, recipe, split_folder, vit_folder
+from warm import Warm
 
 from perpetune import cli
+from perpetune.cli import jobs
 from perpetune.errors import StateError, UsageError
 from perpetune.learner import Learner
 from perpetune.recipe import load_recipe, make_recipe
@@ -371,7 +373,10 @@ def test_texts_have_no_oracle(tmp_path: Path) -> None:
         Learner(make_recipe(content), tmp_path / "state")
 
 
-def test_the_command_line(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line(
+    warm: Warm, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "CHILD", (*warm.command, *jobs.CHILD[1:]))
     for name, changed in {"control": {"method": "frozen", "head": RIDGE}, "mine": {"head": RIDGE}}.items():
         content = recipe(world / "vit", world / "data", name=name, **changed)
         (tmp_path / f"{name}.yaml").write_text(make_recipe(content).to_yaml())

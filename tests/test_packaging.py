@@ -42,9 +42,19 @@ def test_import_loads_nothing_heavy() -> None:
     assert loaded("import perpetune", HEAVY) == set()
 
 
-def test_public_names_load_torch_and_nothing_heavier() -> None:
-    code = "import perpetune\nfor name in perpetune.__all__: getattr(perpetune, name)"
-    assert loaded(code, ["torch", *HEAVY]) == {"torch"}
+def test_public_names_load_nothing_heavier_than_torch_draw_no_random_number_and_warn_of_nothing() -> None:
+    code = """
+import warnings
+warnings.simplefilter("error")
+import random, numpy, torch
+before = torch.random.get_rng_state(), numpy.random.get_state()[1].copy(), random.getstate()
+import perpetune
+for name in perpetune.__all__: getattr(perpetune, name)
+assert torch.equal(before[0], torch.random.get_rng_state())
+assert (before[1] == numpy.random.get_state()[1]).all()
+assert before[2] == random.getstate()
+"""
+    assert loaded(code, HEAVY) == set()
 
 
 @pytest.mark.parametrize("verb", ["", "run", "predict", "report"])
@@ -60,21 +70,6 @@ except SystemExit as stop:
 """
     heavy = [name for name in HEAVY if name not in ("rich", "typer")]
     assert loaded(code, ["torch", "numpy", *heavy]) == set()
-
-
-def test_import_draws_no_random_number_and_warns_of_nothing() -> None:
-    code = """
-import warnings
-warnings.simplefilter("error")
-import random, numpy, torch
-before = torch.random.get_rng_state(), numpy.random.get_state()[1].copy(), random.getstate()
-import perpetune
-for name in perpetune.__all__: getattr(perpetune, name)
-assert torch.equal(before[0], torch.random.get_rng_state())
-assert (before[1] == numpy.random.get_state()[1]).all()
-assert before[2] == random.getstate()
-"""
-    python(code)
 
 
 def test_layers() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from tiny import vit_folder, written
+from warm import Warm
 
 from perpetune import registry
 from perpetune.build import load_backbone
@@ -195,12 +196,12 @@ def planted(vit: Path) -> dict[str, Any]:
 
 
 def test_a_recipe_that_names_nothing_of_ours_runs_from_the_command_line(
-    garden: Path, vit: Path, tmp_path: Path
+    warm: Warm, garden: Path, vit: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "planted.yaml").write_text(yaml.safe_dump(planted(vit)))
     python_path = os.pathsep.join([str(garden), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     done = subprocess.run(
-        [sys.executable, "-m", "perpetune", "run", "planted.yaml", "--out", "state", "--json"],
+        [*warm.command, "-m", "perpetune", "run", "planted.yaml", "--out", "state", "--json"],
         capture_output=True,
         text=True,
         timeout=120,

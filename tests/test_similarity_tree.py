@@ -285,10 +285,10 @@ class TestNearest:
     @pytest.mark.parametrize("kind", KINDS)
     def test_is_that_of_brute_force(self, kind: str) -> None:
         """5 times 80 queries of all sorts."""
-        made = [degenerate(kind, count) for count in range(1, 41, 2)]
+        made = [degenerate(kind, count) for count in range(1, 41, 4)]
         trees = [grown(some, GROUPS, 64 if i % 2 else 3) for i, some in enumerate(made)]
         for i in range(80):
-            some, tree = made[i % 20], trees[i % 20]
+            some, tree = made[i % 10], trees[i % 10]
             query = normalised(some[i % len(some)] * (i % 3) + 0.05 * randn(i, MODULES, SIZE))
             far = distance(some, query)
             found = tree.nearest(query)

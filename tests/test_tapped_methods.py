@@ -46,7 +46,7 @@ def tapped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("perpetune.check.pictures.tiny_backbone", made)
 
 
-@pytest.mark.parametrize(("method", "changes"), chiefly(METHODS, [METHODS[1], METHODS[4], METHODS[6]]))
+@pytest.mark.parametrize(("method", "changes"), chiefly(METHODS, [METHODS[4], METHODS[6]]))
 def test_every_method_keeps_the_contract(method: str, changes: tuple[str, ...]) -> None:
     faults = [f"{o.rule}: {o.fault}" for o in check_method(method, changes) if o.fault is not None]
     assert faults == []

@@ -152,6 +152,7 @@ def _become(arguments: list[str], environment: dict[str, str], folder: str, stre
         os.close(stream)
     os.environ.clear()
     os.environ.update(environment)
+    sys.path[1:1] = [place for place in environment.get("PYTHONPATH", "").split(os.pathsep) if place]
     os.chdir(folder)
     code: Any = 0
     try:
