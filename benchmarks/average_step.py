@@ -22,9 +22,9 @@ import torch
 from perpetune.averages.average import Average
 from perpetune.averages.config import AverageConfig
 from perpetune.build import build_method, load_backbone
+from perpetune.learning import learn_protected
 from perpetune.methods.base import Method
 from perpetune.recipe import make_recipe
-from perpetune.run import learn_protected
 from perpetune.runtime import Runtime, pick_device
 from perpetune.seeding import generator
 from perpetune.tasks import Examples, Task

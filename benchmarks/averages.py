@@ -22,10 +22,10 @@ from perpetune.build import build_backbone, build_method
 from perpetune.evaluate import evaluate
 from perpetune.heads.base import Head
 from perpetune.heads.ridge import Ridge
+from perpetune.learning import learn_protected
 from perpetune.methods.base import Method
 from perpetune.models.classifier import learn_statistics
 from perpetune.recipe import make_recipe
-from perpetune.run import learn_protected
 from perpetune.runtime import Runtime
 from perpetune.seeding import generator
 from perpetune.sequence import TaskSequence

@@ -31,10 +31,10 @@ from torch import Tensor
 from perpetune.build import build_backbone, build_method, build_runtime
 from perpetune.heads import Ridge
 from perpetune.heads.base import Head
+from perpetune.learning import learn_protected
 from perpetune.methods.base import Method
 from perpetune.models.classifier import learn_statistics
 from perpetune.recipe import load_recipe
-from perpetune.run import learn_protected
 from perpetune.sequence import TaskSequence
 from perpetune.tasks import Task, evaluation_batches
 

@@ -46,12 +46,12 @@ from torch import Tensor, nn
 from perpetune import registry
 from perpetune.build import build_data, build_method, build_runtime, load_backbone
 from perpetune.evaluate import evaluate
+from perpetune.learning import learn_protected
 from perpetune.methods.base import Method
 from perpetune.methods.pool import Pool
 from perpetune.numerics import ranking
 from perpetune.pets import Choice, inject, using
 from perpetune.recipe import Recipe, make_recipe
-from perpetune.run import learn_protected
 from perpetune.seeding import generator, own_global_state
 from perpetune.selectors import Chosen, Selection, Selector
 from perpetune.selectors.keys import Keys

@@ -21,9 +21,9 @@ from perpetune.build import build_method
 from perpetune.check.pictures import TinyPictures
 from perpetune.check.survey import At, in_batches, in_steps, survey
 from perpetune.check.texts import TinyTexts
+from perpetune.learning import learn_protected
 from perpetune.methods.base import Method
 from perpetune.recipe import make_recipe
-from perpetune.run import learn_protected
 from perpetune.runtime import Runtime, Silent
 from perpetune.tasks import Task
 

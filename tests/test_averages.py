@@ -25,6 +25,7 @@ from perpetune.check.texts import TinyTexts
 from perpetune.errors import Interrupted, UsageError
 from perpetune.export import export_learned
 from perpetune.learner import Learner
+from perpetune.learning import learn_protected
 from perpetune.methods.base import Method
 from perpetune.numerics.averaging import curvature_weight, published_weight, weight_that_keeps
 from perpetune.pets import LoRA, parameters, pets, sets, using
@@ -38,7 +39,6 @@ from perpetune.report.blocks import Table, Text
 from perpetune.report.results_schema import checked, facts_of
 from perpetune.report.sections import averages, collect
 from perpetune.results import read_results
-from perpetune.run import learn_protected
 from perpetune.seeding import generator
 from perpetune.state import State
 from perpetune.tasks import Inputs

@@ -15,11 +15,11 @@ from torch import Tensor
 from perpetune.build import build_method
 from perpetune.check.kind import TinyKind
 from perpetune.learner import Learner
+from perpetune.learning import learn_protected
 from perpetune.methods.base import Method
 from perpetune.models.backbone import Backbone
 from perpetune.models.compiled import CompiledForward, Compiler, can_compile, compile_blocks
 from perpetune.pets import Choice, LoRA, copy_set, pets, remove, slots, using
-from perpetune.run import learn_protected
 from perpetune.runtime import Runtime
 from perpetune.seeding import generator
 from perpetune.tasks import Inputs

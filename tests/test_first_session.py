@@ -14,11 +14,11 @@ from perpetune.check import Checker, Pictures, tiny_stream
 from perpetune.check import probe as scores_of
 from perpetune.errors import UsageError
 from perpetune.heads import NCM, Ridge
+from perpetune.learning import learn_protected
 from perpetune.methods.base import Method
 from perpetune.methods.first_session import FirstSession
 from perpetune.pets import parameters, using
 from perpetune.recipe import make_recipe
-from perpetune.run import learn_protected
 from perpetune.runtime import Runtime
 from perpetune.snapshot import restore, snapshot
 from perpetune.tasks import Task

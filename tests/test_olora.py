@@ -22,6 +22,7 @@ from perpetune.export import export_learned
 from perpetune.fit import FitConfig
 from perpetune.heads import Linear
 from perpetune.learner import Learner
+from perpetune.learning import learn_protected
 from perpetune.methods.base import Method
 from perpetune.methods.finetune import FineTune
 from perpetune.methods.olora import NEW, OLoRA
@@ -31,7 +32,6 @@ from perpetune.models.families import places
 from perpetune.pets import LoRA, inject, parameters, pets, slots, using
 from perpetune.recipe import make_recipe
 from perpetune.report.sections import heads
-from perpetune.run import learn_protected
 from perpetune.runtime import Runtime, Silent
 from perpetune.seeding import generator, own_global_state
 from perpetune.snapshot import restore, snapshot

@@ -8,8 +8,8 @@ import pytest
 from tiny import package
 
 from perpetune.check import Checker, check_method
+from perpetune.learning import learn_protected
 from perpetune.recipe import make_recipe
-from perpetune.run import learn_protected
 
 CODE = """
 import contextlib

@@ -21,6 +21,7 @@ from perpetune.errors import UsageError
 from perpetune.evaluate import evaluate
 from perpetune.export import export_learned
 from perpetune.heads.ridge import Ridge
+from perpetune.learning import learn_protected
 from perpetune.methods.parts.members import average_into, drawn_orthogonal
 from perpetune.methods.parts.recall import Recall
 from perpetune.methods.parts.repulsion import repulsion
@@ -28,7 +29,6 @@ from perpetune.methods.pool import Pool
 from perpetune.models.classifier import Classifier
 from perpetune.pets import LoRA, parameters, pets, sets, using
 from perpetune.recipe import make_recipe
-from perpetune.run import learn_protected
 from perpetune.selectors import Chosen
 from perpetune.snapshot import restore, snapshot
 from perpetune.tasks import Inputs, Task

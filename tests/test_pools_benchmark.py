@@ -10,8 +10,8 @@ import pytest
 import torch
 from test_pool import asked, pool
 
+from perpetune.learning import learn_protected
 from perpetune.methods.pool import Pool
-from perpetune.run import learn_protected
 
 SELECTIONS: dict[str, dict[str, Any]] = {
     "gaussian": {"name": "gaussian"},

@@ -15,10 +15,10 @@ from perpetune.build import build_runtime
 from perpetune.check import waits as seen
 from perpetune.check.waits import DEVICE, on_stand
 from perpetune.errors import UsageError
+from perpetune.learning import learn_protected
 from perpetune.methods.base import Method
 from perpetune.numerics.exact import exactly, shortened
 from perpetune.recipe import make_recipe
-from perpetune.run import learn_protected
 from perpetune.runtime import Runtime
 from perpetune.tasks import Task
 

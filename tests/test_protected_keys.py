@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from perpetune.check import Checker
 from perpetune.errors import UsageError
 from perpetune.fit import trainable
+from perpetune.learning import learn_protected
 from perpetune.numerics.choosing import best
 from perpetune.numerics.moments import Moments
 from perpetune.numerics.projection import Operand, ProjectedStep
@@ -26,7 +27,6 @@ from perpetune.protection.config import ProtectConfig
 from perpetune.protection.protection import Protection
 from perpetune.protection.sites import Watched, pet_sites
 from perpetune.recipe import make_recipe
-from perpetune.run import learn_protected
 from perpetune.seeding import generator
 from perpetune.selectors.keys import ENERGY, Keys
 from perpetune.selectors.weights import Weights

@@ -18,6 +18,7 @@ from perpetune.check import SIZE, Pictures, tiny_backbone
 from perpetune.data.pictures.view import PictureView
 from perpetune.errors import PerpetuneError, UsageError
 from perpetune.fit import FitConfig, fit
+from perpetune.learning import learn_protected
 from perpetune.methods.base import Method
 from perpetune.methods.finetune import FineTune
 from perpetune.models.backbone import Backbone
@@ -30,7 +31,6 @@ from perpetune.protection.config import ProtectConfig
 from perpetune.protection.protection import Protection
 from perpetune.protection.sites import Watch, Watched, pet_sites
 from perpetune.recipe import make_recipe
-from perpetune.run import learn_protected
 from perpetune.runtime import Runtime, Silent
 from perpetune.seeding import generator, own_global_state
 from perpetune.tasks import Batch, Task

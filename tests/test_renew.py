@@ -24,6 +24,7 @@ import perpetune
 from perpetune.errors import StateError, UsageError
 from perpetune.export import read_peft, write_peft
 from perpetune.integrations.transformers import ProtectionCallback
+from perpetune.learning import learn_protected
 from perpetune.numerics.lowrank import exact, reduced
 from perpetune.numerics.subspace import Subspace
 from perpetune.pets import Place, copy_set, fold, inject, parameters, pets, using
@@ -33,7 +34,6 @@ from perpetune.protection.dropin import DropIn
 from perpetune.protection.protection import Protection
 from perpetune.protection.renewal import kaiming, leading_start, random_start
 from perpetune.protection.sites import pet_sites
-from perpetune.run import learn_protected
 from perpetune.seeding import generator, own_global_state
 from perpetune.tasks import Task
 

@@ -21,13 +21,13 @@ from perpetune.errors import Interrupted, UsageError
 from perpetune.fit import FitConfig
 from perpetune.heads import Cosine, Ridge
 from perpetune.learner import Learner
+from perpetune.learning import learn_protected
 from perpetune.methods.parts.teacher import Teacher
 from perpetune.methods.safe import FAST, SLOW, Safe
 from perpetune.numerics.alignment import correlation_losses, cosine_distance
 from perpetune.numerics.mixing import mix
 from perpetune.pets import frozen, parameters, pets, using
 from perpetune.recipe import make_recipe
-from perpetune.run import learn_protected
 from perpetune.runtime import Runtime
 from perpetune.seeding import generator
 from perpetune.snapshot import restore, snapshot

@@ -12,10 +12,10 @@ from torch import Tensor
 from perpetune import check
 from perpetune.check import Checker, check_method, tiny_stream
 from perpetune.heads.base import Head
+from perpetune.learning import learn_protected
 from perpetune.models.backbone import Backbone
 from perpetune.models.classifier import Classifier
 from perpetune.recipe import make_recipe
-from perpetune.run import learn_protected
 from perpetune.runtime import Runtime
 
 TAPS = 2

@@ -20,12 +20,12 @@ from perpetune.heads.ridge import Ridge
 from perpetune.heads.templates import spoken, templates_of
 from perpetune.heads.text import Text
 from perpetune.learner import Learner
+from perpetune.learning import learn_protected
 from perpetune.models.backbone import Backbone
 from perpetune.models.classifier import Classifier
 from perpetune.models.loaders.kind import is_dual
 from perpetune.pets import parameters
 from perpetune.recipe import make_recipe
-from perpetune.run import learn_protected
 from perpetune.snapshot import restore, snapshot
 from perpetune.tasks import Inputs, Task
 

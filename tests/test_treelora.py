@@ -27,6 +27,7 @@ from perpetune.cli import call
 from perpetune.errors import Interrupted, StateError, UsageError
 from perpetune.evaluate import evaluate
 from perpetune.learner import Learner
+from perpetune.learning import learn_protected
 from perpetune.methods.finetune import FineTune
 from perpetune.methods.treelora import adapters
 from perpetune.methods.treelora import search as task_search
@@ -40,7 +41,6 @@ from perpetune.pets import parameters, pets, slots, using
 from perpetune.pets.lora import LoRA
 from perpetune.recipe import make_recipe
 from perpetune.report.sections.tree import grown
-from perpetune.run import learn_protected
 from perpetune.runtime import Runtime, Silent
 from perpetune.seeding import generator
 from perpetune.snapshot import EARLIER, restore, snapshot

@@ -24,12 +24,12 @@ from perpetune.data.texts.tables import Text
 from perpetune.errors import PerpetuneError
 from perpetune.fit import FitConfig, _LossSeen, fit
 from perpetune.heads import Ridge
+from perpetune.learning import learn_protected
 from perpetune.methods.base import Method
 from perpetune.methods.treelora.method import TreeLoRA
 from perpetune.numerics.handover import Arrivals, Late, sent
 from perpetune.pets.choice import Choice
 from perpetune.recipe import Recipe, make_recipe
-from perpetune.run import learn_protected
 from perpetune.runtime import Runtime
 from perpetune.seeding import generator
 from perpetune.snapshot import tensors

@@ -26,13 +26,13 @@ from perpetune.check.kind import CLASSES, TinyKind
 from perpetune.check.pictures import TinyPictures
 from perpetune.errors import Interrupted, PerpetuneError, UsageError
 from perpetune.heads.base import Head
+from perpetune.learning import learn_protected
 from perpetune.methods.base import Method
 from perpetune.models.backbone import Backbone
 from perpetune.models.causal_lm import CausalLM
 from perpetune.pets import PET, frozen
 from perpetune.protection.config import ProtectConfig
 from perpetune.recipe import Recipe, apply_change, make_recipe
-from perpetune.run import learn_protected
 from perpetune.runtime import Runtime
 from perpetune.seeding import generator
 from perpetune.snapshot import restore, snapshot, tensors

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from perpetune.check.waits import DEVICE, Waits, on_stand
+from perpetune.learning import learn_protected
 from perpetune.methods.base import Method
-from perpetune.run import learn_protected
 from perpetune.runtime import Silent
 from perpetune.tasks import Batch, Examples, Task
 
