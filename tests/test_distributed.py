@@ -90,7 +90,8 @@ def assert_same(found: Path, expected: Path) -> None:
         if name.endswith(".vectors"):  # a basis: the subspace counts
             one, other = one @ one.mT, other @ other.mT
         scale = max(1.0, float(other.abs().max())) if other.numel() else 1.0
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * scale, msg=name)
+        within = 2e-3 if other.dtype == torch.float16 else 1e-5
+        torch.testing.assert_close(one, other, rtol=0, atol=within * scale, msg=name)
     for one, other in zip(metrics(found), metrics(expected), strict=True):
         assert one["cells"] == other["cells"]
         assert one.get("drift") == pytest.approx(other.get("drift"), abs=1e-4)

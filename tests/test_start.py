@@ -115,10 +115,10 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     real = read._read
 
-    def counted(source: str | bytes, name: str, pixels: bool, least: int | None = None) -> Any:
+    def counted(source: str | bytes, name: str, pixels: bool, **limits: int | None) -> Any:
         if pixels:
             names.append(Path(name).name)
-        return real(source, name, pixels, least)
+        return real(source, name, pixels, **limits)
 
     monkeypatch.setattr(read, "_read", counted)
     return names

@@ -158,8 +158,8 @@ class Tally:
         with about:
             with self.run.autocast():
                 found = self._answers(method, batch.inputs)
-            if seen is None and keeper is not None and keeper.same:
-                self.probing, self.probed = set(), []  # what is needed of the probe is found among what is kept
+            if seen is None and keeper is not None and keeper.same and not self.new:
+                self.probing, self.probed = set(), []  # what made them says whether they have moved
             probed = self._probe(method, batch.inputs, numbers)
         if probed is not None:
             self.probed.append(probed)
