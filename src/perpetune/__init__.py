@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from perpetune.build import load_backbone
     from perpetune.errors import PerpetuneError, Refused
     from perpetune.fit import FitConfig
+    from perpetune.forecast.estimating import estimate
     from perpetune.heads.base import Head
     from perpetune.learner import Learner, Prediction
     from perpetune.methods.base import Method
@@ -49,6 +50,7 @@ _HOME = {
     "Refused": "perpetune.errors",
     "Runtime": "perpetune.runtime",
     "Task": "perpetune.tasks",
+    "estimate": "perpetune.forecast.estimating",
     "load_backbone": "perpetune.build",
     "load_recipe": "perpetune.recipe",
     "protect": "perpetune.protection.dropin",
@@ -74,6 +76,7 @@ __all__ = [
     "Runtime",
     "Task",
     "__version__",
+    "estimate",
     "load_backbone",
     "load_recipe",
     "protect",

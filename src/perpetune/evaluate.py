@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -119,9 +118,9 @@ def ask(
         if task.test is None or len(task.test) == 0:
             done[place] = Asked(None)
         elif captioned(task.test):
-            began = time.perf_counter()
+            began = task.runtime.clock()
             cell = _found(method, task.test, how.batch_size, task.runtime)
-            done[place] = Asked(cell, seconds=time.perf_counter() - began)
+            done[place] = Asked(cell, seconds=task.runtime.clock() - began)
         else:
             tallies[place] = Tally(method, task, how, range(len(task.test)), keeper, task.name == new, probing)
     if not tallies:
@@ -143,11 +142,11 @@ def ask(
         for start, tally in zip(sets.starts, waiting, strict=False)
         for numbers in tally.waiting
     ]
-    began = time.perf_counter()
+    began = run.clock()
     loaded = load_batches(sets, [indices for _, _, indices in requests], run) if requests else iter(())
     for (tally, numbers, _), batch in zip(requests, loaded, strict=True):
         tally.look(method, batch, numbers)
-        now = time.perf_counter()
+        now = run.clock()
         tally.seconds, began = tally.seconds + now - began, now
     for tally in waiting:
         if keeper is not None and tally.examples is not None and tally.examples != tally.identity():

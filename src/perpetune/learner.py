@@ -39,9 +39,9 @@ from perpetune.month import month
 from perpetune.pets import PET, frozen, using
 from perpetune.recipe import Recipe, load_recipe, make_recipe
 from perpetune.results import read_results, versions
-from perpetune.run import cells_of, measure, run
+from perpetune.run import Step, cells_of, measure, run
 from perpetune.runtime import Progress, Runtime, Silent
-from perpetune.sequence import STREAM, Data, TaskSequence, moved
+from perpetune.sequence import STREAM, Cut, Data, TaskSequence, moved
 from perpetune.snapshot import restore, snapshot
 from perpetune.state import START, Pruned, State
 from perpetune.tally import SAMPLE, probe_rows
@@ -343,6 +343,17 @@ class Learner:
             Refused: more is lost; it has both results documents. The state is as it was, byte for byte.
         """
         bar = self._bar(max_drop)
+        task, document = self._given(data, name, holdout, options)
+        with self._writing(gated=bar is not None):
+            step = self._tasks.of_update(task, document, self.state.committed, every=bar is not None)
+            step = dataclasses.replace(step, gate=bar)
+            run(self.method, [step], self.state, self._kept)
+        return read_results(self.state)
+
+    def _given(
+        self, data: Data, name: str | None, holdout: float, options: Mapping[str, Any] | None
+    ) -> tuple[Task, dict[str, Any]]:
+        """The task that `learn` is asked to learn, checked, and what is stored of it."""
         if self.method.needs_earlier_data:
             raise UsageError(
                 f"method: {self.recipe.method.name} needs the data of all tasks, but an update has the data of its own "
@@ -361,11 +372,7 @@ class Learner:
             self.runtime.progress.note(f"the task is called {name}, because '{printable(asked)}' cannot name a folder")
         task, document = self._tasks.given(self._with_options(data, options), index, name, holdout)
         self._admit([task])
-        with self._writing(gated=bar is not None):
-            step = self._tasks.of_update(task, document, self.state.committed, every=bar is not None)
-            step = dataclasses.replace(step, gate=bar)
-            run(self.method, [step], self.state, self._kept)
-        return read_results(self.state)
+        return task, document
 
     def month(
         self,
@@ -573,6 +580,42 @@ class Learner:
         else:
             restore(self.method, self._new, "a new model")
         self._learned = tasks[-1].folder.name if tasks else ""
+
+    def rehearse(self, folder: Path, cut: Cut) -> None:
+        """Go on in another state folder of this recipe, with some examples of each task. It is for estimates.
+
+        Args:
+            folder: a copy of this learner's state; or no folder yet, and an empty state is made.
+            cut: gives the data that are learned in place of a task's data.
+        """
+        if not folder.exists():
+            State.create(folder, self.recipe, self._model_document())
+        self.state = State(folder)
+        self._kept = self._kept_features()
+        self._tasks = self._tasks.cut(cut)
+        self._tasks.moved = self.state.moved()
+        self._reload()
+
+    def steps(
+        self,
+        data: Data | None = None,
+        *,
+        name: str | None = None,
+        holdout: float = 0.2,
+        options: Mapping[str, Any] | None = None,
+    ) -> Iterator[Step]:
+        """The tasks that `run` would learn from now on, or the one of `learn` with these arguments. Each is prepared
+        when it is asked for, and `run.learn_task` has to learn it before the next one."""
+        if data is None:
+            for index in range(len(self.state.committed), len(self.stream.tasks)):
+                yield self._tasks.of_stream(index, self.state.committed)
+            return
+        task, document = self._given(data, name, holdout, options)
+        yield self._tasks.of_update(task, document, self.state.committed)
+
+    def learn_step(self, step: Step) -> None:
+        """Learn one task of `steps` and commit it, without the lock, the signals and the trackers of `run`."""
+        run(self.method, [step], self.state, self._kept)
 
     def same_recipe(self) -> bool:
         """Whether the folder still holds the recipe and the model that this learner was loaded with."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -63,9 +62,9 @@ def _protect_reference(
     if protection is None:
         return []
     if reference is not None and reference.weights and not protection.consolidated:
-        began = time.perf_counter()
+        began = task.runtime.clock()
         certificate = protection.consolidate_weights(method.model.backbone.whole)
-        seconds = round(time.perf_counter() - began, 3)
+        seconds = round(task.runtime.clock() - began, 3)
         return [{"of": "reference", "examples": 0, "seconds": seconds, **certificate}]
     if pictures is None and not names:
         return []
@@ -83,9 +82,9 @@ def _protect(
     assert protection is not None
     batches = _Pass(examples, batch_size, run, texts)
     run.progress.phase(f"protect {purpose}", len(batches), 1, 0)
-    began = time.perf_counter()
+    began = task.runtime.clock()
     certificate = protection.consolidate(batches, lambda item: _observe(method, item, run), mask=_mask, total=run.sum)
-    seconds = round(time.perf_counter() - began, 3)
+    seconds = round(task.runtime.clock() - began, 3)
     counts = {"examples": 0 if examples is None else len(examples), **({"texts": len(texts)} if texts else {})}
     return {"of": purpose, **counts, "seconds": seconds, **certificate}
 

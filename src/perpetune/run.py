@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -126,11 +125,11 @@ def learn_task(method: Method, step: Step, state: State, kept: KeptFeatures) -> 
         exams_before = state.committed[0].parsed("metrics.json").get("exams_before", {})
     bound = recipe.evaluate.earlier if step.gate is None else _asked_by_gate(recipe)
     before = None if step.gate is None else _before(method, step, recipe, kept)
-    began = time.perf_counter()
+    began = run.clock()
     certificates = learn_protected(method, task, step.reference, recipe.evaluate.batch_size, step.names)
-    learned = time.perf_counter()
+    learned = run.clock()
     oracle = solve(method, step.seen, recipe) if step.seen else None
-    solved = time.perf_counter()
+    solved = run.clock()
     how = How(among, size, oracle, step.future, recipe.evaluate.told, each=before is not None)
     examples = _examples_of(task) if step.exams else {}
     with kept.at_work(run.device):
@@ -146,7 +145,7 @@ def learn_task(method: Method, step: Step, state: State, kept: KeptFeatures) -> 
             kept.settle(_turn_begun(step, state))
     cells = cells_of({**found, **ahead_of})
     left_out = [name for name, asked_of in found.items() if asked_of.left_out]
-    evaluated = time.perf_counter()
+    evaluated = run.clock()
     method.task_measured()
     seconds = run.checkpoints.seconds + learned - began
     earlier = sum(asked_of.seconds for name, asked_of in found.items() if name != task.name)
@@ -181,18 +180,18 @@ def learn_task(method: Method, step: Step, state: State, kept: KeptFeatures) -> 
     documents = {"task.json": document, "metrics.json": metrics, "timings.json": timings}
     if gate:
         _decide(task.name, gate, documents, state, run)
-    done = time.perf_counter()
+    done = run.clock()
     if main:
         documents |= {} if made is None else {MADE: {"made": made}}
         if dropped := state.commit(task.index, task.name, method, documents, {**features, **step.files}):
             run.progress.note(dropped)
     run.wait()
     run.checkpoints = None
-    committed = time.perf_counter()
+    committed = run.clock()
     if getattr(type(run.progress), "results", None) is not Silent.results:  # it grows with the tasks
         run.progress.results(read_results(state))
     if main:  # nothing that is sealed with a commit can say how long it took
-        spent = {"commit_s": round(committed - done, 3), "report_s": round(time.perf_counter() - committed, 3)}
+        spent = {"commit_s": round(committed - done, 3), "report_s": round(run.clock() - committed, 3)}
         state.log("task timed", task=task.index, name=task.name, **spent)
 
 

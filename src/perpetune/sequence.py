@@ -6,8 +6,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from perpetune.tasks import Examples, Task
 ASKED = 16
 """The most earlier tasks that are asked after an update under `evaluate.earlier: auto`."""
 Data = str | Path | dict[str, Any] | Source | Task
+Cut = Callable[[TaskData], TaskData]
 Origin = dict[str, Any]  # where the data of an update came from: a data section and its holdout
 STREAM = "stream"  # and of a run: the recipe's stream
 
@@ -47,11 +47,14 @@ class TaskSequence:
         view: says how pictures or texts are prepared.
         runtime: handed on with every task; told of everything that is left out.
         keeps_data: whether tasks bring all earlier ones along, as the upper bounds need.
+        cut: gives the data that are learned in place of a task's data: for an estimate, some of its examples.
     """
 
-    def __init__(self, recipe: Recipe, view: View, runtime: Runtime, *, keeps_data: bool):
+    def __init__(self, recipe: Recipe, view: View, runtime: Runtime, *, keeps_data: bool, cut: Cut | None = None):
+        self._cut = cut
         self.recipe, self.view, self.runtime, self.keeps_data = recipe, view, runtime, keeps_data
         self._stream: Stream | None = None
+        self._whole: Stream | None = None  # where examples were cut off, the stream before that
         self._reference: tuple[TableSet, list[str]] | None = None
         self._tasks: dict[int, Task] = {}
         self._tests: dict[int, Task] = {}  # earlier tasks of which only the test is to be used
@@ -68,11 +71,20 @@ class TaskSequence:
             self._stream = build_data(self.recipe, self.view)
         return self._stream
 
+    def cut(self, cut: Cut) -> TaskSequence:
+        """A new sequence of the same tasks, each with some of its examples. The data are not looked for again."""
+        new = TaskSequence(self.recipe, self.view, self.runtime, keeps_data=self.keeps_data, cut=cut)
+        new._reference = self._reference
+        if self.recipe.data is not None:
+            new._whole = stream = self._whole or self.stream
+            new._stream = dataclasses.replace(stream, tasks=[cut(data) for data in stream.tasks])
+        return new
+
     def of_stream(self, index: int, committed: Sequence[Committed]) -> Step:
         """Task `index` of the recipe's stream, evaluated on those `committed` too."""
-        began = time.perf_counter()
+        began = self.runtime.clock()
         step = self._step_of_stream(index, committed)
-        return dataclasses.replace(step, prepared=time.perf_counter() - began)
+        return dataclasses.replace(step, prepared=self.runtime.clock() - began)
 
     def _step_of_stream(self, index: int, committed: Sequence[Committed]) -> Step:
         task, data = self._of_stream(index), self._checked(self.stream.tasks[index])
@@ -97,9 +109,9 @@ class TaskSequence:
 
     def given(self, data: Data, index: int, name: str, holdout: float) -> tuple[Task, dict[str, Any]]:
         """The task that an update brings, and what is stored of it; `data` and `holdout` as in `Learner.learn`."""
-        began = time.perf_counter()
+        began = self.runtime.clock()
         found = self._given(data, index, name, holdout)
-        self._prepared[index] = time.perf_counter() - began
+        self._prepared[index] = self.runtime.clock() - began
         return found
 
     def _given(self, data: Data, index: int, name: str, holdout: float) -> tuple[Task, dict[str, Any]]:
@@ -114,7 +126,8 @@ class TaskSequence:
             document = _document(task, {"name": None}, fingerprint, [], [])
         else:
             source, origin = self._source_of(data, holdout)
-            found = self._checked(self._single(source, index, name, holdout))
+            found = self._single(source, index, name, holdout)
+            found = self._checked(found if self._cut is None else self._cut(found))
             whole_of = packed(found.hashes.values()) if found.hashes is not None else None
             self._files[index] = {ALL: whole_of} if whole_of is not None else {}
             task = self._as_task(found)
@@ -141,9 +154,9 @@ class TaskSequence:
         Args:
             every: ask every earlier task, also where others would have to wait for their turn.
         """
-        began = time.perf_counter()
+        began = self.runtime.clock()
         step = self._step_of_update(task, document, committed, every)
-        return dataclasses.replace(step, prepared=self._prepared[task.index] + time.perf_counter() - began)
+        return dataclasses.replace(step, prepared=self._prepared[task.index] + self.runtime.clock() - began)
 
     def _step_of_update(
         self, task: Task, document: dict[str, Any], committed: Sequence[Committed], every: bool

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -140,7 +139,7 @@ class Tally:
         """Ask batches from kept features, up to the first whose features are not known."""
         if self.examples is None:
             return
-        began = time.perf_counter()
+        began = self.run.clock()
         while self.waiting:
             numbers, inputs = self.waiting[0], Unseen(range(len(self.waiting[0])))
             targets = torch.tensor([self.test.targets[i] for i in numbers], device=self.run.device)
@@ -148,7 +147,7 @@ class Tally:
                 self.look(method, Batch(inputs, targets, torch.tensor(numbers)), numbers)
             except NotKept:
                 break
-        self.seconds += time.perf_counter() - began
+        self.seconds += self.run.clock() - began
 
     def look(self, method: Method, batch: Batch, numbers: Sequence[int]) -> None:
         """Ask the method about the next batch, which holds the examples with these numbers, and count its answers."""

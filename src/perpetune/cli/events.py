@@ -258,6 +258,12 @@ class Pruned(TypedDict):
     dry_run: bool
 
 
+class Estimated(TypedDict):
+    """What a run or an update will take; docs/estimate.md has the fields."""
+
+    estimate: dict[str, Any]
+
+
 class Checked(TypedDict):
     """How many rules were tried, and how many are broken."""
 
@@ -280,6 +286,7 @@ DONE: dict[str, tuple[type, ...]] = {
     "evaluate": (EvaluatedAll,),
     "export": (Exported,),
     "prune": (Pruned,),
+    "estimate": (Estimated,),
     "compare": (Compared,),
     "check": (Checked,),
     "serve": (Stopped,),
