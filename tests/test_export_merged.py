@@ -162,11 +162,11 @@ def test_a_language_model_is_a_folder_of_its_own(kind: str, tmp_path: Path) -> N
     ("changes", "message"),
     [
         ({"method": {"name": "treelora", "answer": "routed"}}, "TreeLoRA answers with one of 4 sets.*use --to peft"),
-        ({"method": "safe", "head": "ridge"}, "Safe answers with more than one set of pets.*use the state itself"),
+        ({"method": "safe", "head": "ridge"}, "Safe answers with more than one set of pets.*`--to onnx`"),
         ({"method": {"name": "pool", "select": "gaussian"}, "head": "ridge"}, "Pool answers with one of"),
         ({"average": {"keep": 0.5, "answer": "both"}}, "average.answer: both answers with the average"),
         ({"method": {"name": "first_session", "concat": True}, "head": "ncm"}, "frozen model beside.*use --to peft"),
-        ({"pet": {"name": "adapter"}}, "Adapter cannot be folded into .*: use the state itself"),
+        ({"pet": {"name": "adapter"}}, "Adapter cannot be folded into .*: use --to onnx"),
     ],
     ids=["treelora", "safe", "pool", "average", "beside", "adapter"],
 )
@@ -261,7 +261,7 @@ def test_the_command_and_its_card(world: Path, tmp_path: Path, warm: Warm) -> No
 def test_bad_input_of_the_command_is_one_line(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     learned(world, tmp_path / "s", head="linear")
     for more, message in (
-        (["--to", "tflite"], "--to tflite: one of peft, merged"),
+        (["--to", "tflite"], "--to tflite: one of peft, merged, onnx"),
         (["--images", str(world / "m1")], "--images checks merged weights and graphs"),
         (["--to", "merged", "--images", str(tmp_path / "none")], "none"),
     ):

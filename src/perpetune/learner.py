@@ -896,7 +896,8 @@ class Learner:
 
         Args:
             folder: where to write; it must not exist, or be empty.
-            to: `peft`, the adapter and the head; `merged`, a whole model of transformers or timm.
+            to: `peft`, the adapter and the head; `merged`, a whole model of transformers or timm; `onnx`, one
+                graph from pixels to scores, for pictures.
             images: files or folders of pictures, with which what is written is checked; None takes scikit-learn's
                 handwritten digits.
 

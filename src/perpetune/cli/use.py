@@ -300,7 +300,7 @@ def export(
         str,
         typer.Option(
             help="The form. peft: the trained LoRA in PEFT's format, and the head beside it. merged: a whole model of "
-            "transformers or timm, with what was trained in its weights."
+            "transformers or timm, with what was trained in its weights. onnx: one graph from pixels to scores."
         ),
     ] = "peft",
     images: Annotated[
@@ -312,7 +312,7 @@ def export(
     ] = None,
     json: JsonLines = False,
 ) -> None:
-    """Write what was learned for other programs: the adapter, or a whole model. Each export has a model card.
+    """Write what was learned for other programs: the adapter, a whole model, or a graph. Each export has a model card.
 
     Example: perpetune export STATE my-model --to merged --images photos/
     """

@@ -31,6 +31,17 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(model, "FOLDER")
 ```
 """,
+    "onnx": """`pixels` is uint8 `(batch, 3, S, S)`, RGB, for any batch; the graph normalises them. `image`
+in the metadata says how a picture becomes pixels.
+
+```python
+import json, onnxruntime
+
+session = onnxruntime.InferenceSession("FOLDER/model.onnx")
+classes = json.loads(session.get_modelmeta().custom_metadata_map["classes"])
+(scores,) = session.run(["scores"], {"pixels": pixels})  # (batch, classes); their softmax are the probabilities
+```
+""",
     "merged": """The folder is a whole model, and no adapter is needed.
 
 ```python

@@ -14,14 +14,15 @@ from perpetune.aside import written_aside
 from perpetune.errors import UsageError
 from perpetune.export.head import write_head
 from perpetune.export.merged import write_merged
+from perpetune.export.onnx import write_onnx
 from perpetune.export.peft import PAIR, write_peft
 from perpetune.methods.base import Method
 from perpetune.models.backbone import Backbone
 from perpetune.models.vision_language import VisionLanguage
 
-Form = Literal["peft", "merged"]
+Form = Literal["peft", "merged", "onnx"]
 """`peft`: the adapter, for the base model that another program has. `merged`: a whole model, with the adapter in its
-weights."""
+weights. `onnx`: one graph from pixels to scores."""
 FORMS: tuple[str, ...] = get_args(Form)
 PROJECTOR = "projector.safetensors"
 CARD = "README.md"
@@ -48,7 +49,7 @@ def export_learned(
     layer has no files of a head. If a method keeps several adapters and each can be used alone, each gets its own
     folder, and `selector.safetensors` with `selector.json` holds what chooses among them.
 
-    `merged`: see `merged.write_merged`.
+    `merged`: see `merged.write_merged`. `onnx`: see `onnx.write_onnx`.
 
     Args:
         state: the state folder that is exported; it remembers what is written, so that its next verb clears what a kill
@@ -108,4 +109,5 @@ def _export_set(method: Method, backbone: Backbone, name: str | None, folder: Pa
 _WRITERS: dict[str, Callable[[Method, Backbone, Path, Tensor | None], list[str]]] = {
     "peft": _peft,
     "merged": write_merged,
+    "onnx": write_onnx,
 }

@@ -62,7 +62,7 @@ def write_merged(method: Method, backbone: Backbone, folder: Path, pictures: Ten
     if head is not None and head.dim == 2 * backbone.dim:
         raise UsageError(
             "--to merged: the head reads features of the frozen model beside the tuned ones, and merged weights give "
-            "the tuned ones alone: use --to peft"
+            "the tuned ones alone: use --to peft or --to onnx"
         )
     (name,) = sets.values()
     classifier = None if head is None or backbone.takes != "pictures" else _affine(head.folded())
@@ -101,7 +101,8 @@ def _folded(backbone: Backbone, name: str | None) -> Iterator[None]:
     except UsageError as error:
         if "cannot be folded" not in str(error):
             raise
-        raise UsageError(f"--to merged: {error}: use the state itself") from error
+        also = "use --to onnx" if backbone.takes == "pictures" else "use the state itself"
+        raise UsageError(f"--to merged: {error}: {also}") from error
 
 
 def _affine(folded: Folded | None) -> tuple[Tensor, Tensor] | None:
@@ -189,7 +190,7 @@ def _load(net: nn.Module, tensors: dict[str, Tensor], spec: str) -> None:
 def _foreign(spec: str, error: Exception) -> UsageError:
     return UsageError(
         f"--to merged: the weights of {spec} with the pets in them are not those of its class ({one_line(error)}): "
-        "use --to peft, or the state itself"
+        "use --to peft or --to onnx"
     )
 
 

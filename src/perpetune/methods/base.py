@@ -256,7 +256,7 @@ class Method(nn.Module, ABC):
         if others := sorted(names - {answering[0]} if isinstance(answering, tuple) and len(answering) == 1 else names):
             raise UsageError(
                 f"{type(self).__name__} answers with more than one set of pets ({', '.join(others)}), and PEFT's "
-                "format and merged weights hold one: use the state itself"
+                "format and merged weights hold one: for pictures use `--to onnx`, else the state itself"
             )
         return {"": names.pop()}
 
