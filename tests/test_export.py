@@ -222,7 +222,7 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pyt
         raise OSError("no space left")
 
     backbone = tuned(timm_vit, ["q"])
-    monkeypatch.setattr("perpetune.export.save_file", full)
+    monkeypatch.setattr("perpetune.export.peft.save_file", full)
     with pytest.raises(OSError, match="no space left"):
         write_peft(backbone, "default", tmp_path / "a")
     assert not list(tmp_path.iterdir())
@@ -352,7 +352,7 @@ def test_an_export_that_fails_half_way_leaves_nothing(tmp_path: Path, monkeypatc
         written.append(folder)
         write_peft(backbone, name, folder, whole)
 
-    monkeypatch.setattr("perpetune.export.write_peft", fails)
+    monkeypatch.setattr("perpetune.export.learned.write_peft", fails)
     with pytest.raises(OSError, match="no space"):
         export_learned(method, checker.backbone, tmp_path / "out")
     assert written
@@ -452,6 +452,6 @@ def test_a_config_that_is_nested_too_deep(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pattern", [r".*\.layers\.\d+\..*\.(q_proj|v_proj)", r".*(query|value)", "a|b|c", r"(.*\.)?q"])
 def test_patterns_that_people_write_are_read(pattern: str) -> None:
-    from perpetune.export import _check_pattern
+    from perpetune.export.peft import _check_pattern
 
     _check_pattern(Path("x"), "target_modules", pattern)

@@ -168,7 +168,7 @@ def test_a_head_alone(tokens: str, world: Path, tmp_path: Path) -> None:
     made = learned(frozen(world, "ridge", **backbone), world, tmp_path / "s")
     folder = exported(made, tmp_path / "out")
     equal(made, asked("transformers", folder, pictures(world)), pictures(world))
-    assert {p.name for p in folder.iterdir()} == {"head.json", "head.safetensors"}
+    assert {p.name for p in folder.iterdir()} == {"README.md", "head.json", "head.safetensors"}
 
 
 def test_another_size_of_pictures(world: Path, tmp_path: Path) -> None:
@@ -380,7 +380,7 @@ def test_random_weights_are_said(world: Path, tmp_path: Path) -> None:
 
 
 def test_a_head_of_another_kind_keeps_its_own_tensors(tmp_path: Path) -> None:
-    from perpetune.export import _head
+    from perpetune.export.head import head_of
     from perpetune.heads import Linear
 
     class Own(Linear):
@@ -389,7 +389,7 @@ def test_a_head_of_another_kind_keeps_its_own_tensors(tmp_path: Path) -> None:
 
     head = Own(3)
     head.grow(["a"], torch.Generator())
-    about, tensors = _head(head)
+    about, tensors = head_of(head)
     assert about == {"format": 2, "head": "Own", "classes": ["a"]}
     assert tensors.keys() == {"weight", "bias"}
 

@@ -158,10 +158,10 @@ def test_normalising_leaves_the_callers_pixels_alone() -> None:
     backbone = load_backbone("perpetune:micro")
     given = torch.rand(2, 3, 32, 32) * 255
     before = given.clone()
-    assert torch.equal(backbone._normalised(given), (given / 255 - backbone.mean) / backbone.std)
+    assert torch.equal(backbone.normalised(given), (given / 255 - backbone.mean) / backbone.std)
     assert torch.equal(given, before)
     whole = given.to(torch.uint8)
-    assert torch.equal(backbone._normalised(whole), (whole.float() / 255 - backbone.mean) / backbone.std)
+    assert torch.equal(backbone.normalised(whole), (whole.float() / 255 - backbone.mean) / backbone.std)
 
 
 def test_a_batch_is_a_copy() -> None:

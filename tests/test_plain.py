@@ -22,7 +22,7 @@ from perpetune.cli import call
 from perpetune.data.pictures.rows import read_rows
 from perpetune.data.texts.records import read_records
 from perpetune.errors import DataError, UsageError
-from perpetune.export import _read_config
+from perpetune.export.peft import _read_config
 from perpetune.models.loaders.folder import load_folder
 from perpetune.plain import MOST_DEPTH, MOST_DIGITS, Malformed, parse_json, parse_yaml, read_json, read_regular
 from perpetune.recipe import load_recipe, make_recipe, parse_recipe

@@ -71,7 +71,7 @@ def task() -> Task:
 
 
 def pixels_of(backbone: Backbone, inputs: Inputs) -> Tensor:
-    return backbone._normalised(inputs.pixels[inputs["shown"] != 0])
+    return backbone.normalised(inputs.pixels[inputs["shown"] != 0])
 
 
 def plain(backbone: Backbone, inputs: Inputs, ids: Tensor) -> Tensor:
@@ -214,7 +214,7 @@ def test_a_pet_that_adds_nothing_is_the_base_and_leaves_pictures_as_they_are(tmp
         model = VisionLanguage(backbone, keep=0)
         inputs = batch(model, *TEXTS, ask=True).inputs
         assert backbone.pictures is not None
-        pictures = backbone.pictures.features(backbone.net, inputs, backbone._normalised)
+        pictures = backbone.pictures.features(backbone.net, inputs, backbone.normalised)
         base = model.predict(inputs)
         inject(backbone.net, backbone.pet_places(["q", "v"]), lambda place: LoRA(place, torch.Generator()), "text")
         with using(model, "text"):
@@ -224,7 +224,7 @@ def test_a_pet_that_adds_nothing_is_the_base_and_leaves_pictures_as_they_are(tmp
                 torch.nn.init.normal_(parameter, std=0.3)
         with using(model, "text"):
             assert not torch.allclose(model.predict(inputs), base)
-            again = backbone.pictures.features(backbone.net, inputs, backbone._normalised)
+            again = backbone.pictures.features(backbone.net, inputs, backbone.normalised)
         assert torch.equal(again, pictures), kind
 
 
@@ -234,7 +234,7 @@ def test_a_pet_in_the_tower_moves_pictures_and_learns_from_the_loss(tmp_path: An
         model = VisionLanguage(backbone)
         inputs = batch(model, *TEXTS)
         assert backbone.pictures is not None
-        old = backbone.pictures.features(backbone.net, inputs.inputs, backbone._normalised)
+        old = backbone.pictures.features(backbone.net, inputs.inputs, backbone.normalised)
         places = backbone.pet_places(["picture.q", "picture.v"], [0])  # LLaVA does not read the last block
         assert all(place.path.startswith(backbone.pictures.path) for place in places), kind
         inject(backbone.net, places, lambda place: LoRA(place, torch.Generator().manual_seed(0)), "picture")
@@ -242,11 +242,11 @@ def test_a_pet_in_the_tower_moves_pictures_and_learns_from_the_loss(tmp_path: An
         for parameter in parameters:
             torch.nn.init.normal_(parameter, std=0.3)
         with using(model, "picture"):
-            new = backbone.pictures.features(backbone.net, inputs.inputs, backbone._normalised)
+            new = backbone.pictures.features(backbone.net, inputs.inputs, backbone.normalised)
             model.loss(task(), inputs).backward()
         assert not torch.allclose(old, new), kind
         assert all(p.grad is not None and bool(p.grad.abs().max() > 0) for p in parameters), kind
-        assert torch.equal(backbone.pictures.features(backbone.net, inputs.inputs, backbone._normalised), old), kind
+        assert torch.equal(backbone.pictures.features(backbone.net, inputs.inputs, backbone.normalised), old), kind
 
 
 def test_pets_that_no_picture_meets_are_named(tmp_path: Any) -> None:

@@ -148,7 +148,7 @@ def test_peft_opens_what_is_exported(tmp_path: Path) -> None:
     view = learner.method.model.view
     (asked,) = view.ask([{"prompt": "which?", "images": [tmp_path / "data" / "one-0.png"]}], choose=False)
     batch = view.collate([(asked.item, 0, 0)])
-    pixels = learner.backbone._normalised(batch.inputs.pixels[0])
+    pixels = learner.backbone.normalised(batch.inputs.pixels[0])
     wanted = tuned(input_ids=batch.inputs.ids, pixel_values=pixels, attention_mask=batch.inputs.mask.long()).logits
     model = learner.method.model
     assert isinstance(model, VisionLanguage)

@@ -26,6 +26,7 @@ from perpetune import drifting, forgetting, oracle, tracking
 from perpetune.build import build_backbone, build_method, build_runtime
 from perpetune.data.examples import Question
 from perpetune.data.names import printable, safe_name, several, task_names
+from perpetune.data.pictures.view import PictureView
 from perpetune.data.sources import Source
 from perpetune.data.stream import Stream
 from perpetune.data.tasks import TaskData
@@ -930,6 +931,40 @@ class Learner:
             raise UsageError(f"{self.recipe.backbone.name} takes {kind}, not {takes}: call `{call}`")
         if first and not self.state.committed:
             raise StateError(f"{self.state.folder} has learned nothing yet: use `perpetune update` or `run` first")
+
+    def export(
+        self, folder: str | Path, *, to: str = "peft", images: str | Path | Sequence[str | Path] | None = None
+    ) -> list[Path]:
+        """Write what was learned for other programs, with a model card. docs/export.md describes the files.
+
+        Args:
+            folder: where to write; it must not exist, or be empty.
+            to: `peft`, the adapter and the head; `merged`, a whole model of transformers or timm; `onnx`, one
+                graph from pixels to scores, for pictures.
+            images: files or folders of pictures, with which what is written is checked; None takes scikit-learn's
+                handwritten digits.
+
+        Returns:
+            The paths of the written files.
+
+        Raises:
+            StateError: the learner has not learned anything yet.
+            UsageError: the model cannot have this form; the message names one that works.
+            PerpetuneError: what was written does not answer as the state does; it is not kept.
+        """
+        from perpetune.export import card_of, export_learned, pictures_for
+
+        self._need_learned()
+        pictures = None
+        if images is not None:
+            view = self.method.model.view
+            if not isinstance(view, PictureView):
+                raise UsageError(f"--images is for pictures, and {self.recipe.backbone.name} takes {view.noun}")
+            pictures = pictures_for(view, [images] if isinstance(images, str | Path) else images)
+        card = card_of(self.backbone, read_results(self.state), date.today())
+        return export_learned(
+            self.method, self.backbone, Path(folder), self.state.folder, to=to, pictures=pictures, card=card
+        )
 
     def save(self, folder: str | Path) -> Path:
         """Copy the state folder to `folder`, which must not exist."""

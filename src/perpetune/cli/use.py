@@ -296,19 +296,32 @@ def _chance(value: float) -> str:
 def export(
     state: StateFolder,
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to write; must not exist.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="The form. peft: the trained LoRA in PEFT's format, and the head beside it. merged: a whole model of "
+            "transformers or timm, with what was trained in its weights. onnx: one graph from pixels to scores."
+        ),
+    ] = "peft",
+    images: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Image files, or folders of images, with which the export is checked against the state (at most 500); "
+            "by default handwritten digits. Can be given several times."
+        ),
+    ] = None,
     json: JsonLines = False,
 ) -> None:
-    """Write the trained LoRA in PEFT's format, and the head and the class names in files beside it."""
+    """Write what was learned for other programs: the adapter, a whole model, or a graph. Each export has a model card.
+
+    Example: perpetune export STATE my-model --to merged --images photos/
+    """
     from perpetune.cli.notes import Notes
-    from perpetune.errors import StateError
-    from perpetune.export import export_learned
     from perpetune.learner import Learner
 
     out = lines(json)
     learner = Learner.load(state, device="cpu", progress=Notes() if out is None else LineView(out))
-    if not learner.state.committed:
-        raise StateError(f"{state} has learned nothing yet: use `perpetune update` or `run` first")
-    written = export_learned(learner.method, learner.backbone, folder, state)
+    written = learner.export(folder, to=to, images=images)
     if out is not None:
         for path in written:
             out.emit("file", path=str(path), bytes=path.stat().st_size)

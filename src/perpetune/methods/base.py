@@ -249,16 +249,21 @@ class Method(nn.Module, ABC):
             return {"": None}
         if self.average is not None and self.average.config.answer == "both":
             raise UsageError(
-                "average.answer: both answers with the average and the online pets, and PEFT's format holds one set: "
+                "average.answer: both answers with the average and the online pets, and an export holds one set: "
                 "use the state itself"
             )
         answering = (self.answering,) if isinstance(self.answering, str) else self.answering
         if others := sorted(names - {answering[0]} if isinstance(answering, tuple) and len(answering) == 1 else names):
             raise UsageError(
-                f"{type(self).__name__} answers with more than one set of pets ({', '.join(others)}), and "
-                "PEFT's format holds one: use the state itself"
+                f"{type(self).__name__} answers with more than one set of pets ({', '.join(others)}), and PEFT's "
+                "format and merged weights hold one: for pictures use `--to onnx`, else the state itself"
             )
         return {"": names.pop()}
+
+    @property
+    def one_graph(self) -> bool:
+        """Whether every example takes the same computation with the same values, so that `predict` is one graph."""
+        return self.average is None or self.average.config.answer != "both"
 
     def exported_selector(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """What chooses among the sets of `exported` for each example: its tensors, and the rest in JSON's types.

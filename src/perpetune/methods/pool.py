@@ -485,11 +485,15 @@ class Pool(Method):
     def earlier(self) -> Iterable[Tensor]:
         return [*self.bank.earlier(), *self.selector.earlier()]
 
+    @property
+    def one_graph(self) -> bool:
+        return False  # a selector chooses members for each example
+
     def exported(self) -> dict[str, str | None]:
         """The members under the names of their tasks, or under their numbers."""
         if self.common:
             raise UsageError(
-                f"method pool answers with {', '.join(self.common)} and a member at once, and PEFT's format holds one "
+                f"method pool answers with {', '.join(self.common)} and a member at once, and an export holds one "
                 "set: use the state itself"
             )
         if not self.by_task:

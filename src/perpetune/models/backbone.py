@@ -244,10 +244,10 @@ class Backbone(nn.Module):
             arguments = self.asked(inputs)
             ids = arguments.pop("input_ids", None)
             return mask, lambda: mean_token(self(ids, **arguments), mask)
-        pixels = self._normalised(inputs.pixels)
+        pixels = self.normalised(inputs.pixels)
         return None, lambda: self(pixels)
 
-    def _normalised(self, pixels: Tensor) -> Tensor:
+    def normalised(self, pixels: Tensor) -> Tensor:
         """Pixels `(B, 3, H, W)` as the net takes them, from uint8."""
         floats = pixels.to(self.mean.dtype)
         if floats is pixels:  # floats already, and the caller's
@@ -286,7 +286,7 @@ class Backbone(nn.Module):
         """The keyword arguments with which a language model is called for these texts."""
         read: dict[str, Any] = {"input_ids": inputs.ids}
         if self.pictures is not None:
-            read = self.pictures.asked(self.net, inputs, self._normalised)
+            read = self.pictures.asked(self.net, inputs, self.normalised)
         arguments = {**read, "attention_mask": inputs.mask.long()}
         if self.places:
             arguments["position_ids"] = self.positions(inputs.ids, inputs.mask)

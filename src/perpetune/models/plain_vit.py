@@ -86,7 +86,7 @@ class _Embeddings(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         tokens = self.patch_embeddings(pixels)
-        return torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1) + self.position_embeddings
+        return torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1) + self.position_embeddings
 
 
 class _Patches(nn.Module):

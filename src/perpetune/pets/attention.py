@@ -190,7 +190,7 @@ def _like(added: Tensor, existing: Tensor) -> Tensor:
     added = added.to(existing.dtype)
     if 1 < len(added) < len(existing):
         return added.repeat_interleave(len(existing) // len(added), dim=0)
-    return added.expand(len(existing), -1, -1, -1)
+    return added.expand(existing.shape[0], -1, -1, -1)
 
 
 @torch.no_grad()

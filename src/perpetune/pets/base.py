@@ -527,6 +527,31 @@ def fold(root: nn.Module, name: str) -> int:
 
 
 @contextlib.contextmanager
+def folding(root: nn.Module, name: str) -> Iterator[None]:
+    """Inside this context one set of PETs is part of the modules that it is put around, and no other set is there.
+
+    Afterwards everything is as it was. Raises UsageError as `fold`, but a place may carry other sets too.
+    """
+    _known(root, name)
+    before = list(slots(root))
+    try:
+        for path, slot in reversed(before):  # inner slots first
+            bare = slot.base
+            if name in slot.pets:
+                with torch.no_grad():
+                    folded = slot.pet(name).fold(slot.base)
+                if folded is None:
+                    pet, base = type(slot.pet(name)).__name__, type(slot.base).__name__
+                    raise UsageError(f"{path}: {pet} cannot be folded into {base}")
+                bare = folded.train(slot.base.training)
+            _set_at(root, path, bare)
+        yield
+    finally:
+        for path, slot in before:
+            _set_at(root, path, slot)
+
+
+@contextlib.contextmanager
 def using(root: nn.Module, names: InForce) -> Iterator[None]:
     """Inside this context the PETs of the named sets are in force and no others; None means the bare frozen net.
 

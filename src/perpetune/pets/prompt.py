@@ -102,7 +102,7 @@ class Prompt(PET):
             own = self._seen_tokens(x)
             if self.through is not None and self.place.before is not None:
                 own = self.place.before(own)
-            y = unmasked(base, torch.cat([x, own.expand(len(x), -1, -1)], dim=1), *args, **kwargs)
+            y = unmasked(base, torch.cat([x, own.expand(x.shape[0], -1, -1)], dim=1), *args, **kwargs)
         if self.place.block < self.place.depth - 1:
             return y
         tokens, added = y[:, : -self._carried], y[:, -self._carried :]

@@ -293,6 +293,10 @@ class TreeLoRA(Method):
     def acting(self, name: str | None) -> contextlib.AbstractContextManager[None]:
         return super().acting(None) if name is None else self.bank.acting(name)
 
+    @property
+    def one_graph(self) -> bool:
+        return self.answer != "routed" and super().one_graph
+
     def exported(self) -> dict[str, str]:
         """The working set or the merged one. If answers are routed, the set of each task under the task's name, and the
         merged one."""

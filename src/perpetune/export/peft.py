@@ -10,14 +10,11 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import os
 import re
-import shutil
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +24,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from perpetune.aside import written_aside
-from perpetune.data.examples import View
-from perpetune.data.pictures.view import PictureView
-from perpetune.data.texts.templates import NOW
-from perpetune.data.texts.view import TextView
 from perpetune.errors import StateError, UsageError
-from perpetune.heads.base import Head
-from perpetune.methods.base import Method
+from perpetune.export.head import anywhere
 from perpetune.models.backbone import Backbone
 from perpetune.models.families import LinearLike, widths
 from perpetune.models.loaders.causal_lm import gguf_origin
-from perpetune.models.loaders.packaged import PACKAGED
 from perpetune.models.loaders.pair import parts_of
-from perpetune.models.vision_language import VisionLanguage
 from perpetune.pets.base import PET, Place, inject, pets, slots, submodule, walk
 from perpetune.pets.lora import LoRA
 from perpetune.plain import read_object
@@ -50,8 +40,6 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 A, B = ".lora_A.weight", ".lora_B.weight"
 PAIR = "pair:"
-PROJECTOR = "projector.safetensors"
-FORMAT = 2  # of head.json and head.safetensors; docs/export.md has both
 
 # Keys of an adapter_config.json that this module understands (UNDERSTOOD), or that do not change what the adapter
 # computes (SILENT). Any other key with a value belongs to a variant of LoRA that this module does not understand.
@@ -180,7 +168,7 @@ def _base(backbone: Backbone) -> str | None:
     None if a GGUF file does not say it; then a warning says which model to give.
     """
     spec = parts_of(backbone.spec.removeprefix(PAIR))["text"] if backbone.spec.startswith(PAIR) else backbone.spec
-    base = _anywhere(spec.removeprefix("hf:").removeprefix("folder:"))
+    base = anywhere(spec.removeprefix("hf:").removeprefix("folder:"))
     if not base.lower().endswith(".gguf"):
         return base
     origin = gguf_origin(base)
@@ -332,148 +320,3 @@ def _exceptions(config: Mapping[str, Any], pattern: str, default: str) -> Callab
         return float(config[default])
 
     return of
-
-
-def export_learned(method: Method, backbone: Backbone, folder: Path, state: Path | None = None) -> list[Path]:
-    """Write a learned model for use in other programs: its LoRA in PEFT's format, and the head.
-
-    Beside PEFT's two files, the folder has `head.safetensors`, the head as one linear map, and `head.json` with the
-    class names in the order of its rows, and how features are read; docs/export.md has code for them. A projector that
-    was trained is among PEFT's `modules_to_save`; that of a pair, or one alone, lies in `projector.safetensors`.
-    Without pets (`pet: none`) there are no files of PEFT. A packaged model lies in the folder `base`. A language model
-    that answers with its own output layer has no files of a head. If a method keeps several adapters and each can be
-    used alone, each gets its own folder, and `selector.safetensors` with `selector.json` holds what chooses among them.
-    Everything is written under another name first and then renamed.
-
-    Args:
-        state: the state folder that is exported; it remembers what is written, so that its next verb clears what a kill
-            leaves.
-
-    Returns:
-        The paths of the written files.
-
-    Raises:
-        UsageError: the pets are not LoRA, the method uses several sets together, `folder` is not empty, or a language
-            model has no pet, so that there is nothing to export.
-    """
-    sets = method.exported()
-    with written_aside(folder, state) as aside:
-        for name, set_name in sets.items():
-            with method.acting(set_name):
-                _export_set(method, backbone, set_name, aside / name)
-        if (selector := method.exported_selector()) is not None:
-            tensors, about = selector
-            plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-            save_file(plain, aside / "selector.safetensors", metadata={"format": "pt"})
-            text = json.dumps({**about, "folders": list(sets)}, indent=2, ensure_ascii=False, allow_nan=False)
-            (aside / "selector.json").write_text(f"{text}\n", encoding="utf-8")
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _export_set(method: Method, backbone: Backbone, name: str | None, folder: Path) -> None:
-    model, side = method.model, backbone.pictures
-    projector = model.projector if isinstance(model, VisionLanguage) else None
-    path = side.projector if side is not None and projector is not None else None
-    # PEFT opens the language part of a pair, which has no projector: there it is the file that `pair:` takes
-    beside = path is not None and (name is None or backbone.spec.startswith(PAIR))
-    if name is not None:
-        whole = {path: projector} if path is not None and projector is not None and not beside else {}
-        write_peft(backbone, name, folder, whole)
-    folder.mkdir(exist_ok=True)
-    if beside and projector is not None:
-        stored = {key: tensor.detach().cpu().contiguous() for key, tensor in projector.state_dict().items()}
-        save_file(stored, folder / PROJECTOR, metadata={"format": "pt"})
-    head = next((m for m in method.model.modules() if isinstance(m, Head)), None)
-    if head is None:
-        return
-    about, tensors = _head(head)
-    about |= _read(backbone, method.model.view) | {
-        "adapter": name is not None,
-        "frozen_beside": head.dim == 2 * backbone.dim,
-    }
-    stored = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    save_file(stored, folder / "head.safetensors", metadata={"format": "pt"})
-    written = json.dumps(about, indent=2, ensure_ascii=False, allow_nan=False)
-    (folder / "head.json").write_text(f"{written}\n", encoding="utf-8")
-    if _packaged(backbone):
-        with as_file(files("perpetune") / "assets" / PACKAGED[backbone.spec.partition(":")[2]]) as own:
-            shutil.copytree(own, folder / "base")
-
-
-def _packaged(backbone: Backbone) -> bool:
-    prefix, _, rest = backbone.spec.partition(":")
-    return prefix == "perpetune" and rest in PACKAGED
-
-
-def _head(head: Head) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What `head.json` says of a head, and its tensors."""
-    about: dict[str, Any] = {"format": FORMAT, "head": type(head).__name__, "classes": head.classes}
-    folded = head.folded()
-    if folded is None:  # of another package, which has to say what its tensors mean
-        return about, head.needed()
-    tensors = {"weight": folded.weight, "bias": folded.bias}
-    if folded.projected is not None:
-        tensors["projected"] = folded.projected
-    return {**about, "normalise": folded.normalise}, tensors
-
-
-def _read(backbone: Backbone, view: View) -> dict[str, Any]:
-    """How the model is opened and its features are read, for `head.json`."""
-    if not backbone.opens:
-        warnings.warn(
-            f"{backbone.spec}: its weights are random, or its loader does not say how another program opens it; "
-            "head.json does not say it either",
-            stacklevel=2,
-        )
-    opens = {"library": None, "base": backbone.spec, "options": {}, "call": {}} | backbone.opens
-    opens["base"] = None if _packaged(backbone) else _anywhere(opens["base"])
-    about: dict[str, Any] = {**opens, "reads": backbone.takes}
-    texts, taps = backbone.takes == "texts", backbone.taps
-    first: list[int | None] = [-1, None] if texts else [0, 1]
-    places = {"class": first, "mean": [0 if texts else backbone.prefix, None]}
-    if taps is not None:
-        inputs = backbone.empty()
-        if inputs is not None:
-            with torch.no_grad():
-                backbone.features(inputs)  # shows at which modules the features are read
-        about |= {"taps": taps.count}
-        about |= {"tokens": [places[kind] for kind in taps.kinds], "modules": taps.modules(backbone.net)}
-    elif opens["library"] == "transformers":  # what `vit` and `causal_lm` give
-        about |= {"taps": 1, "tokens": [places["mean" if texts else "class"]], "modules": {}}
-    else:
-        about |= {"taps": 0, "tokens": [], "modules": {}}
-    if taps is not None and backbone.texts is not None:
-        about["own"] = backbone.own  # the first columns are the net's own feature; those of the taps follow
-    if isinstance(view, PictureView):
-        about["image"] = _image(view)
-    if isinstance(view, TextView):
-        ask = {"tokenize": False, "add_generation_prompt": True, "chat_template": view.template if view.dated else None}
-        if view.dated and NOW in str(ask["chat_template"]):
-            warnings.warn(
-                "the chat template asks for the day in a way that cannot be written down: other programs give it their "
-                "own day, and the model was trained with the day of `init`",
-                stacklevel=2,
-            )
-        opening = view.opening
-        about |= {"chat": ask if view.chat else None, "opening": opening, "room": view.max_length - opening}
-    return about
-
-
-def _anywhere(base: str) -> str:
-    """A model's name, or its path as other folders need it."""
-    return os.path.abspath(base) if os.path.exists(base) else base
-
-
-def _image(view: PictureView) -> dict[str, Any]:
-    """How a picture becomes the model's input, in the words of Pillow."""
-    from PIL.Image import Resampling
-
-    whole = view.crop is None
-    return {
-        "size": view.size,
-        "crop": 1.0 if whole else view.crop,
-        "squeeze": whole or view.squeeze,
-        "resample": int(Resampling[view.interpolation.upper()]),
-        "mean": view.mean,
-        "std": view.std,
-    }
