@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -17,6 +18,7 @@ from perpetune.plain import Malformed, parse_json, read_regular
 from perpetune.state.lock import open_no_link
 
 MOST_JOURNAL = 2**28  # bytes
+RECENT = 10**8  # nanoseconds: file systems tell times in steps of up to some ten milliseconds
 
 
 class Journal:
@@ -26,6 +28,7 @@ class Journal:
         self.path = path
         self._known, self._lines, self._events = b"", 0, list[dict[str, Any]]()
         self._chain, self._folded, self._anew = Chain(), 0, 0
+        self._seen: tuple[int, ...] | None = None
 
     def append(self, event: str, facts: Mapping[str, Any]) -> None:
         """Add one line, and sync it to the disk."""
@@ -42,6 +45,9 @@ class Journal:
         Raises:
             StateError: the file cannot be read, or a line is no event; the message names the line.
         """
+        seen = self._stamp()
+        if seen is not None and seen == self._seen:
+            return list(self._events)
         try:
             content = read_regular(self.path, MOST_JOURNAL) if os.path.lexists(self.path) else b""
         except OSError as error:
@@ -54,12 +60,24 @@ class Journal:
         self._known, self._lines = content[: len(content) - len(last)], self._lines + len(lines)
         self._events = [*self._events, *events]
         if not last.strip():
+            self._seen = seen
             return list(self._events)
+        self._seen = None
         try:
             parse_json(last, finite=True)
         except Malformed:
             return list(self._events)
         return [*self._events, self._event(last, self._lines + 1)]
+
+    def _stamp(self) -> tuple[int, ...] | None:
+        """What tells that the file is as it was; None if it was written to so recently that its time may not tell."""
+        try:
+            found = os.stat(self.path, follow_symlinks=False)
+        except OSError:
+            return None
+        if time.time_ns() - found.st_mtime_ns < RECENT:
+            return None
+        return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
     def chain(self) -> Chain:
         """What the lines say together. The next call may change the object that this one gives."""
