@@ -57,6 +57,7 @@ def test_the_command_writes_one_graph(world: Path, tmp_path: Path, warm: Warm) -
     assert "largest difference" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.slow  # the same check keeps merged models out, and runs there
 def test_a_graph_that_answers_otherwise_is_not_kept(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

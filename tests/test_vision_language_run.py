@@ -111,7 +111,7 @@ def test_a_projector_trained_alone_is_the_file_that_a_pair_takes(tmp_path: Path)
     data = month(tmp_path / "data", "one")
     learner.learn(str(data))
     assert call(["export", str(tmp_path / "eyes"), str(tmp_path / "out")]) == 0
-    assert [path.name for path in sorted((tmp_path / "out").iterdir())] == ["projector.safetensors"]
+    assert [path.name for path in sorted((tmp_path / "out").iterdir())] == ["README.md", "projector.safetensors"]
     spec = spec.replace("}", f", projector: {tmp_path / 'out' / 'projector.safetensors'}}}")
     second = Learner({**content, "backbone": spec, "pet": {"name": "lora", "rank": 2}}, tmp_path / "second")
     second.learn(str(data))
