@@ -7,6 +7,7 @@ file that is torn, of another key or not ours is not used, and its features are 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -135,7 +136,8 @@ class KeptFeatures(Keeper):
         self._stored &= set(self.tables)
         if since is not None:
             for name in wanted:
-                os.utime(folder / name)
+                with contextlib.suppress(FileNotFoundError):  # somebody has deleted it, and may
+                    os.utime(folder / name)
 
     def _read(self, key: Key) -> Table | None:
         assert self.folder is not None

@@ -49,7 +49,7 @@ class Overlap:
         mine = [(table, row) for row in rows]
         found = self._same(mine, self._files, [_identity])
         if self.contents:
-            found |= self._same(mine, self._sizes, [_size, self._start, _whole])
+            found |= self._same(mine, self._sizes, [_size, _start, _whole])
         return sorted(((first, known) for known, first in found.items()), key=lambda pair: (pair[0], pair[1][1]))
 
     def _same(
@@ -63,7 +63,8 @@ class Overlap:
         left = [pair for pair in _values(mine if index else (), steps[0]) if pair[1] in index]
         known = [row for value in dict.fromkeys(value for _, value in left) for row in index[value]]
         for step in steps:
-            ours, theirs = dict(_values([row for row, _ in left], step)), dict(_values(known, step))
+            once = self._known_start if step is _start else step
+            ours, theirs = dict(_values([row for row, _ in left], step)), dict(_values(known, once))
             common = set(ours.values()) & set(theirs.values())
             left = [(row, value) for row, value in ours.items() if value in common]
             known = [row for row, value in theirs.items() if value in common]
@@ -72,12 +73,11 @@ class Overlap:
             first.setdefault(value, number)
         return {row: first[theirs[row]] for row in known}
 
-    def _start(self, row: Row) -> bytes:
-        known = self._starts.get(row)
-        if known is None:
-            known = hashlib.sha256(row[0].content(row[1], START)).digest()
-            self._starts[row] = known
-        return known
+    def _known_start(self, row: Row) -> bytes:
+        found = self._starts.get(row)
+        if found is None:
+            found = self._starts[row] = _start(row)
+        return found
 
 
 def find_overlap(
@@ -113,6 +113,10 @@ def _identity(row: Row) -> tuple[int, int] | None:
 
 def _size(row: Row) -> int | None:
     return row[0].size(row[1]) or None
+
+
+def _start(row: Row) -> bytes:
+    return hashlib.sha256(row[0].content(row[1], START)).digest()
 
 
 def _whole(row: Row) -> bytes:

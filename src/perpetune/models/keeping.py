@@ -236,7 +236,7 @@ class Keeper:
         before = set() if batch is None or batch.examples is None else set(self._makers.get(batch.examples, ()))
         yield
         after = before if batch is None or batch.examples is None else self._makers.get(batch.examples, set())
-        self.same = self.same is not False and after == before and all(one != ONCE for _, one in after)
+        self.same = self.same is not False and after == before and not any(one.startswith(ONCE) for _, one in after)
 
     def made_of(self, examples: str) -> str | None:
         """A digest of a set of examples and of all that made the features that were asked of it in this evaluation.
