@@ -303,6 +303,8 @@ class Learner:
     def run(self) -> dict[str, Any]:
         """Learn every task of the recipe's stream that is not learned yet, and return the results document.
 
+        Its parts are shared with later documents of this learner: copy them before you change them.
+
         Raises:
             UsageError: the recipe has no data.
             Interrupted: a signal asked the run to stop; `resume` continues it.
@@ -328,7 +330,7 @@ class Learner:
         options: Mapping[str, Any] | None = None,
         max_drop: float | None = None,
     ) -> dict[str, Any]:
-        """Learn one more batch of data as one task, and return the results document.
+        """Learn one more batch of data as one task, and return the results document (as `run` does).
 
         Args:
             data: a folder, manifest, parquet file or dataset id; a `data:` section; a source; or a
