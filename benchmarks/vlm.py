@@ -220,7 +220,7 @@ def look(state: Path, others: Path | None) -> dict[str, Any]:
         "matrix": [[percent(cell) for cell in row if cell] for row in results["cells"]],
         "metrics": results["metrics"],
         "exams": results.get("exams"),
-        "tokens_per_s": sum(t["tokens"] for t in time) / sum(t["learn_s"] + t["protect_s"] for t in time),
+        "tokens_per_s": sum(t.get("tokens", 0) for t in time) / sum(t["learn_s"] + t["protect_s"] for t in time),
         "learn_s": sum(t["learn_s"] + t["protect_s"] for t in time),
         "evaluate_s": sum(t["evaluate_s"] for t in time),
         "stored_mb": sum(size for name, size in results["storage"][-1].items() if name != "task") / 1e6,

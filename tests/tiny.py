@@ -23,7 +23,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from perpetune.seeding import numpy_generator, own_global_state
-from perpetune.state.committed import find_tasks
+from perpetune.state.committed import entries_of, find_tasks
 from perpetune.state.journal import Chain
 
 SIZE = 16
@@ -416,14 +416,18 @@ def package(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: str)
 
 def task_files(folder: Path) -> dict[str, bytes]:
     """The files of a committed task, by name, as if its folder held all of them; nothing is checked by the journal."""
-    return next(task for task in find_tasks(folder.parent.parent, Chain()) if task.folder == folder).read()
+    return next(
+        task
+        for task in find_tasks(folder.parent.parent, entries_of(folder.parent.parent), Chain())
+        if task.folder == folder
+    ).read()
 
 
 def task_tensors(state: Path) -> dict[str, dict[str, Tensor]]:
     """The tensors of each safetensors file of each task, by `FOLDER/FILE`."""
     return {
         f"{task.folder.name}/{name}": load(content)
-        for task in find_tasks(state, Chain())
+        for task in find_tasks(state, entries_of(state), Chain())
         for name, content in sorted(task.read().items())
         if name.endswith(".safetensors")
     }

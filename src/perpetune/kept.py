@@ -158,14 +158,15 @@ class KeptFeatures(Keeper):
 def _unused(folder: Path, wanted: Collection[str], since: float | None, room: int) -> list[Path]:
     """The files to be dropped: those that are not `wanted`, but for those that were used after `since` while there is
     `room` for them, in bytes."""
-    others = [path for path in folder.iterdir() if NAME.fullmatch(path.name) and path.name not in wanted]
-    if since is None:
-        return others
-    dropped = []
-    for path, about in sorted(((path, path.stat()) for path in others), key=lambda one: -one[1].st_mtime):
-        room -= about.st_size
-        if room < 0 or about.st_mtime < since:
-            dropped.append(path)
+    with os.scandir(folder) as entries:  # one for each task, so it matters how long one takes
+        others = [entry for entry in entries if entry.name not in wanted and NAME.fullmatch(entry.name)]
+        if since is None:
+            return [Path(entry.path) for entry in others]
+        dropped = []
+        for about, path in sorted(((e.stat(), e.path) for e in others), key=lambda one: -one[0].st_mtime):
+            room -= about.st_size
+            if room < 0 or about.st_mtime < since:
+                dropped.append(Path(path))
     return dropped
 
 

@@ -351,7 +351,7 @@ class Learner:
             step = self._tasks.of_update(task, document, self.state.committed, every=bar is not None)
             step = dataclasses.replace(step, gate=bar)
             run(self.method, [step], self.state, self._kept)
-        return read_results(self.state)
+            return read_results(self.state)
 
     def _given(
         self, data: Data, name: str | None, holdout: float, options: Mapping[str, Any] | None

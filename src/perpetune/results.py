@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from perpetune.errors import StateError
-from perpetune.numerics.metrics import Cells, summarise
+from perpetune.numerics.metrics import Cells, Rows, accuracy, summarise
 from perpetune.numerics.transfer import summarise as summarise_transfer
 from perpetune.snapshot import FILES, FIXED
 from perpetune.state import DOCUMENTS, Committed, State
@@ -49,7 +49,9 @@ def read_results(state: State, candidate: Documents | None = None) -> dict[str, 
     if candidate is not None:
         found.append(_parts(len(found), [candidate[name] for name in DOCUMENTS], "the candidate"))
     tasks = [one["task"] for one in found]
-    cells = _matrix([one["cells"] for one in found], [task["name"] for task in tasks])
+    place = {task["name"]: column for column, task in enumerate(tasks)}
+    cells = _matrix([one["cells"] for one in found], place)
+    rows = Rows({place[n]: a for n, a in one["accuracies"].items() if n in place} for one in found)
     timings = [{**one["timing"], **timed.get(one["task"]["name"], {})} for one in found]
     ahead = _ahead(found)
     left_out, in_turn, exams = (_joined(found, key) for key in ("not_asked", "in_turn", "exams"))
@@ -67,6 +69,7 @@ def read_results(state: State, candidate: Documents | None = None) -> dict[str, 
             _candidates(tasks, ahead) if state.recipe.setting == "class" else tasks,
             [entry["task"] for entry in left_out],
             [entry["task"] for entry in in_turn],
+            rows,
         ),
         **({"not_asked": left_out} if left_out else {}),
         **({"in_turn": in_turn} if in_turn else {}),
@@ -109,6 +112,7 @@ def _parts(index: int, documents: Sequence[Mapping[str, Any]], where: str) -> di
         return {
             "task": {k: task[k] for k in ("index", "name", "classes", "train", "test", "fingerprint")},
             "cells": dict(metrics["cells"]),
+            "accuracies": {name: a for name, cell in metrics["cells"].items() if (a := accuracy(cell)) is not None},
             "before": metrics.get("cells_before"),
             "exams": [{"task": number, "of": taken} for number, taken in exams if taken],
             "protection": [{"task": index, **found} for found in metrics.get("protection", [])],
@@ -144,11 +148,11 @@ def _ahead(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return ahead
 
 
-def _matrix(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[list[Any]]:
-    """Rows of cells with a column for each name; None where a row has no such cell."""
-    place, cells = {name: column for column, name in enumerate(names)}, []
+def _matrix(rows: Sequence[Mapping[str, Any]], place: Mapping[str, int]) -> list[list[Any]]:
+    """Rows of cells with a column for each place; None where a row has no such cell."""
+    cells = []
     for row in rows:
-        line: list[Any] = [None] * len(names)
+        line: list[Any] = [None] * len(place)
         for name, cell in row.items():
             if name in place:
                 line[place[name]] = cell

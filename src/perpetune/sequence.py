@@ -451,7 +451,8 @@ def _alike_before(task: Task, known: Sequence[str]) -> list[str]:
 
 def _new_classes(task: Task, known: Sequence[str]) -> list[str]:
     """A line that lists the classes that come with a later task; none where there is none."""
-    new = [name for name in task.classes if name not in set(known)]
+    before = set(known)
+    new = [name for name in task.classes if name not in before]
     return [f"task {task.name} brings new classes: {several(new, 20)}"] if new and known else []
 
 

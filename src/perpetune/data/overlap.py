@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from perpetune.data.check import in_threads
@@ -17,7 +17,7 @@ class Overlap:
     """Rows of tables, to be found among rows of another table.
 
     What is compared of a known row is read once, so a search takes time for the rows that are searched and for those
-    that agree with them, and not for all that are known. Before two rows are said to be the same, both are read again.
+    that equal them, and not for all that are known. Before two rows are said to be the same, both are read again.
 
     Args:
         contents: whether rows of the same bytes are the same; otherwise only rows of the same file are.
@@ -26,8 +26,9 @@ class Overlap:
     def __init__(self, contents: bool = True):
         self.contents = contents
         self._files: dict[Hashable, list[Row]] = {}
-        self._sizes: dict[Hashable, list[Row]] = {}
-        self._starts: dict[Row, bytes] = {}
+        self._unread: dict[int, list[Row]] = {}  # by their size, those whose start nobody has asked for yet
+        self._starts: dict[tuple[int, bytes], list[Row]] = {}
+        self._read: set[int] = set()  # the sizes that have a start
 
     def add(self, table: Table, rows: Iterable[int]) -> None:
         """Make rows of a table known. Add each row once."""
@@ -35,7 +36,7 @@ class Overlap:
         for row, identity in _values(known, _identity):
             self._files.setdefault(identity, []).append(row)
         for row, size in _values(known, _size) if self.contents else ():
-            self._sizes.setdefault(size, []).append(row)
+            self._unread.setdefault(size, []).append(row)
 
     def find(self, table: Table, rows: Iterable[int]) -> list[tuple[int, Row]]:
         """The known rows that are among `rows` of `table`.
@@ -47,37 +48,43 @@ class Overlap:
             numbers.
         """
         mine = [(table, row) for row in rows]
-        found = self._same(mine, self._files, [_identity])
-        if self.contents:
-            found |= self._same(mine, self._sizes, [_size, _start, _whole])
+        found = _agreeing(_values(mine if self._files else (), _identity), self._files, _identity)
+        if self.contents and (self._unread or self._starts):
+            found |= _agreeing(self._starts_of(mine), self._starts, _whole)
         return sorted(((first, known) for known, first in found.items()), key=lambda pair: (pair[0], pair[1][1]))
 
-    def _same(
-        self, mine: Sequence[Row], index: dict[Hashable, list[Row]], steps: Sequence[Callable[[Row], Any]]
-    ) -> dict[Row, int]:
-        """The known rows that agree with one of `mine` in every step, each with the first row that it agrees with.
+    def _starts_of(self, mine: Sequence[Row]) -> list[tuple[Row, tuple[int, bytes]]]:
+        """Size and start of those rows that have the size of a known row, whose starts are read if nobody has."""
+        sizes = dict(_values(mine, _size))
+        for size in set(sizes.values()) & self._unread.keys():
+            rows = self._unread.pop(size)
+            starts = dict(_values(rows, _start))
+            for row, start in starts.items():
+                self._starts.setdefault((size, start), []).append(row)
+            self._read.add(size)
+            if missing := [row for row in rows if row not in starts]:
+                self._unread[size] = missing
+        like = [row for row, size in sizes.items() if size in self._read]
+        return [(row, (sizes[row], start)) for row, start in _values(like, _start)]
 
-        Args:
-            index: known rows by the value of the first step, as it was when they were added.
-        """
-        left = [pair for pair in _values(mine if index else (), steps[0]) if pair[1] in index]
-        known = [row for value in dict.fromkeys(value for _, value in left) for row in index[value]]
-        for step in steps:
-            once = self._known_start if step is _start else step
-            ours, theirs = dict(_values([row for row, _ in left], step)), dict(_values(known, once))
-            common = set(ours.values()) & set(theirs.values())
-            left = [(row, value) for row, value in ours.items() if value in common]
-            known = [row for row, value in theirs.items() if value in common]
-        first: dict[Hashable, int] = {}
-        for (_, number), value in left:
-            first.setdefault(value, number)
-        return {row: first[theirs[row]] for row in known}
 
-    def _known_start(self, row: Row) -> bytes:
-        found = self._starts.get(row)
-        if found is None:
-            found = self._starts[row] = _start(row)
-        return found
+def _agreeing(
+    mine: Iterable[tuple[Row, Hashable]], index: Mapping[Any, Sequence[Row]], last: Callable[[Row], Any]
+) -> dict[Row, int]:
+    """The known rows that agree with one of `mine`, each with the first row that it agrees with.
+
+    Args:
+        mine: rows, each with what known rows stand under in the index.
+        last: what is read of both, after they agree in the index.
+    """
+    left = [(row, key) for row, key in mine if key in index]
+    ours = dict(_values([row for row, _ in left], last))
+    theirs = dict(_values(list(dict.fromkeys(known for _, key in left for known in index[key])), last))
+    first: dict[Hashable, int] = {}
+    for row, _ in left:
+        if row in ours:
+            first.setdefault(ours[row], row[1])
+    return {row: first[value] for row, value in theirs.items() if value in first}
 
 
 def find_overlap(
@@ -115,9 +122,9 @@ def _size(row: Row) -> int | None:
     return row[0].size(row[1]) or None
 
 
-def _start(row: Row) -> bytes:
-    return hashlib.sha256(row[0].content(row[1], START)).digest()
+def _start(row: Row) -> bytes | None:
+    return hashlib.sha256(row[0].content(row[1], START)).digest() if row[0].size(row[1]) else None
 
 
-def _whole(row: Row) -> bytes:
-    return hashlib.sha256(row[0].content(row[1])).digest()
+def _whole(row: Row) -> bytes | None:
+    return hashlib.sha256(row[0].content(row[1])).digest() if row[0].size(row[1]) else None

@@ -30,6 +30,20 @@ from typing_extensions import NotRequired, TypedDict  # pydantic reads no other 
 Matrix = Sequence[Sequence["float | None"]]
 
 
+class Rows(list[dict[int, float]]):
+    """A matrix as its measured cells: for each row the values by column. Most cells of a long stream are empty."""
+
+    @classmethod
+    def of(cls, A: Matrix | Rows) -> Rows:
+        if isinstance(A, Rows):
+            return A
+        return cls({j: a for j, a in enumerate(row) if a is not None} for row in A)
+
+    def at(self, i: int, j: int) -> float | None:
+        """The cell; None if it was not measured."""
+        return self[i].get(j) if 0 <= i < len(self) else None
+
+
 class Cell(TypedDict):
     """Counts of the answers on one task's test data, measured after one task. An accuracy is computed from them.
 
@@ -48,7 +62,8 @@ class Cell(TypedDict):
     of: NotRequired[int]
 
 
-Cells = Sequence[Sequence["Cell | None"]]
+Cells = Sequence["Sequence[Cell | None] | Mapping[int, Cell]"]
+"""Rows of cells: all of them in order, None where nothing was measured; or the measured ones by column."""
 
 
 class Metrics(TypedDict):
@@ -65,21 +80,35 @@ class Metrics(TypedDict):
 def accuracies(cells: Cells) -> list[list[float | None]]:
     """The accuracy matrix of counted answers: `correct / total`; None for a cell without answers."""
     A: list[list[float | None]] = []
-    for row in cells:
-        line: list[float | None] = [None] * len(row)
-        for j in compress(range(len(row)), row):  # most cells of a long stream may be empty
-            cell = row[j]
-            line[j] = _ratio(cell["correct"], cell["total"]) if cell else None
+    for row, measured in zip(cells, _ratios(cells), strict=True):
+        line: list[float | None] = [None] * (max(row, default=-1) + 1 if isinstance(row, Mapping) else len(row))
+        for j, a in measured.items():
+            line[j] = a
         A.append(line)
     return A
 
 
-def final_accuracy(A: Matrix) -> float | None:
+def _ratios(cells: Cells) -> Rows:
+    """The accuracies as rows of what was measured."""
+    rows = Rows()
+    for row in cells:
+        found = row.items() if isinstance(row, Mapping) else ((j, row[j]) for j in compress(range(len(row)), row))
+        ratios = ((j, accuracy(cell)) for j, cell in found)
+        rows.append({j: a for j, a in ratios if a is not None})
+    return rows
+
+
+def accuracy(cell: Cell | None) -> float | None:
+    """The share of right answers, or the mean score; None without answers."""
+    return _ratio(cell["correct"], cell["total"]) if cell else None
+
+
+def final_accuracy(A: Matrix | Rows) -> float | None:
     """Mean accuracy over the tasks learned, after the last one: `mean_{j <= T} A[T][j]`."""
     return _row_mean(A, len(A) - 1)
 
 
-def average_accuracy(A: Matrix) -> float | None:
+def average_accuracy(A: Matrix | Rows) -> float | None:
     """Average incremental accuracy: `mean_{i <= T} mean_{j <= i} A[i][j]`.
 
     A row without a measured cell is left out of the outer mean.
@@ -87,16 +116,17 @@ def average_accuracy(A: Matrix) -> float | None:
     return mean(_row_mean(A, i) for i in range(len(A)))
 
 
-def forgetting(A: Matrix) -> float | None:
+def forgetting(A: Matrix | Rows) -> float | None:
     """Mean loss of accuracy since each task was best: `mean_{j < T} (max_{j <= i < T} A[i][j] - A[T][j])`.
 
     Negative when the last task improved the earlier ones. None with fewer than two tasks. A task
     counts when its last cell and at least one cell before that are measured.
     """
-    last, best = len(A) - 1, dict[int, float]()
-    for i, row in enumerate(A[:last]):
-        best |= {j: a for j, a in enumerate(row[: i + 1]) if a is not None and a >= best.get(j, a)}
-    now = {j: a for j in best if (a := _at(A, last, j)) is not None}
+    rows = Rows.of(A)
+    last, best = len(rows) - 1, dict[int, float]()
+    for i, row in enumerate(rows[:last]):
+        best |= {j: a for j, a in row.items() if j <= i and a >= best.get(j, a)}
+    now = {j: a for j in best if (a := rows.at(last, j)) is not None}
     return mean(best[j] - now[j] for j in sorted(now))
 
 
@@ -109,7 +139,7 @@ def task_forgetting(A: Matrix, j: int) -> float | None:
 
 
 def backward_transfer(
-    A: Matrix, *, divisor: Literal["earlier", "all"] = "earlier", clipped: bool = False
+    A: Matrix | Rows, *, divisor: Literal["earlier", "all"] = "earlier", clipped: bool = False
 ) -> float | None:
     """The effect of later tasks on earlier ones: `mean_{j < T} (A[T][j] - A[j][j])`; below zero is forgetting.
 
@@ -125,12 +155,13 @@ def backward_transfer(
             task too, whose term is always 0 (TRACE; TreeLoRA, section 2); the figure is `T / (T + 1)` of the other.
         clipped: count an improvement as 0.
     """
-    last = len(A) - 1
-    changes = (_difference(_at(A, last, j), _at(A, j, j)) for j in range(last + (divisor == "all")))
+    rows = Rows.of(A)
+    last = len(rows) - 1
+    changes = (_difference(rows.at(last, j), rows.at(j, j)) for j in range(last + (divisor == "all")))
     return mean(min(change, 0.0) if clipped and change is not None else change for change in changes)
 
 
-def forward_transfer(A: Matrix, classes: Sequence[int]) -> float | None:
+def forward_transfer(A: Matrix | Rows, classes: Sequence[int]) -> float | None:
     """The gain from earlier tasks on a task before it is learned: `mean_{j >= 1} (A[j-1][j] - 1 / classes[j])`.
 
     The baseline here is chance among the task's own classes; the source measures a random
@@ -141,9 +172,9 @@ def forward_transfer(A: Matrix, classes: Sequence[int]) -> float | None:
         A: the accuracy matrix.
         classes: number of classes of each task, one for each column.
     """
-    terms = []
+    rows, terms = Rows.of(A), []
     for j in range(1, len(classes)):
-        before = _at(A, j - 1, j)
+        before = rows.at(j - 1, j)
         if before is not None and classes[j] > 0:
             terms.append(before - 1 / classes[j])
     return mean(terms)
@@ -180,7 +211,9 @@ def per_class_accuracy(cells: Cells) -> dict[str, float | None]:
 
 def seen_cells(cells: Cells) -> list[Cell]:
     """The measured cells of the last row that belong to tasks already learned."""
-    return [cell for cell in cells[-1][: len(cells)] if cell is not None] if cells else []
+    row = cells[-1] if cells else ()
+    measured = sorted(row.items()) if isinstance(row, Mapping) else enumerate(row)
+    return [cell for j, cell in measured if cell is not None and j < len(cells)]
 
 
 def whole_rows(A: Matrix, left_out: Collection[int]) -> Matrix:
@@ -197,6 +230,7 @@ def summarise(
     tasks: Sequence[Mapping[str, object]],
     left_out: Collection[int] = (),
     in_turn: Collection[int] = (),
+    rows: Rows | None = None,
 ) -> Metrics:
     """All main figures of a run.
 
@@ -208,9 +242,10 @@ def summarise(
         tasks: the tasks in order, each with its list of `classes`.
         left_out: the numbers of the rows in which tasks were not asked (`evaluate.earlier`); a row's mean needs all.
         in_turn: the numbers of the rows in which some of the tasks were asked, in turn; a row's mean is over these.
+        rows: the accuracies of the cells, if they are known already.
     """
-    A = accuracies(cells)
-    whole = whole_rows(A, left_out)
+    A = _ratios(cells) if rows is None else rows
+    whole = Rows({} if i in left_out else row for i, row in enumerate(A))
     partly = {*left_out, *in_turn}
     pooled = len(A) - 1 not in partly and not any("of" in cell for cell in seen_cells(cells))
     return {
@@ -233,8 +268,12 @@ def _at(A: Matrix, i: int, j: int) -> float | None:
     return A[i][j] if 0 <= i < len(A) and j < len(A[i]) else None
 
 
-def _row_mean(A: Matrix, i: int) -> float | None:
-    return mean(A[i][: i + 1]) if 0 <= i < len(A) else None
+def _row_mean(A: Matrix | Rows, i: int) -> float | None:
+    """The mean of row `i` over the tasks learned by then."""
+    if not 0 <= i < len(A):
+        return None
+    row = A[i]
+    return mean((row[j] for j in sorted(row) if j <= i) if isinstance(row, dict) else row[: i + 1])
 
 
 def _difference(a: float | None, b: float | None) -> float | None:

@@ -66,7 +66,10 @@ class Committed:
 
     def classes(self) -> list[str]:
         """Its classes that are still known."""
-        return [] if self.gone else [name for name in self.task()["classes"] if name not in self.lost]
+        if self.gone:
+            return []
+        lost = self.lost
+        return [name for name in self.task()["classes"] if name not in lost]
 
     @property
     def folder(self) -> Path:
@@ -181,12 +184,19 @@ class Committed:
         return name in self.once("listed", (), self._listed)
 
     def once(self, key: str, files: Sequence[str], make: Callable[[], Any]) -> Any:
-        """The result of `make`, which is called again if one of these files, or the manifest, is not as it was."""
+        """The result of `make`, which is called again if one of these files, or the manifest, is not as it was.
+
+        While the state is locked nobody else writes to it, and what was read is what the hash in the journal says; so
+        files are not looked at again then.
+        """
+        before = self._read.get(key)
+        trusted = isinstance(self.all, Tasks) and self.all.locked and self.manifests
+        if trusted and before is not None and before[0][0] == trusted:
+            return before[1]
         if not self._read:
             self._read["folder"] = (), os.path.join(self.root, self.entry, "")
         folder = self._read["folder"][1]
         stamps = self.manifests, *[_stamp(folder + name) for name in (*files, MANIFEST)]
-        before = self._read.get(key)
         if before is not None and before[0] == stamps and None not in stamps:
             return before[1]
         made = make()
@@ -242,20 +252,24 @@ class Tasks(list[Committed]):
         super().__init__()
         self.forgetting: list[Committed] = []
         """Those entries that are no tasks, but say what was forgotten."""
+        self.locked = False
+        """Whether this process has locked the state for writing."""
 
 
-def find_tasks(folder: Path, chain: Chain, known: Sequence[Committed] = ()) -> list[Committed]:
+def find_tasks(folder: Path, found: Sequence[str], chain: Chain, known: Tasks | None = None) -> Tasks:
     """The folders of tasks in a state folder, in order, each with what the journal says of it.
 
     Args:
-        known: tasks that were found before. Of those that are the same still, what was read of them is kept.
+        found: their names, as `entries_of` gives them.
+        known: tasks that were found before. They become those that are found now, and the ones that are the same still
+            stay the same objects.
 
     Raises:
         StateError: a task between others is missing, a task exists twice, or a folder's name is not that of a task.
     """
     root = folder / "tasks"
     entries: dict[int, str] = {}
-    for entry in entries_of(folder):
+    for entry in found:
         number, dash, name = entry.partition("-")
         if not (number.isdecimal() and len(number) < 10 and dash and name):
             raise StateError(
@@ -264,24 +278,34 @@ def find_tasks(folder: Path, chain: Chain, known: Sequence[Committed] = ()) -> l
         other = entries.setdefault(int(number), entry)
         if other != entry:
             raise StateError(f"{root / entry} and {other} are both task {int(number)}: move one of them away")
-    tasks = Tasks()
-    for expected, (index, entry) in enumerate(sorted(entries.items())):
-        if index != expected:
-            raise StateError(f"{root}: task {expected} is missing before {entry}")
-        said = chain.said[index] if index < len(chain.said) else Said()
-        add_task(tasks, root, entry, said, known[index] if index < len(known) else None)
+    if len(entries) <= max(entries, default=-1):
+        expected, index = next((e, i) for e, i in enumerate(sorted(entries)) if e != i)
+        raise StateError(f"{root}: task {expected} is missing before {entries[index]}")
+    tasks = Tasks() if known is None else known
+    del tasks[len(entries) :]
+    nothing, before = Said(), START
+    for index, (_, entry) in enumerate(sorted(entries.items())):
+        said = chain.said[index] if index < len(chain.said) else nothing
+        about = entry, before, said.manifests, said.pruned, said.forgot
+        old = tasks[index] if index < len(tasks) else None
+        if old is None or (old.entry, old.before, old.manifests, old.pruned, old.forgot) != about:
+            task = _task(tasks, index, root, about, {} if old is None or old.entry != entry else old._read)
+            tasks[index : index + 1] = [task]
+        before = START if said.pruned else tasks[index].name
+    tasks.forgetting = [task for task in tasks if task.forgot is not None]
     return tasks
 
 
-def add_task(tasks: list[Committed], root: Path, entry: str, said: Said, known: Committed | None = None) -> Committed:
-    """Add the task whose folder in `root` has the name `entry` to those before it; `known` is what was found of it
-    before."""
+def _task(tasks: Tasks, index: int, root: Path, about: tuple[Any, ...], read: dict[str, Any]) -> Committed:
+    entry, before, manifests, pruned, forgot = about
+    return Committed(index, entry.partition("-")[2], root, entry, before, manifests, pruned, forgot, tasks, read)
+
+
+def add_task(tasks: Tasks, root: Path, entry: str, said: Said) -> Committed:
+    """Add the task whose folder in `root` has the name `entry` to those before it."""
     before = tasks[-1].name if tasks and not tasks[-1].pruned else START
-    name = entry.partition("-")[2]
-    read = known._read if known is not None and (known.entry, known.root) == (entry, root) else {}
-    about = said.manifests, said.pruned, said.forgot
-    tasks.append(Committed(len(tasks), name, root, entry, before, *about, tasks, read))
-    if said.forgot is not None and isinstance(tasks, Tasks):
+    tasks.append(_task(tasks, len(tasks), root, (entry, before, said.manifests, said.pruned, said.forgot), {}))
+    if said.forgot is not None:
         tasks.forgetting.append(tasks[-1])
     return tasks[-1]
 

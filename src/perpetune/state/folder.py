@@ -38,7 +38,7 @@ from perpetune.plain import MOST_YAML, Malformed, read_json, read_regular
 from perpetune.recipe import Recipe, parse_recipe
 from perpetune.snapshot import restore, snapshot
 from perpetune.state import candidate
-from perpetune.state.committed import START, Committed, add_task, check_tasks, entries_of, find_tasks
+from perpetune.state.committed import START, Committed, Tasks, add_task, check_tasks, entries_of, find_tasks
 from perpetune.state.journal import Chain, Journal, Said
 from perpetune.state.lock import locked
 from perpetune.state.meaning import MADE_BY, check_meaning, edited, made_by, training_digest
@@ -72,8 +72,9 @@ class State:
         if "checkpoint_every" not in self.recipe.run.model_fields_set:  # defaults must not fill up a torn recipe
             raise StateError(f"{folder / 'recipe.yaml'} is torn, its last key is missing: restore it from a backup")
         self._journal = Journal(folder / "journal.jsonl")
-        self._known: list[Committed] = []  # the tasks that were found last, with what was read of them
+        self._known = Tasks()  # the tasks that were found last, with what was read of them
         self._stamp: object = None  # what told then that they are these tasks
+        self._entries: list[str] | None = None  # the folders of tasks, while the state is locked
         self._checked: object = None  # and when the journal was compared with them
         self._told = False  # whether a commit has said that tasks were pruned
         self._held: list[tuple[str, dict[str, Any]]] | None = None  # lines of the journal that wait
@@ -191,9 +192,13 @@ class State:
     def _found(self) -> list[Committed]:
         """The folders of tasks, unchecked."""
         chain = self._chain()
-        stamp = (chain.stamp, entries_of(self.folder)) if chain.stamp is not None else None
+        entries = entries_of(self.folder) if self._entries is None else self._entries
+        if self._known.locked:  # until this process itself adds or removes one
+            self._entries = entries
+        stamp = (chain.stamp, entries) if chain.stamp is not None else None
         if stamp is None or stamp != self._stamp:
-            self._known, self._stamp = find_tasks(self.folder, chain, self._known), stamp
+            self._stamp = None
+            self._known, self._stamp = find_tasks(self.folder, entries, chain, self._known), stamp
         return list(self._known)
 
     def unchecked(self) -> str:
@@ -255,9 +260,10 @@ class State:
         stored = {"tensors.json": content, **({} if made is None else {"pack.safetensors": made})}
         documents = {**documents, MADE_BY: made_by(self.recipe, self.backbone)}
         plain = {file: to_json(content, LINES.get(file)) for file, content in documents.items()}
+        self._entries = None
         manifest = write_folder(folder, {**learned, **stored, **plain, **files})
-        add_task(tasks, folder.parent, folder.name, Said(manifest=manifest))
-        self._log_commit(tasks)
+        add_task(self._known, folder.parent, folder.name, Said(manifest=manifest))
+        self._log_commit(self._known)
         remove_folder(self.folder / "resume")
         candidate.drop(self.folder)
         self._prune_rest()
@@ -327,6 +333,7 @@ class State:
         if dropped or gone or opened:
             self.log("rollback begun", to=to, keep=keep)
         remove_folder(self.folder / "resume")
+        self._entries = None
         for task in reversed(tasks[keep:]):  # from the end, so that a crash leaves no gap between the tasks
             remove_folder(task.folder)
         if dropped or gone or opened:
@@ -376,14 +383,14 @@ class State:
         if dropped and not dry_run:
             self.log("prune begun", oldest=oldest, by=by or f"prune, keep {keep}")
         if not dry_run:
-            carry_out(self.folder, self._journal)
+            carry_out(self.folder, self._journal, self._known)
         return done
 
     def _prune_rest(self) -> None:
         """Drop what the journal says is not kept, and end what a crash interrupted. Something else was asked for, so a
         fault is only told, and the next writer tries again."""
         try:
-            carry_out(self.folder, self._journal)
+            carry_out(self.folder, self._journal, self._known)
         except (OSError, StateError) as error:
             warnings.warn(f"{self.folder}: earlier tasks were not pruned: {error}", stacklevel=3)
 
@@ -466,14 +473,19 @@ class State:
         for name in (".lock", "journal.jsonl", "tasks", "resume", candidate.FOLDER):
             check_no_link(self.folder / name)
         with locked(self.folder):
-            remove_leftovers(self.folder)
-            remove_leftovers(self.folder / "tasks")
-            self._journal.mend()
-            self._finish_rollback()
-            self._finish_commit()
-            self._seal()
-            self._prune_rest()
-            yield
+            self._known.locked = True
+            try:
+                remove_leftovers(self.folder)
+                remove_leftovers(self.folder / "tasks")
+                self._journal.mend()
+                with self._journal.locked():
+                    self._finish_rollback()
+                    self._finish_commit()
+                    self._seal()
+                    self._prune_rest()
+                    yield
+            finally:
+                self._known.locked, self._entries = False, None
 
     def _finish_commit(self) -> None:
         """Finish a commit that a crash interrupted after the task's folder was renamed.
@@ -493,9 +505,10 @@ class State:
         chain = self._chain()
         if chain.keep is None:
             return
-        tasks = find_tasks(self.folder, chain)
+        tasks = self._found()
         self._check_rollback(tasks, chain.keep)
         remove_folder(self.folder / "resume")
+        self._entries = None
         for task in reversed(tasks[chain.keep :]):
             remove_folder(task.folder)
         dropped = [said.name for said in chain.said[chain.keep :] if said.name is not None]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -29,15 +30,33 @@ class Journal:
         self._known, self._lines, self._events = b"", 0, list[dict[str, Any]]()
         self._chain, self._folded, self._anew = Chain(), 0, 0
         self._seen: tuple[int, ...] | None = None
+        self._whole = False  # whether `_events` are all, while the state is locked
 
     def append(self, event: str, facts: Mapping[str, Any]) -> None:
         """Add one line, and sync it to the disk."""
         line = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "event": event, **facts}
         check_no_link(self.path)
+        content = json.dumps(line, ensure_ascii=False).encode()
+        whole, self._whole = self._whole, False
         with open(self.path, "ab", opener=open_no_link) as file:
-            file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
+            file.write(content + b"\n")
             file.flush()
             os.fsync(file.fileno())
+        if whole:
+            self._lines += 1
+            self._known += content + b"\n"
+            self._events.append(self._event(content, self._lines))
+            self._whole = True
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Inside, nobody else writes to the file, which has no half line (`mend`); so it is read once."""
+        self.events()
+        self._whole = True
+        try:
+            yield
+        finally:
+            self._whole, self._seen = False, None
 
     def events(self) -> list[dict[str, Any]]:
         """All events, without a last line that a crash cut off.
@@ -45,6 +64,8 @@ class Journal:
         Raises:
             StateError: the file cannot be read, or a line is no event; the message names the line.
         """
+        if self._whole:
+            return list(self._events)
         seen = self._stamp()
         if seen is not None and seen == self._seen:
             return list(self._events)

@@ -29,7 +29,7 @@ from perpetune.files import (
     replace_synced,
     write_synced,
 )
-from perpetune.state.committed import LEARNED, TRACES, Committed, find_tasks
+from perpetune.state.committed import LEARNED, TRACES, Committed, Tasks, find_tasks
 from perpetune.state.journal import Chain, Journal
 from perpetune.store import INDEX, PACK, Held, Piece, index_bytes, opened, pack_bytes
 
@@ -131,8 +131,11 @@ class Change:
     frees: int
 
 
-def carry_out(folder: Path, journal: Journal) -> None:
+def carry_out(folder: Path, journal: Journal, known: Tasks) -> None:
     """Drop what the journal of a state says is not kept, and end what a crash interrupted.
+
+    Args:
+        known: the tasks as they were found last; they are found again.
 
     Raises:
         OSError: the disk is full, or the like. Nothing is lost, and it can be done again.
@@ -140,7 +143,7 @@ def carry_out(folder: Path, journal: Journal) -> None:
     """
     chain = journal.chain()
     if chain.written is None and chain.pruned < chain.oldest < len(chain.said):
-        tasks, number = find_tasks(folder, chain), chain.oldest
+        tasks, number = find_tasks(folder, [t.entry for t in known], chain, known), chain.oldest
         found = changes(tasks, chain.pruned, number, erase=any(t.forgot for t in tasks[chain.pruned : number + 1]))
         try:
             manifests = [write(change, number) for change in found]
@@ -151,7 +154,7 @@ def carry_out(folder: Path, journal: Journal) -> None:
         journal.append("prune written", told)
         chain = journal.chain()
     if chain.written is not None:
-        number, tasks = chain.written["oldest"], find_tasks(folder, chain)
+        number, tasks = chain.written["oldest"], find_tasks(folder, [t.entry for t in known], chain, known)
         for index in chain.written["tasks"]:
             if index < len(tasks):
                 put_in_force(tasks[index].folder, number)
