@@ -226,7 +226,8 @@ def look(state: Path, others: Path | None) -> dict[str, Any]:
         "stored_mb": sum(size for name, size in results["storage"][-1].items() if name != "task") / 1e6,
     }
     last = [cell for cell in results["cells"][-1] if cell]
-    for way in last[0].get("others", {}):  # of methods that answer in several ways
+    ways = [set(cell.get("others", {})) for cell in last]  # of methods that answer in several ways
+    for way in sorted(set.intersection(*ways)):
         found[way] = statistics.mean(100 * cell["others"][way] / cell["total"] for cell in last)
     if others is not None:
         learner = Learner.load(state)
