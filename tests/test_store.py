@@ -12,8 +12,9 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable, Container
+from collections.abc import Callable, Collection, Container, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -44,7 +45,7 @@ DOCUMENTS = ("task.json", "metrics.json", "features.safetensors")
 @pytest.fixture(autouse=True)
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """A method is its snapshot, and what is written counts as written."""
-    monkeypatch.setattr(perpetune.state.folder, "snapshot", dict)
+    monkeypatch.setattr(perpetune.state.folder, "snapshot", Given.snapshot)
     monkeypatch.setattr(perpetune.state.folder, "parse_recipe", lambda text, where: parsed(text))
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
@@ -64,6 +65,22 @@ def files_of(learned: Learned) -> dict[str, bytes]:
     return {**files, "extra.json": json.dumps({name: sorted(t) for name, t in learned.items()}).encode()}
 
 
+class Given(dict[str, bytes]):
+    """What is learned: files, and sets at rest, whose content is the tensor that stands for them."""
+
+    sets: Mapping[str, torch.Tensor] = MappingProxyType({})
+
+    def resting(self) -> Mapping[str, torch.Tensor]:
+        return self.sets
+
+    def snapshot(self, *, without: Collection[str] = ()) -> dict[str, bytes]:
+        return {**self, **rest_files({name: t for name, t in self.sets.items() if name not in without})}
+
+
+def rest_files(sets: Mapping[str, torch.Tensor]) -> dict[str, bytes]:
+    return {store.rest_file(name): save({"a": content, "b": content[:2].clone()}) for name, content in sets.items()}
+
+
 class World:
     """A state, and a whole copy of what each of its tasks had."""
 
@@ -71,9 +88,11 @@ class World:
         self.state = State.create(folder, recipe(keep), BACKBONE)
         self.copies: list[tuple[str, dict[str, bytes], bool]] = []  # name, files, whether it can be gone back to
 
-    def commit(self, name: str, learned: Learned) -> None:
-        index, files = len(self.copies), files_of(learned)
-        commit(self.state, index, name, files)
+    def commit(self, name: str, learned: Learned, sets: Mapping[str, torch.Tensor] = MappingProxyType({})) -> None:
+        index, given = len(self.copies), Given(files_of(learned))
+        given.sets = sets
+        commit(self.state, index, name, given)
+        files = {**given, **rest_files(sets)}
         oldest = next(i for i, task in enumerate(self.state.committed) if not task.pruned)
         self.copies.append((name, files, True))
         self._drop_before(oldest)
@@ -100,12 +119,15 @@ class World:
             assert bool(task.pruned) != kept
             assert task.json("task.json") == {"index": task.index, "name": name}
             assert task.read("features.safetensors").keys() == {"features.safetensors"}
-            assert {n: size for n, size in task.sizes().items() if n in files and n != "extra.json"} == {
-                n: len(content) for n, content in files.items() if n != "extra.json"
-            }
+            sizes = {n: len(content) for n, content in files.items() if n != "extra.json"}
+            resting = sum(sizes.pop(n) for n in list(sizes) if store.RESTING.fullmatch(n))
+            if resting:
+                sizes["earlier.safetensors"] = sizes.get("earlier.safetensors", 0) + resting
+            assert {n: size for n, size in task.sizes().items() if n in sizes} == sizes
             if kept:
                 found = task.read()
                 assert {n: found[n] for n in files} == files
+                assert {n for n in found if store.RESTING.fullmatch(n)} <= files.keys()
             else:
                 with pytest.raises(StateError, match="was pruned"):
                     task.read()
@@ -123,6 +145,7 @@ class World:
 
 
 def commit(state: State, index: int, name: str, files: dict[str, bytes]) -> None:
+    files = files if isinstance(files, Given) else Given(files)
     documents = {"task.json": {"index": index, "name": name}, "metrics.json": {"cells": {}}}
     state.log("task begun", task=index, name=name)
     state.commit(index, name, files, documents, {"features.safetensors": save({"f": torch.ones(3) * index})})  # type: ignore[arg-type]
@@ -146,6 +169,13 @@ def changed(rng: random.Random, learned: Learned) -> Learned:
     return made
 
 
+def rested(rng: random.Random, sets: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the next task may have at rest: sets that stay, go or are others now, and new ones."""
+    ways = {name: rng.choice(("stays", "stays", "stays", "stays", "changes", "goes")) for name in sets}
+    made = {n: torch.randn(300) if ways[n] == "changes" else t for n, t in sets.items() if ways[n] != "goes"}
+    return {**made, **{f"set-{rng.randrange(999)}": torch.randn(rng.choice((3, 300))) for _ in range(rng.randrange(3))}}
+
+
 FIRST: Learned = {file: {"w": torch.ones(40, 16)} for file in ("pet.safetensors", "earlier.safetensors")}
 
 
@@ -158,15 +188,15 @@ def test_any_sequence_is_as_with_whole_copies(
     tmp_path_factory: pytest.TempPathFactory, seed: int, keep: str | int
 ) -> None:
     rng, world = random.Random(seed), World(tmp_path_factory.mktemp("any") / "state", keep)
-    learned, number = FIRST, 0
+    learned, number, sets = FIRST, 0, dict[str, torch.Tensor]()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prune, "FLOOR", rng.choice((0, 5_000, 20_000)))
         for _ in range(rng.randrange(3, 12)):
             kept = [name for name, _, kept in world.copies if kept]
             way = rng.random()
             if way < 0.7 or not kept:
-                learned, number = changed(rng, learned), number + 1
-                world.commit(f"t{number}", learned)
+                learned, number, sets = changed(rng, learned), number + 1, rested(rng, sets)
+                world.commit(f"t{number}", learned, sets)
             elif way < 0.85:
                 world.rollback(rng.choice([*kept, *kept, START]))
             else:
@@ -642,10 +672,12 @@ def test_killed_at_a_durable_step_and_gone_on_with(name: str, tmp_path: Path, mo
 
 
 def test_the_index_is_a_document() -> None:
-    content = store.index_bytes({"a": store.Held(5, (store.Piece("0" * 64, 5, 0),)), "b": store.Held(3, None)})
+    content = store.index_bytes(
+        store.Index({"a": store.Held(5, (store.Piece("0" * 64, 5, 0),)), "b": store.Held(3, None)})
+    )
     assert Tensors.model_validate(json.loads(content)).files["b"].pieces is None
     assert store.parse_index(content, 0, "x", "y") == {
         "a": store.Held(5, (store.Piece("0" * 64, 5, 0),)),
         "b": store.Held(3, None),
     }
-    assert json.loads(store.index_bytes({})) == {"files": {}}
+    assert json.loads(store.index_bytes(store.Index())) == {"files": {}}

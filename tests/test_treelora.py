@@ -45,6 +45,7 @@ from perpetune.runtime import Runtime, Silent
 from perpetune.seeding import generator
 from perpetune.snapshot import EARLIER, restore, snapshot
 from perpetune.state import State
+from perpetune.store import RESTING
 from perpetune.tasks import Batch, Examples, Inputs, Task
 
 CLASSES = ["a", "b", "c", "d", "e", "f"]
@@ -765,7 +766,10 @@ def test_stopped_and_resumed_is_never_stopped(
     assert any("pets.default" in tensor for tensor in held)
     assert not [tensor for tensor in held if "pets.task-" in tensor or "pets.merged" in tensor or "rows" in tensor]
     for committed in State(tmp_path / "state").committed:
-        assert any("pets.task-" in tensor for tensor in load(committed.read(EARLIER)[EARLIER]))
+        stored = [
+            tensor for file, content in committed.read().items() if RESTING.fullmatch(file) for tensor in load(content)
+        ]
+        assert any("pets.task-" in tensor for tensor in stored)
     Learner.load(tmp_path / "state").resume()
     assert files(tmp_path / "state") == files(whole[name])
 
@@ -841,7 +845,8 @@ def test_rows_of_the_head_are_made_where_the_head_is() -> None:
     method.model.grow(tasks[0])
     method.model.to("meta")
     method.bank.set_extra_state(stored)
-    assert [tensor.device.type for tensor in method.bank.buffers()] == ["meta"] * 2 * len(method.model.per_class())
+    rows = [tensor for resting in method.resting().values() for tensor in resting.rows.values()]
+    assert [tensor.device.type for tensor in rows] == ["meta"] * 2 * len(method.model.per_class())
 
 
 def test_what_is_told_is_what_the_report_reads(whole: dict[str, Path]) -> None:

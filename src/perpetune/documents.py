@@ -193,6 +193,8 @@ class Tensors(Document):
     """`tensors.json` of a committed task."""
 
     files: dict[str, TensorFile]
+    rest: dict[str, Annotated[list[Count], Field(min_length=2, max_length=2)]] = {}
+    """Of each set at rest, the number of the task that stores it, and its bytes."""
 
 
 class Position(Document):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from perpetune.models.backbone import Backbone
 from perpetune.pets.base import PET
 from perpetune.plain import Malformed, parse_json
 from perpetune.protection.protection import Protection
+from perpetune.store import RESTING, rest_file
 
 EXTRA = "extra.json"
 FILES = ("pet.safetensors", "head.safetensors", "method.safetensors")
@@ -30,7 +31,7 @@ FIXED = (MEMORY, SUMS, EARLIER)  # an optimizer's step does not change these fil
 
 
 def tensors(method: Method) -> dict[str, dict[str, Tensor]]:
-    """All tensors of a method, by file and by name, without the frozen backbone."""
+    """All tensors of a method, by file and by name, without the frozen backbone and without sets at rest."""
     memory = _owned(method, Protection)
     pets = _owned(method, PET)
     frozen = _owned(method, Backbone) - pets
@@ -48,15 +49,21 @@ def tensors(method: Method) -> dict[str, dict[str, Tensor]]:
     return by_file
 
 
-def snapshot(method: Method, *, memory: bool = True) -> dict[str, bytes]:
-    """The files that `restore` reads. Without `memory`, those that an optimizer's step cannot change are left out."""
-    files = {
-        file: save({name: t.detach().cpu().contiguous() for name, t in group.items()})
-        for file, group in tensors(method).items()
-        if memory or file not in FIXED
-    }
+def snapshot(method: Method, *, memory: bool = True, without: Collection[str] = ()) -> dict[str, bytes]:
+    """The files that `restore` reads. Without `memory`, those that an optimizer's step cannot change are left out.
+
+    Args:
+        without: names of sets at rest that are left out too, because somebody has them already.
+    """
+    files = {file: _saved(group) for file, group in tensors(method).items() if memory or file not in FIXED}
+    resting = method.resting() if memory else {}
+    files |= {rest_file(name): _saved(of.tensors()) for name, of in resting.items() if name not in without}
     files[EXTRA] = to_json({name: module.get_extra_state() for name, module in _with_extra(method, memory).items()})
     return files
+
+
+def _saved(group: Mapping[str, Tensor]) -> bytes:
+    return save({name: t.detach().cpu().contiguous() for name, t in group.items()})
 
 
 @torch.no_grad()
@@ -89,6 +96,8 @@ def restore(method: Method, files: Mapping[str, bytes], where: str, *, memory: b
         pet.make_room({name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)})
     pairs, groups = [], tensors(method)
     spoiled: list[str] = []
+    if memory:
+        groups |= _at_rest(method, files, groups, where)
     if memory and SUMS in groups and SUMS not in files:  # an old state, in which the sums have no separate file
         groups[FILES[1]] |= groups.pop(SUMS)
     for file, group in groups.items():
@@ -111,6 +120,25 @@ def restore(method: Method, files: Mapping[str, bytes], where: str, *, memory: b
         raise StateError(f"{spoiled[0]}{more} holds values that are not finite: the model would answer nothing of use")
     for tensor, value in pairs:
         tensor.copy_(value)
+
+
+def _at_rest(
+    method: Method, files: Mapping[str, bytes], groups: Mapping[str, Mapping[str, Tensor]], where: str
+) -> dict[str, dict[str, Tensor]]:
+    """The tensors of sets at rest, by the file that has them; in an old state all stand with those of earlier tasks."""
+    sets, there = method.resting(), {found[1] for name in files if (found := RESTING.fullmatch(name))}
+    old = EARLIER in files and not there
+    if not old:
+        _same_names(sets, dict.fromkeys(there), where, "sets at rest")
+    made: dict[str, dict[str, Tensor]] = {EARLIER: dict(groups.get(EARLIER, {}))} if old and sets else {}
+    for name, of in sets.items():
+        file = EARLIER if old else rest_file(name)
+        shapes = {key: tuple(t.shape) for key, t in read_tensors(files, file, where).items()} if not old else {}
+        for path, pet in of.pets.items() if shapes else ():
+            start = f"{path}."
+            pet.make_room({key.removeprefix(start): shape for key, shape in shapes.items() if key.startswith(start)})
+        made.setdefault(file, {}).update(of.tensors())
+    return made
 
 
 def _today(name: str, renamed: Mapping[str, str]) -> str:
@@ -197,7 +225,7 @@ def _with_extra(method: Method, memory: bool) -> dict[str, nn.Module]:
     """Modules with extra state, by name.
 
     Without `memory`, modules of protection and modules with tensors of earlier tasks are left out, because setting
-    their extra state would empty their tensors.
+    their extra state would empty their tensors. A module whose tensors are not buffers says so with `keeps_earlier`.
     """
     left_out: set[nn.Module] = set()
     if not memory:
@@ -206,7 +234,8 @@ def _with_extra(method: Method, memory: bool) -> dict[str, nn.Module]:
         left_out |= {
             m
             for m in method.modules()
-            if any(id(t) in resting for t in [*m.parameters(recurse=False), *m.buffers(recurse=False)])
+            if getattr(m, "keeps_earlier", False)
+            or any(id(t) in resting for t in [*m.parameters(recurse=False), *m.buffers(recurse=False)])
         }
     modules = {n: m for n, m in method.named_modules() if m not in left_out}
     return {n: m for n, m in modules.items() if type(m).get_extra_state is not nn.Module.get_extra_state}

@@ -9,6 +9,10 @@ the name of its SHA-256. The task's folder holds two files for all of them:
 So a reference points to an earlier task only, and dropping tasks from the end breaks none. A piece is compared with its
 SHA-256 when it is read. A task has a piece of an earlier one only if every task between has it, because what a commit
 compares is the task before.
+
+A set of pets at rest does not change any more, so not even its pieces are compared again: one file of the task that
+brings it holds the set, `rest-NAME.safetensors`, and `tensors.json` of each later task says which task that is. The
+pieces of such a file all lie in the pack of its own task.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import os
 import re
 import stat
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -32,6 +37,7 @@ from perpetune.errors import StateError
 
 INDEX = re.compile(r"tensors(\.\d+)?\.json")
 PACK = re.compile(r"pack(\.\d+)?\.safetensors")
+RESTING = re.compile(r"rest-([\w-]+)\.safetensors")
 LARGE = 2**20
 """Bytes of the parts of a tensor. A tensor that grew by rows has the parts of before."""
 SMALL = 512
@@ -53,8 +59,18 @@ class Held(NamedTuple):
     pieces: tuple[Piece, ...] | None
 
 
-Index = Mapping[str, Held]
-"""The files of a task whose tensors are stored once, by name."""
+class Index(dict[str, Held]):
+    """The files of a task whose tensors are stored once, by name.
+
+    Args:
+        rest: of each set at rest that the task has, the number of the task that stores it, and its bytes.
+    """
+
+    def __init__(
+        self, files: Mapping[str, Held] = MappingProxyType({}), rest: Mapping[str, tuple[int, int]] | None = None
+    ):
+        super().__init__(files)
+        self.rest = dict(rest or {})
 
 
 class Holder(Protocol):
@@ -70,9 +86,15 @@ class Holder(Protocol):
         ...
 
 
-def pieces_of(index: Index) -> set[Piece]:
-    """All pieces of a task's files."""
-    return {piece for held in index.values() for piece in held.pieces or ()}
+def rest_file(name: str) -> str:
+    """The file of a set at rest."""
+    return f"rest-{name}.safetensors"
+
+
+def pieces_of(index: Index, *, rest: bool = False) -> set[Piece]:
+    """All pieces of a task's files; with `rest` those of sets at rest that its own pack holds, otherwise the others."""
+    files = (held for name, held in index.items() if (RESTING.fullmatch(name) is not None) == rest)
+    return {piece for held in files for piece in held.pieces or ()}
 
 
 def cut(content: bytes) -> list[memoryview]:
@@ -94,7 +116,11 @@ def cut(content: bytes) -> list[memoryview]:
 
 
 def pack(
-    files: Mapping[str, bytes], task: int, earlier: Index, holder: Callable[[int], Holder]
+    files: Mapping[str, bytes],
+    task: int,
+    earlier: Index,
+    holder: Callable[[int], Holder],
+    rest: Mapping[str, tuple[int, int]] = MappingProxyType({}),
 ) -> tuple[bytes, bytes | None]:
     """Store safetensors files of a task.
 
@@ -106,6 +132,7 @@ def pack(
         task: the number of the task.
         earlier: the files of the task before; empty if nothing is to be shared.
         holder: gives the earlier task of a number.
+        rest: of each set at rest, the number of the task that stores it, and its bytes.
 
     Returns:
         The contents of `tensors.json` and of the pack; None if every piece is held already.
@@ -115,11 +142,11 @@ def pack(
     }
     contents = {digest: view for found in parts.values() for digest, view in found}
     known = _still_held([p for p in pieces_of(earlier) if p.sha256 in contents], contents, holder)
-    index = {
-        name: Held(len(files[name]), tuple(known.get(d) or Piece(d, len(view), task) for d, view in found))
-        for name, found in parts.items()
-    }
-    new = {digest: view for digest, view in contents.items() if digest not in known}
+    index, new = Index(rest=rest), dict[str, memoryview]()
+    for name, found in parts.items():
+        shared = {} if RESTING.fullmatch(name) else known
+        index[name] = Held(len(files[name]), tuple(shared.get(d) or Piece(d, len(view), task) for d, view in found))
+        new |= {digest: view for digest, view in found if digest not in shared}
     return index_bytes(index), pack_bytes(new)
 
 
@@ -148,7 +175,8 @@ def index_bytes(index: Index) -> bytes:
             digests, sizes, tasks = zip(*held.pieces, strict=True) if held.pieces else ((), (), ())
             entry["pieces"] = {"sha256": digests, "bytes": sizes, "task": tasks}
         lines.append(f"{json.dumps(name)}: {json.dumps(entry, separators=(',', ':'))}")
-    return ('{"files": {\n' + ",\n".join(lines) + "\n}}\n").encode()
+    rest = f',\n"rest": {json.dumps(index.rest, separators=(",", ":"))}' if index.rest else ""
+    return ('{"files": {\n' + ",\n".join(lines) + "\n}" + rest + "}\n").encode()
 
 
 def parse_index(content: bytes, task: int, where: str, cure: str) -> Index:
@@ -162,8 +190,11 @@ def parse_index(content: bytes, task: int, where: str, cure: str) -> Index:
     Raises:
         StateError: it is not what a commit writes.
     """
-    index = {}
-    for name, entry in read_document(Tensors, content, where, cure)["files"].items():
+    document = read_document(Tensors, content, where, cure)
+    index = Index(rest={name: (at, size) for name, (at, size) in document.get("rest", {}).items()})
+    if any(at > task for at, _ in index.rest.values()):
+        raise StateError(f"{where}: a set at rest is said to lie in a task after task {task}: {cure}")
+    for name, entry in document["files"].items():
         found = entry.get("pieces")
         pieces = None if found is None else tuple(map(Piece, found["sha256"], found["bytes"], found["task"]))
         if any(piece.task > task for piece in pieces or ()):

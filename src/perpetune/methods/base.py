@@ -17,7 +17,7 @@ from perpetune.errors import UsageError
 from perpetune.fit import FitConfig, Groups
 from perpetune.heads.base import Head
 from perpetune.models.base import Model
-from perpetune.pets import InForce, parameters, sets, using
+from perpetune.pets import PET, InForce, parameters, sets, using
 from perpetune.protection.protection import Protection
 from perpetune.runtime import Companion
 from perpetune.tasks import Inputs, Task
@@ -45,6 +45,25 @@ class Answers:
     gates: Mapping[str, Tensor] = field(default_factory=dict)
     name: str | None = None
     members: tuple[Sequence[str], Tensor] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Resting:
+    """One set of pets at rest, with its rows of the head. Another object stands for it when its values change, so a
+    state need not look at the values to know what it has stored already.
+
+    Attributes:
+        pets: its pets, each by the path of its tensors in the method.
+        rows: the rows of the head that belong to it, by their path in the method.
+    """
+
+    pets: Mapping[str, PET]
+    rows: Mapping[str, Tensor]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of its tensors, by their paths in the method."""
+        of_pets = ((path, pet.state_dict(keep_vars=True)) for path, pet in self.pets.items())
+        return {f"{path}.{key}": t for path, named in of_pets for key, t in named.items()} | dict(self.rows)
 
 
 class Method(nn.Module, ABC):
@@ -229,6 +248,10 @@ class Method(nn.Module, ABC):
     def earlier(self) -> Iterable[Tensor]:
         """Tensors of earlier tasks that do not change while `fit` runs. The checkpoints of `fit` leave them out."""
         return ()
+
+    def resting(self) -> Mapping[str, Resting]:
+        """The sets of pets at rest (`pets.rest`), by name. A state stores each once, in the task that brought it."""
+        return {}
 
     def acting(self, name: str | None) -> contextlib.AbstractContextManager[None]:
         """Inside, a set of pets is in force, with all that goes with it."""

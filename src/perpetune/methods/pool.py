@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from perpetune.errors import UsageError
 from perpetune.fit import FitConfig, Groups, fit
 from perpetune.heads.base import Head
-from perpetune.methods.base import Answers, Method, training
+from perpetune.methods.base import Answers, Method, Resting, training
 from perpetune.methods.parts.bank import Bank, set_name
 from perpetune.methods.parts.members import average_into, drawn_orthogonal
 from perpetune.methods.parts.recall import Recall
@@ -483,7 +483,10 @@ class Pool(Method):
         return Answers(head.among(features, classes).float(), gates=head.gates(features, classes))
 
     def earlier(self) -> Iterable[Tensor]:
-        return [*self.bank.earlier(), *self.selector.earlier()]
+        return self.selector.earlier()
+
+    def resting(self) -> Mapping[str, Resting]:
+        return self.bank.resting()
 
     @property
     def one_graph(self) -> bool:

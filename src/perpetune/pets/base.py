@@ -13,7 +13,7 @@ import contextlib
 import copy
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, Sequence, ValuesView
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -263,6 +263,65 @@ class _TypeOnly:
     dtype: torch.dtype
 
 
+class Sets(nn.ModuleDict):
+    """The PETs of a slot, by the names of their sets.
+
+    A PET at rest is found here like any other. But it is no submodule, so what goes through all modules of a net (an
+    optimizer, `train`, `state_dict`) does not see it and takes no time for it, however many there are.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._resting: dict[str, PET] = {}
+
+    def rest(self, name: str) -> None:
+        """Put a PET to rest: nothing trains it any more. One that rests already stays as it is."""
+        if name in self._modules:
+            pet = self._modules.pop(name)
+            assert isinstance(pet, PET)
+            self._resting[name] = pet
+
+    def __getitem__(self, name: str) -> nn.Module:
+        pet = self._resting.get(name)
+        if pet is None:
+            return super().__getitem__(name)
+        if pet.training != self.training:
+            pet.train(self.training)
+        return pet
+
+    def __setitem__(self, name: str, pet: nn.Module) -> None:
+        self._resting.pop(name, None)
+        super().__setitem__(name, pet)
+
+    def __delitem__(self, name: str) -> None:
+        if self._resting.pop(name, None) is None:
+            super().__delitem__(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._modules or name in self._resting
+
+    def __len__(self) -> int:
+        return len(self._modules) + len(self._resting)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self._modules, *self._resting])
+
+    def keys(self) -> KeysView[str]:
+        return dict.fromkeys(self).keys()
+
+    def values(self) -> ValuesView[nn.Module]:
+        return {name: self[name] for name in self}.values()
+
+    def items(self) -> ItemsView[str, nn.Module]:
+        return {name: self[name] for name in self}.items()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Sets:
+        for pet in self._resting.values():
+            pet._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
 class Slot(nn.Module):
     """Takes the place of `base` in the net. Calls it through the active PET, or directly if no PET is active.
 
@@ -277,7 +336,7 @@ class Slot(nn.Module):
     def __init__(self, base: nn.Module):
         super().__init__()
         self.base = base
-        self.pets = nn.ModuleDict()
+        self.pets = Sets()
         self.active: Active = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -384,6 +443,17 @@ def copy_set(root: nn.Module, name: str, new: str) -> None:
             slot.pets[new].load_state_dict(slot.pets[name].state_dict())
         elif name in slot.pets:
             slot.pets[new] = copy.deepcopy(slot.pets[name], dict(memo))
+
+
+def rest(root: nn.Module, name: str) -> None:
+    """Put a set of PETs to rest (`Sets`): it can be in force, copied and removed as before, and is not trained again.
+
+    Raises:
+        UsageError: there is no such set; the message lists the sets that exist.
+    """
+    _known(root, name)
+    for _, slot in slots(root):
+        slot.pets.rest(name)
 
 
 def draw_set(root: nn.Module, name: str, rng: torch.Generator, *, of_task: bool = False) -> None:

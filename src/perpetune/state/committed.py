@@ -11,9 +11,9 @@ from typing import Any
 from perpetune.documents import Document, Features, Metrics, Task, Timings, read_document
 from perpetune.errors import StateError
 from perpetune.files import MANIFEST, check_no_link, listed, read_listed
-from perpetune.snapshot import EXTRA, FILES, FIXED
+from perpetune.snapshot import EARLIER, EXTRA, FILES, FIXED
 from perpetune.state.journal import Chain, Said
-from perpetune.store import INDEX, PACK, Index, Piece, assemble, parse_index, pieces_of
+from perpetune.store import INDEX, PACK, RESTING, Index, Piece, assemble, parse_index, pieces_of, rest_file
 
 START = "start"  # the name of the state before the first task
 LEARNED = frozenset((*FILES, *FIXED, EXTRA))
@@ -89,9 +89,23 @@ class Committed:
             return files
         index = self.index_of(entries)
         names = [name for name in index if name in only or not only]
-        if any(index[name].pieces is None for name in names):
-            raise StateError(f"what {self.folder} held of the model was pruned ({self.pruned})")
-        return {**files, **assemble(index, names, self.all.__getitem__)}
+        files |= self._assembled(index, names)
+        elsewhere: dict[int, list[str]] = {}
+        for name, (at, _) in {} if only else index.rest.items():
+            if at != self.index:
+                elsewhere.setdefault(at, []).append(rest_file(name))
+        for at, names in elsewhere.items():
+            files |= self.all[at]._assembled(self.all[at].index_of(), names)
+        return files
+
+    def _assembled(self, index: Index, names: Sequence[str]) -> dict[str, bytes]:
+        """The contents of some of the files in its index."""
+        for name in names:
+            if name not in index:
+                raise StateError(f"{self.folder} holds no {name}, and a later task needs it: {self.cure}")
+            if index[name].pieces is None:
+                raise StateError(f"what {self.folder} held of the model was pruned ({self.pruned})")
+        return assemble(index, names, self.all.__getitem__)
 
     def sizes(self) -> dict[str, int]:
         """The size of each of the task's files, in bytes, however little of it lies in its own folder."""
@@ -106,7 +120,10 @@ class Committed:
         entries = self._listed()
         plain = {name: size for name, (size, _) in entries.items() if not _stores(name)}
         tensors = sum(size for name, (size, _) in entries.items() if name in LEARNED or PACK.fullmatch(name))
-        return plain | {name: held.size for name, held in self.index_of(entries).items()}, tensors
+        index = self.index_of(entries)
+        files = plain | {name: held.size for name, held in index.items() if not RESTING.fullmatch(name)}
+        resting = sum(size for _, size in index.rest.values())
+        return files | ({EARLIER: files.get(EARLIER, 0) + resting} if resting else {}), tensors
 
     def own(self) -> int:
         """The bytes of the task's folder."""
@@ -118,31 +135,37 @@ class Committed:
 
     def shared(self) -> int:
         """The bytes that the task needs from folders of earlier tasks."""
-        return sum(piece.size for piece in self.pieces() if piece.task != self.index)
+        index = self.index_of()
+        resting = sum(size for at, size in index.rest.values() if at != self.index)
+        return resting + sum(piece.size for piece in pieces_of(index) if piece.task != self.index)
 
     def needs(self) -> int:
         """The bytes that the task would need if no other task were there."""
         entries = self._listed()
         learned = sum(size for name, (size, _) in entries.items() if name in LEARNED)
-        return learned + sum(piece.size for piece in pieces_of(self.index_of(entries)))
+        index = self.index_of(entries)
+        resting = sum(size for _, size in index.rest.values())
+        return learned + resting + sum(piece.size for piece in pieces_of(index))
 
     def alone(self, after: Committed) -> int:
         """The bytes that are needed for a rollback to this task and for nothing else, if `after` is the next one."""
         entries = self._listed()
         mine = sum(size for name, (size, _) in entries.items() if name in LEARNED or INDEX.fullmatch(name))
-        return mine + sum(piece.size for piece in pieces_of(self.index_of(entries)) - after.pieces())
+        index, later = self.index_of(entries), after.index_of()
+        resting = sum(held[1] for name, held in index.rest.items() if later.rest.get(name) != held)
+        return mine + resting + sum(piece.size for piece in pieces_of(index) - pieces_of(later))
 
     def pieces(self) -> set[Piece]:
-        """The pieces of its tensors, in its own pack and in those of earlier tasks; none for a task of an older version
-        and for one that was pruned."""
-        return pieces_of(self.index_of(self._listed()))
+        """The pieces of its tensors, in its own pack and in those of earlier tasks, without those of sets at rest; none
+        for a task of an older version and for one that was pruned."""
+        return pieces_of(self.index_of())
 
     def index_of(self, entries: Mapping[str, tuple[int, str]] | None = None) -> Index:
         """Its files whose tensors are stored once. `entries` are those of its manifest."""
         entries = self._listed() if entries is None else entries
         name = next(filter(INDEX.fullmatch, entries), None)
         if name is None:
-            return {}
+            return Index()
         content = read_listed(self.folder, {name: entries[name]}, self.cure)[name]
         return parse_index(content, self.index, str(self.folder / name), self.cure)
 

@@ -33,7 +33,7 @@ from perpetune.files import (
     write_file,
     write_folder,
 )
-from perpetune.methods.base import Method
+from perpetune.methods.base import Method, Resting
 from perpetune.plain import MOST_YAML, Malformed, read_json, read_regular
 from perpetune.recipe import Recipe, parse_recipe
 from perpetune.snapshot import restore, snapshot
@@ -43,7 +43,7 @@ from perpetune.state.journal import Chain, Journal, Said
 from perpetune.state.lock import locked
 from perpetune.state.meaning import MADE_BY, check_meaning, edited, made_by, training_digest
 from perpetune.state.prune import Keep, Pruned, carry_out, changes, what_stays
-from perpetune.store import Index, pack
+from perpetune.store import Index, pack, rest_file
 
 LINES = {"metrics.json": 2}
 """Documents in which each entry of an entry stands on one line: there may be one for each earlier task."""
@@ -76,6 +76,7 @@ class State:
         self._stamp: object = None  # what told then that they are these tasks
         self._entries: list[str] | None = None  # the folders of tasks, while the state is locked
         self._checked: object = None  # and when the journal was compared with them
+        self._rested: dict[str, tuple[Resting, int, int]] = {}  # sets at rest that a task stores: which, their bytes
         self._told = False  # whether a commit has said that tasks were pruned
         self._held: list[tuple[str, dict[str, Any]]] | None = None  # lines of the journal that wait
         clear_noted(folder)  # every verb opens the state, so the next one after a killed export does this
@@ -217,9 +218,12 @@ class State:
         """Restore `method` to its state after `task`; by default after the last committed task."""
         tasks = self.committed
         task = task or (tasks[-1] if tasks else None)
+        self._rested = {}
         if task is not None:
             files = task.read()
             restore(method, files, str(task.folder))
+            held = task.index_of().rest
+            self._rested = {name: (of, *held[name]) for name, of in method.resting().items() if name in held}
             if MADE_BY in files:  # not in a task of an older version
                 check_meaning(self.folder, self.recipe, self.backbone, task, files[MADE_BY])
 
@@ -251,18 +255,22 @@ class State:
         """
         self._release()
         folder = self.folder / "tasks" / f"{index:04d}-{name}"
-        tasks, first, learned = self._found(), self._chain().oldest, snapshot(method)
+        resting, rested = method.resting(), self._rested
+        held = {name: rested[name][1:] for name, of in resting.items() if name in rested and rested[name][0] is of}
+        tasks, first, learned = self._found(), self._chain().oldest, snapshot(method, without=held)
+        rest = {name: held.get(name) or (index, len(learned[rest_file(name)])) for name in resting}
         tensors = {file: learned.pop(file) for file in list(learned) if file.endswith(".safetensors")}
-        earlier: Index = {}
+        earlier = Index()
         with contextlib.suppress(StateError):  # damage in an earlier folder is for those who read it; nothing is shared
-            earlier = tasks[-1].index_of() if index == len(tasks) > 0 else {}
-        content, made = pack(tensors, index, earlier, tasks.__getitem__)
+            earlier = tasks[-1].index_of() if index == len(tasks) > 0 else earlier
+        content, made = pack(tensors, index, earlier, tasks.__getitem__, rest)
         stored = {"tensors.json": content, **({} if made is None else {"pack.safetensors": made})}
         documents = {**documents, MADE_BY: made_by(self.recipe, self.backbone)}
         plain = {file: to_json(content, LINES.get(file)) for file, content in documents.items()}
         self._entries = None
         manifest = write_folder(folder, {**learned, **stored, **plain, **files})
         add_task(self._known, folder.parent, folder.name, Said(manifest=manifest))
+        self._rested = {name: (of, *rest[name]) for name, of in resting.items()}
         self._log_commit(self._known)
         remove_folder(self.folder / "resume")
         candidate.drop(self.folder)
@@ -326,6 +334,7 @@ class State:
             self._check_kept(tasks, matches[0])
             keep = matches[0].index + 1
         self._check_rollback(tasks, keep)
+        self._rested = {}
         opened, said = self.open_task() is not None, self._chain().said
         candidate.drop(self.folder)
         dropped = [t.name for t in tasks[keep:]]

@@ -29,9 +29,10 @@ from perpetune.files import (
     replace_synced,
     write_synced,
 )
+from perpetune.snapshot import EARLIER
 from perpetune.state.committed import LEARNED, TRACES, Committed, Tasks, find_tasks
 from perpetune.state.journal import Chain, Journal
-from perpetune.store import INDEX, PACK, Held, Piece, index_bytes, opened, pack_bytes
+from perpetune.store import INDEX, PACK, Held, Index, Piece, index_bytes, opened, pack_bytes, pieces_of, rest_file
 
 Keep = Literal["auto", "all"] | int
 FLOOR = 16 * 10**6
@@ -175,21 +176,34 @@ def changes(tasks: Sequence[Committed], pruned: int, oldest: int, *, erase: bool
     if not pruned < oldest < len(tasks):
         return []
     live = tasks[oldest].pieces()  # all that later tasks need of folders before it, for it has what they have of these
+    before, after = (tasks[index].index_of().rest for index in (pruned, oldest))
     loose = {piece.task for piece in tasks[pruned].pieces() - live}
+    loose |= {held[0] for name, held in before.items() if after.get(name) != held}
     first = 0 if erase else pruned
     touched = sorted({index for index in loose if index < pruned} | set(range(first, oldest)))
-    found = [_change(tasks[index], live, index >= pruned, erase) for index in touched]
+    found = [_change(tasks[index], live, _resting_in(after, index), index >= pruned, erase) for index in touched]
     return [change for change in found if change.drop]
 
 
-def _change(task: Committed, live: set[Piece], fresh: bool, erase: bool) -> Change:
+def _resting_in(rest: Mapping[str, tuple[int, int]], index: int) -> frozenset[str]:
+    """The files of the sets at rest that task `index` stores."""
+    return frozenset(rest_file(name) for name, (at, _) in rest.items() if at == index)
+
+
+def _change(task: Committed, live: set[Piece], resting: frozenset[str], fresh: bool, erase: bool) -> Change:
+    """What happens to a task of which later ones need the pieces `live` and the files `resting`."""
     entries = listed(task.folder, task.cure, task.manifests)
     drop, index, frees = set[str](), None, 0
-    if fresh:
+    before = task.index_of(entries)
+    now = Index({name: held if name in resting else Held(held.size, None) for name, held in before.items()})
+    if fresh or now != before:
         held = {name: Held(size, None) for name, (size, _) in entries.items() if name in LEARNED}
-        index = index_bytes(held | {name: Held(held.size, None) for name, held in task.index_of(entries).items()})
+        if total := sum(size for _, size in before.rest.values()):  # what they were stays known
+            now[EARLIER] = Held(total + (now[EARLIER].size if EARLIER in now else 0), None)
+        index = index_bytes(Index(held | now))
         drop = {name for name in entries if name in LEARNED or INDEX.fullmatch(name)}
         frees = sum(entries[name][0] for name in drop) - len(index)
+    live = live | pieces_of(now, rest=True)
     pack, name = None, next(filter(PACK.fullmatch, entries), None)
     if name is not None:
         with opened(task) as held_now:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from perpetune.methods.base import Resting
 from perpetune.models.base import Model
 from perpetune.models.classifier import Classifier
-from perpetune.pets import PET, Choice, copy_set, form, pets, remove, sets, using
+from perpetune.pets import PET, Choice, Slot, copy_set, form, pets, remove, rest, sets, using
 from perpetune.tasks import Inputs
 
 ELSEWHERE = 1e4  # subtracted from the log-probability of a class that does not belong to the chosen set's tasks
@@ -32,7 +33,8 @@ class Bank(nn.Module):
     """Sets of pets of earlier tasks on one net, each with a number.
 
     With each set the bank stores the rows of the head for the classes of its tasks, because a later task with the same
-    class changes its row.
+    class changes its row. The sets rest, and no tensor of the bank is a buffer, so what goes through the method's
+    modules takes no time for them.
 
     Args:
         model: the model, with the set `working`.
@@ -46,6 +48,8 @@ class Bank(nn.Module):
         self.working, self.common = working, tuple(common)
         self.kept: dict[int, Kept] = {}
         self._rows: dict[str, list[str]] = {}  # for each set the classes whose rows are stored with it
+        self._values: dict[str, list[Tensor]] = {}  # and these rows, one tensor for each parameter of the head
+        self._resting: dict[str, Resting] = {}
         # Caches, because a search for pets goes through the whole net.
         self._sets: dict[str, list[PET]] = {}
         self._forms: dict[str, tuple[Any, ...] | None] = {}
@@ -81,7 +85,7 @@ class Bank(nn.Module):
             weight: the number of examples on which it was trained.
             source: the name of the set that is copied; None is the working set.
         """
-        copy_set(self.model, source or self.working, set_name(slot))
+        self._put(source or self.working, set_name(slot))
         self.kept[slot] = Kept(slot, [task], list(classes), weight)
         self._store_rows(set_name(slot), {c: self._row(c) for c in classes} if self.model.per_class() else {})
 
@@ -90,7 +94,7 @@ class Bank(nn.Module):
         rows, last = {one: self._stored_rows(set_name(one)) for one in self.kept}, max(self.kept)
         for one in range(slot, last):
             self._remove(set_name(one))
-            copy_set(self.model, set_name(one + 1), set_name(one))
+            self._put(set_name(one + 1), set_name(one))
             after = self.kept[one + 1]
             self.kept[one] = Kept(one, after.tasks, after.classes, after.weight)
             self._store_rows(set_name(one), rows[one + 1])
@@ -119,7 +123,7 @@ class Bank(nn.Module):
         classes = self._rows.get(name, [])
         index = [self.model.classes.index(c) for c in classes]
         before = [p.detach()[index].clone() for p in self.model.per_class()] if classes else []
-        self._set_rows(classes, [getattr(self, key) for key in self._keys(name)] if classes else [])
+        self._set_rows(classes, self._values[name] if classes else [])
         return before
 
     @torch.no_grad()
@@ -134,17 +138,24 @@ class Bank(nn.Module):
         return [p.detach()[at].clone() for p in self.model.per_class()]
 
     def _stored_rows(self, name: str) -> dict[str, list[Tensor]]:
-        tensors = [getattr(self, key) for key in self._keys(name)] if self._rows.get(name) else []
+        tensors = self._values.get(name, [])
         return {c: [t[i] for t in tensors] for i, c in enumerate(self._rows.get(name, []))}
 
     def _store_rows(self, name: str, rows: Mapping[str, Sequence[Tensor]]) -> None:
         self._rows[name] = list(rows)
-        for key, same in zip(self._keys(name), zip(*rows.values(), strict=True), strict=False):
-            self.register_buffer(key, torch.stack(list(same)))
+        self._values[name] = [torch.stack(list(same)) for same in zip(*rows.values(), strict=True)]
+        self._changed(name)
 
-    def _keys(self, name: str) -> list[str]:
-        """Names of the buffers that hold a set's rows, one for each parameter of the head."""
-        return [f"{name}-rows-{i}" for i in range(len(self.model.per_class()))]
+    def _put(self, source: str, name: str) -> None:
+        """Store a copy of a set as the set `name`, at rest."""
+        copy_set(self.model, source, name)
+        rest(self.model, name)
+        self._sets.pop(name, None)
+        self._changed(name)
+
+    def _changed(self, name: str) -> None:
+        """Note that values of a set are others than before."""
+        self._resting.pop(name, None)
 
     # -- predicting -----------------------------------------------------------------------------------
 
@@ -229,12 +240,30 @@ class Bank(nn.Module):
         """The names of the stored sets, without the working one."""
         return [set_name(slot) for slot in self.kept]
 
-    def earlier(self) -> Iterator[Tensor]:
-        """All tensors of the bank: those of the stored sets and their rows of the head."""
-        for name in self.names():
-            for pet in self._pets(name):
-                yield from (*pet.parameters(), *pet.buffers())
-        yield from self.buffers()
+    def resting(self, model: str = "model", bank: str = "bank") -> Mapping[str, Resting]:
+        """The stored sets by name. One whose values are as they were is the same object as before.
+
+        Args:
+            model, bank: the names under which the method has the model and the bank.
+        """
+        new = [name for name in self.names() if name not in self._resting]
+        here = [(path, m) for path, m in self.model.named_modules() if isinstance(m, Slot)] if new else []
+        for name in new:
+            pets = {f"{model}.{path}.pets.{name}": slot.pet(name) for path, slot in here if name in slot.pets}
+            rows = {f"{bank}.{name}-rows-{i}": rows for i, rows in enumerate(self._values.get(name, []))}
+            self._resting[name] = Resting(pets, rows)
+        return self._resting
+
+    @property
+    def keeps_earlier(self) -> bool:
+        """Whether its extra state belongs to tensors of earlier tasks."""
+        return any(self._values.values())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Bank:
+        self._values = {name: [fn(rows) for rows in values] for name, values in self._values.items()}
+        self._resting = {}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def get_extra_state(self) -> dict[str, Any]:
         rows = {name: classes for name, classes in self._rows.items() if classes}
@@ -247,23 +276,18 @@ class Bank(nn.Module):
         for name in sorted((before & present) - wanted):
             self._remove(name)
         for name in sorted(wanted - present):
-            copy_set(self.model, self.working, name)
-        for name in list(self._rows):
-            self._forget_rows(name)
+            self._put(self.working, name)
+        self._rows, self._values, self._resting = {}, {}, {}
         for name, classes in state["rows"].items():
             self._store_rows(name, {c: [p.new_zeros(p.shape[1:]) for p in self.model.per_class()] for c in classes})
-
-    def _forget_rows(self, name: str) -> None:
-        self._rows.pop(name)
-        for key in self._keys(name):
-            self._buffers.pop(key, None)
 
     def _remove(self, name: str) -> None:
         remove(self.model, name)
         self._sets.pop(name, None)
         self._forms.pop(name, None)
-        if name in self._rows:
-            self._forget_rows(name)
+        self._rows.pop(name, None)
+        self._values.pop(name, None)
+        self._changed(name)
 
     def _pets(self, name: str) -> list[PET]:
         if name not in self._sets:

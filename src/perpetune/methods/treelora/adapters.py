@@ -13,7 +13,7 @@ from perpetune.models.base import Model
 from perpetune.numerics.exact import exactly
 from perpetune.numerics.lowrank import Factors, cosine, inner, merged
 from perpetune.numerics.similarity_tree import SimilarityTree
-from perpetune.pets import LoRA, copy_set, has_set
+from perpetune.pets import LoRA, has_set
 
 # A share of the root mean square of an update's norms. A module with a smaller norm counts less, because its direction
 # is mostly chance.
@@ -108,7 +108,7 @@ class LoRABank(Bank):
     def merge_all(self, name: str) -> None:
         """Store the mean of all adapters as the set `name`."""
         if not has_set(self.model, name):
-            copy_set(self.model, self.working, name)
+            self._put(self.working, name)
         self.merged = name
         self._mean(list(self.kept), name)
 

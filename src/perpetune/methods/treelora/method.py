@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from perpetune.errors import UsageError
 from perpetune.fit import FitConfig, fit
-from perpetune.methods.base import Answers, Method, training
+from perpetune.methods.base import Answers, Method, Resting, training
 from perpetune.methods.parts.bank import set_name
 from perpetune.methods.parts.probe import gradients_of
 from perpetune.methods.treelora.adapters import LoRABank
@@ -288,7 +288,10 @@ class TreeLoRA(Method):
         return [slot_of[self.tasks[member]] for member in self.selector.choose(features).index[:, 0].tolist()]
 
     def earlier(self) -> Iterable[Tensor]:
-        return [*self.bank.earlier(), *self.similar.buffers(), *self.selector.buffers(recurse=False)]
+        return [*self.similar.buffers(), *self.selector.buffers(recurse=False)]
+
+    def resting(self) -> Mapping[str, Resting]:
+        return self.bank.resting()
 
     def acting(self, name: str | None) -> contextlib.AbstractContextManager[None]:
         return super().acting(None) if name is None else self.bank.acting(name)
