@@ -21,6 +21,14 @@ LARGE = re.compile(r".*\.(safetensors|bin|onnx|npy)")
 """Files that the hub stores as LFS in a new repository."""
 
 
+def point(url: str) -> dict[str, object]:
+    """The constants of `huggingface_hub` that point it at a server. It reads them from the environment when it is first
+    imported, which tests have done long before."""
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    where = {"ENDPOINT": url, "HUGGINGFACE_CO_URL_TEMPLATE": template}
+    return {**where, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
+
+
 class File(NamedTuple):
     content: bytes
     large: bool
@@ -292,3 +300,15 @@ ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     (r"/lfs/(?P<oid>[0-9a-f]{64})", "PUT", _Handler.upload),
     (rf"/{MODEL}/resolve/{REVISION}/(?P<path>.+)", "GET", _Handler.resolve),
 ]
+
+
+if __name__ == "__main__":  # the command, as a process that has imported the client already
+    import os
+
+    from huggingface_hub import constants
+
+    from perpetune.cli import main
+
+    for name, value in point(os.environ["HF_ENDPOINT"]).items():
+        setattr(constants, name, value)
+    main()

@@ -58,7 +58,7 @@ def push(
     elif done.dry_run:
         print(f"{done.url}: nothing was sent")
     else:
-        print(f"{done.url}: {done.files} files, {done.bytes:,} bytes; commit {(done.commit or '')[:12]}")
+        print(f"{done.url}: {_files(done.files)}, {done.bytes:,} bytes; commit {(done.commit or '')[:12]}")
 
 
 @steady
@@ -94,7 +94,11 @@ def pull(
         out.emit("done", **done.as_dict())
     else:
         new = f"new: {several(done.tasks)}" if done.tasks else "nothing new"
-        print(f"{done.folder}: {done.files} files, {done.bytes:,} bytes; {new}")
+        print(f"{done.folder}: {_files(done.files)}, {done.bytes:,} bytes; {new}")
+
+
+def _files(count: int) -> str:
+    return f"{count} file{'s' if count != 1 else ''}"
 
 
 def _no_bars() -> None:

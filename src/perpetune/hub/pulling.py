@@ -121,7 +121,7 @@ def pull(
             tasks = one.run()
         except (HubError, StateError, UsageError) as error:
             if not one.may_go_on:
-                shutil.rmtree(aside / "new", ignore_errors=True)
+                shutil.rmtree(aside, ignore_errors=True)
             raise error from None
         shutil.rmtree(aside, ignore_errors=True)
     return Pulled(repo, head.commit, str(folder), one.count, one.bytes, tasks)
@@ -144,7 +144,7 @@ class _Pull:
         self.remote, self.commit, self.files, self.target, self.new = remote, commit, files, target, new
         self.state, self.progress, self.arrived = state, progress, arrived
         self.count = self.bytes = 0
-        self.may_go_on = True
+        self.may_go_on = False
 
     def run(self) -> list[str]:
         """Bring everything, check it, and put it in its place; the names of the tasks that are new."""
@@ -248,7 +248,11 @@ class _Pull:
                     self.arrived(path, self.files[path].size)
 
     def _bring(self, path: str) -> str:
-        self.remote.fetch(path, self.commit, self.new)
+        try:
+            self.remote.fetch(path, self.commit, self.new)
+        except HubError:
+            self.may_go_on = True  # the network's fault: what has arrived is of use
+            raise
         return path
 
     def _there(self, path: str, digest: str | None) -> bool:

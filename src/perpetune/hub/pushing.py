@@ -178,9 +178,7 @@ class _Push:
         if not theirs:
             return
         lost = tasks_in(theirs)
-        what = (
-            f"commits that {folder} does not have ({several(lost)})" if lost else f"lines that {folder} does not have"
-        )
+        what = f"{f'commits ({several(lost)})' if lost else 'lines in its journal'} that {folder} does not have"
         if self.force:
             self.progress.note(f"{repo} has {what}: they are no longer its newest; its history on the hub keeps them")
         elif mine:
@@ -222,12 +220,14 @@ class _Push:
         if not new and not gone:
             self.progress.note(f"{place} has all of it already")
             return replace(done, commit=commit)
-        self.progress.note(
-            f"{len(new)} files ({size:,} bytes) {'would go' if self.dry_run else 'go'} to {place}, "
+        word, are = ("would go", "would be") if self.dry_run else ("go", "are")
+        what = (
+            f"{len(new)} files ({size:,} bytes) {word} to {place}, "
             f"{'private' if private else 'which everybody can read'}; {len(sent) - len(new)} are there already, "
-            f"{len(gone)} {'would be' if self.dry_run else 'are'} removed there; {about}"
+            f"{len(gone)} {are} removed there; {about}"
         )
         if self.dry_run:
+            self.progress.note(what)
             return done
         if there is None:
             self.remote.create(not self.public)
@@ -238,6 +238,7 @@ class _Push:
             if head is None or (not head.private and not self.public):
                 raise HubError(f"{self.remote.url} was not made as it was asked for; nothing was sent")
             commit = head.commit
+        self.progress.note(what)
         content: Mapping[str, Path | bytes] = {path: one[0] for path, one in new.items()}
         made = self.remote.commit(content, gone, message, commit, self.revision)
         arrived = self.remote.files(made)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import os
 import re
 import tempfile
@@ -137,12 +136,12 @@ class Remote:
         found: dict[str, Entry] = {}
         with self._told():
             listed = self.api.list_repo_tree(self.repo, recursive=True, revision=commit)
-            for one in itertools.islice(listed, MOST_FILES + 1):
+            for number, one in enumerate(listed):
+                if number == MOST_FILES:
+                    raise HubError(f"{self.repo} has more than {MOST_FILES} files, which no state has; {SAME}")
                 if hasattr(one, "blob_id"):
                     lfs = one.lfs.sha256 if one.lfs is not None else None
                     found[str(one.path)] = Entry(int(one.size), lfs, str(one.blob_id))
-        if len(found) > MOST_FILES:
-            raise HubError(f"{self.repo} has more than {MOST_FILES} files, which no state has; {SAME}")
         for path, entry in found.items():
             if not _harmless(path) or entry.size < 0:
                 raise HubError(f"{self.repo} has a file with the path {printable(path)!r}, which is refused; {SAME}")
