@@ -32,6 +32,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     content = recipe(vit_folder(root / "vit"), pet="none", method="frozen", head="ncm", stream={})
     Learner(content, root / "state").learn(root / "learned", holdout=0.5)
     picture_folder(root / "others", ["zebra"], 40)
+    (root / "torn.csv").write_text("what,is,this\n1,2,3\n")
     return root
 
 
@@ -53,7 +54,8 @@ def test_the_command(world: Path, capfd: pytest.CaptureFixture[str]) -> None:
 def test_bad_input(world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     command = ["drift", str(world / "state"), "--data"]
     for more, code, says in (
-        ([str(tmp_path / "nowhere")], 2, "nowhere: no such file or folder"),
+        ([str(tmp_path / "nowhere")], 1, "nowhere: no such file or folder"),
+        ([str(world / "torn.csv")], 1, "torn.csv"),
         ([str(world / "same"), "--level", "2"], 2, "a share from 0.005 to 0.5 is expected"),
         ([str(world / "same" / "cat")], 1, "10 images are too few to tell: 20 are needed"),
     ):
@@ -67,6 +69,36 @@ def test_bad_input(world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str
     few.learn(world / "same", holdout=0.1)
     with pytest.raises(StateError, match="keeps features of 4 held-out images, which are too few"):
         few.drift(world / "learned")
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet", "data set"])
+def test_whatever_an_update_takes(form: str, world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Tables and saved data sets, of which the labels are not looked at: the same pictures give the same distances."""
+    from datasets import Dataset, Features, Image, Value
+
+    found = {}
+    for name in ("same", "others"):
+        files = sorted((world / name).rglob("*.png"))
+        rows = [{"image": str(file), "label": f"odd {i % 3}"} for i, file in enumerate(files)]
+        path, more = tmp_path / f"{name}.{form}", ["--set", "path_column=image"] if form in ("csv", "jsonl") else []
+        if form == "csv":
+            path.write_text("".join(f"{','.join(row)}\n" for row in [("image", "label"), *(r.values() for r in rows)]))
+        elif form == "jsonl":
+            path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        else:
+            table = Dataset.from_list(rows, features=Features({"image": Image(), "label": Value("string")}))
+            table.to_parquet(path) if form == "parquet" else table.save_to_disk(path)
+        code = call(["drift", str(world / "state"), "--data", str(path), "--json", *more])
+        out, err = capfd.readouterr()
+        assert f"the labels in {name}.{form} are not looked at" in err
+        found[name] = json.loads(out)
+        assert code == (4 if name == "others" else 0)
+    whole = Learner.load(world / "state").drift(world / "same")
+    assert found["same"]["examples"] == whole["examples"] == 40
+    assert found["same"]["tests"]["features"]["distance"] == pytest.approx(
+        whole["tests"]["features"]["distance"], abs=1e-5
+    )
+    assert found["same"]["tests"]["far"]["share"] == pytest.approx(whole["tests"]["far"]["share"])
 
 
 def test_what_is_kept(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,6 +160,12 @@ def test_texts(tmp_path: Path) -> None:
     learner.learn(prompts(tmp_path / "a.jsonl", words, 80), holdout=0.5)
     assert not learner.drift(prompts(tmp_path / "b.jsonl", words, 40))["drift"]
     assert learner.drift(prompts(tmp_path / "c.jsonl", ["0123", "4567", "89?!"], 40))["drift"]
+    for name, known in (("d", words), ("e", ["0123", "4567", "89?!"])):  # a folder, as `update` takes one
+        (tmp_path / name).mkdir()
+        prompts(tmp_path / name / "train.jsonl", known, 30)
+        prompts(tmp_path / name / "test.jsonl", known, 10)
+        found = learner.drift(tmp_path / name)
+        assert (found["drift"], found["examples"]) == (name == "e", 40)
 
 
 # -- the level ----------------------------------------------------------------------------------------------

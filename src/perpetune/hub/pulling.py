@@ -206,9 +206,7 @@ class _Pull:
             )
         if decides(mine):
             lost = tasks_in(mine)
-            what = (
-                f"commits that {repo} does not have ({several(lost)})" if lost else f"changes that {repo} does not have"
-            )
+            what = f"{f'commits ({several(lost)})' if lost else 'changes'} that {repo} does not have"
             raise HubError(f"{folder} has {what}, and {repo} has others; {SAME}: pull into another folder")
         return mine, news
 
