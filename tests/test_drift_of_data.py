@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from test_faults import one_line
 from test_gate import everything, month
 from tiny import picture_folder, recipe, tiny_language_model, vit_folder
 from torch import Tensor
+from warm import Warm
 
 from perpetune import drifting
 from perpetune.cli import call
@@ -49,6 +51,14 @@ def test_the_command(world: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert call([*command, str(world / "others")]) == 4
     assert "drift: 40 images do not look like what was learned" in capfd.readouterr().out
     assert everything(world / "state") == before
+
+
+def test_the_process_says_it_by_its_exit_code(world: Path, warm: Warm) -> None:
+    for name, code in (("same", 0), ("others", 4)):
+        command = [*warm.command, "-m", "perpetune", "drift", str(world / "state"), "--data", str(world / name)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (code, "")
+        assert done.stdout.splitlines()[-1].startswith("drift: " if code else "no drift: ")
 
 
 def test_bad_input(world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
