@@ -27,6 +27,7 @@ from perpetune.errors import HubError, StateError
 from perpetune.learner import Learner
 from perpetune.runtime import Silent
 from perpetune.state import State
+from perpetune.state.lock import locked
 
 REPO = "me/birds"
 
@@ -139,8 +140,11 @@ def test_the_next_month_sends_and_fetches_what_is_new(world: Path, hub: Double, 
     assert perpetune.push(state, REPO).files == 0
     assert len(hub.repos[REPO].commits) == 3
     hub.forget()
+    open_ = Learner.load(behind)
     got = perpetune.pull(REPO, behind)
     assert (got.tasks, set(hub.fetched)) == (["m2"], set(new))
+    open_.refresh()  # as `serve` does: a program that has the state open takes it up
+    assert open_.method.classes == Learner.load(state).method.classes
     assert got.bytes == sum(hub.fetched.values()) == sum(map(len, new.values()))
     assert one_less(behind) == {**committed(state), **kept, "notes.txt": b"mine"}
     assert answers(behind, world) == answers(state, world)
@@ -483,6 +487,30 @@ def test_the_commands_as_processes(world: Path, hub: Double, tmp_path: Path, war
     journal = len(committed(state)["journal.jsonl"])
     assert plain.stdout == f"{tmp_path / 'new'}: 1 file, {journal:,} bytes; nothing new\n"
     assert "nothing to pull" in one_line(plain.stderr)
+    environment = {**os.environ, "HF_TOKEN": "hf_wrongwrongwrong"}
+    for words in (["push", state, REPO], ["pull", REPO, tmp_path / "none"]):
+        done = subprocess.run(command(warm, *words), capture_output=True, text=True, env=environment, check=False)
+        assert (done.returncode, "does not accept the token" in one_line(done.stderr)) == (1, True)
+
+
+@pytest.mark.slow
+def test_as_a_user_starts_them(world: Path, hub: Double, tmp_path: Path) -> None:
+    """New interpreters, which take the address of the hub from the environment alone."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    for words in (["push", world / "two", REPO], ["pull", REPO, tmp_path / "new"]):
+        program = [sys.executable, "-m", "perpetune", *map(str, words)]
+        done = subprocess.run(program, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
+    assert everything(tmp_path / "new") == committed(world / "two")
+
+
+def free(folder: Path) -> bool:
+    """Whether nobody holds the lock of a folder."""
+    try:
+        with locked(folder):
+            return True
+    except StateError:
+        return False
 
 
 @pytest.mark.parametrize("there", [False, True])
@@ -508,6 +536,8 @@ def test_a_pull_that_is_killed_changes_nothing_and_goes_on(
         assert not wait.wait(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait(30)
+    while not free(tmp_path / ".birds.pull"):  # the fork ends a moment after what stands for it
+        assert not wait.wait(0.02)
     wait.set()
     assert (one_less(state) if there else {}) == before
     assert state.exists() is there
