@@ -573,7 +573,9 @@ def test_a_file_system_without_an_exchange(
         with pytest.raises(OSError, match="Input/output error"):
             perpetune.pull(REPO, state)
     assert one_less(state) == before
-    state.rename(tmp_path / ".birds.before-pull")  # the kill
+    state.rename(tmp_path / ".birds.before-pull")  # a kill between the two
+    shutil.rmtree(tmp_path / ".birds.pull")
+    shutil.copytree(world / "other", tmp_path / ".birds.pull" / "new")  # what an older kill has left
     assert perpetune.pull(REPO, state).tasks == ["m2"]
     assert committed(state) == committed(world / "two")
     assert os.listdir(tmp_path) == ["birds"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -104,8 +103,7 @@ def unlabelled(
     tables = [table for table in (source.train(), source.validation(), source.test()) if table is not None]
     for line in dict.fromkeys(line for table in tables for line in table.warnings):
         note(line)
-    if any(any(table.labels) for table in tables):
-        note(f"the labels in {printable(os.path.basename(path.rstrip(os.sep)) or path)} are not looked at")
+    note(f"labels, answers and captions in {printable(path)} are not looked at")
     parts = []
     for table in tables:
         rows = range(len(table))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -41,7 +42,7 @@ def push(
     from perpetune.cli.notes import Notes
     from perpetune.hub import push as put
 
-    _no_bars()
+    _bars(not json)
     out = lines(json)
     done = put(
         state,
@@ -82,7 +83,7 @@ def pull(
     from perpetune.data.names import several
     from perpetune.hub import pull as get
 
-    _no_bars()
+    _bars(not json)
     out = lines(json)
 
     def arrived(path: str, size: int) -> None:
@@ -101,11 +102,12 @@ def _files(count: int) -> str:
     return f"{count} file{'s' if count != 1 else ''}"
 
 
-def _no_bars() -> None:
-    """Keep the client's progress bars from standing between our lines."""
+def _bars(wanted: bool) -> None:
+    """Let the client show its progress bars to people who watch, and to nobody else."""
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    disable_progress_bars()
+    if not (wanted and sys.stderr.isatty()):
+        disable_progress_bars()
 
 
 VERBS = (push, pull)
