@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,6 +43,8 @@ from perpetune.state.lock import locked
 
 AT_ONCE = 8
 """Files that are fetched at the same time."""
+CACHE = ".cache"
+"""Where the client keeps its notes and parts of files, beside the files."""
 BOUNDS = {"recipe.yaml": MOST_YAML, "backbone.json": MOST_JSON, JOURNAL: MOST_JOURNAL}
 Arrived = Callable[[str, int], None]
 """Is told of each file that has arrived, and of its bytes."""
@@ -148,7 +150,7 @@ class _Pull:
 
     def run(self) -> list[str]:
         """Bring everything, check it, and put it in its place; the names of the tasks that are new."""
-        self._clean()
+        self._clean([path for path in self.files if belongs(path)], cache=True)
         for name, most in BOUNDS.items():
             if self.files[name].size > most:
                 self._refuse(f"{name} has {self.files[name].size:,} bytes")
@@ -167,7 +169,7 @@ class _Pull:
         self._fetch(wanted)
         self._fetch(kept)
         self._say_left_out({*ROOT, *manifests, *wanted, *kept})
-        self._clean({*ROOT, *manifests, *wanted, *kept})
+        self._clean({*ROOT, *manifests, *wanted, *kept}, cache=False)
         with self._checked():
             state = State(self.new)
             state.committed[-1].read()
@@ -287,20 +289,24 @@ class _Pull:
                 f"{several(list(map(printable, others)))}"
             )
 
-    def _clean(self, wanted: set[str] | None = None) -> None:
-        """Delete links from where files arrive, and with `wanted` all else but these."""
+    def _clean(self, wanted: Collection[str], *, cache: bool) -> None:
+        """Delete all but these files, also links, from where files arrive.
+
+        Args:
+            cache: whether parts of files that the client goes on with stay.
+        """
+        parts = self.new / CACHE
+        if not cache:
+            shutil.rmtree(parts, ignore_errors=True)
         for root, folders, names in os.walk(self.new):  # follows no links
             here = Path(root)
-            for name in [*folders, *names]:
-                path = here / name
-                strange = wanted is not None and path.relative_to(self.new).as_posix() not in wanted
-                if path.is_symlink() or (strange and name in names):
+            for path in [here / name for name in (*folders, *names)]:
+                strange = path.relative_to(self.new).as_posix() not in wanted and parts not in path.parents
+                if path.is_symlink() or (strange and path.name in names):
                     path.unlink()
-        if wanted is not None:
-            shutil.rmtree(self.new / ".cache", ignore_errors=True)
-            for root, _, _ in os.walk(self.new, topdown=False):
-                if not os.listdir(root):
-                    os.rmdir(root)
+        for root, _, _ in os.walk(self.new, topdown=False):
+            if Path(root) != self.new and not os.listdir(root):
+                os.rmdir(root)
 
     @contextlib.contextmanager
     def _checked(self) -> Iterator[None]:
