@@ -119,7 +119,7 @@ class _Push:
         mine = [path for path in there[1] if belongs(path)] if there is not None else []
         stays = STAYS if kept else f"features of test examples (STATE/kept), {STAYS}"
         about = (
-            "its recipe and documents name your classes, files and folders, and each task has small features of "
+            "its recipe and documents name your classes, files and folders, and each task has features of "
             f"held-out examples (docs/operate.md); {stays}"
         )
         number = f"{len(tasks)} task{'s' if len(tasks) != 1 else ''}"
