@@ -24,14 +24,14 @@ from tiny import every, picture_folder, recipe, split_folder, vit_folder, writte
 from warm import Warm
 
 from perpetune._version import __version__
-from perpetune.cli import app, call, costs, jobs, learn, look, serving, use
+from perpetune.cli import app, call, costs, hub, jobs, learn, look, serving, use
 from perpetune.errors import Interrupted
 from perpetune.learner import Learner
 from perpetune.recipe import load_recipe, packaged
 from perpetune.runtime import Silent
 from perpetune.state import State
 
-VERBS = [verb.__name__ for module in (learn, costs, use, serving, look) for verb in module.VERBS]
+VERBS = [verb.__name__ for module in (learn, costs, use, serving, hub, look) for verb in module.VERBS]
 RECIPES = sorted(packaged()) + sorted(
     str(p) for p in (Path(__file__).resolve().parents[1] / "benchmarks" / "recipes").glob("*.yaml")
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from test_faults import one_line
 from test_gate import everything, month
 from tiny import picture_folder, recipe, tiny_language_model, vit_folder
 from torch import Tensor
+from warm import Warm
 
 from perpetune import drifting
 from perpetune.cli import call
@@ -32,6 +34,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     content = recipe(vit_folder(root / "vit"), pet="none", method="frozen", head="ncm", stream={})
     Learner(content, root / "state").learn(root / "learned", holdout=0.5)
     picture_folder(root / "others", ["zebra"], 40)
+    (root / "torn.csv").write_text("what,is,this\n1,2,3\n")
     return root
 
 
@@ -50,10 +53,19 @@ def test_the_command(world: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert everything(world / "state") == before
 
 
+def test_the_process_says_it_by_its_exit_code(world: Path, warm: Warm) -> None:
+    for name, code in (("same", 0), ("others", 4)):
+        command = [*warm.command, "-m", "perpetune", "drift", str(world / "state"), "--data", str(world / name)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (code, "")
+        assert done.stdout.splitlines()[-1].startswith("drift: " if code else "no drift: ")
+
+
 def test_bad_input(world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     command = ["drift", str(world / "state"), "--data"]
     for more, code, says in (
-        ([str(tmp_path / "nowhere")], 2, "nowhere: no such file or folder"),
+        ([str(tmp_path / "nowhere")], 1, "nowhere: no such file or folder"),
+        ([str(world / "torn.csv")], 1, "torn.csv"),
         ([str(world / "same"), "--level", "2"], 2, "a share from 0.005 to 0.5 is expected"),
         ([str(world / "same" / "cat")], 1, "10 images are too few to tell: 20 are needed"),
     ):
@@ -67,6 +79,38 @@ def test_bad_input(world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str
     few.learn(world / "same", holdout=0.1)
     with pytest.raises(StateError, match="keeps features of 4 held-out images, which are too few"):
         few.drift(world / "learned")
+
+
+@pytest.mark.parametrize("form", ["csv", "captions", "parquet", "data set"])
+def test_whatever_an_update_takes(form: str, world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Tables and saved data sets, of which the labels are not looked at: the same pictures give the same distances."""
+    from datasets import Dataset, Features, Image, Value
+
+    found = {}
+    for name in ("same", "others"):
+        files = sorted((world / name).rglob("*.png"))
+        rows = [{"image": str(file), "label": f"odd {i % 3}"} for i, file in enumerate(files)]
+        path = tmp_path / f"{name}.{'jsonl' if form == 'captions' else form}"
+        more = ["--set", "path_column=image"] if form == "csv" else []
+        if form == "csv":
+            path.write_text("".join(f"{','.join(row)}\n" for row in [("image", "label"), *(r.values() for r in rows)]))
+        elif form == "captions":
+            path.write_text("".join(f"{json.dumps({'image': row['image'], 'caption': 'a bird'})}\n" for row in rows))
+        else:
+            table = Dataset.from_list(rows, features=Features({"image": Image(), "label": Value("string")}))
+            table.to_parquet(path) if form == "parquet" else table.save_to_disk(path)
+            capfd.readouterr()
+        code = call(["drift", str(world / "state"), "--data", str(path), "--json", *more])
+        out, err = capfd.readouterr()
+        assert one_line(err) == f"perpetune: note: labels, answers and captions in {path} are not looked at"
+        found[name] = json.loads(out)
+        assert code == (4 if name == "others" else 0)
+    whole = Learner.load(world / "state").drift(world / "same")
+    assert found["same"]["examples"] == whole["examples"] == 40
+    assert found["same"]["tests"]["features"]["distance"] == pytest.approx(
+        whole["tests"]["features"]["distance"], abs=1e-5
+    )
+    assert found["same"]["tests"]["far"]["share"] == pytest.approx(whole["tests"]["far"]["share"])
 
 
 def test_what_is_kept(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,6 +172,12 @@ def test_texts(tmp_path: Path) -> None:
     learner.learn(prompts(tmp_path / "a.jsonl", words, 80), holdout=0.5)
     assert not learner.drift(prompts(tmp_path / "b.jsonl", words, 40))["drift"]
     assert learner.drift(prompts(tmp_path / "c.jsonl", ["0123", "4567", "89?!"], 40))["drift"]
+    for name, known in (("d", words), ("e", ["0123", "4567", "89?!"])):  # a folder, as `update` takes one
+        (tmp_path / name).mkdir()
+        prompts(tmp_path / name / "train.jsonl", known, 30)
+        prompts(tmp_path / name / "test.jsonl", known, 10)
+        found = learner.drift(tmp_path / name)
+        assert (found["drift"], found["examples"]) == (name == "e", 40)
 
 
 # -- the level ----------------------------------------------------------------------------------------------

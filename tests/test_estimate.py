@@ -129,11 +129,6 @@ def test_a_state_needs_data_and_one_process(world: Path, tmp_path: Path, monkeyp
         perpetune.estimate("demo")
 
 
-def test_the_help_has_an_example(capfd: pytest.CaptureFixture[str]) -> None:
-    assert call(["estimate", "--help"]) == 0
-    assert "perpetune estimate birds --data photos/june" in " ".join(capfd.readouterr().out.split())
-
-
 def made(index: int, train: int, *, growth: float = 0.0) -> Measured:
     """A task of a trial whose parts take a second each and 0.1 s an example more; a later one grows."""
     counts = Counts(index, train + 10, train, 10, index, 10 * index)

@@ -272,11 +272,6 @@ def test_bad_input_of_the_command_is_one_line(world: Path, tmp_path: Path, capsy
         assert not (tmp_path / "out").exists()
 
 
-def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(["export", "--help"]) == 0
-    assert "Example: perpetune export STATE my-model --to merged" in " ".join(capsys.readouterr().out.split())
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("pet", ["lora", "ssf"])
 def test_five_hundred_digits_with_the_packaged_model(pet: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from test_faults import KILLED, Lab, assert_whole, fine, learned, one_line
 from test_gate import everything
 from tiny import every, picture_folder, recipe, vit_folder, written
 from torch import Tensor
+from warm import Warm
 
 from perpetune.cli import call
 from perpetune.data.sketch import ALL
@@ -186,6 +188,18 @@ def test_the_command_and_what_is_left(world: Path, tmp_path: Path, capfd: pytest
     same(Learner.load(state), never, world / "c")
     assert call(["evaluate", str(state), "--json"]) == 0
     assert list(written(capfd.readouterr().out)[-1]["cells"]) == ["a", "c", "d"]
+
+
+def test_the_process(world: Path, tmp_path: Path, warm: Warm) -> None:
+    state = tmp_path / "state"
+    made(world, state, "ab", "ncm")
+    command = [*warm.command, "-m", "perpetune", "forget", str(state), "--task", "a", "-q"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "forgotten: task a, " in done.stdout
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "has no task 'a'" in one_line(done.stderr)
 
 
 def test_bad_input(world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 from test_faults import KILLED, Lab, assert_whole, fine, learned, one_line, pictures
 from tiny import every, recipe, vit_folder, written
+from warm import Warm
 
 from perpetune.cli import call
 from perpetune.errors import Refused, StateError, UsageError
@@ -119,6 +121,20 @@ def test_the_command(world: Path, state: Path, capfd: pytest.CaptureFixture[str]
     assert (state.parent / "elsewhere" / "report.json").is_file()
     assert call([*update[:-2], "100", "-q"]) == 0
     assert "accepted (bar 100 points)" in (state / "report.md").read_text()
+
+
+def test_the_process_refuses_by_its_exit_code(world: Path, state: Path, warm: Warm) -> None:
+    before = everything(state)
+    update = [*warm.command, "-m", "perpetune", "update", str(state), "-q", "--max-drop", "2", "--data"]
+    done = subprocess.run([*update, str(world / "bad")], capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert one_line(done.stderr).startswith(
+        "perpetune: task bad is refused, and the state is as it was: good-1 falls by "
+    )
+    assert everything(state) == before
+    done = subprocess.run([*update, str(world / "good-2")], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [task.name for task in State(state).committed] == ["good-1", "good-2"]
 
 
 def test_the_recipe_has_a_gate_for_updates(world: Path, tmp_path: Path) -> None:

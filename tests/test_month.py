@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 from test_faults import one_line
 from test_gate import everything
 from tiny import picture_folder, recipe, vit_folder, written
+from warm import Warm
 
 from perpetune.cli import call
 from perpetune.data.names import edits, spellings
@@ -54,6 +56,15 @@ def test_what_a_month_holds(world: Path, capfd: pytest.CaptureFixture[str]) -> N
         "nothing was learned",
     ):
         assert line in said
+    assert everything(world / "state") == before
+
+
+def test_the_process_learns_nothing(world: Path, warm: Warm) -> None:
+    before = everything(world / "state")
+    command = ["update", str(world / "state"), "--data", str(world / "second"), "--dry-run"]
+    done = subprocess.run([*warm.command, "-m", "perpetune", *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "new classes: 2: Black_birds (5), owl (6)" in done.stdout
     assert everything(world / "state") == before
 
 

@@ -479,11 +479,6 @@ def test_a_signal_ends_it_after_the_requests_that_it_holds(warm: Warm, world: Pa
 # -- the command --------------------------------------------------------------------------------------------
 
 
-def test_the_help_has_an_example(capfd: pytest.CaptureFixture[str]) -> None:
-    assert call(["serve", "--help"]) == 0
-    assert "Example: perpetune serve birds --port 8080" in " ".join(capfd.readouterr().out.split())
-
-
 def failed(capfd: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str]:
     """The exit code and the one line of a command."""
     code = call(["serve", *map(str, arguments)])

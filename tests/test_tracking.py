@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from accelerate.tracking import GeneralTracker
 from tiny import picture_folder, recipe, task_tensors, vit_folder
+from warm import Warm
 
 from perpetune import tracking
 from perpetune.cli import call
@@ -171,6 +173,19 @@ def test_tensorboard_reads_what_was_written(world: Path, tmp_path: Path) -> None
     assert [(e.step, e.value) for e in events.Scalars("metrics/tasks")] == [(40, 1.0), (80, 2.0)]
     assert events.Scalars("accuracy/b")[0].value == pytest.approx(results["cells"][1][1]["correct"] / 10)
     assert list((tmp_path / "s" / "track" / "tiny").glob("*/hparams.yml"))
+
+
+def test_the_process_writes_for_tensorboard(world: Path, tmp_path: Path, warm: Warm) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    state = tmp_path / "s"
+    Learner(content(world, "tensorboard", method="frozen", pet="none", head="ncm"), state)
+    command = [*warm.command, "-m", "perpetune", "update", str(state), "--data", str(world / "a"), "-q"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    events = EventAccumulator(str(state / "track" / "tiny"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("metrics/tasks")] == [(40, 1.0)]
 
 
 def test_what_cannot_be_used_is_one_line_and_makes_no_folder(

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from perpetune.fit import FitConfig
     from perpetune.forecast.estimating import estimate
     from perpetune.heads.base import Head
+    from perpetune.hub.pulling import Pulled, pull
+    from perpetune.hub.pushing import Pushed, push
     from perpetune.learner import Learner, Prediction
     from perpetune.methods.base import Method
     from perpetune.models.backbone import Backbone
@@ -46,6 +48,8 @@ _HOME = {
     "Prediction": "perpetune.learner",
     "ProtectConfig": "perpetune.protection.config",
     "Protection": "perpetune.protection.protection",
+    "Pulled": "perpetune.hub.pulling",
+    "Pushed": "perpetune.hub.pushing",
     "Recipe": "perpetune.recipe",
     "Refused": "perpetune.errors",
     "Runtime": "perpetune.runtime",
@@ -54,6 +58,8 @@ _HOME = {
     "load_backbone": "perpetune.build",
     "load_recipe": "perpetune.recipe",
     "protect": "perpetune.protection.dropin",
+    "pull": "perpetune.hub.pulling",
+    "push": "perpetune.hub.pushing",
 }
 
 __all__ = [
@@ -71,6 +77,8 @@ __all__ = [
     "Prediction",
     "ProtectConfig",
     "Protection",
+    "Pulled",
+    "Pushed",
     "Recipe",
     "Refused",
     "Runtime",
@@ -80,6 +88,8 @@ __all__ = [
     "load_backbone",
     "load_recipe",
     "protect",
+    "pull",
+    "push",
 ]
 
 

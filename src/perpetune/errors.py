@@ -27,6 +27,10 @@ class StateError(PerpetuneError):
     """A state folder is damaged, belongs to something else, or does not allow what the user wants to do with it."""
 
 
+class HubError(PerpetuneError):
+    """The hub cannot be reached, refuses, or holds something else than what was asked for. Nothing was changed."""
+
+
 class MissingExtra(PerpetuneError):
     """An optional dependency is not installed.
 

@@ -4,6 +4,8 @@ reading checks them."""
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -225,6 +227,36 @@ def remove_folder(path: Path) -> None:
         aside = _aside(path, "gone")
         os.rename(path, aside)
         shutil.rmtree(aside)
+
+
+def sync_files(folder: Path) -> None:
+    """Sync all files below a folder, and the folders, to the disk."""
+    for root, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            path = os.path.join(root, name)
+            if os.path.isfile(path) and not os.path.islink(path):
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+        _sync_folder(Path(root))
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Let two folders of one file system change their names in one step, so that at every instant both are there.
+
+    Raises:
+        OSError: the system or the file system has no such step; nothing was changed.
+    """
+    names = os.fsencode(one), os.fsencode(other)
+    library: Any = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
+    if hasattr(library, "renameat2"):  # Linux; -100 is the current folder, 2 is RENAME_EXCHANGE
+        failed = library.renameat2(-100, names[0], -100, names[1], 2)
+    elif hasattr(library, "renamex_np"):  # macOS; 2 is RENAME_SWAP
+        failed = library.renamex_np(*names, 2)
+    else:
+        raise OSError(errno.ENOSYS, "there is no exchange of names here", str(other))
+    if failed:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(other))
+    _sync_folder(other.parent)
 
 
 def check_no_link(path: Path) -> None:

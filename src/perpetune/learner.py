@@ -47,6 +47,7 @@ from perpetune.snapshot import restore, snapshot
 from perpetune.state import START, Pruned, State
 from perpetune.tally import SAMPLE, probe_rows
 from perpetune.tasks import Batch, Task, captioned
+from perpetune.unlabelled import unlabelled
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -811,13 +812,15 @@ class Learner:
         data: str | Path | Sequence[Any] | Tensor,
         *,
         level: float = 0.05,
+        options: Mapping[str, Any] | None = None,
         unreadable: list[str] | None = None,
     ) -> dict[str, Any]:
         """Do examples without labels look like what was learned? If not, an update may be needed.
 
         Args:
-            data: a path, or what `predict` or `answer` takes.
+            data: a path of what `predict`, `answer` or `learn` takes, or pictures or prompts. Labels are not looked at.
             level: the share of months like what was learned that may be flagged.
+            options: further keys of the data section for a path or id, as in `learn`.
             unreadable: as in `predict`.
 
         Returns:
@@ -833,18 +836,16 @@ class Learner:
         self._need_learned()
         view, size = self.method.model.view, self.recipe.evaluate.batch_size
         known = self._known()
-        given = view.typed([str(data)]) if isinstance(data, str | Path) else data
+        given = unlabelled(data, view, self.runtime.progress.note, options)
         chosen = drifting.some(len(given), "new")
         if len(chosen) < len(given):
             self.runtime.progress.note(f"{len(chosen)} of {len(given)} {view.noun} are compared, drawn at random")
         names, parts = list[str](), list[Tensor]()
         for start in range(0, len(chosen), size):
-            rows = chosen[start : start + size]
-            whole = given[rows] if isinstance(given, Tensor) else [given[row] for row in rows]
-            some = view.ask(whole, first=start, unreadable=unreadable)
-            if some:
-                names += [str(question.given) for question in some]
-                parts.append(self._compared(self._batch(some)))
+            some, batch = given.batch(chosen[start : start + size], unreadable)
+            if batch is not None:
+                names += some
+                parts.append(self._compared(batch.to(self.runtime.device)))
         every = torch.cat(list(known.values())) if known else torch.zeros(0, 1)
         new = torch.cat(parts) if parts else every[:0]
         found = drifting.compare(every[drifting.some(len(every), "known")], new, names, level, view.noun)

@@ -140,7 +140,7 @@ class TaskSequence:
     def _source_of(self, data: str | Path | dict[str, Any] | Source, holdout: float) -> tuple[Source, Origin]:
         origin: Origin = data if isinstance(data, dict) else {} if isinstance(data, Source) else self.origin(data)
         origin = {**origin, "holdout": holdout}
-        return (data if isinstance(data, Source) else _source(origin)), origin
+        return (data if isinstance(data, Source) else source_of(origin)), origin
 
     def looked_at(self, data: str | Path | dict[str, Any] | Source, index: int, name: str, holdout: float) -> TaskData:
         """The data that an update would learn, checked; nothing is learned of them."""
@@ -241,7 +241,7 @@ class TaskSequence:
         return list(taken.values())
 
     def _opened(self, source: str | Mapping[str, Any]) -> Task:
-        return self.whole(source if isinstance(source, str) else _source(dict(source)))
+        return self.whole(source if isinstance(source, str) else source_of(dict(source)))
 
     def _asked(self, exam: Exam) -> Task:
         if exam.task.test is None or not len(exam.task.test):
@@ -255,7 +255,7 @@ class TaskSequence:
             data: where it is.
             options: further keys of the data section for a path or id.
         """
-        source = data if isinstance(data, Source) else _source(self.origin(data, options))
+        source = data if isinstance(data, Source) else source_of(self.origin(data, options))
         limits = dict.fromkeys(("train_per_class", "test_per_class", "train_per_task", "test_per_task"))
         everything = {"validation": 0.0, **limits, "augment": "none"}
         found = self._single(source, 0, "given", 0.0, self.recipe.stream.model_copy(update=everything))
@@ -286,7 +286,7 @@ class TaskSequence:
                 if origin == STREAM:
                     found = self.stream.tasks[index] if index < len(self.stream.tasks) else None
                 else:
-                    found = self._single(_source(origin), index, committed.name, origin["holdout"], fresh=False)
+                    found = self._single(source_of(origin), index, committed.name, origin["holdout"], fresh=False)
                 if found is None or found.fingerprint != document["fingerprint"]:
                     self.runtime.progress.note(
                         f"task {committed.name} is not evaluated: its data at {self._place(origin)} changed since it "
@@ -472,7 +472,8 @@ def origin_of(data: str | Path, wanted: Kind | None = None, options: Mapping[str
     return {"name": name, **found, **given}
 
 
-def _source(origin: Origin) -> Source:
+def source_of(origin: Origin) -> Source:
+    """The source that a data section names."""
     given = {k: v for k, v in origin.items() if k not in ("name", "holdout")}
     source: Source = registry.find("data", origin["name"])(**registry.options("data", origin["name"], given))
     return source

@@ -38,13 +38,10 @@ def estimate(
 ) -> None:
     """Say what `run RECIPE` will take before you start it: time, memory and bytes on the disk.
 
-    With --data it is `update STATE --data DATA`, or the first update of a new state of RECIPE:
+    With --data it is `update STATE --data DATA`, or the first update of a new state of RECIPE. Some examples of the
+    first tasks are learned in a temporary folder and measured. Nothing else is written.
 
-        perpetune estimate demo --set train.epochs=10
-
-        perpetune estimate birds --data photos/june
-
-    Some examples of the first tasks are learned in a temporary folder and measured. Nothing else is written.
+    Example: perpetune estimate demo --set train.epochs=10, or perpetune estimate birds --data photos/june
     """
     began, out = time.perf_counter(), lines(json)
     from rich.console import Console

@@ -131,7 +131,7 @@ class Evaluated(TypedDict):
 
 
 class File(TypedDict):
-    """A file was written."""
+    """A file was written, or has arrived from the hub."""
 
     path: str
     bytes: int
@@ -264,6 +264,31 @@ class Estimated(TypedDict):
     estimate: dict[str, Any]
 
 
+class Pushed(TypedDict):
+    """What was sent to the repository, or would be; `commit` is null where nothing was."""
+
+    repo: str
+    url: str
+    private: bool
+    commit: str | None
+    files: int
+    bytes: int
+    unchanged: int
+    removed: int
+    dry_run: bool
+
+
+class Pulled(TypedDict):
+    """What came over the network, and the tasks that are new in `folder`."""
+
+    repo: str
+    commit: str
+    folder: str
+    files: int
+    bytes: int
+    tasks: list[str]
+
+
 class Checked(TypedDict):
     """How many rules were tried, and how many are broken."""
 
@@ -287,6 +312,8 @@ DONE: dict[str, tuple[type, ...]] = {
     "export": (Exported,),
     "prune": (Pruned,),
     "estimate": (Estimated,),
+    "push": (Pushed,),
+    "pull": (Pulled,),
     "compare": (Compared,),
     "check": (Checked,),
     "serve": (Stopped,),

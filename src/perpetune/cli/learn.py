@@ -77,6 +77,8 @@ def run(
 
     With several recipes or seeds, each run gets a state folder in OUT, and OUT/comparison.html compares them. After an
     interruption, the same command continues the runs.
+
+    Example: perpetune run turned --seeds 3 --jobs 2
     """
     from perpetune.recipe import load_recipe
 
@@ -205,7 +207,10 @@ def init(
     quiet: Quiet = False,
     json: JsonLines = False,
 ) -> None:
-    """Make a state folder; `update` then adds one batch of data after the other."""
+    """Make a state folder; `update` then adds one batch of data after the other.
+
+    Example: perpetune init birds --model timm:vit_small_patch14_dinov2.lvd142m
+    """
     from json import dumps
 
     from perpetune.learner import Learner
@@ -279,7 +284,7 @@ def update(
     """
     from perpetune.learner import Learner
 
-    options = _options_of(changes)
+    options = options_of(changes)
     if dry_run:
         if max_drop is not None or report is not None:
             raise UsageError(
@@ -315,7 +320,7 @@ def _show_month(
         print("\n".join(month.lines(found)))
 
 
-def _options_of(changes: Sequence[str] | None) -> dict[str, Any]:
+def options_of(changes: Sequence[str] | None) -> dict[str, Any]:
     """The keys of a data section that `--set` gives."""
     from perpetune.recipe import apply_change
 
@@ -369,7 +374,10 @@ def _show_refused(refused: Refused, folder: Path, out: Lines | None) -> None:
 
 @steady
 def resume(state: StateFolder, device: Device = None, quiet: Quiet = False, json: JsonLines = False) -> None:
-    """Continue an interrupted run or update where it stopped."""
+    """Continue an interrupted run or update where it stopped.
+
+    Example: perpetune resume birds
+    """
     from perpetune.learner import Learner
 
     out = lines(json)
@@ -394,7 +402,10 @@ def rollback(
     ],
     json: Json = False,
 ) -> None:
-    """Drop all tasks after a given task, as if they had never been learned."""
+    """Drop all tasks after a given task, as if they had never been learned.
+
+    Example: perpetune rollback birds --to 2026-10
+    """
     from perpetune.cli.common import print_json
     from perpetune.report import write_report
     from perpetune.results import read_results
@@ -452,9 +463,9 @@ def prune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be dropped, and change nothing.")] = False,
     json: JsonLines = False,
 ) -> None:
-    """Free the disk of what only a rollback to old tasks needs, such as `perpetune prune birds --keep 12`.
+    """Free the disk of what only a rollback to old tasks needs. Predictions, results and reports stay as they are.
 
-    Predictions, results and reports stay as they are.
+    Example: perpetune prune birds --keep 12 --dry-run
     """
     from perpetune.report import form
     from perpetune.state import State
@@ -481,7 +492,10 @@ def relocate(
         str | None, typer.Option(metavar="OLD=NEW", help="A folder or file of tasks' data, and where it is now.")
     ] = None,
 ) -> None:
-    """Tell a state that its model or its data lie elsewhere now. The fingerprint makes sure that they are the same."""
+    """Tell a state that its model or its data lie elsewhere now. The fingerprint makes sure that they are the same.
+
+    Example: perpetune relocate birds --model folder:/models/vit
+    """
     from perpetune.learner import Learner
 
     old, equals, new = (data or "").partition("=")

@@ -25,7 +25,10 @@ def report(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Write report.html, report.md and report.json."""
+    """Write report.html, report.md and report.json.
+
+    Example: perpetune report birds
+    """
     from perpetune.cli.common import print_json
     from perpetune.report import headroom_beside, write_report
     from perpetune.results import read_results
@@ -52,7 +55,10 @@ def log(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Print what happened to a state, event by event, and the bytes of each task."""
+    """Print what happened to a state, event by event, and the bytes of each task.
+
+    Example: perpetune log birds --tasks
+    """
     from perpetune.cli.common import print_json
     from perpetune.errors import StateError
     from perpetune.state import State
@@ -106,6 +112,8 @@ def compare(
     """Put several runs side by side; runs that differ in the seed alone become one row, mean ± std.
 
     Comparisons that lie among them are passed over: FOLDER/* is all runs in FOLDER.
+
+    Example: perpetune compare runs/turned/* --out runs/compared
     """
     from perpetune.cli.live import show_comparison, show_headroom
     from perpetune.report import compare as compare_runs
@@ -129,7 +137,10 @@ def compare(
 
 
 def methods(json: Json = False) -> None:
-    """List what a recipe can name and what fits together: methods, pets, heads, backbones, data; with options."""
+    """List what a recipe can name and what fits together: methods, pets, heads, backbones, data; with options.
+
+    Example: perpetune methods --json
+    """
     from perpetune import registry
     from perpetune.averages.config import AverageConfig
     from perpetune.cli.common import print_json
@@ -191,7 +202,10 @@ def _print_options(options: dict[str, str]) -> None:
 
 
 def recipes(json: Json = False) -> None:
-    """List the recipes that come with the package."""
+    """List the recipes that come with the package.
+
+    Example: perpetune recipes
+    """
     from perpetune.cli.common import print_json
     from perpetune.recipe import load_recipe, packaged
 
@@ -208,7 +222,10 @@ def show(
     change: Set = None,
     json: Json = False,
 ) -> None:
-    """Print a recipe with every default written out."""
+    """Print a recipe with every default written out.
+
+    Example: perpetune show demo --set train.epochs=3
+    """
     from perpetune.cli.common import print_json
     from perpetune.recipe import load_recipe
 
@@ -230,7 +247,10 @@ def check(
     ] = None,
     json: JsonLines = False,
 ) -> None:
-    """Run the contract tests on a method, yours or ours."""
+    """Run the contract tests on a method, yours or ours.
+
+    Example: perpetune check finetune --on pictures
+    """
     from perpetune.check import Outcome, check_method
 
     out = lines(json)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from perpetune.cli.learn import DataSet, Device, Json, JsonLines, StateFolder
+from perpetune.cli.learn import DataSet, Device, Json, JsonLines, StateFolder, options_of
 from perpetune.cli.lines import Lines, LineView, lines
 
 if TYPE_CHECKING:
@@ -42,7 +42,10 @@ def predict(
     json: JsonLines = False,
     csv: Annotated[bool, typer.Option("--csv", help="Print CSV: image, then name and probability by rank.")] = False,
 ) -> None:
-    """Print names and probabilities for images, or a language model's answers."""
+    """Print names and probabilities for images, or a language model's answers.
+
+    Example: perpetune predict birds photos/ --top 1 --csv
+    """
     from perpetune.cli.notes import Notes
     from perpetune.errors import UsageError
     from perpetune.learner import Learner
@@ -200,16 +203,16 @@ def evaluate(
     device: Device = None,
     json: JsonLines = False,
 ) -> None:
-    """Print the accuracy on test data."""
+    """Print the accuracy on test data.
+
+    Example: perpetune evaluate birds --data photos/checked
+    """
     from perpetune.cli.notes import Notes
     from perpetune.errors import UsageError
     from perpetune.learner import Learner
-    from perpetune.recipe import apply_change
     from perpetune.report import form
 
-    options: dict[str, Any] = {}
-    for change in changes or ():
-        apply_change(options, change)
+    options = options_of(changes)
     if options and data is None:
         raise UsageError("--set names keys of the data section of --data, and there is no --data")
     out = lines(json)
@@ -239,11 +242,16 @@ def evaluate(
 def drift(
     state: StateFolder,
     data: Annotated[
-        str, typer.Option(help="Pictures without labels: a folder or a file. For a language model: a file of prompts.")
+        str,
+        typer.Option(
+            help="Pictures, or for a language model prompts: a folder, a file, or whatever `update --data` takes. "
+            "Labels are not looked at."
+        ),
     ],
     level: Annotated[
         float, typer.Option(metavar="SHARE", help="Share of months like what was learned that may be flagged.")
     ] = 0.05,
+    changes: DataSet = None,
     device: Device = None,
     json: Json = False,
 ) -> None:
@@ -258,7 +266,8 @@ def drift(
 
     notes, unreadable = Notes(), list[str]()
     learner = Learner.load(state, device=device, progress=notes)
-    found = learner.drift(data, level=level, unreadable=unreadable)
+    options = options_of(changes)
+    found = learner.drift(data, level=level, options=options, unreadable=unreadable)
     noun = learner.method.model.view.noun
     if unreadable:
         notes.note(f"{len(unreadable)} {noun} cannot be read and are left out: {several(unreadable)}")

@@ -3,6 +3,7 @@ kinds."""
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -147,6 +148,10 @@ class View(ABC):
         Raises:
             UsageError, DataError: an argument does not lead to a question.
         """
+
+    def plain(self, path: str) -> bool:
+        """Whether `typed` reads what lies at a path; otherwise a source of data has to."""
+        return path == "-" or os.path.isfile(path)
 
     @abstractmethod
     def ask(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,15 @@ import yaml
 
 from perpetune._version import __version__
 from perpetune.data.names import printable
+from perpetune.data.pictures.view import PictureView
 from perpetune.models.backbone import Backbone
 from perpetune.models.loaders.packaged import PACKAGED
+from perpetune.plain import MOST_YAML, Malformed, parse_yaml, read_regular
 
 NOT_KNOWN = "not known"
+CARD = "README.md"
+TAG = "perpetune"
+"""The tag by which a card of ours is known."""
 OF_PACKAGE = "apache-2.0"
 """The licence of this package, and so of the models in it."""
 
@@ -23,6 +29,16 @@ PRIVATE = ("data", "exams", "protect", "run")
 """Sections of the recipe that may name files and folders of the user."""
 
 LOAD = {
+    "state": """The whole state: it answers, and it can be updated with new data.
+
+```console
+perpetune pull REPO FOLDER
+perpetune predict FOLDER photo.jpg
+```
+
+If the base model lies in another folder there: `perpetune relocate FOLDER --model folder:PATH`. A recipe can name code
+of installed packages, so pull from people whom you trust.
+""",
     "peft": """The adapter belongs on the base model:
 
 ```python
@@ -51,46 +67,92 @@ classes = json.loads(session.get_modelmeta().custom_metadata_map["classes"])
 }
 
 
+@dataclass(frozen=True)
+class Base:
+    """What a card says of the base model. `opens` is as of `Backbone`."""
+
+    spec: str
+    fingerprint: str
+    takes: str
+    licence: str
+    opens: Mapping[str, Any] = field(default_factory=dict)
+
+
+def base_of(backbone: Backbone) -> Base:
+    """The base model of an export."""
+    return Base(backbone.spec, backbone.fingerprint(), backbone.takes, licence_of(backbone), backbone.opens)
+
+
+def state_card(folder: Path, known: Mapping[str, Any], results: Mapping[str, Any], day: date, repo: str) -> str:
+    """The card of a whole state on the hub. The base model is not loaded for it.
+
+    Args:
+        folder: the state.
+        known: its `backbone.json`.
+        results: its results document.
+        day: of the push.
+        repo: OWNER/NAME, where the state is put.
+    """
+    spec = str(known["spec"])
+    prefix, _, rest = spec.partition(":")
+    place = rest if prefix == "folder" else rest.partition("@")[0] if prefix == "hf" else ""
+    licence = OF_PACKAGE if prefix == "perpetune" and rest in PACKAGED else _licence_in(place)
+    takes = "pictures" if known.get("examples") == PictureView.noun else "texts"
+    base = Base(spec, str(known["fingerprint"]), takes, licence, {"base": place} if place else {})
+    load = LOAD["state"].replace(" FOLDER", f" {_plain(folder.name)}").replace("REPO", repo)
+    return model_card("state", [], base, results, day, load)
+
+
+def is_card(path: Path) -> bool:
+    """Whether a file is a card that `export` or `push` has written."""
+    try:
+        _, head, _ = read_regular(path, MOST_YAML).decode(errors="replace").split("---\n", 2)
+        given = parse_yaml(head)
+    except (ValueError, OSError, Malformed):
+        return False
+    tags = given.get("tags") if isinstance(given, dict) else None
+    return isinstance(tags, list) and TAG in tags
+
+
 def card_of(backbone: Backbone, results: Mapping[str, Any], day: date) -> Callable[[str, list[str]], str]:
     """What makes the card of an export of a state, from the form and from sentences about what was written."""
-    return lambda to, said: model_card(to, said, backbone, results, day)
+    return lambda to, said: model_card(to, said, base_of(backbone), results, day)
 
 
-def model_card(to: str, said: Sequence[str], backbone: Backbone, results: Mapping[str, Any], day: date) -> str:
+def model_card(to: str, said: Sequence[str], base: Base, results: Mapping[str, Any], day: date, load: str = "") -> str:
     """The text of `README.md`, in Markdown with the head that the Hugging Face hub reads.
 
     Args:
-        to: the form of the export.
+        to: the form of the export, or `state`.
         said: sentences about what was written, such as how it agrees with the state.
         results: the results document of the state.
         day: of the export.
+        load: how to load it; by default what stands for the form in `LOAD`.
     """
     recipe, tasks = results["recipe"], results["tasks"]
-    licence = licence_of(backbone)
     classes = list(dict.fromkeys(name for task in tasks for name in task["classes"]))
-    base, library = _base(backbone), backbone.opens.get("library") or "perpetune"
+    model, library = _base(base), base.opens.get("library") or "perpetune"
     top: dict[str, Any] = {"library_name": "peft" if to == "peft" and recipe["pet"] else library}
     if to == "onnx":
         top["library_name"] = "onnx"
-    if licence != NOT_KNOWN:
-        top["license"] = licence
-    if base is not None and "/" in base and not Path(base).exists():
-        top["base_model"] = base
-    if backbone.takes == "pictures":
+    if base.licence != NOT_KNOWN:
+        top["license"] = base.licence
+    if model is not None and "/" in model and not Path(model).exists() and not Path(model).is_absolute():
+        top["base_model"] = model
+    if base.takes == "pictures":
         top["pipeline_tag"] = "image-classification"
-    top["tags"] = ["continual-learning", "perpetune"]
+    top["tags"] = ["continual-learning", TAG]
     shown = {key: value for key, value in recipe.items() if key not in PRIVATE}
     parts = [
         f"---\n{yaml.safe_dump(top, sort_keys=False).strip()}\n---\n",
         f"# {_plain(results['name'])}\n",
         f"perpetune {__version__} wrote this folder on {day.isoformat()}, in the form `{to}`.\n",
         "## Model\n",
-        f"* Base model: `{_plain(backbone.spec)}`, {results['backbone_parameters']:,} parameters, which were not "
-        "trained."
+        f"* Base model: `{_plain(base.spec)}`, {results['backbone_parameters']:,} parameters, which were not trained."
         if results.get("backbone_parameters")
-        else f"* Base model: `{_plain(backbone.spec)}`.",
-        f"* Fingerprint of its weights: `{backbone.fingerprint()}`.",
-        f"* Licence of the base model: {licence}.",
+        else f"* Base model: `{_plain(base.spec)}`.",
+        f"* Fingerprint of its weights: `{base.fingerprint}`.",
+        f"* Licence of the base model: {base.licence}.",
         f"* Trained parameters beside it: {results.get('trainable_parameters') or 0:,}.",
         f"* Method `{_named(recipe['method'])}`, pet `{_named(recipe['pet'])}`, head `{_named(recipe['head'])}`, "
         f"seed {results['seed']}.",
@@ -106,7 +168,7 @@ def model_card(to: str, said: Sequence[str], backbone: Backbone, results: Mappin
         *_certificate(results),
         "",
         "## How to load it\n",
-        _load(to, backbone, bool(said and said[0].startswith("On "))),
+        load or _load(to, base, bool(said and said[0].startswith("On "))),
         *said,
         "",
         "## The recipe\n",
@@ -124,11 +186,15 @@ def licence_of(backbone: Backbone) -> str:
     known = getattr(backbone.net, "pretrained_cfg", None)
     if isinstance(known, Mapping) and isinstance(known.get("license"), str):
         return _plain(known["license"])
-    base = str(backbone.opens.get("base", "")).removeprefix("local-dir:")
-    readme: Path | None = Path(base) / "README.md"
-    if base and readme is not None and not readme.is_file():
-        readme = _cached(base)
-    if not base or readme is None:
+    return _licence_in(str(backbone.opens.get("base", "")).removeprefix("local-dir:"))
+
+
+def _licence_in(place: str) -> str:
+    """The licence that the card of a model names, in a folder or in the hub's cache; or `not known`."""
+    readme: Path | None = Path(place) / CARD
+    if place and readme is not None and not readme.is_file():
+        readme = _cached(place)
+    if not place or readme is None:
         return NOT_KNOWN
     try:
         _, head, _ = readme.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
@@ -144,15 +210,15 @@ def _cached(repository: str) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(repository, "README.md")
+        found = try_to_load_from_cache(repository, CARD)
     except HFValidationError:
         return None
     return Path(found) if isinstance(found, str) else None
 
 
-def _base(backbone: Backbone) -> str | None:
-    base = backbone.opens.get("base")
-    return None if base is None or backbone.spec.startswith("perpetune:") else str(base)
+def _base(base: Base) -> str | None:
+    found = base.opens.get("base")
+    return None if found is None or base.spec.startswith("perpetune:") else str(found)
 
 
 def _tasks(results: Mapping[str, Any]) -> list[str]:
@@ -210,22 +276,22 @@ def _certificate(results: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _load(to: str, backbone: Backbone, whole: bool) -> str:
+def _load(to: str, base: Base, whole: bool) -> str:
     if to == "peft":
         return f"{LOAD['peft']}\nWith a head of classes see `head.json`; docs/export.md of perpetune has the code."
     if to == "onnx":
         return LOAD["onnx"]
-    call = "".join(f", {key}={value!r}" for key, value in backbone.opens.get("call", {}).items())
-    if backbone.opens.get("library") == "timm":
+    call = "".join(f", {key}={value!r}" for key, value in base.opens.get("call", {}).items())
+    if base.opens.get("library") == "timm":
         code = 'import timm\n\nmodel = timm.create_model("local-dir:FOLDER", pretrained=True).eval()'
-    elif backbone.takes == "pictures" and whole:
+    elif base.takes == "pictures" and whole:
         code = (
             "from transformers import AutoImageProcessor, AutoModelForImageClassification\n\n"
             'model = AutoModelForImageClassification.from_pretrained("FOLDER")\n'
             'reader = AutoImageProcessor.from_pretrained("FOLDER")\n'
             f'scores = model(**reader(picture, return_tensors="pt"){call}).logits'
         )
-    elif backbone.takes == "pictures":
+    elif base.takes == "pictures":
         code = 'from transformers import AutoModel\n\nmodel = AutoModel.from_pretrained("FOLDER")'
     else:
         code = (

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from perpetune.aside import written_aside
 from perpetune.errors import UsageError
+from perpetune.export.card import CARD
 from perpetune.export.head import write_head
 from perpetune.export.merged import write_merged
 from perpetune.export.onnx import write_onnx
@@ -25,7 +26,6 @@ Form = Literal["peft", "merged", "onnx"]
 weights. `onnx`: one graph from pixels to scores."""
 FORMS: tuple[str, ...] = get_args(Form)
 PROJECTOR = "projector.safetensors"
-CARD = "README.md"
 
 
 def export_learned(

@@ -189,8 +189,8 @@ class Chain:
 
 def _folded(chain: Chain, events: Sequence[Mapping[str, Any]]) -> Chain:
     for event in events:
-        if event["event"] in _FOLDS:
-            _FOLDS[event["event"]](chain, event)
+        if event["event"] in FOLDS:
+            FOLDS[event["event"]](chain, event)
     return chain
 
 
@@ -254,7 +254,7 @@ def _pruned(chain: Chain, event: Mapping[str, Any]) -> None:
             said.manifest, said.becomes = said.becomes, None
 
 
-_FOLDS = {
+FOLDS = {
     "task begun": _begun,
     "task committed": _committed,
     "rollback begun": _rollback_begun,
@@ -264,3 +264,4 @@ _FOLDS = {
     "prune written": _prune_written,
     "pruned": _pruned,
 }
+"""What the events that decide which tasks are committed change of the chain."""

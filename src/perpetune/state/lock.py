@@ -25,6 +25,8 @@ def locked(folder: Path) -> Iterator[None]:
     _held.add(lock)
     try:
         _lock(lock, folder)
+        if not _is_at(lock, folder / ".lock"):
+            raise StateError(f"another process has just replaced {folder}: give the same command again")
         yield
     finally:
         if lock in _held:  # not in a forked child, which has closed its copy of the lock
@@ -40,6 +42,14 @@ def open_no_link(path: str | Path, flags: int) -> int:
         os.close(descriptor)
         raise StateError(f"{path} is no file: move it away")
     return descriptor
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file still has its name: a pull can put another folder in the place of the one that it was in."""
+    try:
+        return os.name != "posix" or os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except OSError:
+        return False
 
 
 _held: set[int] = set()  # file descriptors of the locks that this process has

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from perpetune.data.check import in_threads
 from perpetune.data.examples import Augment, Depth, Purpose, Question, TableSet, View
 from perpetune.data.names import printable, several
-from perpetune.data.pictures.read import LARGE, as_rgb, picture_files, read_picture
+from perpetune.data.pictures.read import LARGE, as_rgb, is_picture, picture_files, read_picture, walk
 from perpetune.data.pictures.tables import FileTable, PictureTable
 from perpetune.data.sources import Table
 from perpetune.errors import DataError, UsageError
@@ -112,6 +112,11 @@ class PictureView(View):
 
     def typed(self, inputs: Sequence[str]) -> list[Path]:
         return picture_files([Path(given) for given in inputs])
+
+    def plain(self, path: str) -> bool:
+        if os.path.isdir(path):
+            return bool(walk(path)[0])
+        return os.path.isfile(path) and (is_picture(path) or not os.path.splitext(path)[1])
 
     def ask(
         self,
