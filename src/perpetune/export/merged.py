@@ -22,6 +22,7 @@ from perpetune.methods.base import Method
 from perpetune.models.backbone import Backbone
 from perpetune.models.loaders.checkpoint import quiet
 from perpetune.models.loaders.hub import one_line
+from perpetune.models.loaders.plain import of_library
 from perpetune.models.plain_vit import PlainViT
 from perpetune.pets import folding
 from perpetune.seeding import generator, own_global_state
@@ -283,7 +284,7 @@ def _timm(
     """Write a model of timm; whether its classifier holds the head."""
     from timm.models import save_for_hf
 
-    net: Any = backbone.net
+    net: Any = of_library(backbone)
     rows = None
     try:
         if classifier is not None and classes:

@@ -338,7 +338,7 @@ FAMILIES = (
     *(
         Family(name, classes, blocks, _TIMM, _TIMM_ONCE, _PICTURE_SIDE, reads="picture")
         for name, classes, blocks in (
-            ("timm VisionTransformer", ("VisionTransformer", "VisionTransformerRelPos"), "blocks"),
+            ("timm VisionTransformer", ("VisionTransformer", "VisionTransformerRelPos", "PlainTimmViT"), "blocks"),
             ("timm Eva", ("Eva",), "blocks"),
             ("timm Beit", ("Beit",), "blocks"),
         )
