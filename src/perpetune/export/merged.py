@@ -23,7 +23,7 @@ from perpetune.models.backbone import Backbone
 from perpetune.models.loaders.checkpoint import quiet
 from perpetune.models.loaders.hub import one_line
 from perpetune.models.loaders.plain import of_library
-from perpetune.models.plain_vit import PlainViT
+from perpetune.models.plain_vit import PlainDinov2, PlainViT
 from perpetune.pets import folding
 from perpetune.seeding import generator, own_global_state
 from perpetune.tasks import Inputs
@@ -151,7 +151,7 @@ def _vision(
     """Write a vision transformer; whether its classifier holds the head."""
     from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
-    plain = isinstance(backbone.net, PlainViT)
+    plain = isinstance(backbone.net, PlainViT | PlainDinov2)
     config: Any = AutoConfig.from_pretrained(backbone.opens["base"]) if plain else copy.deepcopy(backbone.net.config)
     tensors = backbone.net.state_dict()
     net: Any = None

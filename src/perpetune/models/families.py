@@ -348,7 +348,7 @@ FAMILIES = (
         for name, classes, blocks in (
             ("transformers ViT", ("ViTModel", "ViTMSNModel", "PlainViT"), "layers"),
             ("transformers DeiT", ("DeiTModel",), "layers"),
-            ("transformers DINOv2", ("Dinov2Model", "Dinov2WithRegistersModel"), "encoder.layer"),
+            ("transformers DINOv2", ("Dinov2Model", "Dinov2WithRegistersModel", "PlainDinov2"), "encoder.layer"),
             ("transformers DINOv3", ("DINOv3ViTModel",), "model.layer"),
         )
     ),

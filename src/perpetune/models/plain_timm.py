@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from perpetune.models.plain_vit import fill
+
 
 class PlainTimmViT(nn.Module):
     """A vision transformer with norms before attention and MLP, and no dropout (arXiv:2010.11929), without classifier.
@@ -54,7 +56,7 @@ class PlainTimmViT(nn.Module):
     ):
         super().__init__()
         self.image_size, self.embed_prefix, self.pool = image_size, embed_prefix, pool
-        self.num_prefix_tokens = int(class_token) + registers
+        self.width, self.class_token, self.num_prefix_tokens = width, class_token, int(class_token) + registers
         self.grid = image_size // patch_size
         count = self.grid**2 + (self.num_prefix_tokens if embed_prefix else 0)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width)) if class_token else None
@@ -86,26 +88,17 @@ class PlainTimmViT(nn.Module):
         return feature
 
     def load(self, stored: Mapping[str, Tensor]) -> None:
-        """Load the tensors of a file by timm's names, as float32; those of a classifier are left out. Positions of
-        another square grid are interpolated as timm does it.
-
-        Raises:
-            LookupError, RuntimeError: a tensor is missing, unexpected, or does not fit.
-        """
-        for name in stored.keys() - self.state_dict().keys():
-            if not name.startswith("head."):
-                raise LookupError(f"unexpected: {name}")
-        tensors = {name: stored[name] for name in self.state_dict()}
-        before, prefix = tensors["pos_embed"], self.num_prefix_tokens if self.embed_prefix else 0
+        """Load the tensors of a file by timm's names; see `fill`. Positions of another square grid are interpolated as
+        timm does it."""
+        tensors, prefix = dict(stored), self.num_prefix_tokens if self.embed_prefix else 0
+        before = stored["pos_embed"]
         side = round((before.shape[1] - prefix) ** 0.5)
         if side != self.grid:
             grid = before[:, prefix:].float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
             grid = F.interpolate(grid, size=[self.grid] * 2, mode="bicubic", antialias=True)
             grid = grid.permute(0, 2, 3, 1).reshape(1, -1, before.shape[2])
             tensors["pos_embed"] = torch.cat([before[:, :prefix], grid.to(before.dtype)], dim=1)
-        # New memory: the net may be on the device `meta`, and kernels see tensors of a file at other addresses.
-        fresh = {name: torch.empty(tensor.shape).copy_(tensor) for name, tensor in tensors.items()}
-        self.load_state_dict(fresh, assign=True)
+        fill(self, tensors)
 
 
 class _Patches(nn.Module):
@@ -172,105 +165,38 @@ class _Block(nn.Module):
         return changed
 
 
-_LIKE = {
-    "VisionTransformer": "PlainTimmViT",
-    "PatchEmbed": "_Patches",
-    "Block": "_Block",
-    "Attention": "_Attention",
-    "Mlp": "_MLP",
-    "LayerScale": "_Scale",
-}
-"""timm's classes, and the class here that computes the same."""
+def sizes_of(net: Any) -> dict[str, Any]:
+    """What `PlainTimmViT` takes, from a net of timm.
 
-
-def sizes_of(net: Any) -> dict[str, Any] | None:
-    """What `PlainTimmViT` takes to stand for `net`, a net of timm in evaluation mode without classifier.
-
-    None if `net` has a part that is not covered, or if the two do not compute the same bits of one picture.
+    Raises:
+        AttributeError, IndexError, TypeError, ValueError: it is no such net, or has a part that is not covered.
     """
-    sizes = _sizes(net)
-    if sizes is None:
-        return None
-    with torch.device("meta"):
-        plain = PlainTimmViT(**sizes)
-    state = net.state_dict()
-    if {k: v.shape for k, v in plain.state_dict().items()} != {k: v.shape for k, v in state.items()}:
-        return None
-    theirs, ours = dict(net.named_modules()), dict(plain.named_modules())
-    same = all(_same(theirs.pop(name, None), module) for name, module in ours.items())
-    if not same or not all(_nothing(module) for module in theirs.values()):
-        return None
-    plain.load_state_dict(state, assign=True)
-    plain.requires_grad_(False).eval()
-    side = sizes["image_size"]
-    picture = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)) * 4 - 2
-    with torch.no_grad():
-        return sizes if torch.equal(net(picture), plain(picture)) else None
-
-
-def _sizes(net: Any) -> dict[str, Any] | None:
-    try:
-        first = net.blocks[0]
-        rows, columns = net.patch_embed.img_size
-        norm = next((where for where in ("norm", "fc_norm") if type(getattr(net, where)) is not nn.Identity), "none")
-        sizes = {
-            "image_size": rows,
-            "patch_size": net.patch_embed.proj.kernel_size[0],
-            "width": net.embed_dim,
-            "inner": first.mlp.fc1.out_features,
-            "depth": len(net.blocks),
-            "heads": first.attn.num_heads,
-            "eps": first.norm1.eps,
-            "class_token": net.cls_token is not None,
-            "registers": 0 if net.reg_token is None else net.reg_token.shape[1],
-            "embed_prefix": not net.no_embed_class,
-            "patch_bias": net.patch_embed.proj.bias is not None,
-            "qkv_bias": first.attn.qkv.bias is not None,
-            "layer_scale": hasattr(first.ls1, "gamma"),
-            "pre_norm": type(net.norm_pre) is not nn.Identity,
-            "norm": {"norm": "tokens", "fc_norm": "pooled"}.get(norm, "none"),
-            "pool": net.global_pool,
-        }
-        covered = (
-            rows == columns
-            and net.pool_include_prefix is False
-            and net.patch_embed.flatten is not net.dynamic_img_size
-            and net.patch_embed.dynamic_img_pad is False
-            and net.attn_pool is None
-            and net.global_pool in ("token", "avg")
-        )
-    except (AttributeError, IndexError, TypeError, ValueError):
-        return None
-    return sizes if covered else None
-
-
-def _same(theirs: nn.Module | None, ours: nn.Module) -> bool:
-    """Whether a module of timm's net computes what the module of the same name here computes."""
-    if theirs is None or theirs._forward_hooks or theirs._forward_pre_hooks:
-        return False
-    kind = type(theirs)
-    if type(ours) is nn.LayerNorm:
-        assert isinstance(ours, nn.LayerNorm)
-        return (
-            isinstance(theirs, nn.LayerNorm)
-            and kind.__name__ == "LayerNorm"
-            and getattr(theirs, "_fast_norm", False) is False
-            and (theirs.eps, theirs.normalized_shape) == (ours.eps, ours.normalized_shape)
-        )
-    if type(ours) in (nn.Linear, nn.Identity, nn.Conv2d, nn.Sequential):
-        return kind is type(ours) and repr(theirs.extra_repr()) == repr(ours.extra_repr())
-    settled = {"Attention": ("fused_attn", True), "LayerScale": ("inplace", False)}
-    name, wanted = settled.get(kind.__name__, ("training", False))
-    named = kind.__module__.partition(".")[0] == "timm" and _LIKE.get(kind.__name__) == type(ours).__name__
-    heads = getattr(theirs, "num_heads", None) == getattr(ours, "num_heads", None)
-    return named and heads and getattr(theirs, name, None) is wanted
-
-
-def _nothing(module: nn.Module) -> bool:
-    """Whether a module that only timm's net has changes nothing here: GELU, which the plain MLP computes itself, and
-    what passes its input on."""
-    if isinstance(module, nn.Dropout):
-        return module.p == 0
-    if isinstance(module, nn.GELU):
-        return module.approximate == "none"
-    return type(module) is nn.Identity
+    first, patches = net.blocks[0], net.patch_embed
+    rows, columns = patches.img_size
+    settled = (
+        net.pool_include_prefix is False
+        and net.attn_pool is None
+        and patches.dynamic_img_pad is False
+        and patches.flatten is not net.dynamic_img_size  # else it gives the patches in another form
+    )
+    if rows != columns or net.global_pool not in ("token", "avg") or not settled:
+        raise ValueError("not covered")
+    norms = [place for place, norm in (("tokens", net.norm), ("pooled", net.fc_norm)) if type(norm) is not nn.Identity]
+    return {
+        "image_size": rows,
+        "patch_size": patches.proj.kernel_size[0],
+        "width": net.embed_dim,
+        "inner": first.mlp.fc1.out_features,
+        "depth": len(net.blocks),
+        "heads": first.attn.num_heads,
+        "eps": first.norm1.eps,
+        "class_token": net.cls_token is not None,
+        "registers": 0 if net.reg_token is None else net.reg_token.shape[1],
+        "embed_prefix": not net.no_embed_class,
+        "patch_bias": patches.proj.bias is not None,
+        "qkv_bias": first.attn.qkv.bias is not None,
+        "layer_scale": hasattr(first.ls1, "gamma"),
+        "pre_norm": type(net.norm_pre) is not nn.Identity,
+        "norm": norms[0] if norms else "none",
+        "pool": net.global_pool,
+    }

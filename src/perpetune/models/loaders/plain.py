@@ -8,23 +8,110 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
 
 from perpetune.data.pictures.view import PictureView
 from perpetune.errors import PerpetuneError
-from perpetune.models.backbone import Backbone
+from perpetune.models import plain_timm, plain_vit
+from perpetune.models.backbone import Backbone, Forward
 from perpetune.models.loaders.hub import hub_file
 from perpetune.models.loaders.options import library
-from perpetune.models.plain_timm import PlainTimmViT, sizes_of
 
 WEIGHTS = "model.safetensors"
-LIBRARY = "timm"
+ABOUT = ("config.json", "preprocessor_config.json", "processor_config.json")
+"""Files of a folder that say how a model and its view are made."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """A class of a library, and the plain net that stands for it.
+
+    Attributes:
+        net: the plain class. Its method `load` takes the tensors of a file.
+        sizes: what the plain class takes, from a net of the library.
+        like: the library's classes of parts, and the class here that computes the same.
+        forward: computes features from the plain net; None if its output is the features.
+        resizes: whether it takes pictures of another size than its own.
+    """
+
+    library: str
+    net: type[Any]
+    sizes: Callable[[Any], dict[str, Any]]
+    like: Mapping[str, str]
+    forward: Forward | None = None
+    resizes: bool = False
+
+
+def _vit_sizes(net: Any) -> dict[str, Any]:
+    if net.config._attn_implementation != "sdpa" or net.pooler is not None:
+        raise ValueError("not covered")
+    return {**plain_vit.sizes_of(vars(net.config)), "qkv_bias": net.config.qkv_bias}
+
+
+def _dinov2_sizes(net: Any) -> dict[str, Any]:
+    if net.config._attn_implementation != "sdpa":
+        raise ValueError("not covered")
+    inner = {"intermediate_size": net.encoder.layer[0].mlp.fc1.out_features}
+    mask = {"mask_token": net.embeddings.mask_token is not None}
+    return {**plain_vit.sizes_of({**vars(net.config), **inner}), "qkv_bias": net.config.qkv_bias, **mask}
+
+
+FORMS: dict[str, Form] = {
+    "VisionTransformer": Form(
+        "timm",
+        plain_timm.PlainTimmViT,
+        plain_timm.sizes_of,
+        {
+            "VisionTransformer": "PlainTimmViT",
+            "PatchEmbed": "_Patches",
+            "Block": "_Block",
+            "Attention": "_Attention",
+            "Mlp": "_MLP",
+            "LayerScale": "_Scale",
+        },
+    ),
+    "ViTModel": Form(
+        "transformers",
+        plain_vit.PlainViT,
+        _vit_sizes,
+        {
+            "ViTModel": "PlainViT",
+            "ViTEmbeddings": "_Embeddings",
+            "ViTPatchEmbeddings": "_Patches",
+            "ViTLayer": "_Layer",
+            "ViTAttention": "_Attention",
+            "ViTMLP": "_MLP",
+        },
+        plain_vit.class_token,
+    ),
+    "Dinov2Model": Form(
+        "transformers",
+        plain_vit.PlainDinov2,
+        _dinov2_sizes,
+        {
+            "Dinov2Model": "PlainDinov2",
+            "Dinov2Embeddings": "_AnySize",
+            "Dinov2PatchEmbeddings": "_Patches",
+            "Dinov2Encoder": "_Encoder",
+            "Dinov2Layer": "_ScaledLayer",
+            "Dinov2Attention": "_Attention",
+            "Dinov2MLP": "_MLP",
+            "Dinov2LayerScale": "_Scale",
+        },
+        plain_vit.class_token,
+        resizes=True,
+    ),
+}
+SETTLED = {"fused_attn": True, "inplace": False, "is_causal": False, "_fast_norm": False}
+"""Attributes of parts of a library's net that have to have this value, if a part has them."""
 
 
 def described(backbone: Backbone, options: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -35,23 +122,25 @@ def described(backbone: Backbone, options: Mapping[str, Any]) -> dict[str, Any] 
         options: those that the loader got.
     """
     prefix, _, place = backbone.spec.partition(":")
-    view, opens = backbone.preprocess, backbone.opens
-    if opens.get("library") != LIBRARY or type(view) is not PictureView or options.get("load_in_4bit"):
+    view, name = backbone.preprocess, type(backbone.net).__name__
+    form = FORMS.get(name)
+    if form is None or backbone.opens.get("library") != form.library or type(view) is not PictureView:
         return None
-    sizes = sizes_of(backbone.net)
-    if sizes is None or sizes["image_size"] != view.size:
+    if prefix not in ("timm", "hf", "folder"):
         return None
-    hub = getattr(backbone.net, "pretrained_cfg", {}).get("hf_hub_id") if prefix == LIBRARY else None
-    if prefix != "folder" and not hub:
+    folder = prefix != form.library and _folder(place)
+    hub = None if folder else getattr(backbone.net, "pretrained_cfg", {}).get("hf_hub_id") or place
+    sizes = None if options.get("load_in_4bit") else covered(backbone, form)
+    if sizes is None:
         return None
     return {
-        "library": LIBRARY,
+        "net": name,
         "spec": backbone.spec,
-        "options": _plain(options),
+        "options": _given(options),
         "hub": hub,
-        "config": _config(place) if prefix == "folder" else None,
-        "opens": opens,
-        "net": sizes,
+        "files": _digest(folder) if folder else None,
+        "opens": backbone.opens,
+        "sizes": sizes,
         "view": {**dataclasses.asdict(view), "mean": list(view.mean), "std": list(view.std), "fast": False},
     }
 
@@ -62,18 +151,18 @@ def reopened(spec: str, options: Mapping[str, Any], about: Mapping[str, Any]) ->
     Args:
         about: what `described` gave.
     """
-    prefix, _, place = spec.partition(":")
-    folder = Path(place).expanduser()
-    if (about.get("library"), about.get("spec"), about.get("options")) != (LIBRARY, spec, _plain(options)):
+    form = FORMS.get(about.get("net", ""))
+    if form is None or (about.get("spec"), about.get("options")) != (spec, _given(options)):
         return None
     try:
-        if prefix == "folder" and about["config"] != _config(place):
+        hub, folder = about["hub"], _folder(spec.partition(":")[2])
+        if hub is None and (folder is None or about["files"] != _digest(folder)):
             return None
-        file = folder / WEIGHTS if prefix == "folder" else hub_file(spec, about["hub"], WEIGHTS)
+        file = hub_file(spec, hub, WEIGHTS) if hub is not None else folder and folder / WEIGHTS
         if file is None:
             return None
         with torch.device("meta"):  # drawing random weights takes longer than reading the file
-            net = PlainTimmViT(**about["net"])
+            net = form.net(**about["sizes"])
         net.load(load_file(file))
         given = about["view"]
         view = PictureView(**{**given, "mean": tuple(given["mean"]), "std": tuple(given["std"])})
@@ -82,30 +171,106 @@ def reopened(spec: str, options: Mapping[str, Any], about: Mapping[str, Any]) ->
     backbone = Backbone(
         net,
         spec=spec,
-        dim=about["net"]["width"],
+        dim=net.width,
         preprocess=view,
+        forward=form.forward,
         prefix=net.num_prefix_tokens,
-        class_token=net.cls_token is not None,
+        class_token=net.class_token,
     )
     backbone.opens = dict(about["opens"])
     return backbone
 
 
 def of_library(backbone: Backbone) -> Any:
-    """The net of the backbone, or the library's own net with its tensors if it was made without the library."""
-    if not isinstance(backbone.net, PlainTimmViT):
+    """The net of the backbone, or timm's own net with its tensors if it was made without timm."""
+    if not isinstance(backbone.net, plain_timm.PlainTimmViT):
         return backbone.net
-    timm = library(backbone.spec, LIBRARY, LIBRARY)
+    timm = library(backbone.spec, "timm", "timm")
     net = timm.create_model(backbone.opens["base"], **{**backbone.opens["options"], "pretrained": False})
     net.load_state_dict(backbone.net.state_dict())
     return net.requires_grad_(False).eval()
 
 
-def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+def covered(backbone: Backbone, form: Form) -> dict[str, Any] | None:
+    """What the plain net takes to stand for the net of a backbone; None if that has a part that is not covered, or if
+    the two do not compute the same bits of one picture."""
+    view = backbone.preprocess
+    assert isinstance(view, PictureView)
+    try:
+        sizes = form.sizes(backbone.net)
+        with torch.device("meta"):
+            plain = form.net(**sizes)
+    except (AttributeError, LookupError, TypeError, ValueError, ZeroDivisionError):
+        return None
+    state = backbone.net.state_dict()
+    if {k: v.shape for k, v in plain.state_dict().items()} != {k: v.shape for k, v in state.items()}:
+        return None
+    if sizes["image_size"] != view.size and not form.resizes:
+        return None
+    theirs, ours = dict(backbone.net.named_modules()), dict(plain.named_modules())
+    same = all(_same(theirs.pop(name, None), module, form) for name, module in ours.items())
+    if not same or not all(_passes(module) for module in theirs.values()):
+        return None
+    plain.load_state_dict(state, assign=True)
+    plain.requires_grad_(False).eval()
+    picture = torch.rand(1, 3, view.size, view.size, generator=torch.Generator().manual_seed(0)) * 4 - 2
+    with torch.no_grad():
+        found = plain(picture) if form.forward is None else form.forward(plain, picture)
+        return sizes if torch.equal(backbone(picture), found) else None
+
+
+def _same(theirs: nn.Module | None, ours: nn.Module, form: Form) -> bool:
+    """Whether a part of the library's net computes what the part of the same name here computes, as far as classes and
+    attributes tell it."""
+    if theirs is None or _hooked(theirs):
+        return False
+    if not all(getattr(theirs, name, value) is value for name, value in SETTLED.items()):
+        return False
+    kind = type(theirs)
+    if isinstance(ours, nn.LayerNorm):
+        sizes = (ours.eps, ours.normalized_shape)
+        return (
+            isinstance(theirs, nn.LayerNorm)
+            and kind.__name__ == "LayerNorm"
+            and (theirs.eps, theirs.normalized_shape) == sizes
+        )
+    if type(ours) in (nn.Linear, nn.Identity, nn.Conv2d, nn.Sequential, nn.ModuleList):
+        return kind is type(ours) and theirs.extra_repr() == ours.extra_repr()
+    return kind.__module__.partition(".")[0] == form.library and form.like.get(kind.__name__) == type(ours).__name__
+
+
+def _passes(module: nn.Module) -> bool:
+    """Whether a part that only the library's net has does nothing that the plain net does not do: it passes its input
+    on, or is the GELU that the plain MLP computes itself."""
+    if _hooked(module):
+        return False
+    if type(module) is nn.Dropout:
+        return module.p == 0
+    if isinstance(module, nn.GELU):
+        return module.approximate == "none"
+    return type(module) is nn.Identity or (
+        type(module).__name__ == "GELUActivation" and getattr(module, "act", None) is F.gelu
+    )
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value not in (None, False)}
 
 
-def _config(folder: str) -> str | None:
-    """SHA-256 of the folder's `config.json`; None if there is none."""
-    file = Path(folder).expanduser() / "config.json"
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+def _folder(place: str) -> Path | None:
+    """The folder that a name leads to; None if it is an id on the hub."""
+    path = Path(place).expanduser()
+    return path if path.is_dir() else None
+
+
+def _digest(folder: Path) -> str:
+    """SHA-256 of the files of a folder that say how its model is made."""
+    digest = hashlib.sha256()
+    for name in ABOUT:
+        content = (folder / name).read_bytes() if (folder / name).is_file() else b"absent"
+        digest.update(f"{name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""The plain net stands for timm's `VisionTransformer` to the bit or not at all, and a state is opened by it."""
+"""A plain net stands for that of timm or transformers to the bit or not at all, and a state is opened by it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from perpetune.errors import PerpetuneError, StateError
 from perpetune.learner import Learner
 from perpetune.models.backbone import Backbone
 from perpetune.models.loaders import plain
-from perpetune.models.plain_timm import PlainTimmViT, sizes_of
+from perpetune.models.plain_timm import PlainTimmViT
 from perpetune.pets import inject, parameters, using
 from perpetune.pets.lora import LoRA
 from perpetune.pets.prefix import Prefix
@@ -46,6 +46,11 @@ def timm_vit(**options: Any) -> Any:
         for parameter in net.parameters():  # timm starts with zeros and ones, which hide a missing part
             nn.init.normal_(parameter, std=0.3)
     return net.requires_grad_(False).eval()
+
+
+def sizes_of(net: Any) -> dict[str, Any] | None:
+    whole = Backbone(net, spec="timm:x", dim=24, preprocess=PictureView(16))
+    return plain.covered(whole, plain.FORMS["VisionTransformer"])
 
 
 def plain_of(net: Any) -> PlainTimmViT:
@@ -119,7 +124,7 @@ NOT_COVERED: dict[str, Any] = {
     "another net": lambda net: nn.Linear(3, 3),
     "slow attention": lambda net: setattr(net.blocks[0].attn, "fused_attn", False),
     "a hook": _hooked,
-    "heads of one block": lambda net: setattr(net.blocks[1].attn, "num_heads", 3),
+    "heads of one block": lambda net: vars(net.blocks[1].attn).update(num_heads=4, head_dim=6),
     "computes something else": lambda net: setattr(net.blocks[1].mlp, "act", Shifted()),
 }
 
@@ -189,6 +194,87 @@ def test_a_model_by_name_opens_again(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert ours is not None
     assert (ours.fingerprint(), ours.preprocess, ours.opens) == (theirs.fingerprint(), theirs.preprocess, theirs.opens)
     assert plain.described(load_backbone("timm:test_vit", pretrained=False), {"pretrained": False}) is None
+
+
+def hf_folder(path: Path, kind: str = "vit", headed: bool = False, **config: Any) -> Path:
+    import transformers as t
+
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    names = {"vit": "ViT", "deit": "DeiT", "dinov2": "Dinov2"}
+    sizes |= {"mlp_ratio": 2} if kind == "dinov2" else {"intermediate_size": 48}
+    made = getattr(t, f"{names[kind]}Config")(**{**sizes, **config})
+    with own_global_state("test", kind):
+        model = getattr(t, f"{names[kind]}{'ForImageClassification' if headed else 'Model'}")(made)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(path)
+    view = {"size": {"height": 16, "width": 16}, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    (path / "preprocessor_config.json").write_text(json.dumps({**view, "resample": 3}))
+    return path
+
+
+HF: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "ViT": ("vit", {}, {}),
+    "ViT with a classifier": ("vit", {"headed": True, "qkv_bias": False}, {"taps": 1}),
+    "DINOv2": ("dinov2", {}, {}),
+    "DINOv2 of another size": ("dinov2", {"use_mask_token": False}, {"image_size": 32}),
+    "DINOv2 with a classifier": ("dinov2", {"headed": True, "dtype": torch.float16}, {"pixels": "fast"}),
+}
+
+
+@pytest.mark.parametrize("form", HF)
+def test_a_model_of_transformers_opens_again_to_the_same_bits(form: str, tmp_path: Path) -> None:
+    kind, config, options = HF[form]
+    spec = f"hf:{hf_folder(tmp_path / 'm', kind, **config)}"
+    given = {k: v for k, v in options.items() if k == "image_size"}
+    theirs = load_backbone(spec, **given)
+    about = plain.described(theirs, given)
+    assert about is not None
+    ours = plain.reopened(spec, given, json.loads(json.dumps(about)))
+    assert ours is not None
+    assert type(ours.net).__name__ in ("PlainViT", "PlainDinov2")
+    assert [name for name, _ in theirs.net.named_parameters()] == [name for name, _ in ours.net.named_parameters()]
+    for field in ("spec", "dim", "preprocess", "prefix", "class_token", "opens", "width"):
+        assert getattr(ours, field) == getattr(theirs, field), field
+    assert ours.fingerprint() == theirs.fingerprint()
+    assert ours.roles() == theirs.roles()
+    read = [f"{place.path} {place.roles} {place.heads}" for place in ours.pet_places(ours.roles())]
+    assert read == [f"{place.path} {place.roles} {place.heads}" for place in theirs.pet_places(theirs.roles())]
+    for count, half in ((1, False), (3, False), (3, True)):
+        found = []
+        for backbone in (theirs, ours):
+            weights = [p for name, p in backbone.net.named_parameters() if "mask_token" not in name]
+            backbone.net.requires_grad_(True)
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                features = backbone(pixels(count, theirs.preprocess.size))
+            found.append([features.detach(), *torch.autograd.grad(features.float().square().sum(), weights)])
+            backbone.net.requires_grad_(False)
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    files = tmp_path / "m" / "preprocessor_config.json"
+    files.write_text(files.read_text().replace("0.1", "0.2"))
+    assert plain.reopened(spec, given, about) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "options"),
+    [
+        ("vit", {}, {"image_size": 32}),
+        ("vit", {"hidden_act": "gelu_new"}, {}),
+        ("vit", {"hidden_dropout_prob": 0.1}, {}),
+        ("dinov2", {"use_swiglu_ffn": True}, {}),
+        ("deit", {}, {}),
+    ],
+)
+def test_another_model_of_transformers_is_left_to_it(
+    kind: str, config: dict[str, Any], options: dict[str, Any], tmp_path: Path
+) -> None:
+    backbone = load_backbone(f"folder:{hf_folder(tmp_path / 'm', kind, **config)}", **options)
+    assert plain.described(backbone, options) is None
+
+
+def test_the_packaged_model_and_random_weights_are_not_described() -> None:
+    assert plain.described(load_backbone("perpetune:micro"), {}) is None
+    assert plain.described(load_backbone("perpetune:micro", image_size=16), {"image_size": 16}) is None
 
 
 @pytest.fixture(scope="module")
@@ -264,17 +350,24 @@ def test_what_has_changed_is_left_to_timm(tmp_path: Path, monkeypatch: pytest.Mo
     save_file(good, weights)
     document = tmp_path / "state" / "backbone.json"
     content = json.loads(document.read_text())
-    content["plain"]["net"]["heads"] = 4  # the tensors have the same shapes, and the features would be others
+    content["plain"]["sizes"]["heads"] = 4  # the tensors have the same shapes, and the features would be others
     document.write_text(json.dumps(content))
     with pytest.raises(StateError, match=r"backbone.json: plain is"):
         Learner.load(tmp_path / "state")
 
 
-def test_a_merged_export_is_a_model_of_timm(world: Path, tmp_path: Path) -> None:
+def test_a_merged_export_is_a_model_of_its_library(world: Path, tmp_path: Path) -> None:
     import timm
+    import transformers
 
     learner = Learner.load(world / "state")
-    learner.export(tmp_path / "out", to="merged")  # compares its answers with those of the state
-    net = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    learner.export(tmp_path / "timm", to="merged")  # compares its answers with those of the state
+    net = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True)
     assert type(net).__name__ == "VisionTransformer"
     assert type(learner.backbone.net).__name__ == "PlainTimmViT"
+    made = Learner(tiny.recipe(hf_folder(tmp_path / "m", "dinov2"), head="ncm"), tmp_path / "state")
+    made.learn(world / "data", holdout=0.25)
+    learner = Learner.load(tmp_path / "state")
+    assert type(learner.backbone.net).__name__ == "PlainDinov2"
+    learner.export(tmp_path / "hf", to="merged")
+    assert type(transformers.AutoModel.from_pretrained(tmp_path / "hf")).__name__ == "Dinov2Model"
