@@ -52,4 +52,6 @@ class Kept(Generic[T]):
 
 
 def _bytes(value: Tensor | Image) -> int:
-    return value.nbytes if isinstance(value, Tensor) else 4 * value.width * value.height  # Pillow's RGB has four bytes
+    if isinstance(value, Tensor):
+        return value.untyped_storage().nbytes()  # a view keeps all that it is a part of
+    return 4 * value.width * value.height  # Pillow's RGB has four bytes a pixel

@@ -71,7 +71,8 @@ class PictureView(View):
             box = centre_box(*image.size, self.crop, self.squeeze)
         resize = _by_torch if self.fast and self.interpolation in ("bilinear", "bicubic") else _by_pillow
         pixels = resize(image, self.size, self.interpolation, box)
-        return _flipped(pixels, rng) if rng is not None and "flip" in augment else pixels
+        pixels = _flipped(pixels, rng) if rng is not None and "flip" in augment else pixels
+        return pixels[:3]
 
     @property
     def least(self) -> int | None:
@@ -270,19 +271,25 @@ def _by_pillow(image: Image, size: int, interpolation: Interpolation, box: Box |
 
 
 def _by_torch(image: Image, size: int, interpolation: Interpolation, box: Box | None) -> Tensor:
-    """As `_by_pillow`, by torch's kernels. They are fast where the channels of a pixel lie side by side."""
+    """As `_by_pillow`, by torch's kernels, and with a fourth channel without meaning. The kernels are fast where the
+    channels of a pixel lie side by side."""
     if box is not None:
         left, top = (min(round(start), end - 1) for start, end in zip(box[:2], image.size, strict=True))
         image = image.crop((left, top, max(left + 1, round(box[2])), max(top + 1, round(box[3]))))
     width, height = image.size
     stored = torch.frombuffer(bytearray(image.tobytes("raw", "RGBX")), dtype=torch.uint8)  # as Pillow holds it
     pixels = stored.view(1, height, width, 4).permute(0, 3, 1, 2)
-    return F.interpolate(pixels, size=(size, size), mode=interpolation, antialias=True)[0, :3]
+    return F.interpolate(pixels, size=(size, size), mode=interpolation, antialias=True)[0]
 
 
 def _flipped(pixels: Tensor, rng: np.random.Generator) -> Tensor:
-    """Pixels `(3, S, S)`, every second time with left and right exchanged."""
-    return pixels.flip(2) if rng.random() < 0.5 else pixels
+    """Pixels `(C, S, S)`, every second time with left and right exchanged."""
+    if rng.random() >= 0.5:
+        return pixels
+    whole = pixels.permute(1, 2, 0)
+    if len(pixels) == 4 and whole.is_contiguous():  # one number a pixel is turned in a quarter of the time of four
+        return whole.view(torch.int32).flip(1).view(torch.uint8).permute(2, 0, 1)
+    return pixels.flip(2)
 
 
 def centre_box(width: int, height: int, crop: float, squeeze: bool = False) -> Box:
