@@ -67,7 +67,7 @@ def ours(files: list[str], size: int, batch: int, workers: int, train: bool, fas
 
     def run() -> Iterator[Tensor]:
         for loaded in load_batches(examples, requests, runtime):
-            yield backbone._normalised(loaded.inputs.pixels)
+            yield backbone.normalised(loaded.inputs.pixels)
 
     return run
 

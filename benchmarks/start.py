@@ -2,7 +2,7 @@
 
     python benchmarks/start.py                                            # the packaged model
     python benchmarks/start.py --backbone folder:../shared/models/vit_small_patch14_dinov2_saliency \\
-        --architecture vit_small_patch14_dinov2.lvd142m --image-size 224 --images 40
+        --architecture vit_small_patch14_dinov2.lvd142m --image-size 224 --images 0
 
 Each command runs in a process of its own, in turns with `import torch`, which nobody can leave out. Prints JSON:
 seconds of CPU time and by the clock, the smallest of the turns, and `over_torch`, the CPU time in units of that of
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--backbone", default="perpetune:micro")
     parser.add_argument("--architecture")
     parser.add_argument("--image-size", type=int)
-    parser.add_argument("--images", type=int, default=200, help="pictures of a month")
+    parser.add_argument("--images", type=int, default=200, help="pictures of a month; 0: no update")
     parser.add_argument("--turns", type=int, default=3)
     given = parser.parse_args()
     options = {"architecture": given.architecture, "image_size": given.image_size}
@@ -67,6 +67,8 @@ def main() -> None:
             "predict": [*PROGRAM, "predict", str(state), str(first / "class0" / "0.jpg")],
             "update": [*PROGRAM, "update", str(fresh), "--data", str(month), "-q"],
         }
+        if not given.images:
+            del commands["update"]
         turns: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
         for _ in range(given.turns):
             for name, command in commands.items():

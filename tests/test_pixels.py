@@ -66,6 +66,17 @@ def test_fast_pixels_of_a_whole_picture_differ_by_two_at_most(interpolation: Any
     assert (width, height) == (16, 16) or (exact - other).abs().max() > 2  # the control: another filter is seen
 
 
+def test_a_fast_flip_is_the_mirror_image() -> None:
+    image, view, seen = _smooth(50, 37), PictureView(16, fast=True), set()
+    plain = view(image)
+    for seed in range(8):
+        flips = bool(np.random.default_rng(seed).random() < 0.5)
+        assert torch.equal(view(image, "flip", seed), plain.flip(2) if flips else plain)
+        seen.add(flips)
+    assert seen == {True, False}
+    assert not torch.equal(plain, plain.flip(2))  # the control
+
+
 def test_fast_crops_show_the_same_part() -> None:
     image = _smooth(500, 375)
     for crop, squeeze in ((0.875, False), (0.9, True), (0.001, False)):

@@ -149,12 +149,30 @@ def test_each_picture_is_decoded_once(tmp_path: Path, decoded: list[str]) -> Non
     assert len(decoded) == 8
 
 
-def test_a_random_crop_needs_the_whole_picture_again(tmp_path: Path, decoded: list[str]) -> None:
-    """The control: training pictures of a random crop are decoded at the check and in every pass."""
+@pytest.mark.parametrize("augment", ["flip", "crop", "crop_flip"])
+def test_a_picture_that_is_changed_at_random_is_decoded_once(augment: str, tmp_path: Path, decoded: list[str]) -> None:
+    checked, fresh = _task(tmp_path / "data", augment=augment), _task(tmp_path / "data", augment=augment, check="none")
+    checked.check()
+    _passes(checked, 3)
+    assert len(decoded) == 8
+    seeds = (None, *range(8))
+    found, wanted = ([task.train.load(i, seed) for i in (0, 1) for seed in seeds] for task in (checked, fresh))
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert len(decoded) == 8 + 2 * len(seeds)  # the control: what was not checked is decoded each time
+    assert len({one.numpy().tobytes() for one in found[: len(seeds)]}) >= (2 if augment == "flip" else len(seeds))
+
+
+def test_whole_pictures_have_a_limit_and_bow_to_the_file(tmp_path: Path, decoded: list[str]) -> None:
     task = _task(tmp_path / "data", augment="crop")
+    task.train.table.decoded.limit = 2 * 4 * 32 * 32
     task.check()
-    _passes(task, 3)
-    assert len(decoded) == 8 + 3 * len(task.train)
+    assert task.train.table.decoded.bytes <= task.train.table.decoded.limit
+    last = len(task.train) - 1
+    before = task.train.load(last, 1)
+    assert len(decoded) == 8
+    _photo(Path(task.train.table.encoded(task.train.rows[last])))
+    assert not torch.equal(task.train.load(last, 1), before)
+    assert len(decoded) == 9
 
 
 def test_kept_pixels_are_those_of_the_file(tmp_path: Path) -> None:

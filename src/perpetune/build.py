@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from perpetune.methods.base import Method
 from perpetune.models.backbone import Backbone
 from perpetune.models.base import Model
 from perpetune.models.classifier import Classifier
+from perpetune.models.loaders import plain
 from perpetune.pets import PET, Place, inject, pets, sets, using
 from perpetune.pets.context import MARK, Context
 from perpetune.protection.config import ProtectConfig, Reference
@@ -30,9 +32,26 @@ from perpetune.runtime import Runtime, pick_device
 from perpetune.seeding import generator, own_global_state
 
 
-def build_backbone(recipe: Recipe) -> Backbone:
-    """The frozen pretrained model, on the CPU."""
-    return load_backbone(recipe.backbone.name, seed=recipe.seed, **recipe.backbone.model_dump(exclude={"name"}))
+def build_backbone(recipe: Recipe, about: Mapping[str, Any] | None = None) -> Backbone:
+    """The frozen pretrained model, on the CPU.
+
+    Args:
+        about: what `described` gave of the same model. With it the net may be made without the library that built it;
+            then it is for the caller to compare the fingerprint.
+    """
+    spec, options = recipe.backbone.name, recipe.backbone.model_dump(exclude={"name"})
+    if about is not None:
+        given, how = _options(spec, options)
+        backbone = plain.reopened(spec, given, about)
+        if backbone is not None:
+            return _finished(spec, backbone, **how)
+    return load_backbone(spec, seed=recipe.seed, **options)
+
+
+def described(recipe: Recipe, backbone: Backbone) -> dict[str, Any] | None:
+    """How `build_backbone` makes this backbone, which has no pets yet, without its library; None if it cannot."""
+    given, _ = _options(recipe.backbone.name, recipe.backbone.model_dump(exclude={"name"}))
+    return plain.described(backbone, given)
 
 
 def load_backbone(spec: str, *, seed: int = 0, **options: Any) -> Backbone:
@@ -53,8 +72,8 @@ def load_backbone(spec: str, *, seed: int = 0, **options: Any) -> Backbone:
         PerpetuneError: the weights cannot be downloaded, or they do not belong to the model.
     """
     name = registry.loader_of(spec)
-    load, given = registry.find("backbones", name), registry.options("backbones", name, options)
-    taps, tokens, pixels = (given.pop(name) for name in ("taps", "tokens", "pixels"))
+    load = registry.find("backbones", name)
+    given, how = _options(spec, options)
     kinds = {p.name: p.kind for p in inspect.signature(load).parameters.values()}
     if "seed" in kinds or inspect.Parameter.VAR_KEYWORD in kinds.values():
         given["seed"] = seed
@@ -62,6 +81,16 @@ def load_backbone(spec: str, *, seed: int = 0, **options: Any) -> Backbone:
         backbone: Backbone = load(spec.partition(":")[2], **given)
     if given.get("pretrained") is False:
         backbone.opens = {}  # nothing else draws the same weights
+    return _finished(spec, backbone, **how)
+
+
+def _options(spec: str, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of a backbone that its loader takes, and those that every backbone has."""
+    given = registry.options("backbones", registry.loader_of(spec), options)
+    return given, {name: given.pop(name) for name in ("taps", "tokens", "pixels")}
+
+
+def _finished(spec: str, backbone: Backbone, taps: Any, tokens: Any, pixels: Any) -> Backbone:
     if pixels == "fast":
         backbone.preprocess = _fast(spec, backbone.preprocess)
     return backbone.tap(taps, tokens or "both")

@@ -37,6 +37,7 @@ class Backbone(Document):
     parameters: Count | None = None
     trainable_parameters: Count | None = None
     date: str | None = None
+    plain: dict[str, Any] | None = None
 
 
 class Contents(Document):

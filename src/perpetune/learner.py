@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perpetune import drifting, forgetting, oracle, tracking
-from perpetune.build import build_backbone, build_method, build_runtime
+from perpetune.build import build_backbone, build_method, build_runtime, described
 from perpetune.data.examples import Question
 from perpetune.data.names import printable, safe_name, several, task_names
 from perpetune.data.pictures.view import PictureView
@@ -153,7 +153,7 @@ class Learner:
         learner._temporary = None
         learner.state = State(Path(folder))
         try:
-            learner._build(learner.state.recipe, progress, device)
+            learner._build(learner.state.recipe, progress, device, learner.state.backbone)
         except UsageError as error:
             prefix, _, place = learner.state.recipe.backbone.name.partition(":")
             if prefix not in ("folder", "hf") or not Path(place).is_absolute() or Path(place).exists():
@@ -235,7 +235,14 @@ class Learner:
         with self.state.writing():
             return self.state.prune(keep, by=f"Learner.prune, keep {keep}")
 
-    def _build(self, recipe: Recipe, progress: Progress | None, device: str | None = None) -> None:
+    def _build(
+        self,
+        recipe: Recipe,
+        progress: Progress | None,
+        device: str | None = None,
+        document: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Make all that the recipe names; `document` is the `backbone.json` of a state that exists."""
         self.recipe = recipe
         tracking.check(recipe.run.track)
         where = (
@@ -245,8 +252,14 @@ class Learner:
         )
         self.runtime = build_runtime(where)
         self.runtime.progress = progress if progress and self.runtime.rank == 0 else Silent()
-        self.backbone = build_backbone(recipe)
+        self._plain = None if document is None else document.get("plain")
+        self.backbone = build_backbone(recipe, self._plain)
         self._fingerprint = self.backbone.fingerprint()
+        if document is None:
+            self._plain = described(recipe, self.backbone)
+        elif self._plain is not None and self._fingerprint != document["fingerprint"]:  # its library knows more forms
+            self.backbone = build_backbone(recipe)
+            self._fingerprint = self.backbone.fingerprint()
         self.method = build_method(recipe, self.backbone)
         distinct = {(t.data_ptr(), t.numel()): t.numel() for t in frozen(self.backbone.net).values()}
         # A language model's output layer is often also its embedding: one tensor with two names, counted once.
@@ -297,6 +310,7 @@ class Learner:
             "parameters": self._size,
             "trainable_parameters": sum(p.numel() for pet in pets for p in pet.parameters()),
             **({"date": today.isoformat()} if today is not None else {}),
+            **({"plain": self._plain} if self._plain is not None else {}),
         }
 
     # -- learning -------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ from perpetune.methods.base import Method
 from perpetune.models.backbone import Backbone
 from perpetune.models.loaders.checkpoint import quiet
 from perpetune.models.loaders.hub import one_line
-from perpetune.models.plain_vit import PlainViT
+from perpetune.models.loaders.plain import of_library
+from perpetune.models.plain_vit import PlainDinov2, PlainViT
 from perpetune.pets import folding
 from perpetune.seeding import generator, own_global_state
 from perpetune.tasks import Inputs
@@ -150,7 +151,7 @@ def _vision(
     """Write a vision transformer; whether its classifier holds the head."""
     from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
-    plain = isinstance(backbone.net, PlainViT)
+    plain = isinstance(backbone.net, PlainViT | PlainDinov2)
     config: Any = AutoConfig.from_pretrained(backbone.opens["base"]) if plain else copy.deepcopy(backbone.net.config)
     tensors = backbone.net.state_dict()
     net: Any = None
@@ -283,7 +284,7 @@ def _timm(
     """Write a model of timm; whether its classifier holds the head."""
     from timm.models import save_for_hf
 
-    net: Any = backbone.net
+    net: Any = of_library(backbone)
     rows = None
     try:
         if classifier is not None and classes:

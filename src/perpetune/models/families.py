@@ -338,7 +338,7 @@ FAMILIES = (
     *(
         Family(name, classes, blocks, _TIMM, _TIMM_ONCE, _PICTURE_SIDE, reads="picture")
         for name, classes, blocks in (
-            ("timm VisionTransformer", ("VisionTransformer", "VisionTransformerRelPos"), "blocks"),
+            ("timm VisionTransformer", ("VisionTransformer", "VisionTransformerRelPos", "PlainTimmViT"), "blocks"),
             ("timm Eva", ("Eva",), "blocks"),
             ("timm Beit", ("Beit",), "blocks"),
         )
@@ -348,7 +348,7 @@ FAMILIES = (
         for name, classes, blocks in (
             ("transformers ViT", ("ViTModel", "ViTMSNModel", "PlainViT"), "layers"),
             ("transformers DeiT", ("DeiTModel",), "layers"),
-            ("transformers DINOv2", ("Dinov2Model", "Dinov2WithRegistersModel"), "encoder.layer"),
+            ("transformers DINOv2", ("Dinov2Model", "Dinov2WithRegistersModel", "PlainDinov2"), "encoder.layer"),
             ("transformers DINOv3", ("DINOv3ViTModel",), "model.layer"),
         )
     ),

@@ -15,6 +15,7 @@ from perpetune.data.sources import Table
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
 
 class PictureTable(Table):
@@ -32,7 +33,8 @@ class PictureTable(Table):
         super().__init__(labels, groups, warnings)
         self.large: set[int] = set()  # what `check` found to have more than `LARGE` pixels
         self._seals: dict[int, tuple[tuple[int, ...], bytes]] = {}
-        self.kept = Kept()
+        self.kept: Kept[Tensor] = Kept()
+        self.decoded: Kept[Image] = Kept()
 
     @abstractmethod
     def encoded(self, i: int) -> str | bytes:

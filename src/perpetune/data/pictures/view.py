@@ -71,9 +71,8 @@ class PictureView(View):
             box = centre_box(*image.size, self.crop, self.squeeze)
         resize = _by_torch if self.fast and self.interpolation in ("bilinear", "bicubic") else _by_pillow
         pixels = resize(image, self.size, self.interpolation, box)
-        if rng is not None and "flip" in augment and rng.random() < 0.5:
-            pixels = pixels.flip(2)
-        return pixels
+        pixels = _flipped(pixels, rng) if rng is not None and "flip" in augment else pixels
+        return pixels[:3]
 
     @property
     def least(self) -> int | None:
@@ -159,8 +158,8 @@ class PictureView(View):
 class PictureSet(TableSet):
     """Pictures of a task.
 
-    `look` decodes every picture. Where no random change follows, the table keeps the pixels that came out (`Kept`), so
-    that the first pass, and every later one, need not decode the picture again.
+    `look` decodes every picture. The table keeps the pixels that came out (`Kept`), so that the first pass, and every
+    later one, need not decode the picture again. Where a part of it is cut out at random, it keeps the whole picture.
 
     Args:
         view: turns pictures into pixels.
@@ -184,21 +183,31 @@ class PictureSet(TableSet):
 
     def load(self, index: int, seed: int | None) -> Tensor:
         """Pixels, uint8 `(3, S, S)`; DataError, with the picture's name, if it cannot be read any more."""
-        row = self.rows[index]
-        if self.augment == "none":
-            pixels = self.table.kept.get((self.view, row), self.table.mark, row)
+        row, table = self.rows[index], self.table
+        if self._keeps_pixels:
+            pixels = table.kept.get((self.view, row), table.mark, row)
             if pixels is not None:
-                return pixels
-        return self.view(self._open(row), self.augment, seed)
+                flips = self.augment == "flip" and seed is not None
+                return _flipped(pixels, np.random.default_rng(seed)) if flips else pixels
+        image = table.decoded.get((self.view.least, row), table.mark, row)
+        return self.view(self._open(row) if image is None else image, self.augment, seed)
+
+    @property
+    def _keeps_pixels(self) -> bool:
+        """Whether pixels are the same each time, or turned at random after all else."""
+        return self.augment == "none" or (self.augment == "flip" and type(self.view) is PictureView)
 
     def look(self, row: int, depth: Depth) -> None:
-        if depth != "decode" or self.augment != "none" or type(self.table).check is not PictureTable.check:
+        if depth != "decode" or type(self.table).check is not PictureTable.check:
             super().look(row, depth)
             return
         mark = self.table.mark(row)
         image = self._open(row)
         self.table.measured(row, image)
-        self.table.kept.put((self.view, row), mark, self.view(image))
+        if self._keeps_pixels:
+            self.table.kept.put((self.view, row), mark, self.view(image))
+        else:
+            self.table.decoded.put((self.view.least, row), mark, image)
 
     def _open(self, row: int) -> Image:
         least = self.view.least
@@ -267,14 +276,25 @@ def _by_pillow(image: Image, size: int, interpolation: Interpolation, box: Box |
 
 
 def _by_torch(image: Image, size: int, interpolation: Interpolation, box: Box | None) -> Tensor:
-    """As `_by_pillow`, by torch's kernels. They are fast where the channels of a pixel lie side by side."""
+    """As `_by_pillow`, by torch's kernels, and with a fourth channel without meaning. The kernels are fast where the
+    channels of a pixel lie side by side."""
     if box is not None:
         left, top = (min(round(start), end - 1) for start, end in zip(box[:2], image.size, strict=True))
         image = image.crop((left, top, max(left + 1, round(box[2])), max(top + 1, round(box[3]))))
     width, height = image.size
     stored = torch.frombuffer(bytearray(image.tobytes("raw", "RGBX")), dtype=torch.uint8)  # as Pillow holds it
     pixels = stored.view(1, height, width, 4).permute(0, 3, 1, 2)
-    return F.interpolate(pixels, size=(size, size), mode=interpolation, antialias=True)[0, :3]
+    return F.interpolate(pixels, size=(size, size), mode=interpolation, antialias=True)[0]
+
+
+def _flipped(pixels: Tensor, rng: np.random.Generator) -> Tensor:
+    """Pixels `(C, S, S)`, every second time with left and right exchanged."""
+    if rng.random() >= 0.5:
+        return pixels
+    whole = pixels.permute(1, 2, 0)
+    if len(pixels) == 4 and whole.is_contiguous():  # one number a pixel is turned in a quarter of the time of four
+        return whole.view(torch.int32).flip(1).view(torch.uint8).permute(2, 0, 1)
+    return pixels.flip(2)
 
 
 def centre_box(width: int, height: int, crop: float, squeeze: bool = False) -> Box:

@@ -8,14 +8,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
 
 from perpetune.errors import UsageError, closest
 from perpetune.models.backbone import Backbone
 from perpetune.models.loaders import vit
 from perpetune.models.loaders.options import Side
-from perpetune.models.plain_vit import PlainViT, sizes_of
+from perpetune.models.plain_vit import PlainViT, class_token, sizes_of
 
 PACKAGED = {"micro": "micro-vit"}  # name: folder in perpetune/assets
 
@@ -40,15 +40,10 @@ def load_packaged(
 
 def _plain(spec: str, folder: Path, config: dict[str, Any]) -> Backbone:
     """The model as it is stored, without transformers, which starts slowly; the features are the same to the bit."""
-    net = PlainViT(**sizes_of(config))
-    net.load({name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()})
+    with torch.device("meta"):  # drawing random weights takes longer than reading the file
+        net = PlainViT(**sizes_of(config))
+    net.load(load_file(folder / "model.safetensors"))
     view = vit.preprocess_of(spec, str(folder), SimpleNamespace(**config), None)
-    backbone = Backbone(net, spec=spec, dim=config["hidden_size"], preprocess=view, forward=_class_token)
+    backbone = Backbone(net, spec=spec, dim=config["hidden_size"], preprocess=view, forward=class_token)
     backbone.opens = vit.opened(str(folder), config["model_type"])
     return backbone
-
-
-def _class_token(net: nn.Module, pixels: Tensor) -> Tensor:
-    """Class token after the final norm, `(B, D)`."""
-    tokens: Tensor = net(pixels)
-    return tokens[:, 0]
