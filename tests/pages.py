@@ -28,6 +28,10 @@ from pathlib import Path
 
 _FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _TITLE = re.compile(r'title="([^"]+)"')
+_PERPETUNE = """from perpetune.cli import jobs, main
+jobs.CHILD = (*{python}, *jobs.CHILD[1:])  # the processes of several runs begin as the page's commands do
+main()
+"""
 _DECIMAL = re.compile(r"\d*\.\d+")
 
 
@@ -107,7 +111,9 @@ def _pattern(line: str, numbers: list[float]) -> str:
 
 def _run(page: Path, folder: Path, python: Sequence[str]) -> Iterator[tuple[Command, int, list[str], bool]]:
     """Each command of a page with its code, what it printed, and whether the page asks for its code."""
-    begin = f'perpetune() {{ {shlex.join(python)} -m perpetune "$@"; }}; python() {{ {shlex.join(python)} "$@"; }}'
+    started = shlex.join(python)
+    (folder / ".perpetune.py").write_text(_PERPETUNE.format(python=list(python)), encoding="utf-8")
+    begin = f'perpetune() {{ {started} .perpetune.py "$@"; }}; python() {{ {started} "$@"; }}'
     code = 0
     for commands in _commands(page, folder):
         for i, command in enumerate(commands):
