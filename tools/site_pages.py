@@ -56,6 +56,9 @@ def verbs() -> str:
 
     from perpetune.cli import app
 
-    group = typer.main.get_command(app)
-    with typer.Context(group, info_name="perpetune") as context:
+    group: Any = typer.main.get_command(app)
+    for command in group.commands.values():
+        command.short_help = (command.help or "").partition("\n\n")[0].replace("\n", " ")  # in whole, not 45 letters
+    context: Any = typer.Context(group, info_name="perpetune")
+    with context:
         return get_docs_for_click(obj=group, ctx=context, name="perpetune", indent=1)
