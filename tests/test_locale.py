@@ -91,7 +91,7 @@ def test_the_locale_is_narrow_here(tmp_path: Path) -> None:
     assert _run(tmp_path, C, "-c", code).split() == ["utf-8", "utf-8"]
 
 
-@pytest.mark.parametrize(("how", "folder", "names"), CASES[:2])
+@pytest.mark.parametrize(("how", "folder", "names"), CASES[1:2])
 def test_verbs_in_a_narrow_locale(how: dict[str, str], folder: str, names: dict[str, str], tmp_path: Path) -> None:
     verbs = _month(tmp_path / folder, names)
     said = _run(tmp_path / folder, how, "-c", SEVERAL, *[word for verb in verbs for word in (*verb, ";")])
