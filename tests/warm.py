@@ -30,6 +30,7 @@ MODULES = (
     "perpetune.methods.finetune",
     "perpetune.report",
     "perpetune.models.causal_lm",
+    "sklearn.datasets",
     "torch.distributed.fsdp",
     "torch.optim.adamw",
     "transformers.models.llama.modeling_llama",

@@ -49,7 +49,8 @@ def estimate(
     Args:
         recipe: a recipe as `Learner` takes it, for its whole stream; or a state folder, whose next update is meant.
         data: the data of one update, as `Learner.learn` takes it. With a recipe it is the first update of a new state.
-        holdout, options: as in `Learner.learn`.
+        holdout: as in `Learner.learn`.
+        options: as in `Learner.learn`.
         device: where to run; None takes the recipe's device.
         spent: seconds on the clock and of the CPU that this process has taken before, and that a run takes too.
 

@@ -180,7 +180,8 @@ class Head(nn.Module, ABC):
         """Move the sums over old examples in the way in which training has moved the features.
 
         Args:
-            before, after: features `(n, D)` of the same examples of the new task, the same on every process.
+            before: features `(n, D)` of some examples of the new task, the same on every process.
+            after: the features of the same examples after training.
             targets: int64 `(n,)`, the class of each example.
         """
 

@@ -148,7 +148,9 @@ class Method(nn.Module, ABC):
 
         Args:
             task: its name.
-            part, gone, whole: see `Head.take_out`.
+            part: see `Head.take_out`.
+            gone: see `Head.take_out`.
+            whole: see `Head.take_out`.
 
         Raises:
             UsageError: the head cannot do it exactly.

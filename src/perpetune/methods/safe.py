@@ -48,7 +48,8 @@ class Safe(Method):
         model: with a pet injected under the name `default`, and a head with statistics and a probe.
         train: how the slow learner is trained, on the first task.
         later: how the fast learner is trained, on each later task.
-        diagonal, rest: weights of `Σ_i (C_ii − 1)²` and `Σ_{i≠j} C_ij²` in the slow learner's loss.
+        diagonal: weight of `Σ_i (C_ii − 1)²` in the slow learner's loss.
+        rest: weight of `Σ_{i≠j} C_ij²` in the slow learner's loss.
         align: weight of the mean of `1 − cos(fast, slow)` over a batch. The released code sums over the batch, so its
             1.0 at batch size 48 is 48 here.
         cross: weight of the two cross-classification losses.

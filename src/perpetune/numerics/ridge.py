@@ -602,7 +602,8 @@ def choose(
         fit: computes the fit for a penalty; its result is deleted before the next call.
         scale: `tr G / M`.
         start: the last chosen penalty `λ`; None for `κ` = 1.
-        lowest, highest: bounds of `κ`.
+        lowest: the least `κ`.
+        highest: the largest `κ`.
         tolerance: the least gain of a step, in log odds.
 
     Returns:

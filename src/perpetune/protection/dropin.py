@@ -289,7 +289,9 @@ class DropIn(Protection):
 
         Args:
             batches: a few batches of the next task, for `start="leading"`.
-            forward, mask, total: as for `consolidate`.
+            forward: as for `consolidate`.
+            mask: as for `consolidate`.
+            total: as for `consolidate`.
 
         Raises:
             UsageError: `protect` was called without `renew=True`, or the start needs batches and there are none.
