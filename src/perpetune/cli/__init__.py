@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit with its code: 0 for success, 1 when the work failed, 2 when an argument is wrong."""
     if sys.getfilesystemencoding() == "ascii":  # LC_ALL=C PYTHONUTF8=0: a path with other letters could not be stored
         begin = [sys.executable, "-X", "utf8", *sys.orig_argv[1:]]
-        os.execve(sys.executable, begin, {**os.environ, "PYTHONUTF8": "1"})  # the variable is for processes of several runs
+        os.execve(sys.executable, begin, {**os.environ, "PYTHONUTF8": "1"})  # for further processes too
     sys.path.append(os.getcwd())  # so that PACKAGE.MODULE:CLASS finds modules in the current folder
     warnings.showwarning = _show_warning
     encode_anything()
