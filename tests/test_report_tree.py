@@ -169,6 +169,17 @@ def test_the_tree_says_its_names_splits_and_radii(tmp_path: Path) -> None:
     assert "| 2 amazon | (dbpedia, amazon) |" in markdown
 
 
+def test_a_tree_that_is_too_large_is_counted(tmp_path: Path) -> None:
+    results = with_tree(of_texts())
+    facts = results["facts"][-1]["of"]["tree"]
+    for key in ("names", "nodes", "distances", "adapters"):
+        del facts[key]
+    facts |= {"tasks": 65, "kept": {"adapters": 64, "bytes": 64_000}}
+    page, _, text = shown(results, tmp_path)
+    assert "The tree has 65 tasks, too many to show." in page
+    assert "65 tasks" in text and "64 adapters of 64 kB" in text
+
+
 def test_merged_adapters_are_one(tmp_path: Path) -> None:
     results = SIZES["merged"]()
     grown = tree.grown(checked(results))

@@ -849,7 +849,7 @@ def test_rows_of_the_head_are_made_where_the_head_is() -> None:
     assert [tensor.device.type for tensor in rows] == ["meta"] * 2 * len(method.model.per_class())
 
 
-def test_what_is_told_is_what_the_report_reads(whole: dict[str, Path]) -> None:
+def test_what_is_told_is_what_the_report_reads(whole: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     from perpetune.results import read_results
 
     results = read_results(State(whole["nearest"]))
@@ -867,6 +867,8 @@ def test_what_is_told_is_what_the_report_reads(whole: dict[str, Path]) -> None:
     facts = tree(method)
     assert set(facts) == {
         "kind",
+        "tasks",
+        "kept",
         "names",
         "nodes",
         "groups",
@@ -879,6 +881,9 @@ def test_what_is_told_is_what_the_report_reads(whole: dict[str, Path]) -> None:
         "signature_bytes",
     }
     assert facts == json.loads(json.dumps(facts))
+    assert facts["tasks"] == 2 and facts["kept"] == {"adapters": 2, "bytes": sum(a.size or 0 for a in told[2].adapters)}
+    monkeypatch.setattr("perpetune.methods.treelora.method.DRAWN", 1)
+    assert facts.keys() - tree(method).keys() == {"names", "nodes", "distances", "adapters"}, "they grow with the tasks"
 
 
 def test_the_command_checks_it(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,8 @@ def snapshot(method: Method, *, memory: bool = True, without: Collection[str] = 
     files = {file: _saved(group) for file, group in tensors(method).items() if memory or file not in FIXED}
     resting = method.resting() if memory else {}
     files |= {rest_file(name): _saved(of.tensors()) for name, of in resting.items() if name not in without}
-    files[EXTRA] = to_json({name: module.get_extra_state() for name, module in _with_extra(method, memory).items()})
+    extra = {name: module.get_extra_state() for name, module in _with_extra(method, memory).items()}
+    files[EXTRA] = to_json(extra, lines=1)  # it has an entry for each earlier task
     return files
 
 

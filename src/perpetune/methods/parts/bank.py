@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -267,7 +267,10 @@ class Bank(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         rows = {name: classes for name, classes in self._rows.items() if classes}
-        return {"kept": [asdict(kept) for kept in self.kept.values()], "rows": rows}
+        kept = [
+            {"slot": k.slot, "tasks": k.tasks, "classes": k.classes, "weight": k.weight} for k in self.kept.values()
+        ]
+        return {"kept": kept, "rows": rows}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         before = set(self.names())

@@ -128,6 +128,7 @@ class LoRABank(Bank):
     # -- reporting and storing ------------------------------------------------------------------------
 
     def facts(self) -> list[dict[str, Any]]:
+        """The tasks and the bytes of each kept adapter."""
         size = sum(p.numel() * p.element_size() for pet in self._loras(self.working) for p in pet.parameters())
         return [{"tasks": kept.tasks, "bytes": size} for kept in self.kept.values()]
 

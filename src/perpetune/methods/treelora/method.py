@@ -35,6 +35,8 @@ from perpetune.tasks import Batch, Inputs, Task, balanced
 Mode = Literal["last", "merged", "routed"]
 MODES: tuple[Mode, ...] = ("last", "merged", "routed")
 DEFAULT, MERGED = "default", "merged"
+DRAWN = 64
+"""Reports show trees of up to so many tasks. The facts of a larger one would grow with the square of the tasks."""
 
 
 class TreeLoRA(Method):
@@ -311,17 +313,20 @@ class TreeLoRA(Method):
     # -- reporting and storing ------------------------------------------------------------------------
 
     def facts(self) -> dict[str, Any]:
-        tree = self.similar.tree
-        facts = {
+        """Under `tree`: the tree after the task, as long as it can be drawn, and what is kept."""
+        tree, adapters = self.similar.tree, self.bank.facts()
+        facts: dict[str, Any] = {
             "kind": "similarity tree",
-            "names": {str(i): self.bank.called(i) for i in tree.ids},
-            "nodes": tree.nodes(),
+            "tasks": len(tree.ids),
+            "kept": {"adapters": len(adapters), "bytes": sum(adapter["bytes"] for adapter in adapters)},
             "groups": self.layer_names,
-            "distances": [[round(value, 4) for value in row] for row in tree.distances.tolist()],
             **self.task_facts,
-            "adapters": self.bank.facts(),
             "signature_bytes": 4 * self.gradients.shape[0] * self.gradients.shape[1],
         }
+        if len(tree.ids) <= DRAWN:
+            distances = [[round(value, 4) for value in row] for row in tree.distances.tolist()]
+            names = {str(i): self.bank.called(i) for i in tree.ids}
+            facts |= {"names": names, "nodes": tree.nodes(), "distances": distances, "adapters": adapters}
         return {**super().facts(), "tree": facts}
 
     def get_extra_state(self) -> dict[str, Any]:

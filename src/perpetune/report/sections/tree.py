@@ -99,6 +99,7 @@ class Grown:
 
     Attributes:
         number, task: the task's number, from 1, and its name.
+        tasks: the number of tasks in the tree. If it is larger than the tree's names, the tree is too large to show.
         names: the tasks in the tree, in the order of their ids.
         root: the root of the tree; None while the tree is empty.
         distances: the known distances between pairs of `names`.
@@ -106,12 +107,14 @@ class Grown:
         asked: how the start was chosen; empty if not known.
         helped: for each group of modules, how often each earlier task was selected.
         adapters: the adapters kept after this task.
+        kept: their number, and their size in bytes.
         merged: for each merge after this task, the names of its tasks.
         signature: the size of a task's signature in bytes.
     """
 
     number: int
     task: str
+    tasks: int
     names: list[str]
     root: Node | None
     distances: list[list[float | None]]
@@ -119,17 +122,18 @@ class Grown:
     asked: str
     helped: list[tuple[str, dict[str, int]]]
     adapters: list[Adapter]
+    kept: tuple[int, int | None]
     merged: list[list[str]]
     signature: int | None
 
     @property
-    def adapter_bytes(self) -> int:
-        return sum(adapter.size or 0 for adapter in self.adapters)
-
-    @property
     def signature_bytes(self) -> int:
         """The bytes of the signatures of all tasks in the tree."""
-        return (self.signature or 0) * len(self.names)
+        return (self.signature or 0) * self.tasks
+
+    @property
+    def all_bytes(self) -> int:
+        return (self.kept[1] or 0) + self.signature_bytes
 
     @property
     def levels(self) -> int:
@@ -175,6 +179,8 @@ def section(results: Results) -> list[Block] | None:
 def _last(entry: Grown) -> Panel:
     """The tree after the last task."""
     title, branch = f"Tree after task {entry.number} {entry.task}", _branch(entry.root, entry.task)
+    if entry.tasks > len(entry.names):
+        return Panel([Text(f"The tree has {form.plural(entry.tasks, 'task')}, too many to show.")], title)
     if branch is None:
         return Panel([Text("The tree is empty.")], title)
     about = "A node: what splits it, and its radius; a square leaf: several tasks that have one adapter."
@@ -322,18 +328,17 @@ def similarity_table(results: Mapping[str, Any]) -> Heat | None:
 
 def storage_rows(results: Mapping[str, Any]) -> list[StorageRow]:
     found = grown(results)
-    most = max((entry.adapter_bytes + entry.signature_bytes for entry in found), default=0)
+    most = max((entry.all_bytes for entry in found), default=0)
     rows = []
     for entry in found:
-        total = entry.adapter_bytes + entry.signature_bytes
-        known = any(adapter.size is not None for adapter in entry.adapters)
+        total = entry.all_bytes
         rows.append(
             StorageRow(
                 entry.number,
                 entry.task,
                 _started(entry),
-                form.count(len(entry.adapters)),
-                form.size(entry.adapter_bytes if known else None),
+                form.count(entry.kept[0]),
+                form.size(entry.kept[1]),
                 "; ".join(" + ".join(tasks) for tasks in entry.merged),
                 form.size(entry.signature),
                 form.size(total or None),
@@ -352,7 +357,7 @@ def told(results: Mapping[str, Any]) -> str:
     if not trees:
         return ""
     last = trees[-1]
-    parts = [form.plural(len(last.names), "task")]
+    parts = [form.plural(last.tasks, "task")]
     parts += [f"{last.task} started from {_started(last)}"] if last.start else []
     sums: dict[str, int] = {}
     for _, steps in last.helped:
@@ -361,9 +366,9 @@ def told(results: Mapping[str, Any]) -> str:
     if any(sums.values()):
         best = max(sums, key=lambda name: sums[name])
         parts.append(f"helped most by {best} ({form.percent(sums[best] / sum(sums.values()), 0)} % of steps)")
-    if last.adapters:
-        size = f" of {form.size(last.adapter_bytes)}" if last.adapter_bytes else ""
-        parts.append(form.plural(len(last.adapters), "adapter") + size)
+    if last.kept[0]:
+        size = f" of {form.size(last.kept[1])}" if last.kept[1] else ""
+        parts.append(form.plural(last.kept[0], "adapter") + size)
     return ", ".join(parts)
 
 
@@ -420,9 +425,13 @@ def _grown(number: int, task: str, facts: Mapping[str, Any]) -> Grown:
         if entry
     ]
     root = _node(facts.get("nodes"), by_id, groups)
+    sizes = [adapter.size for adapter in adapters if adapter.size is not None]
+    kept = as_mapping(facts.get("kept"))
+    count, size = as_count(kept.get("adapters")), as_count(kept.get("bytes"))
     return Grown(
         number,
         task,
+        as_count(facts.get("tasks")) or len(names),
         names,
         None if root is None else _folded(root, shared, set(root.tasks)),
         [[as_number(table[i][j]) if i < len(table) and j < len(table[i]) else None for j in here] for i in here],
@@ -430,6 +439,7 @@ def _grown(number: int, task: str, facts: Mapping[str, Any]) -> Grown:
         as_text(facts.get("asked")),
         helped,
         adapters,
+        (len(adapters) if count is None else count, (sum(sizes) if sizes else None) if size is None else size),
         [tasks for entry in as_list(facts.get("merged")) if (tasks := as_texts(entry))],
         as_count(facts.get("signature_bytes")),
     )
