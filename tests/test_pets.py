@@ -25,6 +25,8 @@ from perpetune.pets import (
     parameters,
     pets,
     remove,
+    rest,
+    sets,
     slots,
     submodule,
     using,
@@ -374,6 +376,43 @@ def test_a_copied_set_shares_what_is_frozen() -> None:
         assert isinstance(second, Prompt)
         assert second.place.module is first.place.module is slot.base
         assert second.tokens is not first.tokens
+
+
+def test_sets_at_rest_act_as_before_and_no_walk_through_the_net_meets_them() -> None:
+    backbone = backbone_of("timm vit")
+    inject(backbone.net, places(backbone.net, ["q"]), lora, "working")
+
+    def met() -> list[int]:
+        net = backbone.net
+        return [len(list(walked)) for walked in (net.modules(), net.parameters(), net.state_dict())]
+
+    alone, found = met(), {}
+    for number in range(5):
+        shake(backbone.net, "working", seed=number)
+        copy_set(backbone.net, "working", f"task-{number}")
+        assert met() > alone, "the control: a set that does not rest is met"
+        with using(backbone, f"task-{number}"), torch.no_grad():
+            found[f"task-{number}"] = backbone(PIXELS)
+        rest(backbone.net, f"task-{number}")
+        assert met() == alone
+    assert sets(backbone.net) == ["working", *found]
+    for name, before in found.items():
+        with using(backbone, name), torch.no_grad():
+            assert torch.equal(backbone(PIXELS), before)
+    backbone.net.train()
+    assert all(pet.training for pet in pets(backbone.net, "task-1"))
+    backbone.net.eval()
+    assert not any(pet.training for pet in pets(backbone.net, "task-1"))
+    twin = copy.deepcopy(backbone).double()
+    assert {p.dtype for name in found for p in parameters(twin.net, name)} == {torch.float64}
+    copy_set(backbone.net, "task-3", "working")
+    with using(backbone, "working"), torch.no_grad():
+        assert torch.equal(backbone(PIXELS), found["task-3"])
+    for name in found:
+        remove(backbone.net, name)
+    assert sets(backbone.net) == ["working"]
+    with pytest.raises(UsageError, match="no set of pets called 'task-1'"):
+        rest(backbone.net, "task-1")
 
 
 def test_a_set_that_is_not_there_is_not_copied() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from perpetune.build import build_method
 from perpetune.check import Checker, check_method, tiny_backbone
-from perpetune.errors import UsageError
+from perpetune.errors import StateError, UsageError
 from perpetune.evaluate import evaluate
 from perpetune.export import export_learned
 from perpetune.heads.ridge import Ridge
@@ -31,6 +31,8 @@ from perpetune.pets import LoRA, parameters, pets, sets, using
 from perpetune.recipe import make_recipe
 from perpetune.selectors import Chosen
 from perpetune.snapshot import restore, snapshot
+from perpetune.state import State
+from perpetune.store import RESTING
 from perpetune.tasks import Inputs, Task
 
 PREFIX = {"name": "prefix", "length": 3}
@@ -588,6 +590,33 @@ def test_one_object_goes_through_states(method: dict[str, Any]) -> None:
     for number in (0, 3, 1, 2, 3):
         restore(made, states[number], "memory")
         assert snapshot(made) == states[number]
+
+
+def test_a_state_stores_each_member_in_the_task_that_brings_it(tmp_path: Path) -> None:
+    made, stream = pool({"select": "means"})
+    state = State.create(tmp_path / "state", make_recipe({}), {"spec": "x", "fingerprint": "f"})
+    asked_of, documents = asked(), {"task.json": {}, "metrics.json": {"cells": {}}}
+    answers = []
+    for index, task in enumerate(stream):
+        learn_protected(made, task)
+        state.commit(index, task.name, made, documents)
+        answers.append(made.predict(asked_of))
+        held = state.committed[index].index_of()
+        assert [n for n in held if RESTING.fullmatch(n)] == [f"rest-task-{index}.safetensors"]
+        assert {name: at for name, (at, _) in held.rest.items()} == {f"task-{i}": i for i in range(index + 1)}
+    other, _ = pool({"select": "means"})
+    for index in (2, 0, 1):
+        State(tmp_path / "state").load(other, state.committed[index])
+        assert torch.equal(other.predict(asked_of), answers[index])
+    state.load(other)
+    other.bank.drop(0)  # all behind it have new numbers, so their files are others
+    state.commit(3, "after", other, documents)
+    assert {name: at for name, (at, _) in state.committed[3].index_of().rest.items()} == {"task-0": 3, "task-1": 3}
+    third, _ = pool({"select": "means"})
+    files = state.committed[2].read()
+    del files["rest-task-1.safetensors"]
+    with pytest.raises(StateError, match="sets at rest do not fit the recipe: missing task-1"):
+        restore(third, files, "here")
 
 
 # -- bad options -------------------------------------------------------------------------------------------------------

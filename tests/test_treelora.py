@@ -881,7 +881,8 @@ def test_what_is_told_is_what_the_report_reads(whole: dict[str, Path], monkeypat
         "signature_bytes",
     }
     assert facts == json.loads(json.dumps(facts))
-    assert facts["tasks"] == 2 and facts["kept"] == {"adapters": 2, "bytes": sum(a.size or 0 for a in told[2].adapters)}
+    assert facts["tasks"] == 2
+    assert facts["kept"] == {"adapters": 2, "bytes": sum(a.size or 0 for a in told[2].adapters)}
     monkeypatch.setattr("perpetune.methods.treelora.method.DRAWN", 1)
     assert facts.keys() - tree(method).keys() == {"names", "nodes", "distances", "adapters"}, "they grow with the tasks"
 
