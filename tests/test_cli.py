@@ -24,14 +24,15 @@ from tiny import every, picture_folder, recipe, split_folder, vit_folder, writte
 from warm import Warm
 
 from perpetune._version import __version__
-from perpetune.cli import app, call, costs, hub, jobs, learn, look, serving, use
+from perpetune.cli import app, call, costs, hub, jobs, learn, look, run, serving, use
 from perpetune.errors import Interrupted
 from perpetune.learner import Learner
 from perpetune.recipe import load_recipe, packaged
 from perpetune.runtime import Silent
 from perpetune.state import State
+from perpetune.trained import Trained
 
-VERBS = [verb.__name__ for module in (learn, costs, use, serving, hub, look) for verb in module.VERBS]
+VERBS = [verb.__name__ for module in (run, learn, costs, use, serving, hub, look) for verb in module.VERBS]
 RECIPES = sorted(packaged()) + sorted(
     str(p) for p in (Path(__file__).resolve().parents[1] / "benchmarks" / "recipes").glob("*.yaml")
 )
@@ -117,7 +118,7 @@ def test_memory_that_is_too_small_is_one_line(shell: Shell, world: Path, monkeyp
     def full(*args: Any, **options: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore is known.")
 
-    monkeypatch.setattr(Learner, "load", full)
+    monkeypatch.setattr(Trained, "load", full)
     said = shell("evaluate", world / "done", code=1)
     assert "Tried to allocate 2 GiB: lower evaluate.batch_size" in said.err
     assert len(said.err.splitlines()) == 1

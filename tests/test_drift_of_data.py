@@ -26,6 +26,11 @@ from perpetune.seeding import generator
 from perpetune.state import State
 
 
+def compared_with(learner: Learner) -> dict[str, Tensor]:
+    """What `drift` compares with."""
+    return drifting.known(learner.method, learner.state.committed, learner._tasks.past, pytest.fail)
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("drift")
@@ -146,7 +151,7 @@ def test_features_that_have_moved_are_made_again(world: Path, tmp_path: Path) ->
     assert moved > drifting.MOVED
     stored = drifting.stored(first)
     assert stored is not None
-    assert not torch.allclose(learner._known()["learned"], stored, atol=0.01)
+    assert not torch.allclose(compared_with(learner)["learned"], stored, atol=0.01)
 
 
 def test_texts(tmp_path: Path) -> None:
@@ -217,7 +222,7 @@ def test_months_of_digits(tmp_path: Path) -> None:
         shown[i].save(tmp_path / "learned" / str(digits.target[i]) / f"{i}.png")
     learner = Learner("update", tmp_path / "state")
     learner.learn(tmp_path / "learned", holdout=0.3)
-    kept = torch.cat(list(learner._known().values()))
+    kept = torch.cat(list(compared_with(learner).values()))
 
     def features(pictures: list[Any]) -> Tensor:
         view, parts = learner.method.model.view, []

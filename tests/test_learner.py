@@ -22,13 +22,13 @@ from perpetune import Examples, Learner, Recipe, Task, load_recipe
 from perpetune.data.pictures.folder import FolderSource
 from perpetune.data.pictures.manifest import ManifestSource
 from perpetune.errors import DataError, Interrupted, PerpetuneError, StateError, UsageError
-from perpetune.learner import stop_signals
 from perpetune.pets import frozen
 from perpetune.recipe import make_recipe
 from perpetune.results import read_results
 from perpetune.runtime import Silent
 from perpetune.snapshot import tensors
 from perpetune.state import State
+from perpetune.stopping import stop_signals
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from perpetune.learner import Learner
 from perpetune.recipe import load_recipe
 from perpetune.results import read_results
 from perpetune.state import State
+from perpetune.trained import Trained
 
 DOC = (Path(__file__).resolve().parents[1] / "docs" / "json.md").read_text(encoding="utf-8")
 
@@ -110,13 +111,13 @@ def test_steps_are_written_once_a_second(capfd: pytest.CaptureFixture[str], monk
 def test_what_libraries_print_is_not_between_the_lines(
     world: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, stream = Learner.evaluate, sys.stdout
+    real, stream = Trained.evaluate, sys.stdout
 
-    def evaluate(learner: Learner, *arguments: Any, **options: Any) -> Any:
+    def evaluate(trained: Trained, *arguments: Any, **options: Any) -> Any:
         print("chatter")
-        return real(learner, *arguments, **options)
+        return real(trained, *arguments, **options)
 
-    monkeypatch.setattr(Learner, "evaluate", evaluate)
+    monkeypatch.setattr(Trained, "evaluate", evaluate)
     assert call(["evaluate", str(world / "state"), "--json"]) == 0
     out, err = capfd.readouterr()
     assert "chatter" in err

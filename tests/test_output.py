@@ -19,6 +19,7 @@ from tiny import every, paired, picture_folder, recipe, vit_folder, written
 from perpetune import Learner, cli
 from perpetune.cli import call, main
 from perpetune.cli.output import SIMPLER, Steady
+from perpetune.trained import Trained
 
 NAMES = ("犬", "Café", "ž–ł")
 ENCODINGS = ("cp1252", "latin-1", "ascii", "utf-8")
@@ -193,7 +194,7 @@ def test_an_unforeseen_error_is_one_line_and_a_log(
         raise error
 
     monkeypatch.delenv("PERPETUNE_DEBUG", raising=False)
-    monkeypatch.setattr(Learner, "load", fail)
+    monkeypatch.setattr(Trained, "load", fail)
     assert call(["evaluate", str(state)]) == 1
     err = capsys.readouterr().err
     assert len(err.splitlines()) <= 2  # typer ends the line that Ctrl-D would have begun
@@ -211,7 +212,7 @@ def test_with_debug_the_traceback_is_shown(state: Path, monkeypatch: pytest.Monk
         raise TypeError("unhashable")
 
     monkeypatch.setenv("PERPETUNE_DEBUG", "1")
-    monkeypatch.setattr(Learner, "load", fail)
+    monkeypatch.setattr(Trained, "load", fail)
     with pytest.raises(TypeError):
         call(["evaluate", str(state)])
 

@@ -14,7 +14,7 @@ from tiny import recipe, split_folder, vit_folder
 
 from perpetune import Learner
 from perpetune.cli import live
-from perpetune.cli.learn import DEMO
+from perpetune.cli.run import DEMO
 from perpetune.errors import StateError
 from perpetune.recipe import load_recipe
 from perpetune.report import checked, compare, comparison, svg, terminal, write_comparison, write_report

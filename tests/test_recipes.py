@@ -189,7 +189,7 @@ def test_it_reads_the_columns_that_the_hub_has(stream: str, tmp_path: Path) -> N
 
 def learned(recipe: Recipe, folder: Path, monkeypatch: pytest.MonkeyPatch, **sections: Any) -> dict[str, Any]:
     """The results of the recipe on other data, with few epochs and the tiny transformer."""
-    monkeypatch.setattr("perpetune.learner.build_backbone", tiny_vit)
+    monkeypatch.setattr("perpetune.trained.build_backbone", tiny_vit)
     learner = Learner(changed(recipe, run={"device": "cpu", "workers": 0}, **sections), folder)
     return learner.run()
 

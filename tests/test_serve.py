@@ -33,6 +33,7 @@ from perpetune.learner import Learner
 from perpetune.serve.models import Models, Watcher, mark_of
 from perpetune.serve.server import bound
 from perpetune.state import State
+from perpetune.trained import Trained
 
 
 @pytest.fixture(scope="module")
@@ -206,14 +207,14 @@ class Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.open, self.sizes = threading.Event(), list[int]()
-        real = Learner.predict
+        real = Trained.predict
 
-        def predict(learner: Learner, images: Any, **options: Any) -> Any:
+        def predict(trained: Trained, images: Any, **options: Any) -> Any:
             self.sizes.append(len(images))
             assert self.open.wait(20)
-            return real(learner, images, **options)
+            return real(trained, images, **options)
 
-        monkeypatch.setattr(Learner, "predict", predict)
+        monkeypatch.setattr(Trained, "predict", predict)
 
     def reached(self, passes: int) -> None:
         end = time.monotonic() + 10
@@ -263,14 +264,14 @@ def test_a_client_that_goes_away_or_waits_too_long_costs_nothing(world: Path, mo
 def test_a_model_that_fails_is_one_line_and_the_next_answer_is_right(
     world: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real, faults = Learner.predict, iter([ArithmeticError("planted")])
+    real, faults = Trained.predict, iter([ArithmeticError("planted")])
 
-    def predict(learner: Learner, images: Any, **options: Any) -> Any:
+    def predict(trained: Trained, images: Any, **options: Any) -> Any:
         for fault in faults:
             raise fault
-        return real(learner, images, **options)
+        return real(trained, images, **options)
 
-    monkeypatch.setattr(Learner, "predict", predict)
+    monkeypatch.setattr(Trained, "predict", predict)
     with running(world / "one") as (client, _):
         broken, right = ask(client, png(picture("cat", 1))), ask(client, png(picture("cat", 1)))
     assert (broken.status_code, right.status_code) == (500, 200)
@@ -299,7 +300,7 @@ def test_what_is_half_read_never_answers(world: Path, state: Path, monkeypatch: 
 
     def answers(models: Models) -> tuple[int, list[dict[str, float]]]:
         with models.asked() as served:
-            return served.number, [dict(one.classes) for one in served.learner.predict(images, top=99)]
+            return served.number, [dict(one.classes) for one in served.trained.predict(images, top=99)]
 
     def matches(models: Models) -> bool:
         number, found = answers(models)
@@ -311,7 +312,7 @@ def test_what_is_half_read_never_answers(world: Path, state: Path, monkeypatch: 
         shutil.rmtree(state)
         shutil.copytree(world / ("one" if control else "two"), state)
         half.clear(), go.clear()
-        take = models.current.learner._reload if control else partial(models.renew, mark_of(state))
+        take = models.current.trained._reload if control else partial(models.renew, mark_of(state))
         taking = threading.Thread(target=take)
         taking.start()
         assert half.wait(20)
@@ -337,36 +338,36 @@ def test_what_cannot_be_read_is_tried_again_and_the_old_state_answers(world: Pat
     assert (taken, len(said), models.current.number) == ([], 1, 1)
     assert re.search("0001-b.*pack", said[0])
     with models.asked() as served:
-        assert served.learner.method.classes == ["cat", "dog"]
-        served.learner.predict([picture("cat", 1)])
+        assert served.trained.method.classes == ["cat", "dog"]
+        served.trained.predict([picture("cat", 1)])
     pack.write_bytes(good)
     watcher.look()
     assert (taken, said[1:], watcher.behind) == ([2], [""], "")
     State(state).rollback("a")
     watcher.look()
     assert (taken, models.current.task) == ([2, 1], "a")
-    assert all(map(alike, [dict(p.classes) for p in models.current.learner.predict(pictures(3), top=9)],
+    assert all(map(alike, [dict(p.classes) for p in models.current.trained.predict(pictures(3), top=9)],
                    offline(world / "one", pictures(3))))  # fmt: skip
 
 
 def test_a_commit_while_it_starts_is_taken_up(world: Path, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, changes = Learner.load.__func__, iter([True])  # type: ignore[attr-defined]
+    real, changes = Trained.load.__func__, iter([True])  # type: ignore[attr-defined]
 
-    def load(cls: type[Learner], folder: Path, **options: Any) -> Learner:
-        learner: Learner = real(cls, folder, **options)
+    def load(cls: type[Trained], folder: Path, **options: Any) -> Trained:
+        trained: Trained = real(cls, folder, **options)
         for _ in changes:
-            real(cls, folder).learn(world / "b")
-        return learner
+            real(Learner, folder).learn(world / "b")
+        return trained
 
-    monkeypatch.setattr(Learner, "load", classmethod(load))
+    monkeypatch.setattr(Trained, "load", classmethod(load))
     models = Models(state)
     assert models.current.number == 2
-    assert models.current.learner.method.classes == ["cat", "dog", "fox", "owl"]
+    assert models.current.trained.method.classes == ["cat", "dog", "fox", "owl"]
 
 
 def test_the_two_models_share_what_is_frozen_and_nothing_else(world: Path, state: Path) -> None:
     models = Models(state)
-    first, second = models.current.learner, models._spare
+    first, second = models.current.trained, models._spare
     assert second is not None
     ours, theirs = (dict(x.backbone.net.named_parameters()) for x in (first, second))
     shared = {name for name in ours if ours[name].data_ptr() == theirs[name].data_ptr()}
@@ -385,7 +386,7 @@ def test_a_service_takes_up_a_relocated_state(world: Path, state: Path) -> None:
     Learner.load(state).learn(world / "b")
     watcher.look()
     assert models.current.number == 2
-    assert models.current.learner.recipe.backbone.name.endswith("elsewhere")
+    assert models.current.trained.recipe.backbone.name.endswith("elsewhere")
 
 
 def test_refresh_refuses_another_recipe(world: Path, state: Path) -> None:

@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import yaml
 
-from perpetune.cli import costs, hub, learn, look, serving, use
+from perpetune.cli import costs, hub, learn, look, run, serving, use
 from site_pages import changelog, on_page_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -127,7 +127,7 @@ def test_the_command_line_has_each_verb_with_each_option(site: Path) -> None:
     from perpetune.cli import app
 
     page = (site / "reference" / "cli.html").read_text(encoding="utf-8")
-    verbs = [verb.__name__ for module in (learn, costs, use, serving, hub, look) for verb in module.VERBS]
+    verbs = [verb.__name__ for module in (run, learn, costs, use, serving, hub, look) for verb in module.VERBS]
     commands = getattr(typer.main.get_command(app), "commands", {})
     assert sorted(verbs) == sorted(commands)
     for verb in verbs:

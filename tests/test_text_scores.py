@@ -326,7 +326,7 @@ def test_evaluate_prints_what_was_scored(monkeypatch: pytest.MonkeyPatch, capsys
 
     def printed(**cells: dict[str, Any] | None) -> list[str]:
         learner = SimpleNamespace(evaluate=lambda data, options: cells)
-        monkeypatch.setattr("perpetune.learner.Learner.load", lambda state, device=None, progress=None: learner)
+        monkeypatch.setattr("perpetune.trained.Trained.load", lambda state, device=None, progress=None: learner)
         use.evaluate(Path("state"), data=None, device=None, json=False)
         return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
 

@@ -7,17 +7,22 @@ two ways (`numerics.two_samples`): whether both are one sample of features, and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from safetensors.torch import load
 from torch import Tensor
 
+from perpetune import tally
 from perpetune.errors import DataError, StateError, UsageError
+from perpetune.evaluate import probe
+from perpetune.methods.base import Method
 from perpetune.numerics.two_samples import FAR, draws_for, energy_test, far_test, for_this, scaled
 from perpetune.seeding import generator
 from perpetune.state import Committed
+from perpetune.tally import probe_rows
+from perpetune.tasks import Task
 
 FEATURES = "features.safetensors"  # of a few test examples of the task, as they were when it was learned
 SAMPLE = "sample.safetensors"
@@ -75,6 +80,43 @@ def check_level(level: float) -> None:
     """UsageError if it is no level that the tests can hold."""
     if not LEVELS[0] <= level <= LEVELS[1]:  # not a number is none either
         raise UsageError(f"level is {level!r}: a share from {LEVELS[0]} to {LEVELS[1]} is expected, such as 0.05")
+
+
+def known(
+    method: Method,
+    tasks: Sequence[Committed],
+    past: Callable[[Committed], Task | None],
+    note: Callable[[str], None],
+) -> dict[str, Tensor]:
+    """What is kept of each task, by its name, where features are as they were when it was learned. Where they have
+    moved, they are computed again.
+
+    Args:
+        method: as it is after the last of the tasks.
+        past: gives a task's test data, if they are still there.
+        note: is told of each task that cannot be compared with.
+    """
+    found = dict[str, Tensor]()
+    for task in tasks:
+        if task.gone:
+            continue
+        kept, far = stored(task), moved(task, tasks[-1])
+        still = far <= MOVED if far is not None else not method.trained
+        if kept is None or still:
+            found |= {} if kept is None else {task.name: kept}
+            continue
+        data = past(task)
+        rows = probe_rows(len(data.test), tally.SAMPLE) if data is not None and data.test is not None else []
+        if data is None or not rows:
+            how = "nobody knows how far" if far is None else f"by {far:.2f}"
+            note(
+                f"task {task.name} is not compared with: its features have moved since it was learned ({how}), and "
+                "its test data are gone"
+            )
+            continue
+        features = probe(method, data, rows)
+        found |= {} if features is None else {task.name: projected(features)}
+    return found
 
 
 def compare(known: Tensor, new: Tensor, names: Sequence[str], level: float, noun: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,8 +17,8 @@ from torch import Tensor
 from perpetune import drifting
 from perpetune.drifting import FEATURES
 from perpetune.errors import Refused
-from perpetune.evaluate import AMONG, Asked, Classes, How, Limit, ask, probe, probe_rows
-from perpetune.exams.base import Exam, take_all
+from perpetune.evaluate import AMONG, Asked, How, Limit, ask, probe, probe_rows
+from perpetune.exams.base import take_all
 from perpetune.gate import Figures, judge, refusal, unsure
 from perpetune.kept import KeptFeatures, kept_features
 from perpetune.learning import learn_protected
@@ -29,49 +29,10 @@ from perpetune.results import Documents, read_results
 from perpetune.runtime import Runtime, Silent
 from perpetune.snapshot import read_tensors
 from perpetune.state import MidTask, State, candidate, interrupted, training_digest
-from perpetune.tasks import Examples, Task
+from perpetune.step import Step
+from perpetune.tasks import Task
 
 MADE = "features.json"  # what made the features of its test examples then
-
-
-@dataclass(frozen=True)
-class Step:
-    """One task to learn and what is measured after it.
-
-    Attributes:
-        task: what is learned.
-        others: other tasks to evaluate on afterwards: all earlier ones, and the next one where its
-            accuracy before learning means something (forward transfer).
-        document: what is stored of the task beside its name: sizes, data, fingerprint, bad files.
-        reference: data without labels, protected before the task is learned; for the first task.
-        names: names whose texts are protected in the same way.
-        seen: all tasks so far, this one too, with their training data: what the oracle head is solved on afterwards
-            (`evaluate.oracle`), which the method never sees; empty without it.
-        exams: what is asked beside the tasks: before the first task, and after each.
-        ahead: tasks that are not learned yet and are asked all the same, before the first task and after each.
-        future: the classes of all tasks, learned or not, if tasks are asked before they are learned.
-        last: whether it is the last task of its stream.
-        prepared: seconds that it took to find the data and to check the examples.
-        unasked: how many earlier tasks are not among `others`, because it is not their turn (`evaluate.earlier`).
-        files: further files that are stored with the task.
-        gate: the bar in points that decides whether the task is committed or refused (`perpetune.gate`); None commits
-            it.
-    """
-
-    task: Task
-    others: Sequence[Task]
-    document: Mapping[str, Any]
-    reference: Examples | None = None
-    names: Sequence[str] = ()
-    seen: Sequence[Task] = ()
-    exams: Sequence[Exam] = ()
-    ahead: Sequence[Task] = ()
-    future: Classes | None = None
-    last: bool = False
-    prepared: float = 0.0
-    unasked: int = 0
-    files: Mapping[str, bytes] = field(default_factory=dict)
-    gate: float | None = None
 
 
 def run(method: Method, steps: Iterable[Step], state: State, kept: KeptFeatures | None = None) -> None:

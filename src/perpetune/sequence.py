@@ -26,9 +26,9 @@ from perpetune.errors import DataError, UsageError
 from perpetune.exams.base import Exam, Suite
 from perpetune.plain import names_in
 from perpetune.recipe import Recipe
-from perpetune.run import Step
 from perpetune.runtime import Runtime
 from perpetune.state import Committed
+from perpetune.step import Step
 from perpetune.tasks import Examples, Task
 
 ASKED = 16

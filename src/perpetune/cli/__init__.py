@@ -1,6 +1,6 @@
-"""The command line. The verbs are in six modules: `learn` has run, init, update, resume, rollback, forget, prune and
-relocate; `costs` has estimate; `use` has predict, find, evaluate, drift and export; `serving` has serve; `hub` has
-push and pull; `look` has report, log, compare and the lists of choices."""
+"""The command line. The verbs are in seven modules: `run` has run; `learn` has init, update, resume, rollback, forget,
+prune and relocate; `costs` has estimate; `use` has predict, find, evaluate, drift and export; `serving` has serve;
+`hub` has push and pull; `look` has report, log, compare and the lists of choices."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import typer
 
-from perpetune.cli import costs, hub, learn, lines, look, serving, use
+from perpetune.cli import costs, hub, learn, lines, look, run, serving, use
 from perpetune.cli.failure import unforeseen
 from perpetune.cli.output import drop, encode_anything
 from perpetune.errors import PerpetuneError, UsageError, closest
@@ -26,7 +26,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for module in (learn, costs, use, serving, hub, look):
+for module in (run, learn, costs, use, serving, hub, look):
     for verb in module.VERBS:
         app.command()(verb)
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from perpetune.cli.learn import Device, JsonLines
 from perpetune.cli.lines import lines
+from perpetune.cli.options import Device, JsonLines
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from perpetune.cli.learn import JsonLines
 from perpetune.cli.lines import LineView, lines
+from perpetune.cli.options import JsonLines
 from perpetune.cli.output import steady
 
 Repo = Annotated[str, typer.Argument(metavar="REPO", help="The model repository: OWNER/NAME.")]

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from perpetune.cli.failure import unforeseen
 from perpetune.errors import Interrupted, PerpetuneError, UsageError
+from perpetune.stopping import stopping_signals
 
 if TYPE_CHECKING:
     from perpetune.recipe import Recipe
@@ -175,8 +176,6 @@ def run_all(jobs: Sequence[Job], at_once: int, tell: Tell) -> None:
 @contextlib.contextmanager
 def _signals() -> Iterator[_Stop]:
     """While this is open, a signal that would stop this process stops its children instead."""
-    from perpetune.learner import stopping_signals
-
     stop = _Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from perpetune.cli.learn import Json, JsonLines, Set, StateFolder
 from perpetune.cli.lines import lines
+from perpetune.cli.options import Json, JsonLines, Set, StateFolder
 
 if TYPE_CHECKING:
     from perpetune.registry import Kind

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from perpetune.cli.learn import Device, JsonLines, StateFolder
+from perpetune.cli.options import Device, JsonLines, StateFolder
 
 EXTRA = {"fastapi", "starlette", "uvicorn", "prometheus_client", "anyio", "multipart", "python_multipart"}
 """Modules that the extra `serve` brings."""

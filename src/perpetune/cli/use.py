@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from perpetune.cli.learn import DataSet, Device, Json, JsonLines, StateFolder, options_of
 from perpetune.cli.lines import Lines, LineView, lines
+from perpetune.cli.options import DataSet, Device, Json, JsonLines, StateFolder, options_of
 
 if TYPE_CHECKING:
-    from perpetune.learner import Answer, Learner
+    from perpetune.answers import Answer
+    from perpetune.trained import Trained
 
 
 def predict(
@@ -48,22 +49,22 @@ def predict(
     """
     from perpetune.cli.notes import Notes
     from perpetune.errors import UsageError
-    from perpetune.learner import Learner
+    from perpetune.trained import Trained
 
     if json and csv:
         raise UsageError("--json and --csv exclude each other: choose one of them")
     out = lines(json)
-    learner = Learner.load(state, device=device, progress=Notes() if out is None else LineView(out))
-    if learner.method.model.view.verb == "predict":
-        _predictions(learner, inputs, top, options, out, csv, None if names is None else names.split(","))
+    trained = Trained.load(state, device=device, progress=Notes() if out is None else LineView(out))
+    if trained.method.model.view.verb == "predict":
+        _predictions(trained, inputs, top, options, out, csv, None if names is None else names.split(","))
         return
     if names is not None:
         raise UsageError("--names is for pictures: use --options with a language model")
-    _answers(learner, inputs, top, options, out, csv)
+    _answers(trained, inputs, top, options, out, csv)
 
 
 def _predictions(
-    learner: Learner,
+    trained: Trained,
     inputs: list[str],
     top: int,
     options: str | None,
@@ -80,15 +81,15 @@ def _predictions(
 
     if options is not None:
         raise UsageError("--options works with language models only: an image classifier chooses among its classes")
-    files = learner.method.model.view.typed(inputs)
+    files = trained.method.model.view.typed(inputs)
     unreadable: list[str] = []
     if out is not None:
-        _predicted_lines(learner, files, top, names, out, unreadable)
+        _predicted_lines(trained, files, top, names, out, unreadable)
         if not unreadable:
             out.emit("done", predictions=len(files))
         predictions = []
     else:
-        predictions = learner.predict(files, top=top, unreadable=unreadable, names=names)
+        predictions = trained.predict(files, top=top, unreadable=unreadable, names=names)
     if csv:
         writer = csv_writer.writer(sys.stdout)
         ranks = range(1, max((len(p.classes) for p in predictions), default=0) + 1)
@@ -103,13 +104,13 @@ def _predictions(
 
 
 def _predicted_lines(
-    learner: Learner, files: Sequence[Any], top: int, names: list[str] | None, out: Lines, unreadable: list[str]
+    trained: Trained, files: Sequence[Any], top: int, names: list[str] | None, out: Lines, unreadable: list[str]
 ) -> None:
     """Write a line for each picture as soon as its batch is answered, and one for each that cannot be read."""
-    size = learner.recipe.evaluate.batch_size
+    size = trained.recipe.evaluate.batch_size
     for start in range(0, len(files), size):
         bad: list[str] = []
-        for p in learner.predict(files[start : start + size], top=top, unreadable=bad, names=names):
+        for p in trained.predict(files[start : start + size], top=top, unreadable=bad, names=names):
             classes = [{"name": name, "probability": value} for name, value in p.classes]
             out.emit("prediction", image=p.image, classes=classes)
         for message in bad:
@@ -117,7 +118,7 @@ def _predicted_lines(
         unreadable += bad
 
 
-def _answers(learner: Learner, inputs: list[str], top: int, options: str | None, out: Lines | None, csv: bool) -> None:
+def _answers(trained: Trained, inputs: list[str], top: int, options: str | None, out: Lines | None, csv: bool) -> None:
     import dataclasses
     import sys
     from collections import Counter
@@ -126,9 +127,9 @@ def _answers(learner: Learner, inputs: list[str], top: int, options: str | None,
 
     if csv:
         raise UsageError("--csv works with images only: use --json for answers")
-    view = learner.method.model.view
-    answers = learner.answer(view.typed(inputs), options=None if options is None else options.split(","))
-    if learner.method.model.chooses:  # among all classes; with the output layer, among the options of this call
+    view = trained.method.model.view
+    answers = trained.answer(view.typed(inputs), options=None if options is None else options.split(","))
+    if trained.method.model.chooses:  # among all classes; with the output layer, among the options of this call
         answers = [dataclasses.replace(a, options=a.options[:top]) for a in answers]
     cut = [a.cut for a in answers if a.cut]
     if cut:
@@ -174,12 +175,12 @@ def find(
     from perpetune.cli.notes import Notes
     from perpetune.data.names import printable, several
     from perpetune.errors import DataError
-    from perpetune.learner import Learner
+    from perpetune.trained import Trained
 
     out = lines(json)
-    learner = Learner.load(state, device=device, progress=Notes() if out is None else LineView(out))
-    files, unreadable = learner.method.model.view.typed(inputs), list[str]()
-    found = learner.find(text, files, top=top, unreadable=unreadable)
+    trained = Trained.load(state, device=device, progress=Notes() if out is None else LineView(out))
+    files, unreadable = trained.method.model.view.typed(inputs), list[str]()
+    found = trained.find(text, files, top=top, unreadable=unreadable)
     for image, score in found:
         if out is not None:
             out.emit("found", image=image, score=score)
@@ -209,15 +210,15 @@ def evaluate(
     """
     from perpetune.cli.notes import Notes
     from perpetune.errors import UsageError
-    from perpetune.learner import Learner
     from perpetune.report import form
+    from perpetune.trained import Trained
 
     options = options_of(changes)
     if options and data is None:
         raise UsageError("--set names keys of the data section of --data, and there is no --data")
     out = lines(json)
     progress = Notes() if out is None else LineView(out)
-    cells = Learner.load(state, device=device, progress=progress).evaluate(data, options=options)
+    cells = Trained.load(state, device=device, progress=progress).evaluate(data, options=options)
     if out is not None:
         for name, cell in cells.items():
             out.emit("evaluated", name=name, cell=cell)
@@ -262,13 +263,13 @@ def drift(
     from perpetune.cli.common import print_json
     from perpetune.cli.notes import Notes
     from perpetune.data.names import printable, several
-    from perpetune.learner import Learner
+    from perpetune.trained import Trained
 
     notes, unreadable = Notes(), list[str]()
-    learner = Learner.load(state, device=device, progress=notes)
+    trained = Trained.load(state, device=device, progress=notes)
     options = options_of(changes)
-    found = learner.drift(data, level=level, options=options, unreadable=unreadable)
-    noun = learner.method.model.view.noun
+    found = trained.drift(data, level=level, options=options, unreadable=unreadable)
+    noun = trained.method.model.view.noun
     if unreadable:
         notes.note(f"{len(unreadable)} {noun} cannot be read and are left out: {several(unreadable)}")
     if found["copies"]:
@@ -326,11 +327,11 @@ def export(
     Example: perpetune export STATE my-model --to merged --images photos/
     """
     from perpetune.cli.notes import Notes
-    from perpetune.learner import Learner
+    from perpetune.trained import Trained
 
     out = lines(json)
-    learner = Learner.load(state, device="cpu", progress=Notes() if out is None else LineView(out))
-    written = learner.export(folder, to=to, images=images)
+    trained = Trained.load(state, device="cpu", progress=Notes() if out is None else LineView(out))
+    written = trained.export(folder, to=to, images=images)
     if out is not None:
         for path in written:
             out.emit("file", path=str(path), bytes=path.stat().st_size)

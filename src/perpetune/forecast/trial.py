@@ -13,8 +13,8 @@ from perpetune.forecast.sample import Sample, Sizes
 from perpetune.kept import FOLDER, NAME
 from perpetune.learner import Learner
 from perpetune.recipe import Recipe
-from perpetune.run import Step
 from perpetune.runtime import Silent
+from perpetune.step import Step
 from perpetune.tasks import Task
 
 PARTS = ("prepare", "learn", "new", "earlier", "drift", "oracle", "rest", "commit", "report", "other")

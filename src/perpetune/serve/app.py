@@ -109,7 +109,7 @@ class Service:
     def __init__(self, folder: Path, settings: Settings, tell: Tell, progress: Progress | None = None):
         self.settings, self.tell, self.metrics = settings, tell, counted.Metrics()
         self.models = Models(folder, settings.device, progress)
-        most = settings.batch or self.models.current.learner.recipe.evaluate.batch_size
+        most = settings.batch or self.models.current.trained.recipe.evaluate.batch_size
         self.batcher = Batcher(self.models, most, settings.wait, self.metrics.passed)
         self.watcher = Watcher(self.models, settings.poll, self._taken, self._failed)
         self.readers = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "pictures")
@@ -188,10 +188,10 @@ class Service:
         status = "ok" if served.number else "empty"
         return Health(
             status=status if self.batcher.alive and watcher.alive else "stopped",
-            name=served.learner.recipe.name,
+            name=served.trained.recipe.name,
             state=served.number,
             task=served.task,
-            classes=len(served.learner.method.classes),
+            classes=len(served.trained.method.classes),
             since=served.since.isoformat(timespec="seconds"),
             behind=watcher.behind or None,
             version=__version__,
@@ -230,7 +230,7 @@ def application(
             service.stop()
 
     app = FastAPI(
-        title=f"perpetune: {service.models.current.learner.recipe.name}",
+        title=f"perpetune: {service.models.current.trained.recipe.name}",
         version=__version__,
         lifespan=lifespan,
         docs_url=None,  # these pages load scripts from elsewhere

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from perpetune.learner import Prediction
+from perpetune.answers import Prediction
 from perpetune.serve.models import Models, Served
 
 
@@ -114,7 +114,7 @@ class Batcher:
                 with self.models.asked() as served:
                     pixels = torch.cat([asked.pixels for asked in group])
                     top = max(asked.top for asked in group)
-                    found = served.learner.predict(pixels, top=top, names=names)
+                    found = served.trained.predict(pixels, top=top, names=names)
             except Exception as error:  # noqa: BLE001  whoever asked is told, and the next batch is answered
                 for asked in group:
                     asked.answer.set_exception(error)

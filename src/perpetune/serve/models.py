@@ -1,6 +1,6 @@
 """The model that answers, and its successor: a new commit is read aside and then takes its place in one step.
 
-There are two learners of one state on the same frozen tensors. One answers. What was committed is read into the other
+There are two models of one state on the same frozen tensors. One answers. What was committed is read into the other
 one, file by file, checked. Only when it is complete do the two change their roles, between two batches. So no request
 ever meets a model that is half read, and a state that cannot be read leaves the answering one as it is.
 """
@@ -20,10 +20,10 @@ from torch import Tensor
 from perpetune.data.pictures.view import PictureView
 from perpetune.errors import StateError, UsageError
 from perpetune.files import manifest_digest
-from perpetune.learner import Learner
 from perpetune.pets import PET
 from perpetune.runtime import Progress
 from perpetune.state import State
+from perpetune.trained import Trained
 
 Mark = tuple[int, str, str]
 """Of what a state has learned: how many tasks, the name of the last one, and the hash of its manifest."""
@@ -32,14 +32,14 @@ NOTHING: Mark = (0, "", "")
 
 @dataclass(frozen=True)
 class Served:
-    """A learner with what it has learned.
+    """What answers, with the commit that it holds.
 
     Attributes:
         mark: names the commit.
         since: when it began to answer.
     """
 
-    learner: Learner
+    trained: Trained
     mark: Mark
     since: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
 
@@ -55,7 +55,7 @@ class Served:
 
 
 class Models:
-    """The learner that answers and the one that waits.
+    """The model that answers and the one that waits.
 
     Raises:
         UsageError: the state's model does not answer for pictures.
@@ -66,7 +66,7 @@ class Models:
         self.folder, self.device, self.progress = folder, device, progress
         self._in_use = threading.Lock()
         self._current: Served
-        self._spare: Learner | None
+        self._spare: Trained | None
         self._current, self._spare = self._loaded()
 
     @property
@@ -77,7 +77,7 @@ class Models:
     @property
     def view(self) -> PictureView:
         """How pictures become the model's input. It is the same for all commits of a state."""
-        view = self._current.learner.method.model.view
+        view = self._current.trained.method.model.view
         assert isinstance(view, PictureView)
         return view
 
@@ -114,18 +114,18 @@ class Models:
         if mark_of(self.folder) != found:
             return False
         with self._in_use:
-            self._current, self._spare = Served(spare, found), self._current.learner
+            self._current, self._spare = Served(spare, found), self._current.trained
         return True
 
-    def _loaded(self) -> tuple[Served, Learner]:
-        """Both learners, loaded anew; if the folder is changed meanwhile, once more."""
+    def _loaded(self) -> tuple[Served, Trained]:
+        """Both of them, loaded anew; if the folder is changed meanwhile, once more."""
         while True:
             State(self.folder)  # whoever names no state is told so
             before = stamp(self.folder)
             try:
                 mark = mark_of(self.folder)
                 first, second = (
-                    Learner.load(self.folder, device=self.device, progress=self.progress) for _ in range(2)
+                    Trained.load(self.folder, device=self.device, progress=self.progress) for _ in range(2)
                 )
                 same = mark_of(self.folder) == mark
             except StateError:
@@ -149,9 +149,9 @@ def mark_of(folder: Path) -> Mark:
     return (len(tasks), tasks[-1].name, manifest_digest(tasks[-1].folder)) if tasks else NOTHING
 
 
-def _check_kind(learner: Learner, folder: Path) -> None:
+def _check_kind(trained: Trained, folder: Path) -> None:
     """UsageError if the model does not answer for pictures."""
-    model = learner.method.model
+    model = trained.method.model
     if isinstance(model.view, PictureView) and model.view.verb == "predict":
         return
     if not model.chooses:
@@ -163,7 +163,7 @@ def _check_kind(learner: Learner, folder: Path) -> None:
     raise UsageError(f"{folder} takes {model.view.takes}, and serve answers for pictures: use `perpetune predict`")
 
 
-def _share(first: Learner, second: Learner) -> None:
+def _share(first: Trained, second: Trained) -> None:
     """Let both nets hold one copy of the frozen tensors; what is learned is not shared."""
     ours, theirs = first.backbone.net.state_dict(keep_vars=True), second.backbone.net.state_dict(keep_vars=True)
     pets = [m for m in second.backbone.net.modules() if isinstance(m, PET)]
