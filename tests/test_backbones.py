@@ -21,7 +21,7 @@ from perpetune.build import load_backbone
 from perpetune.data.pictures.view import PictureView
 from perpetune.errors import MissingExtra, PerpetuneError, UsageError
 from perpetune.models.backbone import Backbone
-from perpetune.models.families import places
+from perpetune.models.towers import places
 from perpetune.pets import inject, parameters, using
 from perpetune.pets.lora import LoRA
 from perpetune.recipe import make_recipe, parse_recipe

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from perpetune.build import load_backbone
 from perpetune.errors import UsageError
-from perpetune.models.families import places
+from perpetune.models.towers import places
 from perpetune.pets import PET, Choice, InForce, Place, blendable, inject, parameters, pets, submodule, using
 from perpetune.pets.adapter import Adapter
 from perpetune.pets.lora import LoRA

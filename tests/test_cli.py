@@ -411,12 +411,12 @@ def test_without_a_recipe_it_is_the_demo(shell: Shell, monkeypatch: pytest.Monke
     asked: list[jobs.Job] = []
     monkeypatch.setattr(jobs, "run_all", lambda many, at_once, tell: asked.extend(many))
     assert shell("run").out == ""
-    assert [str(job.folder) for job in asked] == [f"runs/turned/{name}-s{s}" for name in learn.DEMO for s in range(2)]
+    assert [str(job.folder) for job in asked] == [f"runs/turned/{name}-s{s}" for name in run.DEMO for s in range(2)]
     asked.clear()
     Path("runs/turned").mkdir(parents=True)
     Path("runs/turned/recipe.yaml").touch()  # the state of `perpetune run turned`
     shell("run", "--seed", "7", "--set", "train.epochs=1")
-    assert [str(job.folder) for job in asked] == [f"runs/turned-2/{name}-s7" for name in learn.DEMO]
+    assert [str(job.folder) for job in asked] == [f"runs/turned-2/{name}-s7" for name in run.DEMO]
     assert {job.recipe.train.epochs for job in asked} == {1}
     asked.clear()
     shell("run", "demo", "--seeds", "4,9")

@@ -26,10 +26,11 @@ from transformers.pytorch_utils import Conv1D
 
 import perpetune
 from perpetune.errors import PerpetuneError, StateError, UsageError
-from perpetune.models.families import places
+from perpetune.models.towers import places
 from perpetune.pets import inject, using
 from perpetune.pets.lora import LoRA
-from perpetune.protection.dropin import DIGEST, METADATA, DropIn, _digest
+from perpetune.protection.dropin import DropIn
+from perpetune.protection.stored import DIGEST, METADATA, digest
 from perpetune.seeding import generator, own_global_state
 
 
@@ -717,7 +718,7 @@ def test_metadata_of_another_kind_give_one_line(rest: str | None, sealed: bool, 
         with safe_open(path, framework="pt") as file:
             rest = json.dumps({**json.loads(file.metadata()[METADATA]), **json.loads(rest)})
     metadata = {METADATA: rest} if rest is not None else {}
-    save_file(tensors, path, {**metadata, DIGEST: _digest(rest or "", tensors)} if sealed else metadata or None)
+    save_file(tensors, path, {**metadata, DIGEST: digest(rest or "", tensors)} if sealed else metadata or None)
     with pytest.raises(StateError) as error:
         protection.load(path)
     assert "\n" not in str(error.value)

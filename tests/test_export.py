@@ -23,8 +23,8 @@ from perpetune.errors import PerpetuneError, StateError, UsageError
 from perpetune.export import export_learned, read_peft, write_peft
 from perpetune.methods.treelora.method import TreeLoRA
 from perpetune.models.backbone import Backbone
-from perpetune.models.families import places
 from perpetune.models.loaders.vit import class_token
+from perpetune.models.towers import places
 from perpetune.pets import PET, Place, inject, parameters, pets, remove, slots, using
 from perpetune.pets.lora import LoRA
 from perpetune.recipe import make_recipe

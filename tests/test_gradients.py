@@ -26,7 +26,7 @@ from perpetune.methods.treelora.sketch import GradientSketch, in_groups
 from perpetune.models.base import Model
 from perpetune.models.causal_lm import CausalLM
 from perpetune.models.classifier import Classifier
-from perpetune.models.families import places
+from perpetune.models.towers import places
 from perpetune.numerics.signature import RunningMean
 from perpetune.pets import Place, inject, parameters, slots, using
 from perpetune.pets.adapter import Adapter

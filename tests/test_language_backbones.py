@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from perpetune.build import load_backbone
 from perpetune.errors import MissingExtra, PerpetuneError, UsageError
 from perpetune.models.backbone import Backbone
-from perpetune.models.families import LINEAR_ROLES, places, roles, towers
+from perpetune.models.families import LINEAR_ROLES
 from perpetune.models.loaders import causal_lm, hf
+from perpetune.models.towers import places, roles, towers
 from perpetune.pets import Place, inject, parameters, slots, using
 from perpetune.pets.adapter import Adapter
 from perpetune.pets.lora import LoRA

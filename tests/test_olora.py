@@ -28,7 +28,7 @@ from perpetune.methods.finetune import FineTune
 from perpetune.methods.olora import NEW, OLoRA
 from perpetune.models.backbone import Backbone
 from perpetune.models.classifier import Classifier
-from perpetune.models.families import places
+from perpetune.models.towers import places
 from perpetune.pets import LoRA, inject, parameters, pets, slots, using
 from perpetune.recipe import make_recipe
 from perpetune.report.sections import heads

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from perpetune.data.pictures.view import PictureView
 from perpetune.errors import UsageError
 from perpetune.models.backbone import Backbone
-from perpetune.models.families import LINEAR_ROLES, places, roles
+from perpetune.models.families import LINEAR_ROLES
+from perpetune.models.towers import places, roles
 from perpetune.pets import (
     PET,
     Place,

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perpetune.errors import UsageError
-from perpetune.models.families import places
+from perpetune.models.towers import places
 from perpetune.numerics.moments import Moments
 from perpetune.numerics.projection import Operand
 from perpetune.pets import PET, parameters, using

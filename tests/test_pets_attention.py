@@ -18,7 +18,7 @@ from perpetune.check import tiny_backbone
 from perpetune.data.pictures.view import PictureView
 from perpetune.errors import UsageError
 from perpetune.models.backbone import Backbone
-from perpetune.models.families import places
+from perpetune.models.towers import places
 from perpetune.numerics.moments import Moments
 from perpetune.numerics.projection import Operand, ProjectedStep
 from perpetune.numerics.subspace import Subspace

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from perpetune.errors import UsageError
 from perpetune.models.backbone import Backbone
-from perpetune.models.families import LINEAR_ROLES, places
+from perpetune.models.families import LINEAR_ROLES
+from perpetune.models.towers import places
 from perpetune.pets import PET, Place, fold, inject, pets, remove, slots, using
 from perpetune.pets.adapter import Adapter
 from perpetune.pets.lora import LoRA

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from perpetune.build import build_backbone, build_method
 from perpetune.check import check_method
 from perpetune.errors import UsageError
-from perpetune.models.families import places
+from perpetune.models.towers import places
 from perpetune.pets import PET, Place, inject, parameters, slots, using
 from perpetune.pets.adapter import Adapter
 from perpetune.pets.lora import LoRA

@@ -19,10 +19,10 @@ from perpetune.data.texts.tables import Text
 from perpetune.data.texts.view import TextView
 from perpetune.errors import UsageError
 from perpetune.models.backbone import Backbone
-from perpetune.models.families import places
 from perpetune.models.loaders import timm as from_timm
 from perpetune.models.loaders.vit import class_token
 from perpetune.models.taps import Read, Taps
+from perpetune.models.towers import places
 from perpetune.pets import inject, parameters, using
 from perpetune.pets.adapter import Adapter
 from perpetune.pets.base import PET, Conditions, Place, Site

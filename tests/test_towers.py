@@ -13,7 +13,7 @@ from perpetune.data.pictures.view import PictureView
 from perpetune.data.texts.view import TextView
 from perpetune.errors import UsageError
 from perpetune.models.backbone import Backbone
-from perpetune.models.families import places, roles, towers
+from perpetune.models.towers import places, roles, towers
 from perpetune.pets import Place, inject, parameters, using
 from perpetune.pets.lora import LoRA
 from perpetune.seeding import generator, own_global_state

@@ -27,9 +27,9 @@ from perpetune.aside import written_aside
 from perpetune.errors import StateError, UsageError
 from perpetune.export.head import anywhere
 from perpetune.models.backbone import Backbone
-from perpetune.models.families import LinearLike, widths
 from perpetune.models.loaders.causal_lm import gguf_origin
 from perpetune.models.loaders.pair import parts_of
+from perpetune.models.towers import LinearLike, widths
 from perpetune.pets.base import PET, Place, inject, pets, slots, submodule, walk
 from perpetune.pets.lora import LoRA
 from perpetune.plain import read_object

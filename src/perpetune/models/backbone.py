@@ -18,11 +18,12 @@ from perpetune.data.pictures.view import PictureView
 from perpetune.data.sources import Kind
 from perpetune.data.texts.view import TextView
 from perpetune.errors import UsageError, out_of_memory
-from perpetune.models import families
+from perpetune.models.families import Reads
 from perpetune.models.keeping import Keeper
 from perpetune.models.picture_side import PictureSide
 from perpetune.models.taps import Count, Read, Taps, mean_token, until_block
 from perpetune.models.text_side import PROBES, TextSide
+from perpetune.models.towers import Tower, call_linears, places, roles, towers
 from perpetune.pets.base import Place, Slot, frozen, walk
 from perpetune.tasks import IGNORED, Inputs
 
@@ -75,7 +76,7 @@ class Backbone(nn.Module):
         pictures: PictureSide | None = None,
     ):
         super().__init__()
-        families.call_linears(net)
+        call_linears(net)
         self.net = net.requires_grad_(False).eval()
         self.spec, self.dim, self.preprocess = spec, dim, preprocess
         self.quantised_from: str | None = None  # fingerprint of the float weights; set by the code that quantises
@@ -315,13 +316,13 @@ class Backbone(nn.Module):
         return self
 
     @property
-    def tower(self) -> families.Tower:
+    def tower(self) -> Tower:
         """The transformer whose features are read. If the net has several, it is the one for the kind of examples.
 
         Raises:
             UsageError: the net belongs to no known family.
         """
-        found = families.towers(self.net, self._answers)
+        found = towers(self.net, self._answers)
         if self.texts is not None and self._answers not in found:
             raise UsageError(
                 f"{self.spec}: the parts of its picture tower are not known; name the tower for texts, as in `text.q`"
@@ -329,7 +330,7 @@ class Backbone(nn.Module):
         return next(iter(found.values()))
 
     @property
-    def _answers(self) -> families.Reads:
+    def _answers(self) -> Reads:
         return "picture" if self.takes == "pictures" else "text"
 
     def roles(self) -> tuple[str, ...]:
@@ -338,13 +339,13 @@ class Backbone(nn.Module):
         Raises:
             UsageError: the net belongs to no known family.
         """
-        return families.roles(self.net, self._answers)
+        return roles(self.net, self._answers)
 
     def pet_places(self, roles: Sequence[str], blocks: Sequence[int] | None = None) -> list[Place]:
-        """The places of `roles` in the net; see `families.places`. A role without a tower's name belongs to `tower`."""
+        """The places of `roles` in the net; see `towers.places`. A role without a tower's name belongs to `tower`."""
         if self.texts is not None and not all("." in role for role in roles):
             _ = self.tower  # a role without a tower's name may not go to the texts
-        found = families.places(self.net, roles, blocks, self._answers)
+        found = places(self.net, roles, blocks, self._answers)
         words = getattr(self.texts, "words", None)  # another package's text side need not have it
         return [dataclasses.replace(place, words=words) if place.roles == ("embed",) else place for place in found]
 

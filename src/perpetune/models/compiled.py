@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from perpetune.errors import UsageError
-from perpetune.models import families
 from perpetune.models.backbone import Backbone
+from perpetune.models.towers import towers
 from perpetune.pets.base import Slot
 
 FROM_TORCH = ("torch._dynamo", "torch._inductor", "torch._functorch", "triton")
@@ -104,10 +104,10 @@ def compile_blocks(backbone: Backbone, compiler: Compiler) -> str:
         Why blocks stay as they are, in one line; empty if all can be compiled.
     """
     try:
-        towers = families.towers(backbone.net)
+        found = towers(backbone.net)
     except UsageError:
         return f"run.compile: the blocks of {backbone.spec} are not known, so it runs without it"
-    for tower in towers.values():
+    for tower in found.values():
         if backbone.quantised_from is not None:
             return f"run.compile: {backbone.spec} is in 4 bits, so it runs without it"
         for block in tower.blocks:

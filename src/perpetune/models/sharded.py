@@ -24,8 +24,8 @@ from torch.nn import functional
 
 from perpetune.errors import UsageError
 from perpetune.meeting import gathered, meeting
-from perpetune.models import families
 from perpetune.models.backbone import Backbone
+from perpetune.models.towers import towers
 from perpetune.pets.base import frozen, slots, submodule, walk
 
 LEAST = 0.01  # share of the frozen parameters from which a layer outside of the blocks is a unit
@@ -201,12 +201,12 @@ def _blocks(backbone: Backbone) -> list[nn.Module]:
             "it without quantise"
         )
     try:
-        towers = families.towers(backbone.net)
+        found = towers(backbone.net)
     except UsageError as error:
         raise UsageError(
             f"run.shard: the blocks of {backbone.spec} are not known, so it cannot be shared out: leave run.shard out"
         ) from error
-    return list({id(block): block for tower in towers.values() for block in tower.blocks}.values())
+    return list({id(block): block for tower in found.values() for block in tower.blocks}.values())
 
 
 def _layers(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from perpetune.data.names import several
 from perpetune.errors import UsageError
-from perpetune.models import families
+from perpetune.models.towers import towers
 from perpetune.pets.base import PET, Slot, counting, outermost, slots
 from perpetune.pets.context import MARK, Context, placing
 from perpetune.tasks import Inputs
@@ -158,7 +158,7 @@ class TextSide:
         They are looked up once, because every prediction asks, and no pet changes them.
         """
         if self._paths is None:
-            tower = families.towers(self.net).get("text")
+            tower = towers(self.net).get("text")
             part = None if tower is None else tower.part("embed")
             self._paths = ("",) if tower is None else tower.paths, None if part is None else part[0]
         return self._paths

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from perpetune.errors import UsageError
-from perpetune.models import families
+from perpetune.models.towers import towers
 from perpetune.numerics.handover import sent
 from perpetune.numerics.moments import Moments
 from perpetune.numerics.projection import Operand, Site
@@ -193,12 +193,12 @@ def linear_sites(
 def _towers(model: nn.Module) -> Callable[[str], str | None]:
     """What the tower reads to which the module at a path belongs, in it or beside it; None if that is not known."""
     try:
-        towers = families.towers(model)
+        found = towers(model)
     except UsageError:
         return lambda _: None
-    parts = {(name, role): tower.part(role) for name, tower in towers.items() for role in tower.single()}
+    parts = {(name, role): tower.part(role) for name, tower in found.items() for role in tower.single()}
     beside = {part[0]: name for (name, _), part in parts.items() if part is not None}
-    starts = sorted(((tower.path, name) for name, tower in towers.items()), key=lambda entry: -len(entry[0]))
+    starts = sorted(((tower.path, name) for name, tower in found.items()), key=lambda entry: -len(entry[0]))
 
     def of(path: str) -> str | None:
         inside = (name for start, name in starts if not start or path == start or path.startswith(f"{start}."))

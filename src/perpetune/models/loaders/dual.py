@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from perpetune.errors import UsageError
 from perpetune.models.backbone import Backbone, Forward
-from perpetune.models.families import with_features
 from perpetune.models.loaders import vit
 from perpetune.models.loaders.causal_lm import Dtype
 from perpetune.models.loaders.checkpoint import config_of, model_of
 from perpetune.models.loaders.hub import one_line
 from perpetune.models.loaders.options import Side, side_of, try_size
 from perpetune.models.text_side import PROBES, TextSide, Tokenise, wide
+from perpetune.models.towers import with_features
 
 BOTH = "vision-text-dual-encoder"
 FAMILIES = ("clip", "siglip", "siglip2", BOTH)

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from perpetune.data.pictures.view import Interpolation, PictureView
 from perpetune.errors import PerpetuneError, UsageError, closest
 from perpetune.models.backbone import Backbone, triple
-from perpetune.models.families import with_features
 from perpetune.models.loaders.causal_lm import Dtype
 from perpetune.models.loaders.dual import CLIP_MEAN, CLIP_STD, check_end
 from perpetune.models.loaders.hub import hub_file, one_line
 from perpetune.models.loaders.options import Side, library, try_size
 from perpetune.models.split_attention import SplitAttention, shared_linear
 from perpetune.models.text_side import TextSide, wide
+from perpetune.models.towers import with_features
 from perpetune.plain import read_object
 
 CONFIG = "open_clip_config.json"

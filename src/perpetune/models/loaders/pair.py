@@ -19,7 +19,6 @@ from perpetune.data.pictures.view import PictureView
 from perpetune.data.texts.view import TextView
 from perpetune.errors import PerpetuneError, UsageError, closest
 from perpetune.models.backbone import Backbone
-from perpetune.models.families import towers
 from perpetune.models.loaders.causal_lm import Dtype, Length, hidden_states
 from perpetune.models.loaders.folder import load_folder
 from perpetune.models.loaders.hf import load_hf
@@ -29,6 +28,7 @@ from perpetune.models.loaders.packaged import load_packaged
 from perpetune.models.loaders.timm import load_timm
 from perpetune.models.loaders.vision_language import count_of
 from perpetune.models.picture_side import PictureSide
+from perpetune.models.towers import towers
 from perpetune.plain import Malformed, parse_yaml
 
 LOADERS: dict[str, Callable[..., Backbone]] = {
