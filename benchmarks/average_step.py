@@ -26,8 +26,8 @@ from perpetune.learning import learn_protected
 from perpetune.methods.base import Method
 from perpetune.recipe import make_recipe
 from perpetune.runtime import Runtime, pick_device
-from perpetune.seeding import generator
-from perpetune.tasks import Examples, Task
+from perpetune.tasks import Task
+from safe_step import CLASSES, Pictures
 
 BARS = {"fixed": 1.02, "dynamic": 1.05, "curvature": 1.05}
 WAYS: dict[str, dict[str, Any]] = {
@@ -35,22 +35,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "dynamic": {"weight": "dynamic"},
     "curvature": {"weight": "curvature"},
 }
-CLASSES = 10
-
-
-class Pictures(Examples):
-    """Random pictures, held in memory."""
-
-    def __init__(self, count: int, size: int):
-        rng = generator("pictures", count, size)
-        self.pixels = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=rng)
-        self.targets = [i % CLASSES for i in range(count)]
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def load(self, index: int, seed: int | None) -> torch.Tensor:
-        return self.pixels[index]
 
 
 class Bench:
@@ -73,7 +57,7 @@ class Bench:
     def seconds(self, name: str) -> tuple[float, float]:
         """Of the CPU and of the clock, for one task."""
         names = tuple(str(c) for c in range(CLASSES))
-        task = Task(1, "task", names, Pictures(self.given.images, self.size), runtime=self.runtime)
+        task = Task(1, "task", names, Pictures(self.given.images, self.size, deterministic=False), runtime=self.runtime)
         self.wait()
         began, cpu = time.perf_counter(), time.process_time()
         learn_protected(self.methods[name], task)

@@ -31,6 +31,7 @@ from pydantic import ValidationError
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
+from command import command
 from micro_features import Encoder, Pictures, measure
 from perpetune import registry
 from perpetune._version import __version__
@@ -38,7 +39,7 @@ from perpetune.data.guess import guess_source
 from perpetune.data.pictures.tables import PictureTable
 from perpetune.data.pictures.view import Interpolation, PictureView
 from perpetune.data.sources import Source
-from perpetune.errors import MissingExtra, PerpetuneError, UsageError
+from perpetune.errors import MissingExtra, UsageError
 from perpetune.files import read_folder, remove_folder, to_json, write_folder
 from perpetune.fit import FitConfig, fit
 from perpetune.runtime import Runtime, Silent, pick_device
@@ -359,15 +360,5 @@ def pretrain(
     return figures
 
 
-def main() -> None:
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(pretrain)
-    try:
-        app()
-    except PerpetuneError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-
-
 if __name__ == "__main__":
-    main()
+    command(pretrain)

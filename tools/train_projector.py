@@ -13,7 +13,6 @@ goes on if the same command is given again. With the defaults it takes about fif
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,8 +24,9 @@ import torch
 import typer
 from safetensors.torch import save as to_safetensors
 
+from command import command
 from perpetune._version import __version__
-from perpetune.errors import PerpetuneError, UsageError
+from perpetune.errors import UsageError
 from perpetune.export import PROJECTOR
 from perpetune.files import write_file
 from perpetune.learner import Learner
@@ -197,15 +197,5 @@ it.
 """
 
 
-def main() -> None:
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(train_projector)
-    try:
-        app()
-    except PerpetuneError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-
-
 if __name__ == "__main__":
-    main()
+    command(train_projector)

@@ -10,10 +10,6 @@ for task in tasks:
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import itertools
-import json
-import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,24 +18,19 @@ from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from perpetune.errors import PerpetuneError, StateError, UsageError, closest
-from perpetune.files import write_file
 from perpetune.numerics.projection import Closed, ProjectedStep
-from perpetune.plain import parse_json
+from perpetune.protection.batches import in_step, shared, summed
 from perpetune.protection.config import ProtectConfig
-from perpetune.protection.memory import SiteMemory
 from perpetune.protection.protection import Certificate, Protection, _key
 from perpetune.protection.renewal import PeftPair, cut, forget
-from perpetune.protection.sites import Sum, Watched, called, linear_sites, peft_pairs, pet_sites, unseen
+from perpetune.protection.sites import Sum, Watched, called, linear_sites, peft_pairs, pet_sites
+from perpetune.protection.stored import fault, read, write
 from perpetune.seeding import generator
 
 Others = Literal["freeze", "leave"]
-METADATA = "perpetune.protection"  # the key in the file for everything that is not a tensor
-DIGEST = "perpetune.sha256"  # the key in the file for the digest of that and of the tensors
 
 
 def protect(
@@ -250,13 +241,13 @@ class DropIn(Protection):
         (model,) = self._model
         full_before = {w.name for w in self.sites if self.of(w).room == 0}
         asked = forward if forward is not None else self._forward
-        shared = _share(batches, next(model.parameters()).device, self.config.samples)
+        batches = shared(batches, next(model.parameters()).device, self.config.samples)
         with _evaluating(model):
             certificate = super().consolidate(
-                _in_step(model, shared, asked),
+                in_step(model, batches, asked),
                 asked,
                 mask=mask if mask is not None else self._attention,
-                total=total if total is not None else _sum,
+                total=total if total is not None else summed,
             )
         self._follow()
         full = [name for name in certificate["full"] if name not in full_before]
@@ -306,13 +297,13 @@ class DropIn(Protection):
         device = next(model.parameters()).device
         with _evaluating(model):
             asked = forward if forward is not None else self._forward
-            shared = _share(batches, device, self.config.samples) if batches is not None else ()
+            few = shared(batches, device, self.config.samples) if batches is not None else None
             self.renew_pairs(
                 generator(self.seed, "renew", self.consolidated),
-                shared if batches is None else _in_step(model, shared, asked),
+                () if few is None else in_step(model, few, asked),
                 asked,
                 mask=mask if mask is not None else self._attention,
-                total=total if total is not None else _sum,
+                total=total if total is not None else summed,
             )
         for optimizer in list(self.guards):
             forget(optimizer, [p for w in self.sites if w.pair is not None for p in w.pair.trained()])
@@ -396,15 +387,7 @@ class DropIn(Protection):
         Raises:
             PerpetuneError: the file cannot be written.
         """
-        state = self.state_dict()
-        tensors = {name: value.cpu().contiguous() for name, value in state.items() if isinstance(value, Tensor)}
-        rest = json.dumps({name: value for name, value in state.items() if name not in tensors})
-        try:
-            write_file(Path(path), save(tensors, {METADATA: rest, DIGEST: _digest(rest, tensors)}))
-        except OSError as error:
-            raise PerpetuneError(
-                f"{path} cannot be written ({error.strerror}): name a file in a folder that exists"
-            ) from None
+        write(Path(path), self.state_dict())
 
     def load(self, path: str | Path) -> None:
         """Read a file that `save` wrote.
@@ -413,18 +396,7 @@ class DropIn(Protection):
             StateError: there is no such file, it is damaged or of another kind, or it does not fit. Nothing changes
                 then.
         """
-        reason = "it is damaged, was changed, or was not written by a protection"
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-            rest = parse_json(metadata[METADATA])
-            sound = metadata[DIGEST] == _digest(metadata[METADATA], tensors) and isinstance(rest, dict)
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            sound, reason = False, (error.strerror if isinstance(error, OSError) else None) or reason
-        if not sound:
-            raise StateError(f"{path} cannot be read as a protection ({reason})")
-        self.load_state_dict({**tensors, **rest})
+        self.load_state_dict(read(path))
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
         expected = {"_extra_state"}
@@ -438,9 +410,9 @@ class DropIn(Protection):
                     f"protect: the state has nothing for {watched.name} ({missing[0]} is missing): it belongs to "
                     "another model, or to other trained layers"
                 )
-            fault = _fault(self.of(watched), {n.removeprefix(prefix): state[n] for n in names})
-            if fault:
-                raise StateError(f"protect: the state does not fit at {watched.name}: {fault}")
+            wrong = fault(self.of(watched), {n.removeprefix(prefix): state[n] for n in names})
+            if wrong:
+                raise StateError(f"protect: the state does not fit at {watched.name}: {wrong}")
         for watched in self.sites:
             if isinstance(watched.pair, PeftPair):
                 names = [f"rests.{_key(watched.name)}.{name}" for name in ("up", "down")]
@@ -468,57 +440,10 @@ def _loaded(protection: nn.Module, _: object) -> None:
     protection._follow()
 
 
-def _digest(rest: str, tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over `rest` and the names, dtypes, shapes and bytes of the tensors."""
-    digest = hashlib.sha256(rest.encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def _decodes(model: nn.Module) -> bool:
     """Whether the model, or a model inside it, is one of transformers' models with an encoder and a decoder."""
     configs = (getattr(module, "config", None) for module in model.modules())
     return any(getattr(config, "is_encoder_decoder", False) is True for config in configs)
-
-
-def _fault(memory: SiteMemory, state: Mapping[str, Any]) -> str | None:
-    """The reason why the stored state of a site does not fit; None if it fits."""
-    heads, out, dim = memory.shape
-    about = state["_extra_state"]
-    try:
-        stored, forms, figures = tuple(about["shape"]), about["forms"], about["figures"]
-        counts = [int(count) for count, _ in forms]
-        finite = all(math.isfinite(figures[name]) for name in ("change", "output", "count"))
-    except (KeyError, TypeError, ValueError):
-        return "it lacks its shape, forms or figures"
-    if stored != memory.shape:
-        return f"the state has shape {stored}, the model {memory.shape}"
-    if len(counts) != heads or not all(0 <= count <= dim for count in counts):
-        return f"{len(counts)} subspaces of {counts} directions"
-    shapes = {
-        "vectors": (dim, sum(counts)),
-        "importance": (sum(counts) if memory.alpha is not None else 0,),
-        "total": (heads, dim * (dim + 1) // 2),
-        "last": (heads, out, dim),
-        "cross": (heads, out, dim),
-    }
-    if memory.rows is None and "terms" in about:
-        return "it was made with renew"
-    if memory.rows is not None:
-        try:
-            last, cross = (int(count) for count in about["terms"])
-        except (KeyError, TypeError, ValueError):
-            return "it was made without renew"
-        shapes |= {"last": (last, memory.rows + dim), "cross": (cross, memory.rows + dim)}
-    for name, shape in shapes.items():
-        tensor = state[name]
-        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
-            actual = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            return f"{name} is {actual}, {shape} is expected (one strength is hard and the other soft?)"
-        finite = finite and bool(torch.isfinite(tensor).all())
-    return None if finite else "it has values that are not finite"
 
 
 def _config(options: dict[str, Any]) -> ProtectConfig:
@@ -556,128 +481,9 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = was
 
 
-def _share(batches: Iterable[Any], device: torch.device, samples: int | Literal["all"]) -> Iterable[Any]:
-    """`batches` on `device`, up to `samples` examples in their order. The result for an iterator is an iterator.
-
-    The last batch is cut if all its tensors have one row for each example; otherwise it is used whole.
-    """
-    if isinstance(batches, Iterator):
-        return _moved(batches, device, samples)
-    return _Again(batches, device, samples)
-
-
-class _Again:
-    """Batches on a device that can be read as often as the original ones."""
-
-    def __init__(self, batches: Iterable[Any], device: torch.device, samples: int | Literal["all"]):
-        self.batches, self.device, self.samples = batches, device, samples
-
-    def __iter__(self) -> Iterator[Any]:
-        return _moved(self.batches, self.device, self.samples)
-
-
-def _moved(batches: Iterable[Any], device: torch.device, samples: int | Literal["all"]) -> Iterator[Any]:
-    seen = 0
-    for batch in batches:
-        size = _size(batch)
-        if samples != "all" and seen + size > samples and _even(batch, size):
-            batch = _first(batch, samples - seen)
-        yield _to(batch, device)
-        seen += size
-        if samples != "all" and seen >= samples:
-            return
-
-
-def _to(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: _to(value, device) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return [_to(value, device) for value in batch]
-    return batch
-
-
-def _size(batch: Any) -> int:
-    """The number of examples in a batch: the length of its first tensor, or 1."""
-    if isinstance(batch, Mapping):
-        batch = list(batch.values())
-    if isinstance(batch, (tuple, list)):
-        batch = next((value for value in batch if isinstance(value, Tensor)), None)
-    return len(batch) if isinstance(batch, Tensor) and batch.dim() else 1
-
-
-def _even(batch: Any, size: int) -> bool:
-    """Whether the batch consists of tensors with one row for each example and of nothing else."""
-    if isinstance(batch, Mapping):
-        batch = list(batch.values())
-    if isinstance(batch, (tuple, list)):
-        return all(_even(value, size) for value in batch)
-    return isinstance(batch, Tensor) and batch.dim() > 0 and len(batch) == size
-
-
-def _first(batch: Any, examples: int) -> Any:
-    """The first examples of a batch, for which `_even` is true."""
-    if isinstance(batch, Mapping):
-        return {key: _first(value, examples) for key, value in batch.items()}
-    return [_first(value, examples) for value in batch] if isinstance(batch, (tuple, list)) else batch[:examples]
-
-
 def _whole(name: str, how: str) -> str:
     """The error of a trained parameter that is not whole in each process."""
     return (
         f"protect: {name} is trained and {how}, and only steps of whole parameters can be projected: shard what is "
         "frozen alone, with `fully_shard(ignored_params=…)` or the plugin's `ignored_modules`"
     )
-
-
-def _in_step(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any], object]) -> Iterable[Any]:
-    """The batches, and behind them passes that other processes need: where the frozen parameters of a model are
-    sharded, each process has to call it as often as the others."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return batches
-    if not any(cut(p) for p in model.parameters()):
-        return batches
-    stepped = _InStep(batches, forward, next(model.parameters()).device)
-    return iter(stepped) if isinstance(batches, Iterator) else stepped
-
-
-class _InStep:
-    """Batches of a process that goes on calling the model, unseen, while other processes still have some.
-
-    Before each batch the processes tell each other who has one.
-    """
-
-    def __init__(self, batches: Iterable[Any], forward: Callable[[Any], object], device: torch.device):
-        self.batches, self.forward, self.device = batches, forward, device
-
-    def __iter__(self) -> Iterator[Any]:
-        last: Any = None
-        rest = iter(self.batches)
-        for first in itertools.chain([True], itertools.repeat(False)):
-            batch = next(rest, None)
-            have = torch.tensor([float(batch is not None), 1.0], device=self.device)
-            torch.distributed.all_reduce(have)
-            some, all_ = have.tolist()
-            if first and 0 < some < all_:
-                raise UsageError(
-                    f"protect: {int(all_ - some)} of {int(all_)} processes have no batch, and a sharded model is "
-                    "called by all of them together: give each at least one"
-                )
-            if not some:
-                return
-            if batch is None:
-                with unseen():
-                    self.forward(last)
-            else:
-                last = batch
-                yield batch
-
-
-def _sum(value: Tensor) -> Tensor:
-    """The sum over all processes."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return value
-    value = value.clone()
-    torch.distributed.all_reduce(value)
-    return value
