@@ -1,4 +1,5 @@
-"""Is an update needed? New examples without labels against features of what was learned.
+"""Features that move. Those of earlier tasks, since they were learned; and is an update needed? New examples without
+labels against features of what was learned.
 
 A state keeps features of up to `tally.SAMPLE` test examples of each task, as they were when it was learned: of length
 1, multiplied by a random matrix, which keeps distances, and rounded to 16 bits. New examples are compared with them in
@@ -7,11 +8,11 @@ two ways (`numerics.two_samples`): whether both are one sample of features, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from safetensors.torch import load
+from safetensors.torch import load, save
 from torch import Tensor
 
 from perpetune import tally
@@ -20,12 +21,14 @@ from perpetune.evaluate import probe
 from perpetune.methods.base import Method
 from perpetune.numerics.two_samples import FAR, draws_for, energy_test, far_test, for_this, scaled
 from perpetune.seeding import generator
-from perpetune.state import Committed
-from perpetune.tally import probe_rows
+from perpetune.snapshot import read_tensors
+from perpetune.state import Committed, State
+from perpetune.tally import Asked, probe_rows
 from perpetune.tasks import Task
 
 FEATURES = "features.safetensors"  # of a few test examples of the task, as they were when it was learned
 SAMPLE = "sample.safetensors"
+MADE = "features.json"  # what made the features of its test examples then
 WIDTH = 64
 """Columns of what is kept of a feature."""
 MOST = 1000
@@ -33,7 +36,7 @@ MOST = 1000
 LEAST = 20
 """With fewer examples on a side nobody can tell."""
 MOVED = 0.02
-"""Features that have moved farther since (`run._drift`) are not comparable any more."""
+"""Features that have moved farther since (`measured`) are not comparable any more."""
 LEVELS = (0.005, 0.5)
 
 
@@ -80,6 +83,76 @@ def check_level(level: float) -> None:
     """UsageError if it is no level that the tests can hold."""
     if not LEVELS[0] <= level <= LEVELS[1]:  # not a number is none either
         raise UsageError(f"level is {level!r}: a share from {LEVELS[0]} to {LEVELS[1]} is expected, such as 0.05")
+
+
+def measured(
+    method: Method, task: Task, others: Sequence[Task], state: State, asked: Mapping[str, Asked]
+) -> tuple[dict[str, bytes], dict[str, float]]:
+    """Features of a task that was learned just now, as files to store; how far those of others have moved since they
+    were learned.
+
+    The distance `‖f̂ − f̂'‖` of normalised features, the mean over a task's probe: 0 where nothing moved, at most 2. If
+    what makes the features has the same digest as when the task was learned, it is 0 and they are not looked at.
+
+    Args:
+        state: as it is before the task is committed.
+        asked: what came of asking the tasks. Where its answers were made of the features, these are used.
+    """
+    if task.runtime.rank > 0:
+        return {}, {}
+    far, before = dict[str, float](), {c.name: c for c in state.committed}
+    for other in others:
+        if other.name not in before or other.test is None or not len(other.test):
+            continue
+        made = asked[other.name].made
+        if made is not None and before[other.name].has(MADE) and before[other.name].parsed(MADE)["made"] == made:
+            far[other.name] = 0.0
+            continue
+        known = asked[other.name].probed
+        cell = asked[other.name].cell
+        numbers, now = known if known is not None else _probed(method, other, cell)
+        then = before[other.name].read(FEATURES) if now is not None else {}
+        if now is None or not then:
+            continue
+        rows = probe_rows(len(other.test))
+        place = {number: row for row, number in enumerate(rows)}
+        old = read_tensors(then, FEATURES, other.name)["features"]
+        if len(old) == len(rows) and old.shape[1] == now.shape[1]:
+            old = old[[place[number] for number in numbers]]
+            far[other.name] = round(float((now - old).norm(dim=-1).mean()), 6)
+    return _files(method, task, asked[task.name].probed), far
+
+
+def _files(method: Method, task: Task, known: tuple[list[int], Tensor] | None) -> dict[str, bytes]:
+    """The files with features of some test examples of a task that was learned just now.
+
+    Args:
+        known: numbers of examples and their features, if the answers were made of features.
+    """
+    rows = probe_rows(len(task.test or ()))
+    if known is None:
+        features = probe(method, task, new=True)
+        known = None if features is None else (rows, features)
+    if known is None:
+        return {}
+    place = {number: row for row, number in enumerate(known[0])}
+    probed = known[1][[place[number] for number in rows]]
+    return {FEATURES: save({"features": probed.contiguous()}), SAMPLE: save(kept(known[1]))}
+
+
+def _probed(method: Method, task: Task, cell: Mapping[str, Any] | None) -> tuple[list[int], Tensor | None]:
+    """The numbers of a task's probe, and their features as they are now; None if nothing may be computed for them.
+
+    Args:
+        cell: the counts of the task. Of a sample of the task not more is computed than was asked.
+    """
+    assert task.test is not None
+    rows = probe_rows(len(task.test))
+    now = probe(method, task, from_kept=cell is None or "of" in cell)
+    if now is None and cell is not None:
+        rows = rows[: cell["total"]]
+        now = probe(method, task, rows)
+    return rows, now
 
 
 def known(

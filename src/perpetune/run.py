@@ -11,13 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save
-from torch import Tensor
 
 from perpetune import drifting
-from perpetune.drifting import FEATURES
 from perpetune.errors import Refused
-from perpetune.evaluate import AMONG, Asked, How, Limit, ask, probe, probe_rows
+from perpetune.evaluate import AMONG, Asked, How, Limit, ask
 from perpetune.exams.base import take_all
 from perpetune.gate import Figures, judge, refusal, unsure
 from perpetune.kept import KeptFeatures, kept_features
@@ -27,12 +24,9 @@ from perpetune.oracle import solve
 from perpetune.recipe import Every, Recipe
 from perpetune.results import Documents, read_results
 from perpetune.runtime import Runtime, Silent
-from perpetune.snapshot import read_tensors
 from perpetune.state import MidTask, State, candidate, interrupted, training_digest
 from perpetune.step import Step
 from perpetune.tasks import Task
-
-MADE = "features.json"  # what made the features of its test examples then
 
 
 def run(method: Method, steps: Iterable[Step], state: State, kept: KeptFeatures | None = None) -> None:
@@ -99,7 +93,7 @@ def learn_task(method: Method, step: Step, state: State, kept: KeptFeatures) -> 
         with run.timed("exams"):
             exams = take_all(step.exams, method, size, exams_before, _trained(state, examples))
         with run.timed("drift"):
-            features, drift = _drift(method, step, state, found)
+            features, drift = drifting.measured(method, task, step.others, state, found)
             made = found[task.name].made
         gate: dict[str, Any] = {} if before is None else _judged(step, before, found, exams)
         if gate.get("accepted", True):
@@ -143,7 +137,7 @@ def learn_task(method: Method, step: Step, state: State, kept: KeptFeatures) -> 
         _decide(task.name, gate, documents, state, run)
     done = run.clock()
     if main:
-        documents |= {} if made is None else {MADE: {"made": made}}
+        documents |= {} if made is None else {drifting.MADE: {"made": made}}
         if dropped := state.commit(task.index, task.name, method, documents, {**features, **step.files}):
             run.progress.note(dropped)
     run.wait()
@@ -279,74 +273,6 @@ def _turn_begun(step: Step, state: State) -> float | None:
     rounds = 2 + (step.unasked + len(step.others)) // len(step.others)
     committed = state.committed
     return committed[max(0, len(committed) - rounds)].time()
-
-
-def _drift(
-    method: Method, step: Step, state: State, asked: Mapping[str, Asked]
-) -> tuple[dict[str, bytes], dict[str, float]]:
-    """Features of this task's probe, as a file to store; how far those of earlier tasks have moved since then.
-
-    The distance `‖f̂ − f̂'‖` of normalised features, the mean over a task's probe: 0 where nothing moved, at most 2. If
-    what makes the features has the same digest as when the task was learned, it is 0 and they are not looked at.
-
-    Args:
-        asked: what came of asking the tasks. Where its answers were made of the features, these are used.
-    """
-    if step.task.runtime.rank > 0:
-        return {}, {}
-    moved, before = {}, {c.name: c for c in state.committed}
-    for other in step.others:
-        if other.name not in before or other.test is None or not len(other.test):
-            continue
-        made = asked[other.name].made
-        if made is not None and before[other.name].has(MADE) and before[other.name].parsed(MADE)["made"] == made:
-            moved[other.name] = 0.0
-            continue
-        known = asked[other.name].probed
-        cell = asked[other.name].cell
-        numbers, now = known if known is not None else _probed_again(method, other, cell)
-        then = before[other.name].read(FEATURES) if now is not None else {}
-        if now is None or not then:
-            continue
-        rows = probe_rows(len(other.test))
-        place = {number: row for row, number in enumerate(rows)}
-        old = read_tensors(then, FEATURES, other.name)["features"]
-        if len(old) == len(rows) and old.shape[1] == now.shape[1]:
-            old = old[[place[number] for number in numbers]]
-            moved[other.name] = round(float((now - old).norm(dim=-1).mean()), 6)
-    return _kept_of(method, step.task, asked[step.task.name].probed), moved
-
-
-def _kept_of(method: Method, task: Task, known: tuple[list[int], Tensor] | None) -> dict[str, bytes]:
-    """The files with features of some test examples of a task that was learned just now.
-
-    Args:
-        known: numbers of examples and their features, if the answers were made of features.
-    """
-    rows = probe_rows(len(task.test or ()))
-    if known is None:
-        features = probe(method, task, new=True)
-        known = None if features is None else (rows, features)
-    if known is None:
-        return {}
-    place = {number: row for row, number in enumerate(known[0])}
-    probed = known[1][[place[number] for number in rows]]
-    return {FEATURES: save({"features": probed.contiguous()}), drifting.SAMPLE: save(drifting.kept(known[1]))}
-
-
-def _probed_again(method: Method, task: Task, cell: Mapping[str, Any] | None) -> tuple[list[int], Tensor | None]:
-    """The numbers of a task's probe, and their features as they are now; None if nothing may be computed for them.
-
-    Args:
-        cell: the counts of the task. Of a sample of the task not more is computed than was asked.
-    """
-    assert task.test is not None
-    rows = probe_rows(len(task.test))
-    now = probe(method, task, from_kept=cell is None or "of" in cell)
-    if now is None and cell is not None:
-        rows = rows[: cell["total"]]
-        now = probe(method, task, rows)
-    return rows, now
 
 
 def _tokens(count: int, seconds: float) -> dict[str, float]:
