@@ -68,16 +68,9 @@ def learn_task(method: Method, step: Step, state: State, kept: KeptFeatures) -> 
     for note in ahead:
         run.progress.note(note)
     _reset_peak(run)
-    begun: dict[str, Any] = {}  # what was measured before the first task
     size, among = recipe.evaluate.batch_size, AMONG[recipe.setting]
-    if task.index == 0:
-        with kept.at_work(run.device):
-            exams_before = take_all(step.exams, method, size)
-            asked = [task, *step.ahead] if step.future is not None else []
-            zero = measure(method, asked, How(among, size, future=step.future))
-        begun = {"exams_before": exams_before, "cells_before": cells_of(zero)}
-    else:
-        exams_before = state.committed[0].parsed("metrics.json").get("exams_before", {})
+    begun = _measured_first(method, step, recipe, kept) if task.index == 0 else {}
+    first = begun if task.index == 0 else state.committed[0].parsed("metrics.json")
     bound = recipe.evaluate.earlier if step.gate is None else _asked_by_gate(recipe)
     before = None if step.gate is None else _before(method, step, recipe, kept)
     began = run.clock()
@@ -91,7 +84,7 @@ def learn_task(method: Method, step: Step, state: State, kept: KeptFeatures) -> 
         found = measure(method, [*step.others, task], how, limit=_limit(step, recipe, bound), new=task.name)
         ahead_of = measure(method, step.ahead, How(among, size, future=step.future))
         with run.timed("exams"):
-            exams = take_all(step.exams, method, size, exams_before, _trained(state, examples))
+            exams = take_all(step.exams, method, size, first.get("exams_before", {}), _trained(state, examples))
         with run.timed("drift"):
             features, drift = drifting.measured(method, task, step.others, state, found)
             made = found[task.name].made
@@ -102,33 +95,16 @@ def learn_task(method: Method, step: Step, state: State, kept: KeptFeatures) -> 
     left_out = [name for name, asked_of in found.items() if asked_of.left_out]
     evaluated = run.clock()
     method.task_measured()
-    seconds = run.checkpoints.seconds + learned - began
-    earlier = sum(asked_of.seconds for name, asked_of in found.items() if name != task.name)
-    timings = {
-        "prepare_s": round(step.prepared, 3),
-        "learn_s": round(seconds, 3),
-        "statistics_s": round(run.spent.get("statistics", 0.0), 3),  # a part of `learn_s`, or of `oracle_s`
-        "protect_s": round(sum(c.pop("seconds") for c in certificates), 3),  # a part of `learn_s`
-        "evaluate_s": round(evaluated - learned, 3),
-        "new_s": round(found[task.name].seconds, 3),  # this and the following ones are parts of `evaluate_s`
-        "earlier_s": round(earlier, 3),
-        "drift_s": round(run.spent["drift"], 3),
-        **({"exams_s": round(run.spent["exams"], 3)} if step.exams else {}),
-        **({"oracle_s": round(solved - learned, 3)} if oracle else {}),  # a part of `evaluate_s`
-        "images": run.checkpoints.images,
-        "images_per_s": round(run.checkpoints.images / seconds, 2) if run.checkpoints.images else None,
-        **_tokens(run.checkpoints.tokens, seconds),
-        "peak_memory_bytes": _peak(run),
-        "device": str(run.device),
-    }
-    document = {"index": task.index, "name": task.name, "classes": list(task.classes), **step.document}
-    document |= {"examples": examples} if examples else {}
+    protecting = sum(c.pop("seconds") for c in certificates)
+    timings = _timings(step, found, protecting, _Times(began, learned, solved, evaluated))
     facts = method.facts()
     said = dict.fromkeys(told["warning"] for told in facts.values() if told.get("warning"))
-    warnings = [f"task {task.name}: {warning}" for warning in said]
-    for warning in warnings:
-        run.progress.note(warning)
-    document["warnings"] = [*document["warnings"], *ahead, *warnings]
+    behind = [f"task {task.name}: {warning}" for warning in said]
+    for note in behind:
+        run.progress.note(note)
+    document = {"index": task.index, "name": task.name, "classes": list(task.classes), **step.document}
+    document |= {"examples": examples} if examples else {}
+    document["warnings"] = [*document["warnings"], *ahead, *behind]
     measured: dict[str, Any] = {"cells": cells, "protection": certificates, "facts": facts, "drift": drift}
     measured |= {**begun, "exams": exams, "not_asked": left_out, "unasked": step.unasked, "gate": gate}
     metrics = {key: value for key, value in measured.items() if value or key == "cells"}
@@ -167,6 +143,56 @@ def _begin(step: Step, state: State) -> None:
 def _resume(step: Step, state: State) -> Path:
     """The folder of the task's checkpoints."""
     return state.folder / "resume" if step.gate is None else state.folder / candidate.FOLDER / candidate.RESUME
+
+
+def _measured_first(method: Method, step: Step, recipe: Recipe, kept: KeptFeatures) -> dict[str, Any]:
+    """What is measured before the first task: the exams, and with `evaluate.future` every task."""
+    size, run = recipe.evaluate.batch_size, step.task.runtime
+    with kept.at_work(run.device):
+        exams = take_all(step.exams, method, size)
+        asked = [step.task, *step.ahead] if step.future is not None else []
+        zero = measure(method, asked, How(AMONG[recipe.setting], size, future=step.future))
+    return {"exams_before": exams, "cells_before": cells_of(zero)}
+
+
+@dataclass(frozen=True)
+class _Times:
+    """When a task began to be learned, when it was learned, the oracle solved, and all evaluated; in seconds."""
+
+    began: float
+    learned: float
+    solved: float
+    evaluated: float
+
+
+def _timings(step: Step, found: Mapping[str, Asked], protecting: float, times: _Times) -> dict[str, Any]:
+    """How long a task took, part by part.
+
+    Args:
+        found: what came of asking it and the others after it was learned.
+        protecting: seconds of the passes of protection.
+    """
+    run, name = step.task.runtime, step.task.name
+    assert run.checkpoints is not None
+    seconds = run.checkpoints.seconds + times.learned - times.began
+    earlier = sum(asked_of.seconds for other, asked_of in found.items() if other != name)
+    return {
+        "prepare_s": round(step.prepared, 3),
+        "learn_s": round(seconds, 3),
+        "statistics_s": round(run.spent.get("statistics", 0.0), 3),  # a part of `learn_s`, or of `oracle_s`
+        "protect_s": round(protecting, 3),  # a part of `learn_s`
+        "evaluate_s": round(times.evaluated - times.learned, 3),
+        "new_s": round(found[name].seconds, 3),  # this and the following ones are parts of `evaluate_s`
+        "earlier_s": round(earlier, 3),
+        "drift_s": round(run.spent["drift"], 3),
+        **({"exams_s": round(run.spent["exams"], 3)} if step.exams else {}),
+        **({"oracle_s": round(times.solved - times.learned, 3)} if step.seen else {}),  # a part of `evaluate_s`
+        "images": run.checkpoints.images,
+        "images_per_s": round(run.checkpoints.images / seconds, 2) if run.checkpoints.images else None,
+        **_tokens(run.checkpoints.tokens, seconds),
+        "peak_memory_bytes": _peak(run),
+        "device": str(run.device),
+    }
 
 
 @dataclass(frozen=True)
