@@ -65,32 +65,32 @@ class Trained:
         Raises:
             StateError: the folder is damaged, or it was made with other weights of the backbone.
         """
-        learner = cls.__new__(cls)
-        learner.state = State(Path(folder))
+        loaded = cls.__new__(cls)
+        loaded.state = State(Path(folder))
         try:
-            learner._build(learner.state.recipe, progress, device, learner.state.backbone)
+            loaded._build(loaded.state.recipe, progress, device, loaded.state.backbone)
         except UsageError as error:
-            prefix, _, place = learner.state.recipe.backbone.name.partition(":")
+            prefix, _, place = loaded.state.recipe.backbone.name.partition(":")
             if prefix not in ("folder", "hf") or not Path(place).is_absolute() or Path(place).exists():
                 raise
             cure = f"if the model lies elsewhere now, say where: `perpetune relocate {folder} --model {prefix}:PATH`"
             raise UsageError(f"{error}; {cure}") from error
-        known, here = learner.state.backbone["fingerprint"], learner._fingerprint
+        known, here = loaded.state.backbone["fingerprint"], loaded._fingerprint
         if known != here:
             raise StateError(
-                f"{folder} was made with other weights of {learner.recipe.backbone.name} (their fingerprint is "
+                f"{folder} was made with other weights of {loaded.recipe.backbone.name} (their fingerprint is "
                 f"{known[:12]}, here it is {here[:12]}): restore the checkpoint that it was made with"
             )
-        if learner.method.model.view.dated:
-            learner.method.model.view.today = learner.state.begun
-        learner._kept = learner._kept_features()
-        learner._tasks.moved = learner.state.moved()
-        learner._reload()
-        for line in (learner.state.unchecked(), learner.state.edited()):
-            if line and learner.runtime.rank == 0:
+        if loaded.method.model.view.dated:
+            loaded.method.model.view.today = loaded.state.begun
+        loaded._kept = loaded._kept_features()
+        loaded._tasks.moved = loaded.state.moved()
+        loaded._reload()
+        for line in (loaded.state.unchecked(), loaded.state.edited()):
+            if line and loaded.runtime.rank == 0:
                 warnings.warn(line, stacklevel=2)
-        learner._compile()
-        return learner
+        loaded._compile()
+        return loaded
 
     def _build(
         self,
@@ -159,14 +159,14 @@ class Trained:
     # -- in step with the folder ----------------------------------------------------------------------
 
     def same_recipe(self) -> bool:
-        """Whether the folder still holds the recipe and the model that this learner was loaded with."""
+        """Whether the folder still holds the recipe and the model that it was loaded with."""
         state = State(self.state.folder)
         return state.recipe == self.state.recipe and state.backbone["fingerprint"] == self._fingerprint
 
     def refresh(self) -> None:
-        """Take up what another process has committed to the folder, or has rolled back, since this learner read it.
+        """Take up what another process has committed to the folder, or has rolled back, since it was read.
 
-        No other thread may use the learner meanwhile.
+        No other thread may use it meanwhile.
 
         Raises:
             StateError: the folder cannot be read, such as while it is being changed (call it again), or its recipe or
