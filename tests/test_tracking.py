@@ -14,13 +14,14 @@ from warm import Warm
 
 from perpetune import tracking
 from perpetune.cli import call
-from perpetune.errors import Interrupted, MissingExtra, UsageError
+from perpetune.errors import Interrupted, MissingExtra, StateError, UsageError
 from perpetune.learner import Learner
 from perpetune.recipe import load_recipe, make_recipe
 from perpetune.report import compare
 from perpetune.results import read_results
 from perpetune.runtime import Silent
 from perpetune.state import State, training_digest
+from perpetune.trained import Trained
 
 OWN = "test_tracking:Noted"
 
@@ -206,6 +207,16 @@ def test_what_cannot_be_used_is_one_line_and_makes_no_folder(
         "perpetune: run.track: wandb needs a package that is not installed: pip install wandb\n"
     )
     assert not (tmp_path / "s").exists()
+
+
+def test_who_only_asks_needs_no_tracker(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = tmp_path / "s"
+    Learner(content(world, "tensorboard", method="frozen", pet="none", head="ncm"), state)
+    monkeypatch.setitem(tracking.MODULES, "tensorboard", ("no_such_module",))
+    with pytest.raises(StateError, match="has learned nothing yet"):
+        Trained.load(state).predict([])
+    with pytest.raises(MissingExtra, match="tensorboard needs"):
+        Learner.load(state)
 
 
 def test_where_data_go_is_said_and_what_the_user_set_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
