@@ -112,7 +112,7 @@ def test_what_rests_has_no_drift_and_is_not_looked_at(
 ) -> None:
     """Frozen features are the same by their digest. Control: where pets move, old features are read and compared."""
     read: list[str] = []
-    monkeypatch.setattr("perpetune.run.read_tensors", lambda *given: read.append(given[2]) or read_tensors(*given))
+    monkeypatch.setattr("perpetune.drifting.read_tensors", lambda *given: read.append(given[2]) or read_tensors(*given))
     rests = Learner(of_months(vit), tmp_path / "rests")
     moves = Learner({**of_months(vit), "method": "finetune", "pet": "lora"}, tmp_path / "moves")
     for month in months[:3]:

@@ -13,13 +13,13 @@ import pytest
 from test_faults import learned as committed_files
 from tiny import picture_folder, recipe, seal, split_folder, task_files, vit_folder
 
+from perpetune.drifting import FEATURES
 from perpetune.errors import Interrupted, StateError
 from perpetune.files import read_folder, to_json, write_folder
 from perpetune.heads import NCM
 from perpetune.learner import Learner
 from perpetune.report import checked
 from perpetune.results import read_results
-from perpetune.run import FEATURES
 from perpetune.runtime import Silent
 from perpetune.snapshot import SUMS
 from perpetune.state import State
