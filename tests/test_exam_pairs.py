@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from two_towers import caption_file, install, plan
 
+from perpetune.drifting import FEATURES
 from perpetune.errors import UsageError
 from perpetune.exams import Exam
 from perpetune.exams.retrieval import _any_of
@@ -20,7 +21,7 @@ from perpetune.learner import Learner
 from perpetune.numerics.recognition import equal_error_threshold
 from perpetune.pets import using
 from perpetune.results import read_results
-from perpetune.run import FEATURES, _trained
+from perpetune.run import _trained
 from perpetune.snapshot import FILES, FIXED, snapshot
 
 LEARNED, OTHERS = ["ant", "bee", "cat", "dog"], ["elk", "fox", "gnu"]
