@@ -659,6 +659,21 @@ def test_a_state_that_somebody_else_went_on_with_is_loaded_again(state: Path, tw
     assert len(State(state).committed) == 3
 
 
+def test_a_task_that_somebody_else_learned_anew_under_its_name_is_another_one(state: Path, two_classes: Path) -> None:
+    """A pool stores a member once. A commit on top of another task would name members that are not those it has."""
+    first = Learner.load(state)
+    first.learn(two_classes, name="again")
+    with first.state.writing():
+        first.state.rollback(first.state.committed[-2].name)
+    other = Learner.load(state)
+    other.learn(two_classes, name="again", holdout=0.5)
+    before = len(State(state).committed)
+    with pytest.raises(StateError, match="was changed after this learner loaded it: load it again"):
+        first.learn(two_classes, name="more")
+    assert len(State(state).committed) == before
+    other.learn(two_classes, name="more")
+
+
 # -- using it -----------------------------------------------------------------------------------------
 
 

@@ -34,7 +34,7 @@ from perpetune.state import START, Pruned, State
 from perpetune.step import Step
 from perpetune.stopping import stop_signals
 from perpetune.tasks import Task, captioned
-from perpetune.trained import Trained
+from perpetune.trained import Trained, mark_of
 
 __all__ = ["Answer", "Learner", "Prediction", "Prompt"]
 
@@ -450,9 +450,8 @@ class Learner(Trained):
             finally:
                 self._learned = self._last()
 
-    def _last(self) -> str:
-        tasks = self.state.committed
-        return tasks[-1].folder.name if tasks else ""
+    def _last(self) -> tuple[str, str]:
+        return mark_of(self.state.committed)
 
     def rehearse(self, folder: Path, cut: Cut) -> None:
         """Go on in another state folder of this recipe, with some examples of each task. It is for estimates.

@@ -23,6 +23,7 @@ from perpetune.data.pictures.view import PictureView
 from perpetune.data.sources import Source
 from perpetune.errors import StateError, UsageError, closest
 from perpetune.evaluate import AMONG, How, ask
+from perpetune.files import manifest_digest
 from perpetune.kept import KeptFeatures, kept_features
 from perpetune.models.compiled import Compiler, compile_blocks
 from perpetune.models.sharded import shard
@@ -32,7 +33,7 @@ from perpetune.results import read_results
 from perpetune.runtime import Progress, Silent
 from perpetune.sequence import TaskSequence
 from perpetune.snapshot import restore, snapshot
-from perpetune.state import State
+from perpetune.state import Committed, State
 from perpetune.tasks import Batch, Task
 from perpetune.unlabelled import unlabelled
 
@@ -123,7 +124,7 @@ class Trained:
         self._shard()
         self.method.to(self.runtime.device)
         self._new = snapshot(self.method)
-        self._learned = ""  # the last task folder that is part of `method`
+        self._learned = mark_of([])  # the last task that is part of `method`
         self._halfway = False  # whether `method` was left inside a task
         keeps_data = self.method.needs_earlier_data
         self._tasks = TaskSequence(recipe, self.method.model.view, self.runtime, keeps_data=keeps_data)
@@ -192,7 +193,7 @@ class Trained:
             self.state.load(self.method, tasks[-1])
         else:
             restore(self.method, self._new, "a new model")
-        self._learned = tasks[-1].folder.name if tasks else ""
+        self._learned = mark_of(tasks)
 
     # -- asking ---------------------------------------------------------------------------------------
 
@@ -495,3 +496,12 @@ class Trained:
             raise UsageError(f"{self.recipe.backbone.name} takes {kind}, not {takes}: call `{call}`")
         if first and not self.state.committed:
             raise StateError(f"{self.state.folder} has learned nothing yet: use `perpetune update` or `run` first")
+
+
+def mark_of(tasks: Sequence[Committed]) -> tuple[str, str]:
+    """The folder of the last task and the hash of its manifest, or nothing. The name alone does not tell: somebody may
+    have rolled the task back, and have learned another one of the same name."""
+    if not tasks:
+        return "", ""
+    last = tasks[-1]
+    return last.folder.name, (last.manifests or (manifest_digest(last.folder),))[0]
