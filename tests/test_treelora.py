@@ -26,6 +26,7 @@ from perpetune.check import SIZE, Pictures, rules, tiny_backbone
 from perpetune.cli import call
 from perpetune.errors import Interrupted, StateError, UsageError
 from perpetune.evaluate import evaluate
+from perpetune.forecast.trial import held_by
 from perpetune.learner import Learner
 from perpetune.learning import learn_protected
 from perpetune.methods.finetune import FineTune
@@ -847,6 +848,15 @@ def test_rows_of_the_head_are_made_where_the_head_is() -> None:
     method.bank.set_extra_state(stored)
     rows = [tensor for resting in method.resting().values() for tensor in resting.rows.values()]
     assert [tensor.device.type for tensor in rows] == ["meta"] * 2 * len(method.model.per_class())
+
+
+def test_an_estimate_counts_the_memory_of_adapters_at_rest() -> None:
+    method, task = treelora(), domains([0])[0]
+    method.model.grow(task)
+    before = held_by(method)
+    method.bank.keep(0, task.name, task.classes, 12)
+    rows = sum(p.nbytes for p in method.model.per_class())
+    assert held_by(method) == before + sum(p.nbytes for p in parameters(method.model, "default")) + rows
 
 
 def test_what_is_told_is_what_the_report_reads(whole: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from perpetune.forecast.sample import Sample, Sizes
 from perpetune.kept import FOLDER, NAME
 from perpetune.learner import Learner
+from perpetune.methods.base import Method
 from perpetune.recipe import Recipe
 from perpetune.runtime import Silent
 from perpetune.step import Step
@@ -170,8 +171,6 @@ def _measured(learner: Learner, watch: Watch, step: Step, seconds: float, wall: 
     inside = {name: float(timings[f"{name}_s"]) for name in INSIDE}
     kept = [path.stat().st_size for path in (state.folder / FOLDER).glob("*") if NAME.fullmatch(path.name)]
     pages = [state.folder / name for name in PAGES]
-    tensors = [*learner.method.parameters(), *learner.method.buffers()]
-    held = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
     return Measured(
         counts_of(step, learner.recipe),
         {name: max(0.0, value) for name, value in parts.items()} | {f"in {k}": v for k, v in inside.items()},
@@ -181,9 +180,16 @@ def _measured(learner: Learner, watch: Watch, step: Step, seconds: float, wall: 
         committed.needs(),
         (len(kept), sum(kept)),
         sum(path.stat().st_size for path in pages if path.exists()),
-        sum(held.values()),
+        held_by(learner.method),
         timings["peak_memory_bytes"],
     )
+
+
+def held_by(method: Method) -> int:
+    """The bytes of all tensors of a method, those of sets at rest too, which are in none of its modules."""
+    tensors = [*method.parameters(), *method.buffers()]
+    tensors += [tensor for resting in method.resting().values() for tensor in resting.tensors().values()]
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
 def passes_of(recipe: Recipe, index: int) -> float:
