@@ -172,6 +172,7 @@ def test_a_rollback_and_a_prune_follow(world: Path, hub: Double, tmp_path: Path)
     assert done.removed > 0
     assert perpetune.pull(REPO, other).tasks == ["m3"]
     assert committed(other) == committed(state) == state_on(hub)
+    assert perpetune.pull(REPO, tmp_path / "new").tasks == ["m3"]  # not those that were rolled back
 
 
 def test_histories_that_part_are_refused(world: Path, hub: Double, tmp_path: Path) -> None:

@@ -172,12 +172,14 @@ class _Pull:
         self._clean({*ROOT, *manifests, *wanted, *kept}, cache=False)
         with self._checked():
             state = State(self.new)
+            there = [task.name for task in state.committed]
             state.committed[-1].read()
             read_results(state)
         if self.state is not None:
             self._carry_over(self.state, extra)
         self._put()
-        return tasks_in(news)
+        came = set(tasks_in(news))
+        return [name for name in there if name in came]  # others were rolled back again
 
     def _compared(self) -> tuple[list[bytes], list[bytes]]:
         """What the journal of the folder has behind that of the repository, and the other way round.
