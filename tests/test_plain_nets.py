@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -336,6 +337,13 @@ def test_what_has_changed_is_left_to_timm(tmp_path: Path, monkeypatch: pytest.Mo
     config.write_text(config.read_text() + "\n")
     assert type(Learner.load(tmp_path / "state").backbone.net).__name__ == "VisionTransformer"
     config.write_text(config.read_text()[:-1])
+    before, settings = config.read_text(), json.loads(config.read_text())
+    settings["pretrained_cfg"]["mean"] = [0.1, 0.2, 0.5]  # the fingerprint does not know it
+    config.write_text(json.dumps(settings))
+    for open_it in (Learner.load, partial(Learner.relocate, model=f"folder:{tmp_path / 'm'}")):
+        with pytest.raises(StateError, match=r"its settings are not: mean is \[0.1, 0.2, 0.5\], and was"):
+            open_it(tmp_path / "state")
+    config.write_text(before)
     assert type(Learner.load(tmp_path / "state").backbone.net).__name__ == "PlainTimmViT"
     good = load_file(weights)
     save_file({**good, "blocks.0.attn.qkv.bias": good["blocks.0.attn.qkv.bias"] + 1}, weights)

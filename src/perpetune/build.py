@@ -16,7 +16,7 @@ from perpetune.data.pictured.view import PicturedView
 from perpetune.data.pictures.view import PictureView
 from perpetune.data.sources import Source
 from perpetune.data.stream import Stream, build_stream
-from perpetune.errors import UsageError, closest
+from perpetune.errors import StateError, UsageError, closest
 from perpetune.methods.base import Method
 from perpetune.models.backbone import Backbone
 from perpetune.models.base import Model
@@ -38,6 +38,9 @@ def build_backbone(recipe: Recipe, about: Mapping[str, Any] | None = None) -> Ba
     Args:
         about: what `described` gave of the same model. With it the net may be made without the library that built it;
             then it is for the caller to compare the fingerprint.
+
+    Raises:
+        StateError: a setting of the model is another than `about` says, so it computes something else.
     """
     spec, options = recipe.backbone.name, recipe.backbone.model_dump(exclude={"name"})
     if about is not None:
@@ -45,7 +48,13 @@ def build_backbone(recipe: Recipe, about: Mapping[str, Any] | None = None) -> Ba
         backbone = plain.reopened(spec, given, about)
         if backbone is not None:
             return _finished(spec, backbone, **how)
-    return load_backbone(spec, seed=recipe.seed, **options)
+    backbone = load_backbone(spec, seed=recipe.seed, **options)
+    if about is not None and (what := plain.changed(backbone, about)):
+        raise StateError(
+            f"{spec}: its tensors may be those that the state was made with, but its settings are not: {what}; put its "
+            "config.json and preprocessor_config.json back, or the version of its library"
+        )
+    return backbone
 
 
 def described(recipe: Recipe, backbone: Backbone) -> dict[str, Any] | None:

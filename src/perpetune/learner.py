@@ -120,7 +120,7 @@ class Learner(Trained):
             content["backbone"]["name"] = model
         recipe = make_recipe(content).anchored()
         if model is not None:
-            backbone = build_backbone(recipe)
+            backbone = build_backbone(recipe, state.backbone.get("plain"))
             spec, known, here = backbone.spec, state.backbone["fingerprint"], backbone.fingerprint()
             if known != here:
                 raise StateError(

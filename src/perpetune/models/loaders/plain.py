@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,7 @@ def described(backbone: Backbone, options: Mapping[str, Any]) -> dict[str, Any] 
         "files": _digest(folder) if folder else None,
         "opens": backbone.opens,
         "sizes": sizes,
-        "view": {**dataclasses.asdict(view), "mean": list(view.mean), "std": list(view.std), "fast": False},
+        "view": _viewed(view),
     }
 
 
@@ -179,6 +180,28 @@ def reopened(spec: str, options: Mapping[str, Any], about: Mapping[str, Any]) ->
     )
     backbone.opens = dict(about["opens"])
     return backbone
+
+
+def changed(backbone: Backbone, about: Mapping[str, Any]) -> str:
+    """What of a backbone that its library has opened is another than `described` said: a setting that no tensor shows,
+    such as the mean of pixels. Empty if nothing is, or if nobody can tell."""
+    form, view = FORMS.get(type(backbone.net).__name__), backbone.preprocess
+    if form is None or about.get("net") != type(backbone.net).__name__ or not isinstance(view, PictureView):
+        return ""
+    try:
+        now = json.loads(json.dumps({"sizes": form.sizes(backbone.net), "view": _viewed(view)}))
+    except (AttributeError, LookupError, TypeError, ValueError, ZeroDivisionError):
+        return ""
+    for part, values in now.items():
+        then = about.get(part, {})
+        for name, value in values.items():
+            if name in then and then[name] != value:
+                return f"{name.replace('_', ' ')} is {value}, and was {then[name]}"
+    return ""
+
+
+def _viewed(view: PictureView) -> dict[str, Any]:
+    return {**dataclasses.asdict(view), "mean": list(view.mean), "std": list(view.std), "fast": False}
 
 
 def of_library(backbone: Backbone) -> Any:
