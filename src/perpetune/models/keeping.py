@@ -135,6 +135,7 @@ class Keeper:
         self._device = torch.device("cpu")
         self._slots: list[tuple[str, Slot]] = []
         self._hashes: dict[tuple[Any, ...], str | None] = {}
+        self._seen: list[tuple[PET, list[Tensor]]] = []
         self._first, self._frozen = _marks(backbone), ""
 
     # -- an evaluation --------------------------------------------------------------------------------
@@ -157,7 +158,7 @@ class Keeper:
         try:
             yield
         finally:
-            backbone.keeper, self._batch, self._slots, self._hashes = before, None, [], {}
+            backbone.keeper, self._batch, self._slots, self._hashes, self._seen = before, None, [], {}, []
 
     @contextlib.contextmanager
     def asking(
@@ -358,6 +359,7 @@ class Keeper:
         key = (id(pet), *((id(t), t._version) for t in tensors))
         if key not in self._hashes:
             self._hashes[key] = digest_of(pet)
+            self._seen.append((pet, tensors))  # as long as they live, no other object has their numbers
         return self._hashes[key]
 
 
