@@ -97,7 +97,7 @@ def unlabelled(
     path = str(data)
     if not options and view.plain(path):
         return Given(view.typed([path]), view)
-    source = source_of(origin_of(path, view.takes, options))
+    source = source_of(origin_of(path, view.takes, options)).without_labels()
     if source.gives != view.takes:
         raise UsageError(f"data: these are {source.gives}, but the backbone takes {view.takes}")
     tables = [table for table in (source.train(), source.validation(), source.test()) if table is not None]

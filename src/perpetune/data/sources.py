@@ -126,6 +126,10 @@ class Source(ABC):
         """The validation examples, by which a method can choose; None if the source has none besides the test."""
         return None
 
+    def without_labels(self) -> Source:
+        """The same data for those who look at no label, so that none has to be there. By default labels are needed."""
+        return self
+
 
 LFS = b"version https://git-lfs.github.com/spec/"
 POINTER = "a Git LFS pointer, and not the file itself: run `git lfs pull` where it lies"

@@ -59,6 +59,16 @@ class ManifestSource(Source):
         self._notes: dict[str, list[str]] = {}  # of each manifest, on its columns and the spelling of its names
         self.labels = None if labels is None else [label_of(label) for label in labels]
 
+    def without_labels(self) -> ManifestSource:
+        return ManifestSource(
+            path=self.path,
+            test=self.test_path,
+            path_column=self.path_column,
+            label_column=self.path_column,
+            group_column=self.group_column,
+            split_column=self.split_column,
+        )
+
     @classmethod
     def fits(cls, path: str, wanted: Kind | None = None) -> Fit:
         suffixes = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
