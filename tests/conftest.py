@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.metadata
 import os
 import shutil
@@ -21,6 +22,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import hypothesis
 import pytest
 import torch
+import typer.main
 from warm import Warm
 
 torch.set_num_threads(1)
@@ -28,7 +30,15 @@ torch.set_num_threads(1)
 # What hundreds of runs ask for again. No file of a test has to outlive a crash of the machine, so nobody waits for the
 # disk; `fault_server.py` and the tests that watch the order of syncs put their own in its place.
 importlib.metadata.version = functools.cache(importlib.metadata.version)
+typer.main.get_command = functools.cache(typer.main.get_command)
 os.fsync = lambda fd: None  # type: ignore[assignment]
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay until the end: the garbage collector need not look at them again and again."""
+    gc.collect()
+    gc.freeze()
+
 
 # A slow or busy machine must not fail a test, nor luck decide which examples it sees.
 hypothesis.settings.register_profile("perpetune", deadline=None, derandomize=True, max_examples=25, database=None)

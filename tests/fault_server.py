@@ -18,6 +18,7 @@ import builtins
 import fnmatch
 import functools
 import gc
+import importlib.metadata
 import json
 import os
 import re
@@ -30,10 +31,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import typer.main
+
 import perpetune.files
 import perpetune.report.page
 import perpetune.state.journal
-from perpetune.cli import main
+from perpetune.cli import app, main
 from perpetune.fit import FitConfig, fit
 from perpetune.methods.finetune import FineTune
 from perpetune.models.classifier import Classifier
@@ -290,6 +293,9 @@ def warm(recipe: str, folder: str) -> None:
     from perpetune.learner import Learner
 
     sklearn.datasets.load_digits = functools.cache(sklearn.datasets.load_digits)
+    importlib.metadata.version = functools.cache(importlib.metadata.version)
+    typer.main.get_command = functools.cache(typer.main.get_command)
+    typer.main.get_command(app)
     perpetune.report.page._environment = functools.cache(perpetune.report.page._environment)
     perpetune.report.page._environment().get_template("page.html")
     learner = Learner(recipe, folder)
