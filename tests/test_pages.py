@@ -2,20 +2,70 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from pages import blocks, faults, matches
+import typer
+import yaml
+from pages import Block, blocks, faults, matches
+from tiny import chiefly
 from warm import Warm
+
+from perpetune.cli import app
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 TUTORIALS = sorted((DOCS / "tutorials").glob("*.md"))
 
 
-@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", chiefly(TUTORIALS, [DOCS / "tutorials" / "images.md"]), ids=lambda page: page.stem)
 def test_a_tutorial_prints_what_it_shows(page: Path, tmp_path: Path, warm: Warm) -> None:
     found = faults(page, tmp_path, warm.command)
     assert not found, "\n\n".join(found)
+
+
+def unread(found: list[Block]) -> Iterator[str]:
+    """What of a page cannot work and is seen without running it: a command that does not exist or has no such option,
+    code that does not compile, a recipe that is no YAML, a script that no block before it writes."""
+    commands = getattr(typer.main.get_command(app), "commands", {})
+    written = set[str]()
+    for block in found:
+        for line in re.findall(r"^\$ (.*)", block.text, re.MULTILINE) if block.language == "console" else []:
+            program, *words = shlex.split(line)
+            if program == "python" and words[0] not in written:
+                yield f"{line}: no block writes {words[0]}"
+            elif program == "perpetune":
+                try:
+                    commands[words[0]].make_context(words[0], words[1:])
+                except Exception as error:  # noqa: BLE001  whatever it is, the command does not begin
+                    yield f"{line}: {error!r}"
+        try:
+            if block.language == "python":
+                compile(block.text, str(block.title), "exec")
+            elif block.language == "yaml":
+                yaml.safe_load(block.text)
+        except (SyntaxError, yaml.YAMLError) as error:
+            yield f"{block.title}: {error}"
+        written.add(str(block.title))
+
+
+@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
+def test_each_command_and_file_of_a_tutorial_can_be_read(page: Path) -> None:
+    assert list(unread(blocks(page.read_text(encoding="utf-8")))) == []
+
+
+def test_what_cannot_be_read_would_be_seen() -> None:
+    page = (
+        '```python title="good.py"\nprint(1)\n```\n```python title="bad.py"\nprint(\n```\n'
+        '```yaml title="bad.yaml"\na: [\n```\n```console\n$ python good.py x\n1\n$ python none.py\n'
+        "$ perpetune nothing\n$ perpetune log s --no-such\n$ perpetune init s --data\n$ perpetune log s\n$ ls\n```\n"
+    )
+    assert [re.split("[:,]", one)[0] for one in unread(blocks(page))] == [
+        "bad.py", "bad.yaml", "python none.py", "perpetune nothing", "perpetune log s --no-such",
+        "perpetune init s --data",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
