@@ -24,6 +24,7 @@ import yaml
 from fault_server import RECIPE, Death
 from PIL import Image
 from tiny import chiefly
+from warm import Warm
 
 from perpetune.files import read_folder
 from perpetune.seeding import generator
@@ -64,9 +65,9 @@ class Outcome:
 
 
 class Lab:
-    """Commands run in children of one warm process."""
+    """Commands run in children of one warm process, itself a fork of `warm`."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, warm: Warm):
         self.folder, self.number = folder, itertools.count()
         self.whole: dict[str, Path] = {}
         for name, change in CHANGES.items():
@@ -75,7 +76,7 @@ class Lab:
             self.recipe(name).write_text(text)
         pictures(folder / "reference", ["any"])
         self.process = subprocess.Popen(
-            [sys.executable, SERVER, "serve", str(folder / "vit"), str(self.recipe("adamw")), str(folder / "warm")],
+            [*warm.command, SERVER, "serve", str(folder / "vit"), str(self.recipe("adamw")), str(folder / "warm")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -139,8 +140,8 @@ class Lab:
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    lab = Lab(tmp_path_factory.mktemp("lab"))
+def lab(tmp_path_factory: pytest.TempPathFactory, warm: Warm) -> Iterator[Lab]:
+    lab = Lab(tmp_path_factory.mktemp("lab"), warm)
     yield lab
     lab.close()
 
@@ -226,22 +227,28 @@ KILLS: list[tuple[str, str, int]] = [
 
 ALIKE = {  # the same is left, in another file or at another task, and the same is done about it
     "before a task begins",
+    "a later task's line is torn",
     "before the first step",
     "a checkpoint's folder is empty",
     "a checkpoint has no manifest",
     "a checkpoint's manifest is torn",
     "the old checkpoint is out of sight",
     "a phase's end is torn",
+    "a phase has ended",
     "before the evaluation",
     "a commit's metrics are torn",
+    "a commit is complete but aside",
     "a commit's manifest is torn",
     "a commit's checkpoints are still there",
+    "a commit's checkpoints are half removed",
     "a report is there without the others",
     "at the end of an epoch",
+    "in the reference pass",
     "after the reference pass",
     "before the first task's pass",
     "before the second task's pass",
     "after the first task's pass",
+    "in the second task",
 }
 
 
@@ -283,7 +290,10 @@ TWICE: list[tuple[str, tuple[str, int], tuple[str, int]]] = [
 
 @pytest.mark.parametrize(
     ("first", "second"),
-    [pytest.param(a, b, id=what, marks=[pytest.mark.slow] * (i in (0, 5))) for i, (what, a, b) in enumerate(TWICE)],
+    [
+        pytest.param(a, b, id=what, marks=[pytest.mark.slow] * (i in (0, 2, 3, 5)))
+        for i, (what, a, b) in enumerate(TWICE)
+    ],
 )
 def test_killed_twice(lab: Lab, tmp_path: Path, first: tuple[str, int], second: tuple[str, int]) -> None:
     whole, state = lab.uninterrupted("adamw"), tmp_path / "state"
@@ -295,15 +305,15 @@ def test_killed_twice(lab: Lab, tmp_path: Path, first: tuple[str, int], second: 
 
 
 def test_killed_again_and_again(lab: Lab, tmp_path: Path) -> None:
-    """Every process dies three steps after it began, until none is left to do."""
+    """Every process dies five steps after it began, until none is left to do."""
     whole, state = lab.uninterrupted("adamw"), tmp_path / "state"
-    outcome = lab.run("adamw", state, at="step after *", nth=3)
+    outcome = lab.run("adamw", state, at="step after *", nth=5)
     deaths = 0
     while outcome.status == KILLED:
         deaths += 1
-        outcome = lab.resume(state, at="step after *", nth=3)
+        outcome = lab.resume(state, at="step after *", nth=5)
     fine(outcome)
-    assert deaths >= 9  # of 27 steps
+    assert deaths >= 5  # of 27 steps
     assert_same(state, whole)
 
 
@@ -342,7 +352,14 @@ def one_line(text: str) -> str:
     [
         (signal.SIGTERM, 143, "step after train 4", 2, "stopped in task 2-3, phase train, after step 5 of 9"),
         (signal.SIGINT, 130, "step after train 2", 1, "stopped in task 0-1, phase train, after step 3 of 9"),
-        (signal.SIGTERM, 143, "step after train 8", 1, "stopped in task 0-1, phase train, after step 9 of 9"),
+        pytest.param(
+            signal.SIGTERM,
+            143,
+            "step after train 8",
+            1,
+            "stopped in task 0-1, phase train, after step 9 of 9",
+            marks=pytest.mark.slow,
+        ),
         (signal.SIGTERM, 143, "evaluate before 0-1", 2, "stopped while task 0-1 was evaluated"),
         (signal.SIGINT, 130, "write half */resume/.00-train-finished.tmp/pet.safetensors", 1, "stopped while task 0-1"),
     ],
@@ -389,7 +406,7 @@ PHASES = [
 ]
 
 
-@pytest.mark.parametrize(("at", "begun"), PHASES)
+@pytest.mark.parametrize(("at", "begun"), chiefly(PHASES, [row for row in PHASES if "01-both" not in row[0]]))
 def test_finished_phases_are_loaded_not_repeated(lab: Lab, tmp_path: Path, at: str, begun: list[str]) -> None:
     whole, state = lab.uninterrupted("phases"), tmp_path / "state"
     lab.killed("phases", state, at)

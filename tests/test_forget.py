@@ -226,8 +226,8 @@ def test_bad_input(world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    lab = Lab(tmp_path_factory.mktemp("lab"))
+def lab(tmp_path_factory: pytest.TempPathFactory, warm: Warm) -> Iterator[Lab]:
+    lab = Lab(tmp_path_factory.mktemp("lab"), warm)
     yield lab
     lab.close()
 

@@ -256,8 +256,8 @@ def test_tests_of_falls() -> None:
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    lab = Lab(tmp_path_factory.mktemp("lab"))
+def lab(tmp_path_factory: pytest.TempPathFactory, warm: Warm) -> Iterator[Lab]:
+    lab = Lab(tmp_path_factory.mktemp("lab"), warm)
     yield lab
     lab.close()
 
