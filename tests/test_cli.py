@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tiny import every, picture_folder, recipe, split_folder, vit_folder, written
+from tiny import chiefly, every, picture_folder, recipe, split_folder, vit_folder, written
 from warm import Warm
 
 from perpetune._version import __version__
@@ -253,9 +253,12 @@ def test_several_runs_end_in_one_comparison(
     )
 
 
-def test_a_run_that_fails_leaves_the_others(  # in a process that is started as for a user
-    shell: Shell, recipes: tuple[Path, Path], state: Path, tmp_path: Path
+@pytest.mark.parametrize("started", chiefly(["warm", "as for a user"], ["warm"]))
+def test_a_run_that_fails_leaves_the_others(
+    started: str, shell: Shell, recipes: tuple[Path, Path], state: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
+    if started == "warm":
+        request.getfixturevalue("children")
     out = tmp_path / "all"
     out.mkdir()
     state.rename(out / "tiny-s0")

@@ -22,6 +22,7 @@ HEAVY = [
     *("datasets", "pyarrow", "pandas", "sklearn", "scipy", "matplotlib", "PIL"),
     *("rich", "typer", "jinja2"),
     *("fastapi", "uvicorn", "prometheus_client"),
+    *("bitsandbytes", "huggingface_hub"),
 ]
 
 
@@ -50,6 +51,7 @@ import random, numpy, torch
 before = torch.random.get_rng_state(), numpy.random.get_state()[1].copy(), random.getstate()
 import perpetune
 for name in perpetune.__all__: getattr(perpetune, name)
+import perpetune.build, perpetune.export, perpetune.models.loaders.folder, perpetune.pets.lora
 assert torch.equal(before[0], torch.random.get_rng_state())
 assert (before[1] == numpy.random.get_state()[1]).all()
 assert before[2] == random.getstate()
