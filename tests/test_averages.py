@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_protection_state import StopAt, differing, learned
-from tiny import chiefly, recipe, split_folder, vit_folder
+from tiny import chiefly, every, paired, recipe, split_folder, vit_folder
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -110,8 +110,7 @@ def traced(average: dict[str, Any], monkeypatch: pytest.MonkeyPatch, **changes: 
 # -- what the average is ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("protect", [None, {"energy": 0.9}])
-@pytest.mark.parametrize("restart", [True, False])
+@pytest.mark.parametrize(("restart", "protect"), paired([True, False], [{"energy": 0.9}, None]))
 def test_weight_0_is_plain_training_in_every_bit(restart: bool, protect: dict[str, Any] | None) -> None:
     bare = stages(None, protect=protect)
     found = stages({"weight": 0, "restart": restart, "first": 1}, protect=protect)
@@ -132,7 +131,7 @@ def test_weight_1_stays_at_the_start() -> None:
 
 
 @pytest.mark.parametrize(
-    "weight", [{"weight": 0.9}, {"keep": 0.5}, {"weight": "dynamic"}, {"keep": 0.5, "over": "end"}]
+    "weight", every([{"weight": "dynamic"}, {"weight": 0.9}, {"keep": 0.5, "over": "end"}, {"keep": 0.5}], 2)
 )
 def test_an_average_that_nobody_asks_changes_nothing(weight: dict[str, Any]) -> None:
     bare, found = stages(None), stages({**weight, "restart": False, "answer": "online"})

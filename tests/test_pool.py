@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import paired
+from tiny import every, paired
 from torch import Tensor, nn
 
 from perpetune.build import build_method
@@ -80,7 +80,9 @@ KINDS: list[Any] = [
     pytest.param(["select={name: keys, pull: 0.5, start: mean}"], "pictures", marks=pytest.mark.slow),
     pytest.param(["each=2", "select=weights", "start=orthogonal"], "pictures", marks=pytest.mark.slow),
     pytest.param(["select=centres", "answer=own", "start=fresh"], "pictures", marks=pytest.mark.slow),
-    (["select=means", "head=ridge", "again=true", "merge=0.1", "repel=0.1"], "pictures"),
+    pytest.param(
+        ["select=means", "head=ridge", "again=true", "merge=0.1", "repel=0.1"], "pictures", marks=pytest.mark.slow
+    ),
     pytest.param(["select=classifier", "query={after: 1}"], "pictures", marks=pytest.mark.slow),
 ]
 
@@ -115,8 +117,7 @@ def test_one_member_for_all_tasks_is_plain_training(method: dict[str, Any]) -> N
     assert torch.equal(one.predict(asked()), other.predict(asked()))
 
 
-@pytest.mark.parametrize("select", [*STATISTICS, "keys", "last"])
-@pytest.mark.parametrize("head", ["linear", "ridge"])
+@pytest.mark.parametrize(("select", "head"), paired([*STATISTICS, "keys", "last"], ["linear", "ridge"]))
 def test_with_one_task_it_is_plain_training(select: str, head: str) -> None:
     one = taught({"select": select}, tasks=1, head=head)
     plain = checker("finetune", head=head)
@@ -580,7 +581,7 @@ def test_protected_members_keep_the_features_of_old_pictures(select: dict[str, A
 # -- state -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("method", every(METHODS, 2), ids=str)
 def test_one_object_goes_through_states(method: dict[str, Any]) -> None:
     made, stream = pool(method)
     states = [snapshot(made)]

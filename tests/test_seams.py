@@ -188,7 +188,7 @@ CONTRACT = [
 ]
 
 
-@pytest.mark.parametrize(("method", "changes", "taps"), every(CONTRACT, 3))
+@pytest.mark.parametrize(("method", "changes", "taps"), every(CONTRACT, 6))
 def test_the_contract_holds_where_sums_are_carried(
     method: str, changes: tuple[str, ...], taps: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
