@@ -267,6 +267,7 @@ def test_everything_it_brings_is_listed_beside_ours(installed: Path, capsys: pyt
         ({"head": {"name": "bloom", "shape": "square"}}, "heads: bloom: shape: input should be 'round' or 'star'"),
         ({"data": {"name": "seeds", "each": "many"}}, "data: seeds: each: input should be a valid integer"),
         ({"method": "prunes"}, "methods: there is no 'prunes'; closest: prune"),
+        ({"method": "x" * 5000}, "methods: there is no '" + "x" * 100 + "'… (5,000 characters); closest: "),
         ({"backbone": "trunks:x"}, "there is no prefix 'trunks'; closest: trunk"),
     ],
 )

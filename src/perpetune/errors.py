@@ -69,6 +69,11 @@ class Interrupted(PerpetuneError):
         self.exit_code = 128 + signum
 
 
+def quoted(name: str, most: int = 100) -> str:
+    """A name in quotes; of a longer one its beginning and its length."""
+    return repr(name) if len(name) <= most else f"{name[:most]!r}… ({len(name):,} characters)"
+
+
 def closest(name: str, known: Iterable[str], n: int = 3) -> str:
     """The end of an error message about an unknown `name`: the `n` known names that are most similar to it."""
     names = sorted(set(known))

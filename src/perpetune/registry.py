@@ -20,7 +20,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from perpetune.data.pictures.view import Pixels
-from perpetune.errors import UsageError, closest
+from perpetune.errors import UsageError, closest, quoted
 from perpetune.models.loaders.options import NOTHING
 from perpetune.models.taps import Count, Read
 from perpetune.named import Part
@@ -128,7 +128,7 @@ def find(kind: Kind, name: str) -> Any:
                 raise UsageError(f"{kind}: {name!r} of an installed package cannot be loaded: {error}") from error
     if ":" in name:
         return _fitting(kind, name, load_dotted(name))
-    raise UsageError(f"{kind}: there is no {name!r}; {closest(name, names(kind))}")
+    raise UsageError(f"{kind}: there is no {quoted(name)}; {closest(name, names(kind))}")
 
 
 def every(kind: Kind) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def loader_of(spec: str) -> str:
     if not colon or not rest:
         raise UsageError(f"backbone {spec!r}: PREFIX:NAME is expected; prefixes: {', '.join(known)}")
     if prefix not in known:
-        raise UsageError(f"backbone {spec!r}: there is no prefix {prefix!r}; {closest(prefix, known)}")
+        raise UsageError(f"backbone {quoted(spec)}: there is no prefix {quoted(prefix)}; {closest(prefix, known)}")
     return prefix
 
 
