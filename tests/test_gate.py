@@ -171,9 +171,10 @@ def test_a_bar_that_is_none(bar: str, world: Path, state: Path, capfd: pytest.Ca
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
-def test_months_of_digits(seed: int, tmp_path: Path) -> None:
-    """With the packaged model and the recipe of `init`: two good months, and one with labels drawn at random."""
+@pytest.mark.parametrize(("seed", "costs"), [(0, True), (1, False), (2, True)])
+def test_months_of_digits(seed: int, costs: bool, tmp_path: Path) -> None:
+    """With the packaged model and the recipe of `init`: two good months, and one with labels drawn at random. In one of
+    three draws that month costs the earlier ones nothing, so the gate lets it through."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -189,6 +190,9 @@ def test_months_of_digits(seed: int, tmp_path: Path) -> None:
     learner.learn(tmp_path / "1", max_drop=2)
     learner.learn(tmp_path / "2", max_drop=2)
     before = everything(tmp_path / "state")
+    if not costs:
+        assert learner.learn(tmp_path / "3", max_drop=2)["gates"][-1]["rows"][-1]["drop"] == 0
+        return
     with pytest.raises(Refused):
         learner.learn(tmp_path / "3", max_drop=2)
     assert everything(tmp_path / "state") == before
