@@ -305,15 +305,15 @@ def test_killed_twice(lab: Lab, tmp_path: Path, first: tuple[str, int], second: 
 
 
 def test_killed_again_and_again(lab: Lab, tmp_path: Path) -> None:
-    """Every process dies five steps after it began, until none is left to do."""
+    """Every process dies three steps after it began, until none is left to do."""
     whole, state = lab.uninterrupted("adamw"), tmp_path / "state"
-    outcome = lab.run("adamw", state, at="step after *", nth=5)
+    outcome = lab.run("adamw", state, at="step after *", nth=3)
     deaths = 0
     while outcome.status == KILLED:
         deaths += 1
-        outcome = lab.resume(state, at="step after *", nth=5)
+        outcome = lab.resume(state, at="step after *", nth=3)
     fine(outcome)
-    assert deaths >= 5  # of 27 steps
+    assert deaths >= 9  # of 27 steps
     assert_same(state, whole)
 
 

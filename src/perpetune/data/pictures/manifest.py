@@ -123,7 +123,10 @@ class ManifestSource(Source):
         if path not in self._notes:
             used = (self.path_column, self.label_column, group, choice if split is None else None)
             self._notes[path] = unused_columns(columns, used, here)
-            for column in (self.label_column, group):
+            named = (
+                None if self.label_column == self.path_column else self.label_column
+            )  # paths are no names of classes
+            for column in (named, group):
                 cells = (cell_text(row.get(column), column, at) for at, row in rows if column is not None)
                 self._notes[path] += one_class(cells, f"{here}: column '{column}'")
         records = [
