@@ -16,12 +16,19 @@ from test_data_text import write
 from tiny import picture, picture_folder, seal, tiny_language_model
 
 from perpetune import Learner
-from perpetune.data.sketch import KEPT, content_hash, learned_before, sketch, whole
+from perpetune.data.sketch import KEPT, Samples, content_hash, sketch, whole
 from perpetune.state import State
 
 
 def hashes(numbers: Iterable[int]) -> list[str]:
     return [content_hash(1, str(number).encode()) for number in numbers]
+
+
+def learned_before(new: dict[str, Any], earlier: dict[str, dict[str, Any]]) -> tuple[float, list[str]] | None:
+    samples = Samples()
+    for name, one in earlier.items():
+        samples.add(name, one)
+    return samples.learned_before(new)
 
 
 # -- samples of hashes --------------------------------------------------------------------------------------

@@ -41,22 +41,19 @@ def read_results(state: State, candidate: Documents | None = None) -> dict[str, 
         candidate: of a task that is not committed, the documents that its commit would store; it is counted as the last
             one.
     """
+    if candidate is None:
+        found = state.together(_Found, _Found.add)
+    else:
+        found = _Found()
+        for committed in state.committed:
+            found.add(committed)
+        found.put(_parts(len(found.tasks), [candidate[name] for name in DOCUMENTS], "the candidate"))
+    found.look_at_disks(state.committed)
     journal = state.journal()
-    timed = {e["name"]: {k: e[k] for k in ("commit_s", "report_s")} for e in journal if e["event"] == "task timed"}
-    found = [
-        committed.once("results", tuple(DOCUMENTS), partial(_results_of, committed)) for committed in state.committed
-    ]
-    if candidate is not None:
-        found.append(_parts(len(found), [candidate[name] for name in DOCUMENTS], "the candidate"))
-    tasks = [one["task"] for one in found]
-    place = {task["name"]: column for column, task in enumerate(tasks)}
-    cells = _matrix([one["cells"] for one in found], place)
-    rows = Rows({place[n]: a for n, a in one["accuracies"].items() if n in place} for one in found)
-    timings = [{**one["timing"], **timed.get(one["task"]["name"], {})} for one in found]
-    ahead = _ahead(found)
-    left_out, in_turn, exams = (_joined(found, key) for key in ("not_asked", "in_turn", "exams"))
     begun: dict[str, Any] = next((e for e in reversed(journal) if e["event"] == "run begun"), {})
-    backbone = state.backbone
+    backbone, tasks, joined = state.backbone, list(found.tasks), {key: list(of) for key, of in found.joined.items()}
+    cells = [row + [None] * (len(tasks) - len(row)) for row in found.cells]
+    left_out, in_turn = joined["not_asked"], joined["in_turn"]
     return {
         "format": 1,
         "name": state.recipe.name,
@@ -66,27 +63,27 @@ def read_results(state: State, candidate: Documents | None = None) -> dict[str, 
         "cells": cells,
         "metrics": summarise(
             cells,
-            _candidates(tasks, ahead) if state.recipe.setting == "class" else tasks,
+            _candidates(tasks, found.ahead) if state.recipe.setting == "class" else tasks,
             [entry["task"] for entry in left_out],
             [entry["task"] for entry in in_turn],
-            rows,
+            found.rows,
+            found.whole,
         ),
         **({"not_asked": left_out} if left_out else {}),
         **({"in_turn": in_turn} if in_turn else {}),
-        "timings": timings,
-        "storage": [one["storage"] for one in found if one["storage"]],
-        "disk": [one["disk"] for one in found if one["disk"]],
-        "protection": _joined(found, "protection"),
-        "facts": [one["facts"] for one in found],
-        "drift": [one["drift"] for one in found],
-        **({"exams": exams} if exams else {}),
-        **{name: some for name in ("gates", "forgot") if (some := _joined(found, name))},
-        **_zero_shot(tasks, cells, ahead),
+        "timings": found.timings(journal),
+        "storage": [one for one in found.storage if one],
+        "disk": [one for one in found.disk if one],
+        "protection": joined["protection"],
+        "facts": list(found.facts),
+        "drift": list(found.drift),
+        **{name: joined[name] for name in ("exams", "gates", "forgot") if joined[name]},
+        **_zero_shot(tasks, cells, found.ahead),
         "examples": backbone.get("examples"),
         "trainable_parameters": backbone.get("trainable_parameters"),
         "backbone_parameters": backbone.get("parameters"),
-        "bad_files": _joined(found, "bad"),
-        "warnings": list(dict.fromkeys(_joined(found, "warnings"))),
+        "bad_files": joined["bad"],
+        "warnings": list(found.warnings),
         "recipe": state.recipe.model_dump(mode="json"),
         "versions": begun.get("versions", {}),
         "device": begun.get("device", ""),
@@ -95,13 +92,99 @@ def read_results(state: State, candidate: Documents | None = None) -> dict[str, 
     }
 
 
+class _Found:
+    """What the documents of all tasks say. A task is added once, and adding it costs what its documents hold."""
+
+    def __init__(self) -> None:
+        self.tasks: list[dict[str, Any]] = []
+        self.cells: list[list[Any]] = []
+        """Of each task a row that ends with its last cell."""
+        self.rows, self.whole = Rows(), Rows()
+        self.ahead: list[dict[str, Any]] = []
+        """The cells of tasks that were asked before they were learned; none if nothing was before the first task."""
+        self.facts: list[dict[str, Any]] = []
+        self.drift: list[dict[str, Any]] = []
+        self.storage: list[dict[str, Any] | None] = []
+        self.disk: list[dict[str, Any] | None] = []
+        self.warnings: dict[str, None] = {}
+        self.joined: dict[str, list[Any]] = {
+            key: [] for key in ("not_asked", "in_turn", "exams", "protection", "gates", "forgot", "bad")
+        }
+        self._timings: list[dict[str, Any]] = []
+        self._untimed: dict[str, int] = {}  # tasks of which no line of the journal was seen that says how long it took
+        self._place: dict[str, int] = {}
+        self._early: dict[str, list[tuple[int, Any, float | None]]] = {}  # cells of tasks that were not learned then
+        self._looked: list[Committed | None] = []
+
+    def add(self, committed: Committed) -> None:
+        """Add a task that is committed."""
+        self.put(committed.once("results", tuple(DOCUMENTS), partial(_results_of, committed)))
+
+    def put(self, one: Mapping[str, Any]) -> None:
+        """Add what `_parts` found of the next task."""
+        index, name = len(self.tasks), one["task"]["name"]
+        self.tasks.append(one["task"])
+        self._place[name] = index
+        for row, cell, right in self._early.pop(name, ()):
+            self._set(row, index, cell, right)
+        self.cells.append([])
+        self.rows.append({})
+        for other, cell in one["cells"].items():
+            right = one["accuracies"].get(other)
+            if other in self._place:
+                self._set(index, self._place[other], cell, right)
+            else:
+                self._early.setdefault(other, []).append((index, cell, right))
+        self.whole.append({} if one["not_asked"] else self.rows[-1])
+        if one["before"]:
+            self.ahead.append({"task": None, "of": one["before"]})
+        unlearned = {other: cell for other, cell in one["cells"].items() if other not in self._place}
+        if self.ahead and unlearned:
+            self.ahead.append({"task": index, "of": unlearned})
+        self.facts.append(one["facts"])
+        self.drift.append(one["drift"])
+        self.storage.append(None)
+        self.disk.append(None)
+        self._looked.append(None)
+        self.warnings.update(dict.fromkeys(one["warnings"]))
+        for key, of in self.joined.items():
+            of += one[key]
+        self._timings.append(one["timing"])
+        self._untimed[name] = index
+
+    def _set(self, row: int, column: int, cell: Any, right: float | None) -> None:
+        line = self.cells[row]
+        line += [None] * (column + 1 - len(line))
+        line[column] = cell
+        if right is not None:
+            self.rows[row][column] = right
+
+    def timings(self, journal: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """How long each task took, with what only the journal says."""
+        if self._untimed:
+            timed = {e["name"]: e for e in journal if e["event"] == "task timed" and e["name"] in self._untimed}
+            for name, event in timed.items():
+                index = self._untimed.pop(name)
+                self._timings[index] = {**self._timings[index], **{k: event[k] for k in ("commit_s", "report_s")}}
+        return list(self._timings)
+
+    def look_at_disks(self, tasks: Sequence[Committed]) -> None:
+        """Find what each task takes on the disk, where it was pruned since that was found last."""
+        for index in [i for i, (now, then) in enumerate(zip(tasks, self._looked, strict=False)) if now is not then]:
+            self.storage[index], self.disk[index] = _disk_of(tasks[index])
+            self._looked[index] = tasks[index]
+
+
 def _results_of(committed: Committed) -> dict[str, Any]:
     """What the documents of one task say, in the parts of a results document."""
+    return _parts(committed.index, [committed.parsed(name) for name in DOCUMENTS], str(committed.folder))
+
+
+def _disk_of(committed: Committed) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The sizes of a task's files, and the bytes of tensors in its folder."""
     sizes, tensors = committed.stored()
-    found = _parts(committed.index, [committed.parsed(name) for name in DOCUMENTS], str(committed.folder))
-    found["storage"] = {"task": committed.index, **{n: sizes[n] for n in (*FILES, *FIXED) if n in sizes}}
-    found["disk"] = {"task": committed.index, "bytes": tensors}
-    return found
+    index = committed.index
+    return {"task": index, **{n: sizes[n] for n in (*FILES, *FIXED) if n in sizes}}, {"task": index, "bytes": tensors}
 
 
 def _parts(index: int, documents: Sequence[Mapping[str, Any]], where: str) -> dict[str, Any]:
@@ -123,41 +206,11 @@ def _parts(index: int, documents: Sequence[Mapping[str, Any]], where: str) -> di
             "in_turn": [{"task": index, "count": count} for count in [metrics.get("unasked")] if count],
             "gates": [{"task": index, **gate} for gate in [metrics.get("gate")] if gate],
             "forgot": [{"task": index, **forgot} for forgot in [task.get("forgot")] if forgot is not None],
-            "storage": None,
-            "disk": None,
             "bad": [{"task": index, **_file_and_reason(entry)} for entry in task["bad"]],
             "warnings": list(task["warnings"]),
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StateError(f"{where} does not hold what a task leaves there: {error!r}") from None
-
-
-def _joined(found: Sequence[Mapping[str, Any]], key: str) -> list[Any]:
-    return [entry for one in found for entry in one[key]]
-
-
-def _ahead(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The cells of tasks that were asked before they were learned; none if nothing was asked before the first task."""
-    ahead, known = list[dict[str, Any]](), set[str]()
-    for index, one in enumerate(found):
-        known.add(one["task"]["name"])
-        if one["before"]:
-            ahead.append({"task": None, "of": one["before"]})
-        if ahead and (unlearned := {name: cell for name, cell in one["cells"].items() if name not in known}):
-            ahead.append({"task": index, "of": unlearned})
-    return ahead
-
-
-def _matrix(rows: Sequence[Mapping[str, Any]], place: Mapping[str, int]) -> list[list[Any]]:
-    """Rows of cells with a column for each place; None where a row has no such cell."""
-    cells = []
-    for row in rows:
-        line: list[Any] = [None] * len(place)
-        for name, cell in row.items():
-            if name in place:
-                line[place[name]] = cell
-        cells.append(line)
-    return cells
 
 
 def _candidates(tasks: Sequence[Mapping[str, Any]], ahead: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:

@@ -18,7 +18,7 @@ from perpetune.data.guess import guess_source
 from perpetune.data.names import alike, several
 from perpetune.data.overlap import Overlap
 from perpetune.data.reference import reference_examples
-from perpetune.data.sketch import ALL, learned_before, packed, whole
+from perpetune.data.sketch import ALL, Samples, packed, whole
 from perpetune.data.sources import Kind, Source, Table
 from perpetune.data.stream import Stream, StreamOptions, single_task
 from perpetune.data.tasks import TaskData
@@ -27,7 +27,7 @@ from perpetune.exams.base import Exam, Suite
 from perpetune.plain import names_in
 from perpetune.recipe import Recipe
 from perpetune.runtime import Runtime
-from perpetune.state import Committed
+from perpetune.state import Accumulated, Committed
 from perpetune.step import Step
 from perpetune.tasks import Examples, Task
 
@@ -37,6 +37,35 @@ Data = str | Path | dict[str, Any] | Source | Task
 Cut = Callable[[TaskData], TaskData]
 Origin = dict[str, Any]  # where the data of an update came from: a data section and its holdout
 STREAM = "stream"  # and of a run: the recipe's stream
+
+
+class _Earlier:
+    """What an update asks of all earlier tasks."""
+
+    def __init__(self) -> None:
+        self.classes: dict[str, None] = {}
+        """Those that are known, in the order in which they were learned."""
+        self.samples = Samples()
+        self.alike: dict[str, list[str]] = {}
+        """By the fingerprint of data the tasks that have learned such."""
+        self.tested: list[tuple[int, str]] = []
+        """Numbers and names of tasks with test data."""
+
+    def add(self, committed: Committed) -> None:
+        if committed.gone:
+            return
+        task, name = committed.task(), committed.name
+        self.classes.update(dict.fromkeys(committed.classes()))
+        self.alike.setdefault(task["fingerprint"], []).append(name)
+        if contents := task.get("contents"):
+            self.samples.add(name, contents)
+        if task["test"]:
+            self.tested.append((committed.index, name))
+
+
+def _add_asked(asked: dict[str, int], committed: Committed) -> None:
+    """Add the tasks that were asked after one: by the name of each, the number of the task after which it was last."""
+    asked.update(dict.fromkeys(committed.parsed("metrics.json")["cells"], committed.index))
 
 
 class TaskSequence:
@@ -63,6 +92,8 @@ class TaskSequence:
         self._told = False  # whether a line has said that not all earlier tasks are asked
         self._tested = Overlap()  # the test examples of tasks that were asked
         self._rows: dict[int, tuple[str, Table, Sequence[int]]] = {}  # and whose they are
+        self._earlier = Accumulated(_Earlier, _Earlier.add)
+        self._asked_last = Accumulated(dict[str, int], _add_asked)
 
     @property
     def stream(self) -> Stream:
@@ -161,9 +192,9 @@ class TaskSequence:
     def _step_of_update(
         self, task: Task, document: dict[str, Any], committed: Sequence[Committed], every: bool
     ) -> Step:
-        others, unasked = self._others(committed, every)
-        earlier = {c.name: c.task() for c in committed if not c.gone}
-        known = list(dict.fromkeys(name for c in committed for name in c.classes()))
+        earlier = self._earlier.of(committed)
+        others, unasked = self._others(committed, earlier, every)
+        known = earlier.classes
         found = [*_again(task, document, earlier), *_alike_before(task, known), *self._leaks(task, others)]
         for warning in found:
             self.runtime.progress.note(warning)
@@ -178,20 +209,23 @@ class TaskSequence:
         classes = {c.name: c.classes() for c in committed if not c.gone}
         return dataclasses.replace(step, future={**classes, task.name: task.classes})
 
-    def _others(self, committed: Sequence[Committed], every: bool) -> tuple[list[Task], int]:
+    def _others(self, committed: Sequence[Committed], earlier: _Earlier, every: bool) -> tuple[list[Task], int]:
         """The earlier tasks that are asked after an update, as far as their test data are there, and how many others
         have to wait."""
         if every or self.recipe.evaluate.earlier != "auto" or len(committed) <= ASKED:
             return [t for t in (self.past(c) for c in committed) if t is not None], 0
-        tested, found = [c for c in committed if c.task()["test"] and not c.gone], list[Task]()
-        for one in _longest_ago(tested, committed):
-            if len(found) < ASKED and (task := self.past(one)) is not None:
+        tested, found = len(earlier.tested), list[Task]()
+        asked = self._asked_last.of(committed)
+        for _, index in sorted((asked.get(name, -1), index) for index, name in earlier.tested):
+            if len(found) == ASKED:
+                break
+            if (task := self.past(committed[index])) is not None:
                 found.append(task)
-        unasked = len(tested) - len(found)
+        unasked = tested - len(found)
         if unasked and not self._told:
             self._told = True
             self.runtime.progress.note(
-                f"{len(found)} of {len(tested)} earlier tasks are asked after each update from now on, those that were "
+                f"{len(found)} of {tested} earlier tasks are asked after each update from now on, those that were "
                 "asked the longest time ago (evaluate.earlier: auto; `all` asks all)"
             )
         return sorted(found, key=lambda task: task.index), unasked
@@ -409,50 +443,32 @@ def _document(
     }
 
 
-def _again(task: Task, document: dict[str, Any], earlier: Mapping[str, dict[str, Any]]) -> list[str]:
-    """A warning where the same data were learned before, however they were cut into training and test data.
-
-    Args:
-        earlier: what is stored of the tasks that were learned, by name.
-    """
+def _again(task: Task, document: dict[str, Any], earlier: _Earlier) -> list[str]:
+    """A warning where the same data were learned before, however they were cut into training and test data."""
     if document["from"] == {"name": None}:  # of a Python object only the targets are known
         return []
-    known = {name: one["contents"] for name, one in earlier.items() if one.get("contents")}
-    new = document.get("contents")
-    found = learned_before(new, known) if new else None
+    known, new = earlier.samples.sketches, document.get("contents")
+    found = earlier.samples.learned_before(new) if new else None
     if new and found:
         (share, names), noun = found, task.train.table.noun if isinstance(task.train, TableSet) else "example"
         exact = whole([new, *(known[name] for name in names)])
         much = f"{share * new['count']:.0f} of {new['count']}" if exact else f"about {share:.0%} of the"
         return [f"task {task.name} learns again: {much} {noun}s were learned before, as task {several(names)}"]
-    same = [name for name, one in earlier.items() if one["fingerprint"] == document["fingerprint"]]
+    same = earlier.alike.get(document["fingerprint"], [])
     same = [name for name in same if not new or name not in known]  # else the contents are others
     return [f"data of the same names, labels and sizes were learned before, as task {several(same)}"] if same else []
 
 
-def _longest_ago(tasks: Sequence[Committed], committed: Sequence[Committed]) -> list[Committed]:
-    """The tasks in the order in which they were asked last, the longest time ago first."""
-    asked: dict[str, int] = {}
-    missing = {task.name for task in tasks}
-    for one in reversed(committed):
-        if not missing:
-            break
-        for name in one.parsed("metrics.json")["cells"]:
-            asked.setdefault(name, one.index)
-        missing.difference_update(asked)
-    return sorted(tasks, key=lambda task: (asked.get(task.name, -1), task.index))
-
-
-def _alike_before(task: Task, known: Sequence[str]) -> list[str]:
+def _alike_before(task: Task, known: Collection[str]) -> list[str]:
     """A warning where a class of the task is nearly called like one that was learned."""
-    pairs = alike(set(task.classes) - set(known), known)
+    new = [name for name in task.classes if name not in known]
+    pairs = alike(new, known) if new else []
     return [f"task {task.name} has new classes nearly called like earlier ones: {several(pairs)}"] if pairs else []
 
 
-def _new_classes(task: Task, known: Sequence[str]) -> list[str]:
+def _new_classes(task: Task, known: Collection[str]) -> list[str]:
     """A line that lists the classes that come with a later task; none where there is none."""
-    before = set(known)
-    new = [name for name in task.classes if name not in before]
+    new = [name for name in task.classes if name not in known]
     return [f"task {task.name} brings new classes: {several(new, 20)}"] if new and known else []
 
 

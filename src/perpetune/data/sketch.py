@@ -48,25 +48,39 @@ def all_of(one: Mapping[str, Any] | None, content: bytes | None) -> set[str] | N
     return set(_split(one["hashes"])) if one is not None and whole([one]) else None
 
 
-def learned_before(new: Mapping[str, Any], earlier: Mapping[str, Mapping[str, Any]]) -> tuple[float, list[str]] | None:
-    """The share of the new examples that earlier tasks have, and the names of these tasks; None if it is below `MOST`.
+class Samples:
+    """The samples of many tasks, in which those of new data are looked up."""
 
-    A sample tells of every hash up to its largest one whether its task has it, or of all if it holds all. The share is
-    that of the new hashes of which all tasks with some of them can tell.
+    def __init__(self) -> None:
+        self.sketches: dict[str, Mapping[str, Any]] = {}
+        """By the name of the task."""
+        self._having: dict[str, list[str]] = {}  # the names of the tasks that have a hash
 
-    Args:
-        new: the sketch of the new data.
-        earlier: the sketches of earlier tasks by name.
-    """
-    mine = _split(new["hashes"])
-    samples = {name: set(_split(one["hashes"])) for name, one in earlier.items()}
-    having = [name for name, sample in samples.items() if sample.intersection(mine)]
-    reach = [max(samples[name]) for name in having if earlier[name]["count"] > len(samples[name])]
-    told = [value for value in mine if not reach or value <= min(reach)]
-    seen = [value for value in told if any(value in samples[name] for name in having)]
-    if len(told) < min(ENOUGH, new["count"]) or not seen or len(seen) < MOST * len(told):
-        return None
-    return len(seen) / len(told), [name for name in having if samples[name].intersection(seen)]
+    def add(self, name: str, one: Mapping[str, Any]) -> None:
+        """Add the sketch of a task."""
+        self.sketches[name] = one
+        for value in _split(one["hashes"]):
+            self._having.setdefault(value, []).append(name)
+
+    def learned_before(self, new: Mapping[str, Any]) -> tuple[float, list[str]] | None:
+        """The share of the new examples that the tasks have, and the names of these tasks; None if it is below `MOST`.
+
+        A sample tells of every hash up to its largest one whether its task has it, or of all if it holds all. The share
+        is that of the new hashes of which all tasks with some of them can tell.
+
+        Args:
+            new: the sketch of the new data.
+        """
+        mine = _split(new["hashes"])
+        found = {value: self._having[value] for value in mine if value in self._having}
+        having = {name for names in found.values() for name in names}
+        reach = [self.sketches[name]["hashes"][-DIGITS:] for name in having if not whole([self.sketches[name]])]
+        told = [value for value in mine if not reach or value <= min(reach)]
+        seen = [value for value in told if value in found]
+        if len(told) < min(ENOUGH, new["count"]) or not seen or len(seen) < MOST * len(told):
+            return None
+        names = {name for value in seen for name in found[value]}
+        return len(seen) / len(told), [name for name in self.sketches if name in names]
 
 
 def whole(sketches: Iterable[Mapping[str, Any]]) -> bool:

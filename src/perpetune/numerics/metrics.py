@@ -31,7 +31,16 @@ Matrix = Sequence[Sequence["float | None"]]
 
 
 class Rows(list[dict[int, float]]):
-    """A matrix as its measured cells: for each row the values by column. Most cells of a long stream are empty."""
+    """A matrix as its measured cells: for each row the values by column. Most cells of a long stream are empty.
+
+    Rows are added at the end. What the figures need of earlier rows is computed once, so a row may not change after
+    another one was added, but for cells above the diagonal.
+    """
+
+    def __init__(self, rows: Iterable[dict[int, float]] = ()):
+        super().__init__(rows)
+        self._means: list[float | None] = []
+        self._best, self._counted = dict[int, float](), 0
 
     @classmethod
     def of(cls, A: Matrix | Rows) -> Rows:
@@ -42,6 +51,19 @@ class Rows(list[dict[int, float]]):
     def at(self, i: int, j: int) -> float | None:
         """The cell; None if it was not measured."""
         return self[i].get(j) if 0 <= i < len(self) else None
+
+    def means(self) -> list[float | None]:
+        """For each row the mean over the tasks learned by then."""
+        for i in range(len(self._means), len(self)):
+            self._means.append(mean(self[i][j] for j in sorted(self[i]) if j <= i))
+        return self._means
+
+    def best(self) -> dict[int, float]:
+        """For each task its largest value since it was learned, without those of the last row."""
+        for i in range(self._counted, len(self) - 1):
+            self._best |= {j: a for j, a in self[i].items() if j <= i and a >= self._best.get(j, a)}
+        self._counted = max(self._counted, len(self) - 1)
+        return self._best
 
 
 class Cell(TypedDict):
@@ -105,7 +127,7 @@ def accuracy(cell: Cell | None) -> float | None:
 
 def final_accuracy(A: Matrix | Rows) -> float | None:
     """Mean accuracy over the tasks learned, after the last one: `mean_{j <= T} A[T][j]`."""
-    return _row_mean(A, len(A) - 1)
+    return Rows.of(A).means()[-1] if A else None
 
 
 def average_accuracy(A: Matrix | Rows) -> float | None:
@@ -113,7 +135,7 @@ def average_accuracy(A: Matrix | Rows) -> float | None:
 
     A row without a measured cell is left out of the outer mean.
     """
-    return mean(_row_mean(A, i) for i in range(len(A)))
+    return mean(Rows.of(A).means())
 
 
 def forgetting(A: Matrix | Rows) -> float | None:
@@ -123,11 +145,8 @@ def forgetting(A: Matrix | Rows) -> float | None:
     counts when its last cell and at least one cell before that are measured.
     """
     rows = Rows.of(A)
-    last, best = len(rows) - 1, dict[int, float]()
-    for i, row in enumerate(rows[:last]):
-        best |= {j: a for j, a in row.items() if j <= i and a >= best.get(j, a)}
-    now = {j: a for j in best if (a := rows.at(last, j)) is not None}
-    return mean(best[j] - now[j] for j in sorted(now))
+    best, now = rows.best(), rows[-1] if rows else {}
+    return mean(best[j] - now[j] for j in sorted(now) if j in best)
 
 
 def task_forgetting(A: Matrix, j: int) -> float | None:
@@ -157,7 +176,8 @@ def backward_transfer(
     """
     rows = Rows.of(A)
     last = len(rows) - 1
-    changes = (_difference(rows.at(last, j), rows.at(j, j)) for j in range(last + (divisor == "all")))
+    measured = sorted(j for j in rows[last] if j < last + (divisor == "all")) if rows else []
+    changes = (_difference(rows.at(last, j), rows.at(j, j)) for j in measured)
     return mean(min(change, 0.0) if clipped and change is not None else change for change in changes)
 
 
@@ -231,6 +251,7 @@ def summarise(
     left_out: Collection[int] = (),
     in_turn: Collection[int] = (),
     rows: Rows | None = None,
+    whole: Rows | None = None,
 ) -> Metrics:
     """All main figures of a run.
 
@@ -243,9 +264,10 @@ def summarise(
         left_out: the numbers of the rows in which tasks were not asked (`evaluate.earlier`); a row's mean needs all.
         in_turn: the numbers of the rows in which some of the tasks were asked, in turn; a row's mean is over these.
         rows: the accuracies of the cells, if they are known already.
+        whole: the same without the rows that are `left_out`.
     """
     A = _ratios(cells) if rows is None else rows
-    whole = Rows({} if i in left_out else row for i, row in enumerate(A))
+    whole = Rows({} if i in left_out else row for i, row in enumerate(A)) if whole is None else whole
     partly = {*left_out, *in_turn}
     pooled = len(A) - 1 not in partly and not any("of" in cell for cell in seen_cells(cells))
     return {
@@ -266,14 +288,6 @@ def _count(classes: object) -> int:
 
 def _at(A: Matrix, i: int, j: int) -> float | None:
     return A[i][j] if 0 <= i < len(A) and j < len(A[i]) else None
-
-
-def _row_mean(A: Matrix | Rows, i: int) -> float | None:
-    """The mean of row `i` over the tasks learned by then."""
-    if not 0 <= i < len(A):
-        return None
-    row = A[i]
-    return mean((row[j] for j in sorted(row) if j <= i) if isinstance(row, dict) else row[: i + 1])
 
 
 def _difference(a: float | None, b: float | None) -> float | None:

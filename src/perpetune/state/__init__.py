@@ -1,6 +1,7 @@
 """The state folder: a tuned model, and everything that is needed to continue its training."""
 
 from perpetune.state import candidate
+from perpetune.state.accumulated import Accumulated
 from perpetune.state.committed import DOCUMENTS, LEARNED, START, Committed
 from perpetune.state.folder import State
 from perpetune.state.meaning import training_digest
@@ -11,6 +12,7 @@ __all__ = [
     "DOCUMENTS",
     "LEARNED",
     "START",
+    "Accumulated",
     "Committed",
     "MidTask",
     "Pruned",

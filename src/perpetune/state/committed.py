@@ -46,6 +46,8 @@ class Committed:
     """Of an entry that is no task, but says what was forgotten: `tasks` and `classes`, names of both."""
     all: Sequence[Committed] = field(default=(), repr=False, compare=False)
     """The tasks of the state; it may refer to tensors of earlier ones."""
+    commit: object = field(default_factory=object, repr=False, compare=False)
+    """Stays the same object while nothing but a prune has changed it."""
     _read: dict[str, tuple[Stamps, Any]] = field(default_factory=dict, repr=False, compare=False)
     """What was read and checked, with the stamps of its files at that time."""
 
@@ -275,8 +277,16 @@ class Tasks(list[Committed]):
         super().__init__()
         self.forgetting: list[Committed] = []
         """Those entries that are no tasks, but say what was forgotten."""
+        self.entries: list[str] = []
+        """The names of their folders, as they were given."""
+        self.said: list[Said] = []
+        """What the journal said of each of them."""
         self.locked = False
         """Whether this process has locked the state for writing."""
+
+
+NOTHING = Said()
+"""What the journal says of a task of which it has no line."""
 
 
 def find_tasks(folder: Path, found: Sequence[str], chain: Chain, known: Tasks | None = None) -> Tasks:
@@ -291,6 +301,33 @@ def find_tasks(folder: Path, found: Sequence[str], chain: Chain, known: Tasks | 
         StateError: a task between others is missing, a task exists twice, or a folder's name is not that of a task.
     """
     root = folder / "tasks"
+    tasks = Tasks() if known is None else known
+    said = [*chain.said[: len(found)], *[NOTHING] * (len(found) - len(chain.said))]
+    if tasks and tasks.entries == list(found):
+        ordered = [task.entry for task in tasks]
+        changed = {i for i, (now, then) in enumerate(zip(said, tasks.said, strict=True)) if now is not then}
+        anew = sorted(i for i in changed | {i + 1 for i in changed} if i < len(tasks))  # one says where to go back to
+    else:
+        ordered = _in_order(root, found)
+        anew = list(range(len(ordered)))
+    tasks.entries, tasks.said = [], []  # until all is done
+    del tasks[len(ordered) :]
+    for index in anew:
+        before = START if index == 0 or said[index - 1].pruned else tasks[index - 1].name
+        entry, of = ordered[index], said[index]
+        old = tasks[index] if index < len(tasks) else None
+        about = entry, before, of.manifests, of.pruned, of.forgot
+        if old is None or (old.entry, old.before, old.manifests, old.pruned, old.forgot) != about:
+            read = {} if old is None or old.entry != entry else old._read
+            tasks[index : index + 1] = [_task(tasks, index, root, entry, before, of, read)]
+    tasks.entries, tasks.said = list(found), said
+    if anew:
+        tasks.forgetting = [task for task in tasks if task.forgot is not None]
+    return tasks
+
+
+def _in_order(root: Path, found: Sequence[str]) -> list[str]:
+    """The names of the folders of tasks, by the numbers of these."""
     entries: dict[int, str] = {}
     for entry in found:
         number, dash, name = entry.partition("-")
@@ -304,30 +341,20 @@ def find_tasks(folder: Path, found: Sequence[str], chain: Chain, known: Tasks | 
     if len(entries) <= max(entries, default=-1):
         expected, index = next((e, i) for e, i in enumerate(sorted(entries)) if e != i)
         raise StateError(f"{root}: task {expected} is missing before {entries[index]}")
-    tasks = Tasks() if known is None else known
-    del tasks[len(entries) :]
-    nothing, before = Said(), START
-    for index, (_, entry) in enumerate(sorted(entries.items())):
-        said = chain.said[index] if index < len(chain.said) else nothing
-        about = entry, before, said.manifests, said.pruned, said.forgot
-        old = tasks[index] if index < len(tasks) else None
-        if old is None or (old.entry, old.before, old.manifests, old.pruned, old.forgot) != about:
-            task = _task(tasks, index, root, about, {} if old is None or old.entry != entry else old._read)
-            tasks[index : index + 1] = [task]
-        before = START if said.pruned else tasks[index].name
-    tasks.forgetting = [task for task in tasks if task.forgot is not None]
-    return tasks
+    return [entry for _, entry in sorted(entries.items())]
 
 
-def _task(tasks: Tasks, index: int, root: Path, about: tuple[Any, ...], read: dict[str, Any]) -> Committed:
-    entry, before, manifests, pruned, forgot = about
-    return Committed(index, entry.partition("-")[2], root, entry, before, manifests, pruned, forgot, tasks, read)
+def _task(tasks: Tasks, index: int, root: Path, entry: str, before: str, said: Said, read: dict[str, Any]) -> Committed:
+    about = entry.partition("-")[2], root, entry, before, said.manifests, said.pruned, said.forgot
+    return Committed(index, *about, tasks, object() if said is NOTHING else said.commit, read)
 
 
 def add_task(tasks: Tasks, root: Path, entry: str, said: Said) -> Committed:
     """Add the task whose folder in `root` has the name `entry` to those before it."""
     before = tasks[-1].name if tasks and not tasks[-1].pruned else START
-    tasks.append(_task(tasks, len(tasks), root, (entry, before, said.manifests, said.pruned, said.forgot), {}))
+    tasks.append(_task(tasks, len(tasks), root, entry, before, said, {}))
+    tasks.entries.append(entry)
+    tasks.said.append(said)
     if said.forgot is not None:
         tasks.forgetting.append(tasks[-1])
     return tasks[-1]

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date, datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from perpetune.aside import clear_noted
 from perpetune.data.names import several
@@ -38,6 +38,7 @@ from perpetune.plain import MOST_YAML, Malformed, read_json, read_regular
 from perpetune.recipe import Recipe, parse_recipe
 from perpetune.snapshot import restore, snapshot
 from perpetune.state import candidate
+from perpetune.state.accumulated import Accumulated
 from perpetune.state.committed import START, Committed, Tasks, add_task, check_tasks, entries_of, find_tasks
 from perpetune.state.journal import Chain, Journal, Said
 from perpetune.state.lock import locked
@@ -45,6 +46,7 @@ from perpetune.state.meaning import MADE_BY, check_meaning, edited, made_by, tra
 from perpetune.state.prune import Keep, Pruned, carry_out, changes, what_stays
 from perpetune.store import Index, pack, rest_file
 
+A = TypeVar("A")
 LINES = {"metrics.json": 2}
 """Documents in which each entry of an entry stands on one line: there may be one for each earlier task."""
 
@@ -77,6 +79,7 @@ class State:
         self._entries: list[str] | None = None  # the folders of tasks, while the state is locked
         self._checked: object = None  # and when the journal was compared with them
         self._rested: dict[str, tuple[Resting, int, int]] = {}  # sets at rest that a task stores: which, their bytes
+        self._together: dict[object, Accumulated[Any]] = {}  # what is known of all tasks, by its kind
         self._told = False  # whether a commit has said that tasks were pruned
         self._held: list[tuple[str, dict[str, Any]]] | None = None  # lines of the journal that wait
         clear_noted(folder)  # every verb opens the state, so the next one after a killed export does this
@@ -186,6 +189,18 @@ class State:
             self._checked = self._stamp
         return tasks
 
+    def together(self, empty: Callable[[], A], add: Callable[[A, Committed], None]) -> A:
+        """An object that knows all committed tasks (`Accumulated`); the next call may change it.
+
+        While the state is locked, only tasks that came since the last call are added. Otherwise it is made anew,
+        because files may have changed.
+        """
+        tasks = self.committed
+        if not self._known.locked:
+            return Accumulated(empty, add).of(tasks)
+        found: A = self._together.setdefault(empty, Accumulated(empty, add)).of(tasks)
+        return found
+
     def _chain(self) -> Chain:
         """What the journal says was committed and not dropped again."""
         return self._journal.chain()
@@ -267,9 +282,10 @@ class State:
         stored = {"tensors.json": content, **({} if made is None else {"pack.safetensors": made})}
         documents = {**documents, MADE_BY: made_by(self.recipe, self.backbone)}
         plain = {file: to_json(content, LINES.get(file)) for file, content in documents.items()}
-        self._entries = None
+        entries, self._entries = self._entries, None
         manifest = write_folder(folder, {**learned, **stored, **plain, **files})
         add_task(self._known, folder.parent, folder.name, Said(manifest=manifest))
+        self._entries = None if entries is None else [*entries, folder.name]
         self._rested = {name: (of, *rest[name]) for name, of in resting.items()}
         self._log_commit(self._known)
         remove_folder(self.folder / "resume")

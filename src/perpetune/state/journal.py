@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -130,9 +130,9 @@ class Journal:
                 write_file(self.path, content[: content.rfind(b"\n") + 1])
 
 
-@dataclass
+@dataclass(frozen=True)
 class Said:
-    """What the journal says of one committed task.
+    """What the journal says of one committed task. What a later line changes of it makes another object.
 
     Attributes:
         name: its name; None where the journal does not have it.
@@ -141,6 +141,8 @@ class Said:
         frees: how many bytes its commit made needless but for a rollback to the task before it; None if nobody knows.
         pruned: by what it was pruned and when, if it was: the state cannot go back to it any more.
         forgot: what was forgotten by it, if it is no task.
+        manifests: the hashes that its manifest may have; none where nobody knows.
+        commit: stays the same object until the task is dropped, whatever is pruned of it.
     """
 
     name: str | None = None
@@ -149,11 +151,12 @@ class Said:
     frees: int | None = None
     pruned: str = ""
     forgot: dict[str, Any] | None = None
+    manifests: tuple[str, ...] = field(init=False, default=())
+    commit: object = field(default_factory=object, repr=False, compare=False)
 
-    @property
-    def manifests(self) -> tuple[str, ...]:
-        """The hashes that its manifest may have; none where nobody knows."""
-        return tuple(digest for digest in (self.manifest, self.becomes) if digest is not None)
+    def __post_init__(self) -> None:
+        found = tuple(digest for digest in (self.manifest, self.becomes) if digest is not None)
+        object.__setattr__(self, "manifests", found)
 
 
 @dataclass
@@ -184,7 +187,7 @@ class Chain:
     @property
     def oldest(self) -> int:
         """The number of the first task that the state can go back to."""
-        return next((i for i, said in enumerate(self.said) if not said.pruned), len(self.said))
+        return next((i for i in range(self.pruned, len(self.said)) if not self.said[i].pruned), len(self.said))
 
 
 def _folded(chain: Chain, events: Sequence[Mapping[str, Any]]) -> Chain:
@@ -210,8 +213,10 @@ def _committed(chain: Chain, event: Mapping[str, Any]) -> None:
 
 def _doomed(chain: Chain, event: Mapping[str, Any]) -> None:
     """The tasks before `oldest` can no longer be gone back to; their folders may be whole still."""
-    for said in chain.said[chain.pruned : event.get("oldest", 0)]:
-        said.pruned = said.pruned or f"{event['by']}, {str(event.get('time', ''))[:10]}"
+    for index in range(chain.pruned, min(event.get("oldest", 0), len(chain.said))):
+        said = chain.said[index]
+        if not said.pruned:
+            chain.said[index] = replace(said, pruned=f"{event['by']}, {str(event.get('time', ''))[:10]}")
 
 
 def _rollback_begun(chain: Chain, event: Mapping[str, Any]) -> None:
@@ -236,22 +241,23 @@ def _cut(chain: Chain, keep: int) -> None:
 def _sealed(chain: Chain, event: Mapping[str, Any]) -> None:
     manifests = event["manifests"]
     chain.said += [Said() for _ in range(len(manifests) - len(chain.said))]
-    for said, manifest in zip(chain.said, manifests, strict=False):
-        said.manifest = manifest
+    chain.said[: len(manifests)] = [
+        replace(said, manifest=manifest) for said, manifest in zip(chain.said, manifests, strict=False)
+    ]
 
 
 def _prune_written(chain: Chain, event: Mapping[str, Any]) -> None:
     chain.written = dict(event)
     for index, manifest in zip(event["tasks"], event["manifests"], strict=True):
         if index < len(chain.said):
-            chain.said[index].becomes = manifest
+            chain.said[index] = replace(chain.said[index], becomes=manifest)
 
 
 def _pruned(chain: Chain, event: Mapping[str, Any]) -> None:
     chain.pruned, chain.written = min(event["oldest"], len(chain.said)), None
-    for said in chain.said:
+    for index, said in enumerate(chain.said):
         if said.becomes is not None:
-            said.manifest, said.becomes = said.becomes, None
+            chain.said[index] = replace(said, manifest=said.becomes, becomes=None)
 
 
 FOLDS = {

@@ -144,7 +144,7 @@ def carry_out(folder: Path, journal: Journal, known: Tasks) -> None:
     """
     chain = journal.chain()
     if chain.written is None and chain.pruned < chain.oldest < len(chain.said):
-        tasks, number = find_tasks(folder, [t.entry for t in known], chain, known), chain.oldest
+        tasks, number = find_tasks(folder, known.entries, chain, known), chain.oldest
         found = changes(tasks, chain.pruned, number, erase=any(t.forgot for t in tasks[chain.pruned : number + 1]))
         try:
             manifests = [write(change, number) for change in found]
@@ -155,7 +155,7 @@ def carry_out(folder: Path, journal: Journal, known: Tasks) -> None:
         journal.append("prune written", told)
         chain = journal.chain()
     if chain.written is not None:
-        number, tasks = chain.written["oldest"], find_tasks(folder, [t.entry for t in known], chain, known)
+        number, tasks = chain.written["oldest"], find_tasks(folder, known.entries, chain, known)
         for index in chain.written["tasks"]:
             if index < len(tasks):
                 put_in_force(tasks[index].folder, number)
