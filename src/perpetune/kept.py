@@ -32,6 +32,8 @@ FOLDER = "kept"
 NAME = re.compile(r"00-[0-9a-f]{64}\.safetensors")
 TENSOR = "features"
 HEADER = 2**12  # most bytes before the tensor
+SELDOM = 1 / 8
+"""The folder is looked through when so many files were written, as a share of those in it."""
 DECIDE = ("perpetune", "torch", "transformers", "timm", "open_clip_torch", "numpy", "pillow")
 """Packages whose version can change the bits of a feature."""
 
@@ -81,6 +83,8 @@ class KeptFeatures(Keeper):
         self._missing: set[Key] = set()
         self._stored: set[Key] = set()
         self._told = False
+        self._lying: int | None = None  # files in the folder, when it was looked through last
+        self._written, self._room = 0, 0  # files since then, and the bytes that were free then and are still
 
     def table(self, key: Key) -> Table | None:
         found = self.tables.get(key)
@@ -126,13 +130,19 @@ class KeptFeatures(Keeper):
         if folder.is_symlink():
             raise OSError(0, "it is a link")
         folder.mkdir(exist_ok=True)
-        remove_leftovers(folder)
         wanted = {_name(key) for key in self.tables}
-        for path in _unused(folder, wanted, since, self.most - self.bytes):
-            path.unlink()
-        for key in new:
-            write_file(folder / _name(key), _packed(key, self.tables[key]))
+        packed = {key: _packed(key, self.tables[key]) for key in new}
+        size = sum(map(len, packed.values()))
+        if since is None or self._lying is None or self._written >= SELDOM * self._lying or size > self._room:
+            remove_leftovers(folder)
+            dropped, self._lying, others = _unused(folder, wanted, since, self.most - self.bytes)
+            for path in dropped:
+                path.unlink(missing_ok=True)
+            self._written, self._room = 0, self.most - self.bytes - others + size
+        for key, content in packed.items():
+            write_file(folder / _name(key), content)
             self._stored.add(key)
+        self._written, self._room = self._written + len(new), self._room - size
         self._stored &= set(self.tables)
         if since is not None:
             for name in wanted:
@@ -155,19 +165,21 @@ class KeptFeatures(Keeper):
             self.note(message)
 
 
-def _unused(folder: Path, wanted: Collection[str], since: float | None, room: int) -> list[Path]:
+def _unused(folder: Path, wanted: Collection[str], since: float | None, room: int) -> tuple[list[Path], int, int]:
     """The files to be dropped: those that are not `wanted`, but for those that were used after `since` while there is
-    `room` for them, in bytes."""
+    `room` for them, in bytes; with the number of our files, and the bytes of those that stay and are not `wanted`."""
     with os.scandir(folder) as entries:  # one for each task, so it matters how long one takes
-        others = [entry for entry in entries if entry.name not in wanted and NAME.fullmatch(entry.name)]
+        ours = [entry for entry in entries if NAME.fullmatch(entry.name)]
+        others = [entry for entry in ours if entry.name not in wanted]
         if since is None:
-            return [Path(entry.path) for entry in others]
-        dropped = []
+            return [Path(entry.path) for entry in others], len(ours), 0
+        dropped, left = list[Path](), room
         for about, path in sorted(((e.stat(), e.path) for e in others), key=lambda one: -one[0].st_mtime):
-            room -= about.st_size
-            if room < 0 or about.st_mtime < since:
+            if about.st_size > left or about.st_mtime < since:
                 dropped.append(Path(path))
-    return dropped
+            else:
+                left -= about.st_size
+        return dropped, len(ours), room - left
 
 
 def _name(key: Key) -> str:

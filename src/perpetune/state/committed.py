@@ -317,7 +317,8 @@ def find_tasks(folder: Path, found: Sequence[str], chain: Chain, known: Tasks | 
         entry, of = ordered[index], said[index]
         old = tasks[index] if index < len(tasks) else None
         about = entry, before, of.manifests, of.pruned, of.forgot
-        if old is None or (old.entry, old.before, old.manifests, old.pruned, old.forgot) != about:
+        same = old is not None and (old.entry, old.before, old.manifests, old.pruned, old.forgot) == about
+        if not same or (of is not NOTHING and tasks[index].commit is not of.commit):
             read = {} if old is None or old.entry != entry else old._read
             tasks[index : index + 1] = [_task(tasks, index, root, entry, before, of, read)]
     tasks.entries, tasks.said = list(found), said
