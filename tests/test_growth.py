@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -171,3 +172,46 @@ def test_a_search_for_test_pictures_reads_no_known_one_again(
         f"task copied trains on 1 test pictures of earlier tasks: {copied / 'train/a/leak.png'} = {source} (task m1)"
     ]
     assert not [name for name in looked if str(months[0]) in name and "train" in name]
+
+
+def test_what_a_learner_adds_up_is_what_a_new_process_reads(
+    few: None, vit: Path, months: list[Path], tmp_path: Path
+) -> None:
+    """Through updates, prunes, a rollback and a name that is learned anew with other data."""
+    learner, folder = Learner({**of_months(vit), "run": {"keep": 3}}, tmp_path / "state"), tmp_path / "state"
+    other = tmp_path / "other"
+    for part in ("train", "test"):
+        picture_folder(other / part, "ab", 3, first=2000 if part == "train" else 2100)
+
+    def same(found: dict[str, Any]) -> None:
+        new = read_results(State(folder))
+        assert found == new
+        assert [len(row) for row in new["cells"]] == [len(new["tasks"])] * len(new["tasks"])
+
+    first = learner.learn(months[0])
+    told = copy.deepcopy(first)
+    for month in months[1:5]:
+        same(learner.learn(month))
+    with learner.state.writing():
+        same(read_results(learner.state))
+    assert first == told, "an earlier document is as it was"
+    State(folder).rollback("m3")  # by another process
+    with learner.state.writing():
+        same(read_results(learner.state))
+    for name, month in (("m4", other), ("m5", months[5]), ("m6", months[6])):
+        same(Learner.load(folder).learn(month, name=name))
+    with learner.state.writing():
+        same(read_results(learner.state))
+    assert read_results(learner.state)["tasks"][4]["train"] == 6
+
+
+def test_a_damaged_document_is_seen_under_the_lock_of_a_new_process(
+    vit: Path, months: list[Path], tmp_path: Path
+) -> None:
+    learner = Learner(of_months(vit), tmp_path / "state")
+    for month in months[:2]:
+        learner.learn(month)
+    file = learner.state.committed[0].folder / "metrics.json"
+    file.write_bytes(file.read_bytes()[:-2])
+    with pytest.raises(StateError, match=r"metrics.json is torn or was changed"):
+        Learner.load(tmp_path / "state").learn(months[2])

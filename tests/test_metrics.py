@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from perpetune.numerics import metrics
 from perpetune.numerics.metrics import (
     Cell,
+    Rows,
     accuracies,
     average_accuracy,
     backward_transfer,
     final_accuracy,
     forgetting,
     forward_transfer,
+    mean,
     over_time,
     per_class_accuracy,
     pooled_accuracy,
@@ -30,6 +32,7 @@ EXAMPLE = [
     [0.7, 0.8, 0.4],
     [0.8, 0.3, 1.0],
 ]
+MAYBE = st.none() | st.sampled_from([0.0, 0.25, 0.5, 1.0])
 
 
 def cell(correct: int, total: int, **per_class: list[int]) -> Cell:
@@ -238,3 +241,21 @@ def test_summarise() -> None:
     assert all(value is None for value in summarise([], []).values())
     with pytest.raises(TypeError, match="list of names"):
         summarise(cells, [{"classes": 3}, {"classes": 3}])
+
+
+@given(st.integers(1, 9).flatmap(lambda n: st.lists(st.lists(MAYBE, min_size=n, max_size=n), min_size=n, max_size=n)))
+def test_rows_that_come_one_by_one_have_the_figures_of_all_at_once(A: list[list[float | None]]) -> None:
+    """A cell of a task that was asked before it was learned has no column until then."""
+    rows = Rows()
+    for i in range(len(A)):
+        for row, known in enumerate(A[:i]):
+            if (value := known[i]) is not None:
+                rows[row][i] = value
+        rows.append({j: a for j, a in enumerate(A[i][: i + 1]) if a is not None})
+        so_far = [row[: i + 1] for row in A[: i + 1]]
+        for figure in (final_accuracy, average_accuracy, forgetting, backward_transfer):
+            assert figure(rows) == figure(so_far)
+        assert forward_transfer(rows, [2] * (i + 1)) == forward_transfer(so_far, [2] * (i + 1))
+        assert forward_transfer(so_far, [2] * (i + 1)) == mean(
+            a - 0.5 for j in range(1, i + 1) if (a := A[j - 1][j]) is not None
+        )

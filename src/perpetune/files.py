@@ -270,9 +270,10 @@ def check_no_link(path: Path) -> None:
 def remove_leftovers(folder: Path) -> list[str]:
     """Delete the temporary files and folders that a crash of ours left in `folder`; return their names."""
     removed = []
-    for path in [*folder.glob(".*.tmp"), *folder.glob(".*.gone")]:
-        if not OURS.fullmatch(path.name):
+    for name in os.listdir(folder) if folder.is_dir() else ():  # a name for each task, so it matters how long one takes
+        if not name.startswith(".") or not OURS.fullmatch(name):
             continue  # somebody else's
+        path = folder / name
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

@@ -111,7 +111,7 @@ class _Found:
             key: [] for key in ("not_asked", "in_turn", "exams", "protection", "gates", "forgot", "bad")
         }
         self._timings: list[dict[str, Any]] = []
-        self._untimed: dict[str, int] = {}  # tasks of which no line of the journal was seen that says how long it took
+        self._heard = 0  # lines of the journal that were read for them
         self._place: dict[str, int] = {}
         self._early: dict[str, list[tuple[int, Any, float | None]]] = {}  # cells of tasks that were not learned then
         self._looked: list[Committed | None] = []
@@ -150,7 +150,6 @@ class _Found:
         for key, of in self.joined.items():
             of += one[key]
         self._timings.append(one["timing"])
-        self._untimed[name] = index
 
     def _set(self, row: int, column: int, cell: Any, right: float | None) -> None:
         line = self.cells[row]
@@ -161,11 +160,11 @@ class _Found:
 
     def timings(self, journal: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """How long each task took, with what only the journal says."""
-        if self._untimed:
-            timed = {e["name"]: e for e in journal if e["event"] == "task timed" and e["name"] in self._untimed}
-            for name, event in timed.items():
-                index = self._untimed.pop(name)
+        for event in journal[self._heard :]:
+            if event["event"] == "task timed" and event["name"] in self._place:
+                index = self._place[event["name"]]
                 self._timings[index] = {**self._timings[index], **{k: event[k] for k in ("commit_s", "report_s")}}
+        self._heard = len(journal)
         return list(self._timings)
 
     def look_at_disks(self, tasks: Sequence[Committed]) -> None:

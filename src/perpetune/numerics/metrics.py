@@ -41,6 +41,7 @@ class Rows(list[dict[int, float]]):
         super().__init__(rows)
         self._means: list[float | None] = []
         self._best, self._counted = dict[int, float](), 0
+        self._before, self._passed = dict[int, float](), 1
 
     @classmethod
     def of(cls, A: Matrix | Rows) -> Rows:
@@ -64,6 +65,15 @@ class Rows(list[dict[int, float]]):
             self._best |= {j: a for j, a in self[i].items() if j <= i and a >= self._best.get(j, a)}
         self._counted = max(self._counted, len(self) - 1)
         return self._best
+
+    def before(self) -> dict[int, float]:
+        """For each task that was measured before it was learned its last value then; of later tasks, only the next."""
+        for j in range(self._passed, len(self)):
+            if (value := self[j - 1].get(j)) is not None:
+                self._before[j] = value
+        self._passed = max(self._passed, len(self))
+        following = self.at(len(self) - 1, len(self))
+        return self._before if following is None else {**self._before, len(self): following}
 
 
 class Cell(TypedDict):
@@ -192,12 +202,8 @@ def forward_transfer(A: Matrix | Rows, classes: Sequence[int]) -> float | None:
         A: the accuracy matrix.
         classes: number of classes of each task, one for each column.
     """
-    rows, terms = Rows.of(A), []
-    for j in range(1, len(classes)):
-        before = rows.at(j - 1, j)
-        if before is not None and classes[j] > 0:
-            terms.append(before - 1 / classes[j])
-    return mean(terms)
+    before = Rows.of(A).before().items()
+    return mean(value - 1 / classes[j] for j, value in before if 0 < j < len(classes) and classes[j] > 0)
 
 
 def over_time(metric: Callable[[Matrix], float | None], A: Matrix) -> list[float | None]:
@@ -275,7 +281,7 @@ def summarise(
         "average_accuracy": average_accuracy(whole),
         "forgetting": forgetting(A),
         "backward_transfer": backward_transfer(A),
-        "forward_transfer": forward_transfer(A, [_count(task["classes"]) for task in tasks]),
+        "forward_transfer": forward_transfer(A, [_count(task["classes"]) for task in tasks] if A.before() else []),
         "pooled_accuracy": pooled_accuracy(cells) if pooled else None,
     }
 

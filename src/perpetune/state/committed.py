@@ -303,9 +303,11 @@ def find_tasks(folder: Path, found: Sequence[str], chain: Chain, known: Tasks | 
     root = folder / "tasks"
     tasks = Tasks() if known is None else known
     said = [*chain.said[: len(found)], *[NOTHING] * (len(found) - len(chain.said))]
-    if tasks and tasks.entries == list(found):
-        ordered = [task.entry for task in tasks]
+    if tasks and tasks.entries == found:
         changed = {i for i, (now, then) in enumerate(zip(said, tasks.said, strict=True)) if now is not then}
+        if not changed:
+            return tasks
+        ordered = [task.entry for task in tasks]
         anew = sorted(i for i in changed | {i + 1 for i in changed} if i < len(tasks))  # one says where to go back to
     else:
         ordered = _in_order(root, found)
@@ -322,8 +324,7 @@ def find_tasks(folder: Path, found: Sequence[str], chain: Chain, known: Tasks | 
             read = {} if old is None or old.entry != entry else old._read
             tasks[index : index + 1] = [_task(tasks, index, root, entry, before, of, read)]
     tasks.entries, tasks.said = list(found), said
-    if anew:
-        tasks.forgetting = [task for task in tasks if task.forgot is not None]
+    tasks.forgetting = [task for task in tasks if task.forgot is not None]
     return tasks
 
 

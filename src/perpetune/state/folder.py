@@ -77,7 +77,7 @@ class State:
         self._known = Tasks()  # the tasks that were found last, with what was read of them
         self._stamp: object = None  # what told then that they are these tasks
         self._entries: list[str] | None = None  # the folders of tasks, while the state is locked
-        self._checked: object = None  # and when the journal was compared with them
+        self._checked: tuple[object, ...] | None = None  # what of the journal was compared with them
         self._rested: dict[str, tuple[Resting, int, int]] = {}  # sets at rest that a task stores: which, their bytes
         self._together: dict[object, Accumulated[Any]] = {}  # what is known of all tasks, by its kind
         self._told = False  # whether a commit has said that tasks were pruned
@@ -184,9 +184,11 @@ class State:
                 the folders are not those that the journal says were committed.
         """
         tasks = self._found()
-        if self._checked is None or self._checked != self._stamp:
-            check_tasks(self.folder, tasks, self._chain())
-            self._checked = self._stamp
+        chain = self._chain()
+        checked = self._known.said, chain.said[len(tasks) :], chain.begun, chain.keep
+        if self._checked is None or self._checked[0] is not checked[0] or self._checked != checked:
+            check_tasks(self.folder, tasks, chain)
+            self._checked = checked
         return tasks
 
     def together(self, empty: Callable[[], A], add: Callable[[A, Committed], None]) -> A:

@@ -102,11 +102,12 @@ class Journal:
 
     def chain(self) -> Chain:
         """What the lines say together. The next call may change the object that this one gives."""
-        events = self.events()
-        if len(events) > len(self._events):  # a last line without its end may still become another one
-            return _folded(Chain(), events)
-        self._chain = _folded(self._chain, events[self._folded :])
-        self._folded = len(events)
+        if not self._whole:
+            events = self.events()
+            if len(events) > len(self._events):  # a last line without its end may still become another one
+                return _folded(Chain(), events)
+        self._chain = _folded(self._chain, self._events[self._folded :])
+        self._folded = len(self._events)
         self._chain.stamp = self._anew, self._folded
         return self._chain
 
