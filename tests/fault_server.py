@@ -258,6 +258,7 @@ def act(request: dict[str, Any]) -> None:
     os.dup2(os.open(f"{log}.err", flags), 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may have been started without
     announce(Moments(os.open(f"{log}.moments", flags), [Death(**death) for death in request["deaths"]]))
+    signal.setitimer(signal.ITIMER_REAL, request.get("seconds", 0))  # then SIGALRM, which nobody handles, ends it
     code = 70
     try:
         main(request["arguments"])

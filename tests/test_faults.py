@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +89,17 @@ class Lab:
     def recipe(self, name: str) -> Path:
         return self.folder / f"{name}.yaml"
 
-    def command(self, *arguments: object, at: str | None = None, nth: int = 1, signum: int = signal.SIGKILL) -> Outcome:
-        """Run one command in a child, killed at the `nth` moment that `at` matches."""
-        return self._ask(self.request(*arguments, deaths=[Death(at, nth, int(signum))] if at else []))
+    def command(
+        self,
+        *arguments: object,
+        at: str | None = None,
+        nth: int = 1,
+        signum: int = signal.SIGKILL,
+        seconds: float = 0,
+    ) -> Outcome:
+        """Run one command in a child, killed at the `nth` moment that `at` matches, or after some seconds."""
+        request = self.request(*arguments, deaths=[Death(at, nth, int(signum))] if at else [])
+        return self._ask({**request, "seconds": seconds})
 
     def _ask(self, request: dict[str, Any]) -> Outcome:
         assert self.process.stdin is not None
@@ -315,6 +326,27 @@ def test_killed_again_and_again(lab: Lab, tmp_path: Path) -> None:
     fine(outcome)
     assert deaths >= 9  # of 27 steps
     assert_same(state, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "kills"), [("adamw", 40), ("sgd", 20), ("phases", 20), ("protect", 20)])
+def test_killed_a_hundred_times_by_the_clock(lab: Lab, tmp_path: Path, name: str, kills: int) -> None:
+    """At moments that nobody chose: in a step, in a write, while the state is made or read."""
+    whole, rng, killed, lives = lab.uninterrupted(name), random.Random(name), 0, 0
+    began = time.perf_counter()
+    fine(lab.run(name, tmp_path / "measured"))
+    most = time.perf_counter() - began
+    while killed < kills:
+        state, lives = tmp_path / f"state-{lives}", lives + 1
+        ended = -signal.SIGALRM
+        while ended == -signal.SIGALRM:
+            command = lab.resume if (state / "recipe.yaml").exists() else partial(lab.run, name)
+            outcome = command(state, seconds=rng.uniform(0, most) if killed < kills else 0)
+            ended, killed = outcome.status, killed + (outcome.status == -signal.SIGALRM)
+        fine(outcome)
+        assert_same(state, whole)
+    assert killed == kills
+    assert lives > 1
 
 
 MAKING = ["write half */.backbone.json.tmp", "replace after */backbone.json", "write half */.recipe.yaml.tmp"]
