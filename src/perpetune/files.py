@@ -33,18 +33,26 @@ def to_json(value: Any, lines: int | None = None) -> bytes:
 
     An object of ten thousand small ones takes a quarter of the bytes if these stand on one line each.
     """
-    text = json.dumps(value, indent=2, ensure_ascii=False) if lines is None else _on_lines(value, lines, "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False) if lines is None else on_lines(value, lines)
     return (text + "\n").encode()
 
 
-def _on_lines(value: Any, lines: int, start: str) -> str:
-    if not lines or not isinstance(value, dict) or not value:
-        return json.dumps(value, ensure_ascii=False)
-    inside = start + "  "
-    parts = [
-        f"{json.dumps(key, ensure_ascii=False)}: {_on_lines(part, lines - 1, inside)}" for key, part in value.items()
-    ]
-    return "{" + inside + f",{inside}".join(parts) + start + "}"
+def on_lines(value: Any, lines: int, start: str = "\n", *, finite: bool = False) -> str:
+    """JSON in which the entries of so many levels stand on a line each.
+
+    Args:
+        finite: raise ValueError for infinity and for what is no number.
+    """
+    if not lines or not isinstance(value, (dict, list)) or not value:
+        return json.dumps(value, ensure_ascii=False, allow_nan=not finite)
+    inside = start + " "
+    if isinstance(value, list):
+        parts, (left, right) = [on_lines(part, lines - 1, inside, finite=finite) for part in value], "[]"
+    else:
+        keyed = {json.dumps(key, ensure_ascii=False): part for key, part in value.items()}
+        parts = [f"{key}: {on_lines(part, lines - 1, inside, finite=finite)}" for key, part in keyed.items()]
+        left, right = "{}"
+    return left + inside + f",{inside}".join(parts) + start + right
 
 
 def write_file(path: Path, content: bytes) -> None:

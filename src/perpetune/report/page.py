@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perpetune.files import write_file
+from perpetune.files import on_lines, write_file
 from perpetune.plain import Malformed, read_json
 from perpetune.report import form, html, markdown, palette
 from perpetune.report.blocks import Banner, Page
@@ -137,7 +136,8 @@ def _environment() -> jinja2.Environment:
 
 
 def _json(document: Mapping[str, Any]) -> str:
-    return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    """Of a table each row is a line: it has as many cells as there are tasks."""
+    return on_lines(document, 2, finite=True) + "\n"
 
 
 def _write(files: Mapping[str, str], folder: Path) -> list[Path]:
