@@ -8,7 +8,7 @@ A month is a folder of a few small pictures of two classes, the same two in ever
 into one state. The net is a random transformer of two blocks, so that what grows is not hidden behind what does not.
 Time is that of this process's CPU, in milliseconds: the median of the months up to the one that is named (a tenth of
 them, at least five). `by part` are seconds of the clock as `timings.json` has them, in the same median. `opened_ms` is
-a `Learner.load` of the state as it is then. `slopes` are those of straight lines through the logarithms of ten months
+a `Learner.load` of the state as it is then. `state_kb` is without the pages of the report. `slopes` are those of straight lines through the logarithms of ten months
 and more. Prints JSON, a line for each method.
 """
 
@@ -126,7 +126,9 @@ def looked(learner: Learner, spent: Sequence[float], folder: Path) -> dict[str, 
         "by part": {key: round(statistics.median(t.get(key) or 0 for t in recent), 4) for key in parts},
         "opened_ms": round(opened, 1),
         "resident_mb": round(resident() / 1e6, 1),
-        "state_kb": round(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e3, 1),
+        "state_kb": round(
+            sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and file not in written) / 1e3, 1
+        ),
         "report_kb": {file.suffix: round(file.stat().st_size / 1e3, 1) for file in written},
     }
 
