@@ -255,6 +255,9 @@ class Method(nn.Module, ABC):
         """The sets of pets at rest (`pets.rest`), by name. A state stores each once, in the task that brought it."""
         return {}
 
+    def restored(self) -> None:
+        """Called when stored values have been loaded: make anew what follows from them and is not stored."""
+
     def acting(self, name: str | None) -> contextlib.AbstractContextManager[None]:
         """Inside, a set of pets is in force, with all that goes with it."""
         return using(self.model, name)
