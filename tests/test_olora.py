@@ -66,10 +66,10 @@ def fused() -> Backbone:
     return Backbone(net, spec="timm:test", dim=24, preprocess=PictureView(16))
 
 
-def on(backbone: Backbone, roles: Sequence[str] = ("q", "v", "fc2"), **options: Any) -> OLoRA:
+def on(backbone: Backbone, roles: Sequence[str] = ("q", "v", "fc2"), rank: int = RANK, **options: Any) -> OLoRA:
     """The method by hand, on layers of several shapes."""
     options = {"train": FitConfig(**TRAIN), **options}
-    inject(backbone.net, places(backbone.net, roles), lambda p: LoRA(p, generator(p.path), rank=RANK, dropout=0.2))
+    inject(backbone.net, places(backbone.net, roles), lambda p: LoRA(p, generator(p.path), rank=rank, dropout=0.2))
     method = OLoRA(Classifier(backbone, Linear(backbone.dim)), **options)
     method.requires_grad_(False).eval()
     return method
