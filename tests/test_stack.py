@@ -284,12 +284,10 @@ def test_a_state_holds_each_lora_in_its_own_task_and_goes_back_and_on(
     vit: Path, months: list[Path], tmp_path: Path
 ) -> None:
     learner = Learner(content(vit), tmp_path / "state")
-    after, packs = [], []
+    after = []
     for month in months:
         learner.learn(month)
         after.append(snapshot(learner.method))
-        packs.append((learner.state.committed[-1].folder / "pack.safetensors").stat().st_size)
-    assert max(packs[1:]) - min(packs[1:]) < 300
     assert holders(learner) == [[number] for number in range(6)]
     assert [pet.leaned_on()[1] is not None for pet in pets(learner.method, "default")] == [True, True]
 
