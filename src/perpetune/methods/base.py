@@ -252,7 +252,7 @@ class Method(nn.Module, ABC):
         return ()
 
     def resting(self) -> Mapping[str, Resting]:
-        """The sets of pets at rest (`pets.rest`), by name. A state stores each once, in the task that brought it."""
+        """Sets of pets that do not change any more, by name. A state stores each once, in the task that brings it."""
         return {}
 
     def restored(self) -> None:
