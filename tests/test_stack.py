@@ -157,6 +157,7 @@ def test_they_move_with_the_method() -> None:
     assert torch.equal(probe(method), before)
 
 
+@pytest.mark.slow
 def test_a_compiled_net_answers_as_before() -> None:
     method = taught(on(tiny_backbone(), rank=WIDE), tasks(3))
     before = probe(method)
