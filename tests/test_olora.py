@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import debug_launcher
 from accelerate.state import AcceleratorState
+from safetensors.torch import load
 from tiny import recipe, split_folder, task_tensors, tiny_language_model, vit_folder
 from torch import Tensor
 
@@ -65,18 +66,22 @@ def fused() -> Backbone:
     return Backbone(net, spec="timm:test", dim=24, preprocess=PictureView(16))
 
 
-def on(backbone: Backbone, roles: Sequence[str] = ("q", "v", "fc2"), **options: Any) -> OLoRA:
+def on(backbone: Backbone, roles: Sequence[str] = ("q", "v", "fc2"), rank: int = RANK, **options: Any) -> OLoRA:
     """The method by hand, on layers of several shapes."""
     options = {"train": FitConfig(**TRAIN), **options}
-    inject(backbone.net, places(backbone.net, roles), lambda p: LoRA(p, generator(p.path), rank=RANK, dropout=0.2))
+    inject(backbone.net, places(backbone.net, roles), lambda p: LoRA(p, generator(p.path), rank=rank, dropout=0.2))
     method = OLoRA(Classifier(backbone, Linear(backbone.dim)), **options)
     method.requires_grad_(False).eval()
     return method
 
 
 def matrices(method: Method, name: str) -> list[tuple[Tensor, Tensor]]:
-    """`B` and `A` of every module and part."""
-    return [(b.clone(), a.clone()) for p in pets(method, name) if isinstance(p, LoRA) for b, a in p.factors()]
+    """`B` and `A` of every module and part; in `default` those of all finished tasks side by side."""
+    pairs = [pair for p in pets(method, name) if isinstance(p, LoRA) for pair in p.factors()]
+    if isinstance(method, OLoRA) and name == "default" and method.stack.count:
+        assert not any(matrix.numel() for pair in pairs for matrix in pair)
+        pairs = method.stack.pairs(0, method.stack.count)
+    return [(b.clone(), a.clone()) for b, a in pairs]
 
 
 def half_learned(method: OLoRA, tasks: Sequence[Task]) -> OLoRA:
@@ -107,7 +112,6 @@ def half_learned(method: OLoRA, tasks: Sequence[Task]) -> OLoRA:
 @pytest.mark.parametrize("learned", [1, 2])
 def test_the_penalty_is_that_of_the_matrices_written_out(make: Any, learned: int) -> None:
     method = half_learned(on(make()), tiny_stream(Runtime())[: learned + 1]).double()
-    method._old = [(modules, old.double()) for modules, old in method._old]
     trained = parameters(method, NEW)
     for p in trained:
         p.requires_grad_(True)
@@ -135,10 +139,10 @@ def told_of(method: OLoRA, tasks: Sequence[Task]) -> list[set[tuple[float, ...]]
     def loss(task: Task, batch: Batch) -> Tensor:
         value = plain(task, batch)
         with torch.no_grad():
-            with using(method.model, ("default", NEW) if method.tasks else "default"):
+            with using(method.model, ("default", NEW) if method.stack.count else "default"):
                 more = float(value - method.model.loss(task, batch))
             overlap, size = float(method.overlap()), float(method.size())
-        assert (overlap > 0) is bool(method.tasks)
+        assert (overlap > 0) is bool(method.stack.count)
         assert size > 0
         known = [(w, s) for w in ((0.0, 0.5, 5.0) if overlap else (0.0,)) for s in (0.0, 0.1)]
         found[-1].add(next((pair for pair in known if abs(more - pair[0] * overlap - pair[1] * size) < 1e-4), (more,)))
@@ -207,9 +211,12 @@ def test_with_one_task_it_is_plain_tuning(options: dict[str, Any]) -> None:
     method = taught(made(**options), tasks)
     plain = taught(made("finetune", **{k: v for k, v in options.items() if k != "orthogonality"}), tasks)
     assert isinstance(plain, FineTune)
-    one, other = snapshot(method), snapshot(plain)
-    for file in ("pet.safetensors", "head.safetensors"):
-        assert one[file] == other[file]
+    assert snapshot(method)["head.safetensors"] == snapshot(plain)["head.safetensors"]
+    stored = load(snapshot(method)["rest-task-0.safetensors"])
+    for (b, a), (plain_b, plain_a) in zip(matrices(method, "default"), matrices(plain, "default"), strict=True):
+        assert torch.equal(b, plain_b)
+        assert torch.equal(a, plain_a)
+        assert all(any(torch.equal(m, other) for other in stored.values()) for m in (b, a))
     assert torch.equal(scores_of(method, "ab"), scores_of(plain, "ab"))
 
 
@@ -247,7 +254,7 @@ def test_all_act_together_in_training_and_after_it() -> None:
             both = backbone(pixels)
         with using(method, "default"):
             old = backbone(pixels)
-            method._add()
+            method._add(NEW)
             torch.testing.assert_close(backbone(pixels), both, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(old, both, rtol=1e-3, atol=1e-3)
 
@@ -303,8 +310,13 @@ def test_it_goes_back_to_any_task_and_on_from_there() -> None:
 def test_a_state_that_does_not_fit_is_said() -> None:
     files = snapshot(taught(made()))
     extra = json.loads(files["extra.json"])
-    for tasks, message in ((None, "the entry '' is not what a OLoRA stores"), (["a"], r"default.*\(6, 32\), but")):
-        extra[""]["tasks"] = tasks
+    foreign = "the entry '' is not what a OLoRA stores"
+    for loras, message in (
+        *((wrong, foreign) for wrong in (None, True, -1, 1.0, "3", 10**9)),
+        (1, "sets at rest do not fit the recipe: missing none; unexpected task-1, task-2"),
+        (4, "sets at rest do not fit the recipe: missing task-3"),
+    ):
+        extra[""]["loras"] = loras
         with pytest.raises(StateError, match=message):
             restore(made(), {**files, "extra.json": json.dumps(extra).encode()}, "memory")
 

@@ -282,6 +282,25 @@ def test_pets_that_change_the_texts(
     assert sum(counts) == 4
 
 
+def test_texts_are_read_again_if_more_acts_beside_a_pet_that_did_not_change(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """O-LoRA's earlier LoRAs act in the set `default`, which trains nothing from the second task on."""
+    method, stream = tuned(folders, ["text.q", "text.v"], method="olora")
+    shown = Inputs(pixels=torch.stack([stream[0].train.load(i, None) for i in range(4)]))
+    scores = []
+    for task in stream:
+        learn_protected(method, task)
+        scores.append(method.predict(shown)[:, :2])
+        other, _ = tuned(folders, ["text.q", "text.v"], method="olora")
+        restore(other, snapshot(method), "memory")
+        torch.testing.assert_close(other.predict(shown)[:, :2], scores[-1], rtol=0, atol=1e-6)
+    assert not torch.allclose(scores[1], scores[2], rtol=0, atol=1e-4)
+    counts = counted(method.model.head, monkeypatch)
+    assert torch.equal(method.predict(shown)[:, :2], scores[2])
+    assert counts == [], "nothing has changed, so the texts are kept"
+
+
 def test_picture_pets_leave_the_texts(folders: dict[str, Path]) -> None:
     method, stream = tuned(folders, ["picture.q"])
     head = method.model.head

@@ -187,9 +187,10 @@ def _measured(learner: Learner, watch: Watch, step: Step, seconds: float, wall: 
 
 def held_by(method: Method) -> int:
     """The bytes of all tensors of a method, those of sets at rest too, which are in none of its modules."""
-    tensors = [*method.parameters(), *method.buffers()]
-    tensors += [tensor for resting in method.resting().values() for tensor in resting.tensors().values()]
-    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+    sizes = {tensor.data_ptr(): tensor.nbytes for tensor in [*method.parameters(), *method.buffers()]}
+    for tensor in (t for resting in method.resting().values() for t in resting.tensors().values()):
+        sizes.setdefault(tensor.untyped_storage().data_ptr(), tensor.nbytes)  # it may be a part of a buffer
+    return sum(sizes.values())
 
 
 def passes_of(recipe: Recipe, index: int) -> float:

@@ -252,8 +252,11 @@ class Method(nn.Module, ABC):
         return ()
 
     def resting(self) -> Mapping[str, Resting]:
-        """The sets of pets at rest (`pets.rest`), by name. A state stores each once, in the task that brought it."""
+        """Sets of pets that do not change any more, by name. A state stores each once, in the task that brings it."""
         return {}
+
+    def restored(self) -> None:
+        """Called when stored values have been loaded: make anew what follows from them and is not stored."""
 
     def acting(self, name: str | None) -> contextlib.AbstractContextManager[None]:
         """Inside, a set of pets is in force, with all that goes with it."""

@@ -144,7 +144,8 @@ class TextSide:
                     continue
                 names = [slot.active] if isinstance(slot.active, str) else [str(slot.active)]
                 pets = [slot.pets[name] for name in names if name in slot.pets] or list(slot.pets.values())
-                found.append((start, path, *names, *((id(p), p._version) for pet in pets for p in pet.parameters())))
+                tensors = [t for pet in pets for t in (*pet.parameters(), *pet.buffers())]
+                found.append((start, path, *names, *((id(t), t._version) for t in tensors)))
         return tuple(found)
 
     @property

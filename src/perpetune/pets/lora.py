@@ -33,6 +33,9 @@ class LoRA(PET):
     `y = base(x) + s (B A + B' A') x`, with the buffers `A' (R, d_in)` and `B' (d_out, R)`. Dropout does not act on
     this product. Before the first `renew` the two buffers are None.
 
+    After `lean_on` an update that somebody else keeps acts in the same way, and with it a matrix of the layer's size:
+    `y = base(x) + s (B A + B' A' + W') x`. Then nothing of `B'`, `A'` and `W'` is stored with the pet.
+
     Args:
         rank: `r`, the rank of each part.
         alpha: sets the scale, `s = alpha / r`.
@@ -47,6 +50,7 @@ class LoRA(PET):
     default_at: ClassVar[tuple[str, ...]] = ("q", "v")
     rest_down: Tensor | None
     rest_up: Tensor | None
+    rest_dense: Tensor | None
 
     def __init__(
         self,
@@ -74,29 +78,40 @@ class LoRA(PET):
         self.scale = alpha / (math.sqrt(rank) if rslora else rank)
         self.down = nn.Parameter(torch.empty(len(place.parts) * rank, place.d_in))
         self.up = nn.ParameterList([torch.empty(stop - start, rank) for start, stop in place.parts])
+        self.leans = False
+        """Whether somebody else keeps what acts beside the trained pair."""
         self.register_buffer("rest_down", None)
         self.register_buffer("rest_up", None)
+        self.register_buffer("rest_dense", None, persistent=False)
         self.restart(generator)
 
     def forward(self, base: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y: Tensor = base(x, *args, **kwargs)  # (..., d_out)
         if self.down.dim() == 3:
             return self._each(y, x)
-        undropped, up = x, self.up_matrix()
-        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        down = F.linear(x, self.down.to(x.dtype))  # (..., P r)
-        if self.watch is not None:
-            self.seen("down", x)
-            for i, rows in enumerate(down.split(self.rank, dim=-1)):
-                self.seen(f"up.{i}", rows)
+        if self.rest_dense is not None:
+            y = self._added(y, x, self.rest_dense)
+        downs, ups = [], []
+        if self.rank:
+            rows = F.dropout(x, self.dropout, self.training) if self.dropout else x
+            down = F.linear(rows, self.down.to(x.dtype))  # (..., P r)
+            downs, ups = [down], [self.up_matrix()]
+            if self.watch is not None:
+                self.seen("down", rows)
+                for i, part in enumerate(down.split(self.rank, dim=-1)):
+                    self.seen(f"up.{i}", part)
         if self.rest_down is not None and self.rest_up is not None:
-            down = torch.cat([down, F.linear(undropped, self.rest_down.to(x.dtype))], dim=-1)  # (..., P r + R)
-            up = torch.cat([up, self.rest_up], dim=1)
+            downs.append(F.linear(x, self.rest_down.to(x.dtype)))  # (..., R)
+            ups.append(self.rest_up)
+        return self._added(y, _beside(downs), _beside(ups)) if ups else y
+
+    def _added(self, y: Tensor, rows: Tensor, matrix: Tensor) -> Tensor:
+        """`y + s matrix rows`."""
         # `addmm` scales and adds within the product, so the wide output is read and written once.
         flat: Tensor = torch.addmm(
             y.reshape(-1, self.d_out),
-            down.reshape(-1, down.shape[-1]).to(y.dtype),
-            up.t().to(y.dtype),
+            rows.reshape(-1, rows.shape[-1]).to(y.dtype),
+            matrix.t().to(y.dtype),
             alpha=self.scale,
         )
         return flat.view(y.shape)
@@ -119,6 +134,11 @@ class LoRA(PET):
     def blend(self, members: Sequence[PET], choice: Choice) -> dict[str, Tensor]:
         """The members of one example act as one LoRA of their joined rank; the choice's weights multiply their `B`."""
         loras = [pet for pet in members if isinstance(pet, LoRA)]
+        if any(pet.leans for pet in loras):
+            raise UsageError(
+                "a LoRA beside which those of earlier tasks act (method olora) is no member of a choice: put its set "
+                "in force for the whole batch"
+            )
         downs = choice.picked([pet.down for pet in loras])  # (B, k, P r, d_in)
         by_part = downs.unflatten(2, (len(self.parts), self.rank)).transpose(1, 2)  # (B, P, k, r, d_in)
         values = {"down": by_part.flatten(1, 3)}
@@ -152,17 +172,23 @@ class LoRA(PET):
 
     def factors(self) -> list[Factors]:
         """The trained `B (rows, r)` and `A (r, d_in)` of each part; the pet adds `s B A` to the layer's weight."""
-        return list(zip(self.up, self.down.split(self.rank), strict=True))
+        return list(zip(self.up, self.down.unflatten(0, (len(self.parts), self.rank)), strict=True))
 
     def whole(self) -> Factors:
         """`B (d_out, P r + R)` and `A (P r + R, d_in)`: the trained pair and the product of earlier tasks together.
 
-        `s B A` is the whole update of the layer's weight.
+        `s B A` is the whole update of the layer's weight. If a matrix of the layer's size is in it (`lean_on`), the
+        rank is the smaller width of the layer.
         """
-        pair = self.up_matrix(), self.down
-        if self.rest_up is None or self.rest_down is None:
+        pair: Factors = self.up_matrix(), self.down
+        if self.rest_up is not None and self.rest_down is not None:
+            pair = summed([pair, (self.rest_up, self.rest_down)])
+        if self.rest_dense is None:
             return pair
-        return summed([pair, (self.rest_up, self.rest_down)])
+        matrix = self.rest_dense + pair[0] @ pair[1]
+        rank = min(matrix.shape)
+        one = torch.eye(rank, dtype=matrix.dtype, device=matrix.device)
+        return (one, matrix) if rank == self.d_out else (matrix, one)
 
     @torch.no_grad()
     def set_factors(self, factors: Sequence[Factors]) -> None:
@@ -178,7 +204,7 @@ class LoRA(PET):
         Args:
             generator: a generator of the CPU.
         """
-        self.rest_down = self.rest_up = None
+        self._set_rest(None)
         drawn = torch.empty(self.down.shape)
         nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
         self.down.copy_(drawn)
@@ -239,13 +265,37 @@ class LoRA(PET):
                 rows = torch.cat([torch.arange(start, stop) for start, stop in self.parts]).to(up.device)
                 kept, new_down = reduced((up[rows], down), most, moments)
                 down, up = new_down.to(down), up.new_zeros(len(up), len(new_down)).index_copy_(0, rows, kept.to(up))
-            self.rest_up, self.rest_down = up.detach().clone(), down.detach().clone()
+            self._set_rest((up.detach().clone(), down.detach().clone()))
         self.down.copy_(start)
         for up in self.up:
             up.zero_()
 
+    def lean_on(self, rest: Factors | None, dense: Tensor | None = None) -> None:
+        """Let an update that somebody else keeps act beside the trained pair, in place of what acted there before.
+
+        It acts without dropout, is not trained, and is not stored with the pet.
+
+        Args:
+            rest: `B' (d_out, R)` and `A' (R, d_in)`.
+            dense: a matrix `W' (d_out, d_in)`; `s (B' A' + W')` is added to the layer's weight.
+        """
+        self._set_rest(rest, dense, leans=True)
+
+    def leaned_on(self) -> tuple[Factors | None, Tensor | None]:
+        """What `lean_on` was given."""
+        both = self.rest_up is not None and self.rest_down is not None
+        return (_tensor(self.rest_up), _tensor(self.rest_down)) if both else None, self.rest_dense
+
+    def _set_rest(self, rest: Factors | None, dense: Tensor | None = None, *, leans: bool = False) -> None:
+        up, down = (None, None) if rest is None else rest
+        for name, value in (("rest_down", down), ("rest_up", up)):
+            self.register_buffer(name, value, persistent=not leans)
+        self.rest_dense, self.leans = dense, leans
+
     def make_room(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Give the buffers of the resting product the shapes of those that are about to be loaded."""
+        if self.leans:
+            return
         wanted = {name: shapes.get(name) for name in ("rest_down", "rest_up")}
         for name, shape in wanted.items():
             now = getattr(self, name)
@@ -269,6 +319,11 @@ class LoRA(PET):
 def _side_by_side(blocks: Tensor) -> Tensor:
     """`(B, k, o, r)` in the shape `(B, o, k r)`: the columns of one member beside those of the next."""
     return blocks.transpose(1, 2).flatten(2, 3)
+
+
+def _beside(matrices: Sequence[Tensor]) -> Tensor:
+    """Matrices side by side; one alone is not copied."""
+    return matrices[0] if len(matrices) == 1 else torch.cat(list(matrices), dim=-1)
 
 
 def _tensor(value: Tensor | None) -> Tensor:
