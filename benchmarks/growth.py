@@ -8,8 +8,8 @@ A month is a folder of a few small pictures of two classes, the same two in ever
 into one state. The net is a random transformer of two blocks, so that what grows is not hidden behind what does not.
 Time is that of this process's CPU, in milliseconds: the median of the months up to the one that is named (a tenth of
 them, at least five). `by part` are seconds of the clock as `timings.json` has them, in the same median. `opened_ms` is
-a `Learner.load` of the state as it is then. `state_kb` is without the pages of the report. `slopes` are those of straight lines through the logarithms of ten months
-and more. Prints JSON, a line for each method.
+a `Learner.load` of the state as it is then. `state_kb` is without the pages of the report. `slopes` are those of
+straight lines through the logarithms of ten months and more. Prints JSON, a line for each method.
 """
 
 from __future__ import annotations
