@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -215,3 +216,22 @@ def test_a_damaged_document_is_seen_under_the_lock_of_a_new_process(
     file.write_bytes(file.read_bytes()[:-2])
     with pytest.raises(StateError, match=r"metrics.json is torn or was changed"):
         Learner.load(tmp_path / "state").learn(months[2])
+
+
+def test_of_many_months_that_are_gone_one_line_says_so(
+    few: None, vit: Path, months: list[Path], tmp_path: Path
+) -> None:
+    """Nobody keeps old data, so most test data are gone. The others have their turns all the same."""
+    mine = [Path(shutil.copytree(month, tmp_path / "data" / month.name)) for month in months]
+    learner = Learner(of_months(vit), tmp_path / "state")
+    for month in mine[:6]:
+        learner.learn(month)
+    for month in mine[:5]:
+        shutil.rmtree(month)
+    notes = Notes()
+    results = Learner.load(tmp_path / "state", progress=notes).learn(mine[6])
+    told = [line for line in notes.lines if "not evaluated" in line]
+    assert len(told) == 1
+    assert told[0].startswith("5 earlier tasks are not evaluated: m0, m1, m2, m3, m4; for example, task m0 is not ")
+    assert told[0].endswith("say where: `perpetune relocate STATE --data OLD=NEW`")
+    assert [j for j, cell in enumerate(results["cells"][6]) if cell] == [5, 6]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ from perpetune.tasks import Examples, Task
 
 ASKED = 16
 """The most earlier tasks that are asked after an update under `evaluate.earlier: auto`."""
+FEW = 3
+"""If the data of more earlier tasks are not there any more, one line says it of all."""
 Data = str | Path | dict[str, Any] | Source | Task
 Cut = Callable[[TaskData], TaskData]
 Origin = dict[str, Any]  # where the data of an update came from: a data section and its holdout
@@ -92,6 +94,9 @@ class TaskSequence:
         self._told = False  # whether a line has said that not all earlier tasks are asked
         self._tested = Overlap()  # the test examples of tasks that were asked
         self._rows: dict[int, tuple[str, Table, Sequence[int]]] = {}  # and whose they are
+        self._missing: list[tuple[str, str]] | None = (
+            None  # names of tasks whose data are not there, and lines, to be told
+        )
         self._earlier = Accumulated(_Earlier, _Earlier.add)
         self._asked_last = Accumulated(dict[str, int], _add_asked)
 
@@ -213,14 +218,10 @@ class TaskSequence:
         """The earlier tasks that are asked after an update, as far as their test data are there, and how many others
         have to wait."""
         if every or self.recipe.evaluate.earlier != "auto" or len(committed) <= ASKED:
-            return [t for t in (self.past(c) for c in committed) if t is not None], 0
-        tested, found = len(earlier.tested), list[Task]()
-        asked = self._asked_last.of(committed)
-        for _, index in sorted((asked.get(name, -1), index) for index, name in earlier.tested):
-            if len(found) == ASKED:
-                break
-            if (task := self.past(committed[index])) is not None:
-                found.append(task)
+            return self._still_there(committed, len(committed)), 0
+        tested, asked = len(earlier.tested), self._asked_last.of(committed)
+        turns = sorted((asked.get(name, -1), index) for index, name in earlier.tested)
+        found = self._still_there((committed[index] for _, index in turns), ASKED)
         unasked = tested - len(found)
         if unasked and not self._told:
             self._told = True
@@ -229,6 +230,41 @@ class TaskSequence:
                 "asked the longest time ago (evaluate.earlier: auto; `all` asks all)"
             )
         return sorted(found, key=lambda task: task.index), unasked
+
+    def _still_there(self, committed: Iterable[Committed], most: int) -> list[Task]:
+        """The first of some earlier tasks whose test data are still there; if many are not, one line says so."""
+        found, self._missing = list[Task](), []
+        try:
+            for one in committed:
+                if len(found) == most:
+                    break
+                if len(self._missing) >= FEW and self._vanished(one):  # to look for data takes a hundred times as long
+                    self._missing.append((one, ""))
+                elif (task := self.past(one)) is not None:
+                    found.append(task)
+        finally:
+            missing, self._missing = self._missing, None
+        if len(missing) <= FEW:
+            lines = [line for _, line in missing]
+        else:
+            names = several([task.name for task, _ in sorted(missing, key=lambda one: one[0].index)])
+            lines = [f"{len(missing)} earlier tasks are not evaluated: {names}; for example, {missing[0][1]}"]
+        for line in lines:
+            self.runtime.progress.note(line)
+        return found
+
+    def _vanished(self, committed: Committed) -> bool:
+        """Whether the data of an update were in a folder or file that is not there any more."""
+        origin = None if committed.gone else moved(committed.task()["from"], self.moved)
+        path = origin.get("path") if isinstance(origin, dict) else None
+        return isinstance(path, str) and os.path.isabs(path) and not os.path.exists(path)
+
+    def _miss(self, committed: Committed, line: str) -> None:
+        """Say that an earlier task is not evaluated: now, or with the others that are asked for."""
+        if self._missing is None:
+            self.runtime.progress.note(line)
+        else:
+            self._missing.append((committed, line))
 
     @property
     def reference(self) -> tuple[TableSet, list[str]] | None:
@@ -314,7 +350,7 @@ class TaskSequence:
                 return None
             origin = moved(document["from"], self.moved)
             if origin != STREAM and not origin.get("name"):
-                self.runtime.progress.note(f"task {committed.name} is not evaluated, it was given as a Python object")
+                self._miss(committed, f"task {committed.name} is not evaluated, it was given as a Python object")
                 return None
             try:
                 if origin == STREAM:
@@ -322,16 +358,16 @@ class TaskSequence:
                 else:
                     found = self._single(source_of(origin), index, committed.name, origin["holdout"], fresh=False)
                 if found is None or found.fingerprint != document["fingerprint"]:
-                    self.runtime.progress.note(
-                        f"task {committed.name} is not evaluated: its data at {self._place(origin)} changed since it "
-                        "was learned"
-                    )
+                    where = self._place(origin)
+                    line = f"task {committed.name} is not evaluated: its data at {where} changed since it was learned"
+                    self._miss(committed, line)
                     return None
                 found = self._checked(found, known)
             except (DataError, UsageError) as error:
-                self.runtime.progress.note(
+                self._miss(
+                    committed,
                     f"task {committed.name} is not evaluated, its data are gone: {error}; if they "
-                    "lie elsewhere now, say where: `perpetune relocate STATE --data OLD=NEW`"
+                    "lie elsewhere now, say where: `perpetune relocate STATE --data OLD=NEW`",
                 )
                 return None
             self._tests[index] = dataclasses.replace(self._as_task(found), name=committed.name)
