@@ -94,9 +94,7 @@ class TaskSequence:
         self._told = False  # whether a line has said that not all earlier tasks are asked
         self._tested = Overlap()  # the test examples of tasks that were asked
         self._rows: dict[int, tuple[str, Table, Sequence[int]]] = {}  # and whose they are
-        self._missing: list[tuple[str, str]] | None = (
-            None  # names of tasks whose data are not there, and lines, to be told
-        )
+        self._missing: list[tuple[Committed, str]] | None = None  # tasks whose data are gone, and lines to be told
         self._earlier = Accumulated(_Earlier, _Earlier.add)
         self._asked_last = Accumulated(dict[str, int], _add_asked)
 
