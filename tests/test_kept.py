@@ -110,7 +110,7 @@ def test_what_moved_is_not_found_again_and_a_digest_that_does_not_see_it_is_wron
     Learner(made(vit, data, "finetune", keep=0), tmp_path / "plain").run()
     Learner(made(vit, data, "finetune"), tmp_path / "kept").run()
     assert metrics(tmp_path / "kept") == metrics(tmp_path / "plain")
-    monkeypatch.setattr(Keeper, "_value", lambda self, pet: "always the same")
+    monkeypatch.setattr(Keeper, "_value", lambda self, pet, rests: "always the same")
     Learner(made(vit, data, "finetune"), tmp_path / "blind").run()
     assert metrics(tmp_path / "blind") != metrics(tmp_path / "plain")
 

@@ -281,6 +281,15 @@ class Sets(nn.ModuleDict):
             assert isinstance(pet, PET)
             self._resting[name] = pet
 
+    def put_at_rest(self, name: str, pet: PET) -> None:
+        """Put a PET in that is at rest from the beginning."""
+        self._modules.pop(name, None)
+        self._resting[name] = pet
+
+    def rests(self, name: str) -> bool:
+        """Whether a PET is here and at rest."""
+        return name in self._resting
+
     def __getitem__(self, name: str) -> nn.Module:
         pet = self._resting.get(name)
         if pet is None:
@@ -443,6 +452,24 @@ def copy_set(root: nn.Module, name: str, new: str) -> None:
             slot.pets[new].load_state_dict(slot.pets[name].state_dict())
         elif name in slot.pets:
             slot.pets[new] = copy.deepcopy(slot.pets[name], dict(memo))
+
+
+def copies_at_rest(root: nn.Module, name: str, new: Sequence[str]) -> None:
+    """Make sets at rest that are copies of the set `name`, and walk through the net once for all of them.
+
+    Args:
+        new: their names. Sets that have these names already are replaced.
+
+    Raises:
+        UsageError: there is no set `name`; the message lists the sets that exist.
+    """
+    _known(root, name)
+    memo = {id(module): module for _, module in walk(root)}
+    for _, slot in slots(root):
+        if name in slot.pets:
+            pet = slot.pet(name)
+            for one in new:
+                slot.pets.put_at_rest(one, copy.deepcopy(pet, dict(memo)))
 
 
 def rest(root: nn.Module, name: str) -> None:
