@@ -33,7 +33,7 @@ START = "start"  # the name of the state before the first task
 LEARNED = frozenset((*FILES, *FIXED, EXTRA))
 """The files of a snapshot: what a rollback to the task needs, and no report."""
 Stamps = tuple[Any, ...]
-RECENT = 3  # tasks of which the index stays in memory: a commit asks for the last two
+RECENT = 6  # tasks of which the index stays in memory: a commit asks for the last two, a prune for the first two
 TRACES = frozenset(("features.safetensors", "features.json", "sample.safetensors", "contents.bin"))
 """Files with features and hashes of a task's examples, which go when the task is forgotten."""
 DOCUMENTS: dict[str, type[Document]] = {"task.json": Task, "metrics.json": Metrics, "timings.json": Timings}
@@ -107,12 +107,12 @@ class Committed:
         index = self.index_of(entries)
         names = [name for name in index if (name in only or not only) and name != AT_REST]
         files |= self._assembled(index, names)
-        return files if only else files | self._rest_elsewhere()
+        return files if only else files | self._rest_elsewhere(index)
 
-    def _rest_elsewhere(self) -> dict[str, bytes]:
+    def _rest_elsewhere(self, index: Index) -> dict[str, bytes]:
         """The files of those sets at rest that earlier tasks store. Nothing but the pack is read of such a task."""
         by_task: dict[int, dict[str, Rest]] = {}
-        for name, rest in self.rest().items():
+        for name, rest in self.rest(index).items():
             if rest.task != self.index:
                 by_task.setdefault(rest.task, {})[rest_file(name)] = rest
         files: dict[str, bytes] = {}
@@ -175,7 +175,7 @@ class Committed:
         entries = self._listed()
         mine = sum(size for name, (size, _) in entries.items() if name in LEARNED or INDEX.fullmatch(name))
         index, later = self.index_of(entries), after.index_of()
-        rest, then = self.rest(), after.rest()
+        rest, then = self.rest(index), after.rest(later)
         resting = sum(held.size for name, held in rest.items() if then.get(name) != held)
         return mine + resting + sum(piece.size for piece in pieces_of(index) - pieces_of(later))
 
@@ -184,13 +184,13 @@ class Committed:
         for a task of an older version and for one that was pruned."""
         return pieces_of(self.index_of())
 
-    def rest(self) -> Mapping[str, Rest]:
-        """The sets at rest that it has, each with the task that stores it; none once it was pruned."""
-        found: Mapping[str, Rest] = self._recent("rest", self._rest)
+    def rest(self, index: Index | None = None) -> Mapping[str, Rest]:
+        """The sets at rest that it has, each with the task that stores it; none once it was pruned. `index` is its
+        own."""
+        found: Mapping[str, Rest] = self._recent("rest", lambda: self._rest(index or self.index_of()))
         return found
 
-    def _rest(self) -> Mapping[str, Rest]:
-        index = self.index_of()
+    def _rest(self, index: Index) -> Mapping[str, Rest]:
         if AT_REST not in index:
             return index.rest
         content = self._assembled(index, [AT_REST])[AT_REST]
