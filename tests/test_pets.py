@@ -20,7 +20,9 @@ from perpetune.pets import (
     PET,
     Place,
     Slot,
+    copies_at_rest,
     copy_set,
+    form,
     frozen,
     inject,
     parameters,
@@ -414,6 +416,23 @@ def test_sets_at_rest_act_as_before_and_no_walk_through_the_net_meets_them() -> 
     assert sets(backbone.net) == ["working"]
     with pytest.raises(UsageError, match="no set of pets called 'task-1'"):
         rest(backbone.net, "task-1")
+
+
+def test_many_copies_at_rest_are_those_that_are_made_one_by_one() -> None:
+    backbone = backbone_of("timm vit")
+    inject(backbone.net, places(backbone.net, ["q"]), lora, "working")
+    shake(backbone.net, "working")
+    copies_at_rest(backbone.net, "working", ["a", "b"])
+    copy_set(backbone.net, "working", "c")
+    rest(backbone.net, "c")
+    assert sets(backbone.net) == ["working", "a", "b", "c"]
+    assert {form(backbone.net, name) for name in "abc"} == {form(backbone.net, "working")}
+    tensors = {name: parameters(backbone.net, name) for name in ("working", *"abc")}
+    assert all(torch.equal(p, q) for name in "abc" for p, q in zip(tensors[name], tensors["working"], strict=True))
+    assert len({p.data_ptr() for found in tensors.values() for p in found}) == 4 * len(tensors["a"])
+    assert all(slot.pets.rests(name) == (name != "working") for _, slot in slots(backbone.net) for name in tensors)
+    with pytest.raises(UsageError, match="no set of pets called 'other'"):
+        copies_at_rest(backbone.net, "other", ["d"])
 
 
 def test_a_set_that_is_not_there_is_not_copied() -> None:
