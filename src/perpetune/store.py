@@ -44,7 +44,7 @@ PACK = re.compile(r"pack(\.\d+)?\.safetensors")
 RESTING = re.compile(r"rest-([\w-]+)\.safetensors")
 AT_REST = "at-rest.txt"
 """The list of all sets at rest: of each its name, the number of the task that stores it, its bytes and its SHA-256."""
-LINE = re.compile(r"([\w-]+) (\d{1,9}) (\d{1,16}) ([0-9a-f]{64}|-)")
+LINES = re.compile(r"(?:[\w-]+ [0-9]{1,9} [0-9]{1,16} (?:[0-9a-f]{64}|-)\n)*")
 LARGE = 2**20
 """Most bytes of a part of a tensor."""
 LEAST = 2**12
@@ -229,19 +229,29 @@ def parse_rest(content: bytes, task: int, where: str, cure: str) -> dict[str, Re
     Raises:
         StateError: it is not what a commit writes.
     """
-    found: dict[str, Rest] = {}
-    lines = content.decode(errors="replace").split("\n")
-    for number, line in enumerate(lines[:-1], 1):
-        match = LINE.fullmatch(line)
-        name, at, size, digest = match.groups() if match else ("", "", "", "")
-        if match is None or name in found:
-            fault = "no name, task, bytes and hash of a set at rest" if match is None else "a set that was named before"
-            raise StateError(f"{where}, {AT_REST}, line {number}: {fault}: {cure}")
-        found[name] = Rest(int(at), int(size), "" if digest == "-" else digest)
-    if lines[-1]:
-        raise StateError(f"{where}, {AT_REST}: its last line is not whole: {cure}")
-    _check_tasks(found, task, where, cure)
-    return found
+    text = content.decode(errors="replace")
+    fields = text.split()
+    names = fields[::4]
+    if LINES.fullmatch(text) is None or len(set(names)) < len(names):
+        raise StateError(f"{where}, {AT_REST}{_fault_in(text)}: {cure}")
+    digests = ["" if digest == "-" else digest for digest in fields[3::4]]
+    rest = dict(zip(names, map(Rest, map(int, fields[1::4]), map(int, fields[2::4]), digests), strict=True))
+    _check_tasks(rest, task, where, cure)
+    return rest
+
+
+def _fault_in(text: str) -> str:
+    """Where a list of sets at rest is wrong, and what is."""
+    *lines, last = text.split("\n")
+    seen: set[str] = set()
+    for number, line in enumerate(lines, 1):
+        if LINES.fullmatch(f"{line}\n") is None:
+            return f", line {number}: no name, task, bytes and hash of a set at rest"
+        name = line.partition(" ")[0]
+        if name in seen:
+            return f", line {number}: a set that was named before"
+        seen.add(name)
+    return f": its last line is not whole ({last[:20]})"
 
 
 def _check_tasks(rest: Mapping[str, Rest], task: int, where: str, cure: str) -> None:
