@@ -222,13 +222,9 @@ def _json(files: Mapping[str, bytes], name: str, where: str) -> dict[str, Any]:
 
 def _persistent(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and stored buffers, each once however many modules share it."""
-    left_out = {
-        f"{path}.{name}" if path else name
-        for path, part in module.named_modules(remove_duplicate=False)
-        for name in part._non_persistent_buffers_set
-    }
+    kept = module.state_dict(keep_vars=True)
     named = [*module.named_parameters(), *module.named_buffers()]
-    return {name: tensor for name, tensor in named if name not in left_out}
+    return {name: tensor for name, tensor in named if name in kept}
 
 
 def _owned(method: Method, kind: type[nn.Module]) -> set[int]:
