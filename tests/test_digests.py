@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -32,8 +33,11 @@ from perpetune.state import State
 
 RECORDED = Path(__file__).with_name("digests.json")
 STATES = Path(__file__).with_name("states")
-STORED = ("finetune-lora-ridge-protected", "finetune-lora-renewed", "safe-lora-ridge", "olora", "treelora-routed")
-"""Recipes whose states were kept, as commit da0fa94 wrote them; they are not recorded anew."""
+STORED = (
+    *("finetune-lora-ridge-protected", "finetune-lora-renewed", "safe-lora-ridge", "olora", "treelora-routed"),
+    "pool-means",
+)
+"""Recipes whose states were kept, as commit da0fa94 wrote them, and eeadf62 the pool; they are not recorded anew."""
 NEAR = 0.02  # how far a norm may be from the recorded one on another processor, as a share
 
 RIDGE = {"name": "ridge", "projection": 40}
@@ -61,6 +65,7 @@ PICTURES: dict[str, dict[str, Any]] = {
         "method": {"name": "treelora", "answer": "merged", "budget": 2, "start": "fresh"},
         "head": "ncm",
     },
+    "pool-means": {"method": {"name": "pool", "select": "means"}, "head": RIDGE},
     "joint": {"method": "joint"},
 }
 TEXTS: dict[str, dict[str, Any]] = {
@@ -209,6 +214,29 @@ def test_a_state_of_an_earlier_version_loads_and_answers_as_then(name: str, work
     torch.testing.assert_close(scores(folder), then, rtol=1e-3, atol=1e-3)
 
 
+def test_a_pool_of_an_earlier_version_goes_on(workshop: Workshop, tmp_path: Path) -> None:
+    """Its members stay where they are, and the state can be pruned to the new task. Each index listed all members then,
+    with no hash, and each member had a piece for each tensor."""
+    folder, _ = old_state("pool-means", tmp_path / "state", workshop.vit)
+    learner = Learner.load(folder)
+    before = scores(folder)
+    learner.learn(split_folder(tmp_path / "more", "gh", 8, 4), name="g-h")
+    now = State(folder).committed[-1]
+    held = {name: (rest.task, bool(rest.sha256)) for name, rest in now.rest().items()}
+    assert held == {"task-0": (0, False), "task-1": (1, False), "task-2": (2, False), "task-3": (3, True)}
+    after = scores(folder)
+    learner.prune(1)
+    assert torch.equal(scores(folder), after)
+    assert State(folder).committed[-1].rest() == now.rest()
+    shutil.rmtree(folder)
+    again, _ = old_state("pool-means", tmp_path / "state", workshop.vit)
+    Learner.load(again).learn(tmp_path / "more", name="g-h")
+    assert torch.equal(scores(again), after)
+    with State(again).writing():
+        State(again).rollback("e-f")
+    assert torch.equal(scores(again), before)
+
+
 def test_a_changed_value_is_noticed(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     changed = workshop.recipe("finetune-lora-linear")
     changed["train"] = {**changed["train"], "lr": 0.0101}
@@ -227,8 +255,11 @@ def keep_state(shop: Workshop, name: str) -> None:
         with zipfile.ZipFile(STATES / f"{name}.zip", "w", zipfile.ZIP_DEFLATED) as packed:
             for file in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("report.")):
                 content = file.read_bytes()
-                if file.name in ("recipe.yaml", "backbone.json"):
+                if file.name == "recipe.yaml":
                     content = content.replace(str(shop.vit).encode(), b"VIT")
+                if file.name == "backbone.json":  # the rest of it stands in the folders of tasks too, as it is
+                    about = json.loads(content)
+                    content = json.dumps({**about, "spec": about["spec"].replace(str(shop.vit), "VIT")}).encode()
                 packed.writestr(str(file.relative_to(path)), content)
 
 

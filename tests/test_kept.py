@@ -21,6 +21,7 @@ from perpetune.data.pictures.view import PictureView
 from perpetune.evaluate import How, Limit, ask, evaluate, sample
 from perpetune.kept import FOLDER
 from perpetune.learner import Learner
+from perpetune.models import keeping
 from perpetune.models.keeping import Keeper, NotKept, Unseen, digest_of
 from perpetune.pets import pets, using
 from perpetune.report import compare
@@ -110,9 +111,28 @@ def test_what_moved_is_not_found_again_and_a_digest_that_does_not_see_it_is_wron
     Learner(made(vit, data, "finetune", keep=0), tmp_path / "plain").run()
     Learner(made(vit, data, "finetune"), tmp_path / "kept").run()
     assert metrics(tmp_path / "kept") == metrics(tmp_path / "plain")
-    monkeypatch.setattr(Keeper, "_value", lambda self, pet: "always the same")
+    monkeypatch.setattr(Keeper, "_value", lambda self, pet, rests: "always the same")
     Learner(made(vit, data, "finetune"), tmp_path / "blind").run()
     assert metrics(tmp_path / "blind") != metrics(tmp_path / "plain")
+
+
+def test_what_rests_is_looked_at_once_and_again_when_it_was_written_to(
+    vit: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = Learner(made(vit, data, "pool"), tmp_path / "state")
+    learner.run()
+    digests: list[str] = []
+    monkeypatch.setattr(keeping, "digest_of", lambda pet: digests.append("") or digest_of(pet))
+    first, _ = learner.evaluate(), digests.clear()
+    assert learner.evaluate() == first
+    assert not digests, "members rest, so their digests are known from the evaluation before"
+    computed, name = keeper(learner).computed, learner.method.bank.names()[0]
+    written = [p for pet in pets(learner.method.model, name) for p in pet.parameters()]
+    with torch.no_grad():
+        written[0].add_(1)
+    learner.evaluate()
+    assert len(digests) == 1
+    assert keeper(learner).computed > computed
 
 
 # -- what is computed -----------------------------------------------------------------------------------

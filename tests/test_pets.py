@@ -20,7 +20,9 @@ from perpetune.pets import (
     PET,
     Place,
     Slot,
+    copies_at_rest,
     copy_set,
+    form,
     frozen,
     inject,
     parameters,
@@ -32,6 +34,7 @@ from perpetune.pets import (
     submodule,
     using,
 )
+from perpetune.pets.base import twin
 from perpetune.pets.lora import LoRA
 from perpetune.pets.prompt import Prompt
 from perpetune.pets.ssf import SSF
@@ -414,6 +417,86 @@ def test_sets_at_rest_act_as_before_and_no_walk_through_the_net_meets_them() -> 
     assert sets(backbone.net) == ["working"]
     with pytest.raises(UsageError, match="no set of pets called 'task-1'"):
         rest(backbone.net, "task-1")
+
+
+def test_many_copies_at_rest_are_those_that_are_made_one_by_one() -> None:
+    backbone = backbone_of("timm vit")
+    inject(backbone.net, places(backbone.net, ["q"]), lora, "working")
+    shake(backbone.net, "working")
+    copies_at_rest(backbone.net, "working", ["a", "b"])
+    copy_set(backbone.net, "working", "c")
+    rest(backbone.net, "c")
+    assert sets(backbone.net) == ["working", "a", "b", "c"]
+    assert {form(backbone.net, name) for name in "abc"} == {form(backbone.net, "working")}
+    tensors = {name: parameters(backbone.net, name) for name in ("working", *"abc")}
+    assert all(torch.equal(p, q) for name in "abc" for p, q in zip(tensors[name], tensors["working"], strict=True))
+    assert len({p.data_ptr() for found in tensors.values() for p in found}) == 4 * len(tensors["a"])
+    assert all(slot.pets.rests(name) == (name != "working") for _, slot in slots(backbone.net) for name in tensors)
+    with pytest.raises(UsageError, match="no set of pets called 'other'"):
+        copies_at_rest(backbone.net, "other", ["d"])
+
+
+class Tied(nn.Module):
+    """Two names for one parameter, a list that is its own, a module twice, and no bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Parameter(torch.ones(2), requires_grad=False)
+        self.other, self.none = self.one, nn.Linear(2, 2, bias=False)
+        nn.init.ones_(self.none.weight)
+        self.again, self.values, self.place = self.none, [1, [2]], ("x", 1.5)
+        self.register_buffer("seen", torch.arange(3), persistent=False)
+
+
+class Own(Tied):
+    def __deepcopy__(self, memo: dict[int, Any]) -> Own:
+        made = Own()
+        made.values = ["own"]
+        return made
+
+
+@pytest.mark.parametrize("of", ["lora", "prompt", "ssf", "tied", "own", "hooked"])
+def test_a_twin_is_what_deepcopy_makes(of: str) -> None:
+    if of in ("tied", "own", "hooked"):
+        module: nn.Module = Own() if of == "own" else Tied()
+        if of == "hooked":
+            module.register_forward_hook(lambda *given: None)
+    else:
+        makers: dict[str, Any] = {"lora": lora, "prompt": lambda p: Prompt(p, generator("x"), length=2)}
+        make, role = makers.get(of, lambda p: SSF(p, generator("x"))), {"lora": "q", "prompt": "attn"}.get(of, "norm")
+        net = timm_net("vit")
+        module = inject(net, places(net, [role]), make, "a")[0]
+        shake(net, "a")
+    module.eval()
+    found, expected = twin(module, {}), copy.deepcopy(module, {})
+    assert described(found) == described(expected) == (described(module) if of != "own" else described(expected))
+    assert not {id(t) for t in owned(found)} & {id(t) for t in owned(module)}
+    if of == "tied":
+        assert isinstance(found, Tied)
+        assert found.one is found.other
+        assert found.none is found.again
+        assert found.values is not module.values
+        assert found.values[1] is not module.values[1]  # type: ignore[index]
+
+
+def owned(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def described(module: nn.Module) -> list[Any]:
+    """All that a module holds, part by part: types, tensors by their values, and which of them are one."""
+    seen: dict[int, int] = {}
+    found: list[Any] = []
+    for name, part in module.named_modules(remove_duplicate=False):
+        tensors = {**part._parameters, **part._buffers}
+        found.append((name, type(part), seen.setdefault(id(part), len(seen)), sorted(vars(part))))
+        found += [(k, type(v), str(v)) for k, v in sorted(vars(part).items()) if k[0] != "_" or k == "_size"]
+        found += [
+            (k, type(v), None if v is None else (v.tolist(), v.dtype, v.requires_grad)) for k, v in tensors.items()
+        ]
+        found += [(k, None if v is None else seen.setdefault(id(v), len(seen))) for k, v in tensors.items()]
+        found += [(k, type(v), len(v)) for k, v in sorted(vars(part).items()) if isinstance(v, dict)]
+    return found
 
 
 def test_a_set_that_is_not_there_is_not_copied() -> None:

@@ -602,9 +602,12 @@ def test_a_state_stores_each_member_in_the_task_that_brings_it(tmp_path: Path) -
         learn_protected(made, task)
         state.commit(index, task.name, made, documents)
         answers.append(made.predict(asked_of))
-        held = state.committed[index].index_of()
-        assert [n for n in held if RESTING.fullmatch(n)] == [f"rest-task-{index}.safetensors"]
-        assert {name: at for name, (at, _) in held.rest.items()} == {f"task-{i}": i for i in range(index + 1)}
+        assert [n for n in state.committed[index].index_of() if RESTING.fullmatch(n)] == [
+            f"rest-task-{index}.safetensors"
+        ]
+        assert {name: one.task for name, one in state.committed[index].rest().items()} == {
+            f"task-{i}": i for i in range(index + 1)
+        }
     other, _ = pool({"select": "means"})
     for index in (2, 0, 1):
         State(tmp_path / "state").load(other, state.committed[index])
@@ -612,7 +615,7 @@ def test_a_state_stores_each_member_in_the_task_that_brings_it(tmp_path: Path) -
     state.load(other)
     other.bank.drop(0)  # all behind it have new numbers, so their files are others
     state.commit(3, "after", other, documents)
-    assert {name: at for name, (at, _) in state.committed[3].index_of().rest.items()} == {"task-0": 3, "task-1": 3}
+    assert {name: one.task for name, one in state.committed[3].rest().items()} == {"task-0": 3, "task-1": 3}
     third, _ = pool({"select": "means"})
     files = state.committed[2].read()
     del files["rest-task-1.safetensors"]

@@ -21,10 +21,21 @@ from perpetune import Learner
 from perpetune.cli import live
 from perpetune.errors import StateError, UsageError
 from perpetune.numerics.metrics import Cell, summarise
-from perpetune.report import checked, compare, comparison, form, palette, svg, terminal, write_comparison, write_report
+from perpetune.report import (
+    checked,
+    compare,
+    comparison,
+    form,
+    html,
+    palette,
+    svg,
+    terminal,
+    write_comparison,
+    write_report,
+)
 from perpetune.report.blocks import Brief, Figures
 from perpetune.report.document import choices
-from perpetune.report.sections import answers, classes, collect, drift, figures, heads, matrix, storage, tasks
+from perpetune.report.sections import answers, classes, collect, drift, figures, heads, matrix, members, storage, tasks
 from perpetune.report.spread import spread
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -341,6 +352,49 @@ def test_a_class_met_in_several_tasks_is_one_row() -> None:
     document = fake_results(3, 2, names=["cat", "dog"] * 3)
     rows = classes.class_rows(checked(document))
     assert [(row.name, row.tasks, row.total) for row in rows] == [("cat", [1, 2, 3], 135), ("dog", [1, 2, 3], 135)]
+
+
+def test_many_empty_cells_of_a_matrix_are_one_wide_cell() -> None:
+    """A page of 60 tasks has as many columns in each row as before, in far fewer cells."""
+
+    class Rows(HTMLParser):
+        def __init__(self, page: str) -> None:
+            super().__init__()
+            self.widths: list[list[int]] = []
+            self.feed(page)
+
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            if tag == "tr":
+                self.widths.append([])
+            elif tag in ("td", "th"):
+                self.widths[-1].append(int(dict(attrs).get("colspan") or 1))
+
+    table = matrix.heat(checked(fake_results(60, 1)))
+    head, *found, _ = Rows(str(html.blocks([table]))).widths  # the foot ends with the last column that has a figure
+    assert {sum(widths) for widths in found} == {len(head)}
+    assert max(max(widths) for widths in found) == 59
+    assert sum(map(len, found)) < 0.7 * sum(map(sum, found))
+    few = Rows(str(html.blocks([matrix.heat(checked(fake_results(8, 1)))]))).widths
+    assert {width for widths in few for width in widths} == {1}
+
+
+def test_members_of_a_pool_are_those_of_all_tasks_but_for_forgotten_ones() -> None:
+    """Facts name the members of their task; those of older versions, and of a pool that tasks share, name all."""
+
+    def named(*facts: list[str] | tuple[list[str], int], forgot: tuple[int, str] | None = None) -> list[str]:
+        results = fake_results(4, 1)
+        told = [{"members": one[0], "count": one[1]} if isinstance(one, tuple) else {"members": one} for one in facts]
+        results["facts"] = [{"task": task, "of": {"pool": one}} for task, one in enumerate(told)]
+        results |= {"forgot": [{"task": forgot[0], "tasks": [forgot[1]], "classes": []}]} if forgot else {}
+        return members._members(checked(results))
+
+    assert named((["a"], 1), (["b"], 2), (["c"], 3)) == ["a", "b", "c"]
+    assert named(["a"], ["a", "b"], (["c"], 3)) == ["a", "b", "c"]
+    assert named(["a"], ["a", "b"]) == ["a", "b"]
+    assert named(["0", "1"], ["0", "1"]) == ["0", "1"]
+    assert named((["a"], 1), (["b"], 2), (["b"], 1), forgot=(2, "a")) == ["b"]
+    assert named((["a"], 1), (["b"], 2), (["b"], 1), (["a"], 2), forgot=(2, "a")) == ["b", "a"]
+    assert named() == []
 
 
 def test_matrix_marks_tasks_not_yet_learned() -> None:

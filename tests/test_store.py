@@ -7,6 +7,7 @@ of each task beside the state.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import random
@@ -33,9 +34,9 @@ from perpetune.errors import StateError, UsageError
 from perpetune.files import MANIFEST, listed
 from perpetune.learner import Learner
 from perpetune.recipe import Recipe, make_recipe, parse_recipe
-from perpetune.state import START, State, prune
+from perpetune.state import START, State, committed, prune
 from perpetune.state.journal import Journal
-from perpetune.store import LARGE, cut
+from perpetune.store import AT_REST, LARGE, LEAST, cut, parts
 
 Learned = dict[str, dict[str, Tensor]]
 BACKBONE = {"spec": "x", "fingerprint": "f"}
@@ -151,6 +152,25 @@ def commit(state: State, index: int, name: str, files: dict[str, bytes]) -> None
     state.commit(index, name, files, documents, {"features.safetensors": save({"f": torch.ones(3) * index})})  # type: ignore[arg-type]
 
 
+def pack_as_before(
+    files: Mapping[str, bytes], task: int, earlier: store.Index, holder: Any, rest: Mapping[str, store.Rest]
+) -> tuple[bytes, bytes | None, dict[str, store.Rest]]:
+    """`store.pack` as version 0.1 had it: each index lists all sets at rest, and a set has a piece for each tensor."""
+    pieces = {
+        name: [(hashlib.sha256(view).hexdigest(), view) for view in cut(content)] for name, content in files.items()
+    }
+    sets = {name: m[1] for name in files if (m := store.RESTING.fullmatch(name))}
+    index = store.Index(
+        {
+            n: store.Held(len(files[n]), tuple(store.Piece(d, len(v), task) for d, v in found))
+            for n, found in pieces.items()
+        }
+    )
+    every = {**rest, **{of: store.Rest(task, len(files[name]), "") for name, of in sets.items()}}
+    document = json.loads(store.index_bytes(index)) | {"rest": {name: [r.task, r.size] for name, r in every.items()}}
+    return json.dumps(document).encode(), store.pack_bytes({d: v for found in pieces.values() for d, v in found}), every
+
+
 def changed(rng: random.Random, learned: Learned) -> Learned:
     """What the next task may have: tensors that stay, change, grow by rows, go, come, or come back as they were."""
     made = {file: dict(tensors) for file, tensors in learned.items()}
@@ -189,9 +209,11 @@ def test_any_sequence_is_as_with_whole_copies(
 ) -> None:
     rng, world = random.Random(seed), World(tmp_path_factory.mktemp("any") / "state", keep)
     learned, number, sets = FIRST, 0, dict[str, torch.Tensor]()
+    older = rng.choice((0, 0, 3, 6))  # so many steps are those of an older version
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prune, "FLOOR", rng.choice((0, 5_000, 20_000)))
-        for _ in range(rng.randrange(3, 12)):
+        for step in range(rng.randrange(3, 12)):
+            patch.setattr(perpetune.state.folder, "pack", pack_as_before if step < older else store.pack)
             kept = [name for name, _, kept in world.copies if kept]
             way = rng.random()
             if way < 0.7 or not kept:
@@ -220,6 +242,39 @@ def test_a_file_is_cut_into_its_header_its_tensors_and_parts_of_large_ones() -> 
     # safetensors puts the widest type first, then the names in order; the two small ones are together
     assert [len(p) for p in pieces] == [header, 800, LARGE, 400, 20, 800]
     assert [len(p) for p in cut(save({}))] == [len(save({}))]
+
+
+@settings(max_examples=30, deadline=None)
+@given(size=st.integers(0, 3 * LARGE), more=st.integers(1, 40_000))
+def test_what_grows_at_its_end_keeps_its_large_parts(size: int, more: int) -> None:
+    """The parts together are the whole. There are few, and none but those behind the first that grew are others."""
+    before, after = ([len(p) for p in parts(memoryview(bytes(n)))] for n in (size, size + more))
+    for lengths, n in ((before, size), (after, size + more)):
+        assert sum(lengths) == n
+        assert all(length in {LEAST * 2**k for k in range(9)} for length in lengths[:-1])
+        assert lengths == sorted(lengths, reverse=True)
+        assert len(lengths) <= n // LARGE + 9
+    same = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), len(before))
+    assert all(a < b for a, b in zip(before[same : same + 1], after[same : same + 1], strict=False))
+
+
+def test_a_table_that_grows_by_rows_takes_its_rows_times_a_logarithm(tmp_path: Path) -> None:
+    """300 tasks add 400 bytes each. Control: in parts of one size each task would store all rows anew."""
+    stored: dict[bool, int] = {}
+    for grows in (True, False):
+        index, held = store.Index(), dict[int, set[str]]()
+        for task in range(300):
+            content = save({"rows": torch.arange(100 * (task + 1.0))})
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(store, "_still_held", lambda pieces, contents, holder: {p.sha256: p for p in pieces})
+                if not grows:
+                    patch.setattr(store, "parts", lambda view: [view])
+                made, _, _ = store.pack({"head.safetensors": content}, task, index, lambda task: None)  # type: ignore[arg-type,return-value]
+            index = store.parse_index(made, task, "x", "y")
+            pieces = index["head.safetensors"].pieces or ()
+            held[task] = {p.sha256 for p in pieces if p.task == task}
+            stored[grows] = stored.get(grows, 0) + sum(p.size for p in pieces if p.task == task)
+    assert stored[True] < 300 * (400 * 7 + LEAST) < stored[False] / 8
 
 
 # -- what it takes ----------------------------------------------------------------------------------------------
@@ -267,6 +322,35 @@ def test_months_with_sums_take_less_than_three_times_the_first_and_the_adapters(
     header = len(world.copies[-1][1]["earlier.safetensors"]) - 60 * adapter
     assert taken < 3 * after_one + 60 * (adapter + 150) + 3 * header
     assert sum(not task.pruned for task in world.state.committed) >= 2
+
+
+def sets_of(count: int) -> dict[str, torch.Tensor]:
+    return {f"set-{i}": torch.full((40,), float(i)) for i in range(count)}
+
+
+def test_the_list_of_sets_at_rest_takes_little_and_its_tasks_are_not_asked_for_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A set for each of 60 tasks: an index is no longer for it, and to read the last task parses one index. Control:
+    what an older version wrote parses that of each task."""
+    parsed_of: list[str] = []
+    parse = store.parse_index
+    monkeypatch.setattr(committed, "parse_index", lambda *given: parsed_of.append(given[2]) or parse(*given))
+    indices: dict[str, list[int]] = {}
+    for version, patched in (("new", store.pack), ("old", pack_as_before)):
+        monkeypatch.setattr(perpetune.state.folder, "pack", patched)
+        world, every = World(tmp_path / version), sets_of(60)
+        for t in range(60):
+            world.commit(f"t{t}", {"pet.safetensors": {"w": SHARED}}, dict(list(every.items())[: t + 1]))
+        indices[version] = [(task.folder / "tensors.json").stat().st_size for task in world.state.committed]
+        parsed_of.clear()
+        files = State(tmp_path / version).committed[-1].read()
+        assert {n: files[n] for n in rest_files(every)} == rest_files(every)
+        assert AT_REST not in files
+        assert len(parsed_of) == (1 if version == "new" else 60)
+    assert max(indices["new"]) < 1_500
+    packs = sum(path.stat().st_size for path in (tmp_path / "new").rglob("pack*.safetensors"))
+    assert packs < 60 * (len(rest_files(sets_of(1))["rest-set-0.safetensors"]) + 100 * 5 + LEAST) + 5_000
 
 
 # -- keep -------------------------------------------------------------------------------------------------------
@@ -442,6 +526,44 @@ def test_damage_in_a_task_between_is_cured_by_a_rollback_to_the_one_before(tmp_p
     world.check()
 
 
+BAD_LIST: dict[str, tuple[Callable[[str], str], str]] = {
+    "no line of it": (lambda text: text.replace("set-1 1", "set-1 one"), "at-rest.txt, line 2: no name, task, bytes"),
+    "a path": (lambda text: text.replace("set-1", "../1"), "at-rest.txt, line 2: no name, task, bytes and hash"),
+    "twice": (lambda text: text.replace("set-1", "set-0"), "at-rest.txt, line 2: a set that was named before"),
+    "cut off": (lambda text: text[:-1], "at-rest.txt: its last line is not whole"),
+    "a later task": (lambda text: text.replace("set-1 1", "set-1 9"), "lie in a task after task 2"),
+    "a hash that nothing has": (lambda text: re.sub("[0-9a-f]{64}", "0" * 64, text), "does not hold the piece 0000"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_LIST)
+def test_a_fault_in_the_list_of_sets_at_rest_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    change, message = BAD_LIST[fault]
+    world, every, rest_bytes = World(tmp_path / "state"), sets_of(3), store.rest_bytes
+    for t in range(3):
+        if t == 2:
+            monkeypatch.setattr(store, "rest_bytes", lambda rest: change(rest_bytes(rest).decode()).encode())
+        world.commit(f"t{t}", {"pet.safetensors": {"w": SHARED}}, dict(list(every.items())[: t + 1]))
+    with pytest.raises(StateError, match=re.escape(message)) as error:
+        State(tmp_path / "state").committed[2].read()
+    assert str(tmp_path / "state") in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("damage", ["torn", "missing", "one byte", "swapped"])
+def test_damage_in_the_pack_of_a_set_at_rest_is_named(tmp_path: Path, damage: str) -> None:
+    world, every = World(tmp_path / "state"), sets_of(3)
+    every["set-1"] = SHARED
+    for t in range(3):
+        world.commit(f"t{t}", {"pet.safetensors": {"w": torch.full((200,), t)}}, dict(list(every.items())[: t + 1]))
+    path = packs(world.state)[1]
+    DAMAGES[damage](path)
+    with pytest.raises(StateError, match=re.escape(str(path))):
+        State(tmp_path / "state").committed[2].read()
+
+
 @pytest.mark.parametrize("file", ["tensors.json", MANIFEST])
 def test_another_index_is_not_read(tmp_path: Path, file: str) -> None:
     world = filled(tmp_path / "state", "all", tasks=3)
@@ -609,6 +731,8 @@ Step = tuple[str, Any]
 LEARN: list[Learned] = [{"pet.safetensors": {"w": torch.ones(200), "v": torch.ones(150)}}]
 for number in range(1, 6):
     LEARN.append(changed(random.Random(number), LEARN[-1]))
+RESTS = [{f"set-{i}": torch.full((50,), float(i)) for i in range(n + 1) if i != 1 or n < 3} for n in range(5)]
+RESTS = [{name: RESTS[-1].get(name, RESTS[1]["set-1"]) for name in sets} for sets in RESTS]  # one object for each set
 STORIES: dict[str, tuple[str | int, list[Step]]] = {
     "keep two": (2, [("commit", i) for i in range(5)]),
     "prune and roll back": (
@@ -632,7 +756,11 @@ def follow(folder: Path, story: list[Step]) -> None:
         with state.writing():
             if way == "commit":
                 if f"t{what}" not in [task.name for task in state.committed]:
-                    commit(state, len(state.committed), f"t{what}", files_of(LEARN[what]))
+                    given = Given(files_of(LEARN[what]))
+                    given.sets = RESTS[what]
+                    held = state.committed[-1].rest() if state.committed else {}
+                    state._rested = {n: (RESTS[what][n], rest) for n, rest in held.items() if n in RESTS[what]}  # type: ignore[misc]
+                    commit(state, len(state.committed), f"t{what}", given)
             elif way == "prune":
                 state.prune(what)
             else:
@@ -665,7 +793,10 @@ def test_killed_at_a_durable_step_and_gone_on_with(name: str, tmp_path: Path, mo
     for folder in killed:
         for task in State(folder).committed:
             if not task.pruned:
-                assert task.read().keys() >= {"pet.safetensors", "task.json"}
+                sets = RESTS[int(task.name[1:])]
+                files = task.read()
+                assert files.keys() >= {"pet.safetensors", "task.json"}
+                assert {name: files[name] for name in files if store.RESTING.fullmatch(name)} == rest_files(sets)
         follow(folder, story)
         assert picture(folder) == whole, folder.name
         shutil.rmtree(folder)

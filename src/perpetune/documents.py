@@ -190,12 +190,20 @@ class TensorFile(Document):
         return self
 
 
+class AtRest(Document):
+    """How many bytes the sets at rest of a task have: all of them, and those that other tasks store."""
+
+    bytes: Count
+    elsewhere: Count
+
+
 class Tensors(Document):
     """`tensors.json` of a committed task."""
 
     files: dict[str, TensorFile]
+    at_rest: AtRest | None = None
     rest: dict[str, Annotated[list[Count], Field(min_length=2, max_length=2)]] = {}
-    """Of each set at rest, the number of the task that stores it, and its bytes."""
+    """Of each set at rest, the number of the task that stores it, and its bytes; as older versions wrote it."""
 
 
 class Position(Document):

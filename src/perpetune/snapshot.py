@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import functools
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -92,19 +93,20 @@ def restore(method: Method, files: Mapping[str, bytes], where: str, *, memory: b
                 raise _foreign(module, name, where, error) from None
             except (TypeError, ValueError) as error:
                 raise _foreign(module, name, where, error) from None
-    shapes = {name: tuple(t.shape) for name, t in read_tensors(files, FILES[0], where).items()}
+    read = functools.cache(lambda file: read_tensors(files, file, where))
+    shapes = {name: tuple(t.shape) for name, t in read(FILES[0]).items()}
     for prefix, pet in ((f"{name}.", m) for name, m in method.named_modules() if isinstance(m, PET)):
         pet.make_room({name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)})
     pairs, groups = [], tensors(method)
     spoiled: list[str] = []
     if memory:
-        groups |= _at_rest(method, files, groups, where)
+        groups |= _at_rest(method, files, read, groups, where)
     if memory and SUMS in groups and SUMS not in files:  # an old state, in which the sums have no separate file
         groups[FILES[1]] |= groups.pop(SUMS)
     for file, group in groups.items():
         if not memory and file in FIXED:
             continue
-        stored = {_today(name, renamed): tensor for name, tensor in read_tensors(files, file, where).items()}
+        stored = {_today(name, renamed): tensor for name, tensor in read(file).items()}
         _same_names(group, stored, f"{where}/{file}", "tensors")
         for name, tensor in group.items():
             value = stored[name]
@@ -125,7 +127,11 @@ def restore(method: Method, files: Mapping[str, bytes], where: str, *, memory: b
 
 
 def _at_rest(
-    method: Method, files: Mapping[str, bytes], groups: Mapping[str, Mapping[str, Tensor]], where: str
+    method: Method,
+    files: Collection[str],
+    read: Callable[[str], Mapping[str, Tensor]],
+    groups: Mapping[str, Mapping[str, Tensor]],
+    where: str,
 ) -> dict[str, dict[str, Tensor]]:
     """The tensors of sets at rest, by the file that has them; in an old state all stand with those of earlier tasks."""
     sets, there = method.resting(), {found[1] for name in files if (found := RESTING.fullmatch(name))}
@@ -135,7 +141,7 @@ def _at_rest(
     made: dict[str, dict[str, Tensor]] = {EARLIER: dict(groups.get(EARLIER, {}))} if old and sets else {}
     for name, of in sets.items():
         file = EARLIER if old else rest_file(name)
-        shapes = {key: tuple(t.shape) for key, t in read_tensors(files, file, where).items()} if not old else {}
+        shapes = {key: tuple(t.shape) for key, t in read(file).items()} if not old else {}
         for path, pet in of.pets.items() if shapes else ():
             start = f"{path}."
             pet.make_room({key.removeprefix(start): shape for key, shape in shapes.items() if key.startswith(start)})

@@ -10,9 +10,13 @@ So a reference points to an earlier task only, and dropping tasks from the end b
 SHA-256 when it is read. A task has a piece of an earlier one only if every task between has it, because what a commit
 compares is the task before.
 
-A set of pets at rest does not change any more, so not even its pieces are compared again: one file of the task that
-brings it holds the set, `rest-NAME.safetensors`, and `tensors.json` of each later task says which task that is. The
-pieces of such a file all lie in the pack of its own task.
+A set of pets at rest does not change any more, so it is not compared again: one file of the task that brings it holds
+the set, `rest-NAME.safetensors`, and is one piece in the pack of that task. The list of all sets at rest, with the task
+and the hash of each, is a file in pieces too (`at-rest.txt`): new lines come to its end, so a task stores little of it,
+and a set is found without a look at what else its task has.
+
+What grows at its end has parts whose sizes are powers of two, the largest first. So a task that adds to it stores its
+last parts anew and not the whole: on average, as many bytes as are new, times the logarithm of how many there are.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
@@ -38,8 +42,13 @@ from perpetune.errors import StateError
 INDEX = re.compile(r"tensors(\.\d+)?\.json")
 PACK = re.compile(r"pack(\.\d+)?\.safetensors")
 RESTING = re.compile(r"rest-([\w-]+)\.safetensors")
+AT_REST = "at-rest.txt"
+"""The list of all sets at rest: of each its name, the number of the task that stores it, its bytes and its SHA-256."""
+LINES = re.compile(r"(?:[\w-]+ [0-9]{1,9} [0-9]{1,16} (?:[0-9a-f]{64}|-)\n)*")
 LARGE = 2**20
-"""Bytes of the parts of a tensor. A tensor that grew by rows has the parts of before."""
+"""Most bytes of a part of a tensor."""
+LEAST = 2**12
+"""Fewest bytes of a part, but for the last one."""
 SMALL = 512
 """Tensors of fewer bytes stand together in one piece, for an entry of the index has about 80 bytes itself."""
 
@@ -59,18 +68,52 @@ class Held(NamedTuple):
     pieces: tuple[Piece, ...] | None
 
 
+class Rest(NamedTuple):
+    """A set at rest: the number of the task that stores it, the bytes of its file, and their SHA-256; that is empty for
+    a set of an older version, whose pieces stand in the index of its task."""
+
+    task: int
+    size: int
+    sha256: str
+
+    @property
+    def piece(self) -> Piece:
+        """Its file, as one piece."""
+        return Piece(self.sha256, self.size, self.task)
+
+
+class Resting(NamedTuple):
+    """How many bytes the sets at rest have that a task needs: all, and those that other tasks store."""
+
+    bytes: int
+    elsewhere: int
+
+    @classmethod
+    def of(cls, rest: Mapping[str, Rest], task: int) -> Resting:
+        """Of the task with that number."""
+        sizes = [(one.size, one.task) for one in rest.values()]
+        return cls(sum(size for size, _ in sizes), sum(size for size, at in sizes if at != task))
+
+
+NOTHING = Resting(0, 0)
+
+
 class Index(dict[str, Held]):
     """The files of a task whose tensors are stored once, by name.
 
     Args:
-        rest: of each set at rest that the task has, the number of the task that stores it, and its bytes.
+        resting: the bytes of the sets at rest that the task has.
+        rest: these sets by name, where an older version has put the list into the index.
     """
 
     def __init__(
-        self, files: Mapping[str, Held] = MappingProxyType({}), rest: Mapping[str, tuple[int, int]] | None = None
+        self,
+        files: Mapping[str, Held] = MappingProxyType({}),
+        resting: Resting = NOTHING,
+        rest: Mapping[str, Rest] = MappingProxyType({}),
     ):
         super().__init__(files)
-        self.rest = dict(rest or {})
+        self.resting, self.rest = resting, rest
 
 
 class Holder(Protocol):
@@ -109,10 +152,22 @@ def cut(content: bytes) -> list[memoryview]:
             pieces.append(view[start:before])
             start = before
         if alone:
-            pieces += [view[at : min(at + LARGE, end)] for at in range(start, end, LARGE)]
+            pieces += parts(view[start:end])
             start = end
         before = end
     return [*pieces, view[start:before]] if start < before else pieces
+
+
+def parts(view: memoryview) -> list[memoryview]:
+    """The parts of what may grow at its end: of `LARGE` bytes, then of smaller and smaller powers of two, then what
+    is left."""
+    found, start, size = [], 0, LARGE
+    while len(view) - start >= LEAST:
+        while size > len(view) - start:
+            size //= 2
+        found.append(view[start : start + size])
+        start += size
+    return [*found, view[start:]] if start < len(view) else found
 
 
 def pack(
@@ -120,8 +175,8 @@ def pack(
     task: int,
     earlier: Index,
     holder: Callable[[int], Holder],
-    rest: Mapping[str, tuple[int, int]] = MappingProxyType({}),
-) -> tuple[bytes, bytes | None]:
+    rest: Mapping[str, Rest] = MappingProxyType({}),
+) -> tuple[bytes, bytes | None, dict[str, Rest]]:
     """Store safetensors files of a task.
 
     A piece of the task before is referred to only after its bytes have been read and found to be the same. So what a
@@ -132,22 +187,76 @@ def pack(
         task: the number of the task.
         earlier: the files of the task before; empty if nothing is to be shared.
         holder: gives the earlier task of a number.
-        rest: of each set at rest, the number of the task that stores it, and its bytes.
+        rest: the sets at rest that earlier tasks store.
 
     Returns:
-        The contents of `tensors.json` and of the pack; None if every piece is held already.
+        The contents of `tensors.json` and of the pack; None if every piece is held already. And all sets at rest: those
+        of before, and those in `files`.
     """
-    parts = {
-        name: [(hashlib.sha256(view).hexdigest(), view) for view in cut(content)] for name, content in files.items()
-    }
-    contents = {digest: view for found in parts.values() for digest, view in found}
+    pieces = {name: _hashed(_cut(name, content)) for name, content in files.items()}
+    brought = {match[1]: name for name in files if (match := RESTING.fullmatch(name))}
+    all_rest = {**rest, **{of: Rest(task, len(files[name]), pieces[name][0][0]) for of, name in brought.items()}}
+    if all_rest:
+        files = {**files, AT_REST: rest_bytes(all_rest)}
+        pieces[AT_REST] = _hashed(parts(memoryview(files[AT_REST])))
+    contents = {digest: view for found in pieces.values() for digest, view in found}
     known = _still_held([p for p in pieces_of(earlier) if p.sha256 in contents], contents, holder)
-    index, new = Index(rest=rest), dict[str, memoryview]()
-    for name, found in parts.items():
+    index, new = Index(resting=Resting.of(all_rest, task)), dict[str, memoryview]()
+    for name, found in pieces.items():
         shared = {} if RESTING.fullmatch(name) else known
         index[name] = Held(len(files[name]), tuple(shared.get(d) or Piece(d, len(view), task) for d, view in found))
         new |= {digest: view for digest, view in found if digest not in shared}
-    return index_bytes(index), pack_bytes(new)
+    return index_bytes(index), pack_bytes(new), all_rest
+
+
+def _cut(name: str, content: bytes) -> list[memoryview]:
+    return [memoryview(content)] if RESTING.fullmatch(name) else cut(content)
+
+
+def _hashed(views: Sequence[memoryview]) -> list[tuple[str, memoryview]]:
+    return [(hashlib.sha256(view).hexdigest(), view) for view in views]
+
+
+def rest_bytes(rest: Mapping[str, Rest]) -> bytes:
+    """The content of `at-rest.txt`: in the order in which tasks have brought the sets, so that new lines come last."""
+    lines = sorted((one.task, name, one.size, one.sha256 or "-") for name, one in rest.items())
+    return "".join(f"{name} {task} {size} {digest}\n" for task, name, size, digest in lines).encode()
+
+
+def parse_rest(content: bytes, task: int, where: str, cure: str) -> dict[str, Rest]:
+    """The sets at rest in an `at-rest.txt`, by name. The arguments are those of `parse_index`.
+
+    Raises:
+        StateError: it is not what a commit writes.
+    """
+    text = content.decode(errors="replace")
+    fields = text.split()
+    names = fields[::4]
+    if LINES.fullmatch(text) is None or len(set(names)) < len(names):
+        raise StateError(f"{where}, {AT_REST}{_fault_in(text)}: {cure}")
+    digests = ["" if digest == "-" else digest for digest in fields[3::4]]
+    rest = dict(zip(names, map(Rest, map(int, fields[1::4]), map(int, fields[2::4]), digests), strict=True))
+    _check_tasks(rest, task, where, cure)
+    return rest
+
+
+def _fault_in(text: str) -> str:
+    """Where a list of sets at rest is wrong, and what is."""
+    *lines, last = text.split("\n")
+    seen: set[str] = set()
+    for number, line in enumerate(lines, 1):
+        if LINES.fullmatch(f"{line}\n") is None:
+            return f", line {number}: no name, task, bytes and hash of a set at rest"
+        name = line.partition(" ")[0]
+        if name in seen:
+            return f", line {number}: a set that was named before"
+        seen.add(name)
+    return f": its last line is not whole ({last[:20]})"
+
+
+def _check_tasks(rest: Mapping[str, Rest], task: int, where: str, cure: str) -> None:
+    if any(one.task > task for one in rest.values()):
+        raise StateError(f"{where}: a set at rest is said to lie in a task after task {task}: {cure}")
 
 
 def _still_held(
@@ -175,7 +284,8 @@ def index_bytes(index: Index) -> bytes:
             digests, sizes, tasks = zip(*held.pieces, strict=True) if held.pieces else ((), (), ())
             entry["pieces"] = {"sha256": digests, "bytes": sizes, "task": tasks}
         lines.append(f"{json.dumps(name)}: {json.dumps(entry, separators=(',', ':'))}")
-    rest = f',\n"rest": {json.dumps(index.rest, separators=(",", ":"))}' if index.rest else ""
+    told = json.dumps(index.resting._asdict(), separators=(",", ":"))
+    rest = f',\n"at_rest": {told}' if index.resting.bytes else ""
     return ('{"files": {\n' + ",\n".join(lines) + "\n}" + rest + "}\n").encode()
 
 
@@ -191,9 +301,12 @@ def parse_index(content: bytes, task: int, where: str, cure: str) -> Index:
         StateError: it is not what a commit writes.
     """
     document = read_document(Tensors, content, where, cure)
-    index = Index(rest={name: (at, size) for name, (at, size) in document.get("rest", {}).items()})
-    if any(at > task for at, _ in index.rest.values()):
-        raise StateError(f"{where}: a set at rest is said to lie in a task after task {task}: {cure}")
+    rest = {name: Rest(at, size, "") for name, (at, size) in document.get("rest", {}).items()}
+    _check_tasks(rest, task, where, cure)
+    told = document.get("at_rest")
+    index = Index(
+        resting=Resting.of(rest, task) if told is None else Resting(told["bytes"], told["elsewhere"]), rest=rest
+    )
     for name, entry in document["files"].items():
         found = entry.get("pieces")
         pieces = None if found is None else tuple(map(Piece, found["sha256"], found["bytes"], found["task"]))
@@ -219,6 +332,16 @@ def assemble(index: Index, names: Collection[str], holder: Callable[[int], Holde
                 found |= {piece: held.read(piece) for piece in wanted}
         files[name] = b"".join(found[piece].data for piece in pieces)
     return files
+
+
+def whole(files: Mapping[str, Piece], holder: Holder) -> dict[str, bytes]:
+    """The contents of files by name, each of which is one piece of one pack.
+
+    Raises:
+        StateError: the pack is missing, torn, changed or another one; the message names it.
+    """
+    with opened(holder) as held:
+        return {name: held.read(piece).tobytes() for name, piece in files.items()}
 
 
 def _by_task(pieces: Iterable[Piece]) -> dict[int, list[Piece]]:

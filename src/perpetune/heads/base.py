@@ -247,7 +247,8 @@ class Head(nn.Module, ABC):
 
     def grow(self, classes: Sequence[str], generator: torch.Generator) -> None:
         """Add those of `classes` that are new."""
-        self.classes += [c for c in dict.fromkeys(classes) if c not in self.classes]
+        known = set(self.classes)
+        self.classes += [c for c in dict.fromkeys(classes) if c not in known]
         self.resize(len(self.classes), generator)
 
     def rows(self, classes: Sequence[str], device: torch.device | None = None) -> Tensor:

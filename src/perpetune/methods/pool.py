@@ -517,7 +517,11 @@ class Pool(Method):
 
     def facts(self) -> dict[str, Any]:
         size = sum(p.numel() * p.element_size() for p in parameters(self.model, self.form))
-        facts: dict[str, Any] = {"kind": "pool", "members": self.member_names(), "bytes": size}
+        names = self.member_names()
+        if self.by_task:  # those of the last task: a list of all would be longer with each task
+            facts: dict[str, Any] = {"kind": "pool", "members": names[-self.each :], "count": len(names), "bytes": size}
+        else:
+            facts = {"kind": "pool", "members": names, "bytes": size}
         if found := self.selector.facts():
             facts["selector"] = found
         if not self.by_task:

@@ -27,6 +27,9 @@ from perpetune.numerics.lowrank import Factors
 from perpetune.numerics.projection import Site
 from perpetune.pets.choice import Choice
 
+BARE = frozenset(vars(nn.Module()))  # attributes that every module has
+TENSORS = ("_parameters", "_buffers")
+COPIES = ("__copy__", "__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__getattribute__")
 Conditions = Literal["exact", "paper"]
 Module = TypeVar("Module", bound=nn.Module)
 Active = str | Choice | tuple[str | Choice, ...] | None
@@ -281,6 +284,15 @@ class Sets(nn.ModuleDict):
             assert isinstance(pet, PET)
             self._resting[name] = pet
 
+    def put_at_rest(self, name: str, pet: PET) -> None:
+        """Put a PET in that is at rest from the beginning."""
+        self._modules.pop(name, None)
+        self._resting[name] = pet
+
+    def rests(self, name: str) -> bool:
+        """Whether a PET is here and at rest."""
+        return name in self._resting
+
     def __getitem__(self, name: str) -> nn.Module:
         pet = self._resting.get(name)
         if pet is None:
@@ -442,7 +454,53 @@ def copy_set(root: nn.Module, name: str, new: str) -> None:
         if name in slot.pets and new in slot.pets:
             slot.pets[new].load_state_dict(slot.pets[name].state_dict())
         elif name in slot.pets:
-            slot.pets[new] = copy.deepcopy(slot.pets[name], dict(memo))
+            slot.pets[new] = twin(slot.pet(name), dict(memo))
+
+
+def copies_at_rest(root: nn.Module, name: str, new: Sequence[str]) -> None:
+    """Make sets at rest that are copies of the set `name`, and walk through the net once for all of them.
+
+    Args:
+        new: their names. Sets that have these names already are replaced.
+
+    Raises:
+        UsageError: there is no set `name`; the message lists the sets that exist.
+    """
+    _known(root, name)
+    memo = {id(module): module for _, module in walk(root)}
+    for _, slot in slots(root):
+        if name in slot.pets:
+            pet = slot.pet(name)
+            for one in new:
+                slot.pets.put_at_rest(one, twin(pet, dict(memo)))
+
+
+def twin(module: Module, memo: dict[int, Any]) -> Module:
+    """What `copy.deepcopy(module, memo)` makes, in a third of the time: a state may have thousands of members.
+
+    A module that has hooks, or its own way to be copied, is left to `copy.deepcopy`.
+    """
+    kind, hooks = type(module), (value for name, value in vars(module).items() if "hooks" in name)
+    if (
+        id(module) in memo
+        or any(getattr(kind, n, None) is not getattr(nn.Module, n, None) for n in COPIES)
+        or any(hooks)
+    ):
+        return copy.deepcopy(module, memo)
+    made = memo[id(module)] = kind.__new__(kind)
+    for name, value in vars(module).items():
+        if name == "_modules":
+            new = type(value)((key, child and twin(child, memo)) for key, child in value.items())
+        elif name in TENSORS:
+            new = type(value)((key, copy.deepcopy(tensor, memo)) for key, tensor in value.items())
+        elif name in BARE and not value and isinstance(value, dict | set):  # most of them are empty
+            new = type(value)()
+        elif value is None or isinstance(value, bool | int | float | str):
+            new = value
+        else:
+            new = copy.deepcopy(value, memo)
+        made.__dict__[name] = new
+    return made
 
 
 def rest(root: nn.Module, name: str) -> None:

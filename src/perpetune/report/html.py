@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any
 
 from markupsafe import Markup, escape
@@ -37,6 +38,8 @@ from perpetune.report.blocks import (
 from perpetune.report.palette import STEPS
 
 NOTHING = Markup("")
+MANY_EMPTY = 20  # empty cells of a matrix that are drawn as one
+WIDEST = 1000  # browsers know no wider cell
 
 
 def section(of: Section) -> Markup:
@@ -181,7 +184,19 @@ def _heat_row(block: Heat, row: HeatRow) -> Markup:
         name = Markup('<th scope="row" class="part" title="{}">{}</th>').format(row.part, row.part)
     beside = NOTHING.join(Markup("<td>{}</td>").format(text) for text in row.beside)
     mean = Markup('<td class="mean">{}</td>').format(row.mean) if block.mean else NOTHING
-    return Markup("<tr>{}{}{}{}</tr>\n").format(name, beside, mean, NOTHING.join(map(_heat_cell, row.cells)))
+    return Markup("<tr>{}{}{}{}</tr>\n").format(name, beside, mean, _heat_cells(row.cells))
+
+
+def _heat_cells(cells: Sequence[HeatCell | None]) -> Markup:
+    """The cells of a row. Many empty ones side by side are one wide cell: of a thousand tasks, most have no figure."""
+    made: list[Markup] = []
+    for empty, some in groupby(cells, lambda one: one is None):
+        found = list(some)
+        while empty and len(found) >= MANY_EMPTY:
+            made.append(Markup('<td colspan="{}"></td>').format(len(found[:WIDEST])))
+            found = found[WIDEST:]
+        made += map(_heat_cell, found)
+    return NOTHING.join(made)
 
 
 def _heat_cell(one: HeatCell | None) -> Markup:

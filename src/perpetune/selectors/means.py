@@ -30,7 +30,7 @@ class Means(Selector):
         self.means = NCM(dim, metric=metric)
 
     def add(self, member: int, queries: Tensor, rows: Tensor, generator: torch.Generator) -> None:
-        self.means.grow([row_name(*row) for row in self.rows], generator)
+        self.means.grow([row_name(*row) for row in self.rows[len(self.means.classes) :]], generator)
         self.means.observe(queries.float(), rows.to(self.means.counts.device))
         self.means.settle()
 

@@ -13,12 +13,27 @@ from perpetune.errors import StateError
 from perpetune.files import MANIFEST, check_no_link, listed, read_listed
 from perpetune.snapshot import EARLIER, EXTRA, FILES, FIXED
 from perpetune.state.journal import Chain, Said
-from perpetune.store import INDEX, PACK, RESTING, Index, Piece, assemble, parse_index, pieces_of, rest_file
+from perpetune.store import (
+    AT_REST,
+    INDEX,
+    PACK,
+    RESTING,
+    Index,
+    Piece,
+    Rest,
+    assemble,
+    parse_index,
+    parse_rest,
+    pieces_of,
+    rest_file,
+    whole,
+)
 
 START = "start"  # the name of the state before the first task
 LEARNED = frozenset((*FILES, *FIXED, EXTRA))
 """The files of a snapshot: what a rollback to the task needs, and no report."""
 Stamps = tuple[Any, ...]
+RECENT = 6  # tasks of which the index stays in memory: a commit asks for the last two, a prune for the first two
 TRACES = frozenset(("features.safetensors", "features.json", "sample.safetensors", "contents.bin"))
 """Files with features and hashes of a task's examples, which go when the task is forgotten."""
 DOCUMENTS: dict[str, type[Document]] = {"task.json": Task, "metrics.json": Metrics, "timings.json": Timings}
@@ -90,14 +105,22 @@ class Committed:
         if only and entries.keys() >= set(only):
             return files
         index = self.index_of(entries)
-        names = [name for name in index if name in only or not only]
+        names = [name for name in index if (name in only or not only) and name != AT_REST]
         files |= self._assembled(index, names)
-        elsewhere: dict[int, list[str]] = {}
-        for name, (at, _) in {} if only else index.rest.items():
-            if at != self.index:
-                elsewhere.setdefault(at, []).append(rest_file(name))
-        for at, names in elsewhere.items():
-            files |= self.all[at]._assembled(self.all[at].index_of(), names)
+        return files if only else files | self._rest_elsewhere(index)
+
+    def _rest_elsewhere(self, index: Index) -> dict[str, bytes]:
+        """The files of those sets at rest that earlier tasks store. Nothing but the pack is read of such a task."""
+        by_task: dict[int, dict[str, Rest]] = {}
+        for name, rest in self.rest(index).items():
+            if rest.task != self.index:
+                by_task.setdefault(rest.task, {})[rest_file(name)] = rest
+        files: dict[str, bytes] = {}
+        for at, wanted in by_task.items():
+            if old := [file for file, rest in wanted.items() if not rest.sha256]:
+                files |= self.all[at]._assembled(self.all[at].index_of(), old)
+            if len(old) < len(wanted):
+                files |= whole({f: rest.piece for f, rest in wanted.items() if rest.sha256}, self.all[at])
         return files
 
     def _assembled(self, index: Index, names: Sequence[str]) -> dict[str, bytes]:
@@ -123,8 +146,8 @@ class Committed:
         plain = {name: size for name, (size, _) in entries.items() if not _stores(name)}
         tensors = sum(size for name, (size, _) in entries.items() if name in LEARNED or PACK.fullmatch(name))
         index = self.index_of(entries)
-        files = plain | {name: held.size for name, held in index.items() if not RESTING.fullmatch(name)}
-        resting = sum(size for _, size in index.rest.values())
+        files = plain | {n: held.size for n, held in index.items() if not RESTING.fullmatch(n) and n != AT_REST}
+        resting = index.resting.bytes
         return files | ({EARLIER: files.get(EARLIER, 0) + resting} if resting else {}), tensors
 
     def own(self) -> int:
@@ -138,23 +161,22 @@ class Committed:
     def shared(self) -> int:
         """The bytes that the task needs from folders of earlier tasks."""
         index = self.index_of()
-        resting = sum(size for at, size in index.rest.values() if at != self.index)
-        return resting + sum(piece.size for piece in pieces_of(index) if piece.task != self.index)
+        return index.resting.elsewhere + sum(piece.size for piece in pieces_of(index) if piece.task != self.index)
 
     def needs(self) -> int:
         """The bytes that the task would need if no other task were there."""
         entries = self._listed()
         learned = sum(size for name, (size, _) in entries.items() if name in LEARNED)
         index = self.index_of(entries)
-        resting = sum(size for _, size in index.rest.values())
-        return learned + resting + sum(piece.size for piece in pieces_of(index))
+        return learned + index.resting.bytes + sum(piece.size for piece in pieces_of(index))
 
     def alone(self, after: Committed) -> int:
         """The bytes that are needed for a rollback to this task and for nothing else, if `after` is the next one."""
         entries = self._listed()
         mine = sum(size for name, (size, _) in entries.items() if name in LEARNED or INDEX.fullmatch(name))
         index, later = self.index_of(entries), after.index_of()
-        resting = sum(held[1] for name, held in index.rest.items() if later.rest.get(name) != held)
+        rest, then = self.rest(index), after.rest(later)
+        resting = sum(held.size for name, held in rest.items() if then.get(name) != held)
         return mine + resting + sum(piece.size for piece in pieces_of(index) - pieces_of(later))
 
     def pieces(self) -> set[Piece]:
@@ -162,8 +184,38 @@ class Committed:
         for a task of an older version and for one that was pruned."""
         return pieces_of(self.index_of())
 
+    def rest(self, index: Index | None = None) -> Mapping[str, Rest]:
+        """The sets at rest that it has, each with the task that stores it; none once it was pruned. `index` is its
+        own."""
+        found: Mapping[str, Rest] = self._recent("rest", lambda: self._rest(index or self.index_of()))
+        return found
+
+    def _rest(self, index: Index) -> Mapping[str, Rest]:
+        if AT_REST not in index:
+            return index.rest
+        content = self._assembled(index, [AT_REST])[AT_REST]
+        return parse_rest(content, self.index, str(self.folder), self.cure)
+
     def index_of(self, entries: Mapping[str, tuple[int, str]] | None = None) -> Index:
         """Its files whose tensors are stored once. `entries` are those of its manifest."""
+        found: Index = self._recent("index", lambda: self._index_of(entries))
+        return found
+
+    def _recent(self, key: str, make: Callable[[], Any]) -> Any:
+        """The result of `make`; of the tasks that were asked last it is found again, under the terms of `once`. It is
+        not kept of all, because it may grow with the tasks."""
+        recent = self.all.recent if isinstance(self.all, Tasks) and self.all.locked and self.manifests else None
+        if recent is None:
+            return make()
+        of_task = recent.pop((self.index, self.manifests), {})
+        if key not in of_task:
+            of_task[key] = make()
+        recent[self.index, self.manifests] = of_task
+        while len(recent) > RECENT:
+            del recent[next(iter(recent))]
+        return of_task[key]
+
+    def _index_of(self, entries: Mapping[str, tuple[int, str]] | None) -> Index:
         entries = self._listed() if entries is None else entries
         name = next(filter(INDEX.fullmatch, entries), None)
         if name is None:
@@ -283,6 +335,8 @@ class Tasks(list[Committed]):
         """What the journal said of each of them."""
         self.locked = False
         """Whether this process has locked the state for writing."""
+        self.recent: dict[tuple[int, tuple[str, ...]], dict[str, Any]] = {}
+        """What was read of the indices of the tasks that were asked last, by the task's number and manifests."""
 
 
 NOTHING = Said()

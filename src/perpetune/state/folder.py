@@ -44,7 +44,7 @@ from perpetune.state.journal import Chain, Journal, Said
 from perpetune.state.lock import locked
 from perpetune.state.meaning import MADE_BY, check_meaning, edited, made_by, training_digest
 from perpetune.state.prune import Keep, Pruned, carry_out, changes, what_stays
-from perpetune.store import Index, pack, rest_file
+from perpetune.store import Index, Rest, pack
 
 A = TypeVar("A")
 LINES = {"metrics.json": 2}
@@ -78,7 +78,7 @@ class State:
         self._stamp: object = None  # what told then that they are these tasks
         self._entries: list[str] | None = None  # the folders of tasks, while the state is locked
         self._checked: tuple[object, ...] | None = None  # what of the journal was compared with them
-        self._rested: dict[str, tuple[Resting, int, int]] = {}  # sets at rest that a task stores: which, their bytes
+        self._rested: dict[str, tuple[Resting, Rest]] = {}  # sets at rest that a task stores, and which task
         self._together: dict[object, Accumulated[Any]] = {}  # what is known of all tasks, by its kind
         self._told = False  # whether a commit has said that tasks were pruned
         self._held: list[tuple[str, dict[str, Any]]] | None = None  # lines of the journal that wait
@@ -239,8 +239,8 @@ class State:
         if task is not None:
             files = task.read()
             restore(method, files, str(task.folder))
-            held = task.index_of().rest
-            self._rested = {name: (of, *held[name]) for name, of in method.resting().items() if name in held}
+            held = task.rest()
+            self._rested = {name: (of, held[name]) for name, of in method.resting().items() if name in held}
             if MADE_BY in files:  # not in a task of an older version
                 check_meaning(self.folder, self.recipe, self.backbone, task, files[MADE_BY])
 
@@ -273,14 +273,13 @@ class State:
         self._release()
         folder = self.folder / "tasks" / f"{index:04d}-{name}"
         resting, rested = method.resting(), self._rested
-        held = {name: rested[name][1:] for name, of in resting.items() if name in rested and rested[name][0] is of}
+        held = {name: rested[name][1] for name, of in resting.items() if name in rested and rested[name][0] is of}
         tasks, first, learned = self._found(), self._chain().oldest, snapshot(method, without=held)
-        rest = {name: held.get(name) or (index, len(learned[rest_file(name)])) for name in resting}
         tensors = {file: learned.pop(file) for file in list(learned) if file.endswith(".safetensors")}
         earlier = Index()
         with contextlib.suppress(StateError):  # damage in an earlier folder is for those who read it; nothing is shared
             earlier = tasks[-1].index_of() if index == len(tasks) > 0 else earlier
-        content, made = pack(tensors, index, earlier, tasks.__getitem__, rest)
+        content, made, rest = pack(tensors, index, earlier, tasks.__getitem__, held)
         stored = {"tensors.json": content, **({} if made is None else {"pack.safetensors": made})}
         documents = {**documents, MADE_BY: made_by(self.recipe, self.backbone)}
         plain = {file: to_json(content, LINES.get(file)) for file, content in documents.items()}
@@ -288,7 +287,7 @@ class State:
         manifest = write_folder(folder, {**learned, **stored, **plain, **files})
         add_task(self._known, folder.parent, folder.name, Said(manifest=manifest))
         self._entries = None if entries is None else [*entries, folder.name]
-        self._rested = {name: (of, *rest[name]) for name, of in resting.items()}
+        self._rested = {name: (of, rest[name]) for name, of in resting.items()}
         self._log_commit(self._known)
         remove_folder(self.folder / "resume")
         candidate.drop(self.folder)

@@ -32,7 +32,20 @@ from perpetune.files import (
 from perpetune.snapshot import EARLIER
 from perpetune.state.committed import LEARNED, TRACES, Committed, Tasks, find_tasks
 from perpetune.state.journal import Chain, Journal
-from perpetune.store import INDEX, PACK, Held, Index, Piece, index_bytes, opened, pack_bytes, pieces_of, rest_file
+from perpetune.store import (
+    AT_REST,
+    INDEX,
+    PACK,
+    Held,
+    Index,
+    Piece,
+    Rest,
+    index_bytes,
+    opened,
+    pack_bytes,
+    pieces_of,
+    rest_file,
+)
 
 Keep = Literal["auto", "all"] | int
 FLOOR = 16 * 10**6
@@ -176,18 +189,18 @@ def changes(tasks: Sequence[Committed], pruned: int, oldest: int, *, erase: bool
     if not pruned < oldest < len(tasks):
         return []
     live = tasks[oldest].pieces()  # all that later tasks need of folders before it, for it has what they have of these
-    before, after = (tasks[index].index_of().rest for index in (pruned, oldest))
+    before, after = (tasks[index].rest() for index in (pruned, oldest))
     loose = {piece.task for piece in tasks[pruned].pieces() - live}
-    loose |= {held[0] for name, held in before.items() if after.get(name) != held}
+    loose |= {held.task for name, held in before.items() if after.get(name) != held}
     first = 0 if erase else pruned
     touched = sorted({index for index in loose if index < pruned} | set(range(first, oldest)))
     found = [_change(tasks[index], live, _resting_in(after, index), index >= pruned, erase) for index in touched]
     return [change for change in found if change.drop]
 
 
-def _resting_in(rest: Mapping[str, tuple[int, int]], index: int) -> frozenset[str]:
+def _resting_in(rest: Mapping[str, Rest], index: int) -> frozenset[str]:
     """The files of the sets at rest that task `index` stores."""
-    return frozenset(rest_file(name) for name, (at, _) in rest.items() if at == index)
+    return frozenset(rest_file(name) for name, held in rest.items() if held.task == index)
 
 
 def _change(task: Committed, live: set[Piece], resting: frozenset[str], fresh: bool, erase: bool) -> Change:
@@ -195,10 +208,10 @@ def _change(task: Committed, live: set[Piece], resting: frozenset[str], fresh: b
     entries = listed(task.folder, task.cure, task.manifests)
     drop, index, frees = set[str](), None, 0
     before = task.index_of(entries)
-    now = Index({name: held if name in resting else Held(held.size, None) for name, held in before.items()})
+    now = Index({n: held if n in resting else Held(held.size, None) for n, held in before.items() if n != AT_REST})
     if fresh or now != before:
         held = {name: Held(size, None) for name, (size, _) in entries.items() if name in LEARNED}
-        if total := sum(size for _, size in before.rest.values()):  # what they were stays known
+        if total := before.resting.bytes:  # what they were stays known
             now[EARLIER] = Held(total + (now[EARLIER].size if EARLIER in now else 0), None)
         index = index_bytes(Index(held | now))
         drop = {name for name in entries if name in LEARNED or INDEX.fullmatch(name)}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from perpetune.methods.base import Resting
 from perpetune.models.base import Model
 from perpetune.models.classifier import Classifier
-from perpetune.pets import PET, Choice, Slot, copy_set, form, pets, remove, rest, sets, using
+from perpetune.pets import PET, Choice, Slot, copies_at_rest, copy_set, form, pets, remove, rest, sets, using
 from perpetune.tasks import Inputs
 
 ELSEWHERE = 1e4  # subtracted from the log-probability of a class that does not belong to the chosen set's tasks
@@ -278,8 +278,10 @@ class Bank(nn.Module):
         wanted, present = set(self.names()), set(sets(self.model))
         for name in sorted((before & present) - wanted):
             self._remove(name)
-        for name in sorted(wanted - present):
-            self._put(self.working, name)
+        if new := sorted(wanted - present):
+            copies_at_rest(self.model, self.working, new)
+        for name in new:
+            self._sets.pop(name, None)
         self._rows, self._values, self._resting = {}, {}, {}
         for name, classes in state["rows"].items():
             self._store_rows(name, {c: [p.new_zeros(p.shape[1:]) for p in self.model.per_class()] for c in classes})

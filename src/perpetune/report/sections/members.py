@@ -141,9 +141,23 @@ def _heat(results: Results) -> Heat | None:
 
 
 def _members(results: Results) -> list[str]:
-    """The names of all members, of which some may never have acted."""
-    found = [as_texts(facts.get("members")) for _, _, facts in facts_of(results)]
-    return list(found[-1]) if found and found[-1] else []
+    """The names of all members, of which some may never have acted.
+
+    Where each task has its own, the facts after a task name these alone, and how many there are then. Facts of older
+    versions name all, and so do those of a pool that all tasks share.
+    """
+    found = [(task, facts) for task, _, facts in facts_of(results) if "members" in facts]
+    if not found or "count" not in found[-1][1]:
+        return as_texts(found[-1][1]["members"]) if found else []
+    names: dict[str, None] = {}
+    forgot = sorted(results.get("forgot", []), key=lambda entry: entry["task"])
+    for task, facts in found:
+        while forgot and forgot[0]["task"] < task:
+            names = {name: None for name in names if owner(name).isdisjoint(forgot[0]["tasks"])}
+            forgot = forgot[1:]
+        names |= dict.fromkeys(as_texts(facts["members"]))
+    gone = {name for entry in forgot for name in entry["tasks"]}
+    return [name for name in names if owner(name).isdisjoint(gone)]
 
 
 def _use(results: Results) -> Table | None:
