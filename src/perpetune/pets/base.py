@@ -553,7 +553,7 @@ def with_values(base: Module, weight: Tensor, bias: Tensor | None) -> Module:
 
 def slots(root: nn.Module) -> Iterator[tuple[str, Slot]]:
     """Every slot in `root` with its path; outer slots come before inner ones."""
-    return ((path, module) for path, module in walk(root) if isinstance(module, Slot))
+    return ((path, module) for path, module in walk(root, parents=True) if isinstance(module, Slot))
 
 
 def sets(root: nn.Module) -> list[str]:
@@ -695,11 +695,12 @@ def using(root: nn.Module, names: InForce) -> Iterator[None]:
             different places.
     """
     entries = (names,) if isinstance(names, str | Choice) else () if names is None else names
+    before = [(slot, slot.active) for _, slot in slots(root)]
     for one in entries:
         for name in (one,) if isinstance(one, str) else one.members:
-            _known(root, name)
+            if not any(name in slot.pets for slot, _ in before):
+                _known(root, name)
     wanted = tuple(one if isinstance(one, str) else one.narrowed() for one in entries)
-    before = [(slot, slot.active) for _, slot in slots(root)]
     try:
         for slot, _ in before:
             slot.activate(wanted)
@@ -738,8 +739,12 @@ def _bare(module: nn.Module) -> nn.Module:
     return module.base if isinstance(module, Slot) else module
 
 
-def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every module with its path. The module in a slot comes after the slot and has the same path."""
+def walk(module: nn.Module, path: str = "", *, parents: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """Every module with its path. The module in a slot comes after the slot and has the same path.
+
+    Args:
+        parents: leave out those below `module` that have no modules in them; most have none.
+    """
     waiting = [(path, module)]  # a list and no recursion, because every step of training walks through the net
     while waiting:
         path, module = waiting.pop()
@@ -748,7 +753,11 @@ def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
             waiting.append((path, module.base))
         elif module._modules:
             start = f"{path}." if path else ""
-            children = [(name, child) for name, child in reversed(module._modules.items()) if child is not None]
+            children = [
+                (name, child)
+                for name, child in reversed(module._modules.items())
+                if child is not None and (child._modules or not parents)
+            ]
             waiting += {id(child): (start + name, child) for name, child in children}.values()  # each child once
 
 
