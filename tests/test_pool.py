@@ -539,7 +539,7 @@ def test_a_batch_touches_only_the_members_that_it_chooses(count: int, monkeypatc
     method.selector.grow(count, torch.Generator().manual_seed(0))
     asked_for: list[str] = []
     known = base._known
-    monkeypatch.setattr(base, "_known", lambda root, name: (asked_for.append(name), known(root, name))[1])
+    monkeypatch.setattr(base, "_known", lambda root, name, *_: (asked_for.append(name), known(root, name, *_))[1])
     chosen = torch.tensor([[3], [7], [3], [7], [3], [7]])
     monkeypatch.setattr(method.selector, "choose", lambda queries: Chosen(chosen[: len(queries)]))
     method.predict(asked("ab"))

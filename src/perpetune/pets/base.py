@@ -698,8 +698,7 @@ def using(root: nn.Module, names: InForce) -> Iterator[None]:
     before = [(slot, slot.active) for _, slot in slots(root)]
     for one in entries:
         for name in (one,) if isinstance(one, str) else one.members:
-            if not any(name in slot.pets for slot, _ in before):
-                _known(root, name)
+            _known(root, name, [slot for slot, _ in before])
     wanted = tuple(one if isinstance(one, str) else one.narrowed() for one in entries)
     try:
         for slot, _ in before:
@@ -787,6 +786,7 @@ def _set_at(root: nn.Module, path: str, module: nn.Module) -> None:
     setattr(around, leaf, module)
 
 
-def _known(root: nn.Module, name: str) -> None:
-    if not has_set(root, name):
+def _known(root: nn.Module, name: str, among: Sequence[Slot] | None = None) -> None:
+    """UsageError if there is no such set. `among` are all slots, if they are known already."""
+    if not (has_set(root, name) if among is None else any(name in slot.pets for slot in among)):
         raise UsageError(f"there is no set of pets called {name!r}; {closest(name, sorted(sets(root)))}")
