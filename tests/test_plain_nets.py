@@ -178,6 +178,14 @@ def test_a_folder_opens_again_as_timm_opens_it(options: dict[str, Any], form: di
     assert torch.equal(ours(picture), theirs(picture))
     assert plain.reopened(spec, {**given, "image_size": 80}, about) is None
     assert plain.reopened(f"folder:{tmp_path}", given, about) is None
+    (tmp_path / "m").rename(tmp_path / "elsewhere")
+    moved, there = (
+        plain.reopened(f"folder:{tmp_path / 'elsewhere'}", given, about),
+        load_backbone(f"folder:{tmp_path / 'elsewhere'}", **given),
+    )
+    assert moved is not None
+    assert (moved.spec, moved.opens, moved.fingerprint()) == (there.spec, there.opens, theirs.fingerprint())
+    assert plain.reopened(f"hf:{tmp_path / 'elsewhere'}", given, about) is None
 
 
 def test_a_model_by_name_opens_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +259,12 @@ def test_a_model_of_transformers_opens_again_to_the_same_bits(form: str, tmp_pat
             found.append([features.detach(), *torch.autograd.grad(features.float().square().sum(), weights)])
             backbone.net.requires_grad_(False)
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    files = tmp_path / "m" / "preprocessor_config.json"
+    (tmp_path / "m").rename(tmp_path / "elsewhere")
+    spec = f"hf:{tmp_path / 'elsewhere'}"
+    moved, there = plain.reopened(spec, given, about), load_backbone(spec, **given)
+    assert moved is not None
+    assert (moved.spec, moved.opens) == (there.spec, there.opens)
+    files = tmp_path / "elsewhere" / "preprocessor_config.json"
     files.write_text(files.read_text().replace("0.1", "0.2"))
     assert plain.reopened(spec, given, about) is None
 

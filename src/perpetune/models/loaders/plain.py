@@ -111,6 +111,8 @@ FORMS: dict[str, Form] = {
         resizes=True,
     ),
 }
+PLACES = ("", "local-dir:")
+"""Before the path of a folder, as libraries take it."""
 SETTLED = {"fused_attn": True, "inplace": False, "is_causal": False, "_fast_norm": False}
 """Attributes of parts of a library's net that have to have this value, if a part has them."""
 
@@ -153,10 +155,13 @@ def reopened(spec: str, options: Mapping[str, Any], about: Mapping[str, Any]) ->
         about: what `described` gave.
     """
     form = FORMS.get(about.get("net", ""))
-    if form is None or (about.get("spec"), about.get("options")) != (spec, _given(options)):
+    if form is None or about.get("options") != _given(options):
         return None
     try:
         hub, folder = about["hub"], _folder(spec.partition(":")[2])
+        was, is_now = (one.partition(":") for one in (about["spec"], spec))
+        if was != is_now and (hub is not None or was[0] != is_now[0]):  # a folder may lie elsewhere now
+            return None
         if hub is None and (folder is None or about["files"] != _digest(folder)):
             return None
         file = hub_file(spec, hub, WEIGHTS) if hub is not None else folder and folder / WEIGHTS
@@ -179,6 +184,9 @@ def reopened(spec: str, options: Mapping[str, Any], about: Mapping[str, Any]) ->
         class_token=net.class_token,
     )
     backbone.opens = dict(about["opens"])
+    for start in PLACES:
+        if backbone.opens.get("base") == start + was[2]:
+            backbone.opens["base"] = start + is_now[2]
     return backbone
 
 
