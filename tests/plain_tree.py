@@ -1,4 +1,4 @@
-"""A similarity tree that goes node by node and task by task: what `perpetune.numerics.similarity_tree` is tested against.
+"""A similarity tree that goes node by node and task by task, beside which that of perpetune is tested.
 
 It has the shape, the figures and the stored form that the trees of version 0.1 had.
 """

@@ -21,8 +21,8 @@ from tiny import paired
 from torch import Tensor
 
 from perpetune.errors import StateError, UsageError
-from perpetune.numerics.signature import distance, normalised
 from perpetune.numerics.confidence_search import LowerConfidenceSearch
+from perpetune.numerics.signature import distance, normalised
 from perpetune.numerics.similarity_tree import Node, SimilarityTree
 from perpetune.seeding import generator, numpy_generator
 

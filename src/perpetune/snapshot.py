@@ -121,6 +121,7 @@ def restore(method: Method, files: Mapping[str, bytes], where: str, *, memory: b
         raise StateError(f"{spoiled[0]}{more} holds values that are not finite: the model would answer nothing of use")
     for tensor, value in pairs:
         tensor.copy_(value)
+    method.restored()
 
 
 def _at_rest(

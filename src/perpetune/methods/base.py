@@ -54,7 +54,7 @@ class Resting:
 
     Attributes:
         pets: its pets, each by the path of its tensors in the method.
-        rows: the rows of the head that belong to it, by their path in the method.
+        rows: further tensors that belong to it, such as its rows of the head, by their path in the method.
     """
 
     pets: Mapping[str, PET]
@@ -254,6 +254,9 @@ class Method(nn.Module, ABC):
     def resting(self) -> Mapping[str, Resting]:
         """The sets of pets at rest (`pets.rest`), by name. A state stores each once, in the task that brought it."""
         return {}
+
+    def restored(self) -> None:
+        """Called when its tensors got the values of a snapshot: what was computed from others counts no longer."""
 
     def acting(self, name: str | None) -> contextlib.AbstractContextManager[None]:
         """Inside, a set of pets is in force, with all that goes with it."""

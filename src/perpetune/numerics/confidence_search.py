@@ -93,16 +93,44 @@ class LowerConfidenceSearch:
             raise UsageError(f"the distance to task {task} is {value}; a number from 0 to 1 is expected")
         self.steps += 1
         reach = self.scale * math.sqrt(2 * math.log(self.steps + 1))
-        counts, means, bounds = self._counts, self._means, self._bounds
+        counts, means = self._counts, self._means
         node = self._leaves[task]
         while node >= 0:
             counts[node] += 1
             means[node] += (value - means[node]) / counts[node]
-            bound = means[node] - reach / math.sqrt(counts[node]) - self._deltas[node]
-            if children := self._children[node]:
-                bound = max(bound, min([bounds[child] for child in children]))
-            bounds[node] = bound
+            self._bounds[node] = self._bound(node, reach)
             node = self._parents[node]
+
+    def _bound(self, node: int, reach: float) -> float:
+        bound = self._means[node] - reach / math.sqrt(self._counts[node]) - self._deltas[node]
+        if children := self._children[node]:
+            bound = max(bound, min([self._bounds[child] for child in children]))
+        return bound
+
+    def begin(self, values: Sequence[float]) -> None:
+        """Observe each task once, in the order of ids: as `observe` one after the other, with the same bits, before any
+        other observation. Each node gets its bound once, at the step of its last task.
+
+        Raises:
+            UsageError: there was an observation, a value is out of range, or there are more or fewer than tasks.
+        """
+        tasks = sorted(self._leaves)
+        if self.steps or len(values) != len(tasks) or not all(0 <= value <= 1 for value in values):
+            raise UsageError(
+                f"a search begins with a number from 0 to 1 for each of {len(tasks)} tasks, before any other step; got "
+                f"{len(values)} numbers after {self.steps} steps"
+            )
+        counts, means, last = self._counts, self._means, [0] * len(self._parents)
+        for step, (task, value) in enumerate(zip(tasks, values, strict=True), 1):
+            node = self._leaves[task]
+            while node >= 0:
+                counts[node] += 1
+                means[node] += (value - means[node]) / counts[node]
+                last[node], node = step, self._parents[node]
+        self.steps = len(tasks)
+        for node in reversed(range(len(counts))):  # children have higher numbers than their parents
+            reach = self.scale * math.sqrt(2 * math.log(last[node] + 1))
+            self._bounds[node] = self._bound(node, reach)
 
     def pulls(self) -> dict[int, int]:
         """The number of observations of each task, by id."""

@@ -77,8 +77,8 @@ def halved(points: Tensor, there: Bools, far: Callable[[Rows], Floats] | None = 
     """Divide sets of points into halves.
 
     A cut takes two points that are far apart: the one farthest from the mean, and the one farthest from that one. It
-    sorts the others by the difference of their distances to these two, and cuts in the middle. Then it repeats this with
-    the means of the halves until nothing changes.
+    sorts the others by the difference of their distances to these two, and cuts in the middle. Then it repeats this
+    with the means of the halves until nothing changes.
 
     Args:
         points: `(S, m, L, k)`.
@@ -90,7 +90,10 @@ def halved(points: Tensor, there: Bools, far: Callable[[Rows], Floats] | None = 
         `(S, m)`, whether a point is in the first half; and `(S,)`, whether not all points of a set are equal. If they
         are, its halves mean nothing.
     """
-    each, far = np.arange(len(points)), far or (lambda places: distances(points, points[np.arange(len(points)), places]))
+    each, far = (
+        np.arange(len(points)),
+        far or (lambda places: distances(points, points[np.arange(len(points)), places])),
+    )
     first = _farthest(distances(points, means(points, there[:, None])[:, 0]), there)
     to_first = far(first)
     second = _farthest(to_first, there)

@@ -171,6 +171,10 @@ class SimilarityTree:
         """The distances from `query (L, k)` to tasks, by default to all in the order of `ids`, float32."""
         return self._distances(tasks, query)
 
+    def between(self, task: int, others: Sequence[int]) -> Tensor:
+        """The distances of a task from others, as they stand in `distances`."""
+        return self._among((task,), others)[0]
+
     def remove(self, task: int) -> None:
         """Take a task out.
 
@@ -425,7 +429,13 @@ class SimilarityTree:
             for node, inside, good in zip(waiting, left.tolist(), apart.tolist(), strict=True):
                 if good:
                     node.group = group
-                    _divide(node, [[t for t, side in zip(node.tasks, inside, strict=False) if side == half] for half in (True, False)])
+                    _divide(
+                        node,
+                        [
+                            [t for t, side in zip(node.tasks, inside, strict=False) if side == half]
+                            for half in (True, False)
+                        ],
+                    )
             waiting = [node for node in waiting if not node.children]
             if not waiting:
                 break
