@@ -588,9 +588,31 @@ class TestSearch:
         assert steps(one, 200) == steps(other, 200)
         assert one.state() == other.state()
 
+    @settings(max_examples=30)
+    @given(SEEDS, st.integers(1, 40), st.sampled_from([1, 3, 64]))
+    def test_begins_as_with_one_observation_after_the_other(self, seed: int, count: int, max_depth: int) -> None:
+        """The same bits, and the same bounds after more steps."""
+        tree = grown(points(count, seed), GROUPS, max_depth)
+        if count > 3:
+            tree.remove(2)
+        values = distance(torch.stack([tree.point(i) for i in tree.ids]), points(1, seed + 1)[0]).tolist()
+        at_once, one_by_one = (LowerConfidenceSearch(tree, seed=seed) for _ in range(2))
+        at_once.begin(values)
+        for task, value in zip(tree.ids, values, strict=True):
+            one_by_one.observe(task, value)
+        assert at_once.state() == one_by_one.state()
+        for search in (at_once, one_by_one):
+            search.observe(search.select(), 0.4)
+        assert at_once.state() == one_by_one.state()
+        with pytest.raises(UsageError, match="before any other step"):
+            at_once.begin(values)
+
     def test_refuses_what_makes_no_sense(self) -> None:
         tree = SimilarityTree.build(points(4))
         search = LowerConfidenceSearch(tree)
+        for wrong in ([0.1] * 3, [0.1] * 5, [0.1, 0.2, 0.3, 1.1], [0.1, 0.2, 0.3, math.nan]):
+            with pytest.raises(UsageError, match="a search begins with a number from 0 to 1 for each of 4 tasks"):
+                search.begin(wrong)
         for value in (-0.1, 1.1, math.nan):
             with pytest.raises(UsageError, match="from 0 to 1"):
                 search.observe(0, value)

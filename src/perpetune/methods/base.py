@@ -256,7 +256,7 @@ class Method(nn.Module, ABC):
         return {}
 
     def restored(self) -> None:
-        """Called when its tensors got the values of a snapshot: what was computed from others counts no longer."""
+        """Called when stored values have been loaded: make anew what follows from them and is not stored."""
 
     def acting(self, name: str | None) -> contextlib.AbstractContextManager[None]:
         """Inside, a set of pets is in force, with all that goes with it."""
