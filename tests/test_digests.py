@@ -210,6 +210,14 @@ def test_a_state_of_an_earlier_version_loads_and_answers_as_then(name: str, work
     torch.testing.assert_close(scores(folder), then, rtol=1e-3, atol=1e-3)
 
 
+def test_a_changed_value_is_noticed(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = workshop.recipe("finetune-lora-linear")
+    changed["train"] = {**changed["train"], "lr": 0.0101}
+    monkeypatch.setattr(workshop, "recipe", lambda name: changed)
+    then = json.loads(RECORDED.read_text())["recipes"]["finetune-lora-linear"]
+    assert workshop.digest("finetune-lora-linear")["weights"] != then["weights"]
+
+
 def test_treelora_of_an_earlier_version_goes_on(workshop: Workshop, tmp_path: Path) -> None:
     """Adapters, signatures and distances lay in one file then, and the tree in the extra state. Each is stored with its
     task from the next one on, and the state can be pruned to that."""
@@ -231,14 +239,6 @@ def test_treelora_of_an_earlier_version_goes_on(workshop: Workshop, tmp_path: Pa
     with State(again).writing():
         State(again).rollback("e-f")
     assert torch.equal(scores(again), before)
-
-
-def test_a_changed_value_is_noticed(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    changed = workshop.recipe("finetune-lora-linear")
-    changed["train"] = {**changed["train"], "lr": 0.0101}
-    monkeypatch.setattr(workshop, "recipe", lambda name: changed)
-    then = json.loads(RECORDED.read_text())["recipes"]["finetune-lora-linear"]
-    assert workshop.digest("finetune-lora-linear")["weights"] != then["weights"]
 
 
 def keep_state(shop: Workshop, name: str) -> None:

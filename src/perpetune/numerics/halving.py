@@ -42,7 +42,8 @@ class Sets:
         """The points of the sets, `(S, m, L, k)`, from a table `(N, L, k)`."""
         if len(self.rows) == 1 and self.rows.size == len(table):
             return table[None]
-        return table.index_select(0, torch.from_numpy(self.rows.ravel())).unflatten(0, self.rows.shape)
+        points = table.index_select(0, torch.from_numpy(self.rows.ravel()))
+        return points.view(*self.rows.shape, *table.shape[1:])
 
 
 def distances(points: Tensor, centres: Tensor) -> Floats:
@@ -70,7 +71,7 @@ def means(points: Tensor, among: Bools) -> Tensor:
     for i in range(0, len(flat), some):
         part = weights[i : i + some]
         total[i : i + some] = part @ flat[i : i + some].double() / part.sum(-1, keepdim=True)
-    return total.unflatten(-1, points.shape[2:])
+    return total.view(*among.shape[:2], *points.shape[2:])
 
 
 def halved(points: Tensor, there: Bools, far: Callable[[Rows], Floats] | None = None) -> tuple[Bools, Bools]:

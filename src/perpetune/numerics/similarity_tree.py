@@ -312,9 +312,9 @@ class SimilarityTree:
         Raises:
             StateError: the tensors and the rest do not describe the same tasks.
         """
-        ids, points, far, old = rest["ids"], tensors["points"], tensors["distances"], "root" in rest
-        root = rest["root"] if old else None
-        tasks = sorted(tensors["order"].tolist()) if not old else [] if root is None else root["tasks"]
+        ids, points, far = rest["ids"], tensors["points"], tensors["distances"]
+        old: dict[str, Any] | None = rest.get("root")
+        tasks = sorted(tensors["order"].tolist()) if "root" not in rest else old["tasks"] if old is not None else []
         if len(points) != len(ids) or far.shape != (len(ids), len(ids)) or tasks != ids:
             raise StateError(
                 f"a stored similarity tree names {len(ids)} tasks, has {len(tasks)} in its root, {len(points)} points "
@@ -325,7 +325,7 @@ class SimilarityTree:
         tree._points = {task: point.clone() for task, point in zip(ids, points, strict=True)}
         tree._ids, tree._table, tree._far = np.array(ids, dtype=np.int64), points.clone(), far.clone()
         if ids:
-            tree.root = tree._restored(root) if old else tree._shaped(tensors)
+            tree.root = tree._restored(old) if old is not None else tree._shaped(tensors)
         return tree
 
     def _checked(self, point: Tensor) -> Tensor:
@@ -597,7 +597,7 @@ def _holds(node: Node, task: int) -> bool:
 
 def _divide(node: Node, halves: Sequence[Sequence[int]]) -> None:
     """Give a node its children, the one with the smallest id first. They have no means yet."""
-    first, second = (Node(tuple(half), node.depth + 1, _NOWHERE, 0.0, 0.0) for half in sorted(halves))
+    first, second = (Node(half, node.depth + 1, _NOWHERE, 0.0, 0.0) for half in sorted(map(tuple, halves)))
     node.children = first, second
 
 
