@@ -59,6 +59,7 @@ class LowerConfidenceSearch:
         self._deltas: list[float] = []
         self._tasks: list[int] = []  # the task of a leaf; -1 for other nodes
         self._leaves: dict[int, int] = {}
+        self._members: list[tuple[int, ...]] = []  # the tasks of each node
         self._enter(tree.root, -1, delta)
         self._counts = [0] * len(self._parents)
         self._means = [0.0] * len(self._parents)
@@ -92,7 +93,7 @@ class LowerConfidenceSearch:
         if not 0 <= value <= 1:
             raise UsageError(f"the distance to task {task} is {value}; a number from 0 to 1 is expected")
         self.steps += 1
-        reach = self.scale * math.sqrt(2 * math.log(self.steps + 1))
+        reach = self._reach(self.steps)
         counts, means = self._counts, self._means
         node = self._leaves[task]
         while node >= 0:
@@ -100,6 +101,9 @@ class LowerConfidenceSearch:
             means[node] += (value - means[node]) / counts[node]
             self._bounds[node] = self._bound(node, reach)
             node = self._parents[node]
+
+    def _reach(self, steps: int) -> float:
+        return self.scale * math.sqrt(2 * math.log(steps + 1))
 
     def _bound(self, node: int, reach: float) -> float:
         bound = self._means[node] - reach / math.sqrt(self._counts[node]) - self._deltas[node]
@@ -120,17 +124,14 @@ class LowerConfidenceSearch:
                 f"a search begins with a number from 0 to 1 for each of {len(tasks)} tasks, before any other step; got "
                 f"{len(values)} numbers after {self.steps} steps"
             )
-        counts, means, last = self._counts, self._means, [0] * len(self._parents)
-        for step, (task, value) in enumerate(zip(tasks, values, strict=True), 1):
-            node = self._leaves[task]
-            while node >= 0:
-                counts[node] += 1
-                means[node] += (value - means[node]) / counts[node]
-                last[node], node = step, self._parents[node]
-        self.steps = len(tasks)
-        for node in reversed(range(len(counts))):  # children have higher numbers than their parents
-            reach = self.scale * math.sqrt(2 * math.log(last[node] + 1))
-            self._bounds[node] = self._bound(node, reach)
+        self.steps, value_of = len(tasks), dict(zip(tasks, values, strict=True))
+        reaches = {task: self._reach(step) for step, task in enumerate(tasks, 1)}
+        for node in reversed(range(len(self._members))):  # children have higher numbers than their parents
+            mean, members = 0.0, self._members[node]
+            for count, task in enumerate(members, 1):
+                mean += (value_of[task] - mean) / count
+            self._counts[node], self._means[node] = len(members), mean
+            self._bounds[node] = self._bound(node, reaches[members[-1]])
 
     def pulls(self) -> dict[int, int]:
         """The number of observations of each task, by id."""
@@ -166,20 +167,24 @@ class LowerConfidenceSearch:
 
     def _enter(self, node: Node, parent: int, delta: Literal["radius"] | float | Callable[[Node], float]) -> int:
         """Give numbers to a node, to all nodes below it, and to the tasks of a leaf with several tasks."""
-        index = self._number(parent, node.tasks[0] if len(node.tasks) == 1 else -1)
+        index = self._number(parent, node.tasks)
         if len(node.tasks) > 1:
             spread = node.spread if delta == "radius" else delta(node) if callable(delta) else float(delta)
             self._deltas[index] = spread
-            below = [self._enter(child, index, delta) for child in node.children]
-            self._children[index] = tuple(below or [self._number(index, task) for task in node.tasks])
+            below = []
+            for child in node.children:
+                alone = len(child.tasks) == 1
+                below.append(self._number(index, child.tasks) if alone else self._enter(child, index, delta))
+            self._children[index] = tuple(below or [self._number(index, (task,)) for task in node.tasks])
         return index
 
-    def _number(self, parent: int, task: int) -> int:
-        index = len(self._parents)
+    def _number(self, parent: int, tasks: tuple[int, ...]) -> int:
+        index, task = len(self._parents), tasks[0] if len(tasks) == 1 else -1
         self._parents.append(parent)
         self._children.append(())
         self._deltas.append(0.0)
         self._tasks.append(task)
+        self._members.append(tasks)
         if task >= 0:
             self._leaves[task] = index
         return index

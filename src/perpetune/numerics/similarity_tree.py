@@ -288,14 +288,18 @@ class SimilarityTree:
         """
         order: list[int] = []
         splits, cuts, widths = list[tuple[int, int]](), list[float](), list[tuple[float, float]]()
-        for node in self:
-            if not node.children:
-                order += node.tasks
+        waiting = [self.root] if self.root is not None else []
+        while waiting:
+            node = waiting.pop()
             if len(node.tasks) > 1:
                 first = len(node.children[0].tasks) if node.children else 0
                 splits.append((first, -1 if node.group is None else node.group))
                 cuts.append(node.cut)
                 widths.append((node.radius, node.spread))
+            if node.children:
+                waiting += reversed(node.children)
+            else:
+                order += node.tasks
         return {
             "order": torch.tensor(order, dtype=torch.int32),
             "splits": torch.tensor(splits, dtype=torch.int32).view(-1, 2),
@@ -422,7 +426,11 @@ class SimilarityTree:
     def _split(self, nodes: Sequence[Node]) -> list[Node]:
         """Split nodes of one depth, and give them their children; returns these. They have no means yet."""
         depth, waiting = nodes[0].depth, list(nodes)
+        if depth >= len(self.groups):  # two tasks are two halves, whatever their points are
+            waiting = [node for node in nodes if len(node.tasks) > 2]
         for group in (depth, None) if depth < len(self.groups) else (None,):
+            if not waiting:
+                break
             sets = self._sets(waiting)
             far = partial(self._from_one, sets) if group is None else None
             left, apart = halved(sets.points(self._points_of(group)), sets.there, far)
@@ -437,11 +445,10 @@ class SimilarityTree:
                         ],
                     )
             waiting = [node for node in waiting if not node.children]
-            if not waiting:
-                break
-        for node in waiting:  # all points are equal
-            middle = (len(node.tasks) + 1) // 2
-            _divide(node, [node.tasks[:middle], node.tasks[middle:]])
+        for node in nodes:
+            if not node.children:  # or all points are equal
+                middle = (len(node.tasks) + 1) // 2
+                _divide(node, [node.tasks[:middle], node.tasks[middle:]])
         return [child for node in nodes for child in node.children]
 
     def _joined(self, depth: int, group: int | None, children: Sequence[Node], spread: float | None = None) -> Node:
@@ -462,8 +469,10 @@ class SimilarityTree:
         spreads = self._spreads(sets) if spread is None else [spread]
         for node, radius, wide in zip(nodes, radii, spreads, strict=True):
             node.radius, node.spread = radius, wide
-        for group in {node.group for node in nodes if node.children}:
-            which = np.array([bool(node.children) and node.group == group for node in nodes])
+        # Two tasks by themselves lie at the same distance on both sides of 0
+        cut = [bool(node.children) and (len(node.tasks) > 2 or node.group is not None) for node in nodes]
+        for group in {node.group for node in itertools.compress(nodes, cut)}:
+            which = np.array([one and node.group == group for node, one in zip(nodes, cut, strict=True)])
             split, some = [node for node, one in zip(nodes, which.tolist(), strict=True) if one], points
             if not which.all():
                 some = points[torch.from_numpy(which)]

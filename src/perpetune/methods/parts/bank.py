@@ -263,8 +263,8 @@ class Bank(nn.Module):
         Args:
             model, bank: the names under which the method has the model and the bank.
         """
-        numbers = {set_name(slot): slot for slot in self.kept}
         new = [name for name in self.names() if name not in self._resting]
+        numbers = {set_name(slot): slot for slot in self.kept} if new else {}
         here = [(path, m) for path, m in self.model.named_modules() if isinstance(m, Slot)] if new else []
         for name in new:
             pets = {f"{model}.{path}.pets.{name}": slot.pet(name) for path, slot in here if name in slot.pets}

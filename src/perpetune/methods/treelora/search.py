@@ -50,9 +50,12 @@ class Search:
         )
         if kind == "lcb":
             more = (tree.far(signature) if far is None else far) - distance(self._mean, signature)
-            self._bounds.begin([self._scaled(one) for one in more.tolist()])
-        shallow = [node for node in tree if 0 < node.depth < len(tree.groups)]
-        self._middles = {node: _middle(tree, node) for node in shallow}
+            self._bounds.begin(self._scaled(more.double()).tolist())
+        self._middles: dict[Node, int] = {}
+        level = tree.root.children
+        for _ in range(1, len(tree.groups)):
+            self._middles |= {node: _middle(tree, node) for node in level}
+            level = tuple(child for node in level for child in node.children)
         self.picked = self._next(signature)
         """The task to which the present step is drawn."""
 
@@ -87,10 +90,11 @@ class Search:
         The part that all distances share does not help to choose, so it is subtracted. By the triangle inequality the
         rest is at most the spread of the tree. Divided by that, the bounds can distinguish near tasks.
         """
-        return self._scaled(float(distance(self.tree.point(known), signature) - distance(self._mean, signature)))
+        more = distance(self.tree.point(known), signature) - distance(self._mean, signature)
+        return float(self._scaled(more.double()))
 
-    def _scaled(self, more: float) -> float:
-        return min(1.0, max(0.0, 0.5 + more / (2 * self._widest)))
+    def _scaled(self, more: Tensor) -> Tensor:
+        return (more / (2 * self._widest) + 0.5).clamp(0, 1)
 
     def state(self) -> dict[str, Any]:
         """The state as JSON-able values. With it a search in the same tree continues as if it had not been stopped."""
