@@ -21,6 +21,7 @@ from tiny import paired
 from torch import Tensor
 
 from perpetune.errors import StateError, UsageError
+from perpetune.numerics import halving, similarity_tree
 from perpetune.numerics.confidence_search import LowerConfidenceSearch
 from perpetune.numerics.signature import distance, normalised
 from perpetune.numerics.similarity_tree import Node, SimilarityTree
@@ -199,8 +200,10 @@ class TestShape:
         same(SimilarityTree.from_state(*tree.state()), plain)
         same(SimilarityTree.from_state(*plain.state()), plain)
 
-    def test_is_that_of_a_plain_one_where_there_are_many(self) -> None:
+    def test_is_that_of_a_plain_one_where_there_are_many(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """With rows as long as those of signatures, and more tasks than are compared at once."""
+        monkeypatch.setattr(halving, "NUMBERS", 8 * 2 * 256)
+        monkeypatch.setattr(similarity_tree, "SMALL", 16)
         made = normalised(randn(8, 75, 2, 256))
         tree, plain = (kind.build(made[:70], [[0], [1]]) for kind in (SimilarityTree, PlainTree))
         for point in made[70:]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from perpetune.numerics.signature import distance
 
-ROWS = 64  # points are compared in parts of this size, so that what is computed meanwhile stays in the cache
+NUMBERS = 2**18  # so many are compared at once: with fewer, calls take most of the time, and more leave the cache
 REFINEMENTS = 8  # the most refinements of a cut; two or three are usual
 
 Rows = NDArray[np.int64]
@@ -48,13 +48,18 @@ class Sets:
 
 def distances(points: Tensor, centres: Tensor) -> Floats:
     """The distance of each point of `(S, m, L, k)` to the centre of its set, one of `(S, L, k)`."""
-    count, most = points.shape[:2]
-    found, some = np.empty((count, most), dtype=np.float32), max(1, ROWS // most)
+    (count, most), rows = points.shape[:2], at_once(points)
+    found, some = np.empty((count, most), dtype=np.float32), max(1, rows // most)
     for i in range(0, count, some):
-        for j in range(0, most, ROWS):
-            far = distance(points[i : i + some, j : j + ROWS], centres[i : i + some, None])
-            found[i : i + some, j : j + ROWS] = far.numpy()
+        for j in range(0, most, rows):
+            far = distance(points[i : i + some, j : j + rows], centres[i : i + some, None])
+            found[i : i + some, j : j + rows] = far.numpy()
     return found
+
+
+def at_once(points: Tensor) -> int:
+    """How many points `(…, L, k)` are compared at once."""
+    return max(1, NUMBERS // max(1, points.shape[-2] * points.shape[-1]))
 
 
 def means(points: Tensor, among: Bools) -> Tensor:
@@ -66,12 +71,14 @@ def means(points: Tensor, among: Bools) -> Tensor:
         points: `(S, m, L, k)`.
         among: `(S, g, m)`, which points count for each of `g` means; at least one.
     """
-    flat, weights = points.flatten(2), torch.from_numpy(among).double()
-    total, some = torch.empty(*among.shape[:2], flat.shape[2]), max(1, ROWS // flat.shape[1])
+    flat, weights, rows = points.flatten(2), torch.from_numpy(among).double(), at_once(points)
+    found, some = torch.empty(*among.shape[:2], flat.shape[2]), max(1, rows // flat.shape[1])
     for i in range(0, len(flat), some):
-        part = weights[i : i + some]
-        total[i : i + some] = part @ flat[i : i + some].double() / part.sum(-1, keepdim=True)
-    return total.view(*among.shape[:2], *points.shape[2:])
+        part, total = weights[i : i + some], torch.zeros((), dtype=torch.float64)
+        for j in range(0, flat.shape[1], rows):
+            total = total + part[..., j : j + rows] @ flat[i : i + some, j : j + rows].double()
+        found[i : i + some] = total / part.sum(-1, keepdim=True)
+    return found.view(*among.shape[:2], *points.shape[2:])
 
 
 def halved(points: Tensor, there: Bools, far: Callable[[Rows], Floats] | None = None) -> tuple[Bools, Bools]:

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from perpetune.errors import StateError, UsageError
-from perpetune.numerics.halving import ROWS, Bools, Floats, Rows, Sets, distances, halved, means
+from perpetune.numerics.halving import Bools, Floats, Rows, Sets, at_once, distances, halved, means
 from perpetune.numerics.signature import distance
 
 ROUNDING = 1e-5  # a bound computed from three distances may be wrong by this
+SMALL = 64  # the distances in sets of up to so many tasks are looked up for many sets at once
 
 
 class Nearest(NamedTuple):
@@ -36,7 +37,7 @@ class Nearest(NamedTuple):
     """The number of tasks whose distance was computed."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Node:
     """A node of the tree: some tasks that are near each other."""
 
@@ -359,7 +360,7 @@ class SimilarityTree:
         does not copy the tables each time."""
         far, last = self._distances(None, point), len(self)
         if last == len(self._ids):
-            room = last + last // 4 + ROWS
+            room = last + last // 4 + 16
             ids, table, pairs = self._ids, self._table, self._far
             self._ids, self._far = np.zeros(room, dtype=np.int64), torch.zeros(room, room)
             self._table = torch.zeros(room, *point.shape)
@@ -501,7 +502,7 @@ class SimilarityTree:
         if len(sets.rows) == 1 and sets.rows.size == len(self):
             return [float(self.distances.max())]
         rows = torch.from_numpy(sets.rows)
-        if rows.shape[1] > ROWS:
+        if rows.shape[1] > SMALL:
             return [float(self._far[some][:, some].max()) for some in rows]
         found: list[float] = self._far[rows[:, :, None], rows[:, None, :]].amax((1, 2)).tolist()
         return found
@@ -546,7 +547,8 @@ class SimilarityTree:
         points = self._points_of(None)
         if tasks is not None:
             points = points[torch.from_numpy(self._rows(tasks))]
-        return torch.cat([distance(points[i : i + ROWS], query) for i in range(0, len(points), ROWS)] or [_NONE])
+        rows = at_once(points)
+        return torch.cat([distance(points[i : i + rows], query) for i in range(0, len(points), rows)] or [_NONE])
 
     def _mean(self, tasks: Sequence[int]) -> Tensor:
         """The mean point of the tasks, `(L, k)`, float32. Their order matters only by rounding."""
