@@ -38,8 +38,9 @@ from perpetune.data.texts.examples import Encoded
 from perpetune.data.texts.view import TextView
 from perpetune.fit import fit
 from perpetune.methods.treelora.search import Search
+from perpetune.numerics.confidence_search import LowerConfidenceSearch
 from perpetune.numerics.signature import distance, normalised
-from perpetune.numerics.similarity_tree import LowerConfidenceSearch, Node, SimilarityTree
+from perpetune.numerics.similarity_tree import Node, SimilarityTree
 from perpetune.recipe import make_recipe
 from perpetune.seeding import generator, numpy_generator
 from perpetune.snapshot import restore, snapshot

@@ -245,6 +245,29 @@ def test_a_changed_value_is_noticed(workshop: Workshop, monkeypatch: pytest.Monk
     assert workshop.digest("finetune-lora-linear")["weights"] != then["weights"]
 
 
+def test_treelora_of_an_earlier_version_goes_on(workshop: Workshop, tmp_path: Path) -> None:
+    """Adapters, signatures and distances lay in one file then, and the tree in the extra state. Each is stored with its
+    task from the next one on, and the state can be pruned to that."""
+    folder, _ = old_state("treelora-routed", tmp_path / "state", workshop.vit)
+    learner, before = Learner.load(folder), scores(folder)
+    learner.learn(split_folder(tmp_path / "more", "gh", 8, 4), name="g-h")
+    after = scores(folder)
+    assert torch.equal(after, learner.method.predict(asked()))
+    with State(folder).writing():
+        State(folder).prune(1)
+    assert torch.equal(scores(folder), after)
+    files = State(folder).committed[-1].read()
+    for task in range(4):
+        assert f"similar.{task}-signature" in load(files[f"rest-task-{task}.safetensors"])
+    shutil.rmtree(folder)
+    again, _ = old_state("treelora-routed", tmp_path / "state", workshop.vit)
+    Learner.load(again).learn(tmp_path / "more", name="g-h")
+    assert torch.equal(scores(again), after)
+    with State(again).writing():
+        State(again).rollback("e-f")
+    assert torch.equal(scores(again), before)
+
+
 def keep_state(shop: Workshop, name: str) -> None:
     """Write a state that a later version will have to load; only for a version whose states were never kept."""
     with tempfile.TemporaryDirectory() as folder:

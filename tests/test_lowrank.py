@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perpetune.numerics.lowrank import Factors, cosine, inner, merged
+from perpetune.numerics import lowrank
+from perpetune.numerics.lowrank import Factors, Merging, cosine, inner, merged
 from perpetune.seeding import generator
 
 
@@ -76,6 +77,28 @@ def test_merged_is_the_best_of_its_rank(seed: int, size: tuple[int, int, int, in
     u, values, v = torch.linalg.svd(mean, full_matrices=False)
     best = (u[:, :rank] * values[:rank]) @ v[:rank]  # Eckart and Young
     torch.testing.assert_close((mean - b @ a).norm(), (mean - best).norm(), atol=1e-10, rtol=1e-6)
+
+
+@pytest.mark.parametrize("together", [1, 5, 128])
+@pytest.mark.parametrize("size", [(7, 5, 2), (5, 9, 1), (4, 4, 3)])
+def test_parts_that_come_one_by_one_have_the_mean_of_all(
+    size: tuple[int, int, int], together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked after each part, and only at the end with the same bits; a matrix has fewer ranks than the parts."""
+    monkeypatch.setattr(lowrank, "TOGETHER", together)
+    o, d, r = size
+    parts, weights = [factors(seed, o, d, r) for seed in range(12)], [1.0 + seed % 4 for seed in range(12)]
+    one_by_one, at_the_end = Merging(), Merging()
+    for count, (part, weight) in enumerate(zip(parts, weights, strict=True), 1):
+        one_by_one.add(part, weight)
+        at_the_end.add(part, weight)
+        b, a = one_by_one.mean(2)
+        wanted = merged(parts[:count], weights[:count], 2)
+        torch.testing.assert_close(b @ a, wanted[0] @ wanted[1])
+        if count * r < min(o, d):
+            assert all(torch.equal(found, exact) for found, exact in zip((b, a), wanted, strict=True))
+    for found, exact in zip(at_the_end.mean(2), one_by_one.mean(2), strict=True):
+        assert torch.equal(found, exact)
 
 
 def test_one_alone_stays_what_it_is() -> None:

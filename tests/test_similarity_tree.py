@@ -16,12 +16,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_tree import PlainTree
 from tiny import paired
 from torch import Tensor
 
 from perpetune.errors import StateError, UsageError
+from perpetune.numerics import halving, similarity_tree
+from perpetune.numerics.confidence_search import LowerConfidenceSearch
 from perpetune.numerics.signature import distance, normalised
-from perpetune.numerics.similarity_tree import LowerConfidenceSearch, Node, SimilarityTree
+from perpetune.numerics.similarity_tree import Node, SimilarityTree
 from perpetune.seeding import generator, numpy_generator
 
 MODULES, SIZE = 4, 16
@@ -112,13 +115,18 @@ def as_sets(node: Node, names: Callable[[int], int] = lambda task: task) -> Any:
     return (frozenset(map(names, node.tasks)), node.group, frozenset(as_sets(child, names) for child in node.children))
 
 
-def same(one: SimilarityTree, other: SimilarityTree) -> None:
+def same(one: SimilarityTree, other: SimilarityTree | PlainTree) -> None:
     """Bit for bit."""
-    assert one.nodes() == other.nodes()
     assert torch.equal(one.distances, other.distances)
-    for node, twin in zip(one, other, strict=True):
-        assert torch.equal(node.mean, twin.mean)
-        assert (node.cut, node.radius, node.spread) == (twin.cut, twin.radius, twin.spread)
+    waiting = [(one.root, other.root)]
+    while waiting:
+        node, twin = waiting.pop()
+        assert (node is None) == (twin is None)
+        if node is not None and twin is not None:
+            figures = [(n.tasks, n.depth, n.group, n.cut, n.radius, n.spread, len(n.children)) for n in (node, twin)]
+            assert figures[0] == figures[1]
+            assert torch.equal(node.mean, twin.mean)
+            waiting += zip(node.children, twin.children, strict=True)
 
 
 class TestShape:
@@ -163,6 +171,45 @@ class TestShape:
                 tree.remove(victim)
                 del reference[victim]
             check(tree, reference)
+
+    @settings(max_examples=40)
+    @given(
+        SEEDS,
+        st.sampled_from(KINDS),
+        st.lists(st.sampled_from("iiiiird"), min_size=1, max_size=60),
+        st.sampled_from([0, 1, 2, 64]),
+        st.sampled_from([GROUPS, None, [[0, 3], [1]]]),
+    )
+    def test_is_that_of_a_plain_one(
+        self, seed: int, kind: str, actions: list[str], max_depth: int, groups: list[list[int]] | None
+    ) -> None:
+        """Bit for bit, where a plain tree goes through each task of each node alone."""
+        tree, plain = SimilarityTree(groups, max_depth), PlainTree(groups, max_depth)
+        rng, made = numpy_generator("plain", seed), degenerate(kind, 40)
+        for action in actions:
+            point = made[rng.integers(len(made))]
+            victim = int(rng.choice(tree.ids)) if len(tree) else None
+            for one in (tree, plain):
+                if action == "i" or victim is None:
+                    one.insert(point)
+                elif action == "r":
+                    one.replace(victim, point)
+                else:
+                    one.remove(victim)
+        same(tree, plain)
+        same(SimilarityTree.from_state(*tree.state()), plain)
+        same(SimilarityTree.from_state(*plain.state()), plain)
+
+    def test_is_that_of_a_plain_one_where_there_are_many(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With rows as long as those of signatures, and more tasks than are compared at once."""
+        monkeypatch.setattr(halving, "NUMBERS", 8 * 2 * 256)
+        monkeypatch.setattr(similarity_tree, "SMALL", 16)
+        made = normalised(randn(8, 75, 2, 256))
+        tree, plain = (kind.build(made[:70], [[0], [1]]) for kind in (SimilarityTree, PlainTree))
+        for point in made[70:]:
+            tree.insert(point)
+            plain.insert(point)
+        same(tree, plain)
 
     def test_only_the_path_changes(self) -> None:
         made = points(12)
@@ -273,6 +320,17 @@ class TestState:
         other = SimilarityTree.from_state(*tree.state())
         assert other.nodes() is None
         assert other.insert(points(1)[0]) == 1
+
+    def test_a_shape_that_is_none_is_refused(self) -> None:
+        tensors, rest = grown(points(6)).state()
+        for name, wrong in (
+            ("splits", tensors["splits"][:-1]),
+            ("splits", tensors["splits"] * 9),
+            ("cuts", tensors["cuts"][:-1]),
+            ("order", tensors["order"] * 0),
+        ):
+            with pytest.raises(StateError, match="a stored similarity tree"):
+                SimilarityTree.from_state({**tensors, name: wrong}, rest)
 
     def test_refuses_parts_that_do_not_belong_together(self) -> None:
         tensors, rest = grown(points(4)).state()
@@ -533,9 +591,31 @@ class TestSearch:
         assert steps(one, 200) == steps(other, 200)
         assert one.state() == other.state()
 
+    @settings(max_examples=30)
+    @given(SEEDS, st.integers(1, 40), st.sampled_from([1, 3, 64]))
+    def test_begins_as_with_one_observation_after_the_other(self, seed: int, count: int, max_depth: int) -> None:
+        """The same bits, and the same bounds after more steps."""
+        tree = grown(points(count, seed), GROUPS, max_depth)
+        if count > 3:
+            tree.remove(2)
+        values = distance(torch.stack([tree.point(i) for i in tree.ids]), points(1, seed + 1)[0]).tolist()
+        at_once, one_by_one = (LowerConfidenceSearch(tree, seed=seed) for _ in range(2))
+        at_once.begin(values)
+        for task, value in zip(tree.ids, values, strict=True):
+            one_by_one.observe(task, value)
+        assert at_once.state() == one_by_one.state()
+        for search in (at_once, one_by_one):
+            search.observe(search.select(), 0.4)
+        assert at_once.state() == one_by_one.state()
+        with pytest.raises(UsageError, match="before any other step"):
+            at_once.begin(values)
+
     def test_refuses_what_makes_no_sense(self) -> None:
         tree = SimilarityTree.build(points(4))
         search = LowerConfidenceSearch(tree)
+        for wrong in ([0.1] * 3, [0.1] * 5, [0.1, 0.2, 0.3, 1.1], [0.1, 0.2, 0.3, math.nan]):
+            with pytest.raises(UsageError, match="a search begins with a number from 0 to 1 for each of 4 tasks"):
+                search.begin(wrong)
         for value in (-0.1, 1.1, math.nan):
             with pytest.raises(UsageError, match="from 0 to 1"):
                 search.observe(0, value)

@@ -16,7 +16,8 @@ import pytest
 import torch
 from accelerate import debug_launcher
 from accelerate.state import AcceleratorState
-from safetensors.torch import load, load_file
+from plain_tree import PlainTree
+from safetensors.torch import load, load_file, save
 from tiny import (
     chiefly,
     every,
@@ -36,6 +37,7 @@ from perpetune.check import SIZE, Pictures, rules, tiny_backbone
 from perpetune.cli import call
 from perpetune.errors import Interrupted, StateError, UsageError
 from perpetune.evaluate import evaluate
+from perpetune.files import to_json
 from perpetune.forecast.trial import held_by
 from perpetune.learner import Learner
 from perpetune.learning import learn_protected
@@ -821,6 +823,134 @@ def test_states_reload_roll_back_and_take_updates(whole: dict[str, Path], tmp_pa
     assert back.evaluate() == first
     assert isinstance(back.method, TreeLoRA)
     assert back.method.facts() == Learner.load(whole["nearest"]).method.facts()
+
+
+def signed(numbers: int | Sequence[int], method: TreeLoRA | None = None, shift: int = 0, **options: Any) -> TreeLoRA:
+    """A method that keeps what it has for tasks of these numbers, with signatures that are drawn."""
+    made = method or treelora(**options)
+    for number in range(numbers) if isinstance(numbers, int) else numbers:
+        task = Task(number, f"t{number}", ("a", "b"), Domain("ab", 0, each=number % 3 + 1))
+        made.model.grow(task)
+        made.mean.mean.copy_(torch.randn(made.gradients.shape, generator=generator("signed", number, shift)))
+        made._keep(task)
+    return made
+
+
+def told(method: TreeLoRA) -> dict[str, Any]:
+    """All that its tree says."""
+    known = method.similar.tree
+    points = [known.point(i).tolist() for i in known.ids]
+    return {"nodes": known.nodes(), "distances": known.distances.tolist(), "points": points}
+
+
+@pytest.mark.parametrize("budget", [None, 5])
+def test_what_belongs_to_a_task_is_stored_once(budget: int | None) -> None:
+    """A task that comes, or is merged, has new tensors; those of all others are the same objects."""
+    method = treelora(budget=budget)
+    for number in range(13):
+        before = dict(method.resting())
+        signed([number], method)
+        bank, known = method.bank, method.similar.tree
+        new = {name for name, of in method.resting().items() if before.get(name) is not of} - {"merged"}
+        if budget is None or number < budget:
+            assert new == {f"task-{number}"}
+        else:  # the new one, and one that stands for two of those before; or the new one was merged itself
+            assert new <= {
+                f"task-{slot}" for slot, kept in bank.kept.items() if f"t{number}" in kept.tasks or kept.tasks[1:]
+            }
+            assert 1 <= len(new) <= 2
+        assert sum(t.numel() for t in method.similar.buffers()) <= 6 * len(known)
+        if number in (0, 5, 12):
+            other = treelora(budget=budget)
+            restore(other, snapshot(method), "memory")
+            assert told(other) == told(method)
+            assert snapshot(other) == snapshot(method)
+
+
+def test_a_tree_as_an_earlier_version_stored_it_goes_on() -> None:
+    """All signatures and distances were two tensors then, and the nodes stood in the extra state."""
+    method = signed(9)
+    plain = PlainTree(method.layers)
+    for slot in method.similar.tree.ids:
+        plain.insert(method.similar.tree.point(slot))
+    tensors, rest = plain.state()
+    files = snapshot(method)
+    earlier = {name: t for name, t in load(files[EARLIER]).items() if not name.startswith("similar.")}
+    old = {**files, EARLIER: save({**earlier, **{f"similar.{name}": t for name, t in tensors.items()}})}
+    old["extra.json"] = to_json({**json.loads(files["extra.json"]), "similar": rest}, lines=1)
+    for name in [name for name in files if name.startswith("rest-task-")]:
+        old[name] = save({key: t for key, t in load(files[name]).items() if not key.startswith("similar.")})
+    found = treelora()
+    restore(found, old, "memory")
+    assert snapshot(found) == old
+    assert told(found) == told(method)
+    sets = dict(found.resting())
+    signed([9], found)
+    assert snapshot(found) == snapshot(signed([9], method))
+    assert all(found.resting()[name] is not of for name, of in sets.items()), "so that the next commit stores them"
+    restore(found, old, "memory")
+    assert snapshot(found) == old
+
+
+def test_other_values_under_the_same_names_are_noticed() -> None:
+    """A state was rolled back and has learned others since, in one object: neither its tree nor the mean of all is that
+    of before."""
+    one, other = signed(40), signed(40, shift=1)
+    with torch.no_grad():
+        for slot in other.bank.kept:
+            for p in (p for pet in pets(other.model, f"task-{slot}") for p in pet.parameters()):
+                p.add_(0.1)
+    other.bank.reloaded()
+    other.bank.merge_all("merged")
+    files = snapshot(one), snapshot(other)
+    assert files[0] != files[1]
+    assert files[0]["extra.json"] == files[1]["extra.json"]
+    restore(one, files[1], "memory")
+    assert snapshot(signed([40], one)) == snapshot(signed([40], other))
+
+
+def test_a_task_that_failed_leaves_nothing_in_the_tree(monkeypatch: pytest.MonkeyPatch) -> None:
+    method = signed(6)
+    before = snapshot(method)
+    with monkeypatch.context() as failing:
+        failing.setattr(method.bank, "merge_all", lambda name: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            signed([6], method)
+    restore(method, before, "memory")
+    assert snapshot(signed([6, 7], method)) == snapshot(signed(8))
+
+
+def test_the_mean_of_many_is_that_of_all_and_is_not_made_from_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after it was loaded, with the same bits."""
+    method = treelora()
+    for number in range(41):
+        with torch.no_grad():
+            for i, p in enumerate(parameters(method.model, "default")):
+                p.copy_(torch.randn(p.shape, generator=generator("drawn", number, i)))
+        signed([number], method)
+        if number == 39:
+            before = snapshot(method)
+    bank = method.bank
+    weights, sets = [kept.weight for kept in bank.kept.values()], [updates(method, f"task-{i}") for i in bank.kept]
+    for place, found in enumerate(updates(method, "merged")):
+        mean = sum(w * one[place] for w, one in zip(weights, sets, strict=True)) / sum(weights)
+        u, values, v = torch.linalg.svd(torch.as_tensor(mean))
+        assert len(values) < 2 * 40, "so the parts have more ranks than the matrix"
+        torch.testing.assert_close(found, (u[:, :2] * values[:2]) @ v[:2], atol=1e-5, rtol=1e-4)
+    again = treelora()
+    restore(again, before, "memory")
+    with torch.no_grad():
+        for p, q in zip(parameters(again.model, "default"), parameters(method.model, "default"), strict=True):
+            p.copy_(q)
+    actual, asked = again.bank._loras, list[str]()
+    monkeypatch.setattr(again.bank, "_loras", lambda name: (asked.append(name), actual(name))[1])
+    signed([40], again)
+    assert snapshot(again) == snapshot(method)
+    assert len(set(asked)) == 42
+    asked.clear()
+    signed([41], again)
+    assert set(asked) == {"task-41", "merged"}
+    assert snapshot(again) == snapshot(signed([41], method))
 
 
 @pytest.mark.parametrize(("prototypes", "counts"), [(None, [12, 12]), (2000, [12, 12]), (6, [3, 3])])

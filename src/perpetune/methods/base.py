@@ -54,7 +54,7 @@ class Resting:
 
     Attributes:
         pets: its pets, each by the path of its tensors in the method.
-        rows: the rows of the head that belong to it, by their path in the method.
+        rows: further tensors that belong to it, such as its rows of the head, by their path in the method.
     """
 
     pets: Mapping[str, PET]

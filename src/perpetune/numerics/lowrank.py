@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 Factors = tuple[Tensor, Tensor]  # B (..., o, r) and A (..., r, d)
+TOGETHER = 128  # the rank of parts that are added to a sum of products at once: one large product costs less than many
 
 
 def inner(left: Factors, right: Factors) -> Tensor:
@@ -37,19 +38,75 @@ def merged(parts: Sequence[Factors], weights: Sequence[float], rank: int) -> Fac
     float64 on the CPU, because Apple's GPUs have no float64; returned in the type and on the device of the first part.
     """
     total = sum(weights)
-    b = torch.cat([w / total * b.cpu().double() for w, (b, _) in zip(weights, parts, strict=True)], dim=-1)  # (o, Σ r)
-    a = torch.cat([a.cpu().double() for _, a in parts], dim=-2)  # (Σ r, d)
+    b, a = _joined(parts, [w / total for w in weights])
     left, small_left = torch.linalg.qr(b)
     right, small_right = torch.linalg.qr(a.mT)
     u, values, v = torch.linalg.svd(small_left @ small_right.mT)
     kept = min(rank, len(values))
-    roots, columns = values[:kept].sqrt(), left @ u[:, :kept]
-    signs = columns.gather(0, columns.abs().argmax(0, keepdim=True)).sign()
-    new_b, new_a = columns * signs * roots, (v[:kept] @ right.mT) * (signs * roots).mT
-    if kept < rank:  # the matrices have fewer directions than `rank`
-        new_b = torch.nn.functional.pad(new_b, (0, rank - kept))
-        new_a = torch.nn.functional.pad(new_a, (0, 0, 0, rank - kept))
-    return new_b.to(parts[0][0]), new_a.to(parts[0][1])
+    found = _balanced(left @ u[:, :kept], values[:kept], v[:kept] @ right.mT, rank)
+    return found[0].to(parts[0][0]), found[1].to(parts[0][1])
+
+
+class Merging:
+    """The same mean as of `merged`, of parts that come one after another: what a new one costs does not grow with their
+    number.
+
+    As long as the parts together have a lower rank than their matrices can have, they are as small as their sum, and
+    the mean is that of `merged` to the last bit. Then the sum of their products is kept instead, in float64. The last
+    few parts are added to it together, always the same ones, so that the bits do not depend on when the mean was asked
+    for.
+    """
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._parts: list[Factors] = []
+        """Those that are not in the sum; they must not change."""
+        self._weights: list[float] = []
+        self._total = 0.0
+        self._like: Tensor | None = None
+
+    def add(self, part: Factors, weight: float) -> None:
+        """Add a part with a weight."""
+        self._parts.append((part[0].detach(), part[1].detach()))
+        self._weights.append(weight)
+        self._total += weight
+        self._like = part[0]
+        most = min(part[0].shape[-2], part[1].shape[-1])
+        if sum(b.shape[-1] for b, _ in self._parts) >= (most if self._sum is None else min(most, TOGETHER)):
+            self._sum, self._parts, self._weights = self._whole(), [], []
+
+    def mean(self, rank: int) -> Factors:
+        """Factors of the mean, as of `merged`."""
+        if self._sum is None or self._like is None:
+            return merged(self._parts, self._weights, rank)
+        u, values, v = torch.linalg.svd(self._whole() / self._total, full_matrices=False)
+        kept = min(rank, len(values))
+        found = _balanced(u[:, :kept], values[:kept], v[:kept], rank)
+        return found[0].to(self._like), found[1].to(self._like)
+
+    def _whole(self) -> Tensor:
+        """The sum of all products."""
+        if not self._parts:
+            assert self._sum is not None
+            return self._sum
+        b, a = _joined(self._parts, self._weights)
+        return b @ a if self._sum is None else torch.addmm(self._sum, b, a)
+
+
+def _joined(parts: Sequence[Factors], weights: Sequence[float]) -> Factors:
+    """Factors of `Σ w_i B_i A_i`, in float64 on the CPU."""
+    b = torch.cat([w * b.cpu().double() for w, (b, _) in zip(weights, parts, strict=True)], dim=-1)  # (o, Σ r)
+    return b, torch.cat([a.cpu().double() for _, a in parts], dim=-2)  # (Σ r, d)
+
+
+def _balanced(columns: Tensor, values: Tensor, rows: Tensor, rank: int) -> Factors:
+    """Factors of rank `rank` from parts of a singular value decomposition; each gets the roots of the values."""
+    roots, signs = values.sqrt(), columns.gather(0, columns.abs().argmax(0, keepdim=True)).sign()
+    b, a = columns * signs * roots, rows * (signs * roots).mT
+    if len(values) < rank:  # the matrices have fewer directions than `rank`
+        b = torch.nn.functional.pad(b, (0, rank - len(values)))
+        a = torch.nn.functional.pad(a, (0, 0, 0, rank - len(values)))
+    return b, a
 
 
 def exact(factors: Factors) -> Factors:

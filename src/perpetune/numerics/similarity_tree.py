@@ -1,8 +1,8 @@
-"""A tree of tasks, ordered by the distances of their signatures, and two ways to search it.
+"""A tree of tasks, ordered by the distances of their signatures.
 
 The tree is that of TreeLoRA (Qian et al. 2025, arXiv:2506.10355), but every node is split into halves, so that every
-search goes through `⌈log2 N⌉` levels. `SimilarityTree.nearest` is given a signature and finds the nearest task exactly.
-`LowerConfidenceSearch` sees one noisy distance in each step.
+search goes through `⌈log2 N⌉` levels. `SimilarityTree.nearest` is given a signature and finds the nearest task exactly;
+`confidence_search.py` searches with one noisy distance in each step.
 """
 
 from __future__ import annotations
@@ -11,20 +11,21 @@ import heapq
 import itertools
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from perpetune.errors import StateError, UsageError
+from perpetune.numerics.halving import Bools, Floats, Rows, Sets, at_once, distances, halved, means
 from perpetune.numerics.signature import distance
-from perpetune.seeding import seed_of
 
-ROWS = 64  # tasks are compared in parts of this size, so that memory does not grow with their number
-REFINEMENTS = 8  # the most refinements of a split; two or three are usual
 ROUNDING = 1e-5  # a bound computed from three distances may be wrong by this
+SMALL = 64  # the distances in sets of up to so many tasks are looked up for many sets at once
 
 
 class Nearest(NamedTuple):
@@ -36,7 +37,7 @@ class Nearest(NamedTuple):
     """The number of tasks whose distance was computed."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Node:
     """A node of the tree: some tasks that are near each other."""
 
@@ -67,10 +68,8 @@ class SimilarityTree:
 
     Nodes at depth `d` are split by module group `d` alone: shallow layers decide near the root and deep ones at the
     leaves, as in the paper. Beyond the last group, and if all tasks of a node are equal in the group, all modules
-    count. A split takes two tasks that are far apart: the one farthest from the mean, and the one farthest from that
-    one. It sorts the other tasks by the difference of their distances to these two, and cuts in the middle. Then it
-    repeats this with the means of the halves until nothing changes, so that the cut does not divide a cluster if it can
-    be avoided. Ids matter only in exact ties.
+    count. How tasks are split (`halving.halved`) does not divide a cluster if that can be avoided. Ids matter only in
+    exact ties.
 
     Halves always differ by at most one task: if an insertion or a removal would unbalance a node, that node is built
     again. So the depth is at most `min(max_depth, ⌈log2 N⌉)`. Ids are names; they never change and are not used again.
@@ -92,9 +91,10 @@ class SimilarityTree:
         self.max_depth = max_depth
         self.root: Node | None = None
         """The root; None if there is no task."""
-        self.distances = torch.zeros(0, 0)
-        """The distances of all pairs of tasks over all modules, `(N, N)` float32, in the order of `ids`."""
         self._points: dict[int, Tensor] = {}  # ascending ids
+        self._ids = np.zeros(0, dtype=np.int64)  # the same ids, with room for more, as in the two tables
+        self._table = torch.zeros(0, 0, 0)  # the points once more, in the order of the ids
+        self._far = torch.zeros(0, 0)  # the distances of all pairs
         self._free = 0
 
     @classmethod
@@ -103,12 +103,9 @@ class SimilarityTree:
     ) -> SimilarityTree:
         """Build the tree of `points (N, L, k)` with ids 0 to N − 1 at once."""
         tree = cls(groups, max_depth)
-        tree._points = {task: tree._checked(point).clone() for task, point in enumerate(points)}
+        for task, point in enumerate(points):
+            tree._enter(task, tree._checked(point))
         tree._free = len(points)
-        tree.distances = torch.zeros(len(points), len(points))
-        for task, point in tree._points.items():
-            tree.distances[task, : task + 1] = torch.tensor(tree._distances(range(task + 1), point))
-        tree.distances += tree.distances.tril(-1).mT
         if tree._points:
             tree.root = tree._built(tree.ids, 0)
         return tree
@@ -123,6 +120,16 @@ class SimilarityTree:
     def ids(self) -> tuple[int, ...]:
         """All tasks, ascending."""
         return tuple(self._points)
+
+    @property
+    def following(self) -> int:
+        """The id that the next task gets."""
+        return self._free
+
+    @property
+    def distances(self) -> Tensor:
+        """The distances of all pairs of tasks over all modules, `(N, N)` float32, in the order of `ids`."""
+        return self._far[: len(self), : len(self)]
 
     @property
     def depth(self) -> int:
@@ -161,6 +168,14 @@ class SimilarityTree:
         self._place(task, point)
         return task
 
+    def far(self, query: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
+        """The distances from `query (L, k)` to tasks, by default to all in the order of `ids`, float32."""
+        return self._distances(tasks, query)
+
+    def between(self, task: int, others: Sequence[int]) -> Tensor:
+        """The distances of a task from others, as they stand in `distances`."""
+        return self._among((task,), others)[0]
+
     def remove(self, task: int) -> None:
         """Take a task out.
 
@@ -168,10 +183,9 @@ class SimilarityTree:
             UsageError: there is no such task.
         """
         self.point(task)
-        place = self.ids.index(task)
-        kept = [i for i in range(len(self)) if i != place]
+        place = int(self._rows((task,))[0])
+        self._tables(np.delete(np.arange(len(self)), place))
         del self._points[task]
-        self.distances = self.distances[kept][:, kept]
         self.root = self._without(self.root, task) if self.root is not None else None
 
     def replace(self, task: int, point: Tensor) -> None:
@@ -215,7 +229,7 @@ class SimilarityTree:
             if not node.children:
                 tasks = [task for task in node.tasks if task not in exclude]
                 evaluated += len(tasks)
-                for task, far in zip(tasks, self._distances(tasks, query), strict=True):
+                for task, far in zip(tasks, self.far(query, tasks).tolist(), strict=True):
                     if (far, task) < (best, nearest):
                         nearest, best = task, far
         return Nearest(nearest, best, evaluated)
@@ -232,8 +246,7 @@ class SimilarityTree:
         query, node = self._checked(query), self.root
         while node.children:
             node = node.children[self._next(node, query)]
-        far = self._distances(node.tasks, query)
-        return min(zip(far, node.tasks, strict=True))[1]
+        return min(zip(self.far(query, node.tasks).tolist(), node.tasks, strict=True))[1]
 
     def path(self, task: int) -> list[Node]:
         """The nodes that contain a task, from the root to its leaf.
@@ -253,36 +266,71 @@ class SimilarityTree:
         return _described(self.root) if self.root is not None else None
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The whole state: the tensors `points (N, L, k)` and `distances (N, N)`, and the rest as JSON-able values."""
+        """The whole state: the tensors `points (N, L, k)` and `distances (N, N)`, those of `shape`, and the rest as
+        JSON-able values."""
         points = torch.stack(list(self._points.values())) if self._points else torch.zeros(0, 0, 0)
-        rest = {
+        return {"points": points, "distances": self.distances.clone(), **self.shape()}, self.rest()
+
+    def rest(self) -> dict[str, Any]:
+        """What of the state is no tensor."""
+        return {
             "groups": self.groups,
             "max_depth": self.max_depth,
             "next": self._free,
             "ids": list(self._points),
-            "root": self.nodes(),
         }
-        return {"points": points, "distances": self.distances.clone()}, rest
+
+    def shape(self) -> dict[str, Tensor]:
+        """The shape of the tree and the figures of its nodes, in a form that is small.
+
+        `order` has the tasks from left to right. The other three have a row for each node with several tasks, parents
+        before children: `splits` the number of tasks of its first child (0 without children) and its group (−1 for all
+        modules), `cuts` and `widths` (radius, spread) its figures.
+        """
+        order: list[int] = []
+        splits, cuts, widths = list[tuple[int, int]](), list[float](), list[tuple[float, float]]()
+        waiting = [self.root] if self.root is not None else []
+        while waiting:
+            node = waiting.pop()
+            if len(node.tasks) > 1:
+                first = len(node.children[0].tasks) if node.children else 0
+                splits.append((first, -1 if node.group is None else node.group))
+                cuts.append(node.cut)
+                widths.append((node.radius, node.spread))
+            if node.children:
+                waiting += reversed(node.children)
+            else:
+                order += node.tasks
+        return {
+            "order": torch.tensor(order, dtype=torch.int32),
+            "splits": torch.tensor(splits, dtype=torch.int32).view(-1, 2),
+            "cuts": torch.tensor(cuts, dtype=torch.float64),
+            "widths": torch.tensor(widths).view(-1, 2),
+        }
 
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], rest: dict[str, Any]) -> SimilarityTree:
         """Restore a tree from its `state()`, with the same bits; nothing is split or measured again.
 
+        In states of earlier versions `root` in `rest` has the nodes as `nodes()` gives them, in place of `shape()`.
+
         Raises:
             StateError: the tensors and the rest do not describe the same tasks.
         """
-        ids, points, root = rest["ids"], tensors["points"], rest["root"]
-        tasks = [] if root is None else root["tasks"]
-        if len(points) != len(ids) or tensors["distances"].shape != (len(ids), len(ids)) or tasks != ids:
+        ids, points, far = rest["ids"], tensors["points"], tensors["distances"]
+        old: dict[str, Any] | None = rest.get("root")
+        tasks = sorted(tensors["order"].tolist()) if "root" not in rest else old["tasks"] if old is not None else []
+        if len(points) != len(ids) or far.shape != (len(ids), len(ids)) or tasks != ids:
             raise StateError(
                 f"a stored similarity tree names {len(ids)} tasks, has {len(tasks)} in its root, {len(points)} points "
-                f"and distances {tuple(tensors['distances'].shape)}; they do not belong together"
+                f"and distances {tuple(far.shape)}; they do not belong together"
             )
         tree = cls(rest["groups"], rest["max_depth"])
         tree._free = rest["next"]
-        tree.distances = tensors["distances"].clone()
         tree._points = {task: point.clone() for task, point in zip(ids, points, strict=True)}
-        tree.root = tree._restored(root) if root is not None else None
+        tree._ids, tree._table, tree._far = np.array(ids, dtype=np.int64), points.clone(), far.clone()
+        if ids:
+            tree.root = tree._restored(old) if old is not None else tree._shaped(tensors)
         return tree
 
     def _checked(self, point: Tensor) -> Tensor:
@@ -304,15 +352,33 @@ class SimilarityTree:
 
     def _place(self, task: int, point: Tensor) -> None:
         """Store a point and put its task into the tree. The point may be a new one for an old task."""
-        before = self.ids
-        far = torch.tensor([*self._distances(before, point), 0.0])
-        self._points[task] = point.clone()
-        self._points = dict(sorted(self._points.items()))
-        grown = torch.cat([torch.cat([self.distances, far[None, :-1]]), far[:, None]], dim=1)
-        place = {other: i for i, other in enumerate((*before, task))}
-        order = [place[other] for other in self._points]
-        self.distances = grown[order][:, order]
+        self._enter(task, point)
         self.root = self._with(self.root, task) if self.root is not None else self._built((task,), 0)
+
+    def _enter(self, task: int, point: Tensor) -> None:
+        """Write a point and its distances into the tables. There is room for more than are there, so that a new point
+        does not copy the tables each time."""
+        far, last = self._distances(None, point), len(self)
+        if last == len(self._ids):
+            room = last + last // 4 + 16
+            ids, table, pairs = self._ids, self._table, self._far
+            self._ids, self._far = np.zeros(room, dtype=np.int64), torch.zeros(room, room)
+            self._table = torch.zeros(room, *point.shape)
+            if last:
+                self._ids[:last], self._table[:last], self._far[:last, :last] = ids, table, pairs
+        self._ids[last], self._table[last] = task, point
+        self._far[last, :last] = self._far[:last, last] = far
+        self._far[last, last] = 0
+        self._points[task] = point.clone()
+        if last and self._ids[last - 1] > task:
+            self._tables(np.argsort(self._ids[: last + 1]))
+            self._points = dict(sorted(self._points.items()))
+
+    def _tables(self, rows: Rows) -> None:
+        """Let the tables have some of their rows, in this order."""
+        which = torch.from_numpy(rows)
+        self._ids, self._table = self._ids[rows], self._table[which]
+        self._far = self._far[which][:, which]
 
     def _with(self, node: Node, task: int) -> Node:
         """The node with one more task."""
@@ -324,7 +390,8 @@ class SimilarityTree:
         if abs(sizes[0] - sizes[1]) > 1:
             return self._built(tasks, node.depth)
         children = [self._with(child, task) if i == side else child for i, child in enumerate(node.children)]
-        return self._joined(node.depth, node.group, children)
+        spread = max(node.spread, float(self._among((task,), node.tasks).max()))
+        return self._joined(node.depth, node.group, children, spread)
 
     def _without(self, node: Node, task: int) -> Node | None:
         """The node without a task; None if no task is left."""
@@ -338,73 +405,117 @@ class SimilarityTree:
         return self._joined(node.depth, node.group, [child for child in children if child is not None])
 
     def _built(self, tasks: tuple[int, ...], depth: int) -> Node:
-        """Build a node from its tasks alone."""
-        if len(tasks) == 1:
-            return Node(tasks, depth, self._points[tasks[0]], 0.0, 0.0)
-        if depth == self.max_depth:
-            return self._measured(Node(tasks, depth, self._mean(tasks), 0.0, 0.0))
-        group, halves = self._halves(tasks, depth)
-        return self._joined(depth, group, [self._built(half, depth + 1) for half in halves])
+        """Build a node from its tasks alone, with all below it, level by level."""
+        root = Node(tasks, depth, _NOWHERE, 0.0, 0.0)
+        levels = [[root]]
+        while levels[-1]:
+            wide = [node for node in levels[-1] if len(node.tasks) > 1 and node.depth < self.max_depth]
+            levels.append(self._split(wide) if wide else [])
+        for level in reversed(levels[:-1]):
+            for node in level:
+                if not node.children:
+                    node.mean = self._points[node.tasks[0]] if len(node.tasks) == 1 else self._mean(node.tasks)
+            if inner := [node for node in level if node.children]:
+                halves = [torch.stack([node.children[i].mean for node in inner]) for i in (0, 1)]
+                counts = [torch.tensor([len(node.children[i].tasks) for node in inner])[:, None, None] for i in (0, 1)]
+                for node, mean in zip(inner, _mean_of(halves, counts), strict=True):
+                    node.mean = mean.clone()  # a view would hold those of the whole level
+            if several := [node for node in level if len(node.tasks) > 1]:
+                self._measure(several)
+        return root
 
-    def _joined(self, depth: int, group: int | None, children: Sequence[Node]) -> Node:
-        node = self._measured(_parent(depth, group, children))
-        first, second = (self._sides(node, child.tasks) for child in node.children)
-        node.cut = (max(first) + min(second)) / 2
-        return node
-
-    def _measured(self, node: Node) -> Node:
-        node.radius = max(self._distances(node.tasks, node.mean))
-        if len(node.tasks) == len(self):
-            node.spread = float(self.distances.max())
-        else:
-            place = {task: i for i, task in enumerate(self._points)}
-            some = torch.tensor([place[task] for task in node.tasks])
-            node.spread = float(self.distances[some[:, None], some].max())
-        return node
-
-    def _halves(self, tasks: tuple[int, ...], depth: int) -> tuple[int | None, list[tuple[int, ...]]]:
-        """The group that splits the tasks, and both halves; the first half has the smallest id."""
+    def _split(self, nodes: Sequence[Node]) -> list[Node]:
+        """Split nodes of one depth, and give them their children; returns these. They have no means yet."""
+        depth, waiting = nodes[0].depth, list(nodes)
+        if depth >= len(self.groups):  # two tasks are two halves, whatever their points are
+            waiting = [node for node in nodes if len(node.tasks) > 2]
         for group in (depth, None) if depth < len(self.groups) else (None,):
-            from_mean = self._distances(tasks, self._mean(tasks, group), group)
-            first = tasks[from_mean.index(max(from_mean))]
-            from_first = self._distances(tasks, self._points[first], group)
-            if max(from_first) > 0:
-                second = tasks[from_first.index(max(from_first))]
-                halves = self._cut(tasks, group, self._points[first], self._points[second])
-                for _ in range(REFINEMENTS):
-                    before = halves
-                    halves = self._cut(tasks, group, self._mean(before[0]), self._mean(before[1]))
-                    if halves == before:
-                        break
-                return group, sorted(halves)
-        middle = (len(tasks) + 1) // 2  # all points are equal
-        return None, [tasks[:middle], tasks[middle:]]
+            if not waiting:
+                break
+            sets = self._sets(waiting)
+            far = partial(self._from_one, sets) if group is None else None
+            left, apart = halved(sets.points(self._points_of(group)), sets.there, far)
+            for node, inside, good in zip(waiting, left.tolist(), apart.tolist(), strict=True):
+                if good:
+                    node.group = group
+                    _divide(
+                        node,
+                        [
+                            [t for t, side in zip(node.tasks, inside, strict=False) if side == half]
+                            for half in (True, False)
+                        ],
+                    )
+            waiting = [node for node in waiting if not node.children]
+        for node in nodes:
+            if not node.children:  # or all points are equal
+                middle = (len(node.tasks) + 1) // 2
+                _divide(node, [node.tasks[:middle], node.tasks[middle:]])
+        return [child for node in nodes for child in node.children]
 
-    def _cut(self, tasks: tuple[int, ...], group: int | None, left: Tensor, right: Tensor) -> list[tuple[int, ...]]:
-        """Divide tasks into two halves: those nearer to `left`, compared with the others, and those nearer to
-        `right`."""
-        to_left, to_right = self._distances(tasks, left, group), self._distances(tasks, right, group)
-        order = sorted((a - b, task) for a, b, task in zip(to_left, to_right, tasks, strict=True))
-        middle = len(order) // 2
-        if len(order) % 2 and order[middle][0] <= 0:
-            middle += 1
-        sides = order[:middle], order[middle:]
-        return [tuple(sorted(task for _, task in side)) for side in sides]
+    def _joined(self, depth: int, group: int | None, children: Sequence[Node], spread: float | None = None) -> Node:
+        """A node with two children. `spread` is that of all its tasks, if it is known."""
+        first, second = sorted(children, key=lambda child: child.tasks[0])
+        counts = len(first.tasks), len(second.tasks)
+        mean = _mean_of((first.mean, second.mean), counts)
+        tasks = tuple(sorted(first.tasks + second.tasks))
+        node = Node(tasks, depth, mean, 0.0, 0.0, group, children=(first, second))
+        self._measure([node], spread)
+        return node
 
-    def _sides(self, node: Node, tasks: Sequence[int]) -> list[float]:
-        """For each task its distance to the first child's mean minus its distance to the second's, over the group."""
-        first, second = (self._distances(tasks, child.mean, node.group) for child in node.children)
-        return [a - b for a, b in zip(first, second, strict=True)]
+    def _measure(self, nodes: Sequence[Node], spread: float | None = None) -> None:
+        """Set the radius, the spread and the cut of nodes of one depth, each of which has several tasks."""
+        sets = self._sets(nodes)
+        points = sets.points(self._points_of(None))
+        radii = distances(points, torch.stack([node.mean for node in nodes])).max(1).tolist()
+        spreads = self._spreads(sets) if spread is None else [spread]
+        for node, radius, wide in zip(nodes, radii, spreads, strict=True):
+            node.radius, node.spread = radius, wide
+        # Two tasks by themselves lie at the same distance on both sides of 0
+        cut = [bool(node.children) and (len(node.tasks) > 2 or node.group is not None) for node in nodes]
+        for group in {node.group for node in itertools.compress(nodes, cut)}:
+            which = np.array([one and node.group == group for node, one in zip(nodes, cut, strict=True)])
+            split, some = [node for node, one in zip(nodes, which.tolist(), strict=True) if one], points
+            if not which.all():
+                some = points[torch.from_numpy(which)]
+            self._set_cuts(split, group, some[:, :, self._modules(group)], sets.there[which])
+
+    def _set_cuts(self, nodes: Sequence[Node], group: int | None, points: Tensor, there: Bools) -> None:
+        """Set the cuts of nodes that were split by a group: the middle between the sides of both children's tasks. The
+        side of a task is its distance to the first child's mean minus its distance to the second's."""
+        modules = self._modules(group)
+        to = [distances(points, torch.stack([node.children[i].mean[modules] for node in nodes])) for i in (0, 1)]
+        side, first = to[0].astype(np.float64) - to[1], np.zeros_like(there)
+        for number, node in enumerate(nodes):
+            first[number, np.searchsorted(node.tasks, node.children[0].tasks)] = True
+        highest = np.where(first, side, -np.inf).max(1)
+        lowest = np.where(there & ~first, side, np.inf).min(1)
+        for node, cut in zip(nodes, ((highest + lowest) / 2).tolist(), strict=True):
+            node.cut = cut
+
+    def _from_one(self, sets: Sets, places: Rows) -> Floats:
+        """For each set the distances from the task at one place to all, as they stand in the table."""
+        one = torch.from_numpy(np.take_along_axis(sets.rows, places[:, None], 1))
+        return self._far[one, torch.from_numpy(sets.rows)].numpy()
+
+    def _spreads(self, sets: Sets) -> list[float]:
+        """The largest distance of two tasks in each of some sets of rows."""
+        if len(sets.rows) == 1 and sets.rows.size == len(self):
+            return [float(self.distances.max())]
+        rows = torch.from_numpy(sets.rows)
+        if rows.shape[1] > SMALL:
+            return [float(self._far[some][:, some].max()) for some in rows]
+        found: list[float] = self._far[rows[:, :, None], rows[:, None, :]].amax((1, 2)).tolist()
+        return found
 
     def _next(self, node: Node, query: Tensor) -> int:
         """The index of the child on whose side of the cut a query is; exactly on the cut, the smaller child."""
-        rows = self._rows(node.group)
+        rows = self._modules(node.group)
         first, second = (float(distance(query[rows], child.mean[rows])) for child in node.children)
         sizes = [len(child.tasks) for child in node.children]
         side = first - second - node.cut
         return int(side > 0 or (side == 0 and sizes[1] < sizes[0]))
 
-    def _rows(self, group: int | None) -> slice | list[int]:
+    def _modules(self, group: int | None) -> slice | list[int]:
         """An index of the group's modules; a slice if they follow each other, so that indexing makes no copy."""
         if group is None:
             return slice(None)
@@ -412,29 +523,82 @@ class SimilarityTree:
         whole = modules == list(range(modules[0], modules[-1] + 1))
         return slice(modules[0], modules[-1] + 1) if whole else modules
 
-    def _distances(self, tasks: Sequence[int], query: Tensor, group: int | None = None) -> list[float]:
-        """The distances from `query (L, k)` to each task, over a group's modules."""
-        rows, distances = self._rows(group), []
-        for first in range(0, len(tasks), ROWS):
-            points = torch.stack([self._points[task][rows] for task in tasks[first : first + ROWS]])
-            distances += distance(points, query[rows]).tolist()
-        return distances
+    def _rows(self, tasks: Sequence[int]) -> Rows:
+        """Where tasks stand in the tables."""
+        wanted = np.fromiter(tasks, dtype=np.int64, count=len(tasks))
+        found: Rows = np.searchsorted(self._ids[: len(self)], wanted)
+        return found
 
-    def _mean(self, tasks: Sequence[int], group: int | None = None) -> Tensor:
+    def _sets(self, nodes: Sequence[Node]) -> Sets:
+        rows = self._rows(list(itertools.chain.from_iterable(node.tasks for node in nodes)))
+        return Sets(rows, [len(node.tasks) for node in nodes])
+
+    def _points_of(self, group: int | None) -> Tensor:
+        """All points, `(N, L, k)` with a group's modules."""
+        return self._table[: len(self), self._modules(group)]
+
+    def _among(self, tasks: Sequence[int], others: Sequence[int]) -> Tensor:
+        """The distances of tasks from others, as they stand in the table."""
+        rows, columns = torch.from_numpy(self._rows(tasks)), torch.from_numpy(self._rows(others))
+        return self._far[rows[:, None], columns]
+
+    def _distances(self, tasks: Sequence[int] | None, query: Tensor) -> Tensor:
+        """The distances from `query (L, k)` to each task; None stands for all."""
+        points = self._points_of(None)
+        if tasks is not None:
+            points = points[torch.from_numpy(self._rows(tasks))]
+        rows = at_once(points)
+        return torch.cat([distance(points[i : i + rows], query) for i in range(0, len(points), rows)] or [_NONE])
+
+    def _mean(self, tasks: Sequence[int]) -> Tensor:
         """The mean point of the tasks, `(L, k)`, float32. Their order matters only by rounding."""
-        total = torch.zeros_like(self._points[tasks[0]], dtype=torch.float64)
-        for task in tasks:
-            total += self._points[task]
-        return (total / len(tasks)).float()
+        points = self._points_of(None)[torch.from_numpy(self._rows(tasks))]
+        return means(points[None], np.ones((1, 1, len(tasks)), dtype=bool))[0, 0]
+
+    def _shaped(self, tensors: dict[str, Tensor]) -> Node:
+        """The root, from the tensors of `shape()`.
+
+        Raises:
+            StateError: they do not describe a tree.
+        """
+        order = tensors["order"].tolist()
+        entries = zip(*(tensors[name].tolist() for name in ("splits", "cuts", "widths")), strict=True)
+
+        def node(start: int, end: int, depth: int) -> Node:
+            tasks = tuple(sorted(order[start:end]))
+            if len(tasks) == 1:
+                return Node(tasks, depth, self._points[tasks[0]], 0.0, 0.0)
+            (first, group), cut, (radius, spread) = next(entries)
+            if not 0 <= first < len(tasks):
+                raise ValueError(f"{first} of {len(tasks)} tasks")
+            if not first:
+                return Node(tasks, depth, self._mean(tasks), radius, spread, cut=cut)
+            children = node(start, start + first, depth + 1), node(start + first, end, depth + 1)
+            found = group if group >= 0 else None
+            mean = _mean_of([child.mean for child in children], [len(child.tasks) for child in children])
+            return Node(tasks, depth, mean, radius, spread, found, cut, children)
+
+        try:
+            root, left = node(0, len(order), 0), sum(1 for _ in entries)
+        except (StopIteration, ValueError) as error:
+            raise StateError(f"a stored similarity tree has nodes that make no tree: {error!r}") from None
+        if left:
+            raise StateError(f"a stored similarity tree has {left} nodes that belong nowhere")
+        return root
 
     def _restored(self, stored: dict[str, Any]) -> Node:
-        tasks, depth = tuple(stored["tasks"]), stored["depth"]
-        if stored["children"]:
-            node = _parent(depth, stored["group"], [self._restored(child) for child in stored["children"]])
+        """A node as `nodes()` gives it."""
+        tasks, depth, group = tuple(stored["tasks"]), stored["depth"], stored["group"]
+        children = tuple(self._restored(child) for child in stored["children"])
+        if children:
+            mean = _mean_of([child.mean for child in children], [len(child.tasks) for child in children])
         else:
-            node = Node(tasks, depth, self._points[tasks[0]] if len(tasks) == 1 else self._mean(tasks), 0.0, 0.0)
-        node.cut, node.radius, node.spread = stored["cut"], stored["radius"], stored["spread"]
-        return node
+            mean = self._points[tasks[0]] if len(tasks) == 1 else self._mean(tasks)
+        return Node(tasks, depth, mean, stored["radius"], stored["spread"], group, stored["cut"], children)
+
+
+_NONE = torch.zeros(0)
+_NOWHERE = torch.zeros(0, 0)
 
 
 def _holds(node: Node, task: int) -> bool:
@@ -442,13 +606,17 @@ def _holds(node: Node, task: int) -> bool:
     return place < len(node.tasks) and node.tasks[place] == task
 
 
-def _parent(depth: int, group: int | None, children: Sequence[Node]) -> Node:
-    """A node with two children, not yet measured. Its mean is computed from theirs, so the cost does not depend on the
-    number of tasks."""
-    first, second = sorted(children, key=lambda child: child.tasks)
-    tasks = tuple(sorted(first.tasks + second.tasks))
-    mean = (first.mean * len(first.tasks) + second.mean * len(second.tasks)) / len(tasks)
-    return Node(tasks, depth, mean, 0.0, 0.0, group, children=(first, second))
+def _divide(node: Node, halves: Sequence[Sequence[int]]) -> None:
+    """Give a node its children, the one with the smallest id first. They have no means yet."""
+    first, second = (Node(half, node.depth + 1, _NOWHERE, 0.0, 0.0) for half in sorted(map(tuple, halves)))
+    node.children = first, second
+
+
+def _mean_of(means: Sequence[Tensor], counts: Sequence[int] | Sequence[Tensor]) -> Tensor:
+    """The mean of two nodes' tasks, computed from theirs, so the cost does not depend on the number of tasks; or of
+    many pairs of nodes."""
+    (first, second), (one, other) = means, counts
+    return (first * one + second * other) / (one + other)
 
 
 def _described(node: Node) -> dict[str, Any]:
@@ -461,149 +629,3 @@ def _described(node: Node) -> dict[str, Any]:
         "spread": node.spread,
         "children": [_described(child) for child in node.children],
     }
-
-
-class LowerConfidenceSearch:
-    """Finds the task with the smallest mean value, by trying one task in each step.
-
-    This is BAST (Coquelin & Munos 2007) for losses, the algorithm that TreeLoRA cites for its Eq. 2; as printed, the
-    inner case of that equation is a maximum of one number. Let `t` be the number of steps so far, `n` of them through a
-    node, and `μ` the mean of their values. The bound of the node is
-
-        LCB = max(min over children of LCB, μ − c sqrt(2 ln(t + 1) / n) − δ),        δ = 0 for a task,
-
-    and −∞ if the node was never tried. A step goes from the root to the child with the smaller LCB. Only the nodes on
-    its path get new bounds, so a step costs `O(log N)` and a few microseconds; the other bounds keep the `t` of their
-    last visit.
-
-    Ties are decided by a hash of the seed and `t`, so there is no random state, and all processes decide the same. A
-    node at the tree's largest depth chooses among its tasks by the same rule.
-
-    Args:
-        tree: the tree. It is read once, and later changes of the tree have no effect. Make a new search for each task.
-        scale: `c`.
-        seed: decides ties.
-        delta: `δ` of nodes with several tasks. "radius" takes the node's `spread`, with which LCB is a true bound. Or
-            one number for all nodes, or a function of the node.
-
-    Raises:
-        UsageError: the tree is empty, or the scale is not a number ≥ 0.
-    """
-
-    def __init__(
-        self,
-        tree: SimilarityTree,
-        scale: float = 0.3,
-        seed: int = 0,
-        delta: Literal["radius"] | float | Callable[[Node], float] = "radius",
-    ):
-        if tree.root is None:
-            raise UsageError("an empty tree cannot be searched")
-        if not (scale >= 0 and math.isfinite(scale)):
-            raise UsageError(f"the scale of a search is {scale}; a number ≥ 0 is expected")
-        self.scale, self.seed = scale, seed
-        self.steps = 0
-        """`t`, the number of observations so far."""
-        self.evaluations = 0
-        """The number of bounds that the last `select` compared; at most `2 ⌈log2 N⌉` if leaves have one task."""
-        self._children: list[tuple[int, ...]] = []
-        self._parents: list[int] = []
-        self._deltas: list[float] = []
-        self._tasks: list[int] = []  # the task of a leaf; -1 for other nodes
-        self._leaves: dict[int, int] = {}
-        self._enter(tree.root, -1, delta)
-        self._counts = [0] * len(self._parents)
-        self._means = [0.0] * len(self._parents)
-        self._bounds = [-math.inf] * len(self._parents)
-
-    def select(self) -> int:
-        """The task to try next; it stays the same until `observe` is called."""
-        node, bounds, draw = 0, self._bounds, -1
-        self.evaluations = 0
-        while children := self._children[node]:
-            self.evaluations += len(children)
-            values = [bounds[child] for child in children]
-            least = min(values)
-            if values.count(least) > 1:
-                children = tuple(child for child, value in zip(children, values, strict=True) if value == least)
-                draw = draw if draw >= 0 else seed_of("search", self.seed, self.steps)
-                draw, chosen = divmod(draw, len(children))
-                node = children[chosen]
-            else:
-                node = children[values.index(least)]
-        return self._tasks[node]
-
-    def observe(self, task: int, value: float) -> None:
-        """Add an observation: the distance `value` of a task, from 0 to 1. The task need not be the selected one.
-
-        Raises:
-            UsageError: there is no such task, or the value is out of range.
-        """
-        if task not in self._leaves:
-            raise UsageError(f"the search has no task {task}; it has {sorted(self._leaves)}")
-        if not 0 <= value <= 1:
-            raise UsageError(f"the distance to task {task} is {value}; a number from 0 to 1 is expected")
-        self.steps += 1
-        reach = self.scale * math.sqrt(2 * math.log(self.steps + 1))
-        counts, means, bounds = self._counts, self._means, self._bounds
-        node = self._leaves[task]
-        while node >= 0:
-            counts[node] += 1
-            means[node] += (value - means[node]) / counts[node]
-            bound = means[node] - reach / math.sqrt(counts[node]) - self._deltas[node]
-            if children := self._children[node]:
-                bound = max(bound, min([bounds[child] for child in children]))
-            bounds[node] = bound
-            node = self._parents[node]
-
-    def pulls(self) -> dict[int, int]:
-        """The number of observations of each task, by id."""
-        return {task: self._counts[self._leaves[task]] for task in sorted(self._leaves)}
-
-    def means(self) -> dict[int, float]:
-        """The mean value of each observed task, by id."""
-        return {task: self._means[self._leaves[task]] for task, count in self.pulls().items() if count}
-
-    def state(self) -> dict[str, Any]:
-        """The state as JSON-able values. A search in the same tree continues from it with the same steps. The bound of
-        a node that was never tried is None."""
-        return {
-            "steps": self.steps,
-            "tasks": list(self._tasks),
-            "counts": list(self._counts),
-            "means": list(self._means),
-            "bounds": [bound if math.isfinite(bound) else None for bound in self._bounds],
-            "seed": self.seed,
-        }
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from `state()`.
-
-        Raises:
-            StateError: the state belongs to a search in another tree.
-        """
-        if state["tasks"] != self._tasks:
-            raise StateError("a stored search belongs to another tree than this one, so it cannot continue")
-        self.steps, self.seed = state["steps"], state["seed"]
-        self._counts, self._means = list(state["counts"]), list(state["means"])
-        self._bounds = [-math.inf if bound is None else bound for bound in state["bounds"]]
-
-    def _enter(self, node: Node, parent: int, delta: Literal["radius"] | float | Callable[[Node], float]) -> int:
-        """Give numbers to a node, to all nodes below it, and to the tasks of a leaf with several tasks."""
-        index = self._number(parent, node.tasks[0] if len(node.tasks) == 1 else -1)
-        if len(node.tasks) > 1:
-            spread = node.spread if delta == "radius" else delta(node) if callable(delta) else float(delta)
-            self._deltas[index] = spread
-            below = [self._enter(child, index, delta) for child in node.children]
-            self._children[index] = tuple(below or [self._number(index, task) for task in node.tasks])
-        return index
-
-    def _number(self, parent: int, task: int) -> int:
-        index = len(self._parents)
-        self._parents.append(parent)
-        self._children.append(())
-        self._deltas.append(0.0)
-        self._tasks.append(task)
-        if task >= 0:
-            self._leaves[task] = index
-        return index

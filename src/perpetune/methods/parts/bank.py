@@ -29,6 +29,11 @@ class Kept:
     weight: int
 
 
+def nothing(slot: int) -> Mapping[str, Tensor]:
+    """Nothing is stored beside a set."""
+    return {}
+
+
 class Bank(nn.Module):
     """Sets of pets of earlier tasks on one net, each with a number.
 
@@ -40,12 +45,20 @@ class Bank(nn.Module):
         model: the model, with the set `working`.
         working: the name of the set that is trained.
         common: names of sets that are in force beside each set of the bank.
+        beside: gives further tensors of the set with a number, which a state stores with it, by their paths in the
+            method.
     """
 
-    def __init__(self, model: Model, working: str, common: Sequence[str] = ()):
+    def __init__(
+        self,
+        model: Model,
+        working: str,
+        common: Sequence[str] = (),
+        beside: Callable[[int], Mapping[str, Tensor]] = nothing,
+    ):
         super().__init__()
         self._models = (model,)  # in a tuple, so that it is not a submodule: it is one of the method already
-        self.working, self.common = working, tuple(common)
+        self.working, self.common, self.beside = working, tuple(common), beside
         self.kept: dict[int, Kept] = {}
         self._rows: dict[str, list[str]] = {}  # for each set the classes whose rows are stored with it
         self._values: dict[str, list[Tensor]] = {}  # and these rows, one tensor for each parameter of the head
@@ -157,6 +170,10 @@ class Bank(nn.Module):
         """Note that values of a set are others than before."""
         self._resting.pop(name, None)
 
+    def renewed(self) -> None:
+        """Note that values of all sets are others than before."""
+        self._resting = {}
+
     # -- predicting -----------------------------------------------------------------------------------
 
     def predict(self, inputs: Inputs, by: Sequence[int], *, own: bool = True) -> Tensor:
@@ -247,11 +264,12 @@ class Bank(nn.Module):
             model, bank: the names under which the method has the model and the bank.
         """
         new = [name for name in self.names() if name not in self._resting]
+        numbers = {set_name(slot): slot for slot in self.kept} if new else {}
         here = [(path, m) for path, m in self.model.named_modules() if isinstance(m, Slot)] if new else []
         for name in new:
             pets = {f"{model}.{path}.pets.{name}": slot.pet(name) for path, slot in here if name in slot.pets}
             rows = {f"{bank}.{name}-rows-{i}": rows for i, rows in enumerate(self._values.get(name, []))}
-            self._resting[name] = Resting(pets, rows)
+            self._resting[name] = Resting(pets, {**rows, **(self.beside(numbers[name]) if name in numbers else {})})
         return self._resting
 
     @property

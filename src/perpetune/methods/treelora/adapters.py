@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from perpetune.methods.parts.bank import Bank, Kept, set_name
+from perpetune.methods.parts.bank import Bank, Kept, nothing, set_name
 from perpetune.models.base import Model
 from perpetune.numerics.exact import exactly
-from perpetune.numerics.lowrank import Factors, cosine, inner, merged
+from perpetune.numerics.lowrank import Factors, Merging, cosine, inner, merged
 from perpetune.numerics.similarity_tree import SimilarityTree
 from perpetune.pets import LoRA, has_set
 
@@ -27,10 +27,13 @@ class LoRABank(Bank):
         model: the model, with the set `working` of LoRAs.
         working: the name of the set that is trained.
         budget: the most sets that are kept; None is all.
+        beside: as of `Bank`.
     """
 
-    def __init__(self, model: Model, working: str, budget: int | None):
-        super().__init__(model, working)
+    def __init__(
+        self, model: Model, working: str, budget: int | None, beside: Callable[[int], Mapping[str, Tensor]] = nothing
+    ):
+        super().__init__(model, working, beside=beside)
         self.budget = budget
         self.merged: str | None = None
         """The name of the set into which all are merged; None before that."""
@@ -38,6 +41,7 @@ class LoRABank(Bank):
         # Modules of one shape, and the LoRAs to which they are drawn
         self._target: list[tuple[list[int], Factors]] = []
         self._least = torch.zeros(())  # the least norm in `alignment`
+        self._sums = _Sums()  # of the first so many kept sets
 
     def reset(self) -> None:
         """Give the working set the values that it had when the bank was made."""
@@ -100,17 +104,28 @@ class LoRABank(Bank):
             gone: the number of the adapter that is removed.
         """
         self._mean([kept, gone], set_name(kept))
+        self.reloaded()
         one, other = self.kept[kept], self.kept.pop(gone)
         classes = list(dict.fromkeys(one.classes + other.classes))
         self.kept[kept] = Kept(kept, one.tasks + other.tasks, classes, one.weight + other.weight)
         self._remove(set_name(gone))
 
+    @torch.no_grad()
     def merge_all(self, name: str) -> None:
-        """Store the mean of all adapters as the set `name`."""
+        """Store the mean of all adapters as the set `name`. Only those are looked at that came since the last time."""
         if not has_set(self.model, name):
             self._put(self.working, name)
         self.merged = name
-        self._mean(list(self.kept), name)
+        for slot in [*self.kept][self._sums.count :]:
+            factors = [pet.factors() for pet in self._loras(set_name(slot))]
+            self._sums.add(factors, self._stored_rows(set_name(slot)), self.kept[slot].weight)
+        for into, parts in zip(self._loras(name), self._sums.parts, strict=True):
+            into.set_factors([part.mean(into.rank) for part in parts])
+        self._store_rows(name, self._sums.mean_rows())
+
+    def reloaded(self) -> None:
+        """Note that sets have other values than before: their mean is computed anew, from all, when it is asked for."""
+        self._sums = _Sums()
 
     @torch.no_grad()
     def _mean(self, among: Sequence[int], name: str) -> None:
@@ -142,13 +157,50 @@ class LoRABank(Bank):
         if self.merged is not None and state["merged"] is None and has_set(self.model, self.merged):
             self._remove(self.merged)
         self.merged = state["merged"]
+        self.reloaded()
         super().set_extra_state(state)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRABank:
+        self.reloaded()
+        super()._apply(fn, recurse)
+        return self
 
     def _loras(self, name: str) -> list[LoRA]:
         return [pet for pet in self._pets(name) if isinstance(pet, LoRA)]
 
     def _flat(self, name: str) -> list[Factors]:
         return [factors for pet in self._loras(name) for factors in pet.factors()]
+
+
+class _Sums:
+    """What the mean of sets is computed from, so that one more set costs the same however many there are. The sums
+    depend on the sets and their order alone, not on when they were asked for."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        """The number of sets."""
+        self.parts: list[list[Merging]] = []
+        """For each place and each part of its LoRA."""
+        self._rows: dict[str, tuple[float, list[Tensor], Sequence[Tensor]]] = {}
+
+    def add(self, factors: Sequence[Sequence[Factors]], rows: Mapping[str, Sequence[Tensor]], weight: float) -> None:
+        """Add a set with its rows of the head, by class."""
+        self.parts = self.parts or [[Merging() for _ in parts] for parts in factors]
+        for sums, parts in zip(self.parts, factors, strict=True):
+            for one, part in zip(sums, parts, strict=True):
+                one.add(part, weight)
+        for c, given in rows.items():
+            exact = [weight * row.cpu().double() for row in given]
+            whole, sums_of, _ = self._rows.get(c, (0.0, [torch.zeros_like(row) for row in exact], ()))
+            self._rows[c] = whole + weight, [a + b for a, b in zip(sums_of, exact, strict=True)], given
+        self.count += 1
+
+    def mean_rows(self) -> dict[str, list[Tensor]]:
+        """For each class the mean of its rows."""
+        return {
+            c: [(row / whole).to(like) for row, like in zip(rows, given, strict=True)]
+            for c, (whole, rows, given) in self._rows.items()
+        }
 
 
 def _stacked(factors: Sequence[Factors]) -> Factors:

@@ -21,7 +21,8 @@ from perpetune.methods.base import Answers, Method, Resting, training
 from perpetune.methods.parts.bank import set_name
 from perpetune.methods.parts.probe import gradients_of
 from perpetune.methods.treelora.adapters import LoRABank
-from perpetune.methods.treelora.search import Kind, Search, TaskTree
+from perpetune.methods.treelora.memory import TaskTree
+from perpetune.methods.treelora.search import Kind, Search
 from perpetune.methods.treelora.sketch import GradientSketch, in_groups
 from perpetune.models.base import Mask, Model
 from perpetune.models.classifier import Classifier, feature_table
@@ -118,7 +119,7 @@ class TreeLoRA(Method):
         blocks = [int(number[1]) if (number := re.search(r"\.(\d+)(\.|$)", n)) else -1 for n in self.gradients.names]
         self.layers, self.layer_names = in_groups(self.gradients.names, blocks, groups)
         self.similar = TaskTree(self.layers, self.gradients.shape)
-        self.bank = LoRABank(model, DEFAULT, budget)
+        self.bank = LoRABank(model, DEFAULT, budget, lambda slot: self.similar.beside(slot, "similar"))
         self.selector = select.make(model.backbone.dim)
         self.tasks: list[str] = []
         """The task of each member of the selector."""
@@ -172,12 +173,13 @@ class TreeLoRA(Method):
             self.task_facts["start"] = self.tasks[-1]
         if self.start == "nearest" or self.regularise > 0:
             signature = normalised(self._probed(task))  # the adapter has the values of the last task here
+            far = tree.far(signature)
             if self.start == "nearest":
-                nearest = tree.nearest(signature).id
+                nearest = tree.ids[int(far.numpy().argmin())]  # of several the first one
                 self.bank.load(nearest)
                 self.task_facts["start"] = self.bank.called(nearest)
             if self.regularise > 0:
-                self.search = Search(tree, self.kind, self.confidence, task.seed_of("search"), signature)
+                self.search = Search(tree, self.kind, self.confidence, task.seed_of("search"), signature, far)
         if self.start == "fresh":
             self.bank.reset()
 
@@ -225,23 +227,24 @@ class TreeLoRA(Method):
     def _keep(self, task: Task) -> None:
         """Store the adapter and the signature, and merge adapters above the budget."""
         self._look_closer()
-        tree, bank = self.similar.tree, self.bank
+        similar, bank = self.similar, self.bank
+        tree = similar.tree
         if self.search is not None:
             self.task_facts["helped"] = [
                 {"group": name, "steps": {bank.called(helper): n for helper, n in counts.items()}}
                 for name, counts in zip(self.layer_names, self.search.counts, strict=True)
             ]
-        bank.keep(tree.insert(normalised(self.mean.value)), task.name, task.classes, len(task.train))
+        bank.keep(similar.insert(normalised(self.mean.value)), task.name, task.classes, len(task.train))
         while (pair := bank.over(tree)) is not None:
             kept, gone = pair
             self.task_facts["merged"].append([bank.called(kept), bank.called(gone)])
             share = bank.weight(gone) / (bank.weight(kept) + bank.weight(gone))
             middle = torch.lerp(tree.point(kept), tree.point(gone), share)
             bank.merge(kept, gone)
-            tree.remove(gone)
-            tree.replace(kept, normalised(middle))
+            similar.merge(kept, gone, normalised(middle))
         bank.merge_all(MERGED)
-        self.similar.store()
+        if similar.store():
+            bank.renewed()
         self.search = None
 
     def _prototypes(self, task: Task) -> None:
@@ -294,6 +297,10 @@ class TreeLoRA(Method):
 
     def resting(self) -> Mapping[str, Resting]:
         return self.bank.resting()
+
+    def restored(self) -> None:
+        self.similar.reloaded()
+        self.bank.reloaded()
 
     def acting(self, name: str | None) -> contextlib.AbstractContextManager[None]:
         return super().acting(None) if name is None else self.bank.acting(name)

@@ -1,59 +1,17 @@
-"""Finds the earlier tasks most similar to the present one: the stored tree of all tasks, and the search in training."""
+"""The search in training for the earlier tasks most similar to the present one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from perpetune.numerics.confidence_search import LowerConfidenceSearch
 from perpetune.numerics.signature import distance
-from perpetune.numerics.similarity_tree import ROUNDING, LowerConfidenceSearch, Node, SimilarityTree
+from perpetune.numerics.similarity_tree import ROUNDING, Node, SimilarityTree
 from perpetune.seeding import seed_of
 
 Kind = Literal["lcb", "nearest", "random", "farthest"]
-
-
-class TaskTree(nn.Module):
-    """A `SimilarityTree` that is stored with its method.
-
-    Args:
-        groups: indices of modules in groups, shallow ones first.
-        shape: the shape of a signature, `(L, k)`.
-    """
-
-    points: Tensor
-    distances: Tensor
-
-    def __init__(self, groups: Sequence[Sequence[int]], shape: tuple[int, int]):
-        super().__init__()
-        self.shape = shape
-        self._tree: SimilarityTree | None = SimilarityTree(groups)
-        self.store()
-
-    @property
-    def tree(self) -> SimilarityTree:
-        """The tree. The caller changes it in place and then calls `store`."""
-        if self._tree is None:  # a state was loaded, and the tree has to be built from its tensors
-            tensors = {"points": self.points.cpu(), "distances": self.distances.cpu()}
-            self._tree = SimilarityTree.from_state(tensors, self._rest)
-        return self._tree
-
-    def store(self) -> None:
-        """Copy the present tree into the buffers that a checkpoint holds."""
-        tensors, self._rest = self.tree.state()
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor)
-
-    def get_extra_state(self) -> dict[str, Any]:
-        return self._rest
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        count = len(state["ids"])
-        self.register_buffer("points", torch.zeros(count, *self.shape) if count else torch.zeros(0, 0, 0))
-        self.register_buffer("distances", torch.zeros(count, count))
-        self._rest, self._tree = state, None
 
 
 class Search:
@@ -68,9 +26,18 @@ class Search:
         seed: decides ties, and the picks of `random`; the same in all processes.
         signature: normalised `(L, k)`, the task's signature before its first step. The bounds start from its distance
             to every earlier task, so that the first steps need not try all of them.
+        far: these distances, in the order of ids, if they are known.
     """
 
-    def __init__(self, tree: SimilarityTree, kind: Kind, confidence: float, seed: int, signature: Tensor):
+    def __init__(
+        self,
+        tree: SimilarityTree,
+        kind: Kind,
+        confidence: float,
+        seed: int,
+        signature: Tensor,
+        far: Tensor | None = None,
+    ):
         assert tree.root is not None
         self.tree, self.kind, self.seed = tree, kind, seed
         self.steps = 0
@@ -82,10 +49,13 @@ class Search:
             tree, confidence, seed, delta=lambda node: node.spread / (2 * self._widest)
         )
         if kind == "lcb":
-            for known in self._ids:
-                self._bounds.observe(known, self.residual(known, signature))
-        shallow = [node for node in tree if 0 < node.depth < len(tree.groups)]
-        self._middles = {node: _middle(tree, node) for node in shallow}
+            more = (tree.far(signature) if far is None else far) - distance(self._mean, signature)
+            self._bounds.begin(self._scaled(more.double()).tolist())
+        self._middles: dict[Node, int] = {}
+        level = tree.root.children
+        for _ in range(1, len(tree.groups)):
+            self._middles |= {node: _middle(tree, node) for node in level}
+            level = tuple(child for node in level for child in node.children)
         self.picked = self._next(signature)
         """The task to which the present step is drawn."""
 
@@ -120,8 +90,11 @@ class Search:
         The part that all distances share does not help to choose, so it is subtracted. By the triangle inequality the
         rest is at most the spread of the tree. Divided by that, the bounds can distinguish near tasks.
         """
-        more = float(distance(self.tree.point(known), signature) - distance(self._mean, signature))
-        return min(1.0, max(0.0, 0.5 + more / (2 * self._widest)))
+        more = distance(self.tree.point(known), signature) - distance(self._mean, signature)
+        return float(self._scaled(more.double()))
+
+    def _scaled(self, more: Tensor) -> Tensor:
+        return (more / (2 * self._widest) + 0.5).clamp(0, 1)
 
     def state(self) -> dict[str, Any]:
         """The state as JSON-able values. With it a search in the same tree continues as if it had not been stopped."""
@@ -158,5 +131,5 @@ def _middle(tree: SimilarityTree, node: Node) -> int:
     Two tasks alone in a node are always equally far from its mean, and without this rule the result would depend on the
     rounding of the processor.
     """
-    far = [float(distance(tree.point(task), node.mean)) for task in node.tasks]
+    far = tree.far(node.mean, node.tasks).tolist()
     return next(task for task, value in zip(node.tasks, far, strict=True) if value <= min(far) + ROUNDING)
