@@ -32,6 +32,8 @@ FOLDER = "kept"
 NAME = re.compile(r"00-[0-9a-f]{64}\.safetensors")
 TENSOR = "features"
 HEADER = 2**12  # most bytes before the tensor
+SPARE = 2**26
+"""Bytes of tables that stay in memory while their tasks wait for their turn."""
 SELDOM = 1 / 8
 """The folder is looked through when so many files were written, as a share of those in it."""
 DECIDE = ("perpetune", "torch", "transformers", "timm", "open_clip_torch", "numpy", "pillow")
@@ -83,13 +85,15 @@ class KeptFeatures(Keeper):
         self._missing: set[Key] = set()
         self._stored: set[Key] = set()
         self._told = False
+        self._spare: dict[Key, Table] = {}  # tables that wait for their turn; their files are there too
+        self._spare_bytes = 0
         self._lying: int | None = None  # files in the folder, when it was looked through last
         self._written, self._room = 0, 0  # files since then, and the bytes that were free then and are still
 
     def table(self, key: Key) -> Table | None:
         found = self.tables.get(key)
         if found is None and self.folder is not None and key not in self._missing:
-            found = self._read(key)
+            found = self._from_spare(key) or self._read(key)
             if found is None or self.bytes + found.bytes > self.most:
                 self._missing.add(key)
                 return None
@@ -104,9 +108,14 @@ class KeptFeatures(Keeper):
             since: if not all tasks were asked, what was used after this time is not dropped; in seconds since 1970.
         """
         for key, table in list(self.tables.items()):
+            whole = bool(table.known.all())
             stays = key in self.used or (since is not None and self.folder is None)
-            if not stays or not bool(table.known.all()):
+            if not stays or not whole:
                 del self.tables[key]
+            if not stays and whole and key in self._stored:
+                self._spare[key] = table
+                self._spare_bytes += table.bytes
+        self._drop_spare(0 if since is None else min(SPARE, self.most))
         if self.folder is not None:
             try:
                 self._settle(self.folder, since)
@@ -138,6 +147,9 @@ class KeptFeatures(Keeper):
             dropped, self._lying, others = _unused(folder, wanted, since, self.most - self.bytes)
             for path in dropped:
                 path.unlink(missing_ok=True)
+            names = {path.name for path in dropped}
+            for key in [key for key in self._spare if _name(key) in names]:
+                self._from_spare(key)
             self._written, self._room = 0, self.most - self.bytes - others + size
         for key, content in packed.items():
             write_file(folder / _name(key), content)
@@ -148,6 +160,16 @@ class KeptFeatures(Keeper):
             for name in wanted:
                 with contextlib.suppress(FileNotFoundError):  # somebody has deleted it, and may
                     os.utime(folder / name)
+
+    def _drop_spare(self, most: int) -> None:
+        """Drop those spare tables that were used longest ago, until the others have at most so many bytes."""
+        while self._spare_bytes > most:
+            self._from_spare(next(iter(self._spare)))
+
+    def _from_spare(self, key: Key) -> Table | None:
+        found = self._spare.pop(key, None)
+        self._spare_bytes -= 0 if found is None else found.bytes
+        return found
 
     def _read(self, key: Key) -> Table | None:
         assert self.folder is not None
