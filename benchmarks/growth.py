@@ -8,8 +8,10 @@ A month is a folder of a few small pictures of two classes, the same two in ever
 into one state. The net is a random transformer of two blocks, so that what grows is not hidden behind what does not.
 Time is that of this process's CPU, in milliseconds: the median of the months up to the one that is named (a tenth of
 them, at least five). `by part` are seconds of the clock as `timings.json` has them, in the same median. `opened_ms` is
-a `Learner.load` of the state as it is then. `state_kb` is without the pages of the report. `slopes` are those of
-straight lines through the logarithms of ten months and more. Prints JSON, a line for each method.
+a `Learner.load` of the state as it is then. `state_kb` is without the pages of the report. With `--turns`, copies of
+the state at all marks learn the months around their mark in turns at the end, so that all have the same load on the
+machine (`turns_ms`, the median). `slopes` are those of straight lines through the logarithms of ten months and more.
+Prints JSON, a line for each method.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import json
 import math
 import os
 import random
+import shutil
 import statistics
 import tempfile
 import time
@@ -34,6 +37,7 @@ from perpetune.results import read_results
 from perpetune.seeding import own_global_state
 
 SIDE = 16
+WARM = 2  # turns that are not counted: a state that was just opened reads documents for the first time
 TRAIN, TEST = 8, 2  # pictures of each class of a month
 CLASSES = ("even", "odd")
 LORA = {"name": "lora", "at": ["q", "v"], "rank": 2}
@@ -95,17 +99,37 @@ def grown(way: Mapping[str, Any], marks: Sequence[int], place: Path, given: argp
         content["head"] = {**RIDGE, "projection": given.features}
     learner = Learner(content, place / "state")
     spent: list[float] = []
+    copies: dict[int, Path] = {}
     found: list[dict[str, Any]] = []
     for number in range(1, marks[-1] + 1):
         folder = month(place / "months" / f"{number:04d}", number)
         began = time.process_time()
         learner.learn(folder)
         spent.append(1000 * (time.process_time() - began))
+        mark = number + WARM + given.turns // 2
+        if given.turns and mark >= 10 and mark in marks:  # so its months in turns are those around the mark
+            copies[mark] = Path(shutil.copytree(place / "state", place / f"state-{mark}"))
         if number in marks:
             found.append(looked(learner, spent, place / "state"))
             if given.verbose:
                 print(json.dumps(found[-1]), flush=True)
+    del learner
+    for number, ms in in_turns(copies, place, given.turns).items():
+        next(one for one in found if one["months"] == number)["turns_ms"] = ms
     return {"at": found, "slopes": slopes(found)}
+
+
+def in_turns(copies: Mapping[int, Path], place: Path, turns: int) -> dict[int, float]:
+    """The median of the months that states of several lengths learn in turns, so that all have the same load."""
+    learners = {number: Learner.load(folder) for number, folder in copies.items()}
+    spent: dict[int, list[float]] = {number: [] for number in learners}
+    for turn in range(turns + WARM if learners else 0):
+        for number, learner in learners.items():
+            folder = month(place / "turns" / f"{number}-{turn}", 10**6 + 1000 * number + turn)
+            began = time.process_time()
+            learner.learn(folder)
+            spent[number].append(1000 * (time.process_time() - began))
+    return {number: round(statistics.median(found[WARM:]), 1) for number, found in spent.items()}
 
 
 def looked(learner: Learner, spent: Sequence[float], folder: Path) -> dict[str, Any]:
@@ -145,7 +169,8 @@ def slopes(found: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         return {}
     return {
         key: round(slope([(one["months"], one[key]) for one in late]), 3)
-        for key in ("ms", "opened_ms", "resident_mb", "state_kb")
+        for key in ("ms", "turns_ms", "opened_ms", "resident_mb", "state_kb")
+        if all(key in one for one in late)
     }
 
 
@@ -163,6 +188,9 @@ def main() -> None:
     parser.add_argument("--features", type=int, help="the width of ridge's random features")
     parser.add_argument("--marks", type=int, nargs="+", help="the months at which it is looked at")
     parser.add_argument("--run", nargs="*", type=_pair, default=[], help="KEY=VALUE of `run`, such as keep=2")
+    parser.add_argument(
+        "--turns", type=int, default=0, help="months that copies of all marks learn in turns at the end"
+    )
     parser.add_argument("--out", type=Path, help="a file of JSON lines to append to")
     parser.add_argument("--verbose", action="store_true", help="print each mark as it is reached")
     given = parser.parse_args()
