@@ -63,6 +63,7 @@ class Bank(nn.Module):
         self._rows: dict[str, list[str]] = {}  # for each set the classes whose rows are stored with it
         self._values: dict[str, list[Tensor]] = {}  # and these rows, one tensor for each parameter of the head
         self._resting: dict[str, Resting] = {}
+        self._by_task: Mapping[str, int] | None = None
         # Caches, because a search for pets goes through the whole net.
         self._sets: dict[str, list[PET]] = {}
         self._forms: dict[str, tuple[Any, ...] | None] = {}
@@ -79,9 +80,11 @@ class Bank(nn.Module):
         """The number of examples on which a set was trained."""
         return self.kept[slot].weight
 
-    def by_task(self) -> dict[str, int]:
-        """For each task, the number of its set."""
-        return {task: slot for slot, kept in self.kept.items() for task in kept.tasks}
+    def by_task(self) -> Mapping[str, int]:
+        """For each task, the number of its set. Asked for every batch, so it is made once for each change of `kept`."""
+        if self._by_task is None:
+            self._by_task = {task: slot for slot, kept in self.kept.items() for task in kept.tasks}
+        return self._by_task
 
     # -- the working set ------------------------------------------------------------------------------
 
@@ -99,7 +102,7 @@ class Bank(nn.Module):
             source: the name of the set that is copied; None is the working set.
         """
         self._put(source or self.working, set_name(slot))
-        self.kept[slot] = Kept(slot, [task], list(classes), weight)
+        self.kept[slot], self._by_task = Kept(slot, [task], list(classes), weight), None
         self._store_rows(set_name(slot), {c: self._row(c) for c in classes} if self.model.per_class() else {})
 
     def drop(self, slot: int) -> None:
@@ -113,6 +116,7 @@ class Bank(nn.Module):
             self._store_rows(set_name(one), rows[one + 1])
         self._remove(set_name(last))
         del self.kept[last]
+        self._by_task = None
 
     # -- the head's rows ------------------------------------------------------------------------------
 
@@ -292,7 +296,7 @@ class Bank(nn.Module):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         before = set(self.names())
-        self.kept = {entry["slot"]: Kept(**entry) for entry in state["kept"]}
+        self.kept, self._by_task = {entry["slot"]: Kept(**entry) for entry in state["kept"]}, None
         wanted, present = set(self.names()), set(sets(self.model))
         for name in sorted((before & present) - wanted):
             self._remove(name)

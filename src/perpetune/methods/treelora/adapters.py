@@ -108,6 +108,7 @@ class LoRABank(Bank):
         one, other = self.kept[kept], self.kept.pop(gone)
         classes = list(dict.fromkeys(one.classes + other.classes))
         self.kept[kept] = Kept(kept, one.tasks + other.tasks, classes, one.weight + other.weight)
+        self._by_task = None
         self._remove(set_name(gone))
 
     @torch.no_grad()
