@@ -229,7 +229,12 @@ def test_a_pool_of_an_earlier_version_goes_on(workshop: Workshop, tmp_path: Path
     assert torch.equal(scores(folder), after)
     assert State(folder).committed[-1].rest() == now.rest()
     shutil.rmtree(folder)
-    again, _ = old_state("pool-means", tmp_path / "state", workshop.vit)
+    goes_on_and_back("pool-means", workshop, tmp_path, after, before)
+
+
+def goes_on_and_back(name: str, workshop: Workshop, tmp_path: Path, after: torch.Tensor, before: torch.Tensor) -> None:
+    """The old state learns the fourth task in one go and answers as `after`; rolled back it answers as `before`."""
+    again, _ = old_state(name, tmp_path / "state", workshop.vit)
     Learner.load(again).learn(tmp_path / "more", name="g-h")
     assert torch.equal(scores(again), after)
     with State(again).writing():
@@ -260,12 +265,7 @@ def test_treelora_of_an_earlier_version_goes_on(workshop: Workshop, tmp_path: Pa
     for task in range(4):
         assert f"similar.{task}-signature" in load(files[f"rest-task-{task}.safetensors"])
     shutil.rmtree(folder)
-    again, _ = old_state("treelora-routed", tmp_path / "state", workshop.vit)
-    Learner.load(again).learn(tmp_path / "more", name="g-h")
-    assert torch.equal(scores(again), after)
-    with State(again).writing():
-        State(again).rollback("e-f")
-    assert torch.equal(scores(again), before)
+    goes_on_and_back("treelora-routed", workshop, tmp_path, after, before)
 
 
 def keep_state(shop: Workshop, name: str) -> None:
