@@ -121,7 +121,7 @@ def test_metadata(wheel: zipfile.ZipFile, metadata: Message) -> None:
     assert metadata["Version"] == __version__
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
-    extras = ["all", "data", "docs", "lm", "onnx", "openclip", "peft", "serve", "test", "timm", "track"]
+    extras = ["all", "data", "docs", "lm", "onnx", "openclip", "peft", "resize", "serve", "test", "timm", "track"]
     assert metadata.get_all("Provides-Extra") == extras
     info = f"perpetune-{__version__}.dist-info"
     assert "perpetune = perpetune.cli:main" in wheel.read(f"{info}/entry_points.txt").decode()

@@ -36,8 +36,9 @@ from micro_features import Encoder, Pictures, measure
 from perpetune import registry
 from perpetune._version import __version__
 from perpetune.data.guess import guess_source
+from perpetune.data.pictures.resize import Interpolation
 from perpetune.data.pictures.tables import PictureTable
-from perpetune.data.pictures.view import Interpolation, PictureView
+from perpetune.data.pictures.view import PictureView
 from perpetune.data.sources import Source
 from perpetune.errors import MissingExtra, UsageError
 from perpetune.files import read_folder, remove_folder, to_json, write_folder

@@ -13,7 +13,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from perpetune.data.pictures.view import Interpolation, PictureView
+from perpetune.data.pictures.resize import Interpolation
+from perpetune.data.pictures.view import PictureView
 from perpetune.errors import PerpetuneError, UsageError, closest
 from perpetune.models.backbone import Backbone, triple
 from perpetune.models.loaders.causal_lm import Dtype

@@ -10,7 +10,8 @@ from typing import Any, get_args
 
 from safetensors import SafetensorError, safe_open
 
-from perpetune.data.pictures.view import Interpolation, PictureView
+from perpetune.data.pictures.resize import Interpolation
+from perpetune.data.pictures.view import PictureView
 from perpetune.errors import PerpetuneError, UsageError, closest
 from perpetune.models.backbone import Backbone, triple
 from perpetune.models.loaders.checkpoint import check_written, unbuilt

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from perpetune.data.pictures.view import Interpolation, PictureView
+from perpetune.data.pictures.resize import Interpolation
+from perpetune.data.pictures.view import PictureView
 from perpetune.errors import UsageError
 from perpetune.models.backbone import Backbone, triple
 from perpetune.models.loaders.checkpoint import config_of, model_of

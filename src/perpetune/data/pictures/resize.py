@@ -1,0 +1,153 @@
+"""Resize pictures: with Pillow, to the same bits in less time, or with torch's kernels, to almost the same values.
+
+`exact` is Pillow's result. Who makes it does not show: after some pictures, if numba is installed, a process takes
+`passes.py` in the place of Pillow where both give the same bits.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom of a part of a picture, in its pixels."""
+
+MOST = 4_000_000
+"""Pixels of the largest picture that `by_passes` takes less time for: it needs memory for two copies."""
+PATIENCE = 256
+"""Pictures that a process resizes with Pillow first, for numba takes as long as this to start."""
+
+
+def exact(image: Image, size: int, interpolation: Interpolation, box: Box | None) -> Tensor:
+    """The part `box` of an RGB picture, or all of it, as uint8 `(3, size, size)`, to the bits of the Pillow in use."""
+    if interpolation in ("bilinear", "bicubic") and _passes.are_ready() and image.width * image.height <= MOST:
+        return by_passes(image, size, interpolation == "bicubic", box)
+    return by_pillow(image, size, interpolation, box)
+
+
+def fast(image: Image, size: int, interpolation: Interpolation, box: Box | None) -> Tensor:
+    """As `exact`, by torch's kernels for the bilinear and the bicubic filter. Values differ by one or two.
+
+    The result may have a fourth channel without meaning. The kernels are fast where the channels of a pixel lie side by
+    side."""
+    if interpolation not in ("bilinear", "bicubic"):
+        return exact(image, size, interpolation, box)
+    if box is not None:
+        left, top = (min(round(start), end - 1) for start, end in zip(box[:2], image.size, strict=True))
+        image = image.crop((left, top, max(left + 1, round(box[2])), max(top + 1, round(box[3]))))
+    width, height = image.size
+    stored = torch.frombuffer(bytearray(image.tobytes("raw", "RGBX")), dtype=torch.uint8)  # as Pillow holds it
+    pixels = stored.view(1, height, width, 4).permute(0, 3, 1, 2)
+    return F.interpolate(pixels, size=(size, size), mode=interpolation, antialias=True)[0]
+
+
+def by_pillow(image: Image, size: int, interpolation: Interpolation, box: Box | None) -> Tensor:
+    """As `exact`, by Pillow itself."""
+    from PIL.Image import Resampling
+
+    image = image.resize((size, size), Resampling[interpolation.upper()], box=box)
+    planes = bytearray()
+    for channel in "RGB":  # Pillow copies a channel faster than numpy or torch can turn the axes
+        planes += image.tobytes("raw", channel)
+    return torch.frombuffer(planes, dtype=torch.uint8).view(3, size, size)
+
+
+def by_passes(image: Image, size: int, cubic: bool, box: Box | None) -> Tensor:
+    """As `exact`, by `passes.py`, for the bicubic and the bilinear filter. ImportError without numba."""
+    from perpetune.data.pictures import passes
+
+    width, height = image.size
+    left, top, right, bottom = (np.float32(side) for side in box or (0, 0, width, height))  # Pillow's own precision
+    x = _Axis(*passes.weights(width, float(left), float(right - left) / size, size, cubic))
+    y = _Axis(*passes.weights(height, float(top), float(bottom - top) / size, size, cubic))
+    stored = np.frombuffer(image.tobytes("raw", "RGBX"), np.uint32).reshape(height, width)
+    pixels = stored[y.begin : y.end, x.begin : x.end]  # a pixel is one number, so axes are turned fast
+    if rows_first(width, height, size):
+        low = passes.one_pass(_lines(pixels), y.begin, y.first, y.whole).view(np.uint32)
+        made = _lines(passes.one_pass(_lines(low.T), x.begin, x.first, x.whole).view(np.uint32).T)
+    else:
+        narrow = passes.one_pass(_lines(pixels.T), x.begin, x.first, x.whole).view(np.uint32)
+        made = passes.one_pass(_lines(narrow.T), y.begin, y.first, y.whole)
+    return torch.from_numpy(passes.planes(made))
+
+
+class _Axis(NamedTuple):
+    """What the new values of one axis take of the old ones; see `passes.weights`."""
+
+    first: np.ndarray[tuple[int], np.dtype[np.int64]]
+    whole: np.ndarray[tuple[int, int], np.dtype[np.int32]]
+
+    @property
+    def begin(self) -> int:
+        return int(self.first[0])
+
+    @property
+    def end(self) -> int:
+        return int(self.first[-1]) + self.whole.shape[1]
+
+
+def _lines(pixels: np.ndarray[Any, np.dtype[np.uint32]]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Pixels `(A, B)`, one number each, as a copy `(A, 4 * B)` with one number for each channel."""
+    return np.array(pixels, order="C").view(np.uint8)
+
+
+def rows_first(width: int, height: int, size: int) -> bool:
+    """Whether Pillow makes a picture lower before it makes it narrower. Each pass rounds, so the order shows.
+
+    Pillow does so since version 13, where the height loses more than twice as many pixels as the width, of the whole
+    picture also if a part of it is resized.
+    """
+    from PIL import __version__
+
+    lost = height - size
+    return int(__version__.partition(".")[0]) >= 13 and lost > 0 and lost > 2 * (width - size)
+
+
+class _Passes:
+    """Whether `passes.py` resizes in this process."""
+
+    def __init__(self) -> None:
+        self._seen = 0
+        self._ready: bool | None = None
+
+    def are_ready(self) -> bool:
+        if self._ready is None:
+            self._seen += 1
+            if self._seen > PATIENCE:
+                self._ready = importlib.util.find_spec("numba") is not None and self._agree()
+        return bool(self._ready)
+
+    def _agree(self) -> bool:
+        """Whether they give Pillow's bits, for pictures of some shapes: a new version of Pillow may add otherwise."""
+        from PIL import Image, __version__
+
+        rng = np.random.default_rng(0)
+        try:
+            import numba
+
+            if getattr(numba.config, "DISABLE_JIT", False):
+                raise ArithmeticError("NUMBA_DISABLE_JIT is set")
+            for width, height in ((50, 37), (37, 50), (38, 60), (38, 61), (12, 33), (9, 12)):
+                image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+                for box in (None, (0.4, 2.6, width - 1.3, height - 0.7)):
+                    for cubic in (False, True):
+                        expected = by_pillow(image, 16, "bicubic" if cubic else "bilinear", box)
+                        if not torch.equal(by_passes(image, 16, cubic, box), expected):
+                            raise ArithmeticError(f"it does not resize to the bits of Pillow {__version__}")
+        except Exception as error:  # noqa: BLE001  numba has many errors, and nothing is lost without it
+            warnings.warn(f"numba is not used: {error}. Pillow resizes instead, in more time.", stacklevel=2)
+            return False
+        return True
+
+
+_passes = _Passes()
