@@ -79,7 +79,7 @@ class PlainTree:
             return self._built(tasks, node.depth)
         side = self._next(node, self._points[task])
         sizes = [len(child.tasks) + (i == side) for i, child in enumerate(node.children)]
-        if abs(sizes[0] - sizes[1]) > 1:
+        if abs(sizes[0] - sizes[1]) > 1 + len(tasks) // 16:
             return self._built(tasks, node.depth)
         children = [self._with(child, task) if i == side else child for i, child in enumerate(node.children)]
         return self._joined(node.depth, node.group, children)
@@ -90,7 +90,7 @@ class PlainTree:
         if not tasks:
             return None
         sizes = [len(child.tasks) - (task in child.tasks) for child in node.children]
-        if not sizes or 0 in sizes or abs(sizes[0] - sizes[1]) > 1:
+        if not sizes or 0 in sizes or abs(sizes[0] - sizes[1]) > 1 + len(tasks) // 16:
             return self._built(tasks, node.depth)
         children = [self._without(child, task) if task in child.tasks else child for child in node.children]
         return self._joined(node.depth, node.group, [child for child in children if child is not None])

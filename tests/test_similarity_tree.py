@@ -24,7 +24,7 @@ from perpetune.errors import StateError, UsageError
 from perpetune.numerics import halving, similarity_tree
 from perpetune.numerics.confidence_search import LowerConfidenceSearch
 from perpetune.numerics.signature import distance, normalised
-from perpetune.numerics.similarity_tree import Node, SimilarityTree
+from perpetune.numerics.similarity_tree import Node, SimilarityTree, uneven
 from perpetune.seeding import generator, numpy_generator
 
 MODULES, SIZE = 4, 16
@@ -75,8 +75,11 @@ def close(found: Tensor, expected: Tensor) -> None:
     assert float((found - expected).abs().max()) < 1e-6
 
 
-def check(tree: SimilarityTree, reference: dict[int, Tensor]) -> None:
-    """Every promise about the tree's shape and the figures of its nodes, against a plain list of points."""
+def check(tree: SimilarityTree, reference: dict[int, Tensor], at_once: bool = False) -> None:
+    """Every promise about the tree's shape and the figures of its nodes, against a plain list of points.
+
+    Of a tree that was built at once the promises about halves are stricter.
+    """
     assert tree.ids == tuple(sorted(reference))
     assert len(tree) == len(reference)
     if not reference:
@@ -84,7 +87,7 @@ def check(tree: SimilarityTree, reference: dict[int, Tensor]) -> None:
         return
     assert tree.root is not None
     assert tree.root.tasks == tree.ids
-    assert tree.depth <= min(tree.max_depth, math.ceil(math.log2(len(reference))))
+    assert tree.depth <= min(tree.max_depth, math.ceil(math.log2(len(reference))) + (not at_once))
     every = torch.stack([reference[task] for task in tree.ids])
     table = torch.stack([distance(every, point) for point in every])
     close(tree.distances, table)
@@ -98,7 +101,7 @@ def check(tree: SimilarityTree, reference: dict[int, Tensor]) -> None:
             first, second = node.children
             assert sorted(first.tasks + second.tasks) == list(node.tasks)
             assert first.tasks[0] == node.tasks[0]
-            assert abs(len(first.tasks) - len(second.tasks)) <= 1
+            assert abs(len(first.tasks) - len(second.tasks)) <= 1 + (0 if at_once else len(node.tasks) // 16)
             assert first.depth == second.depth == node.depth + 1
         else:
             assert len(node.tasks) == 1 or node.depth == tree.max_depth
@@ -135,14 +138,14 @@ class TestShape:
         """N = 1 to 64, built at once."""
         for count in [*range(1, 18), 23, 31, 32, 33, 47, 63, 64]:
             made = degenerate(kind, count)
-            check(SimilarityTree.build(made, GROUPS), dict(enumerate(made)))
+            check(SimilarityTree.build(made, GROUPS), dict(enumerate(made)), at_once=True)
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_holds_while_tasks_come(self, kind: str) -> None:
         tree, made = SimilarityTree(GROUPS), degenerate(kind, 64)
         for count, point in enumerate(made, 1):
             assert tree.insert(point) == count - 1
-            assert tree.depth <= math.ceil(math.log2(count))
+            assert tree.depth <= math.ceil(math.log2(count)) + 1
             if count in (1, 2, 3, 5, 8, 13, 33, 64):
                 check(tree, dict(enumerate(made[:count])))
 
@@ -210,6 +213,36 @@ class TestShape:
             tree.insert(point)
             plain.insert(point)
         same(tree, plain)
+
+    def test_the_depth_is_bounded_where_each_node_is_as_uneven_as_it_may_be(self) -> None:
+        deepest = [0, 0]
+        for count in range(2, 20_001):
+            larger = max(part for part in range(count // 2, count) if not uneven(part, count - part))
+            deepest.append(1 + deepest[larger])
+        assert all(depth <= math.ceil(math.log2(count)) + 1 for count, depth in enumerate(deepest) if count > 1)
+        assert any(depth > math.ceil(math.log2(count)) for count, depth in enumerate(deepest) if count > 1)
+
+    @pytest.mark.parametrize("drifting", [False, True])
+    def test_large_parts_are_seldom_built_again(self, drifting: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        """So many tasks are split anew for each insertion, in the mean: a few, and with even halves many more."""
+
+        def split_anew(count: int) -> float:
+            built: list[int] = []
+            whole = SimilarityTree._built
+
+            def counted(tree: SimilarityTree, tasks: tuple[int, ...], depth: int) -> Node:
+                built.append(len(tasks))
+                return whole(tree, tasks, depth)
+
+            made = normalised(randn(3, count, 1, 16) + (torch.arange(count)[:, None, None] / 50 if drifting else 0))
+            with monkeypatch.context() as patched:
+                patched.setattr(SimilarityTree, "_built", counted)
+                grown(made)
+            return sum(built) / count
+
+        assert split_anew(500) < 30
+        monkeypatch.setattr(similarity_tree, "uneven", lambda first, second: abs(first - second) > 1)  # the control
+        assert split_anew(500) > 60
 
     def test_only_the_path_changes(self) -> None:
         made = points(12)

@@ -53,7 +53,7 @@ class LowerConfidenceSearch:
         self.steps = 0
         """`t`, the number of observations so far."""
         self.evaluations = 0
-        """The number of bounds that the last `select` compared; at most `2 ⌈log2 N⌉` if leaves have one task."""
+        """The number of bounds that the last `select` compared; at most `2 ⌈log2 N⌉ + 2` if leaves have one task."""
         self._children: list[tuple[int, ...]] = []
         self._parents: list[int] = []
         self._deltas: list[float] = []

@@ -1,8 +1,8 @@
 """A tree of tasks, ordered by the distances of their signatures.
 
 The tree is that of TreeLoRA (Qian et al. 2025, arXiv:2506.10355), but every node is split into halves, so that every
-search goes through `⌈log2 N⌉` levels. `SimilarityTree.nearest` is given a signature and finds the nearest task exactly;
-`confidence_search.py` searches with one noisy distance in each step.
+search goes through about `log2 N` levels. `SimilarityTree.nearest` is given a signature and finds the nearest task
+exactly; `confidence_search.py` searches with one noisy distance in each step.
 """
 
 from __future__ import annotations
@@ -71,8 +71,10 @@ class SimilarityTree:
     count. How tasks are split (`halving.halved`) does not divide a cluster if that can be avoided. Ids matter only in
     exact ties.
 
-    Halves always differ by at most one task: if an insertion or a removal would unbalance a node, that node is built
-    again. So the depth is at most `min(max_depth, ⌈log2 N⌉)`. Ids are names; they never change and are not used again.
+    A node is split into halves. As tasks come and go, its children may differ by a sixteenth of its tasks. If they
+    would differ by more (`uneven`), the node is built again. So a large part of the tree is seldom built again, and the
+    depth is at most `min(max_depth, ⌈log2 N⌉ + 1)` for up to 20,000 tasks. Ids are names; they never change and are not
+    used again.
 
     Args:
         groups: indices of modules in groups, shallow ones first; None for one group of all modules.
@@ -158,7 +160,7 @@ class SimilarityTree:
         """Add a task and return its id, which is one more than the largest id that was ever used.
 
         The task goes to the nearer child at every level. Means, radii and spreads change on its path only. The highest
-        node on the path whose halves would differ by two is built again.
+        node on the path whose children would be uneven is built again.
 
         Raises:
             UsageError: the point is not a finite `(L, k)` of normalised rows, or has another shape than the tree's.
@@ -387,7 +389,7 @@ class SimilarityTree:
             return self._built(tasks, node.depth)
         side = self._next(node, self._points[task])
         sizes = [len(child.tasks) + (i == side) for i, child in enumerate(node.children)]
-        if abs(sizes[0] - sizes[1]) > 1:
+        if uneven(*sizes):
             return self._built(tasks, node.depth)
         children = [self._with(child, task) if i == side else child for i, child in enumerate(node.children)]
         spread = max(node.spread, float(self._among((task,), node.tasks).max()))
@@ -399,7 +401,7 @@ class SimilarityTree:
         if not tasks:
             return None
         sizes = [len(child.tasks) - (task in child.tasks) for child in node.children]
-        if not sizes or 0 in sizes or abs(sizes[0] - sizes[1]) > 1:
+        if not sizes or 0 in sizes or uneven(*sizes):
             return self._built(tasks, node.depth)
         children = [self._without(child, task) if task in child.tasks else child for child in node.children]
         return self._joined(node.depth, node.group, [child for child in children if child is not None])
@@ -595,6 +597,14 @@ class SimilarityTree:
         else:
             mean = self._points[tasks[0]] if len(tasks) == 1 else self._mean(tasks)
         return Node(tasks, depth, mean, stored["radius"], stored["spread"], group, stored["cut"], children)
+
+
+def uneven(first: int, second: int) -> bool:
+    """Whether children of these numbers of tasks differ by more than one task and a sixteenth of all.
+
+    If not a single task more were allowed, a node would be built again after a few insertions, however large it is.
+    """
+    return abs(first - second) > 1 + (first + second) // 16
 
 
 _NONE = torch.zeros(0)
