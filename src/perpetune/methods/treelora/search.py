@@ -51,7 +51,11 @@ class Search:
         if kind == "lcb":
             more = (tree.far(signature) if far is None else far) - distance(self._mean, signature)
             self._bounds.begin(self._scaled(more.double()).tolist())
-        self._middles: dict[Node, int] = {}  # of the nodes that steps have gone through
+        self._middles: dict[Node, int] = {}
+        level = tree.root.children
+        for _ in range(1, len(tree.groups)):
+            self._middles |= {node: _middle(tree, node) for node in level}
+            level = tuple(child for node in level for child in node.children)
         self.picked = self._next(signature)
         """The task to which the present step is drawn."""
 
@@ -63,10 +67,7 @@ class Search:
         """
         path = self.tree.path(self.picked)
         below = [path[min(level + 1, len(path) - 1)] for level in range(len(self.counts) - 1)]
-        for node in below:
-            if node not in self._middles:
-                self._middles[node] = _middle(self.tree, node)
-        return [*(self._middles[node] for node in below), self.picked]
+        return [*(self._middles.get(node, self.picked) for node in below), self.picked]
 
     def step(self, signature: Tensor | None) -> None:
         """Count the step that is done, and pick the task for the next one.
