@@ -390,6 +390,25 @@ def test_auto_keeps_what_takes_no_more_than_the_newest(tmp_path: Path, monkeypat
     assert prune.oldest_kept("auto", 0, 0, [10**12]) == 0  # the one before the newest, however large
 
 
+def test_auto_drops_many_tasks_at_once_and_then_none_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    def drops(share: float) -> list[int]:
+        """How many tasks each of 1,000 commits drops, where each earlier task takes 1 kB of its own."""
+        monkeypatch.setattr(prune, "SHARE", share)
+        oldest, found = 0, []
+        for newest in range(1, 1001):
+            now = prune.oldest_kept("auto", oldest, 500, [1_000] * newest)
+            assert 1_000 * (newest - now) <= 100_000  # never more than may be
+            assert now == oldest or newest - now == int(100 * share)
+            found.append(now - oldest)
+            oldest = now
+        return found
+
+    monkeypatch.setattr(prune, "FLOOR", 100_000)
+    assert {n for n in drops(0.75) if n} == {26}
+    assert sum(n > 0 for n in drops(0.75)) == 35  # of 900 that are dropped
+    assert sum(n > 0 for n in drops(1.0)) == 900  # the control
+
+
 def test_a_state_of_an_older_version_keeps_all_until_its_recipe_says_so(tmp_path: Path) -> None:
     world = filled(tmp_path / "state", 2, tasks=0)
     path = tmp_path / "state" / "recipe.yaml"

@@ -153,7 +153,8 @@ class RunSection(Section):
     keep: Literal["auto", "all"] | Annotated[int, Field(ge=1)] = "auto"
     """How many of the newest tasks can be rolled back to, the newest one among them. With `auto`, the earlier tasks
     together take at most as many bytes of their own as the newest needs alone, or 16 MB if that is more; the one before
-    the newest is always kept. What is not kept is dropped after a commit."""
+    the newest is always kept. If they take more, the oldest are dropped after a commit, until the rest takes three
+    quarters of that."""
     compile: bool | Literal["max-autotune-no-cudagraphs"] = False
     """Run the frozen blocks through `torch.compile`, or through its slower search for faster code. The first steps take
     long, and later ones are faster on a GPU."""

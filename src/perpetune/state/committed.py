@@ -190,6 +190,10 @@ class Committed:
         found: Mapping[str, Rest] = self._recent("rest", lambda: self._rest(index or self.index_of()))
         return found
 
+    def has_rest(self, rest: Mapping[str, Rest]) -> None:
+        """Take over the sets at rest that were written for the task just now, so that nobody has to read them."""
+        self._recent("rest", lambda: rest)
+
     def _rest(self, index: Index) -> Mapping[str, Rest]:
         if AT_REST not in index:
             return index.rest

@@ -285,7 +285,7 @@ class State:
         plain = {file: to_json(content, LINES.get(file)) for file, content in documents.items()}
         entries, self._entries = self._entries, None
         manifest = write_folder(folder, {**learned, **stored, **plain, **files})
-        add_task(self._known, folder.parent, folder.name, Said(manifest=manifest))
+        add_task(self._known, folder.parent, folder.name, Said(manifest=manifest)).has_rest(rest)
         self._entries = None if entries is None else [*entries, folder.name]
         self._rested = {name: (of, rest[name]) for name, of in resting.items()}
         self._log_commit(self._known)

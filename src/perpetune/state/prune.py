@@ -50,6 +50,9 @@ from perpetune.store import (
 Keep = Literal["auto", "all"] | int
 FLOOR = 16 * 10**6
 """Bytes that earlier tasks may always take of their own, under `auto`."""
+SHARE = 0.75
+"""If they take more, tasks are pruned until the rest takes at most this share: many at once, then none for a while. To
+find out what a prune may drop, lists are read that name what all tasks have."""
 WORTH = 0.25
 """A pack is written anew if at least this share of it comes free."""
 _MANIFEST = re.compile(r"manifest\.\d+\.json")
@@ -69,10 +72,13 @@ def oldest_kept(keep: Keep, oldest: int, needs: int, frees: Sequence[int]) -> in
         return oldest
     if keep != "auto":
         return max(oldest, min(newest, newest + 1 - keep))
-    total, first, most = 0, newest, max(FLOOR, needs)
+    most = max(FLOOR, needs)
+    if sum(frees[oldest:]) <= most:
+        return oldest
+    total, first = 0, newest
     for index in range(newest - 1, oldest - 1, -1):
         total += frees[index]
-        if total > most and first < newest:
+        if total > SHARE * most and first < newest:
             break
         first = index
     return first
