@@ -30,7 +30,8 @@ PATIENCE = 256
 
 def exact(image: Image, size: int, interpolation: Interpolation, box: Box | None) -> Tensor:
     """The part `box` of an RGB picture, or all of it, as uint8 `(3, size, size)`, to the bits of the Pillow in use."""
-    if interpolation in ("bilinear", "bicubic") and _passes.are_ready() and image.width * image.height <= MOST:
+    same, pixels = box is None and image.size == (size, size), image.width * image.height
+    if not same and pixels <= MOST and interpolation in ("bilinear", "bicubic") and _passes.are_ready():
         return by_passes(image, size, interpolation == "bicubic", box)
     return by_pillow(image, size, interpolation, box)
 
