@@ -222,10 +222,13 @@ def _json(files: Mapping[str, bytes], name: str, where: str) -> dict[str, Any]:
 
 
 def _persistent(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and stored buffers, each once however many modules share it."""
-    kept = module.state_dict(keep_vars=True)
-    named = [*module.named_parameters(), *module.named_buffers()]
-    return {name: tensor for name, tensor in named if name in kept}
+    """Parameters and stored buffers, each once however many modules share it.
+
+    torch's `state_dict` would also make the extra state of every module, which may be long.
+    """
+    lost = {f"{path}.{n}" if path else n for path, m in module.named_modules() for n in m._non_persistent_buffers_set}
+    buffers = {name: buffer for name, buffer in module.named_buffers() if name not in lost}
+    return {**dict(module.named_parameters()), **buffers}
 
 
 def _owned(method: Method, kind: type[nn.Module]) -> set[int]:
