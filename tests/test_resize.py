@@ -8,6 +8,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numba
 import numpy as np
 import PIL
 import pytest
@@ -168,6 +169,17 @@ def test_without_machine_code_pillow_resizes(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("numba.config.DISABLE_JIT", 1)
     with pytest.warns(UserWarning, match="numba is not used: NUMBA_DISABLE_JIT is set. Pillow resizes instead"):
         assert not resize._Passes().are_ready()
+
+
+def test_machine_code_needs_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("numba.core.caching.CacheImpl._locator_classes", [])
+
+    def plus_one(x: int) -> int:
+        return x + 1
+
+    with pytest.raises(RuntimeError, match="cannot cache"):
+        numba.njit(plus_one, cache=True)  # the control
+    assert passes._compiled(plus_one)(2) == 3
 
 
 def test_threads_resize_side_by_side(ready: resize._Passes) -> None:
