@@ -183,11 +183,12 @@ def single_task(
     Args:
         index, name: of the task; the name is made safe for a folder.
         holdout: share of the examples of each class that becomes the test, where the source has none.
-        fresh: whether they were never learned; of those that were, labels are not compared again.
+        fresh: whether they were never learned; of those that were, labels are not compared again, nor test examples
+            with those for training: what was found was said then.
     """
     uncut = {"by": None, "classes_per_task": None, "class_order": "sorted", "order": None}
     options = options.model_copy(update={**uncut, "holdout": holdout}).fitted(source.gives, source.classed)
-    tables, warnings = _tables(source, options, view)
+    tables, warnings = _tables(source, options, view, compare=fresh)
     if fresh:
         warnings += _two_labels(tables, options) + _alike(tables.train)
     rows = [range(len(table)) if table is not None else () for table in (tables.validation, tables.test)]
@@ -201,8 +202,12 @@ def single_task(
     return task
 
 
-def _tables(source: Source, options: StreamOptions, view: View) -> tuple[_Tables, list[str]]:
-    """The tables and warnings, after all checks that need not open an example."""
+def _tables(source: Source, options: StreamOptions, view: View, compare: bool = True) -> tuple[_Tables, list[str]]:
+    """The tables and warnings, after all checks that need not open an example.
+
+    Args:
+        compare: whether test examples are looked for among those for training.
+    """
     if source.gives != view.takes:
         raise UsageError(f"data: these are {source.gives}, but the backbone takes {view.takes}")
     tables = _Tables(source.train(), source.validation(), source.test())
@@ -219,7 +224,7 @@ def _tables(source: Source, options: StreamOptions, view: View) -> tuple[_Tables
             raise DataError(f"these {table.noun}s have no label: {several(unlabelled)}")
     if tables.validation is not None and options.validation:
         warnings.append(f"stream.validation is not used, because the data have validation {tables.noun}s already")
-    if test is not None:
+    if test is not None and compare:
         warnings += _overlap(train, test, options)
     return tables, warnings
 
