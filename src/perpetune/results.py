@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from types import MappingProxyType
 from typing import Any
 
 from perpetune.errors import StateError
-from perpetune.numerics.metrics import Cells, Rows, accuracy, summarise
+from perpetune.numerics.metrics import Rows, accuracy, summarise
 from perpetune.numerics.transfer import summarise as summarise_transfer
 from perpetune.snapshot import FILES, FIXED
 from perpetune.state import DOCUMENTS, Committed, State
@@ -33,6 +33,63 @@ def versions() -> Mapping[str, str]:
     return MappingProxyType(found)
 
 
+class Results(dict[str, Any]):
+    """A results document. Its `cells`, one for each two tasks, are made when somebody reads them for the first time.
+
+    A month of a state with a thousand tasks needs few of them, and a table of a million takes as long as the rest of a
+    commit. In all else it is a dict, also for `json` and `**`; a copy of it is a plain one.
+
+    Args:
+        parts: the other entries, and `cells` in its place with any value.
+        cells: makes them.
+    """
+
+    def __init__(self, parts: Mapping[str, Any], cells: Callable[[], list[list[Any]]]):
+        super().__init__(parts)
+        self._make: Callable[[], list[list[Any]]] | None = cells
+
+    def made(self) -> Results:
+        """The same, with its cells."""
+        if self._make is not None:
+            make, self._make = self._make, None
+            dict.__setitem__(self, "cells", make())
+        return self
+
+    def __getitem__(self, key: str) -> Any:
+        return super().__getitem__(key) if key != "cells" else dict.__getitem__(self.made(), key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return dict.get(self.made() if key == "cells" else self, key, default)
+
+    def __eq__(self, other: object) -> bool:
+        other = other.made() if isinstance(other, Results) else other
+        return dict.__eq__(self.made(), other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(self.made()),)
+
+
+def _of_the_whole(name: str) -> Any:
+    method: Callable[..., Any] = getattr(dict, name)
+
+    @functools.wraps(method)
+    def whole(self: Results, *given: Any, **named: Any) -> Any:
+        return method(self.made(), *given, **named)
+
+    return whole
+
+
+# `__iter__` too: a class without its own is read past `__getitem__` by `dict` and by `**`.
+for _name in (
+    "__iter__", "__repr__", "__setitem__", "__delitem__", "__or__", "__ior__", "items", "values", "copy", "pop",
+    "popitem", "setdefault", "update", "clear",
+):  # fmt: skip
+    setattr(Results, _name, _of_the_whole(_name))
+
+
 def read_results(state: State, candidate: Documents | None = None) -> dict[str, Any]:
     """The results document; `perpetune.report` renders it and names its fields. Its parts are shared with other
     documents of the same state: do not change them.
@@ -52,17 +109,16 @@ def read_results(state: State, candidate: Documents | None = None) -> dict[str, 
     journal = state.journal()
     begun: dict[str, Any] = next((e for e in reversed(journal) if e["event"] == "run begun"), {})
     backbone, tasks, joined = state.backbone, list(found.tasks), {key: list(of) for key, of in found.joined.items()}
-    cells = [row + [None] * (len(tasks) - len(row)) for row in found.cells]
     left_out, in_turn = joined["not_asked"], joined["in_turn"]
-    return {
+    parts = {
         "format": 1,
         "name": state.recipe.name,
         "setting": state.recipe.setting,
         "seed": state.recipe.seed,
         "tasks": tasks,
-        "cells": cells,
+        "cells": None,
         "metrics": summarise(
-            cells,
+            found.cells,
             _candidates(tasks, found.ahead) if state.recipe.setting == "class" else tasks,
             [entry["task"] for entry in left_out],
             [entry["task"] for entry in in_turn],
@@ -78,7 +134,7 @@ def read_results(state: State, candidate: Documents | None = None) -> dict[str, 
         "facts": list(found.facts),
         "drift": list(found.drift),
         **{name: joined[name] for name in ("exams", "gates", "forgot") if joined[name]},
-        **_zero_shot(tasks, cells, found.ahead),
+        **_zero_shot(tasks, found),
         "examples": backbone.get("examples"),
         "trainable_parameters": backbone.get("trainable_parameters"),
         "backbone_parameters": backbone.get("parameters"),
@@ -90,6 +146,12 @@ def read_results(state: State, candidate: Documents | None = None) -> dict[str, 
         "complete": begun.get("tasks") is None or len(tasks) >= begun["tasks"],
         "extra": {},
     }
+    return Results(parts, partial(_square, found.cells, len(tasks)))
+
+
+def _square(rows: Sequence[Sequence[Any]], count: int) -> list[list[Any]]:
+    """The cells of the first tasks: rows of one length. What tasks after them add stands behind these."""
+    return [[*row[:count], *[None] * (count - len(row))] for row in rows[:count]]
 
 
 class _Found:
@@ -221,12 +283,13 @@ def _candidates(tasks: Sequence[Mapping[str, Any]], ahead: Sequence[Mapping[str,
     return [{"classes": sorted(every)} for _ in tasks]
 
 
-def _zero_shot(tasks: Sequence[Mapping[str, Any]], cells: Cells, ahead: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _zero_shot(tasks: Sequence[Mapping[str, Any]], found: _Found) -> dict[str, Any]:
     """What is known of tasks that were asked before they were learned, and the figures of it; nothing if none was."""
-    if not ahead:
+    if not found.ahead:
         return {}
-    before = [ahead[0]["of"].get(task["name"]) for task in tasks]
-    return {"unlearned": list(ahead), "zero_shot": summarise_transfer(cells, [before])}
+    before = [found.ahead[0]["of"].get(task["name"]) for task in tasks]
+    cells = _square(found.cells, len(tasks))
+    return {"unlearned": list(found.ahead), "zero_shot": summarise_transfer(cells, [before])}
 
 
 def _file_and_reason(entry: str) -> dict[str, str]:

@@ -56,10 +56,11 @@ def snapshot(method: Method, *, memory: bool = True, without: Collection[str] = 
     Args:
         without: names of sets at rest that are left out too, because somebody has them already.
     """
+    # Before any tensor is read: a method may wait here for what it needs of its last step, and add it to its tensors
+    extra = {name: module.get_extra_state() for name, module in _with_extra(method, memory).items()}
     files = {file: _saved(group) for file, group in tensors(method).items() if memory or file not in FIXED}
     resting = method.resting() if memory else {}
     files |= {rest_file(name): _saved(of.tensors()) for name, of in resting.items() if name not in without}
-    extra = {name: module.get_extra_state() for name, module in _with_extra(method, memory).items()}
     files[EXTRA] = to_json(extra, lines=1)  # it has an entry for each earlier task
     return files
 
