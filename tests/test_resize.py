@@ -30,12 +30,12 @@ def _noise(width: int, height: int, seed: int = 0, hard: bool = False) -> Image.
 
 
 @pytest.fixture
-def ready(monkeypatch: pytest.MonkeyPatch) -> resize._Passes:
+def ready(monkeypatch: pytest.MonkeyPatch) -> resize._Process:
     """A process that has resized enough pictures to take the passes."""
-    made = resize._Passes()
+    made = resize._Process()
     monkeypatch.setattr(resize, "PATIENCE", 0)
-    monkeypatch.setattr(resize, "_passes", made)
-    assert made.are_ready()
+    monkeypatch.setattr(resize, "_process", made)
+    assert made.has_passes()
     return made
 
 
@@ -80,7 +80,7 @@ def test_the_order_of_the_passes_shows() -> None:
         pixels = np.asarray(image.convert("RGBA"))
         narrow = passes.one_pass(np.array(pixels.transpose(1, 0, 2), order="C").reshape(38, -1), 0, *x)
         turned = np.array(narrow.reshape(size, height, 4).transpose(1, 0, 2), order="C").reshape(height, -1)
-        columns_first = torch.from_numpy(passes.planes(passes.one_pass(turned, 0, *y)))
+        columns_first = torch.from_numpy(passes.planes(passes.one_pass(turned, 0, *y), False))
         same = torch.equal(columns_first, resize.by_pillow(image, size, "bicubic", None))
         assert same != resize.rows_first(38, height, size)
 
@@ -103,20 +103,20 @@ def test_which_pass_is_first(
     assert resize.rows_first(width, height, 16) is first
 
 
-def test_a_view_gives_the_same_before_and_after(ready: resize._Passes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_view_gives_the_same_before_and_after(ready: resize._Process, monkeypatch: pytest.MonkeyPatch) -> None:
     image, calls = _noise(90, 70), []
     monkeypatch.setattr(resize, "by_passes", _counted(resize.by_passes, calls))
     views = [PictureView(16, interpolation=name, crop=crop) for name in FILTERS for crop in (None, 0.9)]
     after = [view(image, "crop_flip", seed) for view in views for seed in range(6)]
     assert len(calls) == len(after)
-    monkeypatch.setattr(ready, "_ready", False)
+    monkeypatch.setattr(ready, "_agreed", False)
     before = [view(image, "crop_flip", seed) for view in views for seed in range(6)]
     assert len(calls) == len(after)
     assert all(torch.equal(a, b) and a.is_contiguous() for a, b in zip(after, before, strict=True))
 
 
 def test_other_filters_and_very_large_pictures_are_pillows(
-    ready: resize._Passes, monkeypatch: pytest.MonkeyPatch
+    ready: resize._Process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[Any] = []
     monkeypatch.setattr(resize, "by_passes", _counted(resize.by_passes, calls))
@@ -131,8 +131,35 @@ def test_other_filters_and_very_large_pictures_are_pillows(
 
 def test_pillow_resizes_until_numba_is_worth_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resize, "PATIENCE", 3)
-    made = resize._Passes()
-    assert [made.are_ready() for _ in range(6)] == [False, False, False, True, True, True]
+    monkeypatch.setattr(resize, "_process", resize._Process())
+    calls: list[Any] = []
+    monkeypatch.setattr(resize, "by_passes", _counted(resize.by_passes, calls))
+    image, found = _noise(30, 20), []
+    for _ in range(6):
+        found.append(resize.exact(image, 8, "bicubic", None))
+    assert len([call for call in calls if call[0] is image]) == 3
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
+@pytest.mark.parametrize("way", [resize.exact, resize.fast])
+def test_pillow_keeps_memory_once_there_are_many(way: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kept_after(pictures: int, before: int = 0) -> int:
+        Image.core.set_blocks_max(before)
+        monkeypatch.setattr(resize, "_process", resize._Process())
+        for _ in range(pictures):
+            way(_noise(30, 20), 8, "bicubic", None)
+        return int(Image.core.get_blocks_max())
+
+    monkeypatch.setattr(resize, "PATIENCE", 3)
+    monkeypatch.delenv("PILLOW_BLOCKS_MAX", raising=False)
+    asked = Image.core.get_blocks_max()
+    try:
+        assert (kept_after(3), kept_after(4)) == (0, resize.BLOCKS)
+        assert kept_after(4, before=7) == 7  # somebody has said it
+        monkeypatch.setenv("PILLOW_BLOCKS_MAX", "0")
+        assert kept_after(4) == 0
+    finally:
+        Image.core.set_blocks_max(asked)
 
 
 def test_without_numba_pillow_resizes_and_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,18 +167,18 @@ def test_without_numba_pillow_resizes_and_nothing_is_said(monkeypatch: pytest.Mo
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not resize._Passes().are_ready()
+        assert not resize._Process().has_passes()
 
 
 def test_other_bits_are_found_and_pillow_resizes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resize, "PATIENCE", 0)
     monkeypatch.setattr(resize, "rows_first", lambda *sizes: False)  # as if Pillow had taken up another order
-    made = resize._Passes()
+    made = resize._Process()
     with pytest.warns(UserWarning, match=r"numba is not used: it does not resize to the bits of Pillow \d.*"):
-        assert not made.are_ready()
+        assert not made.has_passes()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not made.are_ready()  # said once
+        assert not made.has_passes()  # said once
 
 
 def test_an_error_of_numba_is_said_and_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,14 +188,14 @@ def test_an_error_of_numba_is_said_and_nothing_is_lost(monkeypatch: pytest.Monke
     monkeypatch.setattr(resize, "PATIENCE", 0)
     monkeypatch.setattr(passes, "one_pass", broken)
     with pytest.warns(UserWarning, match="numba is not used: no code for this processor. Pillow resizes instead"):
-        assert not resize._Passes().are_ready()
+        assert not resize._Process().has_passes()
 
 
 def test_without_machine_code_pillow_resizes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resize, "PATIENCE", 0)
     monkeypatch.setattr("numba.config.DISABLE_JIT", 1)
     with pytest.warns(UserWarning, match="numba is not used: NUMBA_DISABLE_JIT is set. Pillow resizes instead"):
-        assert not resize._Passes().are_ready()
+        assert not resize._Process().has_passes()
 
 
 def test_machine_code_needs_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +209,7 @@ def test_machine_code_needs_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert passes._compiled(plus_one)(2) == 3
 
 
-def test_threads_resize_side_by_side(ready: resize._Passes) -> None:
+def test_threads_resize_side_by_side(ready: resize._Process) -> None:
     images = [_noise(80 + i, 60, i) for i in range(24)]
     with ThreadPoolExecutor(4) as threads:
         found = list(threads.map(lambda image: resize.exact(image, 16, "bicubic", None), images))

@@ -103,12 +103,17 @@ def one_pass(lines: Array, offset: int, first: Array, whole: Array) -> Array:
 
 
 @_compiled
-def planes(pixels: Array) -> Array:
-    """The first three channels of pixels, uint8 `(height, 4 * width)`, as uint8 `(3, height, width)`."""
+def planes(pixels: Array, flip: bool) -> Array:
+    """The first three channels of pixels, uint8 `(height, 4 * width)`, as uint8 `(3, height, width)`; with `flip` left
+    and right are exchanged."""
     height, width = pixels.shape[0], pixels.shape[1] // 4
     made = np.empty((3, height, width), np.uint8)
     for channel in range(3):
         for y in range(height):
-            for x in range(width):
-                made[channel, y, x] = pixels[y, 4 * x + channel]
+            if flip:
+                for x in range(width):
+                    made[channel, y, width - 1 - x] = pixels[y, 4 * x + channel]
+            else:
+                for x in range(width):
+                    made[channel, y, x] = pixels[y, 4 * x + channel]
     return made

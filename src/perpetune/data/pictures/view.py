@@ -67,9 +67,8 @@ class PictureView(View):
             box = random_box(*image.size, rng)
         elif self.crop is not None:
             box = centre_box(*image.size, self.crop, self.squeeze)
-        pixels = (resize.fast if self.fast else resize.exact)(image, self.size, self.interpolation, box)
-        pixels = _flipped(pixels, rng) if rng is not None and "flip" in augment else pixels
-        return pixels[:3]
+        flip = rng is not None and "flip" in augment and _flips(rng)
+        return (resize.fast if self.fast else resize.exact)(image, self.size, self.interpolation, box, flip)
 
     @property
     def least(self) -> int | None:
@@ -185,7 +184,7 @@ class PictureSet(TableSet):
             pixels = table.kept.get((self.view, row), table.mark, row)
             if pixels is not None:
                 flips = self.augment == "flip" and seed is not None
-                return _flipped(pixels, np.random.default_rng(seed)) if flips else pixels
+                return pixels.flip(2) if flips and _flips(np.random.default_rng(seed)) else pixels
         image = table.decoded.get((self.view.least, row), table.mark, row)
         return self.view(self._open(row) if image is None else image, self.augment, seed)
 
@@ -261,14 +260,9 @@ class CaptionSet(PictureSet):
         return Batch(Inputs(pixels=batch.inputs.pixels, caption=drawn), batch.targets, batch.numbers)
 
 
-def _flipped(pixels: Tensor, rng: np.random.Generator) -> Tensor:
-    """Pixels `(C, S, S)`, every second time with left and right exchanged."""
-    if rng.random() >= 0.5:
-        return pixels
-    whole = pixels.permute(1, 2, 0)
-    if len(pixels) == 4 and whole.is_contiguous():  # one number a pixel is turned in a quarter of the time of four
-        return whole.view(torch.int32).flip(1).view(torch.uint8).permute(2, 0, 1)
-    return pixels.flip(2)
+def _flips(rng: np.random.Generator) -> bool:
+    """Whether left and right are exchanged: every second time."""
+    return rng.random() < 0.5
 
 
 def centre_box(width: int, height: int, crop: float, squeeze: bool = False) -> Box:
