@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from perpetune.data.pictures import passes, resize
+from perpetune.data.pictures import memory, passes, resize
 from perpetune.data.pictures.view import PictureView
 
 FILTERS = ("bilinear", "bicubic")
@@ -101,6 +101,31 @@ def test_which_pass_is_first(
 ) -> None:
     monkeypatch.setattr(PIL, "__version__", version)
     assert resize.rows_first(width, height, 16) is first
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_pixels_are_read_where_they_lie_or_copied(hidden: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = _noise(31, 17)
+    if hidden:
+        monkeypatch.setattr(memory, "_shown", lambda image: None)
+    elif not hasattr(image, "__arrow_c_array__"):
+        pytest.skip("this Pillow does not show its memory")
+    pixels, owner = memory.pixels_of(image)
+    assert isinstance(owner, bytearray) == hidden
+    channels = np.stack([pixels >> shift & 255 for shift in (0, 8, 16)], -1)
+    assert np.array_equal(channels, np.asarray(image))
+    image = image.transpose(Image.Transpose.ROTATE_90)
+    assert not np.array_equal(pixels, memory.pixels_of(image)[0].reshape(17, 31))  # the control
+    assert np.array_equal(np.stack([pixels >> shift & 255 for shift in (0, 8, 16)], -1), channels)  # held by its owner
+
+
+def test_a_picture_in_several_blocks_is_copied() -> None:
+    image = _noise(2100, 2100)  # more than 16 MB
+    pixels, owner = memory.pixels_of(image)
+    assert isinstance(owner, bytearray)
+    assert np.array_equal(pixels & 255, np.asarray(image)[..., 0])
+    wanted = resize.by_pillow(image, 16, "bicubic", None)
+    assert torch.equal(resize.by_passes(image, 16, True, None), wanted)
 
 
 def test_a_view_gives_the_same_before_and_after(ready: resize._Process, monkeypatch: pytest.MonkeyPatch) -> None:

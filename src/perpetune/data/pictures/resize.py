@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from perpetune.data.pictures.memory import pixels_of
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -53,13 +55,14 @@ def fast(image: Image, size: int, interpolation: Interpolation, box: Box | None,
     if box is not None:
         left, top = (min(round(start), end - 1) for start, end in zip(box[:2], image.size, strict=True))
         image = image.crop((left, top, max(left + 1, round(box[2])), max(top + 1, round(box[3]))))
-    width, height = image.size
-    stored = torch.frombuffer(bytearray(image.tobytes("raw", "RGBX")), dtype=torch.uint8)  # as Pillow holds it
-    pixels = stored.view(1, height, width, 4).permute(0, 3, 1, 2)  # kernels are fast where channels lie side by side
+    whole, owner = pixels_of(image)  # torch's kernels are fast where the channels of a pixel lie side by side
+    pixels = torch.from_numpy(whole.view(np.uint8).reshape(*whole.shape, 4)).permute(2, 0, 1)[None]
     made = F.interpolate(pixels, size=(size, size), mode=interpolation, antialias=True)[0]
-    whole = made.permute(1, 2, 0)
-    if flip and whole.is_contiguous():  # one number a pixel is turned in a quarter of the time of four
-        made = whole.view(torch.int32).flip(1).view(torch.uint8).permute(2, 0, 1)
+    made = made.clone() if made.data_ptr() == pixels.data_ptr() else made
+    del owner
+    together = made.permute(1, 2, 0)
+    if flip and together.is_contiguous():  # one number a pixel is turned in a quarter of the time of four
+        made = together.view(torch.int32).flip(1).view(torch.uint8).permute(2, 0, 1)
     elif flip:
         made = made.flip(2)
     return made[:3]
@@ -84,14 +87,15 @@ def by_passes(image: Image, size: int, cubic: bool, box: Box | None, flip: bool 
     left, top, right, bottom = (np.float32(side) for side in box or (0, 0, width, height))  # Pillow's own precision
     x = _Axis(*passes.weights(width, float(left), float(right - left) / size, size, cubic))
     y = _Axis(*passes.weights(height, float(top), float(bottom - top) / size, size, cubic))
-    stored = np.frombuffer(image.tobytes("raw", "RGBX"), np.uint32).reshape(height, width)
-    pixels = stored[y.begin : y.end, x.begin : x.end]  # a pixel is one number, so axes are turned fast
+    whole, owner = pixels_of(image)
+    pixels = whole[y.begin : y.end, x.begin : x.end]  # a pixel is one number, so axes are turned fast
     if rows_first(width, height, size):
         low = passes.one_pass(_lines(pixels), y.begin, y.first, y.whole).view(np.uint32)
         made = _lines(passes.one_pass(_lines(low.T), x.begin, x.first, x.whole).view(np.uint32).T)
     else:
         narrow = passes.one_pass(_lines(pixels.T), x.begin, x.first, x.whole).view(np.uint32)
         made = passes.one_pass(_lines(narrow.T), y.begin, y.first, y.whole)
+    del owner  # both first steps have made copies
     return torch.from_numpy(passes.planes(made, flip))
 
 
