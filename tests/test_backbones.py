@@ -465,3 +465,17 @@ def test_the_shared_dinov2(shared: Path) -> None:
     with torch.no_grad():
         expected = net(pixels(backbone))
     assert torch.equal(check(backbone), expected)
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 9])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_pixels_are_normalised_a_few_at_a_time_to_the_same_bits(count: int, layout: torch.memory_format) -> None:
+    backbone = load_backbone("perpetune:micro")
+    pixels = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator("pixels", count))
+    pixels = pixels.to(memory_format=layout)
+    whole = (pixels.float() / 255 - backbone.mean) / backbone.std
+    found = backbone.normalised(pixels)
+    assert torch.equal(found, whole)
+    assert found.stride() == whole.stride()
+    assert torch.equal(backbone.normalised(pixels.float()), whole)
+    assert count == 0 or not torch.equal(found.flip(1), whole)  # the control
