@@ -258,12 +258,16 @@ class Backbone(nn.Module):
         if pixels.device.type == "cpu" and pixels.dtype == torch.uint8 and not traced:
             floats = torch.empty_like(pixels, dtype=self.mean.dtype)
             for few, given in zip(floats.split(FEW), pixels.split(FEW), strict=True):
-                few.copy_(given).div_(255).sub_(self.mean).div_(self.std)
+                self._normalise(few.copy_(given))
             return floats
         floats = pixels.to(self.mean.dtype)
         if floats is pixels:  # floats already, and the caller's
             floats = floats.clone()
-        return floats.div_(255).sub_(self.mean).div_(self.std)  # new memory for a batch takes longer than the division
+        return self._normalise(floats)
+
+    def _normalise(self, floats: Tensor) -> Tensor:
+        """In place: new memory for a batch takes longer than the division."""
+        return floats.div_(255).sub_(self.mean).div_(self.std)
 
     def query(self, inputs: Inputs | Tensor, after: int | None = None) -> Tensor:
         """Features `(B, width)`, float32, by which a selector chooses members: of the net's end, without taps.

@@ -16,7 +16,7 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Pixels = np.ndarray[Any, np.dtype[np.uint32]]
+Numbers = np.ndarray[Any, np.dtype[np.uint32]]
 
 
 class _Arrow(ctypes.Structure):
@@ -40,7 +40,7 @@ _pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _pointer.restype, _pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
 
 
-def pixels_of(image: Image) -> tuple[Pixels, object]:
+def pixels_of(image: Image) -> tuple[Numbers, object]:
     """The pixels `(height, width)` of an RGB picture, one number each: red in the lowest byte, nothing of use in the
     highest. And what owns the memory: the pixels can be read while it is held."""
     shown = _shown(image)
@@ -50,7 +50,7 @@ def pixels_of(image: Image) -> tuple[Pixels, object]:
     return np.frombuffer(content, np.uint32).reshape(image.height, image.width), content
 
 
-def _shown(image: Image) -> tuple[Pixels, object] | None:
+def _shown(image: Image) -> tuple[Numbers, object] | None:
     """The same without a copy; None if Pillow cannot show it, or shows something else than is expected."""
     try:
         _, capsule = image.__arrow_c_array__()

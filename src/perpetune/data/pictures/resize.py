@@ -135,15 +135,17 @@ class _Process:
     """What this process has resized, and what it does because there are many pictures."""
 
     def __init__(self) -> None:
-        self._seen = 0
+        self._seen, self._many = 0, False
         self._agreed: bool | None = None
 
     def counts(self) -> bool:
         """Count one more picture; returns whether there are many."""
-        self._seen += 1
-        if self._seen == PATIENCE + 1:
-            self._keep_memory()
-        return self._seen > PATIENCE
+        if not self._many:
+            self._seen += 1
+            if self._seen > PATIENCE:  # not `==`: threads may count past it
+                self._many = True
+                self._keep_memory()
+        return self._many
 
     def has_passes(self) -> bool:
         """Whether `passes.py` can stand for Pillow."""
