@@ -49,15 +49,16 @@ def _cases(draw: st.DrawFn) -> tuple[int, int, int, resize.Box | None]:
     return width, height, size, (x[0], y[0], x[1], y[1])
 
 
-@given(_cases(), st.sampled_from(FILTERS), st.integers(0, 99), st.booleans())
+@given(_cases(), st.sampled_from(FILTERS), st.integers(0, 99), st.booleans(), st.booleans())
 @settings(max_examples=300, deadline=None)
-def test_all_bits_are_those_of_pillow(case: Any, name: Any, seed: int, hard: bool) -> None:
+def test_all_bits_are_those_of_pillow(case: Any, name: Any, seed: int, hard: bool, flip: bool) -> None:
     width, height, size, box = case
     if box is not None and not (np.float32(box[0]) < np.float32(box[2]) and np.float32(box[1]) < np.float32(box[3])):
         return
     image = _noise(width, height, seed, hard)
     wanted = resize.by_pillow(image, size, name, box)
-    assert torch.equal(resize.by_passes(image, size, name == "bicubic", box), wanted)
+    wanted = wanted.flip(2) if flip else wanted
+    assert torch.equal(resize.by_passes(image, size, name == "bicubic", box, flip), wanted)
 
 
 @pytest.mark.parametrize("name", FILTERS)
@@ -75,12 +76,10 @@ def test_the_order_of_the_passes_shows() -> None:
     """The control of `rows_first`: the other order gives other bits, and each side of the bound is Pillow's."""
     for height in (60, 61):
         image, size = _noise(38, height), 16
-        x = passes.weights(38, 0.0, 38 / size, size, True)
-        y = passes.weights(height, 0.0, height / size, size, True)
-        pixels = np.asarray(image.convert("RGBA"))
-        narrow = passes.one_pass(np.array(pixels.transpose(1, 0, 2), order="C").reshape(38, -1), 0, *x)
-        turned = np.array(narrow.reshape(size, height, 4).transpose(1, 0, 2), order="C").reshape(height, -1)
-        columns_first = torch.from_numpy(passes.planes(passes.one_pass(turned, 0, *y), False))
+        pixels, _ = memory.pixels_of(image)
+        columns_first = torch.from_numpy(
+            passes.resized(pixels, 0.0, 0.0, 38.0, float(height), size, True, False, False)
+        )
         same = torch.equal(columns_first, resize.by_pillow(image, size, "bicubic", None))
         assert same != resize.rows_first(38, height, size)
 
@@ -197,7 +196,8 @@ def test_without_numba_pillow_resizes_and_nothing_is_said(monkeypatch: pytest.Mo
 
 def test_other_bits_are_found_and_pillow_resizes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resize, "PATIENCE", 0)
-    monkeypatch.setattr(resize, "rows_first", lambda *sizes: False)  # as if Pillow had taken up another order
+    real = resize.rows_first
+    monkeypatch.setattr(resize, "rows_first", lambda *sizes: not real(*sizes))  # as if Pillow had taken another order
     made = resize._Process()
     with pytest.warns(UserWarning, match=r"numba is not used: it does not resize to the bits of Pillow \d.*"):
         assert not made.has_passes()
@@ -211,7 +211,7 @@ def test_an_error_of_numba_is_said_and_nothing_is_lost(monkeypatch: pytest.Monke
         raise RuntimeError("no code for this processor")
 
     monkeypatch.setattr(resize, "PATIENCE", 0)
-    monkeypatch.setattr(passes, "one_pass", broken)
+    monkeypatch.setattr(passes, "resized", broken)
     with pytest.warns(UserWarning, match="numba is not used: no code for this processor. Pillow resizes instead"):
         assert not resize._Process().has_passes()
 

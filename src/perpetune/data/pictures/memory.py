@@ -16,7 +16,7 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Numbers = np.ndarray[Any, np.dtype[np.uint32]]
+Numbers = np.ndarray[Any, np.dtype[np.int32]]
 
 
 class _Arrow(ctypes.Structure):
@@ -36,6 +36,9 @@ _Arrow._fields_ = [
     ("private_data", ctypes.c_void_p),
 ]
 
+_bytes = ctypes.pythonapi.PyMemoryView_FromMemory
+_bytes.restype, _bytes.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int]
+WRITE = 0x200  # PyBUF_WRITE
 _pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _pointer.restype, _pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
 
@@ -47,7 +50,7 @@ def pixels_of(image: Image) -> tuple[Numbers, object]:
     if shown is not None:
         return shown
     content = bytearray(image.tobytes("raw", "RGBX"))  # torch wants memory that can be written to
-    return np.frombuffer(content, np.uint32).reshape(image.height, image.width), content
+    return np.frombuffer(content, np.int32).reshape(image.height, image.width), content
 
 
 def _shown(image: Image) -> tuple[Numbers, object] | None:
@@ -62,5 +65,5 @@ def _shown(image: Image) -> tuple[Numbers, object] | None:
     channels = whole.children[0].contents
     if (channels.length, channels.offset, channels.n_buffers) != (4 * image.width * image.height, 0, 2):
         return None
-    memory = (ctypes.c_uint8 * channels.length).from_address(channels.buffers[1])
-    return np.frombuffer(memory, np.uint32).reshape(image.height, image.width), (image, capsule)
+    memory = _bytes(channels.buffers[1], channels.length, WRITE)  # as `bytearray`
+    return np.frombuffer(memory, np.int32).reshape(image.height, image.width), (image, capsule)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from perpetune.data.names import natural_key, printable
+from perpetune.data.pictures import jpeg
 from perpetune.data.sources import LFS, POINTER, file_start, is_pointer
 from perpetune.errors import DataError, UsageError
 
@@ -200,6 +201,7 @@ def _read(source: str | bytes, name: str, pixels: bool, least: int | None = None
                 return image
             if least is not None:
                 image.draft(None, (least, least))  # does something for JPEG only
+            jpeg.prepare(image)
             with _one_at_a_time if size > LARGE else nullcontext():
                 image.load()
                 return as_rgb(image)

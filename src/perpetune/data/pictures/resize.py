@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -83,40 +83,12 @@ def by_passes(image: Image, size: int, cubic: bool, box: Box | None, flip: bool 
     """As `exact`, by `passes.py`, for the bicubic and the bilinear filter. ImportError without numba."""
     from perpetune.data.pictures import passes
 
-    width, height = image.size
-    left, top, right, bottom = (np.float32(side) for side in box or (0, 0, width, height))  # Pillow's own precision
-    x = _Axis(*passes.weights(width, float(left), float(right - left) / size, size, cubic))
-    y = _Axis(*passes.weights(height, float(top), float(bottom - top) / size, size, cubic))
-    whole, owner = pixels_of(image)
-    pixels = whole[y.begin : y.end, x.begin : x.end]  # a pixel is one number, so axes are turned fast
-    if rows_first(width, height, size):
-        low = passes.one_pass(_lines(pixels), y.begin, y.first, y.whole).view(np.uint32)
-        made = _lines(passes.one_pass(_lines(low.T), x.begin, x.first, x.whole).view(np.uint32).T)
-    else:
-        narrow = passes.one_pass(_lines(pixels.T), x.begin, x.first, x.whole).view(np.uint32)
-        made = passes.one_pass(_lines(narrow.T), y.begin, y.first, y.whole)
-    del owner  # both first steps have made copies
-    return torch.from_numpy(passes.planes(made, flip))
-
-
-class _Axis(NamedTuple):
-    """What the new values of one axis take of the old ones; see `passes.weights`."""
-
-    first: np.ndarray[tuple[int], np.dtype[np.int64]]
-    whole: np.ndarray[tuple[int, int], np.dtype[np.int32]]
-
-    @property
-    def begin(self) -> int:
-        return int(self.first[0])
-
-    @property
-    def end(self) -> int:
-        return int(self.first[-1]) + self.whole.shape[1]
-
-
-def _lines(pixels: np.ndarray[Any, np.dtype[np.uint32]]) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Pixels `(A, B)`, one number each, as a copy `(A, 4 * B)` with one number for each channel."""
-    return np.array(pixels, order="C").view(np.uint8)
+    left, top, right, bottom = box or (0, 0, *image.size)
+    pixels, owner = pixels_of(image)
+    first = rows_first(*image.size, size)
+    made = passes.resized(pixels, float(left), float(top), float(right), float(bottom), size, cubic, flip, first)
+    del owner
+    return torch.from_numpy(made)
 
 
 def rows_first(width: int, height: int, size: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -275,10 +276,13 @@ def centre_box(width: int, height: int, crop: float, squeeze: bool = False) -> B
     return left, top, left + side, top + side
 
 
+_LOG_ASPECT = np.log(3 / 4), np.log(4 / 3)
+
+
 def random_box(width: int, height: int, rng: np.random.Generator) -> Box:
     """A random part of the picture: area 0.5 to 1, aspect 3/4 to 4/3, inside the borders."""
     area = width * height * rng.uniform(0.5, 1.0)
-    aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-    w, h = min(width, np.sqrt(area * aspect)), min(height, np.sqrt(area / aspect))
+    aspect = np.exp(rng.uniform(*_LOG_ASPECT))
+    w, h = min(width, math.sqrt(area * aspect)), min(height, math.sqrt(area / aspect))
     left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
     return left, top, left + w, top + h
