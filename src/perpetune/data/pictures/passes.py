@@ -22,6 +22,7 @@ BITS = np.int32(22)  # of a weight, behind the point
 ONE, HALF = 1 << 22, np.int32(1 << 21)
 NONE, BYTE, GREEN, BLUE = np.int32(0), np.int32(255), np.int32(8), np.int32(16)
 BLOCK = 16  # pixels of a side
+BAND = 192  # lines that the first pass takes at once, so that a cache holds what it makes of them
 Array = np.ndarray[Any, Any]
 
 
@@ -76,10 +77,9 @@ def _weights(count: int, begin: np.float32, end: np.float32, size: int, cubic: b
 
 
 @_compiled
-def _turned(pixels: Array) -> Array:
-    """Pixels `(A, B)` as `(B, A)`, in a copy that is made block by block: a cache holds both ends of a block."""
+def _turn(pixels: Array, made: Array) -> Array:
+    """Write pixels `(A, B)` to `made`, `(B, A)`, block by block: a cache holds both ends of a block."""
     a, b = pixels.shape
-    made = np.empty((b, a), np.int32)
     whole_a, whole_b = a - a % BLOCK, b - b % BLOCK
     for y in range(0, whole_a, BLOCK):
         for x in range(0, whole_b, BLOCK):
@@ -182,14 +182,23 @@ def resized(
     x, x_weights = _weights(width, np.float32(left), np.float32(right), size, cubic)
     y, y_weights = _weights(height, np.float32(top), np.float32(bottom), size, cubic)
     used = pixels[y[0] : y[-1] + y_weights.shape[1], x[0] : x[-1] + x_weights.shape[1]]
-    x_offset = x[0]
+    rows, columns = used.shape
+    x_offset, y_offset = x[0], y[0]
     if flip:
         x, x_weights = x[::-1].copy(), x_weights[::-1].copy()
     if rows_first:
-        low = _one_pass(used.copy(), y[0], y, y_weights)
-        made = _turned(_one_pass(_turned(low), x_offset, x, x_weights))
+        low = np.empty((size, columns), np.int32)
+        for begin in range(0, columns, BAND):
+            band = used[:, begin : begin + BAND].copy()
+            low[:, begin : begin + BAND] = _one_pass(band, y_offset, y, y_weights)
+        narrow = _one_pass(_turn(low, np.empty((columns, size), np.int32)), x_offset, x, x_weights)
+        made = _turn(narrow, np.empty((size, size), np.int32))
     else:
-        narrow = _one_pass(_turned(used), x_offset, x, x_weights)
-        made = _one_pass(_turned(narrow), y[0], y, y_weights)
+        lines = np.empty((rows, size), np.int32)
+        for begin in range(0, rows, BAND):
+            band = used[begin : begin + BAND]
+            turned = _turn(band, np.empty((columns, len(band)), np.int32))
+            _turn(_one_pass(turned, x_offset, x, x_weights), lines[begin : begin + BAND])
+        made = _one_pass(lines, y_offset, y, y_weights)
     planes: Array = _planes(made)
     return planes
