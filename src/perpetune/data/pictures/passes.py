@@ -187,12 +187,11 @@ def resized(
     if flip:
         x, x_weights = x[::-1].copy(), x_weights[::-1].copy()
     if rows_first:
-        low = np.empty((size, columns), np.int32)
+        turned = np.empty((columns, size), np.int32)
         for begin in range(0, columns, BAND):
             band = used[:, begin : begin + BAND].copy()
-            low[:, begin : begin + BAND] = _one_pass(band, y_offset, y, y_weights)
-        narrow = _one_pass(_turn(low, np.empty((columns, size), np.int32)), x_offset, x, x_weights)
-        made = _turn(narrow, np.empty((size, size), np.int32))
+            _turn(_one_pass(band, y_offset, y, y_weights), turned[begin : begin + BAND])
+        made = _turn(_one_pass(turned, x_offset, x, x_weights), np.empty((size, size), np.int32))
     else:
         lines = np.empty((rows, size), np.int32)
         for begin in range(0, rows, BAND):
