@@ -182,22 +182,22 @@ def resized(
     x, x_weights = _weights(width, np.float32(left), np.float32(right), size, cubic)
     y, y_weights = _weights(height, np.float32(top), np.float32(bottom), size, cubic)
     used = pixels[y[0] : y[-1] + y_weights.shape[1], x[0] : x[-1] + x_weights.shape[1]]
-    rows, columns = used.shape
     x_offset, y_offset = x[0], y[0]
     if flip:
         x, x_weights = x[::-1].copy(), x_weights[::-1].copy()
+    offset, firsts, whole = (y_offset, y, y_weights) if rows_first else (x_offset, x, x_weights)
+    others = used.shape[1] if rows_first else used.shape[0]
+    lines = np.empty((others, size), np.int32)
+    for begin in range(0, others, BAND):
+        end = min(begin + BAND, others)
+        if rows_first:
+            band = used[:, begin:end].copy()
+        else:
+            band = _turn(used[begin:end], np.empty((used.shape[1], end - begin), np.int32))
+        _turn(_one_pass(band, offset, firsts, whole), lines[begin:end])
+    offset, firsts, whole = (x_offset, x, x_weights) if rows_first else (y_offset, y, y_weights)
+    made = _one_pass(lines, offset, firsts, whole)
     if rows_first:
-        turned = np.empty((columns, size), np.int32)
-        for begin in range(0, columns, BAND):
-            band = used[:, begin : begin + BAND].copy()
-            _turn(_one_pass(band, y_offset, y, y_weights), turned[begin : begin + BAND])
-        made = _turn(_one_pass(turned, x_offset, x, x_weights), np.empty((size, size), np.int32))
-    else:
-        lines = np.empty((rows, size), np.int32)
-        for begin in range(0, rows, BAND):
-            band = used[begin : begin + BAND]
-            turned = _turn(band, np.empty((columns, len(band)), np.int32))
-            _turn(_one_pass(turned, x_offset, x, x_weights), lines[begin : begin + BAND])
-        made = _one_pass(lines, y_offset, y, y_weights)
+        made = _turn(made, np.empty((size, size), np.int32))
     planes: Array = _planes(made)
     return planes
