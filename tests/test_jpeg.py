@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -29,6 +30,7 @@ def _file(width: int = 60, height: int = 40, mode: str = "RGB", seed: int = 0, *
 def prepared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The bytes that each decoder has asked for."""
     asked: list[int] = []
+    assert jpeg._agrees()
     real = jpeg._taken
 
     def taken(size: int) -> Any:
@@ -148,6 +150,30 @@ def test_without_memory_to_spare_pillow_is_asked(bytes_left: int, monkeypatch: p
     monkeypatch.setattr(jpeg, "_free", freed.append)
     assert np.asarray(read_picture(_file(), "photo")).shape == (40, 60, 3)
     assert [place for place in freed if place] == [64] * bytes_left
+
+
+@needed
+@pytest.mark.parametrize(("what", "why"), [("decoder", "setimage takes three"), ("pixels", "it has other pixels")])
+def test_another_pillow_reads_alone(what: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = _file()
+    wanted = np.asarray(read_picture(content, "photo"))
+
+    def broken(decoder: Any, *asked: Any) -> None:
+        raise TypeError("setimage takes three arguments")
+
+    jpeg._agrees.cache_clear()
+    if what == "decoder":
+        monkeypatch.setattr(jpeg._Decoder, "setimage", broken)
+    else:
+        monkeypatch.setattr(jpeg, "_change", lambda image: image.draft("L", image.size))
+    try:
+        with pytest.warns(UserWarning, match=f"JPEG files are decoded by Pillow .* as it is.*{why}"):
+            assert np.array_equal(np.asarray(read_picture(content, "photo")), wanted)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # said once
+            assert np.array_equal(np.asarray(read_picture(content, "photo")), wanted)
+    finally:
+        jpeg._agrees.cache_clear()
 
 
 def test_threads_read_side_by_side() -> None:

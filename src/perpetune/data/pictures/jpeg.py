@@ -10,8 +10,11 @@ Source: the colour conversion of libjpeg-turbo for AVX2 (`vmovntdq` in `jdcolext
 from __future__ import annotations
 
 import ctypes
+import functools
 import platform
 import sys
+import warnings
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,23 +34,41 @@ if _NEEDED:
 
 def prepare(image: ImageFile) -> None:
     """Make the decoding of a JPEG picture fast that has been opened and not yet been loaded. Other pictures stay."""
+    if _NEEDED and image.mode == "RGB" and len(image.tile) == 1 and image.tile[0][0] == "jpeg" and _agrees():
+        _change(image)
+
+
+def _change(image: ImageFile) -> None:
     from PIL import Image
 
-    if not _NEEDED or image.mode != "RGB" or len(image.tile) != 1 or _pillows() is None:
-        return
+    Image.register_decoder(NAME, _Decoder)  # type: ignore[arg-type]  # a class like Pillow's own
     tile: Any = image.tile[0]
-    name, *others = tile
-    if name == "jpeg":
-        Image.register_decoder(NAME, _Decoder)  # type: ignore[arg-type]  # a class like Pillow's own
-        changed: Any = (NAME, *others) if type(tile) is tuple else type(tile)(NAME, *others)  # a tuple before 11
-        image.tile = [changed]
+    changed: Any = (NAME, *tile[1:]) if type(tile) is tuple else type(tile)(NAME, *tile[1:])  # a tuple before 11
+    image.tile = [changed]
 
 
-def _pillows() -> Any:
-    """Pillow's decoder; None if it has none of this name."""
-    from PIL import Image
+@functools.cache
+def _agrees() -> bool:
+    """Whether a small picture has Pillow's pixels: a new version of Pillow may ask a decoder for something else."""
+    from PIL import Image, __version__
 
-    return getattr(getattr(Image, "core", None), "jpeg_decoder", None)
+    try:
+        Image.linear_gradient("L").resize((40, 30)).convert("RGB").save(file := BytesIO(), "JPEG")
+        with Image.open(file) as pillows:
+            pillows.load()
+        with Image.open(file) as ours:
+            _change(ours)
+            ours.load()
+        if ours.tobytes() != pillows.tobytes():
+            raise ArithmeticError("it has other pixels")
+    except Exception as error:  # noqa: BLE001  nothing is lost without it
+        warnings.warn(
+            f"JPEG files are decoded by Pillow {__version__} as it is, in more time, for the decoder that perpetune "
+            f"prepares fails: {error}",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 class _Decoder:
@@ -56,7 +77,9 @@ class _Decoder:
     pulls_fd = False
 
     def __init__(self, mode: str, *settings: Any):
-        real = _pillows()(mode, *settings)
+        from PIL import Image
+
+        real = Image.core.jpeg_decoder(mode, *settings)  # type: ignore[attr-defined]
         self.decode, self.cleanup = real.decode, real.cleanup
         self._allocate = real.setimage
 
