@@ -167,7 +167,9 @@ def test_another_pillow_reads_alone(what: str, why: str, monkeypatch: pytest.Mon
     else:
         monkeypatch.setattr(jpeg, "_change", lambda image: image.draft("L", image.size))
     try:
-        with pytest.warns(UserWarning, match=f"JPEG files are decoded by Pillow .* as it is.*{why}"):
+        with pytest.warns(
+            UserWarning, match=f"perpetune cannot give faster memory to the JPEG decoder of Pillow .*{why}.* as it is"
+        ):
             assert np.array_equal(np.asarray(read_picture(content, "photo")), wanted)
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # said once
